@@ -1,0 +1,47 @@
+"""Garrulax: language models in JAX as configurations, trees of parameters and pure functions.
+
+    import jax, garrulax as gx
+
+    config = gx.preset("gpt2")
+    params = gx.init(config, jax.random.key(0))
+    logits, _ = gx.forward(params, tokens, config)
+
+Names are imported on first use, so that `import garrulax` costs next to nothing.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "preset": "garrulax.models",
+    "presets": "garrulax.models",
+    "init": "garrulax.models",
+    "forward": "garrulax.models",
+    "count": "garrulax.models",
+    "unstack": "garrulax.models",
+    "cache_for": "garrulax.models",
+    "make_mesh": "garrulax.core.sharding",
+    "Mask": "garrulax.kernels.mask",
+    "load": "garrulax.hub",
+    "save": "garrulax.hub",
+    "Model": "garrulax.hub",
+    "generate": "garrulax.sampling",
+    "stream": "garrulax.sampling",
+    "fill": "garrulax.sampling",
+    "Completion": "garrulax.sampling",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'garrulax' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted(__all__)

@@ -1,0 +1,97 @@
+"""Products of activations with weight leaves, the same on one device and on a mesh."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+
+def einsum(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """`jnp.einsum(spec, x, w)` of activations x and a weight leaf w.
+
+    On one device the letters are merged, so that the product is of two matrices: XLA:CPU multiplies [B·T, D] by
+    [D, F] 1.4 times faster than [B, T, D] by [D, F] (in the backward pass). On a mesh in Explicit mode the output
+    keeps the shardings of its letters, weights are gathered over the axes that shard the batch (FSDP), and a
+    contraction over a sharded letter is summed across its axis (tensor parallelism).
+
+    x: [..., contracted]; w: contracted letters first ("BTD,DHC->BTHC") or last ("BTD,VD->BTV").
+    Returns the product in x's dtype. Raises ValueError where a letter has two sizes.
+    """
+    terms, out = spec.replace(" ", "").split("->")
+    left, right = terms.split(",")
+    _check_sizes(spec, left, x, right, w)
+    w = w.astype(x.dtype)
+    mesh = jax.typeof(x).sharding.mesh
+    if mesh.empty or not mesh.are_all_axes_explicit:
+        return _matmul(left, right, out, x, w)
+    return _sharded(left, right, out, x, w)
+
+
+def _check_sizes(spec: str, left: str, x: jax.Array, right: str, w: jax.Array) -> None:
+    if len(left) != x.ndim or len(right) != w.ndim:
+        raise ValueError(f"einsum {spec!r} does not fit shapes {x.shape} and {w.shape}")
+    sizes = dict(zip(left, x.shape, strict=True))
+    for letter, size in zip(right, w.shape, strict=True):
+        if sizes.setdefault(letter, size) != size:
+            raise ValueError(f"einsum {spec!r}: {letter} is {sizes[letter]} in {x.shape} and {size} in {w.shape}")
+
+
+def _matmul(left: str, right: str, out: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    contracted = "".join(c for c in left if c in right)
+    rows, columns = left.removesuffix(contracted), right.replace(contracted, "")
+    first = right.startswith(contracted)
+    if out != rows + columns or rows + contracted != left or not (first or right.endswith(contracted)):
+        return jnp.einsum(f"{left},{right}->{out}", x, w)
+    inner = 1
+    for size in x.shape[len(rows) :]:
+        inner *= size
+    x2 = x.reshape(-1, inner)
+    w2 = w.reshape(inner, -1) if first else w.reshape(-1, inner)
+    y = jax.lax.dot_general(x2, w2, (((1,), (0 if first else 1,)), ((), ())))
+    w_out = w.shape[len(contracted) :] if first else w.shape[: len(columns)]
+    return y.reshape(*x.shape[: len(rows)], *w_out)
+
+
+def _sharded(left: str, right: str, out: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    of_x = dict(zip(left, _padded(x), strict=True))
+    taken = {axis for letter in left if letter in out for axis in _names(of_x[letter])}
+
+    def keep(letter, axes):
+        if letter in of_x:  # contracted: sharded like x, or not at all
+            return of_x[letter]
+        return None if taken & set(_names(axes)) else axes
+
+    of_w = {letter: keep(letter, axes) for letter, axes in zip(right, _padded(w), strict=True)}
+    w = jax.sharding.reshard(w, P(*(of_w[letter] for letter in right)))
+    sharding = P(*({**of_w, **of_x}[letter] for letter in out))
+    return jnp.einsum(f"{left},{right}->{out}", x, w, out_sharding=sharding)
+
+
+def gather(w: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """A small weight (norm gain, bias, position table) in `dtype`, whole on every device."""
+    w = w.astype(dtype)
+    mesh = jax.typeof(w).sharding.mesh
+    if mesh.empty or not mesh.are_all_axes_explicit:
+        return w
+    return jax.sharding.reshard(w, P(*(None for _ in w.shape)))
+
+
+def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """Rows of `table` [V, D] for ids [...], as [..., D]; an id outside 0..V-1 gives NaN, never another row.
+
+    On a mesh the table is gathered over the axes that shard the ids; the result is sharded like the ids, D whole.
+    """
+    mesh = jax.typeof(table).sharding.mesh
+    if mesh.empty or not mesh.are_all_axes_explicit:
+        return table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    table = jax.sharding.reshard(table, P(None, None))
+    sharding = P(*_padded(ids), None)
+    return table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False, out_sharding=sharding)
+
+
+def _padded(x: jax.Array) -> tuple:
+    spec = tuple(jax.typeof(x).sharding.spec)
+    return spec + (None,) * (x.ndim - len(spec))
+
+
+def _names(axes) -> tuple[str, ...]:
+    return () if axes is None else axes if isinstance(axes, tuple) else (axes,)

@@ -1,0 +1,108 @@
+"""Meshes of named axes and short rule tables from logical axes to mesh axes.
+
+A family names the logical axes of its parameters (`Spec.axes`); a rule table says which mesh axes shard them. The
+activations need no table: their shardings follow from those of the tokens and the weights (`core.einsum`). The same
+program runs on one device, on fake CPU devices, on several processes, and on a pod.
+"""
+
+import math
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from garrulax.core import spec as specs_
+
+Rules = dict[str, str | tuple[str, ...] | None]
+
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")  # the mesh axes that shard the examples of a batch
+MAY_STAY_WHOLE = ("vocab",)  # published vocabularies are odd (50257): kept whole where the mesh does not divide them
+
+_REPLICATED: Rules = {"layers": None, "position": None, "head": None}
+_EMBED = {"embed": "fsdp"}
+_FEATURES = {"vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor"}
+_WHOLE = {"embed": None, "vocab": None, "heads": None, "kv_heads": None, "mlp": None}
+
+#: ddp copies the parameters to every device; fsdp shards their width and gathers a layer when it is used; tp shards
+#: heads, feed-forward width and vocabulary and sums the halves of a product.
+RULES: dict[str, Rules] = {
+    "ddp": {**_REPLICATED, **_WHOLE},
+    "fsdp": {**_REPLICATED, **_WHOLE, **_EMBED},
+    "tp": {**_REPLICATED, **_WHOLE, **_FEATURES},
+    "fsdp+tp": {**_REPLICATED, **_EMBED, **_FEATURES},
+}
+
+
+def make_mesh(axes: str | dict[str, int]) -> Mesh:
+    """A mesh in Explicit mode from `"fsdp=4,tensor=2"` or `{"fsdp": 4, "tensor": 2}`.
+
+    Raises ValueError for an unknown axis, a size below 1, or a product that is not the number of devices.
+    """
+    sizes = _parse(axes) if isinstance(axes, str) else dict(axes)
+    for name, size in sizes.items():
+        if name not in MESH_AXES:
+            raise ValueError(f"unknown mesh axis {name!r}: the axes are {', '.join(MESH_AXES)}")
+        if size < 1:
+            raise ValueError(f"mesh axis {name} has size {size}: it must be at least 1")
+    devices = jax.device_count()
+    if math.prod(sizes.values()) != devices:
+        shape = " x ".join(f"{k}={v}" for k, v in sizes.items())
+        raise ValueError(f"mesh {shape} needs {math.prod(sizes.values())} devices, but there are {devices}")
+    names = tuple(name for name in MESH_AXES if name in sizes)
+    return jax.make_mesh(tuple(sizes[n] for n in names), names, axis_types=(AxisType.Explicit,) * len(names))
+
+
+def _parse(text: str) -> dict[str, int]:
+    sizes = {}
+    for part in text.split(","):
+        name, equals, size = part.partition("=")
+        if not equals or not size.strip().isdigit():
+            raise ValueError(f"mesh {text!r} is not like fsdp=4,tensor=2")
+        if name.strip() in sizes:
+            raise ValueError(f"mesh {text!r} names {name.strip()} twice")
+        sizes[name.strip()] = int(size)
+    return sizes
+
+
+def shardings(specs: specs_.Tree, mesh: Mesh, rules: str | Rules = "fsdp+tp") -> specs_.Tree:
+    """NamedSharding of every parameter of a Spec tree.
+
+    rules: a name in `RULES` or a table of your own; mesh axes that the mesh lacks are left out.
+    Raises ValueError for a logical axis without a rule, and for a dimension that its mesh axes do not divide (a
+    vocabulary that they do not divide stays whole).
+    """
+    table = rules if isinstance(rules, dict) else _table(rules)
+
+    def one(s: specs_.Spec) -> NamedSharding:
+        return NamedSharding(mesh, P(*(_axis(s, i, mesh, table) for i in range(len(s.axes)))))
+
+    return specs_.map_specs(one, specs)
+
+
+def _table(name: str) -> Rules:
+    if name not in RULES:
+        raise ValueError(f"unknown sharding rules {name!r}: choose from {', '.join(RULES)}")
+    return RULES[name]
+
+
+def _axis(s: specs_.Spec, i: int, mesh: Mesh, table: Rules) -> str | tuple[str, ...] | None:
+    logical = s.axes[i]
+    if logical is None:
+        return None
+    if logical not in table:
+        raise ValueError(f"{s.stored.name}: no sharding rule for logical axis {logical!r}")
+    wanted = table[logical]
+    names = tuple(a for a in ((wanted,) if isinstance(wanted, str) else wanted or ()) if a in mesh.shape)
+    ways = math.prod(mesh.shape[a] for a in names)
+    if s.shape[i] % ways and logical in MAY_STAY_WHOLE:
+        return None
+    if s.shape[i] % ways:
+        raise ValueError(f"{s.stored.name}: {logical}={s.shape[i]} cannot be split {ways} ways over {'+'.join(names)}")
+    return names[0] if len(names) == 1 else names or None
+
+
+def batch_sharding(mesh: Mesh) -> P:
+    """PartitionSpec of a batch's leading axis: over `data` and `fsdp`, as far as the mesh has them."""
+    names = tuple(a for a in BATCH_AXES if a in mesh.shape)
+    return P(names if names else None)

@@ -1,0 +1,253 @@
+"""Who attends to whom: predicates over per-token integer streams.
+
+A mask is a small static tree of rules (`Band`, `KRange`, `Bits` under `&`, `|`, `~`) over streams: int32 arrays
+[B, T] of the queries and [B, S] of the keys. The same tree has two evaluators: `evaluate` gives the exact answer for
+every pair, `classify` bounds the answer for a whole block of pairs from the streams' (min, max, and, or) in it, so
+that a kernel can skip blocks without a T x S array ever existing.
+
+Streams used by the families
+  rank     order of generation: a query sees keys of its own or a lower rank (all of GLM's part A has one rank)
+  segment  document in a packed row; PAD (-1) marks padding, which sees nothing and is seen by nothing
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+INF = 2**30  # larger than any position, small enough that differences of two do not overflow int32
+PAD = -1  # segment of a padding query
+PAD_KEY = -2  # segment of a padding key or an empty cache slot: equal to no query's
+
+Streams = dict[str, jax.Array]
+
+
+class Bounds(NamedTuple):
+    """What is known of a stream in one block: least and greatest value, and bitwise and and or of all values."""
+
+    low: jax.Array
+    high: jax.Array
+    all_bits: jax.Array
+    any_bits: jax.Array
+
+
+class Rule:
+    """A predicate of (query, key); rules combine with `&`, `|` and `~`."""
+
+    def __and__(self, other: "Rule") -> "Rule":
+        return And(self, other)
+
+    def __or__(self, other: "Rule") -> "Rule":
+        return Or(self, other)
+
+    def __invert__(self) -> "Rule":
+        return Not(self)
+
+    def streams(self) -> frozenset[str]:
+        """Names of the streams that the rule reads."""
+        raise TypeError(f"{type(self).__name__} must define streams()")
+
+    def evaluate(self, query: Streams, key: Streams) -> jax.Array:
+        """The predicate for broadcastable query and key streams, bool."""
+        raise TypeError(f"{type(self).__name__} must define evaluate()")
+
+    def classify(self, query: dict[str, Bounds], key: dict[str, Bounds]) -> tuple[jax.Array, jax.Array]:
+        """(any, all) for a block: `any` False means no pair attends, `all` True means every pair does.
+
+        Conservative: what cannot be excluded counts as possible, what cannot be proved as not all.
+        """
+        raise TypeError(f"{type(self).__name__} must define classify()")
+
+
+@dataclasses.dataclass(frozen=True)
+class Band(Rule):
+    """low <= query - key <= high of one stream. `Band(s, 0, INF)` is causal in s; `Band(s, 0, 0)` is equality."""
+
+    stream: str
+    low: int
+    high: int
+
+    def streams(self):
+        return frozenset({self.stream})
+
+    def evaluate(self, query, key):
+        difference = query[self.stream] - key[self.stream]
+        if self.high >= INF:
+            return difference >= self.low
+        return (difference >= self.low) & (difference <= self.high)
+
+    def classify(self, query, key):
+        q, k = query[self.stream], key[self.stream]
+        most, least = q.high - k.low, q.low - k.high
+        return (most >= self.low) & (least <= self.high), (least >= self.low) & (most <= self.high)
+
+
+@dataclasses.dataclass(frozen=True)
+class KRange(Rule):
+    """low <= key <= high of one stream, whatever the query."""
+
+    stream: str
+    low: int
+    high: int
+
+    def streams(self):
+        return frozenset({self.stream})
+
+    def evaluate(self, query, key):
+        k = key[self.stream]
+        inside = (k >= self.low) & (k <= self.high)
+        return jnp.broadcast_to(inside, jnp.broadcast_shapes(inside.shape, query[self.stream].shape))
+
+    def classify(self, query, key):
+        k = key[self.stream]
+        return (k.low <= self.high) & (k.high >= self.low), (k.low >= self.low) & (k.high <= self.high)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bits(Rule):
+    """query and key of one stream share a set bit."""
+
+    stream: str
+
+    def streams(self):
+        return frozenset({self.stream})
+
+    def evaluate(self, query, key):
+        return (query[self.stream] & key[self.stream]) != 0
+
+    def classify(self, query, key):
+        q, k = query[self.stream], key[self.stream]
+        return (q.any_bits & k.any_bits) != 0, (q.all_bits & k.all_bits) != 0
+
+
+@dataclasses.dataclass(frozen=True)
+class And(Rule):
+    """Both rules hold."""
+
+    left: Rule
+    right: Rule
+
+    def streams(self):
+        return self.left.streams() | self.right.streams()
+
+    def evaluate(self, query, key):
+        return self.left.evaluate(query, key) & self.right.evaluate(query, key)
+
+    def classify(self, query, key):
+        (any1, all1), (any2, all2) = self.left.classify(query, key), self.right.classify(query, key)
+        return any1 & any2, all1 & all2
+
+
+@dataclasses.dataclass(frozen=True)
+class Or(Rule):
+    """At least one of the rules holds."""
+
+    left: Rule
+    right: Rule
+
+    def streams(self):
+        return self.left.streams() | self.right.streams()
+
+    def evaluate(self, query, key):
+        return self.left.evaluate(query, key) | self.right.evaluate(query, key)
+
+    def classify(self, query, key):
+        (any1, all1), (any2, all2) = self.left.classify(query, key), self.right.classify(query, key)
+        return any1 | any2, all1 | all2
+
+
+@dataclasses.dataclass(frozen=True)
+class Not(Rule):
+    """The rule does not hold."""
+
+    rule: Rule
+
+    def streams(self):
+        return self.rule.streams()
+
+    def evaluate(self, query, key):
+        return ~self.rule.evaluate(query, key)
+
+    def classify(self, query, key):
+        some, every = self.rule.classify(query, key)
+        return ~every, ~some
+
+
+CAUSAL = Band("rank", 0, INF)
+SAME_SEGMENT = Band("segment", 0, 0)
+
+
+@struct.dataclass
+class Mask:
+    """A rule and the streams it reads.
+
+    rule: static; a new rule compiles anew, new streams do not.
+    query: int32 [B, T] by stream name. key: int32 [B, S]; None where the queries are the keys (self-attention).
+    """
+
+    query: Streams
+    key: Streams | None = None
+    rule: Rule = struct.field(pytree_node=False, default=CAUSAL & SAME_SEGMENT)
+
+    def key_streams(self) -> Streams:
+        """Streams of the keys; those of self-attention are the queries' with padding relabelled, so that
+        one padding token does not see another."""
+        return as_keys(self.query) if self.key is None else self.key
+
+    def dense(self) -> jax.Array:
+        """The mask as bool [B, T, S]: True where the query may attend."""
+        key = self.key_streams()
+        missing = sorted(self.rule.streams() - (self.query.keys() & key.keys()))
+        if missing:
+            raise ValueError(f"the mask reads streams {missing}, but only {sorted(self.query)} are given")
+        query = {name: s[:, :, None] for name, s in self.query.items()}
+        return self.rule.evaluate(query, {name: s[:, None, :] for name, s in key.items()})
+
+
+def as_keys(streams: Streams) -> Streams:
+    """Streams of tokens as queries turned into their streams as keys: padding gets a segment of its own."""
+    if "segment" not in streams:
+        return streams
+    segment = streams["segment"]
+    return {**streams, "segment": jnp.where(segment < 0, PAD_KEY, segment)}
+
+
+def causal(batch: int, length: int) -> Mask:
+    """Every token sees itself and those before it."""
+    rank = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    return Mask({"rank": rank, "segment": jnp.zeros_like(rank)})
+
+
+def causal_from(tokens: jax.Array, start: jax.Array | int | None = None) -> Mask:
+    """Causal for tokens [B, T] that follow `start` earlier ones; sharded as the tokens are."""
+    rank = (
+        jnp.zeros_like(tokens, jnp.int32)
+        + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        + (0 if start is None else start)
+    )
+    return Mask({"rank": rank, "segment": jnp.zeros_like(rank)})
+
+
+def padded(valid: jax.Array) -> Mask:
+    """Causal among the tokens where `valid` (bool or int [B, T]) holds; the rest, on either side, is padding."""
+    rank = jnp.broadcast_to(jnp.arange(valid.shape[1], dtype=jnp.int32), valid.shape)
+    return Mask({"rank": rank, "segment": jnp.where(valid.astype(bool), 0, PAD).astype(jnp.int32)})
+
+
+def packed(segment: jax.Array) -> Mask:
+    """Causal within each document of a packed row. segment: int32 [B, T], PAD for padding."""
+    rank = jnp.broadcast_to(jnp.arange(segment.shape[1], dtype=jnp.int32), segment.shape)
+    return Mask({"rank": rank, "segment": segment.astype(jnp.int32)})
+
+
+def prefix(context: jax.Array, length: int) -> Mask:
+    """Prefix-LM, and GLM's blank infilling: the first `context[b]` tokens see one another and nothing else, every
+    later token sees all of them and the later ones up to itself (Du et al. 2022, section 2.1).
+
+    context: int32 [B], the length of part A. length: T.
+    """
+    index = jnp.arange(length, dtype=jnp.int32)
+    rank = jnp.where(index < context[:, None], 0, index + 1)
+    return Mask({"rank": rank, "segment": jnp.zeros_like(rank)})

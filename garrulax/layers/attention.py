@@ -1,0 +1,33 @@
+"""Self-attention over the tokens of this call and those in the cache."""
+
+import jax
+import jax.numpy as jnp
+
+from garrulax.kernels import attention
+from garrulax.layers.cache import KV, Cache, View, extend
+
+
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    view: View,
+    kv: KV | None,
+    layer: jax.Array,
+    **options,
+) -> tuple[jax.Array, KV | None]:
+    """Attention of query [B, T, H, C] over key and value [B, T, K, C] of these tokens and everything cached.
+
+    options go to `kernels.attention` (scale, softcap, bias, dropout, ...). Returns [B, T, H, C] and the cache arrays
+    with this layer's new keys and values in them.
+    """
+    if kv is not None:
+        kv, past = extend(kv, layer, key, value, view.at)
+        key, value = past["key"].astype(query.dtype), past["value"].astype(query.dtype)
+    return attention(query, key, value, mask=view.mask, **options), kv
+
+
+def default_positions(tokens: jax.Array, cache: Cache | None) -> jax.Array:
+    """0, 1, 2, ... for tokens [B, T], counted on from what is in the cache: int32 [B, T]."""
+    start = 0 if cache is None else cache.used
+    return jnp.zeros_like(tokens, jnp.int32) + jnp.arange(tokens.shape[1], dtype=jnp.int32) + start

@@ -1,0 +1,124 @@
+"""The KV cache: keys, values and mask streams of the tokens seen so far, updated in place."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from garrulax.kernels.mask import PAD_KEY, Mask, Streams, as_keys
+
+KV = dict[str, jax.Array]  # "key", "value"
+
+
+@struct.dataclass
+class Cache:
+    """What attention keeps of the past. All rows of a batch use the same slots; a gap left by a shorter prompt is
+    masked by its segment and costs memory only.
+
+    layers: a tuple of {"key", "value"} of [B, K, S, C], one a layer (fastest), or one dict of [L, B, K, S, C].
+    streams: int32 [B, S] by name; the segment of an empty slot is PAD_KEY.
+    used: int32 scalar, slots filled.
+    planned: int32 [B], tokens that each row's whole text is to have, for positions that depend on it (dynamic RoPE):
+    were the length so far taken instead, every step would change what the cached keys should have been.
+    """
+
+    layers: Any
+    streams: Streams
+    used: jax.Array
+    planned: jax.Array
+
+    @property
+    def size(self) -> int:
+        """Slots there are."""
+        return next(iter(self.streams.values())).shape[1]
+
+
+@struct.dataclass
+class View:
+    """How the tokens of one call see one another and the cache.
+
+    mask: with the streams of these tokens as queries and of everything cached as keys.
+    at: int32 scalar, the slot of the first token; None without a cache.
+    """
+
+    mask: Mask
+    at: jax.Array | None = None
+
+
+def make_cache(
+    layers: int,
+    batch: int,
+    size: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: Any = jnp.float32,
+    *,
+    stacked: bool = True,
+    like: jax.Array | None = None,
+) -> Cache:
+    """An empty cache of `size` slots, all of which the text is planned to fill. stacked must agree with the form of the parameters (`models.unstack`).
+
+    like: on a mesh, a [B, T] array of tokens whose batch sharding the cache takes.
+    """
+    batch_axis = None if like is None else _first_axis(like)
+    shape = (batch, kv_heads, size, head_dim)
+
+    def kv(shape, axes):
+        return {name: _zeros(shape, dtype, axes) for name in ("key", "value")}
+
+    arrays = (
+        kv((layers, *shape), (None, batch_axis, None, None, None))
+        if stacked
+        else tuple(kv(shape, (batch_axis, None, None, None)) for _ in range(layers))
+    )
+    empty = {name: _zeros((batch, size), jnp.int32, (batch_axis, None)) for name in ("rank", "segment")}
+    empty["segment"] = empty["segment"] + PAD_KEY
+    return Cache(arrays, empty, jnp.zeros((), jnp.int32), _zeros((batch,), jnp.int32, (batch_axis,)) + size)
+
+
+def _first_axis(x: jax.Array):
+    spec = jax.typeof(x).sharding.spec
+    return spec[0] if len(spec) else None
+
+
+def _zeros(shape, dtype, axes):
+    return jnp.zeros(shape, dtype) if not any(axes) else jnp.zeros(shape, dtype, out_sharding=jax.P(*axes))
+
+
+def admit(mask: Mask, cache: Cache | None, tokens: int) -> tuple[View, Cache | None]:
+    """The view of a call with `tokens` new tokens a row, and the cache with their streams in it.
+
+    Raises ValueError where the cache is too small, as far as its fill is known (not under jit).
+    """
+    if cache is None:
+        return View(mask), None
+    if not isinstance(cache.used, jax.core.Tracer) and int(cache.used) + tokens > cache.size:
+        raise ValueError(f"the cache has {cache.size} slots: {int(cache.used)} used, no room for {tokens} more")
+    if mask.key is not None:
+        raise ValueError("with a cache, give the mask streams of the new tokens only: the cache holds the keys'")
+    new = as_keys(mask.query)
+    missing = sorted(cache.streams.keys() - new.keys())
+    if missing:
+        raise ValueError(f"the cache keeps streams {missing}, which the mask does not give")
+    at = (0, cache.used)
+    streams = {name: jax.lax.dynamic_update_slice(s, new[name], at) for name, s in cache.streams.items()}
+    view = View(Mask(mask.query, streams, mask.rule), cache.used)
+    return view, cache.replace(streams=streams, used=cache.used + tokens)
+
+
+def extend(kv: KV, layer: jax.Array | int, key: jax.Array, value: jax.Array, at: jax.Array) -> tuple[KV, KV]:
+    """Writes key and value [B, T, K, C] of one layer at slot `at`.
+
+    Returns the arrays with them in, and this layer's keys and values so far, [B, S, K, C]. Only the new slots are
+    written, so that XLA updates the buffer in place.
+    """
+    new = {"key": key.swapaxes(1, 2), "value": value.swapaxes(1, 2)}
+    if kv["key"].ndim == 4:
+        kv = {name: jax.lax.dynamic_update_slice(kv[name], x.astype(kv[name].dtype), (0, 0, at, 0))
+              for name, x in new.items()}  # fmt: skip
+        return kv, {name: x.swapaxes(1, 2) for name, x in kv.items()}
+    kv = {name: jax.lax.dynamic_update_slice(kv[name], x.astype(kv[name].dtype)[None], (layer, 0, 0, at, 0))
+          for name, x in new.items()}  # fmt: skip
+    here = {name: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for name, x in kv.items()}
+    return kv, {name: x.swapaxes(1, 2) for name, x in here.items()}

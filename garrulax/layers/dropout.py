@@ -1,0 +1,16 @@
+"""Dropout (Srivastava et al. 2014)."""
+
+import jax
+import jax.numpy as jnp
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """x with a share `rate` of its entries zeroed and the rest divided by 1 - rate; x itself where key is None."""
+    if key is None or rate == 0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
+
+
+def split(key: jax.Array | None, count: int) -> list[jax.Array | None]:
+    """`count` keys from one, or that many None from None."""
+    return [None] * count if key is None else list(jax.random.split(key, count))

@@ -1,0 +1,25 @@
+"""Normalisation over the last axis, computed in at least float32 and returned in the input's dtype."""
+
+import jax
+import jax.numpy as jnp
+
+from garrulax.core.einsum import gather
+
+
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+    """(x - mean) / sqrt(variance + eps) * scale + bias (Ba et al. 2016). x: [..., D]; scale, bias: [D]."""
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    y = x.astype(dtype)
+    y = y - y.mean(-1, keepdims=True)
+    y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + eps)
+    return (y * gather(scale, dtype) + gather(bias, dtype)).astype(x.dtype)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps), rounded to x's dtype, then times scale as LLaMA does (Zhang & Sennrich 2019).
+
+    x: [..., D]; scale: [D].
+    """
+    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + eps)
+    return y.astype(x.dtype) * gather(scale, x.dtype)

@@ -1,0 +1,138 @@
+"""Rotary position embeddings with all scalings that LLaMA checkpoints name (Su et al. 2021, arXiv 2104.09864)."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary settings; a field that the kind does not use must keep its default.
+
+    theta: base of the frequencies. factor: how many times the context is stretched.
+    original_context: length the model was trained on (yarn, longrope, llama3) or its context (dynamic), in tokens.
+    low, high: llama3's limits, in wavelengths per original context. beta_fast, beta_slow: yarn's limits, in rotations.
+    truncate: yarn rounds the limits to whole frequencies. attention_factor: multiplies cosine and sine; None derives it.
+    mscale, mscale_all_dim: yarn's other way to give the attention factor.
+    short_factors, long_factors: longrope's divisors of each frequency, below and above the original context.
+    """
+
+    theta: float = 10_000.0
+    kind: str = "default"
+    factor: float = 1.0
+    original_context: int = 0
+    low: float = 1.0
+    high: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+
+    USED = {
+        "default": set(),
+        "linear": {"factor"},
+        "dynamic": {"factor", "original_context"},
+        "yarn": {"factor", "original_context", "beta_fast", "beta_slow", "truncate", "attention_factor", "mscale",
+                 "mscale_all_dim"},
+        "longrope": {"factor", "original_context", "attention_factor", "short_factors", "long_factors"},
+        "llama3": {"factor", "original_context", "low", "high"},
+    }  # fmt: skip
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"unknown RoPE kind {self.kind!r}: choose from {', '.join(KINDS)}")
+        used = self.USED[self.kind] | {"theta", "kind"}
+        for field in dataclasses.fields(self):
+            if field.name not in used and getattr(self, field.name) != field.default:
+                raise ValueError(f"RoPE kind {self.kind!r} does not use {field.name}={getattr(self, field.name)}")
+        if "original_context" in used and self.original_context < 1:
+            raise ValueError(f"RoPE kind {self.kind!r} needs original_context")
+        if self.factor < 1:
+            raise ValueError(f"RoPE factor {self.factor} must be at least 1")
+
+
+def frequencies(rope: Rope, width: int, length: jax.Array | None = None) -> np.ndarray | jax.Array:
+    """Angle per position of each pair, float64 [width / 2], or [B, width / 2] where they depend on the length.
+
+    length: int32 [B], tokens of the whole text; dynamic and longrope read it.
+    """
+    exponent = np.arange(0, width, 2) / width
+    plain = rope.theta**-exponent
+    if rope.kind == "linear":
+        return plain / rope.factor
+    if rope.kind == "dynamic":
+        stretch = jnp.maximum(length, rope.original_context) / rope.original_context
+        base = rope.theta * (rope.factor * stretch - (rope.factor - 1)) ** (width / (width - 2))
+        return base[:, None] ** -exponent
+    if rope.kind == "yarn":
+        return _yarn(rope, plain)
+    if rope.kind == "llama3":
+        return _llama3(rope, plain)
+    if rope.kind == "longrope":
+        for name in ("short_factors", "long_factors"):
+            if len(getattr(rope, name)) != width // 2:
+                raise ValueError(f"longrope needs {width // 2} {name}, not {len(getattr(rope, name))}")
+        long = (length > rope.original_context)[:, None]
+        return plain / jnp.where(long, np.array(rope.long_factors), np.array(rope.short_factors))
+    return plain
+
+
+def _yarn(rope: Rope, plain: np.ndarray) -> np.ndarray:
+    """Peng et al. 2023 (arXiv 2309.00071), section 3.2: fast frequencies stay, slow ones are divided by the factor."""
+    width = 2 * len(plain)
+
+    def index(rotations):  # the (fractional) frequency that turns so often in the original context
+        return width * math.log(rope.original_context / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = index(rope.beta_fast), index(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    slow = np.clip((np.arange(len(plain)) - low) / max(high - low, 0.001), 0, 1)
+    return plain / rope.factor * slow + plain * (1 - slow)
+
+
+def _llama3(rope: Rope, plain: np.ndarray) -> np.ndarray:
+    """meta-llama/llama-models, apply_scaling: wavelengths beyond the original context are stretched, short ones not."""
+    turns = rope.original_context * plain / (2 * math.pi)
+    smooth = np.clip((turns - rope.low) / (rope.high - rope.low), 0, 1)
+    return plain / rope.factor * (1 - smooth) + plain * smooth
+
+
+def amplitude(rope: Rope) -> float:
+    """What cosine and sine are multiplied by, so that scores are multiplied by its square."""
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+
+    def yarn(scale):
+        return 1.0 if rope.factor <= 1 else 0.1 * scale * math.log(rope.factor) + 1
+
+    if rope.kind == "yarn":
+        return yarn(rope.mscale) / yarn(rope.mscale_all_dim) if rope.mscale and rope.mscale_all_dim else yarn(1)
+    if rope.kind == "longrope" and rope.factor > 1:
+        return math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_context))
+    return 1.0
+
+
+def table(rope: Rope, positions: jax.Array, width: int, length: jax.Array | None, dtype) -> tuple[jax.Array, jax.Array]:
+    """(cosine, sine), each [B, T, 1, width / 2], of positions int32 [B, T], in at least float32."""
+    dtype = jnp.promote_types(dtype, jnp.float32)
+    inverse = jnp.asarray(frequencies(rope, width, length), dtype)
+    inverse = inverse[:, None] if inverse.ndim == 2 else inverse  # [B, 1, width / 2] or [width / 2]
+    angle = (positions.astype(dtype)[..., None] * inverse)[:, :, None]
+    return amplitude(rope) * jnp.cos(angle), amplitude(rope) * jnp.sin(angle)
+
+
+def rotate_halves(x: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:
+    """x [B, T, H, C] with entry i paired with entry i + C/2 and each pair turned (the layout of Hugging Face)."""
+    a, b = jnp.split(x.astype(cosine.dtype), 2, axis=-1)
+    return jnp.concatenate([a * cosine - b * sine, b * cosine + a * sine], axis=-1).astype(x.dtype)

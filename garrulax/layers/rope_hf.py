@@ -1,0 +1,70 @@
+"""RoPE settings in config.json: `rope_parameters` (transformers 5), and `rope_theta` with `rope_scaling` (before)."""
+
+from garrulax.layers.rope import KINDS, Rope
+
+_FIELDS = {
+    "factor": "factor",
+    "original_context": "original_max_position_embeddings",
+    "low": "low_freq_factor",
+    "high": "high_freq_factor",
+    "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow",
+    "truncate": "truncate",
+    "attention_factor": "attention_factor",
+    "mscale": "mscale",
+    "mscale_all_dim": "mscale_all_dim",
+    "short_factors": "short_factor",
+    "long_factors": "long_factor",
+}
+
+
+def rope_from_hf(raw: dict, context: int) -> Rope:
+    """Rope of a parsed config.json; `context` is its max_position_embeddings.
+
+    Raises ValueError for an unknown kind or key, and where the two dialects stand side by side and disagree.
+    """
+    found = []
+    if raw.get("rope_parameters"):
+        found.append(_read(raw["rope_parameters"], raw.get("rope_theta"), context))
+    if raw.get("rope_scaling"):
+        found.append(_read(raw["rope_scaling"], raw.get("rope_theta"), context))
+    if not found:
+        return Rope(theta=float(raw.get("rope_theta") or 10_000.0))
+    if any(r != found[0] for r in found):
+        raise ValueError("config.json: rope_parameters and rope_scaling disagree")
+    return found[0]
+
+
+def _read(settings: dict, theta: float | None, context: int) -> Rope:
+    kind = settings.get("rope_type", settings.get("type", "default"))
+    if kind not in KINDS:
+        raise ValueError(f"config.json: RoPE kind {kind!r} is not implemented: only {', '.join(KINDS)}")
+    unknown = sorted(settings.keys() - {"rope_type", "type", "rope_theta", *_FIELDS.values()})
+    if unknown:
+        raise ValueError(f"config.json: RoPE settings have unknown keys {', '.join(unknown)}")
+    values = {ours: settings[key] for ours, key in _FIELDS.items() if settings.get(key) is not None}
+    for name in ("short_factors", "long_factors"):
+        if name in values:
+            values[name] = tuple(values[name])
+    if kind == "dynamic":
+        values["original_context"] = context
+    if kind == "longrope" and "original_context" in values:
+        values.setdefault("factor", context / values["original_context"])
+    return Rope(theta=float(settings.get("rope_theta") or theta or 10_000.0), kind=kind, **values)
+
+
+def rope_to_hf(rope: Rope, context: int) -> dict:
+    """The config.json entries of `rope`, in both dialects.
+
+    Raises ValueError for a dynamic RoPE whose original context is not `context`: config.json cannot say that.
+    """
+    settings = {"rope_type": rope.kind}
+    for ours, key in _FIELDS.items():
+        value = getattr(rope, ours)
+        if ours in Rope.USED[rope.kind] and value is not None:
+            settings[key] = list(value) if isinstance(value, tuple) else value
+    if rope.kind == "dynamic":
+        if settings.pop("original_max_position_embeddings") != context:
+            raise ValueError(f"dynamic RoPE is stored with original_context = context = {context}")
+    old = {"rope_theta": rope.theta, "rope_scaling": None if rope.kind == "default" else settings}
+    return {**old, "rope_parameters": {**settings, "rope_theta": rope.theta}}

@@ -1,0 +1,67 @@
+"""Loading the reference cases in tests/oracles: tiny random models run by the original authors' code.
+
+Format: <case>_s0.safetensors (weights under the reference's names), .npz (inputs and outputs), .json (configuration).
+"""
+
+import json
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import load_file
+
+from garrulax import models
+from garrulax.core import spec
+
+FOLDER = pathlib.Path(__file__).parent / "oracles"
+LLAMA = ("llama", "llama_gqa", "llama_tied", "llama_linear", "llama_dynamic", "llama_yarn", "llama3")
+CAUSAL = ("gpt2", *LLAMA)
+
+
+def arrays(case):
+    return np.load(FOLDER / f"{case}_s0.npz")
+
+
+def raw_config(case):
+    return json.loads((FOLDER / f"{case}_s0.json").read_text())
+
+
+def tensors(case):
+    return load_file(FOLDER / f"{case}_s0.safetensors")
+
+
+def config(case):
+    if case == "glm_original":
+        raw = raw_config(case)
+        ids = raw["commands"]
+        return models.glm.Config(
+            vocab=raw["vocab"], context=raw["max_seq"], width=raw["hidden"], layers=raw["layers"], heads=raw["heads"],
+            eos=ids["eos"], pad=ids["pad"], cls=ids["ENC"], mask=ids["MASK"], sentence_mask=ids["sMASK"],
+            generation_mask=ids["gMASK"], sop=ids["sop"], eop=ids["eop"],
+        )  # fmt: skip
+    family = models.gpt if case == "gpt2" else models.llama
+    return family.from_hf(raw_config(case)["config"])
+
+
+def params(case, dtype=jnp.float32):
+    """Parameters of a case, read through the Spec tree; every stored tensor must be used."""
+    c, stored = config(case), tensors(case)
+    family = models.family(c)
+    layout = family.layout(c)
+    specs = family.parameters(c)
+    left = {k for k in stored if k not in layout.tied and not (layout.buffers and k.endswith(layout.buffers))}
+
+    def one(s):
+        left.difference_update(s.names)
+        parts = [s.stored.read(stored[name], s.layer_shape) for name in s.names]
+        return jnp.asarray(np.stack(parts) if s.layers else parts[0], dtype)
+
+    tree = spec.map_specs(one, specs)
+    assert not left, f"unused tensors {left}"
+    return tree
+
+
+def relative_error(ours, reference):
+    """Largest difference, relative to the largest value of the reference."""
+    reference = np.asarray(reference, np.float64)
+    return np.abs(np.asarray(ours, np.float64) - reference).max() / np.abs(reference).max()

@@ -1,0 +1,110 @@
+"""The same loss and gradients on every mesh of eight devices as on one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import garrulax as gx
+from garrulax import models
+from garrulax.core import sharding
+from garrulax.kernels import mask as masks
+from garrulax.layers.rope import Rope
+
+CONFIGS = {
+    "gpt": models.gpt.Config(vocab=96, context=24, width=32, layers=2, heads=4),
+    "glm": models.glm.Config(vocab=96, context=24, width=32, layers=2, heads=4),
+    "llama": models.llama.Config(
+        vocab=97, context=24, width=32, layers=2, heads=4, kv_heads=2, mlp_width=48, rope=Rope(theta=500.0),
+        attention_bias=True, mlp_bias=True,
+    ),
+}  # fmt: skip
+MESHES = ["fsdp=8", "data=8", "data=2,fsdp=2,tensor=2", "fsdp=4,tensor=2"]
+
+
+def loss(params, tokens, config, remat="none"):
+    options = {}
+    if isinstance(config, models.glm.Config):
+        context = jnp.full_like(tokens[:, 0], 7)
+        options["mask"] = masks.prefix(context, tokens.shape[1])
+    logits, _ = gx.forward(params, tokens, config, remat=remat, **options)
+    top = jax.nn.logsumexp(logits, axis=-1)
+    return jnp.mean(top**2) + jnp.mean(jnp.tanh(logits))
+
+
+def tokens(config, dtype=np.int32):
+    return np.random.default_rng(0).integers(0, config.vocab, (8, 20)).astype(dtype)
+
+
+@functools.cache
+def single(family, precision):
+    config = CONFIGS[family]
+    params = jax.tree.map(lambda x: x.astype(precision), gx.init(config, jax.random.key(1)))
+    return jax.jit(jax.value_and_grad(loss), static_argnums=2)(params, jnp.asarray(tokens(config)), config), params
+
+
+def relative(a, b):
+    return float(np.abs(np.asarray(a) - np.asarray(b)).max() / (np.abs(np.asarray(b)).max() + 1e-30))
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize(("precision", "bound"), [("float32", 1e-5), ("float64", 1e-10)])
+def test_loss_and_gradients_equal_one_device(family, mesh, precision, bound):
+    config = CONFIGS[family]
+    with jax.enable_x64(precision == "float64"):
+        (expected, gradients), params = single(family, precision)
+        m = sharding.make_mesh(mesh)
+        places = sharding.shardings(models.family(config).parameters(config), m)
+        with jax.set_mesh(m):
+            sharded = jax.device_put(params, places)
+            batch = jax.device_put(tokens(config), NamedSharding(m, P(*sharding.batch_sharding(m), None)))
+            value, grads = jax.jit(jax.value_and_grad(loss), static_argnums=(2, 3))(sharded, batch, config, "dots")
+        assert relative(value, expected) <= bound
+        worst = jax.tree.map(relative, grads, gradients)
+        assert max(jax.tree.leaves(worst)) <= bound, worst
+        placed = jax.tree.map(lambda g, s: g.sharding.is_equivalent_to(s, g.ndim), grads, places)
+        assert all(jax.tree.leaves(placed)), placed  # gradients come back where their parameters are
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_parameters_are_born_sharded_and_equal(family):
+    config = CONFIGS[family]
+    m = sharding.make_mesh("fsdp=4,tensor=2")
+    born = gx.init(config, jax.random.key(1), mesh=m)
+    plain = gx.init(config, jax.random.key(1))
+    places = sharding.shardings(models.family(config).parameters(config), m)
+    for a, b, place in zip(jax.tree.leaves(born), jax.tree.leaves(plain), jax.tree.leaves(places), strict=True):
+        assert a.sharding.is_equivalent_to(place, a.ndim)
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_initialisation_allocates_only_its_shard():
+    config = models.gpt.Config(vocab=4096, context=64, width=256, layers=4, heads=8)
+    m = sharding.make_mesh("fsdp=8")
+    specs = models.family(config).parameters(config)
+    make = jax.jit(lambda k: models.spec.init(specs, k), out_shardings=sharding.shardings(specs, m))
+    memory = make.lower(jax.random.key(0)).compile().memory_analysis()
+    whole = 4 * gx.count(config)
+    assert memory.output_size_in_bytes < whole / 4
+    assert memory.temp_size_in_bytes < whole / 4
+
+
+def test_errors_name_the_axis():
+    with pytest.raises(ValueError, match="unknown mesh axis 'rows'"):
+        sharding.make_mesh("rows=8")
+    with pytest.raises(ValueError, match="needs 4 devices, but there are 8"):
+        sharding.make_mesh("fsdp=4")
+    with pytest.raises(ValueError, match="not like fsdp=4"):
+        sharding.make_mesh("fsdp:8")
+    odd = models.gpt.Config(vocab=96, context=24, width=36, layers=1, heads=3)
+    with pytest.raises(ValueError, match="embed=36 cannot be split 8 ways"):
+        sharding.shardings(models.gpt.parameters(odd), sharding.make_mesh("fsdp=8"))
+    with pytest.raises(ValueError, match="no sharding rule for logical axis"):
+        sharding.shardings(models.gpt.parameters(odd), sharding.make_mesh("fsdp=8"), {"embed": None})
+    with pytest.raises(ValueError, match="unknown sharding rules"):
+        sharding.shardings(models.gpt.parameters(odd), sharding.make_mesh("fsdp=8"), "zero")

@@ -10,6 +10,7 @@ Names are imported on first use, so that `import garrulax` costs next to nothing
 """
 
 import importlib
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -35,7 +36,7 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'garrulax' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)
@@ -43,5 +44,5 @@ def __getattr__(name: str):
     return value
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted(__all__)

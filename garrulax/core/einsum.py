@@ -93,5 +93,5 @@ def _padded(x: jax.Array) -> tuple:
     return spec + (None,) * (x.ndim - len(spec))
 
 
-def _names(axes) -> tuple[str, ...]:
+def _names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return () if axes is None else axes if isinstance(axes, tuple) else (axes,)

@@ -4,9 +4,19 @@ import dataclasses
 from typing import Any
 
 #: Keys that change nothing in what a decoder computes: bookkeeping, and defaults of old generation code.
-IRRELEVANT = frozenset(
-    ["_name_or_path", "_commit_hash", "architectures", "auto_map", "chunk_size_feed_forward", "dtype", "torch_dtype", "id2label", "label2id", "is_decoder", "is_encoder_decoder", "output_attentions", "output_hidden_states", "output_scores", "problem_type", "pruned_heads", "return_dict", "return_dict_in_generate", "task_specific_params", "tokenizer_class", "torchscript", "transformers_version", "use_cache", "use_bfloat16", "tf_legacy_loss", "finetuning_task", "prefix", "sep_token_id", "decoder_start_token_id", "pad_token_id", "unsloth_version", "_attn_implementation", "attn_implementation", "pretraining_tp", "bad_words_ids", "begin_suppress_tokens", "suppress_tokens", "diversity_penalty", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "length_penalty", "max_length", "min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "remove_invalid_values", "repetition_penalty", "temperature", "top_k", "top_p", "typical_p"]
-)
+IRRELEVANT = frozenset({
+    "_name_or_path", "_commit_hash", "_attn_implementation", "architectures", "attn_implementation", "auto_map",
+    "bad_words_ids", "begin_suppress_tokens", "chunk_size_feed_forward", "decoder_start_token_id",
+    "diversity_penalty", "do_sample", "dtype", "early_stopping", "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "id2label",
+    "is_decoder", "is_encoder_decoder", "label2id", "length_penalty", "max_length", "min_length",
+    "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions",
+    "output_hidden_states", "output_scores", "pad_token_id", "prefix", "pretraining_tp", "problem_type",
+    "pruned_heads", "remove_invalid_values", "repetition_penalty", "return_dict", "return_dict_in_generate",
+    "sep_token_id", "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss", "tokenizer_class",
+    "top_k", "top_p", "torch_dtype", "torchscript", "transformers_version", "typical_p", "unsloth_version",
+    "use_bfloat16", "use_cache",
+})  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -220,13 +220,9 @@ def causal(batch: int, length: int) -> Mask:
     return Mask({"rank": rank, "segment": jnp.zeros_like(rank)})
 
 
-def causal_from(tokens: jax.Array, start: jax.Array | int | None = None) -> Mask:
+def causal_from(tokens: jax.Array, start: jax.Array | int = 0) -> Mask:
     """Causal for tokens [B, T] that follow `start` earlier ones; sharded as the tokens are."""
-    rank = (
-        jnp.zeros_like(tokens, jnp.int32)
-        + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        + (0 if start is None else start)
-    )
+    rank = jnp.zeros_like(tokens, jnp.int32) + jnp.arange(tokens.shape[1], dtype=jnp.int32) + start
     return Mask({"rank": rank, "segment": jnp.zeros_like(rank)})
 
 

@@ -1,5 +1,7 @@
 """Self-attention over the tokens of this call and those in the cache."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -14,14 +16,14 @@ def attend(
     view: View,
     kv: KV | None,
     layer: jax.Array,
-    **options,
+    **options: Any,
 ) -> tuple[jax.Array, KV | None]:
     """Attention of query [B, T, H, C] over key and value [B, T, K, C] of these tokens and everything cached.
 
     options go to `kernels.attention` (scale, softcap, bias, dropout, ...). Returns [B, T, H, C] and the cache arrays
     with this layer's new keys and values in them.
     """
-    if kv is not None:
+    if kv is not None and view.at is not None:
         kv, past = extend(kv, layer, key, value, view.at)
         key, value = past["key"].astype(query.dtype), past["value"].astype(query.dtype)
     return attention(query, key, value, mask=view.mask, **options), kv

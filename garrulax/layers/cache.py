@@ -1,12 +1,13 @@
 """The KV cache: keys, values and mask streams of the tokens seen so far, updated in place."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from garrulax.kernels.mask import PAD_KEY, Mask, Streams, as_keys
+from garrulax.kernels.mask import PAD_KEY, Mask, Streams, as_keys, causal_from
 
 KV = dict[str, jax.Array]  # "key", "value"
 
@@ -57,7 +58,8 @@ def make_cache(
     stacked: bool = True,
     like: jax.Array | None = None,
 ) -> Cache:
-    """An empty cache of `size` slots, all of which the text is planned to fill. stacked must agree with the form of the parameters (`models.unstack`).
+    """An empty cache of `size` slots, all of which the text is planned to fill. stacked must agree with the form of
+    the parameters (`models.unstack`).
 
     like: on a mesh, a [B, T] array of tokens whose batch sharding the cache takes.
     """
@@ -77,24 +79,28 @@ def make_cache(
     return Cache(arrays, empty, jnp.zeros((), jnp.int32), _zeros((batch,), jnp.int32, (batch_axis,)) + size)
 
 
-def _first_axis(x: jax.Array):
+def _first_axis(x: jax.Array) -> Any:
     spec = jax.typeof(x).sharding.spec
     return spec[0] if len(spec) else None
 
 
-def _zeros(shape, dtype, axes):
+def _zeros(shape: tuple[int, ...], dtype: Any, axes: tuple) -> jax.Array:
     return jnp.zeros(shape, dtype) if not any(axes) else jnp.zeros(shape, dtype, out_sharding=jax.P(*axes))
 
 
-def admit(mask: Mask, cache: Cache | None, tokens: int) -> tuple[View, Cache | None]:
-    """The view of a call with `tokens` new tokens a row, and the cache with their streams in it.
+def admit(tokens: jax.Array, mask: Mask | None, cache: Cache | None) -> tuple[View, Cache | None]:
+    """The view of a call with tokens [B, T], and the cache with their streams in it.
 
+    mask: who attends to whom; None is causal, counted on from the cache.
     Raises ValueError where the cache is too small, as far as its fill is known (not under jit).
     """
+    if mask is None:
+        mask = causal_from(tokens, 0 if cache is None else cache.used)
     if cache is None:
         return View(mask), None
-    if not isinstance(cache.used, jax.core.Tracer) and int(cache.used) + tokens > cache.size:
-        raise ValueError(f"the cache has {cache.size} slots: {int(cache.used)} used, no room for {tokens} more")
+    count = tokens.shape[1]
+    if not isinstance(cache.used, jax.core.Tracer) and int(cache.used) + count > cache.size:
+        raise ValueError(f"the cache has {cache.size} slots: {int(cache.used)} used, no room for {count} more")
     if mask.key is not None:
         raise ValueError("with a cache, give the mask streams of the new tokens only: the cache holds the keys'")
     new = as_keys(mask.query)
@@ -104,7 +110,7 @@ def admit(mask: Mask, cache: Cache | None, tokens: int) -> tuple[View, Cache | N
     at = (0, cache.used)
     streams = {name: jax.lax.dynamic_update_slice(s, new[name], at) for name, s in cache.streams.items()}
     view = View(Mask(mask.query, streams, mask.rule), cache.used)
-    return view, cache.replace(streams=streams, used=cache.used + tokens)
+    return view, dataclasses.replace(cache, streams=streams, used=cache.used + count)
 
 
 def extend(kv: KV, layer: jax.Array | int, key: jax.Array, value: jax.Array, at: jax.Array) -> tuple[KV, KV]:

@@ -31,7 +31,7 @@ def mlp(x: jax.Array, p: dict, activation: str) -> jax.Array:
 
 
 def gated_mlp(x: jax.Array, p: dict, activation: str) -> jax.Array:
-    """(activation(x gate) * x up) down (Shazeer 2020). x: [B, T, D]; gate, up: [D, F]; down: [F, D]; biases optional."""
+    """(activation(x gate) * x up) down (Shazeer 2020). x: [B, T, D]; gate, up: [D, F]; down: [F, D]."""
     gate = ACTIVATIONS[activation](linear("BTD,DF->BTF", x, p, "gate"))
     return linear("BTF,FD->BTD", gate * linear("BTD,DF->BTF", x, p, "up"), p, "down")
 

@@ -2,12 +2,23 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+#: Fields that each kind uses, besides theta.
+USED = {
+    "default": set(),
+    "linear": {"factor"},
+    "dynamic": {"factor", "original_context"},
+    "yarn": {"factor", "original_context", "beta_fast", "beta_slow", "truncate", "attention_factor", "mscale",
+             "mscale_all_dim"},
+    "longrope": {"factor", "original_context", "attention_factor", "short_factors", "long_factors"},
+    "llama3": {"factor", "original_context", "low", "high"},
+}  # fmt: skip
+KINDS = tuple(USED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,8 +27,8 @@ class Rope:
 
     theta: base of the frequencies. factor: how many times the context is stretched.
     original_context: length the model was trained on (yarn, longrope, llama3) or its context (dynamic), in tokens.
-    low, high: llama3's limits, in wavelengths per original context. beta_fast, beta_slow: yarn's limits, in rotations.
-    truncate: yarn rounds the limits to whole frequencies. attention_factor: multiplies cosine and sine; None derives it.
+    low, high: llama3's limits, in wavelengths per original context. beta_fast, beta_slow: yarn's, in rotations.
+    truncate: yarn rounds the limits to whole frequencies. attention_factor: of cosine and sine; None derives it.
     mscale, mscale_all_dim: yarn's other way to give the attention factor.
     short_factors, long_factors: longrope's divisors of each frequency, below and above the original context.
     """
@@ -37,20 +48,10 @@ class Rope:
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
 
-    USED = {
-        "default": set(),
-        "linear": {"factor"},
-        "dynamic": {"factor", "original_context"},
-        "yarn": {"factor", "original_context", "beta_fast", "beta_slow", "truncate", "attention_factor", "mscale",
-                 "mscale_all_dim"},
-        "longrope": {"factor", "original_context", "attention_factor", "short_factors", "long_factors"},
-        "llama3": {"factor", "original_context", "low", "high"},
-    }  # fmt: skip
-
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ValueError(f"unknown RoPE kind {self.kind!r}: choose from {', '.join(KINDS)}")
-        used = self.USED[self.kind] | {"theta", "kind"}
+        used = USED[self.kind] | {"theta", "kind"}
         for field in dataclasses.fields(self):
             if field.name not in used and getattr(self, field.name) != field.default:
                 raise ValueError(f"RoPE kind {self.kind!r} does not use {field.name}={getattr(self, field.name)}")
@@ -69,21 +70,23 @@ def frequencies(rope: Rope, width: int, length: jax.Array | None = None) -> np.n
     plain = rope.theta**-exponent
     if rope.kind == "linear":
         return plain / rope.factor
-    if rope.kind == "dynamic":
-        stretch = jnp.maximum(length, rope.original_context) / rope.original_context
-        base = rope.theta * (rope.factor * stretch - (rope.factor - 1)) ** (width / (width - 2))
-        return base[:, None] ** -exponent
     if rope.kind == "yarn":
         return _yarn(rope, plain)
     if rope.kind == "llama3":
         return _llama3(rope, plain)
-    if rope.kind == "longrope":
-        for name in ("short_factors", "long_factors"):
-            if len(getattr(rope, name)) != width // 2:
-                raise ValueError(f"longrope needs {width // 2} {name}, not {len(getattr(rope, name))}")
-        long = (length > rope.original_context)[:, None]
-        return plain / jnp.where(long, np.array(rope.long_factors), np.array(rope.short_factors))
-    return plain
+    if rope.kind == "default":
+        return plain
+    if length is None:
+        raise ValueError(f"RoPE kind {rope.kind!r} needs the length of the text")
+    if rope.kind == "dynamic":
+        stretch = jnp.maximum(length, rope.original_context) / rope.original_context
+        base = rope.theta * (rope.factor * stretch - (rope.factor - 1)) ** (width / (width - 2))
+        return base[:, None] ** -exponent
+    for name in ("short_factors", "long_factors"):
+        if len(getattr(rope, name)) != width // 2:
+            raise ValueError(f"longrope needs {width // 2} {name}, not {len(getattr(rope, name))}")
+    long = length[:, None] > rope.original_context
+    return plain / jnp.where(long, np.array(rope.long_factors), np.array(rope.short_factors))
 
 
 def _yarn(rope: Rope, plain: np.ndarray) -> np.ndarray:
@@ -123,7 +126,9 @@ def amplitude(rope: Rope) -> float:
     return 1.0
 
 
-def table(rope: Rope, positions: jax.Array, width: int, length: jax.Array | None, dtype) -> tuple[jax.Array, jax.Array]:
+def table(
+    rope: Rope, positions: jax.Array, width: int, length: jax.Array | None, dtype: Any
+) -> tuple[jax.Array, jax.Array]:
     """(cosine, sine), each [B, T, 1, width / 2], of positions int32 [B, T], in at least float32."""
     dtype = jnp.promote_types(dtype, jnp.float32)
     inverse = jnp.asarray(frequencies(rope, width, length), dtype)

@@ -1,6 +1,8 @@
 """RoPE settings in config.json: `rope_parameters` (transformers 5), and `rope_theta` with `rope_scaling` (before)."""
 
-from garrulax.layers.rope import KINDS, Rope
+from typing import Any
+
+from garrulax.layers.rope import KINDS, USED, Rope
 
 _FIELDS = {
     "factor": "factor",
@@ -58,13 +60,12 @@ def rope_to_hf(rope: Rope, context: int) -> dict:
 
     Raises ValueError for a dynamic RoPE whose original context is not `context`: config.json cannot say that.
     """
-    settings = {"rope_type": rope.kind}
+    settings: dict[str, Any] = {"rope_type": rope.kind}
     for ours, key in _FIELDS.items():
         value = getattr(rope, ours)
-        if ours in Rope.USED[rope.kind] and value is not None:
+        if ours in USED[rope.kind] and value is not None:
             settings[key] = list(value) if isinstance(value, tuple) else value
-    if rope.kind == "dynamic":
-        if settings.pop("original_max_position_embeddings") != context:
-            raise ValueError(f"dynamic RoPE is stored with original_context = context = {context}")
+    if rope.kind == "dynamic" and settings.pop("original_max_position_embeddings") != context:
+        raise ValueError(f"dynamic RoPE is stored with original_context = context = {context}")
     old = {"rope_theta": rope.theta, "rope_scaling": None if rope.kind == "default" else settings}
     return {**old, "rope_parameters": {**settings, "rope_theta": rope.theta}}

@@ -1,5 +1,6 @@
 """Running the layers of a model one after another."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,14 @@ REMAT = {
 
 
 def run(
-    block: Callable, x: jax.Array, blocks: Any, *, cache: Cache | None, key: jax.Array | None, remat: str = "none"
+    block: Callable,
+    x: jax.Array,
+    blocks: Any,
+    *,
+    cache: Cache | None,
+    key: jax.Array | None,
+    remat: str = "none",
+    unroll: bool = False,
 ) -> tuple[jax.Array, Cache | None]:
     """x after all layers, and the cache.
 
@@ -27,6 +35,8 @@ def run(
     a tuple with one tree a layer, which run unrolled (a decoding step reads each weight where it lies: on CPU twice
     as fast as slicing it out of the stack). The cache must have the same form.
     remat: what the backward pass recomputes, a name in `REMAT`.
+    unroll: lay the scan out as straight code: compile time grows with depth, and on CPU a small model trains a
+    quarter faster, since nothing is copied into and out of the stack.
     """
     if remat not in REMAT:
         raise ValueError(f"unknown remat {remat!r}: choose from {', '.join(REMAT)}")
@@ -36,7 +46,7 @@ def run(
         block = jax.checkpoint(block, policy=REMAT[remat])
     if isinstance(blocks, tuple):
         return _unrolled(block, x, blocks, cache, key)
-    return _scanned(block, x, blocks, cache, key)
+    return _scanned(block, x, blocks, cache, key, unroll)
 
 
 def _unrolled(block, x, blocks, cache, key):
@@ -45,10 +55,10 @@ def _unrolled(block, x, blocks, cache, key):
     for i, (p, kv) in enumerate(zip(blocks, kvs, strict=True)):
         x, kv = block(x, p, kv, jnp.int32(i), _fold(key, i))
         done.append(kv)
-    return x, cache.replace(layers=tuple(done)) if cache else None
+    return x, dataclasses.replace(cache, layers=tuple(done)) if cache else None
 
 
-def _scanned(block, x, blocks, cache, key):
+def _scanned(block, x, blocks, cache, key, unroll):
     layers = jax.tree.leaves(blocks)[0].shape[0]
 
     def body(carry, layer):
@@ -57,8 +67,8 @@ def _scanned(block, x, blocks, cache, key):
         return block(x, p, kv, i, _fold(key, i)), None
 
     carry = (x, cache.layers if cache else None)
-    (x, kv), _ = jax.lax.scan(body, carry, (jnp.arange(layers, dtype=jnp.int32), blocks))
-    return x, cache.replace(layers=kv) if cache else None
+    (x, kv), _ = jax.lax.scan(body, carry, (jnp.arange(layers, dtype=jnp.int32), blocks), unroll=unroll)
+    return x, dataclasses.replace(cache, layers=kv) if cache else None
 
 
 def _fold(key, layer):

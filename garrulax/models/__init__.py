@@ -86,6 +86,7 @@ def forward(
     cache: Cache | None = None,
     key: jax.Array | None = None,
     remat: str = "none",
+    unroll: bool = False,
 ) -> tuple[jax.Array, Cache | None]:
     """Logits of tokens, and the cache with the tokens in it.
 
@@ -93,7 +94,7 @@ def forward(
     gives NaN. positions: int32 [B, T], for the original GLM [B, 2, T] (position in the corrupted text, position in
     the span); default 0, 1, ..., counted on from the cache. mask: who attends to whom (`kernels.mask`), default
     causal; with a cache, the streams of the new tokens. cache: from `make_cache`. key: PRNG key; gives dropout.
-    remat: what the backward pass recomputes: none, dots, full.
+    remat: what the backward pass recomputes: none, dots, full. unroll: lay the layers out instead of scanning them.
 
     Returns (logits [B, T, V] in the parameters' dtype, cache or None). Works under jit, grad and vmap with `config`
     static. Raises ValueError for shapes that do not fit.
@@ -101,7 +102,9 @@ def forward(
     module = family(config)
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"tokens must be integers [batch, length], not {tokens.dtype} {tokens.shape}")
-    x, cache = module.hidden(params, tokens, config, positions=positions, mask=mask, cache=cache, key=key, remat=remat)
+    x, cache = module.hidden(
+        params, tokens, config, positions=positions, mask=mask, cache=cache, key=key, remat=remat, unroll=unroll
+    )
     return module.logits(params, x, config), cache
 
 

@@ -17,7 +17,7 @@ from garrulax.core.config import check_rates, check_sizes
 from garrulax.core.einsum import einsum, lookup
 from garrulax.core.hf import HFConfig, Layout
 from garrulax.core.spec import Spec, Stored, Tree, normal, ones, stacked, zeros
-from garrulax.kernels.mask import Mask, causal_from
+from garrulax.kernels.mask import Mask
 from garrulax.layers.attention import attend, default_positions
 from garrulax.layers.cache import Cache, admit
 from garrulax.layers.dropout import dropout, split
@@ -138,6 +138,7 @@ def hidden(
     cache: Cache | None = None,
     key: jax.Array | None = None,
     remat: str = "none",
+    unroll: bool = False,
 ) -> tuple[jax.Array, Cache | None]:
     """Hidden states [B, T, D] after the last norm, and the cache. Arguments as in `garrulax.forward`.
 
@@ -148,7 +149,7 @@ def hidden(
         positions = jnp.stack([first, jnp.zeros_like(first)], axis=1)
     if positions.shape != (tokens.shape[0], 2, tokens.shape[1]):
         raise ValueError(f"GLM positions must be [batch, 2, length], not {positions.shape} for tokens {tokens.shape}")
-    view, cache = admit(causal_from(tokens, cache and cache.used) if mask is None else mask, cache, tokens.shape[1])
+    view, cache = admit(tokens, mask, cache)
     embedding_key, layers_key = split(key, 2)
     x = lookup(params["tokens"], tokens)
     x = x + lookup(params["positions"], positions[:, 0]) + lookup(params["span_positions"], positions[:, 1])
@@ -168,7 +169,7 @@ def hidden(
         )
         return linear("BTHC,HCD->BTD", y, p, "out"), kv
 
-    x, cache = run(block, x, params["blocks"], cache=cache, key=layers_key, remat=remat)
+    x, cache = run(block, x, params["blocks"], cache=cache, key=layers_key, remat=remat, unroll=unroll)
     return layer_norm(x, **params["norm"], eps=c.norm_eps), cache
 
 

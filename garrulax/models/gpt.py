@@ -13,7 +13,7 @@ from garrulax.core.config import check_rates, check_sizes
 from garrulax.core.einsum import einsum, lookup
 from garrulax.core.hf import HFConfig, Layout
 from garrulax.core.spec import Spec, Stored, Tree, normal, ones, stacked, zeros
-from garrulax.kernels.mask import Mask, causal_from
+from garrulax.kernels.mask import Mask
 from garrulax.layers.attention import attend, default_positions
 from garrulax.layers.cache import Cache, admit
 from garrulax.layers.dropout import dropout, split
@@ -131,10 +131,11 @@ def hidden(
     cache: Cache | None = None,
     key: jax.Array | None = None,
     remat: str = "none",
+    unroll: bool = False,
 ) -> tuple[jax.Array, Cache | None]:
     """Hidden states [B, T, D] after the last norm, and the cache. Arguments as in `garrulax.forward`."""
     positions = default_positions(tokens, cache) if positions is None else positions
-    view, cache = admit(causal_from(tokens, cache and cache.used) if mask is None else mask, cache, tokens.shape[1])
+    view, cache = admit(tokens, mask, cache)
     embedding_key, layers_key = split(key, 2)
     x = lookup(params["tokens"], tokens) + lookup(params["positions"], positions)
     x = dropout(x, c.embedding_dropout, embedding_key)
@@ -156,7 +157,7 @@ def hidden(
         )  # fmt: skip
         return linear("BTHC,HCD->BTD", y, p, "out"), kv
 
-    x, cache = run(block, x, params["blocks"], cache=cache, key=layers_key, remat=remat)
+    x, cache = run(block, x, params["blocks"], cache=cache, key=layers_key, remat=remat, unroll=unroll)
     return layer_norm(x, **params["norm"], eps=c.norm_eps), cache
 
 

@@ -8,6 +8,7 @@ head with i + C/2), not Meta's interleaved one.
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 
@@ -15,7 +16,7 @@ from garrulax.core.config import check_rates, check_sizes
 from garrulax.core.einsum import einsum, lookup
 from garrulax.core.hf import HFConfig, Layout
 from garrulax.core.spec import Spec, Stored, Tree, normal, ones, stacked, zeros
-from garrulax.kernels.mask import Mask, causal_from
+from garrulax.kernels.mask import Mask
 from garrulax.layers import rope
 from garrulax.layers.attention import attend, default_positions
 from garrulax.layers.cache import Cache, admit
@@ -31,7 +32,7 @@ class Config:
     """LLaMA. Defaults are LLaMA 7B.
 
     vocab, context: tokens (the context is advice: rotary positions go on). width, layers, heads, kv_heads,
-    head_dim, mlp_width: sizes; head_dim None is width / heads. activation: of the gate. norm_eps: of the norms.
+    head_dim, mlp_width: sizes; head_dim 0 stands for width / heads. activation: of the gate. norm_eps: of the norms.
     rope: rotary settings. attention_dropout: used where forward is given a key. attention_bias, mlp_bias: whether
     the linear layers have biases. tied: the output is the token embedding. init_std: of the initial weights.
     bos, eos: token ids; eos may be several.
@@ -43,7 +44,7 @@ class Config:
     layers: int = 32
     heads: int = 32
     kv_heads: int = 32
-    head_dim: int | None = None
+    head_dim: int = 0
     mlp_width: int = 11008
     activation: str = "silu"
     norm_eps: float = 1e-6
@@ -58,7 +59,7 @@ class Config:
 
     def __post_init__(self):
         check_sizes(self, "vocab", "context", "width", "layers", "heads", "kv_heads", "mlp_width")
-        if self.head_dim is None:
+        if self.head_dim == 0:
             if self.width % self.heads:
                 raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}; give head_dim")
             object.__setattr__(self, "head_dim", self.width // self.heads)
@@ -149,10 +150,11 @@ def hidden(
     cache: Cache | None = None,
     key: jax.Array | None = None,
     remat: str = "none",
+    unroll: bool = False,
 ) -> tuple[jax.Array, Cache | None]:
     """Hidden states [B, T, D] after the last norm, and the cache. Arguments as in `garrulax.forward`."""
     positions = default_positions(tokens, cache) if positions is None else positions
-    view, cache = admit(causal_from(tokens, cache and cache.used) if mask is None else mask, cache, tokens.shape[1])
+    view, cache = admit(tokens, mask, cache)
     x = lookup(params["tokens"], tokens)
     length = positions.max(axis=1) + 1 if cache is None else cache.planned
     turn = rope.table(c.rope, positions, c.head_dim, length, x.dtype)
@@ -169,7 +171,7 @@ def hidden(
         y, kv = attend(q, k, v, view, kv, layer, dropout=c.attention_dropout, dropout_key=key)
         return linear("BTHC,HCD->BTD", y, p, "out"), kv
 
-    x, cache = run(block, x, params["blocks"], cache=cache, key=key, remat=remat)
+    x, cache = run(block, x, params["blocks"], cache=cache, key=key, remat=remat, unroll=unroll)
     return rms_norm(x, **params["norm"], eps=c.norm_eps), cache
 
 
@@ -203,7 +205,7 @@ HF = HFConfig(
     defaults={
         "context": 2048,
         "kv_heads": None,
-        "head_dim": None,
+        "head_dim": 0,
         "activation": "silu",
         "norm_eps": 1e-6,
         "attention_dropout": 0.0,
@@ -253,9 +255,9 @@ _LLAMA31 = dataclasses.replace(
 _LLAMA32 = dataclasses.replace(_LLAMA31, rope=dataclasses.replace(_LLAMA31.rope, factor=32.0), tied=True)
 
 
-def _sized(base: Config, **sizes) -> Config:
+def _sized(base: Config, **sizes: Any) -> Config:
     """`base` with other sizes; head_dim follows from them unless given."""
-    return dataclasses.replace(base, **{"head_dim": None, **sizes})
+    return dataclasses.replace(base, **{"head_dim": 0, **sizes})
 
 
 _13B = {"width": 5120, "layers": 40, "heads": 40, "kv_heads": 40, "mlp_width": 13824}

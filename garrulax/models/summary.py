@@ -1,0 +1,77 @@
+"""What a configuration costs: parameters by part, FLOPs a token, bytes. Arithmetic on the Spec tree; no arrays."""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from garrulax import models
+from garrulax.core import spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """Costs of one configuration.
+
+    parts: parameters by part of the model, summing to `parameters`. matmul_parameters: those that multiply a token
+    (matrices, and the output embedding; not norms, biases or looked-up tables).
+    forward_flops, training_flops: a token, at the full context. cache_values: numbers cached a token.
+    """
+
+    parameters: int
+    parts: dict[str, int]
+    matmul_parameters: int
+    forward_flops: int
+    training_flops: int
+    cache_values: int
+
+
+def summarize(config: Any) -> Summary:
+    """The `Summary` of a configuration."""
+    specs = spec.named_specs(models.family(config).parameters(config))
+    sizes = {name: math.prod(s.shape) for name, s in specs.items()}
+    parts: dict[str, int] = {}
+    for name, size in sizes.items():
+        part = _part(name)
+        parts[part] = parts.get(part, 0) + size
+    forward = flops_per_token(config, config.context)
+    return Summary(
+        parameters=sum(sizes.values()),
+        parts=parts,
+        matmul_parameters=matmul_parameters(config),
+        forward_flops=forward,
+        training_flops=3 * forward,
+        cache_values=2 * config.layers * config.kv_heads * config.head_dim,
+    )
+
+
+def _part(name: str) -> str:
+    names = {"tokens": "token embedding", "positions": "position embedding", "span_positions": "position embedding",
+             "head": "output head"}  # fmt: skip
+    first, *rest = name.split("/")
+    if first == "blocks":
+        return {"attention": "attention", "mlp": "feed-forward"}.get(rest[0], "norms")
+    return names.get(first, "norms")
+
+
+def matmul_parameters(config: Any) -> int:
+    """Parameters that multiply every token: all matrices, and the embedding that gives the logits."""
+    specs = spec.named_specs(models.family(config).parameters(config))
+    matrices = sum(math.prod(s.shape) for s in specs.values() if s.role == "matrix")
+    return matrices + config.vocab * config.width
+
+
+def flops_per_token(config: Any, length: int) -> int:
+    """Floating-point operations of the forward pass a token, in a text of `length` tokens.
+
+    2 a parameter that multiplies it, and 4 L H C length for scores and their product with the values; causal masks
+    are not halved (Chowdhery et al. 2022, appendix B). The backward pass costs twice as much again.
+    """
+    attention = 4 * config.layers * config.heads * config.head_dim * length
+    return 2 * matmul_parameters(config) + attention
+
+
+def bytes_of(count: int, dtype: str) -> int:
+    """Bytes of `count` numbers of a dtype such as float32 or bfloat16."""
+    return count * (2 if dtype == "bfloat16" else np.dtype(dtype).itemsize)

@@ -263,6 +263,7 @@ def _sized(base: Config, **sizes: Any) -> Config:
 _13B = {"width": 5120, "layers": 40, "heads": 40, "kv_heads": 40, "mlp_width": 13824}
 _70B = {"width": 8192, "layers": 80, "heads": 64, "kv_heads": 8, "mlp_width": 28672}
 
+#: All but the last as published; llama-tiny trains on a laptop in minutes.
 PRESETS = {
     "llama-7b": Config(),
     "llama-13b": _sized(Config(), **_13B),
@@ -279,4 +280,7 @@ PRESETS = {
     "llama3.2-1b": _sized(_LLAMA32, width=2048, layers=16, heads=32, kv_heads=8, mlp_width=8192),
     "llama3.2-3b": _sized(_LLAMA32, width=3072, layers=28, heads=24, kv_heads=8, mlp_width=8192),
     "llama3.3-70b": _sized(_LLAMA31, **_70B),
+    "llama-tiny": Config(
+        vocab=4096, context=128, width=128, layers=4, heads=4, kv_heads=2, mlp_width=352, tied=True, bos=None, eos=0
+    ),
 }

@@ -233,8 +233,8 @@ class JsonTokenizer(Tokenizer):
         self.vocab = max(ids.values()) + 1
         template = tokenizer.encode("", add_special_tokens=True).ids
         self.adds_bos = self.bos is not None and template[:1] == [self.bos]
-        unknown = getattr(tokenizer.model, "unk_token", None)
-        self._controls = set(self.specials.values()) - {ids.get(unknown)}
+        unknown = getattr(tokenizer.model, "unk_token", None)  # does come out of text
+        self._controls = {i for content, i in self.specials.items() if content != unknown}
 
         kind = json.loads(tokenizer.to_str())["decoder"]
         kinds = {d["type"] for d in (kind or {}).get("decoders", [kind] if kind else [])}

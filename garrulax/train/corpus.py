@@ -21,6 +21,7 @@ from typing import Literal
 import numpy as np
 
 STDLIB = "stdlib"  # the source that needs no download: the running interpreter's standard library
+Split = Literal["train", "valid"]
 _NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _LONGEST = 2**26  # bytes; a longer plain file is read as several documents, so that memory stays bounded
 _TAIL = 0.10  # share of every document that is held out where whole documents cannot be
@@ -82,7 +83,7 @@ class Corpus:
         if self.valid_sources is not None:
             yield from _documents(self.valid_sources)
 
-    def split(self, name: Literal["train", "valid"]) -> Iterator[Document]:
+    def split(self, name: Split) -> Iterator[Document]:
         """The documents to train on, or the held-out ones."""
         if name not in ("train", "valid"):
             raise ValueError(f"a corpus has the splits 'train' and 'valid', not {name!r}")

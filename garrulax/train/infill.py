@@ -17,6 +17,7 @@ else: not on the process that makes it, not on the rows beside it.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -37,6 +38,19 @@ def causal(windows: np.ndarray) -> Batch:
         "targets": windows[:, 1:],
         "weights": np.ones((len(windows), windows.shape[1] - 1), np.float32),
     }
+
+
+class Vocabulary(Protocol):
+    """What blank infilling needs of a tokenizer (any `garrulax.hub.tokenizers.Tokenizer` has it)."""
+
+    vocab: int
+    eos: int | None
+    pad: int | None
+    specials: dict[str, int]
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -61,7 +75,7 @@ class InfillTokens:
     block: int | None = None
 
     @classmethod
-    def of(cls, tokenizer, task_mask: bool = True) -> "InfillTokens":
+    def of(cls, tokenizer: "Vocabulary", task_mask: bool = True) -> "InfillTokens":
         """The ids that a tokenizer with GLM's control tokens has for them.
 
         task_mask: whether sentences and documents are masked by [sMASK] and [gMASK] or, like tokens, by [MASK].
@@ -77,9 +91,9 @@ class InfillTokens:
             "end": "<|endofpiece|>",
         }
         missing = [name for name in names.values() if name not in specials]
-        if tokenizer.eos is None:
-            missing.append("an end-of-text token")
-        if missing:
+        eos = tokenizer.eos
+        if missing or eos is None:
+            missing += ["an end-of-text token"] if eos is None else []
             raise ValueError(
                 f"blank infilling needs control tokens that this tokenizer lacks: {', '.join(missing)}; "
                 "train one with specials=GLM_SPECIALS"
@@ -87,8 +101,8 @@ class InfillTokens:
         ends = np.array([_ends_sentence(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab)])
         return cls(
             **{field: specials[name] for field, name in names.items()},
-            eos=tokenizer.eos,
-            pad=tokenizer.eos if tokenizer.pad is None else tokenizer.pad,
+            eos=eos,
+            pad=eos if tokenizer.pad is None else tokenizer.pad,
             sentence_ends=ends,
             block=specials.get("[dBLOCK]"),
         )
@@ -216,7 +230,7 @@ def corrupt(source: np.ndarray, rng: np.random.Generator, ids: InfillTokens, mix
     spans = token_spans(source, rng, ids.eos, most)
     rng.shuffle(spans)
     inputs = source
-    if mix.block:
+    if mix.block and ids.block is not None:
         inputs = np.where(rng.random(len(source)) < mix.block, ids.block, source)
     return assemble(source, spans, ids.mask, ids.start, ids.end, inputs)
 

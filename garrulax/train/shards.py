@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
-from garrulax.train.corpus import Corpus, Document
+from garrulax.train.corpus import Corpus, Document, Split
 
 FORMAT = 1  # part of the key: raise it when the same corpus and tokenizer must give other files
 _PIECE = 2**20  # characters of a document that are encoded at a time
@@ -253,7 +253,7 @@ def _encode(tokenizer: Encoder, batch: list[_Piece]) -> list[list[int]]:
 
 
 def _write_split(
-    folder: Path, split: str, corpus: Corpus, tokenizer: Encoder, shard_tokens: int, progress: Progress | None
+    folder: Path, split: Split, corpus: Corpus, tokenizer: Encoder, shard_tokens: int, progress: Progress | None
 ) -> dict[str, Any]:
     """Writes the files of one split; returns its part of meta.json."""
     shards = _ShardWriter(folder, split, _dtype(tokenizer), shard_tokens)

@@ -109,6 +109,8 @@ def test_filling_the_blanks_gives_the_text_back(kind, documents):
         part_a = batch["tokens"][row][(batch["rank"][row] == 0) & (batch["segment"][row] == 0)]
         spans = (batch["tokens"][row][batch["rank"][row] > 0] == SOP).sum()
         assert (part_a == mask).sum() == spans > 0
+        assert part_a[0] == CLS
+        assert part_a[-1] == windows[row, -1] or (kind == "document" and EOP not in batch["targets"][row])
     assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
         "tokens": ((64, 90), np.int32), "targets": ((64, 90), np.int32), "weights": ((64, 90), np.float32),
         "positions": ((64, 2, 90), np.int32), "rank": ((64, 90), np.int32), "segment": ((64, 90), np.int32),
@@ -151,6 +153,13 @@ def test_token_spans_stay_in_documents_and_within_the_budget():
             assert 1 <= begin < stop <= 127
 
 
+def test_part_b_is_in_random_order():
+    batch = infill(texts(300, 110), range(300), 0, IDS, 160, ONLY["token"])
+    first = [np.flatnonzero(row == SOP)[:2] for row in batch["tokens"]]
+    rising = [batch["positions"][i, 0, a] < batch["positions"][i, 0, b] for i, (a, b) in enumerate(first)]
+    assert 0.4 < np.mean(rising) < 0.6
+
+
 def test_sentence_spans_are_whole_sentences():
     rng = np.random.default_rng(2)
     for row in texts(200, 127, documents=True):
@@ -162,6 +171,7 @@ def test_sentence_spans_are_whole_sentences():
             assert ENDS[last] or source[stop] == EOS or stop == 127, "ends where a sentence ends"
             assert not ENDS[source[begin : stop - 1]].any()
             assert EOS not in source[begin:stop]
+            assert stop <= 127, "the last token is hidden"
         total = sum(b - a for a, b in spans)
         assert total >= 19
         assert total - (spans[-1][1] - spans[-1][0]) < 19, "one sentence more than needed"

@@ -39,7 +39,9 @@ def test_permute_looks_random():
             assert (order == other).mean() < 0.01
 
 
-@pytest.mark.parametrize(("size", "window", "batch"), [(1000, 10, 7), (1009, 16, 8), (4097, 64, 4), (200, 7, 64)])
+@pytest.mark.parametrize(
+    ("size", "window", "batch"), [(1000, 10, 7), (1009, 16, 8), (4097, 64, 4), (200, 7, 64), (20000, 4, 64)]
+)
 def test_every_window_once_an_epoch(size, window, batch):
     sampler = Sampler(text(size), window, batch, seed=3)
     n = sampler.windows_per_epoch

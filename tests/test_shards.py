@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -210,10 +209,3 @@ def test_default_root(monkeypatch, tmp_path):
     monkeypatch.delenv("GARRULAX_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert default_root() == tmp_path / "xdg" / "garrulax" / "shards"
-
-
-def test_opening_is_quick(corpus, tmp_path):
-    folder = build_shards(corpus, ByteTokenizer(), tmp_path / "cache").folder
-    start = time.perf_counter()
-    Dataset(folder)
-    assert time.perf_counter() - start < 0.5

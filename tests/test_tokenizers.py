@@ -221,6 +221,7 @@ def test_json_settings_that_would_falsify_text_are_off(tmp_path):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     loaded = load_tokenizer(tmp_path)
     assert loaded.decode(loaded.encode(TEXT)) == TEXT
+    assert len(loaded.encode("a")) == 1
     assert loaded.eos == loaded.specials["<|endoftext|>"]
 
 
@@ -254,6 +255,7 @@ def test_training_is_deterministic_and_gives_the_specials():
     assert list(first.specials.items()) == [(content, i + 1) for i, content in enumerate(GLM_SPECIALS)]
     assert (first.vocab, first.eos, first.pad, first.bos) == (420, 1, 1, None)
     assert len(first.encode(TEXT)) < len(TEXT) / 2
+    assert [first.token_bytes(i) for i in first.encode("\n\n\t")] == [b"\n", b"\n", b"\t"]
     other = train_sentencepiece([TEXT], vocab=420, specials=("[PAD]", "[MASK]"))
     assert (other.eos, other.pad) == (None, other.specials["[PAD]"])
     chars = train_chars("hello", specials=("<|endoftext|>",))

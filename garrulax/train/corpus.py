@@ -1,0 +1,274 @@
+"""A corpus: text on disk as a sequence of documents, with a fixed held-out part.
+
+A corpus is read, never held in memory: iterate over it as often as you like. What is held out depends on the text
+alone, so that it is the same on every machine and in every process.
+"""
+
+import glob
+import gzip
+import hashlib
+import json
+import lzma
+import os
+import sysconfig
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+STDLIB = "stdlib"  # the source that needs no download: the running interpreter's standard library
+Split = Literal["train", "valid"]
+_NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_LONGEST = 2**26  # bytes; a longer plain file is read as several documents, so that memory stays bounded
+_TAIL = 0.10  # share of every document that is held out where whole documents cannot be
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text and where it came from (`file`, or `file:line` for JSONL)."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """What one pass over the documents finds out."""
+
+    hash: str
+    documents: int
+    bytes: int
+    cut: int | None  # documents whose number is at most this are held out; None: the tail of every document is
+    largest: float  # documents of more bytes are trained on
+
+
+class Corpus:
+    """Documents from files, folders and globs.
+
+    Args:
+      sources: paths of files, folders (all their files, recursively, hidden ones excepted) or glob patterns (`**`
+        works); or "stdlib". A `.jsonl` file holds one document a line in its field `text`; any other file is UTF-8
+        text, one document (several if longer than 64 MiB); any of them may be `.gz`. The order of the documents is
+        the order of the sources, sorted within a folder or glob.
+      valid: sources of the held-out text. If absent, documents of `sources` are held out: those with the smallest
+        hashes, until they make up `fraction` of the bytes; a document larger than that is always trained on. Where
+        whole documents cannot do it (few or very unequal ones), the last tenth of every document is held out
+        instead, cut at the end of a line.
+      fraction: share of the bytes to hold out.
+
+    Raises, when read: FileNotFoundError for a source that matches nothing; ValueError for binary files, JSONL lines
+    without `text`, and a corpus without text.
+    """
+
+    def __init__(
+        self,
+        sources: str | os.PathLike | Sequence[str | os.PathLike] = STDLIB,
+        *,
+        valid: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
+        fraction: float = 0.035,
+    ):
+        if not 0 < fraction < 0.2:
+            raise ValueError(f"the held-out fraction must be between 0 and 0.2, not {fraction}")
+        self.sources = _as_list(sources)
+        self.valid_sources = None if valid is None else _as_list(valid)
+        self.fraction = fraction
+
+    def __iter__(self) -> Iterator[Document]:
+        """All documents with any text in them, in order."""
+        yield from _documents(self.sources)
+        if self.valid_sources is not None:
+            yield from _documents(self.valid_sources)
+
+    def split(self, name: Split) -> Iterator[Document]:
+        """The documents to train on, or the held-out ones."""
+        if name not in ("train", "valid"):
+            raise ValueError(f"a corpus has the splits 'train' and 'valid', not {name!r}")
+        if self.valid_sources is not None:
+            yield from _documents(self.sources if name == "train" else self.valid_sources)
+            return
+        scan = self._scan
+        for document in _documents(self.sources):
+            if scan.cut is None:
+                head, tail = _cut_tail(document.text)
+                part = head if name == "train" else tail
+                if part:
+                    yield Document(document.name, part)
+            else:
+                text = document.text.encode()
+                if (len(text) <= scan.largest and _number(text) <= scan.cut) == (name == "valid"):
+                    yield document
+
+    @property
+    def hash(self) -> str:
+        """sha256 over the texts of all documents in order, and over what is held out of them."""
+        return self._scan.hash
+
+    @property
+    def documents(self) -> int:
+        """Number of documents."""
+        return self._scan.documents
+
+    @property
+    def bytes(self) -> int:
+        """Size of all texts as UTF-8."""
+        return self._scan.bytes
+
+    @cached_property
+    def _scan(self) -> _Scan:
+        total = hashlib.sha256()
+        numbers, sizes = array("Q"), array("Q")
+        for document in _documents(self.sources):
+            encoded = document.text.encode()
+            total.update(hashlib.sha256(encoded).digest())
+            numbers.append(_number(encoded))
+            sizes.append(len(encoded))
+        if not numbers:
+            raise ValueError(f"the corpus is empty: no text in {', '.join(map(str, self.sources))}")
+        documents, size = len(numbers), sum(sizes)
+        cut, largest = None, self.fraction * size
+        if self.valid_sources is None:
+            cut = _choose_cut(np.array(numbers, np.uint64), np.array(sizes, np.int64), largest)
+        else:
+            total.update(b"valid")
+            held_out = 0
+            for document in _documents(self.valid_sources):
+                total.update(hashlib.sha256(document.text.encode()).digest())
+                documents, size, held_out = documents + 1, size + len(document.text.encode()), held_out + 1
+            if not held_out:
+                raise ValueError(f"the held-out text is empty: no text in {', '.join(map(str, self.valid_sources))}")
+        total.update(f"cut {cut}".encode())
+        return _Scan(total.hexdigest(), documents, size, cut, largest)
+
+
+def xz_bits_per_byte(texts: Iterable[str], limit: int = 2**24) -> float:
+    """Bits that `xz -9` needs per byte of `texts` joined (the first `limit` bytes of them): a yardstick for models.
+
+    Give it the held-out text alone: `xz_bits_per_byte(d.text for d in corpus.split("valid"))`.
+    """
+    joined = bytearray()
+    for text in texts:
+        joined += text.encode()
+        if len(joined) >= limit:
+            break
+    if not joined:
+        raise ValueError("no text to compress")
+    joined = bytes(joined[:limit])
+    return 8 * len(lzma.compress(joined, preset=9)) / len(joined)
+
+
+# -- What is held out -------------------------------------------------------------------------------------------------
+
+
+def _number(text: bytes) -> int:
+    """A number in 0 .. 2**64 - 1 that decides whether this text is held out."""
+    return int.from_bytes(hashlib.sha256(b"garrulax" + text).digest()[:8])
+
+
+def _choose_cut(numbers: np.ndarray, sizes: np.ndarray, wanted: float) -> int | None:
+    """The smallest number such that the documents up to it hold `wanted` bytes; None if there is no such number."""
+    numbers, sizes = numbers[sizes <= wanted], sizes[sizes <= wanted]
+    if sizes.sum() < wanted:
+        return None
+    order = np.argsort(numbers)
+    return int(numbers[order][np.searchsorted(np.cumsum(sizes[order]), wanted)])
+
+
+def _cut_tail(text: str) -> tuple[str, str]:
+    """The text in two: the second part is about a tenth and starts at a line, where there is one to start at."""
+    near = int(len(text) * (1 - _TAIL))
+    line_end = text.rfind("\n", 0, near) + 1
+    at = line_end if line_end > len(text) // 2 else near
+    return text[:at], text[at:]
+
+
+# -- Reading ----------------------------------------------------------------------------------------------------------
+
+
+def _as_list(sources: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str | os.PathLike]:
+    return [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
+
+
+def _documents(sources: Sequence[str | os.PathLike]) -> Iterator[Document]:
+    for source in sources:
+        if str(source) == STDLIB and not Path(STDLIB).exists():
+            yield from _standard_library()
+            continue
+        for file in _files(source):
+            yield from (document for document in _read(file) if document.text)
+
+
+def _files(source: str | os.PathLike) -> list[Path]:
+    path = Path(source)
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        inside = (file for file in path.rglob("*") if file.is_file())
+        return sorted(f for f in inside if not any(part.startswith(".") for part in f.relative_to(path).parts))
+    found = sorted(Path(file) for file in glob.glob(str(source), recursive=True) if os.path.isfile(file))
+    if not found:
+        raise FileNotFoundError(f"no text at {source}: no such file or folder, and no file matches it as a pattern")
+    return found
+
+
+def _read(file: Path) -> Iterator[Document]:
+    """The documents of one file, with errors that say which file and what to do."""
+    opened = gzip.open if file.suffix == ".gz" else open
+    kind = Path(file.stem).suffix if file.suffix == ".gz" else file.suffix
+    try:
+        with opened(file, "rb") as stream:
+            yield from _read_jsonl(file, stream) if kind == ".jsonl" else _read_text(file, stream)
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{file} is not a complete gzip file ({error}): copy it again or leave it out") from error
+
+
+def _read_text(file: Path, stream) -> Iterator[Document]:
+    start = 0
+    while block := stream.read(_LONGEST):
+        if len(block) == _LONGEST:
+            block += stream.readline()  # cut at the end of a line
+        yield Document(f"{file}@{start}" if start else str(file), _decode(block, str(file), start))
+        start += len(block)
+
+
+def _read_jsonl(file: Path, stream) -> Iterator[Document]:
+    for number, line in enumerate(stream, 1):
+        where = f"{file}:{number}"
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(_decode(line, where))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where} is not valid JSON: {error}") from error
+        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+            raise ValueError(f'{where} has no string field `text`: every line must be like {{"text": "..."}}')
+        yield Document(where, record["text"].encode("utf-8", "replace").decode())  # \ud800 alone is not text
+
+
+def _decode(content: bytes, where: str, start: int = 0) -> str:
+    advice = "only UTF-8 text can be trained on; leave it out (a pattern such as 'folder/**/*.txt' picks files)"
+    if (at := content.find(0)) >= 0:
+        raise ValueError(f"{where} is a binary file (NUL at byte {start + at}): {advice}")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} is not UTF-8 (byte {start + error.start}): {advice}") from error
+
+
+def _standard_library() -> Iterator[Document]:
+    """The interpreter's own Python source, about 12 MB, without tests and installed packages."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if name not in _NOT_STDLIB)
+        for file in sorted(Path(folder, name) for name in files if name.endswith(".py")):
+            if file.is_symlink():  # a distribution's own configuration
+                continue
+            try:
+                text = _decode(file.read_bytes(), str(file))
+            except ValueError:  # a few sources are latin-1 or test data on purpose
+                continue
+            if text:
+                yield Document(file.relative_to(root).as_posix(), text)

@@ -1,0 +1,155 @@
+"""Batches of token windows in a shuffled order whose whole state is two integers: the seed and the step.
+
+The text is cut into windows. An epoch shows every window once, in an order given by a pseudo-random permutation that
+is computed, not stored; the next epoch cuts elsewhere and shuffles anew. Step s takes windows s*B .. s*B + B - 1 of
+this endless sequence, so any step can be asked for at any time: resuming needs nothing but the number of the step.
+"""
+
+import functools
+from collections.abc import Iterator
+
+import numpy as np
+
+from garrulax.train.shards import Tokens
+
+
+class Sampler:
+    """Random windows of a long text.
+
+    Args:
+      tokens: the text, a `Tokens` or an integer array [N].
+      window: tokens that the model sees at once, T. A window has T + 1 tokens: inputs and targets.
+      batch: windows in a global batch, B.
+      seed: decides the order; any int, modulo 2**64.
+      process_index, process_count: this process and their number; each gets B / process_count rows. The rows of all
+        processes, in order, are the batch that a single process would get.
+
+    Raises ValueError if the text is shorter than one window or B is not a multiple of process_count.
+    """
+
+    def __init__(
+        self,
+        tokens: Tokens | np.ndarray,
+        window: int,
+        batch: int,
+        seed: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        if window < 1 or batch < 1:
+            raise ValueError(f"window and batch must be positive, not {window} and {batch}")
+        if len(tokens) < window + 1:
+            raise ValueError(
+                f"the text has {len(tokens)} tokens, fewer than one window of {window} + 1: "
+                "use a smaller window or more text"
+            )
+        if batch % process_count or not 0 <= process_index < process_count:
+            raise ValueError(
+                f"a batch of {batch} cannot be shared by {process_count} processes (this is {process_index})"
+            )
+        self.tokens = _as_tokens(tokens)
+        self.window = window
+        self.batch = batch
+        self.seed = seed
+        local = batch // process_count
+        self._rows = np.arange(process_index * local, (process_index + 1) * local)
+        # One window fewer than fit leaves room to move the cuts from epoch to epoch.
+        self.windows_per_epoch = max(1, (len(tokens) - window) // window)
+        self._slack = len(tokens) - 1 - self.windows_per_epoch * window
+        # Arrays of a few windows cost numpy as much as thousands, so the starts of many steps are computed together.
+        self._block_steps = max(1, 4096 // batch)
+        self._block = functools.lru_cache(maxsize=2)(self._starts)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps in which every window is seen once."""
+        return self.windows_per_epoch / self.batch
+
+    def examples_at(self, step: int) -> np.ndarray:
+        """Numbers of this process's examples in the endless sequence, int64 [B / process_count]."""
+        return step * self.batch + self._rows
+
+    def starts_at(self, step: int) -> np.ndarray:
+        """Where this process's windows start in the text, int64 [B / process_count]."""
+        if step < 0:
+            raise ValueError(f"step must not be negative, is {step}")
+        block, within = divmod(step, self._block_steps)
+        return self._block(block)[within]
+
+    def _starts(self, block: int) -> np.ndarray:
+        """`starts_at` for steps block * block_steps + (0, 1, ...): int64 [block_steps, B / process_count]."""
+        steps = block * self._block_steps + np.arange(self._block_steps)
+        epoch, index = np.divmod(steps[:, None] * self.batch + self._rows, self.windows_per_epoch)
+        offset = _hash(self.seed, epoch, 0) % np.uint64(self._slack + 1)
+        return permute(index, self.windows_per_epoch, self.seed, epoch) * self.window + offset.astype(np.int64)
+
+    def batch_at(self, step: int) -> np.ndarray:
+        """The windows of a step, int32 [B / process_count, T + 1]. ValueError if step is negative."""
+        return self.tokens.windows(self.starts_at(step), self.window + 1)
+
+
+def eval_windows(
+    tokens: Tokens | np.ndarray, window: int, batch: int, process_index: int = 0, process_count: int = 1
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Consecutive windows that predict every token of a text but the first exactly once.
+
+    Yields (windows int32 [B / process_count, T + 1], weights float32 [B / process_count, T]) of one shape: the end is
+    padded with token 0 and weight 0. Raises ValueError if the text has fewer than two tokens.
+    """
+    if len(tokens) < 2:
+        raise ValueError(f"the held-out text has {len(tokens)} tokens: too few to evaluate on, use more text")
+    if batch % process_count:
+        raise ValueError(f"a batch of {batch} cannot be shared by {process_count} processes")
+    local = batch // process_count
+    targets = len(tokens) - 1
+    for first in range(0, -(-targets // window), batch):
+        starts = (first + process_index * local + np.arange(local)) * window
+        windows = np.zeros((local, window + 1), np.int32)
+        weights = np.zeros((local, window), np.float32)
+        for row, start in enumerate(starts):
+            text = tokens[start : start + window + 1]
+            windows[row, : len(text)] = text
+            weights[row, : max(0, len(text) - 1)] = 1
+        yield windows, weights
+
+
+def permute(index: np.ndarray, size: int, seed: int, epoch: np.ndarray | int) -> np.ndarray:
+    """A pseudo-random permutation of 0 .. size - 1, applied to `index` (int64, any shape) without storing it.
+
+    A Feistel network on the numbers (left, right) with left < a, right < b and a * b just above `size`; a result
+    outside of 0 .. size - 1 goes through the network again ("cycle walking": Black and Rogaway, Ciphers with Arbitrary
+    Finite Domains, 2002), which keeps it a bijection.
+    """
+    a = max(1, int(np.ceil(np.sqrt(size))))
+    b = -(-size // a)
+    out = np.array(index, np.int64)
+    epoch = np.broadcast_to(epoch, out.shape)
+    todo = np.ones(out.shape, bool)
+    while todo.any():
+        left, right = np.divmod(out[todo], b)
+        for turn in range(1, 9, 2):
+            left = (left + _below(_hash(seed, epoch[todo], turn, right), a)) % a
+            right = (right + _below(_hash(seed, epoch[todo], turn + 1, left), b)) % b
+        out[todo] = left * b + right
+        todo = out >= size
+    return out
+
+
+def _below(bits: np.ndarray, bound: int) -> np.ndarray:
+    return (bits % np.uint64(bound)).astype(np.int64)
+
+
+def _hash(*values: np.ndarray | int) -> np.ndarray:
+    """64 well-mixed bits from integers (the finaliser of SplitMix64: Steele, Lea and Flood, 2014)."""
+    mixed = np.zeros(1, np.uint64)
+    for value in values:
+        value = np.asarray(value & (2**64 - 1) if isinstance(value, int) else value).astype(np.uint64)
+        mixed = (mixed ^ value) + np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mixed = mixed ^ (mixed >> np.uint64(31))
+    return mixed
+
+
+def _as_tokens(tokens: Tokens | np.ndarray) -> Tokens:
+    return tokens if isinstance(tokens, Tokens) else Tokens([tokens], 0, np.array([0, len(tokens)]))

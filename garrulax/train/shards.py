@@ -1,0 +1,333 @@
+"""Tokenize a corpus once, into memory-mapped files that every later run and every process shares.
+
+A data set is a folder named by the hash of all that decides its content: the corpus, the tokenizer and the format.
+
+    <root>/<key>/meta.json             what is in it; written last
+    <root>/<key>/train-00000.bin ...   token ids, uint16 or uint32, little-endian, documents one after the other
+    <root>/<key>/train.documents       int64: where each document starts, and the number of tokens
+    <root>/<key>/valid-...             the same for the held-out documents
+
+It is built in a temporary folder beside it and renamed when complete, so that a folder of that name is always whole.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+
+from garrulax.train.corpus import Corpus, Document, Split
+
+FORMAT = 1  # part of the key: raise it when the same corpus and tokenizer must give other files
+_PIECE = 2**20  # characters of a document that are encoded at a time
+_BATCH = 2**21  # characters that are encoded in parallel; bounds memory
+
+Progress = Callable[[str, int, int], None]  # split, bytes of it encoded so far, bytes of the whole corpus
+
+
+class Encoder(Protocol):
+    """What building shards needs of a tokenizer (any `garrulax.hub.tokenizers.Tokenizer` has it)."""
+
+    vocab: int
+    eos: int | None
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of every text, without control tokens."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of everything that decides the ids."""
+        ...
+
+
+class Tokens:
+    """The token ids of one split: an array that lies in one or several memory-mapped shards.
+
+    `len(tokens)` counts tokens; `tokens[i]` is an int, `tokens[a:b]` an int32 array (copied from disk).
+
+    Attributes:
+      bytes: size of the text in UTF-8, separators not counted: the denominator of bits per byte.
+      documents: int64 [D + 1], where each document starts, then `len(tokens)`; a document includes its separator.
+    """
+
+    def __init__(self, shards: Sequence[np.ndarray], bytes: int, documents: np.ndarray):
+        self._shards = list(shards)
+        self._ends = np.cumsum([len(shard) for shard in self._shards], dtype=np.int64)
+        self.bytes = bytes
+        self.documents = documents
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if self._shards else 0
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            return self._read(start, max(start, stop))[::step] if step > 0 else self[:][index]
+        return int(self._read(range(len(self))[index], range(len(self))[index] + 1)[0])
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        out = np.empty(stop - start, np.int32)
+        shard = int(np.searchsorted(self._ends, start, side="right"))
+        at = start
+        while at < stop:
+            first = int(self._ends[shard]) - len(self._shards[shard])
+            part = self._shards[shard][at - first : stop - first]
+            out[at - start : at - start + len(part)] = part
+            at += len(part)
+            shard += 1
+        return out
+
+    def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """The tokens from every start on. starts: int64 [B]. Returns int32 [B, length]."""
+        shard = np.searchsorted(self._ends, starts, side="right")
+        if len(starts) and (shard == shard[0]).all() and starts.max() + length <= self._ends[shard[0]]:
+            view = np.lib.stride_tricks.sliding_window_view(self._shards[shard[0]], length)
+            first = self._ends[shard[0]] - len(self._shards[shard[0]])
+            return view[starts - first].astype(np.int32)
+        return np.stack([self._read(start, start + length) for start in starts.tolist()])
+
+
+class Dataset:
+    """A folder of shards, opened.
+
+    Attributes:
+      train, valid: `Tokens`.
+      meta: the content of meta.json (format, corpus and tokenizer hashes, vocab, eos, dtype, sizes of each split).
+
+    Raises FileNotFoundError or ValueError if the folder is not a complete data set.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        if not (self.folder / "meta.json").exists():
+            raise FileNotFoundError(f"no data set at {self.folder}: it has no meta.json")
+        self.meta = json.loads((self.folder / "meta.json").read_text())
+        if self.meta["format"] != FORMAT:
+            raise ValueError(
+                f"{self.folder} has data format {self.meta['format']}, this program reads {FORMAT}: rebuild it"
+            )
+        self.train = self._open("train")
+        self.valid = self._open("valid")
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Number of tokens of each split."""
+        return {"train": len(self.train), "valid": len(self.valid)}
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """Bytes of text of each split."""
+        return {"train": self.train.bytes, "valid": self.valid.bytes}
+
+    def _open(self, split: str) -> Tokens:
+        meta = self.meta["splits"][split]
+        dtype = np.dtype(self.meta["dtype"])
+        shards = [self._map(shard["file"], dtype, shard["tokens"]) for shard in meta["shards"]]
+        return Tokens(shards, meta["bytes"], self._map(f"{split}.documents", np.dtype("<i8"), meta["documents"] + 1))
+
+    def _map(self, name: str, dtype: np.dtype, count: int) -> np.ndarray:
+        file = self.folder / name
+        size = file.stat().st_size if file.exists() else 0
+        if size != count * dtype.itemsize:
+            raise ValueError(
+                f"{file} is damaged ({size} bytes instead of {count * dtype.itemsize}): "
+                f"delete {self.folder} to rebuild it"
+            )
+        return np.memmap(file, dtype, mode="r")
+
+
+def build_shards(
+    corpus: Corpus,
+    tokenizer: Encoder,
+    root: str | os.PathLike | None = None,
+    *,
+    shard_tokens: int = 2**27,
+    progress: Progress | None = None,
+) -> Dataset:
+    """Opens the data set of this corpus and tokenizer under `root`, building it first if it is not there.
+
+    Every document is followed by the tokenizer's eos. A document longer than 2**20 characters is encoded in pieces cut
+    at line ends, so memory stays bounded. Several processes may call this at once: one builds, the others wait.
+
+    Args:
+      corpus: what to read.
+      tokenizer: any tokenizer of garrulax.hub; its vocab decides uint16 or uint32.
+      root: cache folder; default `default_root()`.
+      shard_tokens: most tokens in one file.
+      progress: called with (split, bytes of text encoded so far, bytes of the corpus).
+
+    Raises ValueError if a split has several documents and the tokenizer no eos to separate them, or if the tokenizer
+    cannot encode a document (which is named); OSError if the disk is full: nothing half-built remains.
+    """
+    root = default_root() if root is None else Path(root)
+    root.mkdir(parents=True, exist_ok=True)
+    identity = {"format": FORMAT, "corpus": corpus.hash, "tokenizer": tokenizer.fingerprint, "eos": tokenizer.eos,
+                "vocab": tokenizer.vocab, "shard_tokens": shard_tokens}  # fmt: skip
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
+    final = root / key
+    if final.exists():
+        return Dataset(final)
+    with _lock(root / f"{key}.lock"):
+        if final.exists():  # built while we waited
+            return Dataset(final)
+        for left in root.glob(f".{key}-*"):  # by a builder that died: the lock was free
+            shutil.rmtree(left, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=root))
+        try:
+            splits = {split: _write_split(folder, split, corpus, tokenizer, shard_tokens, progress)
+                      for split in ("train", "valid")}  # fmt: skip
+            meta = identity | {"dtype": _dtype(tokenizer).str, "splits": splits}
+            with _durable(folder / "meta.json") as file:
+                file.write(json.dumps(meta, indent=2).encode())
+            folder.chmod(0o755)  # mkdtemp's folders are private, a cache is shared
+            folder.rename(final)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    return Dataset(final)
+
+
+def default_root() -> Path:
+    """$GARRULAX_CACHE/shards, or garrulax/shards in the user's cache folder."""
+    if cache := os.environ.get("GARRULAX_CACHE"):
+        return Path(cache) / "shards"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "garrulax" / "shards"
+
+
+def _dtype(tokenizer: Encoder) -> np.dtype:
+    return np.dtype("<u2" if tokenizer.vocab <= 2**16 else "<u4")
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A document, or a part of a long one."""
+
+    document: str
+    text: str
+    first: bool
+    last: bool
+
+
+def _pieces(documents: Iterable[Document]) -> Iterator[_Piece]:
+    for document in documents:
+        text, start = document.text, 0
+        while start < len(text):
+            stop = start + _PIECE
+            if stop < len(text):
+                stop = text.rfind("\n", start, stop) + 1 or stop
+            yield _Piece(document.name, text[start:stop], start == 0, stop >= len(text))
+            start = stop
+
+
+def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    batch, size = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece.text)
+        if size >= _BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _encode(tokenizer: Encoder, batch: list[_Piece]) -> list[list[int]]:
+    try:
+        return tokenizer.encode_batch([piece.text for piece in batch])
+    except ValueError:
+        for piece in batch:  # one by one, to name the document
+            try:
+                tokenizer.encode_batch([piece.text])
+            except ValueError as error:
+                raise ValueError(f"{piece.document}: {error}") from error
+        raise
+
+
+def _write_split(
+    folder: Path, split: Split, corpus: Corpus, tokenizer: Encoder, shard_tokens: int, progress: Progress | None
+) -> dict[str, Any]:
+    """Writes the files of one split; returns its part of meta.json."""
+    shards = _ShardWriter(folder, split, _dtype(tokenizer), shard_tokens)
+    separator = [] if tokenizer.eos is None else [tokenizer.eos]
+    documents = size = 0
+    with _durable(folder / f"{split}.documents") as starts:
+        for batch in _batches(_pieces(corpus.split(split))):
+            for piece, ids in zip(batch, _encode(tokenizer, batch), strict=True):
+                if piece.first:
+                    if documents and not separator:
+                        raise ValueError(
+                            "the corpus has several documents but the tokenizer no end-of-text token to separate them: "
+                            "train it with specials=('<|endoftext|>',)"
+                        )
+                    starts.write(np.array([shards.tokens], "<i8").tobytes())
+                    documents += 1
+                shards.append(ids + separator if piece.last else ids)
+                size += len(piece.text.encode())
+            if progress is not None:
+                progress(split, size, corpus.bytes)
+        starts.write(np.array([shards.tokens], "<i8").tobytes())
+    return {"tokens": shards.tokens, "bytes": size, "documents": documents, "shards": shards.close()}
+
+
+class _ShardWriter:
+    """Writes a stream of ids into files of at most `limit` tokens."""
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype, limit: int):
+        self._folder, self._split, self._dtype, self._limit = folder, split, dtype, limit
+        self._file: BinaryIO | None = None
+        self._shards: list[dict[str, Any]] = []
+        self.tokens = 0
+
+    def append(self, ids: list[int]) -> None:
+        array = np.array(ids, self._dtype)
+        while len(array):
+            if self._file is None:
+                self._shards.append({"file": f"{self._split}-{len(self._shards):05d}.bin", "tokens": 0})
+                self._file = open(self._folder / self._shards[-1]["file"], "wb")  # noqa: SIM115  outlives this call
+            part = array[: self._limit - self._shards[-1]["tokens"]]
+            self._file.write(part.tobytes())
+            self._shards[-1]["tokens"] += len(part)
+            self.tokens += len(part)
+            array = array[len(part) :]
+            if self._shards[-1]["tokens"] == self._limit:
+                self._finish()
+
+    def close(self) -> list[dict[str, Any]]:
+        """Name and size of every file, all of them on disk."""
+        self._finish()
+        return self._shards
+
+    def _finish(self) -> None:
+        if self._file is not None:
+            _to_disk(self._file)
+            self._file.close()
+            self._file = None
+
+
+@contextmanager
+def _durable(path: Path) -> Iterator[BinaryIO]:
+    with open(path, "wb") as file:
+        yield file
+        _to_disk(file)
+
+
+def _to_disk(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Holds an exclusive lock on `path`; the system frees it if this process dies."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

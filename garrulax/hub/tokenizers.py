@@ -87,8 +87,12 @@ class Tokenizer(Protocol):
         `start=False` says that the tokens continue an earlier text, so that a leading space is kept.
         Raises ValueError for an id outside 0 .. vocab - 1.
         """
-        stream = StreamDecoder(self, start=start)
+        stream = self.stream(start=start)
         return stream.push(tokens) + stream.flush()
+
+    def stream(self, *, start: bool = True) -> "StreamDecoder":
+        """A decoder for ids that arrive one by one; `start` as in `decode`."""
+        return StreamDecoder(self, start=start)
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes files that `load_tokenizer(folder)` and other libraries read."""

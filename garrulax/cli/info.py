@@ -1,0 +1,96 @@
+"""`garrulax info`: what a model is made of and what it costs."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from garrulax import hub, models
+from garrulax.cli.models import find_model
+from garrulax.models.summary import Summary, bytes_of, summarize
+
+DTYPES = ("float32", "bfloat16", "int8")
+
+
+def info(args: argparse.Namespace) -> None:
+    """Prints the table of a preset or of a model folder."""
+    if args.all or args.model is None:
+        print("\n".join(models.presets()))
+        return
+    print(describe(args.model, config_of(args.model)))
+
+
+def config_of(name: str) -> Any:
+    """The Config of a preset, a model folder or a run. Raises ValueError or FileNotFoundError that says what to do."""
+    if name in models.presets():
+        return models.preset(name)
+    if Path(name).exists():
+        return hub.load_config(find_model(name))
+    return models.preset(name)  # unknown: an error with the nearest name
+
+
+def describe(name: str, config: Any) -> str:
+    """The table as text."""
+    s = summarize(config)
+    sections = [("configuration", _fields(config)), ("parameters", _parts(s)), ("memory", _memory(config, s)),
+                ("FLOPs per token", _flops(config, s))]  # fmt: skip
+    lines = [f"{name}: {models.family(config).__name__.rsplit('.', 1)[-1]} family, {s.parameters:,} parameters"]
+    for title, rows in sections:
+        width = max(len(left) for left, _ in rows)
+        lines += ["", title, *(f"  {left:<{width}}  {right}" for left, right in rows)]
+    return "\n".join(lines)
+
+
+def _fields(config: Any) -> list[tuple[str, str]]:
+    rows = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            changed = [f for f in dataclasses.fields(value) if getattr(value, f.name) != f.default]
+            value = ", ".join(f"{f.name} {getattr(value, f.name)}" for f in changed) or "default"
+        rows.append((field.name, f"{value:,}" if type(value) is int else str(value)))
+    return rows
+
+
+def _parts(s: Summary) -> list[tuple[str, str]]:
+    rows = [(part, f"{n:>18,}  {100 * n / s.parameters:5.1f} %") for part, n in s.parts.items()]
+    return [*rows, ("all (tied tensors once)", f"{s.parameters:>18,}")]
+
+
+def _memory(config: Any, s: Summary) -> list[tuple[str, str]]:
+    rows = [(f"parameters in {dtype}", _size(bytes_of(s.parameters, dtype))) for dtype in DTYPES]
+    adam = bytes_of(s.parameters, "float32")
+    rows.append(("training with Adam in float32", f"{_size(4 * adam)}  (parameters, gradients, two moments)"))
+    cache = bytes_of(s.cache_values, "bfloat16")
+    rows.append(
+        ("KV cache in bfloat16", f"{_size(cache)} a token, {_size(cache * config.context)} for {config.context:,}")
+    )
+    return rows
+
+
+def _flops(config: Any, s: Summary) -> list[tuple[str, str]]:
+    short = f"2 x {s.matmul_parameters:,} weights"
+    attention = s.forward_flops - 2 * s.matmul_parameters
+    return [
+        (
+            "forward",
+            f"{_power(s.forward_flops)}  = {short} + {_power(attention)} of attention at {config.context:,} tokens",
+        ),
+        ("training", f"{_power(s.training_flops)}  (three times: the backward pass is twice the forward)"),
+    ]
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:,.1f} {unit}" if unit != "B" else f"{count:,.0f} B"
+        count /= 1024
+    return f"{count:,.1f} TiB"
+
+
+def _power(count: float) -> str:
+    for unit in ("", " k", " M", " G", " T"):
+        if count < 1000:
+            return f"{count:.4g}{unit}FLOP" if unit else f"{count:.0f} FLOP"
+        count /= 1000
+    return f"{count:,.4g} PFLOP"

@@ -1,0 +1,161 @@
+"""`garrulax train`: from text on disk to a trained model in a folder."""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import garrulax as gx
+from garrulax import models
+from garrulax.hub.tokenizer_training import train_chars, train_sentencepiece
+from garrulax.hub.tokenizers import GLM_SPECIALS, GPT_SPECIALS, ByteTokenizer, Tokenizer, load_tokenizer
+from garrulax.models import glm
+from garrulax.train import settings as settings_
+from garrulax.train.batches import Data, causal_data, infill_data
+from garrulax.train.corpus import Corpus, xz_bits_per_byte
+from garrulax.train.loop import Result, Run
+from garrulax.train.loop import train as run_training
+from garrulax.train.settings import Settings
+from garrulax.train.shards import Dataset, build_shards
+
+TOKENIZER = "tokenizer"  # folder in a run
+MODEL = "model"
+
+
+def train(args: argparse.Namespace) -> None:
+    """Reads the settings, prepares data and tokenizer, trains, and exports the model into the run's folder."""
+    if args.list:
+        print(_listing())
+        return
+    if args.distributed is not None:
+        _join(args.distributed)
+    settings, config, folder = _read(args)
+    corpus = Corpus(settings.corpus, valid=settings.valid or None)
+    say(f"corpus: {', '.join(settings.corpus)}, {corpus.documents:,} documents, {corpus.bytes:,} bytes, "
+        f"sha256 {corpus.hash[:12]}")  # fmt: skip
+    tokenizer = _tokenizer(settings, config, corpus, folder, resume=bool(args.resume))
+    dataset = build_shards(corpus, tokenizer)
+    say(f"tokens: {len(dataset.train):,} to train on, {len(dataset.valid):,} held out, "
+        f"{dataset.valid.bytes / len(dataset.valid):.2f} bytes each, {tokenizer.vocab:,} ids")  # fmt: skip
+    config = config if args.resume else fit(config, settings, tokenizer)
+    say(f"model: {settings.preset}, {gx.count(config):,} parameters, on {_devices(settings)}")
+    run = Run(config, settings, _data(config, settings, dataset, tokenizer), folder)
+    if not args.resume and jax.process_index() == 0:
+        _refuse_old_run(folder)
+        tokenizer.save(folder / TOKENIZER)
+
+    def export(result: Result) -> None:
+        gx.save(gx.Model(config, result.params, tokenizer), folder / MODEL)
+
+    result = run_training(run, resume=bool(args.resume), on_finish=export)
+    _report(result, settings, config, corpus, folder)
+
+
+def say(line: str) -> None:
+    """A line for the user, from the first process only."""
+    if jax.process_index() == 0:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _read(args: argparse.Namespace) -> tuple[Settings, Any, Path]:
+    words = [*args.settings, *([f"mesh={args.mesh}"] if args.mesh else [])]
+    words = [word if "=" in word else f"preset={word}" for word in words]
+    if args.resume:
+        return *settings_.load(args.resume, words), Path(args.resume)
+    settings, config = settings_.read(args.config, words)
+    return settings, config, Path(args.run or Path("runs", settings.preset))
+
+
+def _join(meeting: str) -> None:
+    if not meeting:
+        jax.distributed.initialize()
+        return
+    address, *numbers = meeting.split(",")
+    if len(numbers) != 2 or not all(n.isdigit() for n in numbers):
+        raise ValueError(f"--distributed {meeting} is not like localhost:1234,2,0 (address, processes, this process)")
+    jax.distributed.initialize(address, int(numbers[0]), int(numbers[1]))
+
+
+def _refuse_old_run(folder: Path) -> None:
+    if (folder / "run.json").exists():
+        raise FileExistsError(
+            f"{folder} holds a run: go on with garrulax train --resume {folder}, or choose another --run"
+        )
+
+
+def _tokenizer(settings: Settings, config: Any, corpus: Corpus, folder: Path, resume: bool) -> Tokenizer:
+    if resume:
+        return load_tokenizer(folder / TOKENIZER)
+    specials = GLM_SPECIALS if isinstance(config, glm.Config) else GPT_SPECIALS
+    texts = (document.text for document in corpus.split("train"))
+    if settings.tokenizer == "sentencepiece":
+        return train_sentencepiece(texts, vocab=settings.vocab, specials=specials)
+    if settings.tokenizer == "chars":
+        return train_chars("".join(document.text for document in corpus), specials=specials)
+    if settings.tokenizer == "bytes":
+        return ByteTokenizer(specials)
+    return load_tokenizer(settings.tokenizer)
+
+
+def fit(config: Any, settings: Settings, tokenizer: Tokenizer) -> Any:
+    """`config` with the tokenizer's vocabulary and control tokens.
+
+    A vocabulary that the user chose (other than the preset's) stays. Raises ValueError where it is too small for the
+    tokenizer, where the window is longer than the model's context, and where a control token is missing.
+    """
+    if config.vocab == models.preset(settings.preset).vocab:
+        config = dataclasses.replace(config, vocab=tokenizer.vocab)
+    if config.vocab < tokenizer.vocab:
+        raise ValueError(f"model.vocab={config.vocab} is smaller than the tokenizer's {tokenizer.vocab}")
+    if settings.window > config.context:
+        raise ValueError(f"window={settings.window} is longer than model.context={config.context}: change one of them")
+    if not isinstance(config, glm.Config):
+        return dataclasses.replace(config, bos=tokenizer.bos, eos=tokenizer.eos)
+    names = {"cls": "[CLS]", "mask": "[MASK]", "sop": "<|startofpiece|>", "eop": "<|endofpiece|>",
+             "sentence_mask": "[sMASK]", "generation_mask": "[gMASK]"}  # fmt: skip
+    missing = [name for name in names.values() if name not in tokenizer.specials]
+    if missing or tokenizer.eos is None:
+        raise ValueError(f"GLM needs control tokens that the tokenizer lacks: {', '.join(missing) or 'an end of text'}")
+    ids = {field: tokenizer.specials[name] for field, name in names.items()}
+    pad = tokenizer.eos if tokenizer.pad is None else tokenizer.pad
+    return dataclasses.replace(config, **ids, eos=tokenizer.eos, pad=pad)
+
+
+def _data(config: Any, settings: Settings, dataset: Dataset, tokenizer: Tokenizer) -> Data:
+    if settings.objective == "infill":
+        return infill_data(dataset, settings, tokenizer, task_mask=config.generation_mask is not None)
+    return causal_data(dataset, settings)
+
+
+def _devices(settings: Settings) -> str:
+    device = jax.devices()[0]
+    return (
+        f"{jax.device_count()} {device.device_kind} devices as {settings.mesh}" if settings.mesh else device.device_kind
+    )
+
+
+def _listing() -> str:
+    rows = [(f.name, f.default) for f in dataclasses.fields(Settings)]
+    lines = [f"  {name}={' '.join(value) if isinstance(value, tuple) else value}" for name, value in rows]
+    return "\n".join(
+        [Settings.__doc__ or "", "Defaults:", *lines, "  model.FIELD=...  any field of the preset's Config"]
+    )
+
+
+def _report(result: Result, settings: Settings, config: Any, corpus: Corpus, folder: Path) -> None:
+    e = result.evaluation
+    if not result.finished or e is None:
+        return
+    say(f"\nheld-out loss {e.loss:.4f} nats a token, perplexity {e.perplexity:.2f}")
+    if e.bits_per_byte is not None and settings.objective != "infill":
+        xz = xz_bits_per_byte(document.text for document in corpus.split("valid"))
+        say(f"{e.bits_per_byte:.3f} bits a byte of held-out text; xz -9 needs {xz:.3f} for the same text "
+            f"(corpus sha256 {corpus.hash[:12]})")  # fmt: skip
+    say(f"model in {folder / MODEL}" + (f", loss curves in {result.picture}" if result.picture else ""))
+    if isinstance(config, glm.Config):
+        say(f"next: garrulax fill {folder} 'for i in [MASK](10):'")
+    else:
+        say(f"next: garrulax generate {folder} 'def main():'")

@@ -60,7 +60,8 @@ def save(model: Model, path: str | Path, max_shard_size: int = 5_000_000_000) ->
 
 def _entries(specs: spec.Tree, params: spec.Tree) -> Iterator[Entry]:
     """One entry a stored tensor, in the order of the tree. ValueError names the leaves that do not fit."""
-    named, found = spec.named_specs(specs), _named(params)
+    named = spec.named_specs(specs)
+    found: dict[str, Any] = _named(params)
     blocks = params.get("blocks")
     if isinstance(blocks, tuple):  # unstacked: one tree a layer
         found = {k: v for k, v in found.items() if not k.startswith("blocks/")}

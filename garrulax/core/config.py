@@ -1,6 +1,11 @@
 """Checks that every family's Config makes."""
 
+import math
 from typing import Any
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_sizes(config: Any, *names: str) -> None:
@@ -14,5 +19,30 @@ def check_sizes(config: Any, *names: str) -> None:
 def check_rates(config: Any, *names: str) -> None:
     """Raises ValueError for a dropout rate outside 0 <= rate < 1."""
     for name in names:
-        if not 0 <= getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)!r} must be at least 0 and below 1")
+        value = getattr(config, name)
+        if not _number(value) or not 0 <= value < 1:
+            raise ValueError(f"{name}={value!r} must be at least 0 and below 1")
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Raises ValueError for a field that is not a finite number above 0."""
+    for name in names:
+        value = getattr(config, name)
+        if not _number(value) or value <= 0:
+            raise ValueError(f"{name}={value!r} must be a number above 0")
+
+
+def check_flags(config: Any, *names: str) -> None:
+    """Raises ValueError for a field that is not True or False."""
+    for name in names:
+        if not isinstance(getattr(config, name), bool):
+            raise ValueError(f"{name}={getattr(config, name)!r} must be true or false")
+
+
+def check_ids(config: Any, *names: str) -> None:
+    """Raises ValueError for a token id that is none of None, a whole number of at least 0, and a tuple of those."""
+    for name in names:
+        value = getattr(config, name)
+        ids = value if isinstance(value, tuple) else () if value is None else (value,)
+        if any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in ids):
+            raise ValueError(f"{name}={value!r} must be a token id of at least 0")

@@ -57,8 +57,17 @@ class Rope:
                 raise ValueError(f"RoPE kind {self.kind!r} does not use {field.name}={getattr(self, field.name)}")
         if "original_context" in used and self.original_context < 1:
             raise ValueError(f"RoPE kind {self.kind!r} needs original_context")
-        if self.factor < 1:
-            raise ValueError(f"RoPE factor {self.factor} must be at least 1")
+        for name in ("theta", "factor"):
+            if not 1 <= getattr(self, name) < math.inf:
+                raise ValueError(f"RoPE {name}={getattr(self, name)} must be a number of at least 1")
+        for low, high in (("low", "high"), ("beta_slow", "beta_fast")):
+            if not 0 < getattr(self, low) < getattr(self, high):
+                raise ValueError(
+                    f"RoPE {low}={getattr(self, low)} must be above 0 and below {high}={getattr(self, high)}"
+                )
+        multipliers = (*self.short_factors, *self.long_factors, self.attention_factor, self.mscale, self.mscale_all_dim)
+        if any(x is not None and not 0 < x < math.inf for x in multipliers):
+            raise ValueError(f"RoPE factors must be above 0: {multipliers}")
 
 
 def frequencies(rope: Rope, width: int, length: jax.Array | None = None) -> np.ndarray | jax.Array:

@@ -19,11 +19,21 @@ _FIELDS = {
     "long_factors": "long_factor",
 }
 
+_REQUIRED = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+
 
 def rope_from_hf(raw: dict, context: int) -> Rope:
     """Rope of a parsed config.json; `context` is its max_position_embeddings.
 
-    Raises ValueError for an unknown kind or key, and where the two dialects stand side by side and disagree.
+    Raises ValueError for an unknown kind or key, for one that is missing, and where the two dialects stand side by
+    side and disagree.
     """
     found = []
     if raw.get("rope_parameters"):
@@ -44,15 +54,23 @@ def _read(settings: dict, theta: float | None, context: int) -> Rope:
     unknown = sorted(settings.keys() - {"rope_type", "type", "rope_theta", *_FIELDS.values()})
     if unknown:
         raise ValueError(f"config.json: RoPE settings have unknown keys {', '.join(unknown)}")
+    missing = [key for key in _REQUIRED[kind] if settings.get(key) is None]
+    if missing:
+        raise ValueError(f"config.json: RoPE kind {kind!r} lacks {', '.join(missing)}")
+    thetas = {float(t) for t in (settings.get("rope_theta"), theta) if t is not None} or {10_000.0}
+    if len(thetas) > 1:
+        raise ValueError(f"config.json gives two values of rope_theta: {', '.join(map(str, sorted(thetas)))}")
     values = {ours: settings[key] for ours, key in _FIELDS.items() if settings.get(key) is not None}
     for name in ("short_factors", "long_factors"):
         if name in values:
             values[name] = tuple(values[name])
-    if kind == "dynamic":
-        values["original_context"] = context
-    if kind == "longrope" and "original_context" in values:
+    if "original_context" in USED[kind]:
+        values.setdefault("original_context", context)
+    if kind == "dynamic" and values["original_context"] != context:
+        raise ValueError("config.json: a dynamic RoPE starts from max_position_embeddings, not from another length")
+    if kind == "longrope":
         values.setdefault("factor", context / values["original_context"])
-    return Rope(theta=float(settings.get("rope_theta") or theta or 10_000.0), kind=kind, **values)
+    return Rope(theta=thetas.pop(), kind=kind, **values)
 
 
 def rope_to_hf(rope: Rope, context: int) -> dict:

@@ -13,7 +13,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from garrulax.core.config import check_rates, check_sizes
+from garrulax.core.config import check_ids, check_positive, check_rates, check_sizes
 from garrulax.core.einsum import einsum, lookup
 from garrulax.core.hf import HFConfig, Layout
 from garrulax.core.spec import Spec, Stored, Tree, normal, ones, stacked, zeros
@@ -58,6 +58,8 @@ class Config:
     def __post_init__(self):
         check_sizes(self, "vocab", "context", "width", "layers", "heads")
         check_rates(self, "embedding_dropout", "attention_dropout", "residual_dropout")
+        check_positive(self, "norm_eps", "init_std")
+        check_ids(self, *_IDS)
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
 
@@ -213,11 +215,13 @@ HF = HFConfig(
         "init_std": 0.02,
         **dict.fromkeys(_IDS),
     },
-    fixed={"relative_encoding": False, "block_position_encoding": True, "spell_length": None, "max_memory_length": 0},
+    fixed={"relative_encoding": False, "block_position_encoding": True, "spell_length": None},
     ignored=frozenset({
-        "attention_scale", "checkpoint_activations", "checkpoint_num_layers", "output_predict", "parallel_output",
-        "spell_func",
+        "attention_scale",  # divides the queries and multiplies the scores again, against overflow in float16
+        "checkpoint_activations", "checkpoint_num_layers", "max_memory_length", "output_predict", "parallel_output",
+        "pool_token", "spell_func", "use_scaled_init_for_output_weights",
     }),
+    marker="max_sequence_length",  # GLM-4 says model_type glm as well
 )  # fmt: skip
 
 _GPT2_IDS = {"eos": 50256, "pad": 50256, "cls": 50259, "mask": 50260, "sentence_mask": 50264,

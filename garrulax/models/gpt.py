@@ -9,7 +9,7 @@ import dataclasses
 
 import jax
 
-from garrulax.core.config import check_rates, check_sizes
+from garrulax.core.config import check_flags, check_ids, check_positive, check_rates, check_sizes
 from garrulax.core.einsum import einsum, lookup
 from garrulax.core.hf import HFConfig, Layout
 from garrulax.core.spec import Spec, Stored, Tree, normal, ones, stacked, zeros
@@ -29,7 +29,7 @@ class Config:
     vocab, context: tokens. width, layers, heads, mlp_width: sizes. activation: a name in `layers.mlp.ACTIVATIONS`.
     norm_eps: epsilon of the norms. *_dropout: rates, used where forward is given a key. tied: the output is the
     token embedding. scale_attention: divide scores by sqrt(C); scale_by_layer: and by the layer's number from 1.
-    init_std: of the initial weights. bos, eos: token ids, None where the tokenizer has none.
+    init_std: of the initial weights. bos, eos: token ids, None where the tokenizer has none; eos may be several.
     """
 
     vocab: int = 50257
@@ -48,14 +48,19 @@ class Config:
     scale_by_layer: bool = False
     init_std: float = 0.02
     bos: int | None = 50256
-    eos: int | None = 50256
+    eos: int | tuple[int, ...] | None = 50256
 
     def __post_init__(self):
         check_sizes(self, "vocab", "context", "width", "layers", "heads")
+        if self.mlp_width is not None:
+            check_sizes(self, "mlp_width")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         check_activation(self.activation)
         check_rates(self, "embedding_dropout", "attention_dropout", "residual_dropout")
+        check_positive(self, "norm_eps", "init_std")
+        check_flags(self, "tied", "scale_attention", "scale_by_layer")
+        check_ids(self, "bos", "eos")
 
     @property
     def head_dim(self) -> int:
@@ -199,13 +204,14 @@ HF = HFConfig(
         "scale_attention": True,
         "scale_by_layer": False,
         "init_std": 0.02,
-        "bos": None,
-        "eos": None,
+        "bos": 50256,
+        "eos": 50256,
     },
+    optional=frozenset({"bos", "eos"}),
     fixed={"add_cross_attention": False},
     ignored=frozenset({
-        "n_ctx", "reorder_and_upcast_attn", "summary_activation", "summary_first_dropout", "summary_proj_to_labels",
-        "summary_type", "summary_use_proj",
+        "n_ctx", "n_special", "reorder_and_upcast_attn", "summary_activation", "summary_first_dropout",
+        "summary_proj_to_labels", "summary_type", "summary_use_proj",
     }),
 )  # fmt: skip
 

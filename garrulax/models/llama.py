@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from garrulax.core.config import check_rates, check_sizes
+from garrulax.core.config import check_flags, check_ids, check_positive, check_rates, check_sizes
 from garrulax.core.einsum import einsum, lookup
 from garrulax.core.hf import HFConfig, Layout
 from garrulax.core.spec import Spec, Stored, Tree, normal, ones, stacked, zeros
@@ -48,7 +48,7 @@ class Config:
     mlp_width: int = 11008
     activation: str = "silu"
     norm_eps: float = 1e-6
-    rope: Rope = Rope()
+    rope: Rope = Rope()  # noqa: RUF009 (frozen)
     attention_dropout: float = 0.0
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -70,6 +70,9 @@ class Config:
             raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
         check_activation(self.activation)
         check_rates(self, "attention_dropout")
+        check_positive(self, "norm_eps", "init_std")
+        check_flags(self, "attention_bias", "mlp_bias", "tied")
+        check_ids(self, "bos", "eos")
 
 
 def parameters(c: Config) -> Tree:
@@ -213,10 +216,18 @@ HF = HFConfig(
         "mlp_bias": False,
         "tied": False,
         "init_std": 0.02,
-        "bos": None,
-        "eos": None,
+        "bos": 1,
+        "eos": 2,
     },
-    ignored=frozenset({"rope_theta", "rope_scaling", "rope_parameters"}),  # read by `rope_from_hf`
+    optional=frozenset({"bos", "eos"}),
+    ignored=frozenset(
+        {
+            "max_sequence_length",  # beside max_position_embeddings in early conversions of LLaMA-1
+            "rope_theta",
+            "rope_scaling",
+            "rope_parameters",  # read by `rope_from_hf`
+        }
+    ),
 )
 
 
@@ -226,16 +237,14 @@ def from_hf(raw: dict) -> Config:
     Raises ValueError as `core.hf.HFConfig.read` and `layers.rope_hf.rope_from_hf` do.
     """
     fields = HF.read(raw)
-    fields["kv_heads"] = fields["kv_heads"] or fields["heads"]
-    fields["eos"] = tuple(fields["eos"]) if isinstance(fields["eos"], list) else fields["eos"]
+    if fields["kv_heads"] is None:
+        fields["kv_heads"] = fields["heads"]
     return Config(**fields, rope=rope_from_hf(raw, fields["context"]))
 
 
 def to_hf(c: Config) -> dict:
     """The config.json of `c`, with the RoPE settings in both dialects."""
-    raw = HF.write(c)
-    raw["eos_token_id"] = list(c.eos) if isinstance(c.eos, tuple) else c.eos
-    return {**raw, **rope_to_hf(c.rope, c.context)}
+    return HF.write(c) | rope_to_hf(c.rope, c.context)
 
 
 def layout(c: Config) -> Layout:

@@ -1,0 +1,49 @@
+"""Floating-point operations of training, and the peaks of known devices."""
+
+import math
+from typing import Any
+
+import jax
+
+from garrulax import models
+from garrulax.core.spec import named_specs
+
+#: Peak FLOP/s of dense bfloat16 products, per device, as the makers state them.
+_PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v4 lite": 138e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 2307e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA GH200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+FORMULA = "6 N + 12 L C T a token; N weights in products with the output projection, L layers, C width, T window"
+
+
+def train_flops_per_token(config: Any, window: int) -> int:
+    """FLOPs of forward and backward pass per token: 6 N + 12 L H C T (Chowdhery et al. 2022, appendix B).
+
+    N counts the weights that tokens are multiplied by: all matrices and the output projection, not the embedding as a
+    table. Causal attention is counted in full, and what remat computes again is not counted.
+    """
+    specs = named_specs(models.family(config).parameters(config)).values()
+    matrices = sum(math.prod(s.shape) for s in specs if s.role == "matrix")
+    output = max(math.prod(s.shape) for s in specs if "vocab" in s.axes)
+    return 6 * (matrices + output) + 12 * config.layers * config.heads * config.head_dim * window
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Peak FLOP/s of bfloat16 products on this kind of device; None where it is not known (CPUs)."""
+    kind = device.device_kind
+    known = [name for name in _PEAKS if kind.startswith(name)]
+    return _PEAKS[max(known, key=len)] if known else None

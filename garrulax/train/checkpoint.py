@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,7 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is None:
             self.close()
         else:  # the error that ends the run counts, not what saving has to say about it
@@ -93,7 +93,7 @@ class Checkpoints:
             raise ValueError(f"the checkpoint in {self._folder} is of another run: {'; '.join(different)}")
         return self._orbax.load(step, target)
 
-    def _guard(self, action) -> None:
+    def _guard(self, action: Callable[[], Any]) -> None:
         try:
             action()
         except Exception as error:
@@ -104,7 +104,7 @@ class Checkpoints:
             ) from error
 
 
-def _listed(steps) -> str:
+def _listed(steps: Iterable[int]) -> str:
     return ", ".join(str(int(s)) for s in np.sort(list(steps)))
 
 

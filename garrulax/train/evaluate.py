@@ -1,7 +1,6 @@
 """Held-out loss, perplexity and bits per byte."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -13,7 +12,7 @@ from jax.sharding import Mesh
 from garrulax.core.spec import Tree
 from garrulax.train.batches import HostBatch, on_devices
 from garrulax.train.objectives import Objective
-from garrulax.train.step import compute_dtype
+from garrulax.train.step import compute_dtype, lay_out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +42,9 @@ def make_evaluate(
     tokens: stop after so many predicted tokens, 0 for all batches. No dropout. The total is summed in float64.
     """
 
-    @functools.partial(jax.jit)
+    @jax.jit
     def totals(params, batch):
-        loss, aux = objective(compute_dtype(params, precision), batch, config, None)
+        loss, aux = objective(compute_dtype(params, precision), batch, config, None, unroll=lay_out(config))
         return loss * aux["tokens"], aux["tokens"], jnp.sum(batch["bytes"])
 
     def evaluate(params: Tree, batches: Iterable[HostBatch], tokens: int = 0) -> Evaluation:

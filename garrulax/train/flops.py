@@ -1,12 +1,10 @@
 """Floating-point operations of training, and the peaks of known devices."""
 
-import math
 from typing import Any
 
 import jax
 
-from garrulax import models
-from garrulax.core.spec import named_specs
+from garrulax.models.summary import flops_per_token
 
 #: Peak FLOP/s of dense bfloat16 products, per device, as the makers state them.
 _PEAKS = {
@@ -27,19 +25,14 @@ _PEAKS = {
     "NVIDIA B200": 2250e12,
 }
 
-FORMULA = "6 N + 12 L C T a token; N weights in products with the output projection, L layers, C width, T window"
-
 
 def train_flops_per_token(config: Any, window: int) -> int:
     """FLOPs of forward and backward pass per token: 6 N + 12 L H C T (Chowdhery et al. 2022, appendix B).
 
-    N counts the weights that tokens are multiplied by: all matrices and the output projection, not the embedding as a
-    table. Causal attention is counted in full, and what remat computes again is not counted.
+    N counts the weights that a token is multiplied by, the output projection among them; causal attention is counted
+    in full, and what remat computes again is not counted.
     """
-    specs = named_specs(models.family(config).parameters(config)).values()
-    matrices = sum(math.prod(s.shape) for s in specs if s.role == "matrix")
-    output = max(math.prod(s.shape) for s in specs if "vocab" in s.axes)
-    return 6 * (matrices + output) + 12 * config.layers * config.heads * config.head_dim * window
+    return 3 * flops_per_token(config, window)
 
 
 def peak_flops(device: jax.Device) -> float | None:

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -19,7 +20,7 @@ class Interrupts:
     def __init__(self):
         self.received = False
         self._many = jax.process_count() > 1
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupts":
         if threading.current_thread() is threading.main_thread():
@@ -27,7 +28,7 @@ class Interrupts:
             self._before = {s: signal.signal(s, self._handle) for s in caught}
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for which, handler in self._before.items():
             signal.signal(which, handler)
 
@@ -35,7 +36,7 @@ class Interrupts:
         """Whether to stop after `step`; every process must ask after every step."""
         return multihost_utils.reached_preemption_sync_point(step) if self._many else self.received
 
-    def _handle(self, which: int, _) -> None:
+    def _handle(self, which: int, _: object) -> None:
         if self.received and which == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = True

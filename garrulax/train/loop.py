@@ -227,7 +227,7 @@ class _Loop:
         """Begins to write a checkpoint, once all steps up to it are known to be finite."""
         self.report(ahead=0)
         self.speed.stop()
-        self.saves.save(state, step, evaluation and evaluation.loss)
+        self.saves.save(state, step, None if evaluation is None else evaluation.loss)
         self.speed.start()
 
     def finish(self, state: TrainState, step: int, evaluation: Evaluation | None) -> Result:

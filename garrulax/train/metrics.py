@@ -37,7 +37,7 @@ class MetricsLog:
     def __enter__(self) -> "MetricsLog":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for sink in (self._file, self._events):
             if sink is not None:
                 sink.close()

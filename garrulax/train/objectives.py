@@ -1,9 +1,10 @@
-"""Objectives: `loss(params, batch, config, key, remat) -> (scalar, metrics)`.
+"""Objectives: `loss(params, batch, config, key, **options) -> (scalar, metrics)`.
 
 A batch is a dict of arrays: tokens and targets int32 [B, T], weights float32 [B, T] (0 where nothing is predicted), and
 where the objective has them positions (int32 [B, T] or [B, 2, T]) and the mask streams rank and segment int32 [B, T].
-The scalar is a mean; metrics["tokens"] is what it is a mean over, so that micro-batches can be weighed by it. An
-objective of your own with the same signature goes into `step.make_train_step` as it is.
+The scalar is a mean; metrics["tokens"] is what it is a mean over, so that micro-batches can be weighed by it. key
+gives dropout, None none. options go to `garrulax.forward` (remat, unroll). An objective of your own with the same
+signature goes into `step.make_train_step` as it is.
 """
 
 from collections.abc import Callable
@@ -21,17 +22,17 @@ Objective = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
 
 def causal_lm(
-    params: Tree, batch: Batch, config: Any, key: jax.Array | None = None, remat: str = "none"
+    params: Tree, batch: Batch, config: Any, key: jax.Array | None = None, **options: Any
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Mean negative log-likelihood (nats) of the targets, each predicted from the tokens up to its own position.
 
-    key: PRNG key; gives dropout. remat: as in `garrulax.forward`. Rows may be packed: see `mask_of`.
+    Rows may be packed: the batch's streams say so (`mask_of`).
     """
-    return _token_loss(params, batch, config, key, remat)
+    return _token_loss(params, batch, config, key, options)
 
 
 def blank_infilling(
-    params: Tree, batch: Batch, config: Any, key: jax.Array | None = None, remat: str = "none"
+    params: Tree, batch: Batch, config: Any, key: jax.Array | None = None, **options: Any
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Mean negative log-likelihood (nats) of the blanks' tokens, given the text around them (Du et al. 2022, eq. 1).
 
@@ -40,7 +41,7 @@ def blank_infilling(
     missing = {"positions", "rank"} - batch.keys()
     if missing:
         raise ValueError(f"a batch for blank infilling lacks {' and '.join(sorted(missing))}")
-    return _token_loss(params, batch, config, key, remat)
+    return _token_loss(params, batch, config, key, options)
 
 
 OBJECTIVES: dict[str, Objective] = {"causal": causal_lm, "infill": blank_infilling}
@@ -65,16 +66,9 @@ def negative_log_likelihood(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(hit, logits, 0), axis=-1)
 
 
-def _token_loss(params, batch, config, key, remat):
-    logits, _ = models.forward(
-        params,
-        batch["tokens"],
-        config,
-        positions=batch.get("positions"),
-        mask=mask_of(batch),
-        key=key,
-        remat=remat,
-    )
+def _token_loss(params, batch, config, key, options):
+    positions, mask = batch.get("positions"), mask_of(batch)
+    logits, _ = models.forward(params, batch["tokens"], config, positions=positions, mask=mask, key=key, **options)
     nll = negative_log_likelihood(logits, batch["targets"])
     weights = batch["weights"].astype(nll.dtype)
     tokens = jnp.sum(weights)

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -50,7 +51,7 @@ def smooth(values: np.ndarray, share: float = 0.02) -> np.ndarray:
     return out
 
 
-def _frame(axes, title: str, train: np.ndarray, held_out: np.ndarray) -> None:
+def _frame(axes: Any, title: str, train: np.ndarray, held_out: np.ndarray) -> None:
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
@@ -63,7 +64,7 @@ def _frame(axes, title: str, train: np.ndarray, held_out: np.ndarray) -> None:
     axes.legend(frameon=False, fontsize=9)
 
 
-def _bits_axis(axes, records: list[dict]) -> None:
+def _bits_axis(axes: Any, records: list[dict]) -> None:
     known = [r["bits_per_byte"] / r["valid_loss"] for r in records if r.get("bits_per_byte") and r.get("valid_loss")]
     if not known:
         return

@@ -33,12 +33,13 @@ class Settings:
     micro-batches that a batch is cut into, one after another.
 
     Optimizer. optimizer: "muon" or "adamw". lr: peak rate. adam_lr: peak rate of the embeddings, output and vectors
-    that Muon leaves to Adam. None takes the optimizer's default. schedule: constant, linear, cosine, wsd. warmup and decay
-    (wsd): steps, or below 1 a share of them. min_lr_ratio: the last rate in terms of the peak. weight_decay: decoupled.
-    clip: greatest norm of the gradient, 0 for none. beta1, beta2, eps: Adam's. momentum: Muon's.
+    that Muon leaves to Adam. None takes the optimizer's default. schedule: constant, linear, cosine, wsd. warmup and
+    decay (wsd): steps, or below 1 a share of them. min_lr_ratio: the last rate in terms of the peak. weight_decay:
+    decoupled. clip: greatest norm of the gradient, 0 for none. beta1, beta2, eps: Adam's. momentum: Muon's.
 
     Numbers. seed: of initial weights, order of the data and dropout. precision: dtype of the computation ("float32",
     "bfloat16"); parameters are kept in float32. remat: what the backward pass recomputes (none, dots, full).
+    unroll: lay the layers out instead of scanning them; None does so for few layers on a CPU.
     dropout: whether to use the rates of the model's config.
 
     Devices. mesh: such as "fsdp=4,tensor=2"; empty is one device. rules: sharding rules, a name in
@@ -81,6 +82,7 @@ class Settings:
     seed: int = 0
     precision: str = "float32"
     remat: str = "none"
+    unroll: bool | None = None
     dropout: bool = False
 
     mesh: str = ""

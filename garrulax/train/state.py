@@ -18,10 +18,10 @@ class TrainState:
     key: PRNG key scalar of the run, folded with the step for dropout; it never changes.
     """
 
-    step: jax.Array
+    step: Any
     params: spec.Tree
     opt_state: Any
-    key: jax.Array
+    key: Any
 
 
 def init_state(
@@ -64,10 +64,9 @@ def abstract_state(
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state, key)
 
-    def placed(x):
-        if mesh is None:
-            where = SingleDeviceSharding(jax.local_devices()[0])
-        else:
+    def placed(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        where: jax.sharding.Sharding = SingleDeviceSharding(jax.local_devices()[0])
+        if mesh is not None:
             where = jax.NamedSharding(mesh, x.sharding.spec if x.sharding is not None else jax.P())
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 

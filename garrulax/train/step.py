@@ -34,7 +34,8 @@ def make_train_step(
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = _update(optimizer, grads, state.opt_state, state.params)
-        new = state.replace(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+        params = optax.apply_updates(state.params, updates)
+        new = TrainState(state.step + 1, params, opt_state, state.key)
         metrics = {"loss": loss, "grad_norm": norm, "lr": schedule(state.step), "tokens": tokens, "finite": finite}
         return _where(finite, new, state), metrics
 
@@ -49,14 +50,22 @@ def compute_dtype(params: Tree, precision: str) -> Tree:
     return jax.tree.map(lambda p: p.astype(dtype) if jnp.issubdtype(p.dtype, jnp.floating) else p, params)
 
 
+def lay_out(config: Any) -> bool:
+    """Whether to lay the layers out instead of scanning them: on CPU, where it is faster, unless they are many."""
+    return jax.default_backend() == "cpu" and config.layers <= 16
+
+
 def _gradient(config: Any, settings: Any, objective: Objective) -> Callable:
+    unroll = lay_out(config) if settings.unroll is None else settings.unroll
+
     def loss(params, batch, key):
-        return objective(compute_dtype(params, settings.precision), batch, config, key, remat=settings.remat)
+        params = compute_dtype(params, settings.precision)
+        return objective(params, batch, config, key, remat=settings.remat, unroll=unroll)
 
     return jax.value_and_grad(loss, has_aux=True)
 
 
-def _accumulated(gradient: Callable, params: Tree, batch: Batch, key: jax.Array | None):
+def _accumulated(gradient: Callable, params: Tree, batch: Batch, key: jax.Array | None) -> tuple:
     """Loss, tokens and gradient of the mean over all micro-batches' tokens (not the mean of their means)."""
     micro = next(iter(batch.values())).shape[0]
     if micro == 1:
@@ -88,6 +97,4 @@ def _update(optimizer: optax.GradientTransformation, grads: Tree, opt_state: Any
 
 
 def _where(condition: jax.Array, new: TrainState, old: TrainState) -> TrainState:
-    keep = {"step": new.step, "params": new.params, "opt_state": new.opt_state}
-    before = {"step": old.step, "params": old.params, "opt_state": old.opt_state}
-    return old.replace(**jax.tree.map(lambda n, o: jnp.where(condition, n, o), keep, before))
+    return jax.tree.map(lambda n, o: n if n is o else jnp.where(condition, n, o), new, old)

@@ -5,18 +5,18 @@ import difflib
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, TypeVar
-
-T = TypeVar("T")
+from typing import Any
 
 
-def replace(instance: T, changes: Mapping[str, Any], prefix: str = "") -> T:
+def replace(instance: Any, changes: Mapping[str, Any], prefix: str = "") -> Any:
     """`instance` with fields changed. Keys may be dotted ("rope.theta"); values may be text, as on a command line.
 
     Raises ValueError for an unknown field, with the nearest known one, and for a value of another type; whatever the
     dataclass itself refuses is raised as it is.
     """
-    hints, values, nested = typing.get_type_hints(type(instance)), {}, {}
+    hints = typing.get_type_hints(type(instance))
+    values: dict[str, Any] = {}
+    nested: dict[str, dict[str, Any]] = {}
     for key, value in changes.items():
         name, _, rest = key.partition(".")
         if name not in {f.name for f in dataclasses.fields(instance)}:

@@ -1,0 +1,1 @@
+"""Training: short pure pieces (objectives, schedules, optimizers, step) and one loop that wires them."""

@@ -1,0 +1,61 @@
+"""Held-out loss, perplexity and bits per byte."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from garrulax.core.spec import Tree
+from garrulax.train.batches import HostBatch, on_devices
+from garrulax.train.objectives import Objective
+from garrulax.train.step import compute_dtype, lay_out
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """loss: mean nats per token. tokens: how many were predicted. bytes: of text that they stand for, 0 if unknown."""
+
+    loss: float
+    tokens: int
+    bytes: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Total negative log-likelihood in bits, over the bytes of the text: comparable across tokenizers."""
+        return self.loss * self.tokens / math.log(2) / self.bytes if self.bytes else None
+
+
+def make_evaluate(
+    config: Any, objective: Objective, *, mesh: Mesh | None = None, precision: str = "float32"
+) -> Callable[..., Evaluation]:
+    """`evaluate(params, batches, tokens=0)`: the objective over host batches as `Data.held_out` yields them.
+
+    tokens: stop after so many predicted tokens, 0 for all batches. No dropout. The total is summed in float64.
+    """
+
+    @jax.jit
+    def totals(params, batch):
+        loss, aux = objective(compute_dtype(params, precision), batch, config, None, unroll=lay_out(config))
+        return loss * aux["tokens"], aux["tokens"], jnp.sum(batch["bytes"])
+
+    def evaluate(params: Tree, batches: Iterable[HostBatch], tokens: int = 0) -> Evaluation:
+        nll = count = size = 0.0
+        for batch in batches:
+            n, c, s = jax.device_get(totals(params, on_devices(batch, mesh)))
+            nll, count, size = nll + float(n), count + float(c), size + float(s)
+            if tokens and count >= tokens:
+                break
+        if not count:
+            raise ValueError("the held-out text has no token to predict: use more text")
+        return Evaluation(nll / count, round(count), size)
+
+    return evaluate

@@ -1,0 +1,42 @@
+"""Floating-point operations of training, and the peaks of known devices."""
+
+from typing import Any
+
+import jax
+
+from garrulax.models.summary import flops_per_token
+
+#: Peak FLOP/s of dense bfloat16 products, per device, as the makers state them.
+_PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v4 lite": 138e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 2307e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA GH200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def train_flops_per_token(config: Any, window: int) -> int:
+    """FLOPs of forward and backward pass per token: 6 N + 12 L H C T (Chowdhery et al. 2022, appendix B).
+
+    N counts the weights that a token is multiplied by, the output projection among them; causal attention is counted
+    in full, and what remat computes again is not counted.
+    """
+    return 3 * flops_per_token(config, window)
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Peak FLOP/s of bfloat16 products on this kind of device; None where it is not known (CPUs)."""
+    kind = device.device_kind
+    known = [name for name in _PEAKS if kind.startswith(name)]
+    return _PEAKS[max(known, key=len)] if known else None

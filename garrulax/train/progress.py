@@ -1,0 +1,107 @@
+"""What a run tells the terminal: one live line, or plain lines where the output is no terminal."""
+
+import sys
+import time
+from typing import TextIO
+
+import jax
+
+PLAIN_EVERY = 10.0  # seconds between plain lines, so that a log file stays readable
+
+
+class Speed:
+    """Seconds of training proper: evaluation, saving and compilation are not counted.
+
+    Call `start` when steps begin and after every interruption, `stop` before one, `lap` to close an interval.
+    """
+
+    def __init__(self):
+        self._since: float | None = None
+        self._seconds = 0.0
+        self.per_step: float | None = None
+
+    def start(self) -> None:
+        """Steps go on now."""
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        """Something else comes now."""
+        if self._since is not None:
+            self._seconds += time.perf_counter() - self._since
+            self._since = None
+
+    def lap(self, steps: int) -> float | None:
+        """Seconds per step of the `steps` since the last lap; None where there were none."""
+        self.stop()
+        seconds, self._seconds = self._seconds, 0.0
+        self.start()
+        if not steps or not seconds:
+            return None
+        new = seconds / steps
+        self.per_step = new if self.per_step is None else 0.8 * self.per_step + 0.2 * new
+        return new
+
+
+class Progress:
+    """Writes the live line. Silent in processes other than the first.
+
+    steps: of the whole run. tokens: of one step. flops: of one token. peak: FLOP/s of all devices, None if unknown.
+    """
+
+    def __init__(self, steps: int, tokens: int, flops: int, peak: float | None, out: TextIO | None = None):
+        self._steps, self._tokens, self._flops, self._peak = steps, tokens, flops, peak
+        self._out = sys.stderr if out is None else out
+        self._live = self._out.isatty()
+        self._quiet = jax.process_index() != 0
+        self._shown, self._last = False, 0.0
+
+    def update(self, step: int, loss: float, lr: float, seconds: float | None) -> None:
+        """Shows a step. loss: nats per token. seconds: per step."""
+        now = time.perf_counter()
+        if self._quiet or (not self._live and now - self._last < PLAIN_EVERY):
+            return
+        self._last = now
+        line = f"step {step:,}/{self._steps:,}  loss {loss:.4f}  lr {lr:.1e}"
+        if seconds:
+            line += f"  {self.rates(seconds)}  {duration((self._steps - step) * seconds)} left"
+        if self._live:
+            self._out.write(f"\r\x1b[K{line}")
+            self._shown = True
+        else:
+            self._out.write(line + "\n")
+        self._out.flush()
+
+    def rates(self, seconds: float) -> str:
+        """Tokens/s, model FLOP/s and, where the peak is known, MFU of a step that takes `seconds`."""
+        speed = self._tokens / seconds
+        mfu = f" (MFU {speed * self._flops / self._peak:.1%})" if self._peak else ""
+        return f"{si(speed)} tokens/s  {si(speed * self._flops)}FLOP/s{mfu}"
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if self._quiet:
+            return
+        self._out.write(f"\r\x1b[K{text}\n" if self._shown else f"{text}\n")
+        self._out.flush()
+        self._shown = False
+
+    def close(self) -> None:
+        """Leaves the live line as it is and goes to the next."""
+        if self._shown:
+            self._out.write("\n")
+            self._shown = False
+
+
+def si(value: float) -> str:
+    """A number with three digits and a prefix: 12.3 k, 4.56 G."""
+    for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.3g} {prefix}"
+    return f"{value:.3g} "
+
+
+def duration(seconds: float) -> str:
+    """0:42, 12:34 or 3:02:01."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,47 @@
+"""Learning-rate schedules: functions from the step's number to the learning rate.
+
+All begin with a linear warm-up. Step s is the s-th update, counted from 0; the last is `steps` - 1.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+Schedule = Callable[[jax.Array | int], jax.Array]
+
+KINDS = ("constant", "linear", "cosine", "wsd")
+
+
+def make_schedule(
+    kind: str, peak: float, steps: int, *, warmup: float = 0.0, min_ratio: float = 0.0, decay: float = 0.2
+) -> Schedule:
+    """A schedule from the warm-up to `peak` and from there down to `min_ratio * peak`.
+
+    kind: "constant" stays at the peak; "linear" and "cosine" (Loshchilov & Hutter 2017, eq. 5) fall over all of the
+    rest; "wsd" (warm-up, stable, decay: Hu et al. 2024, arXiv 2404.06395) stays and falls linearly at the end.
+    steps: updates in all. warmup: number of steps, or below 1 a share of them. decay: wsd's last part, likewise.
+    Raises ValueError for an unknown kind, and where warm-up and decay leave no room.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"unknown schedule {kind!r}: choose from {', '.join(KINDS)}")
+    rise, fall = _steps(warmup, steps), _steps(decay, steps) if kind == "wsd" else 0
+    if rise + fall > steps:
+        raise ValueError(f"warmup={warmup} and decay={decay} are longer than the {steps} steps of the run")
+    begin = steps - fall if kind == "wsd" else rise
+
+    def schedule(step):
+        done = jnp.clip((step - begin) / max(1, steps - begin), 0, 1)  # of the decay
+        if kind == "constant":
+            ratio = jnp.ones_like(done)
+        elif kind == "cosine":
+            ratio = min_ratio + (1 - min_ratio) * 0.5 * (1 + jnp.cos(jnp.pi * done))
+        else:
+            ratio = 1 - (1 - min_ratio) * done
+        return peak * ratio * jnp.clip((step + 1) / max(1, rise), 0, 1)
+
+    return schedule
+
+
+def _steps(value: float, steps: int) -> int:
+    return round(value * steps) if value < 1 else int(value)

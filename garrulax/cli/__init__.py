@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Errors are one line on stderr; `--traceback` shows where they came from.
     """
-    args = _parser().parse_args(argv)
+    args = _parse(argv)
     try:
         _command(args.command)(args)
     except USAGE_ERRORS as error:
@@ -28,6 +28,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    # argparse wants all of a list of positionals in one place; settings may stand before and after options.
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if args.command == "train" and not any(word.startswith("-") for word in rest):
+        args.settings += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
 
 
 def _explain(error: Exception, args: argparse.Namespace, code: int) -> int:

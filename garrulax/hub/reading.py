@@ -46,6 +46,12 @@ def load(
     return Model(config, params, _tokenizer(folder))
 
 
+def load_config(path: str | Path) -> Any:
+    """The Config of a Hugging Face folder, as `load` finds it; no tensor is read."""
+    raw = read_config(find(path))
+    return family_of(raw).from_hf(raw)
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The parsed config.json of a folder. Raises FileNotFoundError, and ValueError where it is not a JSON object."""
     path = folder / "config.json"

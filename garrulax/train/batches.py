@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from garrulax.core.sharding import batch_sharding
 from garrulax.train.infill import InfillTokens, Mix, infill, source_window
 from garrulax.train.infill import causal as causal_batch
-from garrulax.train.objectives import Batch
+from garrulax.train.objectives import Batch, objective_name
 from garrulax.train.sampler import Sampler, eval_windows
 from garrulax.train.shards import Dataset
 
@@ -33,6 +33,22 @@ class Data:
     identity: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
+def make_data(dataset: Dataset, settings: Any, config: Any, tokenizer: Any) -> Data:
+    """Batches for the settings' objective, or the one that the config's family was made for.
+
+    dataset: as `shards.build_shards` gives it. settings: a `Settings`. config: of the model. tokenizer: the data set's.
+    Raises ValueError where window, vocabulary or control tokens do not fit the model, and where there is too little
+    text for a window.
+    """
+    if settings.window > config.context:
+        raise ValueError(f"window={settings.window} is longer than the model's context={config.context}")
+    if tokenizer.vocab > config.vocab:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab} ids, the model's vocab is {config.vocab}")
+    if objective_name(settings.objective, config) == "causal":
+        return causal_data(dataset, settings)
+    return infill_data(dataset, settings, tokenizer, InfillTokens.of(tokenizer, config.sentence_mask is not None))
+
+
 def causal_data(dataset: Dataset, settings: Any) -> Data:
     """Causal batches over a data set's windows; the held-out text is predicted token by token, each once.
 
@@ -49,15 +65,13 @@ def causal_data(dataset: Dataset, settings: Any) -> Data:
     return Data(lambda step: causal_batch(sampler.batch_at(step)), held_out, _identity(dataset))
 
 
-def infill_data(dataset: Dataset, settings: Any, tokenizer: Any, task_mask: bool) -> Data:
+def infill_data(dataset: Dataset, settings: Any, tokenizer: Any, ids: InfillTokens) -> Data:
     """Blank-infilling batches; the held-out text has its blanks drawn once, the same at every evaluation.
 
-    settings: a `Settings`; read are window, batch, seed and the shares of blanks. tokenizer: one with GLM's control
-    tokens. task_mask: whether sentences and documents have masks of their own.
-    Raises ValueError where a control token is missing, and where text or window is too short.
+    settings: a `Settings`; read are window, batch, seed and the shares of blanks. tokenizer: counts the bytes of the
+    blanks. ids: its control tokens. Raises ValueError where text or window is too short.
     """
     split = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    ids = InfillTokens.of(tokenizer, task_mask)
     mix = Mix(settings.token_blanks, settings.sentence_blanks, settings.document_blanks)
     width = source_window(settings.window)
     sampler = Sampler(dataset.train, width, settings.batch, settings.seed, **split)

@@ -21,7 +21,7 @@ from garrulax.train.evaluate import Evaluation, make_evaluate
 from garrulax.train.flops import peak_flops, train_flops_per_token
 from garrulax.train.interrupts import Interrupts
 from garrulax.train.metrics import MetricsLog
-from garrulax.train.objectives import OBJECTIVES, Objective
+from garrulax.train.objectives import OBJECTIVES, Objective, objective_name
 from garrulax.train.optimizers import make_optimizer
 from garrulax.train.progress import Progress, Speed
 from garrulax.train.settings import Settings
@@ -125,14 +125,13 @@ class _Loop:
 
     def __init__(self, run: Run, mesh: Mesh | None, saves: Checkpoints, progress: Progress):
         s, c = run.settings, run.config
-        objective = run.objective or OBJECTIVES[s.objective or "causal"]
+        objective = run.objective or OBJECTIVES[objective_name(s.objective, c)]
         self.run, self.mesh, self.saves, self.progress = run, mesh, saves, progress
         self.optimizer = make_optimizer(s, models.family(c).parameters(c))
         self.train_step = make_train_step(c, s, self.optimizer, objective)
         self.evaluate = make_evaluate(c, objective, mesh=mesh, precision=s.precision)
         self.speed = Speed()
         self.pending: deque[tuple[int, Metrics]] = deque()  # measured, perhaps still being computed
-        self.at = 0  # steps whose metrics were read
 
     def begin(self, resume: bool) -> TrainState:
         """The first state: new, or of the latest checkpoint."""
@@ -147,12 +146,11 @@ class _Loop:
             state = init_state(run.config, self.optimizer, s.seed, mesh=self.mesh, rules=s.rules, params=run.params)
         if jax.process_index() == 0:
             settings_.save(run.folder, s, run.config, run.data.identity)
-        self.at = int(state.step)
         return state
 
     def steps(self, state: TrainState, interrupts: Interrupts) -> tuple[TrainState, int, Evaluation | None]:
         """All steps that are left, or those up to an interrupt: the state, its step and its evaluation, if there is."""
-        s, first, evaluation = self.run.settings, self.at, None
+        s, first, evaluation = self.run.settings, int(state.step), None
         if self.log.note:
             self.progress.say(self.log.note)
         for step in range(first + 1, s.steps + 1):
@@ -175,7 +173,7 @@ class _Loop:
         self.pending.append((step, metrics))
         if compiling:
             jax.block_until_ready(metrics)
-            self.speed.start()
+            self.speed.begin(step)
         elif len(self.pending) > AHEAD:
             self.pending[-1 - AHEAD][1]["loss"].block_until_ready()
 
@@ -189,8 +187,7 @@ class _Loop:
             if not v["finite"]:
                 raise Diverged(self.diverged(step, float(v["loss"]), float(v["grad_norm"])))
         step, newest = done[-1][0], values[-1]
-        seconds = self.speed.lap(step - self.at)
-        self.at = step
+        seconds = self.speed.lap(step)
         loss = sum(float(v["loss"]) for v in values) / len(values)
         tokens = self.run.settings.batch * self.run.settings.window
         self.log.write(

@@ -47,6 +47,11 @@ def blank_infilling(
 OBJECTIVES: dict[str, Objective] = {"causal": causal_lm, "infill": blank_infilling}
 
 
+def objective_name(wanted: str | None, config: Any) -> str:
+    """`wanted`, or where that is None what the family of `config` was made for."""
+    return wanted or ("infill" if models.family(config) is models.glm else "causal")
+
+
 def mask_of(batch: Batch) -> Mask | None:
     """The mask of a batch from its streams; None, which is causal, where it has none."""
     if "rank" not in batch and "segment" not in batch:

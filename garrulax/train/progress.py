@@ -10,15 +10,22 @@ PLAIN_EVERY = 10.0  # seconds between plain lines, so that a log file stays read
 
 
 class Speed:
-    """Seconds of training proper: evaluation, saving and compilation are not counted.
+    """Seconds of training proper: compilation, evaluation and saving are not counted.
 
-    Call `start` when steps begin and after every interruption, `stop` before one, `lap` to close an interval.
+    Call `begin` once, after the first step; `stop` and `start` around every interruption; `lap` to close an interval.
+    per_step: seconds per step, averaged over the last intervals; None before the first.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._since: float | None = None
         self._seconds = 0.0
+        self._at = 0
         self.per_step: float | None = None
+
+    def begin(self, step: int) -> None:
+        """The steps after `step` are measured."""
+        self._at = step
+        self.start()
 
     def start(self) -> None:
         """Steps go on now."""
@@ -30,12 +37,13 @@ class Speed:
             self._seconds += time.perf_counter() - self._since
             self._since = None
 
-    def lap(self, steps: int) -> float | None:
-        """Seconds per step of the `steps` since the last lap; None where there were none."""
+    def lap(self, step: int) -> float | None:
+        """Seconds per step since the last lap or `begin`; None where there was no step."""
         self.stop()
+        steps, self._at = step - self._at, step
         seconds, self._seconds = self._seconds, 0.0
         self.start()
-        if not steps or not seconds:
+        if steps <= 0:
             return None
         new = seconds / steps
         self.per_step = new if self.per_step is None else 0.8 * self.per_step + 0.2 * new

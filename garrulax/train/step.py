@@ -31,7 +31,7 @@ def make_train_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step) if settings.dropout else None
         loss, tokens, grads = _accumulated(gradient, state.params, batch, key)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = _update(optimizer, grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

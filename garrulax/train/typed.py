@@ -20,7 +20,8 @@ def replace(instance: Any, changes: Mapping[str, Any], prefix: str = "") -> Any:
     for key, value in changes.items():
         name, _, rest = key.partition(".")
         if name not in {f.name for f in dataclasses.fields(instance)}:
-            raise ValueError(f"unknown setting {prefix + name!r}{_nearest(name, hints)}")
+            known = [prefix + f.name for f in dataclasses.fields(instance)]
+            raise ValueError(f"unknown setting {prefix + name!r}{_nearest(prefix + name, known)}")
         if rest or isinstance(value, Mapping):
             nested.setdefault(name, {}).update({rest: value} if rest else value)
         else:
@@ -33,11 +34,9 @@ def replace(instance: Any, changes: Mapping[str, Any], prefix: str = "") -> Any:
 
 
 def convert(hint: Any, value: Any, name: str) -> Any:
-    """`value` (perhaps text) as the type `hint`: bool, int, float, str, a tuple of one of them, or an `X | None`."""
+    """`value` (perhaps text) as the type `hint`: bool, int, float, str, a tuple of one of them, or a union of these."""
     if isinstance(hint, types.UnionType):
-        if value is None or value == "none":
-            return None
-        (hint,) = (h for h in typing.get_args(hint) if h is not type(None))
+        return _one_of(typing.get_args(hint), value, name)
     if typing.get_origin(hint) is tuple:
         items = [v for v in value.split(",") if v] if isinstance(value, str) else value
         if not isinstance(items, list | tuple):
@@ -53,6 +52,18 @@ def convert(hint: Any, value: Any, name: str) -> Any:
     if hint is int:
         return _checked(whole, value, name, "a whole number")
     return float(_checked(whole or isinstance(value, float), value, name, "a number"))
+
+
+def _one_of(hints: tuple, value: Any, name: str) -> Any:
+    if type(None) in hints and (value is None or value == "none"):
+        return None
+    *others, last = (h for h in hints if h is not type(None))
+    for hint in others:
+        try:
+            return convert(hint, value, name)
+        except ValueError:
+            continue
+    return convert(last, value, name)
 
 
 def _bool(value: Any, name: str) -> bool:
@@ -73,6 +84,6 @@ def _checked(right: bool, value: Any, name: str, what: str) -> Any:
     return value
 
 
-def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), 1, 0.5)
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, 1)
     return f": did you mean {close[0]!r}?" if close else f": choose from {', '.join(known)}"

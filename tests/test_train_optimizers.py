@@ -1,0 +1,100 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import garrulax as gx
+from garrulax import models
+from garrulax.core import spec
+from garrulax.train.optimizers import make_optimizer, muon_dimensions
+from garrulax.train.settings import Settings
+
+CONFIGS = {
+    "gpt": models.gpt.Config(vocab=40, context=8, width=16, layers=3, heads=2),
+    "glm": models.glm.Config(vocab=40, context=8, width=16, layers=3, heads=2),
+    "llama": models.llama.Config(vocab=40, context=8, width=16, layers=3, heads=4, kv_heads=2, mlp_width=24),
+}
+FLAT = {"schedule": "constant", "warmup": 0.0}
+
+
+def tree(config):
+    return models.family(config).parameters(config)
+
+
+def update(settings, config, gradients, params):
+    optimizer = make_optimizer(settings, tree(config))
+    return jax.jit(lambda g, p: optimizer.update(g, optimizer.init(p), p)[0])(gradients, params)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_adamw_decays_what_is_no_vector(family):
+    config = CONFIGS[family]
+    params = jax.tree.map(jnp.ones_like, gx.init(config, jax.random.key(0)))
+    settings = Settings(optimizer="adamw", lr=0.1, weight_decay=0.5, **FLAT)
+    updates = spec.named_specs(update(settings, config, jax.tree.map(jnp.zeros_like, params), params))
+    for name, s in spec.named_specs(tree(config)).items():
+        expected = 0.0 if name.endswith(("bias", "scale", "norm")) or s.role == "vector" else -0.1 * 0.5
+        np.testing.assert_allclose(updates[name], expected, rtol=1e-6, err_msg=name)
+
+
+def test_gradients_are_clipped_by_their_norm_before_adam():
+    config = CONFIGS["gpt"]
+    params = gx.init(config, jax.random.key(0))
+    gradients = jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), p.shape), params)
+    # Adam's first update is g / (|g| + eps): a large eps shows the size of the clipped gradient.
+    settings = Settings(optimizer="adamw", lr=1.0, weight_decay=0.0, clip=0.01, eps=1e3, **FLAT)
+    updates = update(settings, config, gradients, params)
+    clipped = jax.tree.map(lambda g: g * 0.01 / optax.tree.norm(gradients), gradients)
+    jax.tree.map(lambda u, g: np.testing.assert_allclose(u, -g / (1e3 + abs(g)), rtol=1e-4), updates, clipped)
+    unclipped = update(Settings(optimizer="adamw", lr=1.0, clip=0.0, eps=1e3, **FLAT), config, gradients, params)
+    assert optax.tree.norm(unclipped) > 10 * optax.tree.norm(updates)
+
+
+def test_muon_is_optax_muon_on_plain_matrices():
+    shapes = {"tall": (12, 5), "wide": (5, 12), "square": (7, 7)}
+    stored = spec.Stored("x")
+    specs = {k: spec.Spec(s, (None, None), spec.normal(1.0), stored) for k, s in shapes.items()}
+    specs["table"] = spec.Spec((9, 4), (None, None), spec.normal(1.0), stored, role="embedding")
+    params = spec.init(specs, jax.random.key(0))
+    settings = Settings(lr=0.02, adam_lr=0.003, weight_decay=0.1, clip=0.0, **FLAT)
+    ours = make_optimizer(settings, specs)
+    matrices = lambda p: {k: v for k, v in p.items() if k != "table"}  # noqa: E731
+    theirs = optax.contrib.muon(0.02, beta=0.95, weight_decay=0.1)
+    adam = optax.adamw(0.003, 0.9, 0.99, 1e-8, weight_decay=0.1)
+    state, muon_state, adam_state = ours.init(params), theirs.init(matrices(params)), adam.init(params["table"])
+    for i in range(3):
+        gradients = spec.init(specs, jax.random.key(10 + i))
+        got, state = jax.jit(ours.update)(gradients, state, params)
+        expected, muon_state = jax.jit(theirs.update)(matrices(gradients), muon_state, matrices(params))
+        table, adam_state = jax.jit(adam.update)(gradients["table"], adam_state, params["table"])
+        for name, value in {**expected, "table": table}.items():
+            np.testing.assert_allclose(got[name], value, rtol=2e-5, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_muon_orthogonalises_every_layer_on_its_own(family):
+    config = CONFIGS[family]
+    params = gx.init(config, jax.random.key(0))
+    gradients = jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), p.shape), params)
+    # One layer's gradients are a million times larger: orthogonalised alone, its updates are no larger.
+    scale = jnp.array([1e-3, 1e3, 1.0])
+    gradients["blocks"] = jax.tree.map(lambda g: g * scale.reshape(3, *[1] * (g.ndim - 1)), gradients["blocks"])
+    updates = spec.named_specs(update(Settings(lr=1.0, clip=0.0, **FLAT), config, gradients, params))
+    seen = 0
+    for name, s in spec.named_specs(tree(config)).items():
+        if s.role != "matrix":
+            continue
+        seen += 1
+        inputs = int(np.prod(s.layer_shape[: s.inputs]))
+        for layer in np.asarray(updates[name]).reshape(3, inputs, -1):
+            sizes = np.linalg.svd(layer, compute_uv=False) / np.sqrt(max(1, layer.shape[1] / inputs))
+            assert sizes.min() > 0.3, name
+            assert sizes.max() < 1.3, name
+    assert seen >= 4
+
+
+def test_muon_dimensions_of_a_projection_with_two_inputs():
+    specs = tree(CONFIGS["gpt"])["blocks"]["attention"]
+    assert muon_dimensions(specs["out"]) == ((1, 2), (3,))
+    assert muon_dimensions(specs["qkv"]) == ((1,), (2, 3, 4))

@@ -1,0 +1,133 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from garrulax import models
+from garrulax.core.sharding import make_mesh
+from garrulax.train import step as step_
+from garrulax.train.batches import on_devices
+from garrulax.train.objectives import causal_lm
+from garrulax.train.optimizers import make_optimizer
+from garrulax.train.settings import Settings
+from garrulax.train.state import abstract_state, init_state
+
+CONFIG = models.gpt.Config(vocab=48, context=8, width=16, layers=2, heads=4)
+objective = jax.jit(causal_lm, static_argnums=2)
+SETTINGS = Settings(optimizer="adamw", schedule="linear", warmup=0.0, steps=10, clip=0.0, eps=1e-3)
+
+
+def host_batch(rows=8, seed=0):
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 48, (rows, 9)).astype(np.int32)
+    weights = rng.random((rows, 8)) < np.linspace(0.1, 1, rows)[:, None]  # micro-batches of very different weight
+    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights.astype(np.float32)}
+
+
+@functools.cache
+def machine(settings, mesh=None):
+    optimizer = make_optimizer(settings, models.gpt.parameters(CONFIG))
+    return optimizer, step_.make_train_step(CONFIG, settings, optimizer, causal_lm)
+
+
+def one_step(settings=SETTINGS, batch=None, micro=1, steps=1, mesh=None):
+    optimizer, step = machine(settings, mesh)
+    state = init_state(CONFIG, optimizer, 0, mesh=mesh)
+    for i in range(steps):
+        state, metrics = step(state, on_devices(batch or host_batch(seed=i), mesh, micro))
+    return state, metrics
+
+
+def distance(a, b):
+    return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(np.asarray(x) - np.asarray(y)).max()), a, b)))
+
+
+def test_accumulation_is_one_large_batch():
+    one, metrics = one_step()
+    four, accumulated = one_step(micro=4)
+    assert distance(one.params, four.params) < 1e-6
+    for name in ("loss", "grad_norm", "tokens", "lr"):
+        np.testing.assert_allclose(accumulated[name], metrics[name], rtol=1e-5)
+    # The mean of the micro-batches' means is another number: the test would see the common mistake.
+    b = host_batch()
+    means = [objective(one.params, {k: v[i : i + 2] for k, v in b.items()}, CONFIG)[0] for i in range(0, 8, 2)]
+    assert abs(np.mean(means) - objective(one.params, b, CONFIG)[0]) > 1e-3
+
+
+def test_metrics_of_a_step():
+    b = host_batch()
+    params = init_state(CONFIG, machine(SETTINGS)[0], 0).params
+    gradients = jax.jit(jax.grad(lambda p: causal_lm(p, b, CONFIG)[0]))(params)
+    norm = np.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in map(np.asarray, jax.tree.leaves(gradients))))
+    state, metrics = one_step(batch=b)
+    assert int(state.step) == 1
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], objective(params, b, CONFIG)[0], rtol=1e-6)
+    np.testing.assert_allclose(metrics["lr"], 1e-3)
+    assert metrics["tokens"] == b["weights"].sum()
+    assert one_step(steps=3)[1]["lr"] == pytest.approx(1e-3 * 0.8 + 1e-4 * 0.2)
+
+
+@pytest.mark.parametrize(("mesh", "micro"), [(None, 1), ("fsdp=4,tensor=2", 2)])
+def test_a_step_that_is_not_finite_changes_nothing(mesh, micro):
+    bad = host_batch()
+    bad["weights"][3, 2] = np.nan
+    settings = dataclasses.replace(SETTINGS, optimizer="muon")
+    with jax.set_mesh(make_mesh(mesh)) if mesh else jax.enable_x64(False):
+        mesh = make_mesh(mesh) if mesh else None
+        optimizer, step = machine(settings, mesh)
+        state, good = step(init_state(CONFIG, optimizer, 0, mesh=mesh), on_devices(host_batch(), mesh, micro))
+        before = jax.tree.map(np.array, (state.step, state.params, state.opt_state))
+        state, metrics = step(state, on_devices(bad, mesh, micro))
+    assert good["finite"]
+    assert not metrics["finite"]
+    jax.tree.map(np.testing.assert_array_equal, (state.step, state.params, state.opt_state), before)
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32():
+    plain, exact = one_step(steps=3)
+    half, metrics = one_step(dataclasses.replace(SETTINGS, precision="bfloat16"), steps=3)
+    assert {p.dtype for p in jax.tree.leaves((half.params, half.opt_state[1][0].mu))} == {jnp.dtype("float32")}
+    assert metrics["loss"].dtype == jnp.float32
+    assert metrics["loss"] != exact["loss"]
+    np.testing.assert_allclose(metrics["loss"], exact["loss"], rtol=2e-2)
+    assert distance(plain.params, half.params) < 4e-3
+
+
+@pytest.mark.parametrize("change", [{"remat": "full"}, {"unroll": False}, {"unroll": True, "remat": "dots"}])
+def test_how_the_step_computes_does_not_change_what(change):
+    expected, _ = one_step(dataclasses.replace(SETTINGS, unroll=True))
+    got, _ = one_step(dataclasses.replace(SETTINGS, **change))
+    assert distance(expected.params, got.params) < 1e-5
+
+
+def test_dropout_differs_from_step_to_step_and_is_repeated_by_the_seed():
+    settings = dataclasses.replace(SETTINGS, dropout=True, lr=0.0, weight_decay=0.0)
+    b = host_batch()
+    losses = [float(one_step(settings, batch=b, steps=n)[1]["loss"]) for n in (1, 2, 2)]
+    assert losses[0] != losses[1] == losses[2]
+    twice = {k: np.concatenate([v[:4], v[:4]]) for k, v in b.items()}
+    one, two = (float(one_step(settings, batch=part, micro=m)[1]["loss"]) for part, m in ((b, 1), (twice, 2)))
+    half = {k: v[:4] for k, v in b.items()}
+    assert len({one, two, float(one_step(settings, batch=half)[1]["loss"])}) == 3
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_state_is_born_sharded_and_stays_so(optimizer):
+    settings = dataclasses.replace(SETTINGS, optimizer=optimizer)
+    single, _ = one_step(settings, steps=2, micro=2)
+    mesh = make_mesh("fsdp=4,tensor=2")
+    with jax.set_mesh(mesh):
+        target = abstract_state(CONFIG, machine(settings, mesh)[0], mesh=mesh)
+        fresh = init_state(CONFIG, machine(settings, mesh)[0], 0, mesh=mesh)
+        state, _ = one_step(settings, steps=2, micro=2, mesh=mesh)
+    for s in (fresh, state):
+        jax.tree.map(
+            lambda x, t: x.sharding.is_equivalent_to(t.sharding, x.ndim) or pytest.fail(f"{x.sharding}"), s, target
+        )
+    sharded = [x for x in jax.tree.leaves(state.opt_state) if x.ndim and not x.sharding.is_fully_replicated]
+    assert sum(x.size for x in sharded) > 0.9 * sum(x.size for x in jax.tree.leaves(state.opt_state))
+    assert distance(single.params, state.params) < 2e-5

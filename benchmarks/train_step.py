@@ -1,10 +1,10 @@
 """A training step against PyTorch's on this machine: same GPT-2, same batch, AdamW, clipping, float32.
 
-    python benchmarks/train_step.py --torch-python PATH [--rounds 5] [--size small|medium]
+    python benchmarks/train_step.py --torch-python PATH [--rounds 5] [--sizes small medium]
 
-Garrulax and PyTorch (eager, and compiled with --compile) run in turns, each in a process of its own, so that a
-machine whose speed drifts is fair to both; medians and their ratio are printed. PATH is the Python of an environment
-with torch==2.13.0. Model FLOPs are those of `models.summary.flops_per_token`, times 3 for the backward pass.
+Garrulax and PyTorch (eager, and torch.compile) run in turns, each in a process of its own, so that a machine whose
+speed drifts is fair to all; the medians over the rounds and their ratios are printed. PATH is the Python of an
+environment with torch==2.13.0. The FLOPs are 6 a weight and 12 L H C T of attention a token (models/summary.py).
 """
 
 import argparse
@@ -14,37 +14,90 @@ import subprocess
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent
 SIZES = {
     "small": {"layers": 4, "heads": 4, "width": 128, "context": 64, "batch": 12, "vocab": 65, "steps": 300},
     "medium": {"layers": 6, "heads": 6, "width": 384, "context": 256, "batch": 8, "vocab": 65, "steps": 16},
 }
+PEER = Path(__file__).parent / "peers" / "torch_train.py"
 
 
-def ours(a):
-    """Median milliseconds of a step, as JSON on stdout."""
+def ours(size: str) -> dict:
+    """Median milliseconds of Garrulax's step, after a warm-up of a quarter of the steps."""
     import time
 
     import jax
     import numpy as np
 
-    import garrulax as gx
     from garrulax.models import gpt, summary
-    from garrulax.train import optimizers, settings, state, step
+    from garrulax.train import objectives, optimizers, settings, state, step
 
-    config = gpt.Config(vocab=a.vocab, context=a.context, width=a.width, layers=a.layers, heads=a.heads)
-    run = settings.Settings(batch=a.batch, window=a.context, optimizer="adamw", lr=1e-3, beta2=0.99, steps=a.steps)
-    train_state, update = step.prepare(run, config)
+    a = SIZES[size]
+    config = gpt.Config(**{k: a[k] for k in ("layers", "heads", "width", "context", "vocab")})
+    run = settings.Settings(optimizer="adamw", batch=a["batch"], window=a["context"], steps=a["steps"])
+    optimizer = optimizers.make_optimizer(run, gpt.parameters(config))
+    train_state = state.init_state(config, optimizer, 0)
+    update = step.make_train_step(config, run, optimizer, objectives.causal_lm)
     rng, times = np.random.default_rng(0), []
-    for i in range(a.steps):
-        rows = rng.integers(0, a.vocab, (a.batch, a.context + 1)).astype(np.int32)
-        batch = {"tokens": rows[:, :-1], "targets": rows[:, 1:], "weights": np.ones(rows[:, 1:].shape, np.float32)}
+    for i in range(a["steps"]):
+        rows = rng.integers(0, a["vocab"], (1, a["batch"], a["context"] + 1)).astype(np.int32)
         start = time.perf_counter()
+        batch = {
+            "tokens": rows[..., :-1],
+            "targets": rows[..., 1:],
+            "weights": np.ones(rows[..., 1:].shape, np.float32),
+        }
         train_state, metrics = update(train_state, batch)
         jax.block_until_ready(metrics)
-        if i >= a.steps // 4:
+        if i >= a["steps"] // 4:
             times.append(time.perf_counter() - start)
-    flops = 3 * summary.flops_per_token(config, a.context) * a.batch * a.context
-    milliseconds = 1e3 * statistics.median(times)
-    version = f"jax {jax.__version__}, garrulax {gx.__version__}"
-    print(json.dumps({"milliseconds": milliseconds, "gflops": flops / milliseconds / 1e6, "version": version}))
+    flops = 3 * summary.flops_per_token(config, a["context"]) * a["batch"] * a["context"]
+    return {"milliseconds": 1e3 * statistics.median(times), "flops": flops, "version": f"jax {jax.__version__}"}
+
+
+def measure(command: list[str]) -> dict:
+    """The JSON that a command prints last."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(size: str, rounds: int, torch_python: str) -> None:
+    """Runs the three in turns and prints medians and ratios."""
+    sizes = [word for k, v in SIZES[size].items() for word in (f"--{k}", str(v))]
+    commands = {
+        "garrulax": [sys.executable, __file__, "--ours", size],
+        "torch eager": [torch_python, str(PEER), *sizes],
+        "torch.compile": [torch_python, str(PEER), *sizes, "--compile"],
+    }
+    times: dict[str, list[float]] = {name: [] for name in commands}
+    versions, flops = {}, 0
+    for _ in range(rounds):
+        for name, command in commands.items():
+            result = measure(command)
+            times[name].append(result["milliseconds"])
+            versions[name] = result["version"]
+            flops = result.get("flops", flops)
+    base = statistics.median(times["garrulax"])
+    tokens = SIZES[size]["batch"] * SIZES[size]["context"]
+    for name, values in times.items():
+        ms = statistics.median(values)
+        pairs = [t / o for t, o in zip(values, times["garrulax"], strict=True)]
+        print(f"{size:7} {name:14} {ms:8.1f} ms  {1e3 * tokens / ms:9,.0f} tokens/s  {flops / ms / 1e6:6.1f} GFLOP/s  "
+              f"garrulax is {ms / base:.2f}x (rounds {min(pairs):.2f}-{max(pairs):.2f})  [{versions[name]}]")  # fmt: skip
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--torch-python", help="Python with torch==2.13.0")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--ours", choices=SIZES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.ours:
+        print(json.dumps(ours(args.ours)))
+    elif not args.torch_python:
+        parser.error("--torch-python is needed")
+    else:
+        for each in args.sizes:
+            compare(each, args.rounds, args.torch_python)

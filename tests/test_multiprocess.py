@@ -19,7 +19,11 @@ COMMAND = [sys.executable, "-c", "import sys; from garrulax.cli import main; sys
 def start(folder, run, *words, devices=2):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "GARRULAX_CACHE": str(folder / "cache")}
     environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-    words = ["train", *words] if "--resume" in words else ["train", "gpt2-tiny", *SIZES, f"corpus={folder / 'text'}", *words]
+    words = (
+        ["train", *words]
+        if "--resume" in words
+        else ["train", "gpt2-tiny", *SIZES, f"corpus={folder / 'text'}", *words]
+    )
     place = [] if "--resume" in words else ["--run", str(folder / run)]
     return subprocess.Popen([*COMMAND, *words, *place], env=environment, text=True, stderr=subprocess.PIPE)
 

@@ -1,0 +1,53 @@
+"""What it costs to begin: the import, and tracing and lowering a train step of a 70-billion-parameter LLaMA.
+
+    python benchmarks/startup.py
+
+Prints the seconds that `import garrulax` adds to `import jax` (each in a fresh process, medians of five), and the
+seconds to trace and lower one AdamW step of llama2-70b on an abstract state: no parameter is allocated, as the peak
+memory of the process shows.
+"""
+
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+
+def imports() -> float:
+    """Median seconds that importing garrulax and touching its API adds to importing jax."""
+
+    def seconds(code):
+        program = f"import time; s = time.perf_counter(); {code}; print(time.perf_counter() - s)"
+        runs = [subprocess.run([sys.executable, "-c", program], capture_output=True, text=True) for _ in range(5)]
+        return statistics.median(float(run.stdout) for run in runs)
+
+    return seconds("import jax, garrulax") - seconds("import jax")
+
+
+def lower() -> tuple[float, str]:
+    """Seconds to trace and lower the step, and the start of what was lowered."""
+    import jax
+
+    import garrulax as gx
+    from garrulax.models import llama
+    from garrulax.train import objectives, optimizers, settings, state, step
+
+    config = gx.preset("llama2-70b")
+    run = settings.Settings(optimizer="adamw", batch=8, window=4096, precision="bfloat16", remat="dots")
+    start = time.perf_counter()
+    optimizer = optimizers.make_optimizer(run, llama.parameters(config))
+    abstract = state.abstract_state(config, optimizer)
+    rows = jax.ShapeDtypeStruct((1, run.batch, run.window), "int32")
+    batch = {"tokens": rows, "targets": rows, "weights": jax.ShapeDtypeStruct(rows.shape, "float32")}
+    update = step.make_train_step(config, run, optimizer, objectives.causal_lm)
+    lowered = update.lower(abstract, batch)
+    return time.perf_counter() - start, lowered.as_text()[:60]
+
+
+if __name__ == "__main__":
+    print(f"import garrulax adds {imports():.3f} s to import jax")
+    seconds, text = lower()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"llama2-70b: train step traced and lowered in {seconds:.1f} s, peak memory of the process {peak:.2f} GiB")
+    print(text)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from garrulax import models
 from garrulax.core.spec import Tree
+from garrulax.kernels.mask import PAD, Mask
 from garrulax.sampling.state import State
 from garrulax.sampling.transforms import STANDARD, Transform, draw
 
@@ -17,15 +18,18 @@ def step(params: Tree, state: State, config: Any, transform: Transform = STANDAR
 
     params: as from `models.unstack`, which decodes fastest, or stacked; as they were in `init`.
     """
+    going = ~state.done
+    # What a row that is done reads is hidden from its later self: a blank may be filled after this one (`fill`).
+    segment = jnp.where(going, 0, PAD)[:, None]
+    mask = Mask({"rank": jnp.broadcast_to(state.cache.used, segment.shape), "segment": segment})
     logits, cache = models.forward(
-        params, state.token[:, None], config, positions=state.position[..., None], cache=state.cache
-    )  # fmt: skip
+        params, state.token[:, None], config, positions=state.position[..., None], mask=mask, cache=state.cache
+    )
     logits = logits[:, 0].astype(jnp.float32)  # in bfloat16 the noise would be so coarse that rare tokens never win
     shaped, shaping = transform.update(logits, state.shaping)
     token = draw(shaped, state.seed, state.length)
     logprob = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
 
-    going = ~state.done
     made = state.made + going
     ended = jnp.any(token[:, None] == state.stops, axis=1) | (made >= state.limit)
     stride = jnp.where(going.reshape(-1, *(1,) * (state.stride.ndim - 1)), state.stride, 0)

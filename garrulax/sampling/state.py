@@ -9,7 +9,7 @@ from flax import struct
 
 from garrulax import models
 from garrulax.core.spec import Tree
-from garrulax.kernels.mask import PAD, Mask
+from garrulax.kernels.mask import Mask
 from garrulax.layers.cache import Cache
 from garrulax.sampling.transforms import Knobs, Transform
 

@@ -24,9 +24,10 @@ def attention(
 ) -> jax.Array:
     """softmax(scale * query key^T + bias, where mask) value, with the softmax in at least float32.
 
-    query: [B, T, H, C]. key, value: [B, S, K, C]; H a multiple of K (grouped queries: query head h reads key/value
-    head h // (H / K)). mask: which pairs attend; None is all. bias: broadcastable to [B, H, T, S], added after the
-    scaling. scale: default 1 / sqrt(C). softcap: scores become softcap * tanh(scores / softcap), before the bias.
+    query: [B, T, H, C]. key, value: [B, S, K, C], or folded as [B·K, S, C], as the cache keeps them; H a multiple of K
+    (grouped queries: query head h reads key/value head h // (H / K)). mask: which pairs attend; None is all.
+    bias: broadcastable to [B, H, T, S], added after the scaling. scale: default 1 / sqrt(C). softcap: scores become
+    softcap * tanh(scores / softcap), before the bias.
     dropout: rate on the attention probabilities; used only where dropout_key is given.
     implementation: "xla"; None picks.
 
@@ -54,16 +55,19 @@ def attention(
 def _check(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask | None) -> None:
     shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
     for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.ndim != 4:
+        if x.ndim != 4 and (x is query or x.ndim != 3):
             raise ValueError(f"attention takes [batch, length, heads, width]: {shapes}")
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"attention takes floating-point arrays: {name} is {x.dtype}")
     if 0 in query.shape or 0 in key.shape:
         raise ValueError(f"attention over nothing: {shapes}")
-    if key.shape[:3] != value.shape[:3] or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+    folded = key.ndim == 3
+    rows = key.shape[0] % query.shape[0] if folded else key.shape[0] - query.shape[0]
+    if key.shape[:-1] != value.shape[:-1] or rows or query.shape[-1] != key.shape[-1]:
         raise ValueError(f"attention shapes disagree: {shapes}")
-    if query.shape[2] % key.shape[2]:
-        raise ValueError(f"{query.shape[2]} query heads are not a multiple of {key.shape[2]} key/value heads")
+    heads = key.shape[0] // query.shape[0] if folded else key.shape[2]
+    if query.shape[2] % heads:
+        raise ValueError(f"{query.shape[2]} query heads are not a multiple of {heads} key/value heads")
     if mask is None:
         return
     for side, streams, length in (("query", mask.query, query.shape[1]), ("key", mask.key_streams(), key.shape[1])):

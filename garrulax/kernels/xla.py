@@ -20,10 +20,10 @@ def attention(
 ) -> jax.Array:
     """The contract of `kernels.attention`; heads are split as [K, G], G query heads to each key/value head."""
     B, T, H, C = query.shape
-    S, K = key.shape[1], key.shape[2]
+    S, K = key.shape[1], key.shape[2] if key.ndim == 4 else key.shape[0] // B
     dtype = jnp.promote_types(query.dtype, jnp.float32)
     q = query.reshape(B, T, K, H // K, C)
-    scores = jnp.einsum("BTKGC,BSKC->BKGTS", q, key, preferred_element_type=dtype) * scale
+    scores = _scores(q, key, dtype) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     if bias is not None:
@@ -34,10 +34,28 @@ def attention(
     if dropout and dropout_key is not None:
         kept = jax.random.bernoulli(dropout_key, 1 - dropout, weights.shape)
         weights = jnp.where(kept, weights / (1 - dropout), 0)
-    out = jnp.einsum("BKGTS,BSKC->BTKGC", weights.astype(value.dtype), value, preferred_element_type=dtype)
+    out = _weighted(weights.astype(value.dtype), value, dtype)
     total = jnp.where(total == 0, 1, total)  # a query that sees nothing gets zeros
     out = out / total.transpose(0, 3, 1, 2)[..., None]
     return out.reshape(B, T, H, value.shape[-1]).astype(query.dtype)
+
+
+def _scores(q: jax.Array, key: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """[B, K, G, T, S] of q [B, T, K, G, C] and key [B, S, K, C] or [B·K, S, C]."""
+    if key.ndim == 4:
+        return jnp.einsum("BTKGC,BSKC->BKGTS", q, key, preferred_element_type=dtype)
+    B, T, K, G, C = q.shape
+    q = q.transpose(0, 2, 3, 1, 4).reshape(B * K, G * T, C)
+    return jnp.einsum("NMC,NSC->NMS", q, key, preferred_element_type=dtype).reshape(B, K, G, T, -1)
+
+
+def _weighted(weights: jax.Array, value: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """[B, T, K, G, C] of weights [B, K, G, T, S] and value [B, S, K, C] or [B·K, S, C]."""
+    if value.ndim == 4:
+        return jnp.einsum("BKGTS,BSKC->BTKGC", weights, value, preferred_element_type=dtype)
+    B, K, G, T, S = weights.shape
+    out = jnp.einsum("NMS,NSC->NMC", weights.reshape(B * K, G * T, S), value, preferred_element_type=dtype)
+    return out.reshape(B, K, G, T, -1).transpose(0, 3, 1, 2, 4)
 
 
 def _exponentials(scores: jax.Array, seen: jax.Array | None) -> jax.Array:

@@ -17,7 +17,9 @@ class Cache:
     """What attention keeps of the past. All rows of a batch use the same slots; a gap left by a shorter prompt is
     masked by its segment and costs memory only.
 
-    layers: a tuple of {"key", "value"} of [B, K, S, C], one a layer (fastest), or one dict of [L, B, K, S, C].
+    layers: one dict {"key", "value"} of [L, B, K, S, C], or a tuple of one a layer: of [B·K, S, C], which is what
+    attention multiplies by (with axes B and K apart, XLA:CPU copies the whole cache in every step where B is 1), or on
+    a mesh of [B, K, S, C].
     streams: int32 [B, S] by name; the segment of an empty slot is PAD_KEY.
     used: int32 scalar, slots filled.
     planned: int32 [B], tokens that each row's whole text is to have, for positions that depend on it (dynamic RoPE):
@@ -69,11 +71,12 @@ def make_cache(
     def kv(shape, axes):
         return {name: _zeros(shape, dtype, axes) for name in ("key", "value")}
 
-    arrays = (
-        kv((layers, *shape), (None, batch_axis, None, None, None))
-        if stacked
-        else tuple(kv(shape, (batch_axis, None, None, None)) for _ in range(layers))
-    )
+    if stacked:
+        arrays = kv((layers, *shape), (None, batch_axis, None, None, None))
+    elif like is None:
+        arrays = tuple(kv((batch * kv_heads, size, head_dim), (None,)) for _ in range(layers))
+    else:
+        arrays = tuple(kv(shape, (batch_axis, None, None, None)) for _ in range(layers))
     empty = {name: _zeros((batch, size), jnp.int32, (batch_axis, None)) for name in ("rank", "segment")}
     empty["segment"] = empty["segment"] + PAD_KEY
     return Cache(arrays, empty, jnp.zeros((), jnp.int32), _zeros((batch,), jnp.int32, (batch_axis,)) + size)
@@ -116,15 +119,18 @@ def admit(tokens: jax.Array, mask: Mask | None, cache: Cache | None) -> tuple[Vi
 def extend(kv: KV, layer: jax.Array | int, key: jax.Array, value: jax.Array, at: jax.Array) -> tuple[KV, KV]:
     """Writes key and value [B, T, K, C] of one layer at slot `at`.
 
-    Returns the arrays with them in, and this layer's keys and values so far, [B, S, K, C]. Only the new slots are
-    written, so that XLA updates the buffer in place.
+    Returns the arrays with them in, and this layer's keys and values so far, [B, S, K, C] or folded as they are kept,
+    [B·K, S, C]. Only the new slots are written, so that XLA updates the buffer in place.
     """
     new = {"key": key.swapaxes(1, 2), "value": value.swapaxes(1, 2)}
-    if kv["key"].ndim == 4:
-        kv = {name: jax.lax.dynamic_update_slice(kv[name], x.astype(kv[name].dtype), (0, 0, at, 0))
-              for name, x in new.items()}  # fmt: skip
-        return kv, {name: x.swapaxes(1, 2) for name, x in kv.items()}
-    kv = {name: jax.lax.dynamic_update_slice(kv[name], x.astype(kv[name].dtype)[None], (layer, 0, 0, at, 0))
-          for name, x in new.items()}  # fmt: skip
-    here = {name: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for name, x in kv.items()}
+    axes = kv["key"].ndim
+    if axes == 3:
+        new = {name: x.reshape(-1, *x.shape[2:]) for name, x in new.items()}
+    if axes == 5:
+        new = {name: x[None] for name, x in new.items()}
+    place = {3: (0, at, 0), 4: (0, 0, at, 0), 5: (layer, 0, 0, at, 0)}[axes]
+    kv = {name: jax.lax.dynamic_update_slice(kv[name], x.astype(kv[name].dtype), place) for name, x in new.items()}
+    if axes == 3:
+        return kv, kv
+    here = kv if axes == 4 else {name: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for name, x in kv.items()}
     return kv, {name: x.swapaxes(1, 2) for name, x in here.items()}

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,11 @@ blank_infilling = jax.jit(objectives.blank_infilling, static_argnums=2)
 CONFIG = models.gpt.Config(vocab=50, context=16, width=16, layers=2, heads=2)
 
 
+@functools.cache
+def init(config):
+    return gx.init(config, jax.random.key(0))
+
+
 def batch(rng, rows=3, length=12, vocab=50):
     tokens = rng.integers(0, vocab, (rows, length + 1)).astype(np.int32)
     weights = (rng.random((rows, length)) < 0.6).astype(np.float32)
@@ -29,7 +35,7 @@ def dense_nll(logits, targets):
 
 
 def test_loss_is_the_mean_over_weighted_tokens():
-    b, params = batch(np.random.default_rng(0)), gx.init(CONFIG, jax.random.key(0))
+    b, params = batch(np.random.default_rng(0)), init(CONFIG)
     loss, metrics = causal_lm(params, b, CONFIG)
     nll = dense_nll(jax.jit(gx.forward, static_argnums=2)(params, b["tokens"], CONFIG)[0], b["targets"])
     assert metrics["tokens"] == b["weights"].sum() < b["weights"].size
@@ -64,7 +70,7 @@ def test_vocabulary_sharded_over_the_mesh():
 
 
 def test_packed_documents_do_not_see_one_another():
-    params = gx.init(CONFIG, jax.random.key(3))
+    params = init(CONFIG)
     b = batch(np.random.default_rng(2), rows=1)
     first = {k: v[:, :5] for k, v in b.items()}
     place = jnp.arange(12, dtype=jnp.int32)[None]
@@ -95,7 +101,7 @@ def test_blank_infilling_needs_positions_and_ranks():
 
 
 def test_dropout_follows_the_key_and_the_config():
-    params, b = gx.init(CONFIG, jax.random.key(0)), batch(np.random.default_rng(0))
+    params, b = init(CONFIG), batch(np.random.default_rng(0))
     plain = causal_lm(params, b, CONFIG)[0]
     one, two = (causal_lm(params, b, CONFIG, jax.random.key(i))[0] for i in (1, 2))
     assert len({float(plain), float(one), float(two)}) == 3

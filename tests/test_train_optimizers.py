@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +20,11 @@ CONFIGS = {
 FLAT = {"schedule": "constant", "warmup": 0.0}
 
 
+@functools.cache
+def init(config):
+    return gx.init(config, jax.random.key(0))
+
+
 def tree(config):
     return models.family(config).parameters(config)
 
@@ -30,7 +37,7 @@ def update(settings, config, gradients, params):
 @pytest.mark.parametrize("family", CONFIGS)
 def test_adamw_decays_what_is_no_vector(family):
     config = CONFIGS[family]
-    params = jax.tree.map(jnp.ones_like, gx.init(config, jax.random.key(0)))
+    params = jax.tree.map(jnp.ones_like, init(config))
     settings = Settings(optimizer="adamw", lr=0.1, weight_decay=0.5, **FLAT)
     updates = spec.named_specs(update(settings, config, jax.tree.map(jnp.zeros_like, params), params))
     for name, s in spec.named_specs(tree(config)).items():
@@ -40,7 +47,7 @@ def test_adamw_decays_what_is_no_vector(family):
 
 def test_gradients_are_clipped_by_their_norm_before_adam():
     config = CONFIGS["gpt"]
-    params = gx.init(config, jax.random.key(0))
+    params = init(config)
     gradients = jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), p.shape), params)
     # Adam's first update is g / (|g| + eps): a large eps shows the size of the clipped gradient.
     settings = Settings(optimizer="adamw", lr=1.0, weight_decay=0.0, clip=0.01, eps=1e3, **FLAT)
@@ -75,7 +82,7 @@ def test_muon_is_optax_muon_on_plain_matrices():
 @pytest.mark.parametrize("family", CONFIGS)
 def test_muon_orthogonalises_every_layer_on_its_own(family):
     config = CONFIGS[family]
-    params = gx.init(config, jax.random.key(0))
+    params = init(config)
     gradients = jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), p.shape), params)
     # One layer's gradients are a million times larger: orthogonalised alone, its updates are no larger.
     scale = jnp.array([1e-3, 1e3, 1.0])

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import functools
 
@@ -6,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import garrulax as gx
 from garrulax import models
 from garrulax.core.sharding import make_mesh
 from garrulax.train import step as step_
@@ -28,6 +30,11 @@ def host_batch(rows=8, seed=0):
 
 
 @functools.cache
+def params():
+    return jax.tree.map(np.asarray, gx.init(CONFIG, jax.random.key(0)))
+
+
+@functools.cache
 def machine(settings, mesh=None):
     optimizer = make_optimizer(settings, models.gpt.parameters(CONFIG))
     return optimizer, step_.make_train_step(CONFIG, settings, optimizer, causal_lm)
@@ -35,7 +42,7 @@ def machine(settings, mesh=None):
 
 def one_step(settings=SETTINGS, batch=None, micro=1, steps=1, mesh=None):
     optimizer, step = machine(settings, mesh)
-    state = init_state(CONFIG, optimizer, 0, mesh=mesh)
+    state = init_state(CONFIG, optimizer, 0, mesh=mesh, params=params())
     for i in range(steps):
         state, metrics = step(state, on_devices(batch or host_batch(seed=i), mesh, micro))
     return state, metrics
@@ -59,13 +66,12 @@ def test_accumulation_is_one_large_batch():
 
 def test_metrics_of_a_step():
     b = host_batch()
-    params = init_state(CONFIG, machine(SETTINGS)[0], 0).params
-    gradients = jax.jit(jax.grad(lambda p: causal_lm(p, b, CONFIG)[0]))(params)
+    gradients = jax.jit(jax.grad(lambda p: causal_lm(p, b, CONFIG)[0]))(params())
     norm = np.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in map(np.asarray, jax.tree.leaves(gradients))))
     state, metrics = one_step(batch=b)
     assert int(state.step) == 1
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
-    np.testing.assert_allclose(metrics["loss"], objective(params, b, CONFIG)[0], rtol=1e-6)
+    np.testing.assert_allclose(metrics["loss"], objective(params(), b, CONFIG)[0], rtol=1e-6)
     np.testing.assert_allclose(metrics["lr"], 1e-3)
     assert metrics["tokens"] == b["weights"].sum()
     assert one_step(steps=3)[1]["lr"] == pytest.approx(1e-3 * 0.8 + 1e-4 * 0.2)
@@ -76,10 +82,11 @@ def test_a_step_that_is_not_finite_changes_nothing(mesh, micro):
     bad = host_batch()
     bad["weights"][3, 2] = np.nan
     settings = dataclasses.replace(SETTINGS, optimizer="muon")
-    with jax.set_mesh(make_mesh(mesh)) if mesh else jax.enable_x64(False):
+    with jax.set_mesh(make_mesh(mesh)) if mesh else contextlib.nullcontext():
         mesh = make_mesh(mesh) if mesh else None
         optimizer, step = machine(settings, mesh)
-        state, good = step(init_state(CONFIG, optimizer, 0, mesh=mesh), on_devices(host_batch(), mesh, micro))
+        state = init_state(CONFIG, optimizer, 0, mesh=mesh, params=params())
+        state, good = step(state, on_devices(host_batch(), mesh, micro))
         before = jax.tree.map(np.array, (state.step, state.params, state.opt_state))
         state, metrics = step(state, on_devices(bad, mesh, micro))
     assert good["finite"]
@@ -97,9 +104,9 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32():
     assert distance(plain.params, half.params) < 4e-3
 
 
-@pytest.mark.parametrize("change", [{"remat": "full"}, {"unroll": False}, {"unroll": True, "remat": "dots"}])
+@pytest.mark.parametrize("change", [{"remat": "full"}, {"unroll": False}])
 def test_how_the_step_computes_does_not_change_what(change):
-    expected, _ = one_step(dataclasses.replace(SETTINGS, unroll=True))
+    expected, _ = one_step()
     got, _ = one_step(dataclasses.replace(SETTINGS, **change))
     assert distance(expected.params, got.params) < 1e-5
 
@@ -109,10 +116,9 @@ def test_dropout_differs_from_step_to_step_and_is_repeated_by_the_seed():
     b = host_batch()
     losses = [float(one_step(settings, batch=b, steps=n)[1]["loss"]) for n in (1, 2, 2)]
     assert losses[0] != losses[1] == losses[2]
-    twice = {k: np.concatenate([v[:4], v[:4]]) for k, v in b.items()}
-    one, two = (float(one_step(settings, batch=part, micro=m)[1]["loss"]) for part, m in ((b, 1), (twice, 2)))
-    half = {k: v[:4] for k, v in b.items()}
-    assert len({one, two, float(one_step(settings, batch=half)[1]["loss"])}) == 3
+    # Two micro-batches of the same rows have other masks: their mean is not the loss of one of them.
+    twice = {k: np.concatenate([v, v]) for k, v in b.items()}
+    assert float(one_step(settings, batch=twice, micro=2)[1]["loss"]) != losses[0]
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])

@@ -36,13 +36,16 @@ def init_state(
 ) -> TrainState:
     """The state before the first step. With a mesh, which must be set (`jax.set_mesh`), it is born sharded.
 
-    params: start from these instead of random ones (they are copied: a step donates its state).
+    params: start from these, as arrays of any kind, instead of random ones (they are copied: a step donates its state).
     """
     init_key, key = jax.random.split(jax.random.key(seed))
     if params is None:
         params = models.init(config, init_key, mesh, dtype, rules)
     else:
         params = jax.tree.map(lambda p: jnp.array(p, dtype, copy=True), params)
+        if mesh is not None:
+            specs = models.family(config).parameters(config)
+            params = jax.device_put(params, sharding.shardings(specs, mesh, rules))
     step = jnp.zeros((), jnp.int32)
     if mesh is not None:
         step, key = jax.device_put((step, key), jax.NamedSharding(mesh, jax.P()))

@@ -14,12 +14,13 @@ from garrulax.hub.tokenizer_training import train_chars, train_sentencepiece
 from garrulax.hub.tokenizers import GLM_SPECIALS, GPT_SPECIALS, ByteTokenizer, Tokenizer, load_tokenizer
 from garrulax.models import glm
 from garrulax.train import settings as settings_
-from garrulax.train.batches import Data, causal_data, infill_data
+from garrulax.train.batches import make_data
 from garrulax.train.corpus import Corpus, xz_bits_per_byte
 from garrulax.train.loop import Result, Run
 from garrulax.train.loop import train as run_training
+from garrulax.train.objectives import objective_name
 from garrulax.train.settings import Settings
-from garrulax.train.shards import Dataset, build_shards
+from garrulax.train.shards import build_shards
 
 TOKENIZER = "tokenizer"  # folder in a run
 MODEL = "model"
@@ -42,7 +43,7 @@ def train(args: argparse.Namespace) -> None:
         f"{dataset.valid.bytes / len(dataset.valid):.2f} bytes each, {tokenizer.vocab:,} ids")  # fmt: skip
     config = config if args.resume else fit(config, settings, tokenizer)
     say(f"model: {settings.preset}, {gx.count(config):,} parameters, on {_devices(settings)}")
-    run = Run(config, settings, _data(config, settings, dataset, tokenizer), folder)
+    run = Run(config, settings, make_data(dataset, settings, config, tokenizer), folder)
     if not args.resume and jax.process_index() == 0:
         _refuse_old_run(folder)
         tokenizer.save(folder / TOKENIZER)
@@ -124,12 +125,6 @@ def fit(config: Any, settings: Settings, tokenizer: Tokenizer) -> Any:
     return dataclasses.replace(config, **ids, eos=tokenizer.eos, pad=pad)
 
 
-def _data(config: Any, settings: Settings, dataset: Dataset, tokenizer: Tokenizer) -> Data:
-    if settings.objective == "infill":
-        return infill_data(dataset, settings, tokenizer, task_mask=config.generation_mask is not None)
-    return causal_data(dataset, settings)
-
-
 def _devices(settings: Settings) -> str:
     device = jax.devices()[0]
     return (
@@ -150,7 +145,7 @@ def _report(result: Result, settings: Settings, config: Any, corpus: Corpus, fol
     if not result.finished or e is None:
         return
     say(f"\nheld-out loss {e.loss:.4f} nats a token, perplexity {e.perplexity:.2f}")
-    if e.bits_per_byte is not None and settings.objective != "infill":
+    if e.bits_per_byte is not None and objective_name(settings.objective, config) == "causal":
         xz = xz_bits_per_byte(document.text for document in corpus.split("valid"))
         say(f"{e.bits_per_byte:.3f} bits a byte of held-out text; xz -9 needs {xz:.3f} for the same text "
             f"(corpus sha256 {corpus.hash[:12]})")  # fmt: skip

@@ -48,7 +48,7 @@ class Config:
     mlp_width: int = 11008
     activation: str = "silu"
     norm_eps: float = 1e-6
-    rope: Rope = Rope()  # noqa: RUF009 (frozen)
+    rope: Rope = Rope()
     attention_dropout: float = 0.0
     attention_bias: bool = False
     mlp_bias: bool = False

@@ -1,14 +1,10 @@
 """What a folder on disk holds, in memory."""
 
-from __future__ import annotations
-
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from garrulax.core.spec import Tree
-
-if TYPE_CHECKING:
-    from garrulax.hub.tokenizers import Tokenizer
+from garrulax.hub.tokenizers import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -23,6 +19,6 @@ class Model:
     params: Tree = dataclasses.field(repr=False)
     tokenizer: Tokenizer | None = None
 
-    def replace(self, **changes: Any) -> Model:
+    def replace(self, **changes: Any) -> "Model":
         """A copy with fields changed."""
         return dataclasses.replace(self, **changes)

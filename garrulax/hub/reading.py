@@ -16,6 +16,7 @@ from garrulax.core.hf import Layout
 from garrulax.hub.download import find
 from garrulax.hub.model import Model
 from garrulax.hub.tensors import DTYPES, StoredTensor, open_tensors, read_part
+from garrulax.hub.tokenizers import Tokenizer, load_tokenizer
 from garrulax.models import FAMILIES
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "*.model", "vocab.json", "vocab.txt")
@@ -155,7 +156,9 @@ def _dtype(s: spec.Spec, tensors: dict[str, StoredTensor], dtype: Any) -> np.dty
     return kind
 
 
-def _parameter(s: spec.Spec, tensors: dict[str, StoredTensor], dtype: np.dtype, place: NamedSharding | None):
+def _parameter(
+    s: spec.Spec, tensors: dict[str, StoredTensor], dtype: np.dtype, place: NamedSharding | None
+) -> jax.Array:
     """The array of one Spec; a stacked one is filled layer by layer in place."""
     parts = [tensors[name] for name in s.names]
     if not s.layers:
@@ -187,9 +190,7 @@ def _array(tensor: StoredTensor, s: spec.Spec, dtype: np.dtype, place: NamedShar
     return jax.make_array_from_callback(s.layer_shape, place, shard)
 
 
-def _tokenizer(folder: Path):
+def _tokenizer(folder: Path) -> Tokenizer | None:
     if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
         return None
-    from garrulax.hub.tokenizers import load_tokenizer  # two native libraries, needed only here
-
     return load_tokenizer(folder)

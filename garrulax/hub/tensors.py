@@ -99,9 +99,9 @@ def _window(shape: tuple[int, ...], split: tuple[int, ...], wanted: list[slice])
     what they give, slices of the wanted part in it). Only the first of the dimensions that a stored one is split into
     narrows the reading: of the others a part is not contiguous."""
     take, read, crop, at = [], [], [], 0
-    for size in shape:
+    for i, size in enumerate(shape):
         first, product = at, 1
-        while at == first or product < size:
+        while at == first or product < size or (i == len(shape) - 1 and at < len(split)):
             product *= split[at]
             at += 1
         major, inner = wanted[first], product // split[first]

@@ -1,6 +1,7 @@
 """A Model as a Hugging Face folder."""
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -77,7 +78,11 @@ def _entries(specs: spec.Tree, params: spec.Tree) -> Iterator[Entry]:
             raise ValueError(f"the parameters do not fit the config: {path} should be {s.shape}, is {shapes}")
         size = np.dtype((leaf[0] if isinstance(leaf, list) else leaf).dtype).itemsize * math.prod(s.layer_shape)
         for i, name in enumerate(s.names):
-            yield name, s, (lambda leaf=leaf, i=i: leaf[i]) if s.layers else (lambda leaf=leaf: leaf), size
+            yield name, s, functools.partial(_layer, leaf, i if s.layers else None), size
+
+
+def _layer(leaf: Any, i: int | None) -> jax.Array:
+    return leaf if i is None else leaf[i]
 
 
 def _named(tree: spec.Tree) -> dict[str, Any]:
@@ -105,7 +110,8 @@ def _write_tensors(entries: list[Entry], folder: Path | None, max_shard_size: in
 
 
 def _shards(entries: list[Entry], limit: int) -> list[list[Entry]]:
-    shards, filled = [[]], 0
+    shards: list[list[Entry]] = [[]]
+    filled = 0
     for entry in entries:
         if shards[-1] and filled + entry[-1] > limit:
             shards.append([])

@@ -65,6 +65,12 @@ class Rope:
                 raise ValueError(
                     f"RoPE {low}={getattr(self, low)} must be above 0 and below {high}={getattr(self, high)}"
                 )
+        if (self.mscale is None) != (self.mscale_all_dim is None):
+            raise ValueError("RoPE mscale and mscale_all_dim do nothing without each other: give both or none")
+        if self.mscale is not None and self.attention_factor is not None:
+            raise ValueError(
+                "RoPE attention_factor takes the place of mscale and mscale_all_dim: give one or the other"
+            )
         multipliers = (*self.short_factors, *self.long_factors, self.attention_factor, self.mscale, self.mscale_all_dim)
         if any(x is not None and not 0 < x < math.inf for x in multipliers):
             raise ValueError(f"RoPE factors must be above 0: {multipliers}")

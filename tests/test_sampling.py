@@ -63,7 +63,9 @@ def test_ties():
 
 
 def test_at_least_is_exact_on_all_kinds_of_floats():
-    values = np.array([0.0, -0.0, 2e-38, -2e-38, 3e38, -3e38, np.inf, -np.inf, 1, np.nextafter(1, 2), -7, -7], np.float32)
+    values = np.array(
+        [0.0, -0.0, 2e-38, -2e-38, 3e38, -3e38, np.inf, -np.inf, 1, np.nextafter(1, 2), -7, -7], np.float32
+    )
     weights = np.arange(1, values.size + 1, dtype=np.float32)
     above = np.array([weights[values > v].sum() for v in values])
     limits = np.arange(int(weights.sum()) + 2, dtype=np.float32)

@@ -149,14 +149,14 @@ def _checked(name: str, value: Any) -> int | float:
 
 def bucket(size: int, least: int = 1) -> int:
     """The next power of two: sizes are rounded up, so that few programs are compiled."""
-    return max(least, 1 << (size - 1).bit_length()) if size else 0
+    return max(least, 1 << (size - 1).bit_length())
 
 
 def assemble(texts: Sequence[Text], knobs: Mapping[str, Sequence[Any]], config: Any) -> Requests:
     """The arrays of a batch: contexts padded on the right to a bucket, rows to a bucket; a row without a text is
     born done. knobs: as `spread` returns them, for all five names of `_RULES`."""
     rows, count = bucket(len(texts)), len(texts)
-    width = bucket(max(len(text.context) for text in texts), least=16)
+    width = bucket(max(len(text.context) for text in texts) or 1, least=16)
     axes = (2,) if isinstance(config, glm.Config) else ()
 
     def column(values, dtype, rest=0):

@@ -85,9 +85,8 @@ def init(params: Tree, requests: Requests, config: Any, transform: Transform, ro
     B, P = requests.context.shape
     cache = models.cache_for(params, config, B, P + slots)
     cache = cache.replace(planned=requests.length + requests.limit)
-    if P:
-        mask = Mask({"rank": requests.rank, "segment": requests.segment})
-        cache = read(params, cache, requests.context, requests.positions, config, mask)
+    mask = Mask({"rank": requests.rank, "segment": requests.segment})
+    cache = read(params, cache, requests.context, requests.positions, config, mask)
     return State(
         cache=cache,
         token=requests.token,

@@ -3,8 +3,8 @@
     python benchmarks/tinyshakespeare.py PATH/TO/tinyshakespeare.txt [--seeds 2] [--recipes nanogpt default]
 
 4 layers, 4 heads, 128 wide, windows of 64 characters, 12 a batch, 2,000 steps, no dropout; the first 90 % of the text
-to train on, the rest held out. The loss is that of the whole held-out text, in windows of 64. nanoGPT itself, in PyTorch,
-reaches 1.900 +- 0.007 over four seeds with its recipe; AdamW at lr 4e-3 reaches 1.78.
+to train on, the rest held out. The loss is that of the whole held-out text, in windows of 64. nanoGPT itself, in
+PyTorch, reaches 1.900 +- 0.007 over four seeds with its recipe; AdamW at lr 4e-3 reaches 1.78.
 """
 
 import argparse

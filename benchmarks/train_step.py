@@ -84,7 +84,7 @@ def compare(size: str, rounds: int, torch_python: str) -> None:
         ms = statistics.median(values)
         pairs = [t / o for t, o in zip(values, times["garrulax"], strict=True)]
         print(f"{size:7} {name:14} {ms:8.1f} ms  {1e3 * tokens / ms:9,.0f} tokens/s  {flops / ms / 1e6:6.1f} GFLOP/s  "
-              f"garrulax is {ms / base:.2f}x (rounds {min(pairs):.2f}-{max(pairs):.2f})  [{versions[name]}]")  # fmt: skip
+              f"garrulax is {ms / base:.2f}x ({min(pairs):.2f} to {max(pairs):.2f})  [{versions[name]}]")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,15 @@ def _refuse_old_run(folder: Path) -> None:
 def _tokenizer(settings: Settings, config: Any, corpus: Corpus, folder: Path, resume: bool) -> Tokenizer:
     if resume:
         return load_tokenizer(folder / TOKENIZER)
+    with tempfile.TemporaryDirectory() as place:  # saved and loaded, so that a resumed run has the very same
+        _new_tokenizer(settings, config, corpus).save(place)
+        return load_tokenizer(place)
+
+
+def _new_tokenizer(settings: Settings, config: Any, corpus: Corpus) -> Tokenizer:
     specials = GLM_SPECIALS if isinstance(config, glm.Config) else GPT_SPECIALS
-    texts = (document.text for document in corpus.split("train"))
     if settings.tokenizer == "sentencepiece":
+        texts = (document.text for document in corpus.split("train"))
         return train_sentencepiece(texts, vocab=settings.vocab, specials=specials)
     if settings.tokenizer == "chars":
         return train_chars("".join(document.text for document in corpus), specials=specials)

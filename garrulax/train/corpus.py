@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 
@@ -156,8 +156,8 @@ def xz_bits_per_byte(texts: Iterable[str], limit: int = 2**24) -> float:
             break
     if not joined:
         raise ValueError("no text to compress")
-    joined = bytes(joined[:limit])
-    return 8 * len(lzma.compress(joined, preset=9)) / len(joined)
+    text_bytes = bytes(joined[:limit])
+    return 8 * len(lzma.compress(text_bytes, preset=9)) / len(text_bytes)
 
 
 # -- What is held out -------------------------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ def _files(source: str | os.PathLike) -> list[Path]:
 
 def _read(file: Path) -> Iterator[Document]:
     """The documents of one file, with errors that say which file and what to do."""
-    opened = gzip.open if file.suffix == ".gz" else open
+    opened: Any = gzip.open if file.suffix == ".gz" else open
     kind = Path(file.stem).suffix if file.suffix == ".gz" else file.suffix
     try:
         with opened(file, "rb") as stream:
@@ -225,7 +225,7 @@ def _read(file: Path) -> Iterator[Document]:
         raise ValueError(f"{file} is not a complete gzip file ({error}): copy it again or leave it out") from error
 
 
-def _read_text(file: Path, stream) -> Iterator[Document]:
+def _read_text(file: Path, stream: IO[Any]) -> Iterator[Document]:
     start = 0
     while block := stream.read(_LONGEST):
         if len(block) == _LONGEST:
@@ -234,7 +234,7 @@ def _read_text(file: Path, stream) -> Iterator[Document]:
         start += len(block)
 
 
-def _read_jsonl(file: Path, stream) -> Iterator[Document]:
+def _read_jsonl(file: Path, stream: IO[Any]) -> Iterator[Document]:
     for number, line in enumerate(stream, 1):
         where = f"{file}:{number}"
         if not line.strip():

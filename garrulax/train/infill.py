@@ -17,7 +17,7 @@ else: not on the process that makes it, not on the rows beside it.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -258,7 +258,9 @@ def assemble(
     loss looks at, repeat its tokens. Source: THUDM/GLM blocklm_utils.py, make_block_data.
     """
     inputs = source if inputs is None else inputs
-    shown, at, mask_place = [], 0, {}
+    shown: list[Any] = []
+    mask_place: dict[int, int] = {}
+    at = 0
     place = 0  # in the corrupted text
     for begin, stop in sorted(spans):
         shown += [source[at:begin], [mask]]
@@ -269,7 +271,9 @@ def assemble(
     shown.append(source[at:])
     part_a = np.concatenate(shown)
     split = len(part_a)
-    tokens, targets, outer, inner = [part_a], [part_a], [np.arange(split)], [np.zeros(split, int)]
+    tokens: list[Any] = [part_a]
+    targets: list[Any] = [part_a]
+    outer, inner = [np.arange(split)], [np.zeros(split, int)]
     for begin, stop in spans:
         if end is None:
             tokens += [[start], inputs[begin : stop - 1]]
@@ -303,7 +307,7 @@ def token_spans(source: np.ndarray, rng: np.random.Generator, eos: int, most: in
     spans = []
     for (begin, stop), lengths in zip(room, chosen, strict=True):
         slack = stop - begin - sum(lengths) - len(lengths) + 1
-        gaps = np.sort(rng.integers(0, slack + 1, len(lengths))) if lengths else []
+        gaps = np.sort(rng.integers(0, slack + 1, len(lengths)))
         for gap, span in zip(gaps, lengths, strict=True):
             spans.append((int(begin + gap), int(begin + gap + span)))
             begin += span + 1

@@ -26,7 +26,8 @@ class Settings:
 
     Data. preset: the model to start from (`garrulax.presets()`). corpus: files, folders, globs or "stdlib". valid:
     held-out sources; none holds out a part of the corpus. tokenizer: "sentencepiece" trains one of `vocab` ids, "bytes"
-    and "chars" take one id a byte or character, anything else is a path. objective: "causal" or "infill"; None is what the family was made for.
+    and "chars" take one id a byte or character, anything else is a path. objective: "causal" or "infill"; None is
+    what the family was made for.
     token_blanks, sentence_blanks, document_blanks: shares of infill's three kinds of blanks.
 
     Amount. steps: updates in all. batch: rows of a step, over all processes. window: tokens in a row. accumulation:

@@ -1,8 +1,11 @@
 """Loading the reference cases in tests/oracles: tiny random models run by the original authors' code.
 
 Format: <case>_s0.safetensors (weights under the reference's names), .npz (inputs and outputs), .json (configuration).
+llama_longrope was made with transformers 5.23.0 on the weights of llama (`short_logits`: the first eight tokens alone,
+which use the short factors).
 """
 
+import functools
 import json
 import pathlib
 
@@ -14,7 +17,7 @@ from garrulax import models
 from garrulax.core import spec
 
 FOLDER = pathlib.Path(__file__).parent / "oracles"
-LLAMA = ("llama", "llama_gqa", "llama_tied", "llama_linear", "llama_dynamic", "llama_yarn", "llama3")
+LLAMA = ("llama", "llama_gqa", "llama_tied", "llama_linear", "llama_dynamic", "llama_yarn", "llama3", "llama_longrope")
 CAUSAL = ("gpt2", *LLAMA)
 
 
@@ -26,10 +29,15 @@ def raw_config(case):
     return json.loads((FOLDER / f"{case}_s0.json").read_text())
 
 
+def weights(case):
+    return FOLDER / f"{raw_config(case).get('weights', case)}_s0.safetensors"
+
+
 def tensors(case):
-    return load_file(FOLDER / f"{case}_s0.safetensors")
+    return load_file(weights(case))
 
 
+@functools.cache
 def config(case):
     if case == "glm_original":
         raw = raw_config(case)
@@ -43,6 +51,7 @@ def config(case):
     return family.from_hf(raw_config(case)["config"])
 
 
+@functools.cache
 def params(case, dtype=jnp.float32):
     """Parameters of a case, read through the Spec tree; every stored tensor must be used."""
     c, stored = config(case), tensors(case)

@@ -1,0 +1,425 @@
+"""Hugging Face folders in and out: bytes, names, shards, meshes, and what is refused."""
+
+import dataclasses
+import json
+import shutil
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import CAUSAL, arrays, config, params, raw_config, relative_error, tensors, weights
+from safetensors.numpy import load_file, save_file
+
+import garrulax as gx
+from garrulax import models
+from garrulax.core import sharding
+from garrulax.core.spec import Stored
+from garrulax.hub import reading, writing
+from garrulax.hub.tensors import StoredTensor, read_part
+
+CASES = (*CAUSAL, "glm_original")
+
+
+def hf_config(case):
+    return models.family(config(case)).to_hf(config(case)) if case == "glm_original" else raw_config(case)["config"]
+
+
+def folder_of(case, path, stored=None, **changes):
+    """A Hugging Face folder of a reference case; `stored`: other tensors than the case's; `changes`: to config.json."""
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(hf_config(case) | changes))
+    if stored is None:
+        shutil.copy(weights(case), path / "model.safetensors")
+    else:
+        save_file(stored, path / "model.safetensors")
+    return path
+
+
+def same_bytes(a, b):
+    a, b = (jax.tree_util.tree_leaves_with_path(tree) for tree in (a, b))
+    assert [path for path, _ in a] == [path for path, _ in b]
+    for (path, x), (_, y) in zip(a, b, strict=True):
+        assert (x.dtype, x.shape, np.asarray(x).tobytes()) == (y.dtype, y.shape, np.asarray(y).tobytes()), path
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_import_export_import_keeps_every_byte(case, tmp_path):
+    model = gx.load(folder_of(case, tmp_path / "reference"))
+    assert model.config == config(case)
+    assert model.tokenizer is None
+    same_bytes(model.params, params(case))
+    gx.save(model, tmp_path / "ours")
+    again = gx.load(str(tmp_path / "ours"))
+    assert again.config == model.config
+    same_bytes(again.params, model.params)
+    layout = models.family(model.config).layout(model.config)
+    expected = {k: v for k, v in tensors(case).items() if k not in layout.tied}
+    written = load_file(tmp_path / "ours" / "model.safetensors")
+    assert written.keys() == expected.keys()
+    assert all(written[k].tobytes() == expected[k].tobytes() for k in expected)
+
+
+def test_loaded_models_give_the_reference_logits(tmp_path):
+    model = gx.load(folder_of("llama3", tmp_path / "m"))
+    logits, _ = gx.forward(model.params, jnp.asarray(arrays("llama3")["input_ids"]), model.config)
+    assert relative_error(logits, arrays("llama3")["logits"]) <= 2e-6
+
+
+@pytest.mark.parametrize("case", ["gpt2", "llama_gqa", "glm_original"])
+def test_every_form_of_the_parameters_writes_the_same_files(case, tmp_path):
+    """Stacked, unstacked, sharded over eight devices, twice: the same bytes."""
+    model = gx.load(folder_of(case, tmp_path / "reference"))
+    sharded = gx.load(tmp_path / "reference", mesh=gx.make_mesh("fsdp=4,tensor=2"))
+    forms = [model, model, model.replace(params=gx.unstack(model.params)), sharded]
+    for i, form in enumerate(forms):
+        gx.save(form, tmp_path / str(i))
+    files = sorted(file.name for file in (tmp_path / "0").iterdir())
+    assert files == ["config.json", "generation_config.json", "model.safetensors"]
+    for name in files:
+        assert len({(tmp_path / str(i) / name).read_bytes() for i in range(len(forms))}) == 1
+
+
+def test_generation_config_and_dtype(tmp_path):
+    c = dataclasses.replace(config("llama_gqa"), eos=(2, 5), bos=None)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params("llama_gqa"))
+    gx.save(gx.Model(c, half), tmp_path / "m")
+    assert json.loads((tmp_path / "m/generation_config.json").read_text()) == {"eos_token_id": [2, 5]}
+    assert json.loads((tmp_path / "m/config.json").read_text())["torch_dtype"] == "bfloat16"
+    model = gx.load(tmp_path / "m")
+    assert model.config == c
+    same_bytes(model.params, half)
+    same_bytes(gx.load(tmp_path / "m", dtype="float32").params, jax.tree.map(lambda x: x.astype(jnp.float32), half))
+
+
+def test_shards_and_index(tmp_path):
+    model = gx.load(folder_of("gpt2", tmp_path / "reference"))
+    gx.save(model, tmp_path / "m", max_shard_size=30_000)
+    files = sorted((tmp_path / "m").glob("*.safetensors"))
+    assert len(files) > 3
+    assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+    index = json.loads((tmp_path / "m/model.safetensors.index.json").read_text())
+    stored = {name: file.name for file in files for name in load_file(file)}
+    assert index["weight_map"] == stored
+    assert index["metadata"]["total_size"] == 4 * gx.count(model.config)
+    assert all(sum(x.nbytes for x in load_file(file).values()) <= 30_000 for file in files)
+    same_bytes(gx.load(tmp_path / "m").params, model.params)
+    gx.save(model, tmp_path / "m")  # one file again: the shards and the index are gone
+    assert sorted(file.suffix for file in (tmp_path / "m").iterdir()) == [".json", ".json", ".safetensors"]
+
+    gx.save(model, tmp_path / "m", max_shard_size=30_000)
+    files[1].unlink()
+    with pytest.raises(FileNotFoundError, match=f"lacks {files[1].name}, one of the {len(files)} files"):
+        gx.load(tmp_path / "m")
+    index["weight_map"]["transformer.wte.weight"] = "../elsewhere.safetensors"
+    (tmp_path / "m/model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"'\.\./elsewhere\.safetensors', which is not a file of this folder"):
+        gx.load(tmp_path / "m")
+    (tmp_path / "m/model.safetensors.index.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"safetensors files but no model\.safetensors\.index\.json"):
+        gx.load(tmp_path / "m")
+
+
+def test_a_tokenizer_goes_along(tmp_path):
+    from garrulax.hub.tokenizers import ByteTokenizer
+
+    model = gx.load(folder_of("gpt2", tmp_path / "reference")).replace(tokenizer=ByteTokenizer())
+    gx.save(model, tmp_path / "m")
+    tokenizer = gx.load(tmp_path / "m").tokenizer
+    assert tokenizer is not None
+    assert tokenizer.decode(tokenizer.encode("naïve 🙂\n")) == "naïve 🙂\n"
+    assert tokenizer.eos == model.tokenizer.eos
+    gx.save(gx.load(tmp_path / "m"), tmp_path / "m")  # a folder with tokenizer files is still a model folder
+
+
+# -- Names ------------------------------------------------------------------------------------------------------------
+
+
+def test_prefixes_buffers_and_tied_tensors(tmp_path):
+    gpt2, glm, llama = tensors("gpt2"), tensors("glm_original"), tensors("llama_tied")
+    bare = {k.removeprefix("transformer."): v for k, v in gpt2.items() if k != "lm_head.weight"}
+    buffers = {f"h.{i}.attn.{name}": np.zeros((1, 1), np.float32) for i in range(3) for name in ("bias", "masked_bias")}
+    same_bytes(gx.load(folder_of("gpt2", tmp_path / "bare", bare | buffers)).params, params("gpt2"))
+    prefixed = {f"glm.{k}": v for k, v in glm.items()}
+    same_bytes(gx.load(folder_of("glm_original", tmp_path / "glm", prefixed)).params, params("glm_original"))
+    rotary = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(4, np.float32)}
+    head = {k: v for k, v in llama.items() if k != "model.embed_tokens.weight"}  # either of the tied two will do
+    assert "lm_head.weight" in head
+    same_bytes(gx.load(folder_of("llama_tied", tmp_path / "head", head | rotary)).params, params("llama_tied"))
+
+
+def test_tied_tensors_that_differ_are_refused(tmp_path):
+    stored = tensors("gpt2")
+    stored["lm_head.weight"] = stored["lm_head.weight"].copy()
+    stored["lm_head.weight"][-1, -1] += 1e-6
+    with pytest.raises(ValueError, match=r"ties lm_head\.weight to transformer\.wte\.weight, but they differ"):
+        gx.load(folder_of("gpt2", tmp_path / "m", stored))
+    untied = gx.load(folder_of("gpt2", tmp_path / "m", stored, tie_word_embeddings=False))
+    assert untied.params["head"].shape == untied.params["tokens"].shape
+
+
+def test_every_misfit_is_named_before_anything_is_allocated(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "_parameter", lambda *_: pytest.fail("allocated"))
+    stored = tensors("llama_gqa")
+    for i in range(3):
+        del stored[f"model.layers.{i}.mlp.up_proj.weight"], stored[f"model.layers.{i}.mlp.down_proj.weight"]
+    stored["model.layers.0.self_attn.q_norm.weight"] = np.ones(8, np.float32)
+    stored["model.norm.weight"] = np.ones(31, np.float32)
+    stored["lm_head.weight"] = np.ones((96, 32), np.int8)
+    with pytest.raises(ValueError, match=r"do not fit its config\.json") as caught:
+        gx.load(folder_of("llama_gqa", tmp_path / "m", stored))
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in (
+        "6 missing (model.layers.0.mlp.down_proj.weight", "and 2 more)",
+        "1 unknown (model.layers.0.self_attn.q_norm.weight)",
+        "model.norm.weight is (31,), not (32,)",
+        "lm_head.weight is I8",
+    ):  # fmt: skip
+        assert part in message
+
+
+def test_two_names_for_one_tensor_are_refused(tmp_path):
+    stored = tensors("gpt2")
+    stored["ln_f.weight"] = stored["transformer.ln_f.weight"]
+    with pytest.raises(ValueError, match=r"1 given twice.*ln_f\.weight"):
+        gx.load(folder_of("gpt2", tmp_path / "m", stored))
+
+
+def test_dtypes_that_cannot_be_kept_are_refused(tmp_path):
+    stored = tensors("llama_gqa")
+    name = "model.layers.1.input_layernorm.weight"
+    folder_of("llama_gqa", tmp_path / "m", stored | {name: stored[name].astype(ml_dtypes.bfloat16)})
+    with pytest.raises(ValueError, match=r"input_layernorm\.weight are stored as .*: give a dtype"):
+        gx.load(tmp_path / "m")
+    assert gx.load(tmp_path / "m", dtype=jnp.float32).params["norm"]["scale"].dtype == jnp.float32
+    folder_of("llama_gqa", tmp_path / "m", {k: v.astype(np.float64) for k, v in stored.items()})
+    with pytest.raises(ValueError, match="would be float64, which JAX has only with jax_enable_x64"):
+        gx.load(tmp_path / "m")
+    with jax.enable_x64(True):
+        assert gx.load(tmp_path / "m").params["tokens"].dtype == jnp.float64
+
+
+# -- Folders ----------------------------------------------------------------------------------------------------------
+
+
+def test_folders_that_are_no_models(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        gx.load(tmp_path)
+    folder_of("gpt2", tmp_path / "m")
+    with pytest.raises(ValueError, match="is a file: give the folder"):
+        gx.load(tmp_path / "m" / "config.json")
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        gx.load(tmp_path / "absent")
+    (tmp_path / "m/config.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        gx.load(tmp_path / "m")
+    (tmp_path / "m/config.json").write_text("[]")
+    with pytest.raises(ValueError, match="not a JSON object"):
+        gx.load(tmp_path / "m")
+
+
+def test_damaged_and_pickled_weights(tmp_path):
+    file = folder_of("gpt2", tmp_path / "m") / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        gx.load(tmp_path / "m")
+    file.rename(tmp_path / "m" / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"only pickled weights.*save_pretrained") as caught:
+        gx.load(tmp_path / "m")
+    assert "\n" not in str(caught.value)
+    (tmp_path / "m" / "pytorch_model.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no model\.safetensors"):
+        gx.load(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"model_type": "mamba"}, "model_type 'mamba' is not implemented .*gpt2, glm, llama"),
+        ({"model_type": "glm", "max_position_embeddings": 131072}, "model_type 'glm' is not implemented"),  # GLM-4
+        ({"architectures": ["T5Model"]}, r"architectures \['T5Model'\] is not implemented"),
+        ({}, "is not implemented"),
+    ],
+)
+def test_families_that_are_not_implemented_are_named(raw, message):
+    with pytest.raises(ValueError, match=message):
+        reading.family_of(raw)
+
+
+def test_a_config_without_model_type_is_known_by_its_architecture():
+    assert reading.family_of({"architectures": ["GPT2LMHeadModel"]}) is models.gpt
+
+
+def test_hub_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(FileNotFoundError, match=r"there is no folder org/name; .*pip install 'garrulax\[hub\]'"):
+        gx.load("org/name")
+    with pytest.raises(FileNotFoundError, match="there is no folder /org/name"):
+        gx.load("/org/name")
+
+    asked = {}
+
+    def snapshot_download(name, **options):
+        asked.update(name=name, **options)
+        if name == "org/absent":
+            raise RuntimeError("401 Client Error.\nand a page of hints")
+        return str(folder_of("gpt2", tmp_path / "cache"))
+
+    fake = types.SimpleNamespace(snapshot_download=snapshot_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
+    same_bytes(gx.load("org/name").params, params("gpt2"))
+    assert asked["name"] == "org/name"
+    assert "*.safetensors" in asked["allow_patterns"]
+    assert not any("bin" in pattern for pattern in asked["allow_patterns"])
+    with pytest.raises(FileNotFoundError, match=r"org/absent, and the Hugging Face hub gave none: 401 Client Error\.$"):
+        gx.load("org/absent")
+    folder_of("llama", tmp_path / "org")
+    (tmp_path / "org").rename(tmp_path / "name")
+    (tmp_path / "org").mkdir()
+    (tmp_path / "name").rename(tmp_path / "org" / "name")
+    assert gx.load("org/name").config == config("llama")  # a folder goes before the hub
+
+
+# -- Placement --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rules", ["ddp", "fsdp", "tp", "fsdp+tp"])
+def test_parameters_are_born_sharded(rules, tmp_path):
+    mesh = gx.make_mesh("data=2,fsdp=2,tensor=2")
+    folder = folder_of("llama_gqa", tmp_path / "m")
+    model = gx.load(folder, mesh=mesh, rules=rules)
+    same_bytes(model.params, params("llama_gqa"))
+    wanted = sharding.shardings(models.llama.parameters(model.config), mesh, rules)
+    for x, place in zip(jax.tree.leaves(model.params), jax.tree.leaves(wanted), strict=True):
+        assert x.sharding.is_equivalent_to(place, x.ndim)
+
+
+def test_only_what_the_devices_need_is_read(tmp_path, monkeypatch):
+    """With the width over eight devices every number is read once: no device reads the part of another."""
+    read, whole = [], StoredTensor.__getitem__
+
+    def counted(self, index):
+        out = whole(self, index)
+        read.append(out.size)
+        return out
+
+    stored, folder = tensors("llama_gqa"), folder_of("llama_gqa", tmp_path / "m")
+    monkeypatch.setattr(StoredTensor, "__getitem__", counted)
+    gx.load(folder, mesh=gx.make_mesh("fsdp=8"))
+    assert sum(read) == sum(x.size for x in stored.values())
+    assert max(read) == max(x.size for x in stored.values()) // 8
+    read.clear()
+    gx.load(folder, mesh=gx.make_mesh("data=8"), rules="ddp")  # eight copies, read once
+    assert sum(read) == sum(x.size for x in stored.values())
+
+
+@st.composite
+def windows(draw):
+    """A split of a stored tensor, an order, where the stored dimensions end in it, and a window of the parameter."""
+    split = tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=4)))
+    order = draw(st.permutations(range(len(split))))
+    ends = sorted({*draw(st.sets(st.integers(1, len(split)))), len(split)})
+    starts = [0, *ends[:-1]]
+    shape = tuple(int(np.prod(split[a:b])) for a, b in zip(starts, ends, strict=True))
+    window = []
+    for i in order:
+        start = draw(st.integers(0, split[i] - 1))
+        window.append(slice(start, draw(st.integers(start + 1, split[i]))))
+    return split, tuple(order), shape, tuple(window)
+
+
+@settings(max_examples=200, deadline=None)
+@given(windows())
+def test_reading_a_part_equals_part_of_the_whole(case):
+    split, order, shape, window = case
+    x = np.arange(np.prod(shape)).reshape(shape)
+    tensor, stored = StoredTensor(shape, "F32", x), Stored("x", split, order)
+    parameter = stored.read(x, tuple(split[i] for i in order))
+    np.testing.assert_array_equal(read_part(tensor, stored, parameter.shape), parameter)
+    np.testing.assert_array_equal(read_part(tensor, stored, parameter.shape, window), parameter[window])
+
+
+# -- Saving -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model():
+    return gx.Model(config("gpt2"), params("gpt2"))
+
+
+def test_saving_replaces_a_model_and_nothing_else(model, tmp_path):
+    gx.save(model, tmp_path / "deep" / "m")
+    gx.save(model, tmp_path / "deep" / "m")
+    (tmp_path / "empty").mkdir()
+    gx.save(model, tmp_path / "empty")
+    same_bytes(gx.load(tmp_path / "empty").params, model.params)
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    gx.save(model, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+
+    (tmp_path / "empty" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds more than a model \(notes\.txt\): choose another folder"):
+        gx.save(model, tmp_path / "empty")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "vocab.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        gx.save(model, tmp_path / "other")
+    with pytest.raises(ValueError, match="is a file"):
+        gx.save(model, tmp_path / "other" / "vocab.txt")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["deep", "empty", "link", "other"]
+
+
+@pytest.mark.parametrize("fails", ["save_file", "_write_json"])
+def test_a_save_that_fails_leaves_the_older_model(fails, model, tmp_path, monkeypatch):
+    gx.save(model, tmp_path / "m")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "m").iterdir()}
+
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(writing, fails, full)
+    other = model.replace(params=jax.tree.map(lambda x: x + 1, model.params))
+    for target in ("m", "new"):
+        with pytest.raises(OSError, match="No space left"):
+            gx.save(other, tmp_path / target)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "m").iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_an_older_model_comes_back_where_the_last_rename_fails(model, tmp_path, monkeypatch):
+    gx.save(model, tmp_path / "m")
+    rename = type(tmp_path).rename
+
+    def failing(self, target):
+        if self.suffix == ".new":
+            raise OSError("busy")
+        return rename(self, target)
+
+    monkeypatch.setattr(type(tmp_path), "rename", failing)
+    with pytest.raises(OSError, match="busy"):
+        gx.save(model.replace(params=jax.tree.map(lambda x: x + 1, model.params)), tmp_path / "m")
+    same_bytes(gx.load(tmp_path / "m").params, model.params)
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_parameters_of_another_config_are_refused(model, tmp_path):
+    with pytest.raises(ValueError, match=r"positions should be \(33, 32\), is"):
+        gx.save(model.replace(config=dataclasses.replace(model.config, context=33)), tmp_path / "m")
+    with pytest.raises(ValueError, match="head missing or unknown"):
+        gx.save(model.replace(config=dataclasses.replace(model.config, tied=False)), tmp_path / "m")
+    deeper = dataclasses.replace(model.config, layers=4)
+    for tree in (model.params, gx.unstack(model.params)):
+        with pytest.raises(ValueError, match=r"blocks/attention/out should be \(4,"):
+            gx.save(model.replace(config=deeper, params=tree), tmp_path / "m")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_model_prints_without_its_numbers(model):
+    assert repr(model) == f"Model(config={model.config!r}, tokenizer=None)"

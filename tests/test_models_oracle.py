@@ -1,0 +1,126 @@
+"""Every decoder family against logits of the reference code: full pass, cached steps, padding, packing, loading."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracle import CAUSAL, LLAMA, arrays, config, params, relative_error
+
+import garrulax as gx
+from garrulax.kernels import mask as masks
+from garrulax.layers.rope import Rope
+
+CONTRACT = 2e-6  # ten times tighter than promised: independent implementations agree to 1e-6
+forward = jax.jit(gx.forward, static_argnums=2)
+
+
+@functools.cache
+def unstacked(case):
+    return gx.unstack(params(case))
+
+
+@pytest.mark.parametrize("case", CAUSAL)
+@pytest.mark.parametrize("form", [params, unstacked])
+def test_full_pass(case, form):
+    z = arrays(case)
+    logits, cache = forward(form(case), jnp.asarray(z["input_ids"]), config(case))
+    assert cache is None
+    assert relative_error(logits, z["logits"]) <= CONTRACT
+
+
+@pytest.mark.parametrize("case", CAUSAL)
+@pytest.mark.parametrize("form", [params, unstacked])
+def test_prefill_and_cached_steps(case, form):
+    """Five tokens at once, then one at a time, in a cache with slots to spare."""
+    z = arrays(case)
+    tokens = jnp.asarray(z["input_ids"])
+    length = tokens.shape[1]
+    cache = gx.cache_for(form(case), config(case), len(tokens), length + 5)
+    cache = cache.replace(planned=jnp.full_like(cache.planned, length))
+    parts = [tokens[:, :5], *(tokens[:, i : i + 1] for i in range(5, length))]
+    done = []
+    for part in parts:
+        logits, cache = forward(form(case), part, config(case), cache=cache)
+        done.append(logits)
+    assert int(cache.used) == length
+    assert relative_error(jnp.concatenate(done, axis=1), z["logits"]) <= CONTRACT
+
+
+def test_longrope_takes_the_short_factors_of_short_texts():
+    """Eight tokens are the original context; each row of a batch by its own length."""
+    z, c = arrays("llama_longrope"), config("llama_longrope")
+    tokens = jnp.asarray(z["input_ids"])
+    logits, _ = forward(params("llama_longrope"), tokens[:, :8], c)
+    assert relative_error(logits, z["short_logits"]) <= CONTRACT
+    short = jnp.where(jnp.arange(12) < 8, tokens, 0)
+    valid = jnp.stack([jnp.ones(12, int), (jnp.arange(12) < 8).astype(int)])
+    positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
+    both = jnp.stack([tokens[0], short[1]])
+    logits, _ = forward(params("llama_longrope"), both, c, mask=masks.padded(valid), positions=positions)
+    assert relative_error(logits[0], z["logits"][0]) <= CONTRACT
+    assert relative_error(logits[1, :8], z["short_logits"][1]) <= CONTRACT
+
+
+def padded_batch(rows, width, left, pad=0):
+    """Rows of different lengths in one array, with which entries are tokens and the positions of those."""
+    tokens, valid = np.full((len(rows), width), pad), np.zeros((len(rows), width), int)
+    for i, row in enumerate(rows):
+        at = slice(width - len(row), width) if left else slice(0, len(row))
+        tokens[i, at], valid[i, at] = row, 1
+    return jnp.asarray(tokens), jnp.asarray(valid), jnp.asarray(np.maximum(valid.cumsum(1) - 1, 0))
+
+
+@pytest.mark.parametrize("case", ["gpt2", "llama_gqa", "llama3", "llama_dynamic"])
+@pytest.mark.parametrize("left", [True, False])
+def test_padded_rows_equal_unpadded_ones(case, left):
+    """In one pass, and as prompts that go on in a cache, where shorter prompts leave gaps."""
+    c, p = config(case), params(case)
+    texts = np.asarray(arrays(case)["input_ids"])
+
+    def alone(row, length):  # only a dynamic RoPE sees what comes later
+        end = length if case == "llama_dynamic" else texts.shape[1]
+        return forward(p, jnp.asarray(texts[:, :end]), c)[0][row, :length]
+
+    rows = [texts[0, :9], texts[1, :4]]
+    tokens, valid, positions = padded_batch(rows, 9, left)
+    logits, _ = forward(p, tokens, c, mask=masks.padded(valid), positions=positions)
+    for i, row in enumerate(rows):
+        assert relative_error(logits[i][np.asarray(valid[i], bool)], alone(i, len(row))) <= CONTRACT
+
+    cache = gx.cache_for(p, c, 2, 12)
+    lengths = np.array([len(row) for row in rows])
+    cache = cache.replace(planned=jnp.asarray(lengths + 3))
+    _, cache = forward(p, tokens, c, mask=masks.padded(valid), positions=positions, cache=cache)
+    for step in range(3):
+        new = jnp.asarray([[texts[i, lengths[i] + step]] for i in range(2)])
+        logits, cache = forward(p, new, c, positions=jnp.asarray(lengths[:, None] + step), cache=cache)
+        for i in range(2):
+            assert relative_error(logits[i, 0], alone(i, lengths[i] + 3)[lengths[i] + step]) <= CONTRACT
+
+
+@pytest.mark.parametrize("case", ["gpt2", "llama_gqa"])
+def test_packed_documents_equal_separate_ones(case):
+    c, p = config(case), params(case)
+    text = np.asarray(arrays(case)["input_ids"])[0]
+    cuts = [(0, 5), (5, 6), (6, 11)]  # and the last token is padding
+    segment = np.full(12, masks.PAD)
+    positions = np.zeros(12, int)
+    for number, (start, end) in enumerate(cuts):
+        segment[start:end], positions[start:end] = number, range(end - start)
+    logits, _ = forward(
+        p, jnp.asarray(text[None]), c, mask=masks.packed(jnp.asarray(segment[None])), positions=positions[None]
+    )
+    for start, end in cuts:
+        alone, _ = forward(p, jnp.asarray(text[None, start:end]), c)
+        assert relative_error(logits[0, start:end], alone[0]) <= CONTRACT
+
+
+@pytest.mark.parametrize("case", [case for case in LLAMA if config(case).rope != Rope()])
+def test_the_bound_separates_the_rope_scalings(case):
+    c = config(case)
+    plain = dataclasses.replace(c, rope=Rope(theta=c.rope.theta))
+    logits, _ = forward(params(case), jnp.asarray(arrays(case)["input_ids"]), plain)
+    assert relative_error(logits, arrays(case)["logits"]) > 1000 * CONTRACT

@@ -1,0 +1,155 @@
+"""The families under jit, grad and vmap; scanned, laid out and unstacked; what is refused."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import garrulax as gx
+from garrulax import models
+from garrulax.kernels import mask as masks
+from garrulax.layers.rope import Rope
+
+CONFIGS = {
+    "gpt": models.gpt.Config(vocab=40, context=16, width=8, layers=2, heads=2, scale_by_layer=True, init_std=0.3),
+    "glm": models.glm.Config(vocab=40, context=16, width=8, layers=2, heads=2, init_std=0.3),
+    "llama": models.llama.Config(
+        vocab=40, context=16, width=8, layers=2, heads=2, kv_heads=1, mlp_width=12, attention_bias=True, mlp_bias=True,
+        rope=Rope(kind="dynamic", factor=2.0, original_context=6), attention_dropout=0.2, init_std=0.3,
+    ),
+}  # fmt: skip
+FAMILIES = list(CONFIGS)
+TOKENS = np.random.default_rng(0).integers(0, 40, (3, 10))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_compilation():
+    """Compiling takes far longer than running here; the reference cases test the optimised programs."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@functools.cache
+def params(family):
+    c = CONFIGS[family]
+    tree = gx.init(c, jax.random.key(1))
+    r = np.random.default_rng(2)
+    return jax.tree.map(lambda x: x + r.normal(0, 0.1, x.shape).astype(np.float32), tree)  # no bias stays zero
+
+
+def loss(p, tokens, c, **options):
+    logits, _ = gx.forward(p, tokens, c, **options)
+    return jnp.mean(jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0])
+
+
+value_and_grad = jax.jit(jax.value_and_grad(loss), static_argnums=2, static_argnames=("remat", "unroll"))
+
+
+def close(a, b, bound=2e-6):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert np.abs(np.asarray(x) - np.asarray(y)).max() <= bound * max(np.abs(np.asarray(y)).max(), 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_equals_finite_differences(family):
+    """In float64, along a random direction through every parameter at once."""
+    c = CONFIGS[family]
+    single = params(family)
+    with jax.enable_x64(True):
+        p = jax.tree.map(lambda x: x.astype(jnp.float64), single)
+        keys = iter(jax.random.split(jax.random.key(5), 99))
+        direction = jax.tree.map(lambda x: jax.random.normal(next(keys), x.shape), p)
+        step = 1e-6
+
+        def moved(sign):
+            return value_and_grad(jax.tree.map(lambda x, d: x + sign * step * d, p, direction), TOKENS, c)[0]
+
+        slope = (moved(1) - moved(-1)) / (2 * step)
+        _, gradient = value_and_grad(p, TOKENS, c)
+        product = sum(jnp.vdot(g, d) for g, d in zip(*map(jax.tree.leaves, (gradient, direction)), strict=True))
+        assert float(product) == pytest.approx(float(slope), rel=1e-7)
+        assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_form_gives_the_same_loss_and_gradients(family):
+    """Scanned, laid out, unstacked, recomputed; with dropout, since its keys must fall on the same layers."""
+    c, key = CONFIGS[family], jax.random.key(7)
+    expected = value_and_grad(params(family), TOKENS, c, key=key)
+    if family == "gpt":  # one function runs the layers of all families
+        for options in ({"remat": "full"}, {"remat": "dots"}, {"unroll": True}):
+            close(value_and_grad(params(family), TOKENS, c, key=key, **options), expected)
+    value, gradient = value_and_grad(gx.unstack(params(family)), TOKENS, c, key=key)
+    close((value, gradient["blocks"]), (expected[0], gx.unstack(expected[1])["blocks"]))
+    close(loss(gx.unstack(params(family)), TOKENS, c, key=key), expected[0])  # and without jit
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_vmap_over_parameters_and_over_batches(family):
+    c = CONFIGS[family]
+    ensemble = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), params(family))
+    tokens = jnp.asarray(np.stack([TOKENS, TOKENS[::-1]]))
+    got = jax.jit(jax.vmap(lambda p, t: gx.forward(p, t, c)[0]))(ensemble, tokens)
+    for i in range(2):
+        close(got[i], gx.forward(jax.tree.map(lambda x, i=i: x[i], ensemble), tokens[i], c)[0])
+    gradients = jax.jit(jax.vmap(jax.grad(lambda p, t: loss(p, t[None], c)), (None, 0)))(params(family), TOKENS)
+    _, expected = value_and_grad(params(family), TOKENS, c)
+    close(jax.tree.map(lambda g: g.mean(0), gradients), expected)  # per-example gradients
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_vmap_over_caches(family):
+    """Each row of an outer batch with a cache of its own, filled to another length."""
+    c, p = CONFIGS[family], params(family)
+
+    def step(tokens, cache):
+        return gx.forward(p, tokens, c, cache=cache)
+
+    caches = [step(TOKENS[:1, :n], gx.cache_for(p, c, 1, 8))[1] for n in (3, 5)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *caches)
+    got, _ = jax.vmap(step)(jnp.asarray([TOKENS[:1, 3:4], TOKENS[:1, 5:6]]), stacked)
+    for i, n in enumerate((3, 5)):
+        close(got[i], step(TOKENS[:1, n : n + 1], caches[i])[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_parameters_give_bfloat16_logits_near_float32(family):
+    c = CONFIGS[family]
+    p = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params(family))
+    logits, _ = gx.forward(p, TOKENS, c)
+    assert logits.dtype == jnp.bfloat16
+    exact, _ = gx.forward(jax.tree.map(lambda x: x.astype(jnp.float32), p), TOKENS, c)
+    assert np.abs(np.asarray(logits, np.float32) - exact).max() <= 0.1 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_token_outside_the_vocabulary_gives_nan_in_what_follows(family):
+    tokens = jnp.asarray(TOKENS).at[0, 5].set(40)
+    logits, _ = gx.forward(params(family), tokens, CONFIGS[family])
+    assert np.isnan(logits[0, 5:]).all()
+    assert np.isfinite(logits[1:]).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_misuse_is_named(family):
+    c, p = CONFIGS[family], params(family)
+    with pytest.raises(ValueError, match=r"integers \[batch, length\], not float32 \(2, 3\)"):
+        gx.forward(p, jnp.ones((2, 3)), c)
+    with pytest.raises(ValueError, match=r"not int32 \(3,\)"):
+        gx.forward(p, jnp.ones(3, int), c)
+    with pytest.raises(ValueError, match="unknown remat 'all': choose from none, dots, full"):
+        gx.forward(p, TOKENS, c, remat="all")
+    _, filled = gx.forward(p, TOKENS[:, :3], c, cache=gx.cache_for(p, c, 3, 4))
+    with pytest.raises(ValueError, match="4 slots: 3 used, no room for 2 more"):
+        gx.forward(p, TOKENS[:, :2], c, cache=filled)
+    with pytest.raises(ValueError, match="both be stacked or both be unstacked"):
+        gx.forward(p, TOKENS, c, cache=gx.cache_for(gx.unstack(p), c, 3, 16))
+    own = masks.causal(3, 10).query
+    with pytest.raises(ValueError, match="streams of the new tokens only"):
+        gx.forward(p, TOKENS, c, cache=gx.cache_for(p, c, 3, 16), mask=masks.Mask(own, own))
+    with pytest.raises(TypeError, match="dict is not the Config of a family"):
+        gx.forward(p, TOKENS, {})

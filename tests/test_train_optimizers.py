@@ -29,6 +29,11 @@ def tree(config):
     return models.family(config).parameters(config)
 
 
+def noise(params, seed=0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), params)
+
+
 def update(settings, config, gradients, params):
     optimizer = make_optimizer(settings, tree(config))
     return jax.jit(lambda g, p: optimizer.update(g, optimizer.init(p), p)[0])(gradients, params)
@@ -48,7 +53,7 @@ def test_adamw_decays_what_is_no_vector(family):
 def test_gradients_are_clipped_by_their_norm_before_adam():
     config = CONFIGS["gpt"]
     params = init(config)
-    gradients = jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), p.shape), params)
+    gradients = noise(params)
     # Adam's first update is g / (|g| + eps): a large eps shows the size of the clipped gradient.
     settings = Settings(optimizer="adamw", lr=1.0, weight_decay=0.0, clip=0.01, eps=1e3, **FLAT)
     updates = update(settings, config, gradients, params)
@@ -71,7 +76,7 @@ def test_muon_is_optax_muon_on_plain_matrices():
     adam = optax.adamw(0.003, 0.9, 0.99, 1e-8, weight_decay=0.1)
     state, muon_state, adam_state = ours.init(params), theirs.init(matrices(params)), adam.init(params["table"])
     for i in range(3):
-        gradients = spec.init(specs, jax.random.key(10 + i))
+        gradients = noise(params, i)
         got, state = jax.jit(ours.update)(gradients, state, params)
         expected, muon_state = jax.jit(theirs.update)(matrices(gradients), muon_state, matrices(params))
         table, adam_state = jax.jit(adam.update)(gradients["table"], adam_state, params["table"])
@@ -83,7 +88,7 @@ def test_muon_is_optax_muon_on_plain_matrices():
 def test_muon_orthogonalises_every_layer_on_its_own(family):
     config = CONFIGS[family]
     params = init(config)
-    gradients = jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), p.shape), params)
+    gradients = noise(params)
     # One layer's gradients are a million times larger: orthogonalised alone, its updates are no larger.
     scale = jnp.array([1e-3, 1e3, 1.0])
     gradients["blocks"] = jax.tree.map(lambda g: g * scale.reshape(3, *[1] * (g.ndim - 1)), gradients["blocks"])

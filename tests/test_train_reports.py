@@ -141,6 +141,7 @@ def test_without_tensorboard_the_log_says_so(tmp_path, monkeypatch):
 
 def test_smoothing_of_a_constant_is_the_constant():
     np.testing.assert_allclose(plots.smooth(np.full(100, 3.0)), 3.0)
+    np.testing.assert_allclose(plots.smooth(np.arange(100.0))[20:80], np.arange(100.0)[20:80], rtol=1e-5)  # no lag
     noisy = np.random.default_rng(0).normal(size=2000)
     assert plots.smooth(noisy)[100:].std() < 0.3
 

@@ -9,7 +9,7 @@ from garrulax.hub.tokenizers import GLM_SPECIALS, ByteTokenizer
 from garrulax.train import batches, loop, settings
 from garrulax.train.shards import Tokens
 
-SIZES = ["model.layers=2", "model.heads=4", "model.width=32", "model.context=32", "model.vocab=264"]
+SIZES = ["model.layers=1", "model.heads=4", "model.width=32", "model.context=32", "model.vocab=264"]
 GPT = [*SIZES, "model.eos=none", "model.bos=none"]
 GLM = ["preset=glm-base", *SIZES, "model.eos=256", "model.pad=256", "model.cls=257", "model.mask=258",
        "model.sentence_mask=259", "model.generation_mask=260", "model.sop=261", "model.eop=262"]  # fmt: skip

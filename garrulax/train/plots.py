@@ -42,8 +42,12 @@ def draw(folder: str | os.PathLike, title: str) -> Path | None:
 
 
 def smooth(values: np.ndarray, share: float = 0.02) -> np.ndarray:
-    """Exponential moving average [N] over about `share` of the values, corrected for its start."""
+    """Exponential moving average [N] over about `share` of the values, both ways so that it does not lag."""
     keep = 1 - 1 / max(1.0, share * len(values))
+    return (_average(values, keep) + _average(values[::-1], keep)[::-1]) / 2
+
+
+def _average(values: np.ndarray, keep: float) -> np.ndarray:
     out, total, weight = np.empty(len(values)), 0.0, 0.0
     for i, value in enumerate(values):
         total, weight = keep * total + value, keep * weight + 1

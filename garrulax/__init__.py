@@ -30,6 +30,8 @@ _HOME = {
     "generate": "garrulax.sampling",
     "stream": "garrulax.sampling",
     "fill": "garrulax.sampling",
+    "fill_stream": "garrulax.sampling",
+    "Filled": "garrulax.sampling",
     "Completion": "garrulax.sampling",
 }
 

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 import garrulax as gx
 from garrulax import models, sampling
 from garrulax.sampling import transforms
 from garrulax.sampling.requests import assemble, bucket, continuation, spread
 from garrulax.sampling.writing import Writer
-import tiny
 
 FAMILIES = ["gpt", "glm", "llama"]
 PROMPTS = [[5, 17, 3], [9], list(range(20, 41)), [7, 7, 7, 7, 1, 2, 3, 4], [50, 60]]
@@ -204,28 +204,19 @@ def bytes_model():
     return tiny.byte_model("gpt", bos=None)
 
 
-def pieces(stream):
-    made = []
-    while True:
-        try:
-            made.append(next(stream))
-        except StopIteration as end:
-            return made, end.value
-
-
 @pytest.mark.parametrize("every", [1, 3, 64])
 def test_a_stream_is_generates_text(bytes_model, every):
     knobs = {"max_new_tokens": 40, "temperature": 1.2, "seed": 5}
     whole = gx.generate(bytes_model, "Once", **knobs)
     assert whole.text == bytes_model.tokenizer.decode(whole.tokens, start=False) == str(whole)
-    made, last = pieces(gx.stream(bytes_model, "Once", every=every, **knobs))
+    made, last = tiny.drained(gx.stream(bytes_model, "Once", every=every, **knobs))
     assert "".join(made) == whole.text
     assert last == whole
     stop = whole.text[9:12]
     cut = gx.generate(bytes_model, "Once", stop=["never-made", stop], **knobs)
     assert (cut.text, cut.finish_reason) == (whole.text[: whole.text.find(stop)], "stop")
     assert cut.tokens == whole.tokens[: len(cut.tokens)]
-    made, last = pieces(gx.stream(bytes_model, "Once", every=every, stop=stop, **knobs))
+    made, last = tiny.drained(gx.stream(bytes_model, "Once", every=every, stop=stop, **knobs))
     assert "".join(made) == cut.text
     assert last == cut
 
@@ -346,7 +337,7 @@ def test_texts_need_a_tokenizer(bytes_model):
         gx.generate(model, "a")
     with pytest.raises(ValueError, match="stop strings need a tokenizer"):
         gx.generate(model, [1], stop="x")
-    with pytest.raises(TypeError, match="a model is what gx.load returns"):
+    with pytest.raises(TypeError, match=r"a model is what gx\.load returns"):
         gx.generate(bytes_model.params, "a")
     with pytest.raises(ValueError, match="stream takes one prompt"):
         gx.stream(bytes_model, ["a", "b"])

@@ -1,5 +1,7 @@
 """Tiny random models of every family for decoding tests: wide initial weights, so that greedy texts do not repeat."""
 
+import dataclasses
+
 import jax
 
 from garrulax import models
@@ -16,8 +18,8 @@ CONFIGS = {
     ),
     "llama": models.llama.Config(vocab=101, context=96, kv_heads=2, mlp_width=48, eos=None, **_SIZES),
     "dynamic": models.llama.Config(
-        vocab=101, context=16, kv_heads=1, mlp_width=48, eos=None, rope=Rope(kind="dynamic", factor=4, original_context=16),
-        **_SIZES,
+        vocab=101, context=16, kv_heads=1, mlp_width=48, eos=None,
+        rope=Rope(kind="dynamic", factor=4, original_context=16), **_SIZES,
     ),
 }  # fmt: skip
 
@@ -35,8 +37,16 @@ class Model:
 
 def byte_model(family="gpt", **changes):
     """A model over bytes with a tokenizer: ids 0..255 are bytes, from 256 on control tokens."""
-    import dataclasses
-
     tokenizer = ByteTokenizer(GLM_SPECIALS)
     config = dataclasses.replace(CONFIGS[family], vocab=264, **changes)
     return Model(config, params(config), tokenizer)
+
+
+def drained(stream):
+    """All that a generator yields, and what it returns."""
+    pieces = []
+    while True:
+        try:
+            pieces.append(next(stream))
+        except StopIteration as end:
+            return pieces, end.value

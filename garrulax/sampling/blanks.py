@@ -66,6 +66,7 @@ def _encode(text: str, tokenizer: Any, name: str, continues: bool) -> list[int]:
 
 def _of_ids(prompt: Sequence[int], config: glm.Config, tokenizer: Any, name: str) -> PartA:
     ids = token_ids(prompt, tokenizer, name)
+    check_ids(ids, config, name)
     places = [i for i, token in enumerate(ids) if token in (config.mask, config.sentence_mask, config.generation_mask)]
     cuts = zip([0, *(i + 1 for i in places)], [*places, len(ids)], strict=True)
     literals = ["" if tokenizer is None else tokenizer.decode(ids[a:b], start=a == 0) for a, b in cuts]

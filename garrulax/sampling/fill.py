@@ -140,7 +140,7 @@ def _fill(
 
     def steps():
         written: list[list[Writer]] = [[] for _ in parts]
-        state = init(params, requests, config, transform, room, bucket(turns * (room + 1)))
+        state = init(params, requests, config, transform, room, bucket(turns * (room + 1) - 1))
         for turn in range(turns):
             left = [limit if turn < len(part.places) else 0 for part, limit in zip(parts, limits, strict=True)]
             if turn:

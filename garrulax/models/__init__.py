@@ -66,14 +66,18 @@ def init(
     rules: str | sharding.Rules = "fsdp+tp",
 ) -> spec.Tree:
     """Initial parameters of `config` from a PRNG key; with a mesh, born sharded by `rules` (`core.sharding`)."""
-    specs = family(config).parameters(config)
-
-    def make(key):
-        return spec.init(specs, key, dtype)
-
+    dtype = jnp.dtype(dtype)
     if mesh is None:
-        return jax.jit(make)(key)
-    return jax.jit(make, out_shardings=sharding.shardings(specs, mesh, rules))(key)
+        return _init_here(key, config, dtype)
+    places = sharding.shardings(family(config).parameters(config), mesh, rules)
+    return jax.jit(_init, static_argnums=(1, 2), out_shardings=places)(key, config, dtype)
+
+
+def _init(key: jax.Array, config: Any, dtype: Any) -> spec.Tree:
+    return spec.init(family(config).parameters(config), key, dtype)
+
+
+_init_here = jax.jit(_init, static_argnums=(1, 2))  # compiled once a configuration
 
 
 def forward(

@@ -182,7 +182,7 @@ def infill(
         raise ValueError("the mix asks for [dBLOCK], which this tokenizer lacks")
     batch = empty_batch(len(windows), length, ids.pad)
     for row, (window, example) in enumerate(zip(windows, examples, strict=True)):
-        rng = np.random.Generator(np.random.Philox(key=[seed % 2**64, int(example)]))
+        rng = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, int(example)], np.uint64)))
         source = np.concatenate([[ids.cls], window]).astype(np.int32)
         fill_row(batch, row, *corrupt(source, rng, ids, mix, most=(length - size) // 2))
     return batch

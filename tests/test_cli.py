@@ -1,0 +1,107 @@
+"""The command line: what it prints, what it refuses, and with which exit code."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from garrulax.cli import main
+
+TEXT = "".join(f"def f{i}(x):\n    return x * {i} + {i * 7 % 13}\n\n" for i in range(300))
+TINY = ["model.width=32", "model.layers=2", "model.heads=4", "window=24", "batch=4", "steps=3", "tokenizer=bytes"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("GARRULAX_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "code.py").write_text(TEXT)
+    return tmp_path
+
+
+def refused(capsys, code, *words):
+    assert main([str(word) for word in words]) == code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert "Traceback" not in lines[-1]
+    return lines[-1]
+
+
+def test_train_generate_info(folder, capsys):
+    run = folder / "run"
+    assert main(["train", "llama-tiny", "model.kv_heads=2", *TINY, f"corpus={folder / 'code.py'}", "--run", str(run)]) == 0
+    said = capsys.readouterr().err
+    assert "corpus sha256" in said
+    assert "xz -9 needs" in said
+    assert json.loads((run / "model" / "config.json").read_text())["model_type"] == "llama"
+
+    words = ["generate", str(run), "def f", "--max-new-tokens", "5", "--seed", "3"]
+    assert main(words) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("def f")
+    assert main(words) == 0
+    assert capsys.readouterr().out == first
+
+    assert main(["info", str(run)]) == 0
+    assert "llama family" in capsys.readouterr().out
+    assert "holds a run" in refused(capsys, 2, "train", "llama-tiny", *TINY, f"corpus={folder / 'code.py'}", "--run", run)
+    assert "window=48 is longer" in refused(
+        capsys, 2, "train", "llama-tiny", *TINY, "window=48", "model.context=32", f"corpus={folder / 'code.py'}",
+        "--run", folder / "other",
+    )  # fmt: skip
+    assert "is of another run" in refused(capsys, 2, "train", "--resume", run, "batch=8")
+    assert "GLM" in refused(capsys, 2, "fill", run, "a [MASK]")
+
+
+def test_train_and_fill_a_glm(folder, capsys):
+    run = folder / "run"
+    assert main(["train", "glm-tiny", *TINY, "window=48", f"corpus={folder / 'code.py'}", "--run", str(run)]) == 0
+    capsys.readouterr()
+    assert main(["fill", str(run), "def [MASK](x):\n    return [MASK]\n", "--max-new-tokens", "4"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("def ")
+    assert "(x):\n    return " in out
+    assert "[MASK]" not in out
+
+
+def test_info_counts_exactly(capsys):
+    assert main(["info", "gpt2"]) == 0
+    out = capsys.readouterr().out
+    assert "124,439,808 parameters" in out
+    assert "284.8 MFLOP" in out  # 2 x 123,532,032 + 4 x 12 x 768 x 1024
+
+
+def test_usage_errors_are_one_line_and_exit_2(folder, capsys):
+    code = f"corpus={folder / 'code.py'}"
+    assert "did you mean 'gpt2-xl'" in refused(capsys, 2, "info", "gpt2xl")
+    assert "did you mean" in refused(capsys, 2, "train", "gpt2-tiny", "stepps=3")
+    assert "steps" in refused(capsys, 2, "train", "gpt2-tiny", "steps=many")
+    assert "nothing" in refused(capsys, 2, "train", "gpt2-tiny", f"corpus={folder / 'nothing'}")
+    (folder / "empty.txt").write_text("")
+    assert "empty" in refused(capsys, 2, "train", "gpt2-tiny", f"corpus={folder / 'empty.txt'}")
+    (folder / "binary.bin").write_bytes(bytes(range(256)) * 40)
+    assert "binary.bin" in refused(capsys, 2, "train", "gpt2-tiny", f"corpus={folder / 'binary.bin'}")
+    (folder / "short.txt").write_text("hello\nworld\n" * 3)
+    assert "window" in refused(
+        capsys, 2, "train", "gpt2-tiny", "tokenizer=bytes", f"corpus={folder / 'short.txt'}", "--run", folder / "r"
+    )
+    assert "vocab" in refused(capsys, 2, "train", "gpt2-tiny", "vocab=30000", code, "--run", folder / "r")
+    assert "needs 3 devices" in refused(capsys, 2, "train", "gpt2-tiny", *TINY, code, "--mesh", "fsdp=3", "--run", folder / "r")
+    assert "not like" in refused(capsys, 2, "train", "gpt2-tiny", *TINY, code, "--mesh", "fsdp:3", "--run", folder / "r")
+    assert "config.json" in refused(capsys, 2, "generate", folder, "hello")
+
+
+def test_nan_loss_is_a_failure_with_the_step(folder, capsys):
+    words = ["train", "gpt2-tiny", *TINY, "optimizer=adamw", "lr=1e30", "clip=0", "warmup=0", "steps=20"]
+    line = refused(capsys, 1, *words, f"corpus={folder / 'code.py'}", "--run", folder / "run")
+    assert "step" in line
+    assert "not finite" in line or "nan" in line or "inf" in line
+
+
+def test_help_needs_no_jax():
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; from garrulax.cli import main\ntry: main(['--help'])\n"
+         "finally: print('jax' in sys.modules)"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "train a model on text" in done.stdout
+    assert done.stdout.strip().endswith("False")

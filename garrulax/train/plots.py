@@ -32,7 +32,7 @@ def draw(folder: str | os.PathLike, title: str) -> Path | None:
         axes.plot(train[:, 0], smooth(train[:, 1]), color=_SMOOTH, linewidth=1.6, label="training")
     if len(held_out):
         axes.plot(*held_out.T, color=_HELD_OUT, linewidth=1.6, marker="o", markersize=3.5, label="held out")
-        axes.annotate(f"{held_out[-1, 1]:.3f}", held_out[-1], (6, 0), textcoords="offset points", va="center",
+        axes.annotate(f"{held_out[-1, 1]:.3f}", held_out[-1], (0, 7), textcoords="offset points", ha="center",
                       color=_HELD_OUT, fontsize=9)  # fmt: skip
     _frame(axes, title, train, held_out)
     _bits_axis(axes, records)

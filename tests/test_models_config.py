@@ -231,6 +231,12 @@ def test_presets_name_the_nearest():
         gx.preset("gpt2", widht=3)
 
 
+def test_a_changed_preset_has_heads_of_its_new_width():
+    assert gx.preset("llama-7b", width=256, heads=4, kv_heads=4).head_dim == 64
+    assert gx.preset("llama-7b", width=256, heads=4, kv_heads=4, head_dim=32).head_dim == 32
+    assert gx.preset("llama3-8b", layers=2).head_dim == 128
+
+
 COUNTS = {
     "gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200,
     "llama-7b": 6_738_415_616, "llama-13b": 13_015_864_320, "llama-33b": 32_528_943_616, "llama-65b": 65_285_660_672,

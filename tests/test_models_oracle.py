@@ -93,7 +93,9 @@ def test_padded_rows_equal_unpadded_ones(case, left):
     cache = gx.cache_for(p, c, 2, 12)
     lengths = np.array([len(row) for row in rows])
     cache = cache.replace(planned=jnp.asarray(lengths + 3))
-    _, cache = forward(p, tokens, c, mask=masks.padded(valid), positions=positions, cache=cache)
+    again, cache = forward(p, tokens, c, mask=masks.padded(valid), positions=positions, cache=cache)
+    if case != "llama_dynamic":  # which plans a longer text here
+        assert relative_error(again, logits) <= CONTRACT  # of padding too: it sees nothing, cached or not
     for step in range(3):
         new = jnp.asarray([[texts[i, lengths[i] + step]] for i in range(2)])
         logits, cache = forward(p, new, c, positions=jnp.asarray(lengths[:, None] + step), cache=cache)

@@ -176,18 +176,12 @@ def _put(whole: jax.Array, layer: jax.Array, i: jax.Array) -> jax.Array:
 
 
 def _array(tensor: StoredTensor, s: spec.Spec, dtype: np.dtype, place: NamedSharding | None) -> jax.Array:
-    @functools.cache
-    def part(index):
-        bounds = None if index is None else tuple(slice(*i) for i in index)
-        return read_part(tensor, s.stored, s.layer_shape, bounds).astype(dtype, copy=False)
+    def part(index: tuple[slice, ...] | None = None) -> np.ndarray:
+        return read_part(tensor, s.stored, s.layer_shape, index).astype(dtype, copy=False)
 
     if place is None:
-        return jnp.asarray(part(None))
-
-    def shard(index):  # devices that hold copies ask for the same part
-        return part(tuple((i.start, i.stop) for i in index))
-
-    return jax.make_array_from_callback(s.layer_shape, place, shard)
+        return jnp.asarray(part())
+    return jax.make_array_from_callback(s.layer_shape, place, part)  # asks once for what several devices hold
 
 
 def _tokenizer(folder: Path) -> Tokenizer | None:

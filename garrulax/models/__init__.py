@@ -49,6 +49,8 @@ def preset(name: str, **changes: Any) -> Any:
             for field in changes:
                 if field not in {f.name for f in dataclasses.fields(config)}:
                     raise ValueError(f"{name} has no field {field!r}{_nearest(field, vars(config))}")
+            if "head_dim" in vars(config) and changes.keys() & {"width", "heads"}:
+                changes = {"head_dim": 0, **changes}  # follows from the new sizes unless it is given
             return dataclasses.replace(config, **changes)
     raise ValueError(f"unknown preset {name!r}{_nearest(name, presets())}; gx.presets() lists all")
 

@@ -359,6 +359,18 @@ def test_parameters_that_are_not_finite_are_reported():
         gx.generate((broken, config), [1], max_new_tokens=2)
 
 
+def test_sharded_parameters_are_refused_with_the_way_out():
+    config = dataclasses.replace(tiny.CONFIGS["gpt"], vocab=96)
+    mesh = gx.make_mesh("fsdp=4,tensor=2")
+    params = models.init(config, jax.random.key(0), mesh)
+    with pytest.raises(ValueError, match=r"gather them with jax\.device_get"):
+        gx.generate((params, config), [1])
+    gathered = jax.device_get(params)
+    knobs = {"max_new_tokens": 4, "temperature": 0}
+    alone = gx.generate((tiny.params(config), config), [1], **knobs)
+    assert gx.generate((gathered, config), [1], **knobs).tokens == alone.tokens
+
+
 def test_buckets():
     assert [bucket(n) for n in (1, 2, 3, 4, 5, 33)] == [1, 2, 4, 4, 8, 64]
     assert [bucket(n, least=16) for n in (1, 16, 17)] == [16, 16, 32]

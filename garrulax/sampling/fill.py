@@ -105,7 +105,8 @@ def reopen(params: Tree, state: State, place: jax.Array, limit: jax.Array, confi
     segment = jnp.where(cut_off, 0, PAD)[:, None]
     mask = Mask({"rank": jnp.broadcast_to(state.cache.used, segment.shape), "segment": segment})
     cache = read(params, state.cache, state.token[:, None], state.position[..., None], config, mask)
-    return state.replace(
+    return dataclasses.replace(
+        state,
         cache=cache,
         token=jnp.full_like(state.token, config.sop),
         position=jnp.stack([place, jnp.ones_like(place)], axis=1),

@@ -1,5 +1,6 @@
 """Decoding as a pure state machine: `step` makes one token a row, `run` makes many on the device."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -34,7 +35,8 @@ def step(params: Tree, state: State, config: Any, transform: Transform = STANDAR
     ended = jnp.any(token[:, None] == state.stops, axis=1) | (made >= state.limit)
     stride = jnp.where(going.reshape(-1, *(1,) * (state.stride.ndim - 1)), state.stride, 0)
     at = (0, state.column)
-    return state.replace(
+    return dataclasses.replace(
+        state,
         cache=cache,
         token=jnp.where(going, token, state.token),
         position=state.position + stride,

@@ -3,7 +3,7 @@
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -35,15 +35,21 @@ class Text(NamedTuple):
 def unpack(model: Any) -> tuple[Tree, Any, Any]:
     """(params in the form that decodes fastest, config, tokenizer or None) of a Model or of (params, config).
 
-    Raises TypeError for anything else.
+    Raises TypeError for anything else, ValueError for parameters on several devices.
     """
-    if isinstance(model, tuple) and len(model) == 2:
+    if isinstance(model, tuple):
+        if len(model) != 2:
+            raise TypeError(f"a model given as a tuple is (params, config), not {len(model)} things")
         params, config, tokenizer = *model, None
     elif all(hasattr(model, name) for name in ("params", "config", "tokenizer")):
         params, config, tokenizer = model.params, model.config, model.tokenizer
     else:
         raise TypeError(f"a model is what gx.load returns, or a tuple (params, config), not {type(model).__name__}")
     models.family(config)
+    if any(isinstance(x, jax.Array) and len(x.sharding.device_set) > 1 for x in jax.tree.leaves(params)):
+        raise ValueError(
+            "decoding runs on one device, but the parameters are on several: gather them with jax.device_get(params)"
+        )
     return params if isinstance(params["blocks"], tuple) else _unstack(params), config, tokenizer
 
 
@@ -139,10 +145,9 @@ def _checked(name: str, value: Any) -> int | float:
     allowed, wanted = _RULES[name]
     try:
         number = operator.index(value) if name in _WHOLE else float(value)
-        good = not isinstance(value, bool) and allowed(number)
     except (TypeError, ValueError):
-        good = False
-    if not good:
+        number = None
+    if number is None or isinstance(value, bool) or not allowed(number):
         raise ValueError(f"{name}={value!r} must be {wanted}")
     return number
 
@@ -159,14 +164,17 @@ def assemble(texts: Sequence[Text], knobs: Mapping[str, Sequence[Any]], config: 
     width = bucket(max(len(text.context) for text in texts) or 1, least=16)
     axes = (2,) if isinstance(config, glm.Config) else ()
 
-    def column(values, dtype, rest=0):
+    def column(values, dtype, rest: Any = 0) -> Any:
         return np.array([*values, *[rest] * (rows - count)], dtype)
 
-    def places(values):
+    def places(values) -> Any:
         return column(values, np.int32, (0,) * len(texts[0].position)).reshape(rows, *axes)
 
-    context, rank = np.zeros((rows, width), np.int32), np.zeros((rows, width), np.int32)
-    segment, positions = np.full((rows, width), PAD, np.int32), np.zeros((rows, *axes, width), np.int32)
+    def full(value, *shape) -> Any:
+        return np.full(shape, value, np.int32)
+
+    context, rank, segment = full(0, rows, width), full(0, rows, width), full(PAD, rows, width)
+    positions = full(0, rows, *axes, width)
     for row, text in enumerate(texts):
         size = len(text.context)
         context[row, :size] = text.context
@@ -191,5 +199,5 @@ def assemble(texts: Sequence[Text], knobs: Mapping[str, Sequence[Any]], config: 
             "top_k": column([0 if g else k for g, k in zip(greedy, knobs["top_k"], strict=True)], np.int32),
             "top_p": column([1 if g else p for g, p in zip(greedy, knobs["top_p"], strict=True)], np.float32, 1),
         },
-        stops=np.array(ends(config) or (PAD,), np.int32),
+        stops=cast(jax.Array, np.array(ends(config) or (PAD,), np.int32)),
     )

@@ -1,7 +1,8 @@
 """The state of decoding, and the functions that begin it. Letters: B rows, N room for new tokens, S cache slots."""
 
+import dataclasses
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +85,7 @@ def init(params: Tree, requests: Requests, config: Any, transform: Transform, ro
     """
     B, P = requests.context.shape
     cache = models.cache_for(params, config, B, P + slots)
-    cache = cache.replace(planned=requests.length + requests.limit)
+    cache = dataclasses.replace(cache, planned=requests.length + requests.limit)
     mask = Mask({"rank": requests.rank, "segment": requests.segment})
     cache = read(params, cache, requests.context, requests.positions, config, mask)
     return State(
@@ -109,4 +110,4 @@ def read(
     params: Tree, cache: Cache, tokens: jax.Array, positions: jax.Array, config: Any, mask: Mask | None = None
 ) -> Cache:
     """The cache with tokens [B, T] in it. Arguments as in `garrulax.forward`; under jit no logits are computed."""
-    return models.forward(params, tokens, config, positions=positions, mask=mask, cache=cache)[1]
+    return cast(Cache, models.forward(params, tokens, config, positions=positions, mask=mask, cache=cache)[1])

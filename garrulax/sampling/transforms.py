@@ -8,13 +8,13 @@ Which transforms there are is fixed when a program is traced; how strong they ar
 serves all values. Letters: B rows, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-Knobs = dict[str, jax.Array]
+Knobs = Mapping[str, Any]
 
 
 class Transform(NamedTuple):

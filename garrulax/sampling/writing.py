@@ -71,7 +71,7 @@ class Writer:
             elif len(self.tokens) == self._limit:
                 self.reason = "length"
             if self._decoder is not None:
-                pieces.append(self._read(token))
+                pieces.append(self._read(token, self._decoder))
         piece = "".join(pieces)
         self._text.append(piece)
         if piece and self._spaced and not self.shown and not piece[0].isspace():
@@ -79,11 +79,11 @@ class Writer:
         self.shown += piece
         return piece
 
-    def _read(self, token: int) -> str:
+    def _read(self, token: int, decoder: Any) -> str:
         if token < self._vocab and self.reason != "eos":  # beyond it are rows that only pad the embedding
-            self._held += self._decoder.push([token])
+            self._held += decoder.push([token])
         if self.reason is not None:
-            self._held += self._decoder.flush()
+            self._held += decoder.flush()
         found = [at for at in map(self._held.find, self._stop) if at >= 0]
         if found:
             self.reason = "stop"
@@ -129,7 +129,7 @@ def drive(
             return state
         if any(writer.reason == "stop" for writer in writers):
             rest = [True] * (len(made) - len(writers))
-            state = state.replace(done=jnp.array([writer.reason is not None for writer in writers] + rest))
+            state = dataclasses.replace(state, done=jnp.array([writer.reason is not None for writer in writers] + rest))
 
 
 def first(steps: Steps[list[T]]) -> Generator[str, None, T]:

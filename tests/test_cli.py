@@ -28,7 +28,9 @@ def refused(capsys, code, *words):
 
 def test_train_generate_info(folder, capsys):
     run = folder / "run"
-    assert main(["train", "llama-tiny", "model.kv_heads=2", *TINY, f"corpus={folder / 'code.py'}", "--run", str(run)]) == 0
+    assert (
+        main(["train", "llama-tiny", "model.kv_heads=2", *TINY, f"corpus={folder / 'code.py'}", "--run", str(run)]) == 0
+    )
     said = capsys.readouterr().err
     assert "corpus sha256" in said
     assert "xz -9 needs" in said
@@ -43,7 +45,9 @@ def test_train_generate_info(folder, capsys):
 
     assert main(["info", str(run)]) == 0
     assert "llama family" in capsys.readouterr().out
-    assert "holds a run" in refused(capsys, 2, "train", "llama-tiny", *TINY, f"corpus={folder / 'code.py'}", "--run", run)
+    assert "holds a run" in refused(
+        capsys, 2, "train", "llama-tiny", *TINY, f"corpus={folder / 'code.py'}", "--run", run
+    )
     assert "window=48 is longer" in refused(
         capsys, 2, "train", "llama-tiny", *TINY, "window=48", "model.context=32", f"corpus={folder / 'code.py'}",
         "--run", folder / "other",
@@ -85,8 +89,12 @@ def test_usage_errors_are_one_line_and_exit_2(folder, capsys):
         capsys, 2, "train", "gpt2-tiny", "tokenizer=bytes", f"corpus={folder / 'short.txt'}", "--run", folder / "r"
     )
     assert "vocab" in refused(capsys, 2, "train", "gpt2-tiny", "vocab=30000", code, "--run", folder / "r")
-    assert "needs 3 devices" in refused(capsys, 2, "train", "gpt2-tiny", *TINY, code, "--mesh", "fsdp=3", "--run", folder / "r")
-    assert "not like" in refused(capsys, 2, "train", "gpt2-tiny", *TINY, code, "--mesh", "fsdp:3", "--run", folder / "r")
+    assert "needs 3 devices" in refused(
+        capsys, 2, "train", "gpt2-tiny", *TINY, code, "--mesh", "fsdp=3", "--run", folder / "r"
+    )
+    assert "not like" in refused(
+        capsys, 2, "train", "gpt2-tiny", *TINY, code, "--mesh", "fsdp:3", "--run", folder / "r"
+    )
     assert "config.json" in refused(capsys, 2, "generate", folder, "hello")
 
 

@@ -1,10 +1,11 @@
-"""Decoding speed: GPT-2 124M's shape, random weights, batch 1, float32, greedy; against transformers on torch.
+"""Decoding speed against transformers' on this machine: GPT-2 124M's shape, random weights, batch 1, float32, greedy.
 
-    python benchmarks/decode.py --torch-python path/to/python-with-torch-and-transformers
+    python benchmarks/decode.py --torch-python PATH [--rounds 5] [--runs 3]
 
-Runs the two in turns, each time in a process of its own, and compares the medians. A 32-token prompt, 128 new tokens;
-what is timed is the whole call, prompt included, after a first call that compiles. Reading the weights once a token is
-the least that any program must do: bytes a second are these, to be compared with what the machine copies.
+The two run in turns, each time in a process of its own, so that a machine whose speed drifts is fair to both. Timed is
+a whole call, a prompt of 32 tokens and 128 new ones, after a first call that compiles; medians over all calls. PATH is
+the Python of an environment with torch==2.13.0 and transformers==5.23.0. A token reads every weight once: bytes a
+second are those of the weights, to be compared with what the machine copies (bytes read and written).
 """
 
 import argparse
@@ -13,98 +14,90 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 PROMPT, NEW = 32, 128
-WEIGHTS = 124_439_808  # parameters, of which a token's step reads all but most of the position table
+WEIGHT_BYTES = 4 * 124_439_808
+PEER = Path(__file__).parent / "peers" / "torch_decode.py"
 
 
-def ours(runs):
+def ours(runs: int) -> dict:
+    """Seconds of each call of `generate`."""
     import dataclasses
 
     import jax
 
     import garrulax as gx
 
-    config = dataclasses.replace(gx.preset("gpt2"), eos=None)  # every run makes all its tokens
+    config = dataclasses.replace(gx.preset("gpt2"), eos=None)  # no call ends early
     model = (gx.unstack(gx.init(config, jax.random.key(0))), config)
-    prompt = list(range(1000, 1000 + PROMPT))
-
-    def run():
-        made = gx.generate(model, prompt, max_new_tokens=NEW, temperature=0)
-        return len(made.tokens)
-
-    return timed(run, runs)
-
-
-def theirs(runs):
-    import torch
-    import transformers
-
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval()
-    prompt = torch.arange(1000, 1000 + PROMPT)[None]
-    settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
-
-    def run():
-        with torch.inference_mode():
-            return model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings).shape[1] - PROMPT
-
-    return timed(run, runs)
-
-
-def timed(run, runs):
-    run()
-    seconds = []
-    for _ in range(runs):
+    prompt, seconds = list(range(1000, 1000 + PROMPT)), []
+    for _ in range(runs + 1):
         start = time.perf_counter()
-        made = run()
+        gx.generate(model, prompt, max_new_tokens=NEW, temperature=0)
         seconds.append(time.perf_counter() - start)
-        if made != NEW:
-            raise RuntimeError(f"made {made} tokens, not {NEW}")
-    return seconds
+    return {"seconds": seconds[1:], "version": f"jax {jax.__version__}"}
 
 
-def copy_bandwidth():
-    """Bytes a second that numpy copies, read and written ones both counted: the best of several tries."""
+def copied() -> float:
+    """Bytes a second that numpy copies, read and written ones both counted."""
     import numpy as np
 
-    a = np.ones(1 << 26, np.float32)
-    b = np.empty_like(a)
-    best = 0.0
+    source = np.ones(1 << 26, np.float32)
+    target, best = np.empty_like(source), 0.0
     for _ in range(5):
         start = time.perf_counter()
-        np.copyto(b, a)
-        best = max(best, 2 * a.nbytes / (time.perf_counter() - start))
+        np.copyto(target, source)
+        best = max(best, 2 * source.nbytes / (time.perf_counter() - start))
     return best
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--torch-python", help="a Python with torch and transformers; without it, only ours is timed")
-    parser.add_argument("--rounds", type=int, default=5, help="processes of each side")
-    parser.add_argument("--runs", type=int, default=3, help="timed calls in a process")
-    parser.add_argument("--side", choices=("ours", "theirs"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.side:
-        print(json.dumps({"ours": ours, "theirs": theirs}[args.side](args.runs)))
-        return
-    pythons = {"ours": sys.executable, **({"theirs": args.torch_python} if args.torch_python else {})}
-    seconds = {side: [] for side in pythons}
-    for _ in range(args.rounds):
-        for side, python in pythons.items():
-            command = [python, __file__, "--side", side, "--runs", str(args.runs)]
-            out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            seconds[side] += json.loads(out.splitlines()[-1])
-    copied = copy_bandwidth()
-    print(f"{'':12} {'ms/token':>9} {'(best)':>8} {'GB/s':>6}")
-    for side, values in seconds.items():
-        median, best = statistics.median(values) / NEW, min(values) / NEW
-        name = {"ours": "Garrulax", "theirs": "transformers"}[side]
-        print(f"{name:12} {median * 1e3:9.2f} {best * 1e3:8.2f} {4 * WEIGHTS / median / 1e9:6.1f}")
-    print(f"copying: {copied / 1e9:.1f} GB/s read and written")
-    if "theirs" in seconds:
-        ratio = statistics.median(seconds["theirs"]) / statistics.median(seconds["ours"])
-        print(f"Garrulax makes {ratio:.2f} times as many tokens a second")
+def measure(command: list[str]) -> dict:
+    """The JSON that a command prints last."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(rounds: int, runs: int, torch_python: str) -> None:
+    """Runs the two in turns and prints medians and their ratio."""
+    commands = {
+        "garrulax": [sys.executable, __file__, "--ours", "--runs", str(runs)],
+        "transformers": [torch_python, str(PEER), str(PROMPT), str(NEW), str(runs)],
+    }
+    seconds: dict[str, list[list[float]]] = {name: [] for name in commands}
+    versions, bandwidth = {}, []
+    for _ in range(rounds):
+        for name, command in commands.items():
+            result = measure(command)
+            seconds[name].append(result["seconds"])
+            versions[name] = result["version"]
+        bandwidth.append(copied())
+    medians = {name: statistics.median(sum(values, [])) for name, values in seconds.items()}
+    pairs = [
+        statistics.median(other) / statistics.median(own)
+        for own, other in zip(seconds["garrulax"], seconds["transformers"], strict=True)
+    ]
+    for name, median in medians.items():
+        best = min(min(values) for values in seconds[name])
+        print(f"{name:13} {1e3 * median / NEW:6.2f} ms a token (best call {1e3 * best / NEW:.2f}) "
+              f"{WEIGHT_BYTES * NEW / median / 1e9:5.1f} GB/s  [{versions[name]}]")  # fmt: skip
+    print(f"copying: {statistics.median(bandwidth) / 1e9:.1f} GB/s")
+    ratio = medians["transformers"] / medians["garrulax"]
+    print(f"garrulax is {ratio:.2f}x (rounds {min(pairs):.2f} to {max(pairs):.2f})")
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--torch-python", help="Python with torch==2.13.0 and transformers==5.23.0")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--ours", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.ours:
+        print(json.dumps(ours(args.runs)))
+    elif not args.torch_python:
+        parser.error("--torch-python is needed")
+    else:
+        compare(args.rounds, args.runs, args.torch_python)

@@ -93,7 +93,7 @@ def forward(
     key: jax.Array | None = None,
     remat: str = "none",
     unroll: bool = False,
-) -> tuple[jax.Array, Cache | None]:
+) -> tuple[jax.Array, Any]:
     """Logits of tokens, and the cache with the tokens in it.
 
     params: as from `init` or `load`, or their `unstack`ed form. tokens: int32 [B, T]; an id outside the vocabulary

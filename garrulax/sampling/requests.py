@@ -164,13 +164,13 @@ def assemble(texts: Sequence[Text], knobs: Mapping[str, Sequence[Any]], config: 
     width = bucket(max(len(text.context) for text in texts) or 1, least=16)
     axes = (2,) if isinstance(config, glm.Config) else ()
 
-    def column(values, dtype, rest: Any = 0) -> Any:
+    def column(values: Sequence[Any], dtype: Any, rest: Any = 0) -> Any:
         return np.array([*values, *[rest] * (rows - count)], dtype)
 
-    def places(values) -> Any:
+    def places(values: Sequence[Any]) -> Any:
         return column(values, np.int32, (0,) * len(texts[0].position)).reshape(rows, *axes)
 
-    def full(value, *shape) -> Any:
+    def full(value: int, *shape: int) -> Any:
         return np.full(shape, value, np.int32)
 
     context, rank, segment = full(0, rows, width), full(0, rows, width), full(PAD, rows, width)

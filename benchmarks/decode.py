@@ -9,6 +9,7 @@ second are those of the weights, to be compared with what the machine copies (by
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -74,7 +75,7 @@ def compare(rounds: int, runs: int, torch_python: str) -> None:
             seconds[name].append(result["seconds"])
             versions[name] = result["version"]
         bandwidth.append(copied())
-    medians = {name: statistics.median(sum(values, [])) for name, values in seconds.items()}
+    medians = {name: statistics.median(itertools.chain.from_iterable(values)) for name, values in seconds.items()}
     pairs = [
         statistics.median(other) / statistics.median(own)
         for own, other in zip(seconds["garrulax"], seconds["transformers"], strict=True)

@@ -75,7 +75,7 @@ def train(
     """Trains to the end of the settings' steps, or to the first SIGINT or SIGTERM, which saves and returns.
 
     resume: go on from the folder's latest checkpoint, exactly as if the run had never stopped, on this or another
-    mesh; otherwise the folder must not hold a run. on_finish: called with the result while the mesh is set, for
+    mesh; otherwise the folder must not hold a run. on_finish: called with the result, of a stopped run too, while the mesh is set, for
     exporting. out: where the progress goes, default stderr.
 
     Several processes call this alike after `jax.distributed.initialize()`.
@@ -98,7 +98,7 @@ def train(
         loop.log = stack.enter_context(MetricsLog(run.folder, int(state.step)))
         with Interrupts() as interrupts:
             result = loop.finish(*loop.steps(state, interrupts))
-        if on_finish is not None and result.finished:
+        if on_finish is not None:
             on_finish(result)
         return result
 

@@ -75,8 +75,8 @@ def train(
     """Trains to the end of the settings' steps, or to the first SIGINT or SIGTERM, which saves and returns.
 
     resume: go on from the folder's latest checkpoint, exactly as if the run had never stopped, on this or another
-    mesh; otherwise the folder must not hold a run. on_finish: called with the result, of a stopped run too, while the mesh is set, for
-    exporting. out: where the progress goes, default stderr.
+    mesh; otherwise the folder must not hold a run. on_finish: called with the result, of a stopped run too, while the
+    mesh is set, for exporting. out: where the progress goes, default stderr.
 
     Several processes call this alike after `jax.distributed.initialize()`.
 

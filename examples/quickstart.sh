@@ -35,16 +35,17 @@ glm=$(fresh runs/quickstart-glm)
 say "1. A GPT-2 of 1.3 million parameters learns to continue Python code (about three minutes)."
 echo "   The text is the source of Python's standard library, which every machine has. A tokenizer is trained first."
 echo "   bits/byte is how well the model compresses text it has not seen; xz is the yardstick. Ctrl-C saves and stops."
-run train gpt2-tiny steps=3000 --run "$gpt"
+run train gpt2-tiny steps=3200 eval_every=500 --run "$gpt"
 
 say "2. It completes a function definition. A fixed seed gives the same text again."
 run generate "$gpt" 'def read_file(path, encoding=' --max-new-tokens 80 --temperature 0.6 --seed 1
 
 say "3. A GLM of the same size learns to fill blanks (about ninety seconds)."
 echo "   It reads what stands before and after a [MASK] and writes what is missing."
-run train glm-tiny steps=1000 --run "$glm"
+run train glm-tiny steps=1000 eval_every=500 --run "$glm"
 
 say "4. It fills two blanks of one text, each with a span of its own."
+echo "   After a minute the form is right and the sense is not: more steps make it look both ways."
 run fill "$glm" 'def __init__([MASK], name):
     self.name = [MASK]
 ' --max-new-tokens 12 --temperature 0

@@ -72,6 +72,17 @@ def test_loss_and_gradients_equal_one_device(family, mesh, precision, bound):
 
 
 @pytest.mark.parametrize("family", CONFIGS)
+def test_tokens_may_be_whole_on_every_device(family):
+    config = CONFIGS[family]
+    (expected, _), params = single(family, "float32")
+    m = sharding.make_mesh("fsdp=4,tensor=2")
+    with jax.set_mesh(m):
+        sharded = jax.device_put(params, sharding.shardings(models.family(config).parameters(config), m))
+        value = jax.jit(loss, static_argnums=2)(sharded, jnp.asarray(tokens(config)), config)
+    assert relative(value, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("family", CONFIGS)
 def test_parameters_are_born_sharded_and_equal(family):
     config = CONFIGS[family]
     m = sharding.make_mesh("fsdp=4,tensor=2")

@@ -4,13 +4,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from garrulax.core.sharding import BATCH_AXES
+
 
 def einsum(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
     """`jnp.einsum(spec, x, w)` of activations x and a weight leaf w.
 
     On one device the letters are merged, so that the product is of two matrices: XLA:CPU multiplies [B·T, D] by
     [D, F] 1.4 times faster than [B, T, D] by [D, F] (in the backward pass). On a mesh in Explicit mode the output
-    keeps the shardings of its letters, weights are gathered over the axes that shard the batch (FSDP), and a
+    keeps the shardings of its letters, weights are gathered over the axes for the batch (FSDP), and a
     contraction over a sharded letter is summed across its axis (tensor parallelism).
 
     x: [..., contracted]; w: contracted letters first ("BTD,DHC->BTHC") or last ("BTD,VD->BTV").
@@ -53,12 +55,12 @@ def _matmul(left: str, right: str, out: str, x: jax.Array, w: jax.Array) -> jax.
 
 def _sharded(left: str, right: str, out: str, x: jax.Array, w: jax.Array) -> jax.Array:
     of_x = dict(zip(left, _padded(x), strict=True))
-    taken = {axis for letter in left if letter in out for axis in _names(of_x[letter])}
+    gathered = {axis for letter in left if letter in out for axis in _names(of_x[letter])} | set(BATCH_AXES)
 
     def keep(letter, axes):
         if letter in of_x:  # contracted: sharded like x, or not at all
             return of_x[letter]
-        return None if taken & set(_names(axes)) else axes
+        return None if gathered & set(_names(axes)) else axes
 
     of_w = {letter: keep(letter, axes) for letter, axes in zip(right, _padded(w), strict=True)}
     w = jax.sharding.reshard(w, P(*(of_w[letter] for letter in right)))

@@ -12,10 +12,11 @@ import argparse
 import itertools
 import json
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
+
+from measuring import measure
 
 PROMPT, NEW = 32, 128
 WEIGHT_BYTES = 4 * 124_439_808
@@ -51,14 +52,6 @@ def copied() -> float:
         np.copyto(target, source)
         best = max(best, 2 * source.nbytes / (time.perf_counter() - start))
     return best
-
-
-def measure(command: list[str]) -> dict:
-    """The JSON that a command prints last."""
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def compare(rounds: int, runs: int, torch_python: str) -> None:

@@ -10,9 +10,10 @@ environment with torch==2.13.0. The FLOPs are 6 a weight and 12 L H C T of atten
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from pathlib import Path
+
+from measuring import measure
 
 SIZES = {
     "small": {"layers": 4, "heads": 4, "width": 128, "context": 64, "batch": 12, "vocab": 65, "steps": 300},
@@ -52,14 +53,6 @@ def ours(size: str) -> dict:
             times.append(time.perf_counter() - start)
     flops = 3 * summary.flops_per_token(config, a["context"]) * a["batch"] * a["context"]
     return {"milliseconds": 1e3 * statistics.median(times), "flops": flops, "version": f"jax {jax.__version__}"}
-
-
-def measure(command: list[str]) -> dict:
-    """The JSON that a command prints last."""
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def compare(size: str, rounds: int, torch_python: str) -> None:

@@ -49,7 +49,7 @@ def loss(p, tokens, c, **options):
 value_and_grad = jax.jit(jax.value_and_grad(loss), static_argnums=2, static_argnames=("remat", "unroll"))
 
 
-def close(a, b, bound=2e-6):
+def assert_close(a, b, bound=2e-6):
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         assert np.abs(np.asarray(x) - np.asarray(y)).max() <= bound * max(np.abs(np.asarray(y)).max(), 1)
 
@@ -82,10 +82,10 @@ def test_every_form_gives_the_same_loss_and_gradients(family):
     expected = value_and_grad(params(family), TOKENS, c, key=key)
     if family == "gpt":  # one function runs the layers of all families
         for options in ({"remat": "full"}, {"remat": "dots"}, {"unroll": True}):
-            close(value_and_grad(params(family), TOKENS, c, key=key, **options), expected)
+            assert_close(value_and_grad(params(family), TOKENS, c, key=key, **options), expected)
     value, gradient = value_and_grad(gx.unstack(params(family)), TOKENS, c, key=key)
-    close((value, gradient["blocks"]), (expected[0], gx.unstack(expected[1])["blocks"]))
-    close(loss(gx.unstack(params(family)), TOKENS, c, key=key), expected[0])  # and without jit
+    assert_close((value, gradient["blocks"]), (expected[0], gx.unstack(expected[1])["blocks"]))
+    assert_close(loss(gx.unstack(params(family)), TOKENS, c, key=key), expected[0])  # and without jit
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -95,10 +95,10 @@ def test_vmap_over_parameters_and_over_batches(family):
     tokens = jnp.asarray(np.stack([TOKENS, TOKENS[::-1]]))
     got = jax.jit(jax.vmap(lambda p, t: gx.forward(p, t, c)[0]))(ensemble, tokens)
     for i in range(2):
-        close(got[i], gx.forward(jax.tree.map(lambda x, i=i: x[i], ensemble), tokens[i], c)[0])
+        assert_close(got[i], gx.forward(jax.tree.map(lambda x, i=i: x[i], ensemble), tokens[i], c)[0])
     gradients = jax.jit(jax.vmap(jax.grad(lambda p, t: loss(p, t[None], c)), (None, 0)))(params(family), TOKENS)
     _, expected = value_and_grad(params(family), TOKENS, c)
-    close(jax.tree.map(lambda g: g.mean(0), gradients), expected)  # per-example gradients
+    assert_close(jax.tree.map(lambda g: g.mean(0), gradients), expected)  # per-example gradients
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -113,7 +113,7 @@ def test_vmap_over_caches(family):
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *caches)
     got, _ = jax.vmap(step)(jnp.asarray([TOKENS[:1, 3:4], TOKENS[:1, 5:6]]), stacked)
     for i, n in enumerate((3, 5)):
-        close(got[i], step(TOKENS[:1, n : n + 1], caches[i])[0])
+        assert_close(got[i], step(TOKENS[:1, n : n + 1], caches[i])[0])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

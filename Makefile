@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: quickstart test test-slow lint bench clean
+.PHONY: quickstart test test-slow table lint clean
 
 quickstart: $(VENV)/.plots
 	@PATH="$(abspath $(BIN)):$$PATH" sh examples/quickstart.sh
@@ -15,6 +15,10 @@ test: $(VENV)/.dev lint
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
+
+# Runs the tests that fill README's table of families, and writes it.
+table: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile --table
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,8 +1,39 @@
-"""Every test runs on eight fake CPU devices in one process; set before jax is imported."""
+"""Every test runs on eight fake CPU devices in one process; set before jax is imported. And the table of README."""
 
 import os
+
+import pytest
+import table
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 flags = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in flags:
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+
+_found = []
+
+
+def pytest_addoption(parser):
+    parser.addoption("--table", action="store_true", help="write what the tests measured into README's table")
+
+
+@pytest.fixture(name="table")
+def _table(record_property):
+    """table(row, column, value): a cell of README's table, as this test found it (`tests/table.py`)."""
+
+    def record(row, column, value):
+        assert row in table.ROWS, row
+        assert column in table.COLUMNS, column
+        record_property("table", [row, column, value])
+
+    return record
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "call" and report.passed:
+        _found.extend(value for name, value in report.user_properties if name == "table")
+
+
+def pytest_sessionfinish(session, exitstatus):
+    if session.config.getoption("--table") and not hasattr(session.config, "workerinput") and exitstatus == 0:
+        table.write(_found)

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from garrulax import models
 from garrulax.core import spec
+from garrulax.hub.reading import family_of
 
 FOLDER = pathlib.Path(__file__).parent / "oracles"
 LLAMA = ("llama", "llama_gqa", "llama_tied", "llama_linear", "llama_dynamic", "llama_yarn", "llama3", "llama_longrope")
@@ -47,8 +48,8 @@ def config(case):
             eos=ids["eos"], pad=ids["pad"], cls=ids["ENC"], mask=ids["MASK"], sentence_mask=ids["sMASK"],
             generation_mask=ids["gMASK"], sop=ids["sop"], eop=ids["eop"],
         )  # fmt: skip
-    family = models.gpt if case == "gpt2" else models.llama
-    return family.from_hf(raw_config(case)["config"])
+    raw = raw_config(case)["config"]
+    return family_of(raw).from_hf(raw)
 
 
 @functools.cache

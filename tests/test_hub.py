@@ -322,26 +322,33 @@ def test_only_what_the_devices_need_is_read(tmp_path, monkeypatch):
 
 @st.composite
 def windows(draw):
-    """A split of a stored tensor, an order, where the stored dimensions end in it, and a window of the parameter."""
+    """A split of a stored tensor, what is taken of it, an order, the stored shape, and a window of the parameter."""
     split = tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=4)))
-    order = draw(st.permutations(range(len(split))))
     ends = sorted({*draw(st.sets(st.integers(1, len(split)))), len(split)})
     starts = [0, *ends[:-1]]
     shape = tuple(int(np.prod(split[a:b])) for a, b in zip(starts, ends, strict=True))
-    window = []
-    for i in order:
-        start = draw(st.integers(0, split[i] - 1))
-        window.append(slice(start, draw(st.integers(start + 1, split[i]))))
-    return split, tuple(order), shape, tuple(window)
+
+    def part(size):
+        start = draw(st.integers(0, size - 1))
+        return start, draw(st.integers(start + 1, size))
+
+    take = [draw(st.sampled_from([None, part(size), draw(st.integers(0, size - 1))])) for size in split]
+    sizes = [size if t is None else t[1] - t[0] for size, t in zip(split, take, strict=True) if not isinstance(t, int)]
+    order = draw(st.permutations(range(len(sizes))))
+    window = [slice(*part(sizes[i])) for i in order]
+    return split, tuple(take) if draw(st.booleans()) else (), tuple(order), shape, tuple(window)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(windows())
 def test_reading_a_part_equals_part_of_the_whole(case):
-    split, order, shape, window = case
+    split, take, order, shape, window = case
+    if not take and len(order) != len(split):  # all of a tensor has all of its dimensions
+        order, window = tuple(range(len(split))), tuple(slice(0, n) for n in split)
     x = np.arange(np.prod(shape)).reshape(shape)
-    tensor, stored = StoredTensor(shape, "F32", x), Stored("x", split, order)
-    parameter = stored.read(x, tuple(split[i] for i in order))
+    tensor, stored = StoredTensor(shape, "F32", x), Stored("x", split, order, take or None)
+    parameter = x.reshape(split)[stored.index].transpose(order)
+    np.testing.assert_array_equal(stored.read(x, parameter.shape), parameter)
     np.testing.assert_array_equal(read_part(tensor, stored, parameter.shape), parameter)
     np.testing.assert_array_equal(read_part(tensor, stored, parameter.shape, window), parameter[window])
 

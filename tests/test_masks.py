@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from garrulax.kernels import mask as masks
-from garrulax.kernels.mask import INF, And, Band, Bits, Bounds, KRange, Mask, Not, Or
+from garrulax.kernels.mask import INF, And, Band, Bits, Bounds, KRange, Mask, Not, Or, Within
 
 STREAMS = ("a", "b")
 edges = st.integers(-6, 6)
@@ -21,7 +21,12 @@ def bands(stream):
 
 
 leaves = st.sampled_from(STREAMS).flatmap(
-    lambda s: st.one_of(bands(s), st.tuples(edges, edges).map(lambda e: KRange(s, *e)), st.just(Bits(s)))
+    lambda s: st.one_of(
+        bands(s),
+        st.tuples(edges, edges).map(lambda e: KRange(s, *e)),
+        st.just(Bits(s)),
+        st.sampled_from(STREAMS).map(lambda reach: Within(s, reach)),
+    )
 )
 rules = st.recursive(
     leaves,
@@ -45,6 +50,8 @@ def holds(rule, query, key):
             return low <= key[stream] <= high
         case Bits(stream):
             return any(query[stream] >> i & key[stream] >> i & 1 for i in range(32))
+        case Within(stream, reach):
+            return query[stream] - key[stream] < query[reach]
         case And(left, right):
             return holds(left, query, key) and holds(right, query, key)
         case Or(left, right):
@@ -70,7 +77,7 @@ def test_evaluate_equals_brute_force(rule, query, key):
         rule,
     )
     np.testing.assert_array_equal(mask.dense()[0], brute(rule, query, key))
-    assert rule.streams() <= set(STREAMS)
+    assert rule.streams().query | rule.streams().key <= set(STREAMS)
 
 
 def bounds(streams):

@@ -24,25 +24,32 @@ ROLES = ("matrix", "embedding", "vector")
 class Stored:
     """Where a parameter lies in a checkpoint and how it is laid out there.
 
-    parameter = stored.reshape(split).transpose(order).reshape(spec.shape); both steps may be None (nothing to do).
-    A `{}` in the name is the layer number.
+    parameter = stored.reshape(split)[take].transpose(order).reshape(spec.shape); each step may be None (nothing to do).
+    A `{}` in the name is the layer number. take: for each dimension of `split` all of it (None), a part (start, stop)
+    or one entry (an int, which drops the dimension): for tensors that hold several parameters, such as query, key and
+    value fused.
     """
 
     name: str
     split: tuple[int, ...] | None = None
     order: tuple[int, ...] | None = None
+    take: tuple[int | tuple[int, int] | None, ...] | None = None
+
+    @property
+    def index(self) -> tuple[int | slice, ...]:
+        """`take` as numpy indexes by it."""
+        return tuple(i if isinstance(i, int) else slice(*(i or (None,))) for i in self.take or ())
 
     def read(self, stored: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """The parameter of `shape` from the stored tensor (a view where numpy allows)."""
-        x = stored.reshape(self.split) if self.split else stored
+        x = (stored.reshape(self.split) if self.split else stored)[self.index]
         return (x.transpose(self.order) if self.order else x).reshape(shape)
 
-    def write(self, x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """The inverse of `read`: the tensor of `shape` to store."""
-        if self.order:
-            split = self.split or shape
-            x = x.reshape([split[i] for i in self.order]).transpose(np.argsort(self.order))
-        return x.reshape(shape)
+    def write(self, x: np.ndarray, target: np.ndarray) -> None:
+        """The inverse of `read`: puts the parameter x where it belongs in the tensor to store."""
+        place = target.reshape(self.split or target.shape)[self.index]
+        order = self.order or tuple(range(place.ndim))
+        place[...] = x.reshape([place.shape[i] for i in order]).transpose(np.argsort(order))
 
 
 @dataclasses.dataclass(frozen=True)

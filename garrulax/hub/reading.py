@@ -70,9 +70,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 def family_of(raw: dict[str, Any]) -> ModuleType:
     """The family module that a parsed config.json belongs to. Raises ValueError, naming those there are."""
     for module in FAMILIES:
-        if module.HF.claims(raw):
+        if any(dialect.claims(raw) for dialect in module.DIALECTS):
             return module
-    known = ", ".join(module.HF.model_type for module in FAMILIES)
+    known = ", ".join(dict.fromkeys(dialect.model_type for module in FAMILIES for dialect in module.DIALECTS))
     named = f"model_type {raw['model_type']!r}" if "model_type" in raw else f"architectures {raw.get('architectures')}"
     raise ValueError(f"config.json: {named} is not implemented (there are: {known})")
 

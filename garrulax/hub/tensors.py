@@ -85,13 +85,20 @@ def read_part(
     Of the file only the rows and columns that the part needs are read.
     """
     index = tuple(slice(*i.indices(n)[:2]) for i, n in zip(index or (slice(None),) * len(shape), shape, strict=True))
-    split = stored.split or (tensor.shape if stored.order else shape)
-    order = stored.order or tuple(range(len(split)))
-    if tuple(split[i] for i in order) != shape:
-        raise ValueError(f"{stored.name}: split {split} in order {order} is not the parameter's shape {shape}")
-    wanted = [index[i] for i in np.argsort(order)]
+    split = stored.split or (tensor.shape if stored.order or stored.take else shape)
+    chosen = (*stored.index, *(slice(None),) * (len(split) - len(stored.index)))
+    taken = [range(i, i + 1) if isinstance(i, int) else range(n)[i] for n, i in zip(split, chosen, strict=True)]
+    kept = [at for at, i in enumerate(chosen) if not isinstance(i, int)]
+    order = stored.order or tuple(range(len(kept)))
+    if tuple(len(taken[kept[i]]) for i in order) != shape:
+        raise ValueError(f"{stored.name}: {split} taken {stored.take} in order {order} is not the shape {shape}")
+    wanted = [slice(part.start, part.stop) for part in taken]
+    for i, here in zip(order, index, strict=True):
+        part = taken[kept[i]][here]
+        wanted[kept[i]] = slice(part.start, part.stop)
     take, read, crop = _window(tensor.shape, split, wanted)
-    return tensor[take].reshape(read)[crop].transpose(order)
+    x = tensor[take].reshape(read)[crop]
+    return x.reshape([x.shape[i] for i in kept]).transpose(order)
 
 
 def _window(shape: tuple[int, ...], split: tuple[int, ...], wanted: list[slice]) -> tuple[tuple, tuple, tuple]:

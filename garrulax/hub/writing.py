@@ -27,7 +27,7 @@ KNOWN_FILES = (
     "merges.txt", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
 
-Entry = tuple[str, spec.Spec, Callable[[], jax.Array], int]  # name, Spec, the array of one layer, bytes
+Part = tuple[spec.Spec, Callable[[], jax.Array], int]  # and the array of one layer, its bytes
 
 
 def save(model: Model, path: str | Path, max_shard_size: int = 5_000_000_000) -> None:
@@ -44,7 +44,7 @@ def save(model: Model, path: str | Path, max_shard_size: int = 5_000_000_000) ->
     """
     folder = Path(path).expanduser().resolve()
     module = family(model.config)
-    entries = list(_entries(module.parameters(model.config), model.params))
+    entries = _entries(module.parameters(model.config), model.params)
     config = module.to_hf(model.config) | {"torch_dtype": _common_dtype(model.params)}
     ids = {f"{name}_token_id": getattr(model.config, name, None) for name in ("bos", "eos")}
     writes = jax.process_index() == 0
@@ -59,8 +59,9 @@ def save(model: Model, path: str | Path, max_shard_size: int = 5_000_000_000) ->
         multihost_utils.sync_global_devices(f"garrulax save {folder}")
 
 
-def _entries(specs: spec.Tree, params: spec.Tree) -> Iterator[Entry]:
-    """One entry a stored tensor, in the order of the tree. ValueError names the leaves that do not fit."""
+def _entries(specs: spec.Tree, params: spec.Tree) -> dict[str, list[Part]]:
+    """What each stored tensor consists of, in the order of the tree. ValueError names the leaves that do not fit."""
+    entries: dict[str, list[Part]] = {}
     named = spec.named_specs(specs)
     found: dict[str, Any] = _named(params)
     blocks = params.get("blocks")
@@ -78,7 +79,8 @@ def _entries(specs: spec.Tree, params: spec.Tree) -> Iterator[Entry]:
             raise ValueError(f"the parameters do not fit the config: {path} should be {s.shape}, is {shapes}")
         size = np.dtype((leaf[0] if isinstance(leaf, list) else leaf).dtype).itemsize * math.prod(s.layer_shape)
         for i, name in enumerate(s.names):
-            yield name, s, functools.partial(_layer, leaf, i if s.layers else None), size
+            entries.setdefault(name, []).append((s, functools.partial(_layer, leaf, i if s.layers else None), size))
+    return entries
 
 
 def _layer(leaf: Any, i: int | None) -> jax.Array:
@@ -91,33 +93,45 @@ def _named(tree: spec.Tree) -> dict[str, Any]:
     }
 
 
-def _write_tensors(entries: list[Entry], folder: Path | None, max_shard_size: int) -> None:
+def _write_tensors(entries: dict[str, list[Part]], folder: Path | None, max_shard_size: int) -> None:
     """Writes the safetensors files; without a folder only takes part in gathering the arrays."""
-    shards = _shards(entries, max_shard_size)
+    sizes = {name: sum(size for *_, size in parts) for name, parts in entries.items()}
+    shards = _shards(sizes, max_shard_size)
     total, where = 0, {}
     for number, shard in enumerate(shards, 1):
         file = FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}
-        for name, s, part, size in shard:
-            array = _on_host(part())
-            if folder is not None:  # contiguous: the library writes the memory as it lies
-                tensors[name] = np.ascontiguousarray(s.stored.write(array, s.stored_shape or s.layer_shape))
-            where[name], total = file, total + size
+        for name in shard:
+            parts = [(s, _on_host(part())) for s, part, _ in entries[name]]
+            if folder is not None:
+                tensors[name] = _assembled(name, parts)
+            where[name], total = file, total + sizes[name]
         if folder is not None:
             save_file(tensors, folder / file, metadata={"format": "pt"})
     if folder is not None and len(shards) > 1:
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
 
 
-def _shards(entries: list[Entry], limit: int) -> list[list[Entry]]:
-    shards: list[list[Entry]] = [[]]
+def _assembled(name: str, parts: list[tuple[spec.Spec, np.ndarray]]) -> np.ndarray:
+    """The tensor to store, from the parameters that lie in it."""
+    shape = parts[0][0].stored_shape or parts[0][0].layer_shape
+    if sum(x.size for _, x in parts) != math.prod(shape):
+        raise ValueError(f"the parameters that {name} holds do not fill its shape {shape}")
+    tensor = np.empty(shape, parts[0][1].dtype)
+    for s, x in parts:
+        s.stored.write(x, tensor)
+    return tensor
+
+
+def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
     filled = 0
-    for entry in entries:
-        if shards[-1] and filled + entry[-1] > limit:
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > limit:
             shards.append([])
             filled = 0
-        shards[-1].append(entry)
-        filled += entry[-1]
+        shards[-1].append(name)
+        filled += size
     return shards
 
 

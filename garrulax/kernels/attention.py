@@ -16,6 +16,7 @@ def attention(
     *,
     mask: Mask | None = None,
     bias: jax.Array | None = None,
+    alibi: jax.Array | None = None,
     scale: float | jax.Array | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
@@ -26,8 +27,9 @@ def attention(
 
     query: [B, T, H, C]. key, value: [B, S, K, C], or folded as [B·K, S, C], as the cache keeps them; H a multiple of K
     (grouped queries: query head h reads key/value head h // (H / K)). mask: which pairs attend; None is all.
-    bias: broadcastable to [B, H, T, S], added after the scaling. scale: default 1 / sqrt(C). softcap: scores become
-    softcap * tanh(scores / softcap), before the bias.
+    bias: broadcastable to [B, H, T, S], added after the scaling. alibi: slopes [H]; slope * (key position - query
+    position) is added after the scaling, from the mask's stream `position` (Press et al. 2022, arXiv 2108.12409).
+    scale: default 1 / sqrt(C). softcap: scores become softcap * tanh(scores / softcap), before bias and alibi.
     dropout: rate on the attention probabilities; used only where dropout_key is given.
     implementation: "xla"; None picks.
 
@@ -36,6 +38,8 @@ def attention(
     integer inputs.
     """
     _check(query, key, value, mask)
+    if alibi is not None:
+        _check_alibi(alibi, query, mask)
     name = implementation or "xla"
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"unknown attention implementation {name!r}: choose from {', '.join(IMPLEMENTATIONS)}")
@@ -45,11 +49,19 @@ def attention(
         value,
         mask=mask,
         bias=bias,
+        alibi=alibi,
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
         softcap=softcap,
         dropout=dropout,
         dropout_key=dropout_key,
     )
+
+
+def _check_alibi(slopes: jax.Array, query: jax.Array, mask: Mask | None) -> None:
+    if slopes.shape != (query.shape[2],):
+        raise ValueError(f"alibi has slopes {slopes.shape} for {query.shape[2]} heads")
+    if mask is None or "position" not in mask.query or "position" not in mask.key_streams():
+        raise ValueError("alibi needs a mask with the stream 'position' of queries and keys")
 
 
 def _check(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask | None) -> None:

@@ -8,6 +8,8 @@ that a kernel can skip blocks without a T x S array ever existing.
 Streams used by the families
   rank     order of generation: a query sees keys of its own or a lower rank (all of GLM's part A has one rank)
   segment  document in a packed row; PAD (-1) marks padding, which sees nothing and is seen by nothing
+  position where a token stands in its own text, for windows and ALiBi (`layers.cache.admit` adds it)
+  reach    of queries only: how many tokens back one sees, itself included
 """
 
 import dataclasses
@@ -33,6 +35,16 @@ class Bounds(NamedTuple):
     any_bits: jax.Array
 
 
+class Reads(NamedTuple):
+    """Names of the streams that a rule reads of the queries and of the keys."""
+
+    query: frozenset[str]
+    key: frozenset[str]
+
+    def __or__(self, other: "Reads") -> "Reads":
+        return Reads(self.query | other.query, self.key | other.key)
+
+
 class Rule:
     """A predicate of (query, key); rules combine with `&`, `|` and `~`."""
 
@@ -45,7 +57,7 @@ class Rule:
     def __invert__(self) -> "Rule":
         return Not(self)
 
-    def streams(self) -> frozenset[str]:
+    def streams(self) -> Reads:
         """Names of the streams that the rule reads."""
         raise TypeError(f"{type(self).__name__} must define streams()")
 
@@ -70,7 +82,7 @@ class Band(Rule):
     high: int
 
     def streams(self):
-        return frozenset({self.stream})
+        return Reads(frozenset({self.stream}), frozenset({self.stream}))
 
     def evaluate(self, query, key):
         difference = query[self.stream] - key[self.stream]
@@ -93,12 +105,12 @@ class KRange(Rule):
     high: int
 
     def streams(self):
-        return frozenset({self.stream})
+        return Reads(frozenset(), frozenset({self.stream}))
 
     def evaluate(self, query, key):
         k = key[self.stream]
         inside = (k >= self.low) & (k <= self.high)
-        return jnp.broadcast_to(inside, jnp.broadcast_shapes(inside.shape, query[self.stream].shape))
+        return jnp.broadcast_to(inside, jnp.broadcast_shapes(inside.shape, *(s.shape for s in query.values())))
 
     def classify(self, query, key):
         k = key[self.stream]
@@ -112,7 +124,7 @@ class Bits(Rule):
     stream: str
 
     def streams(self):
-        return frozenset({self.stream})
+        return Reads(frozenset({self.stream}), frozenset({self.stream}))
 
     def evaluate(self, query, key):
         return (query[self.stream] & key[self.stream]) != 0
@@ -120,6 +132,25 @@ class Bits(Rule):
     def classify(self, query, key):
         q, k = query[self.stream], key[self.stream]
         return (q.any_bits & k.any_bits) != 0, (q.all_bits & k.all_bits) != 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Within(Rule):
+    """query - key < the query's own entry of the stream `reach`: a window whose width is data, so that layers of one
+    scan may have different ones."""
+
+    stream: str = "position"
+    reach: str = "reach"
+
+    def streams(self):
+        return Reads(frozenset({self.stream, self.reach}), frozenset({self.stream}))
+
+    def evaluate(self, query, key):
+        return query[self.stream] - key[self.stream] < query[self.reach]
+
+    def classify(self, query, key):
+        q, k, reach = query[self.stream], key[self.stream], query[self.reach]
+        return q.low - k.high < reach.high, q.high - k.low < reach.low
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,9 +230,10 @@ class Mask:
     def dense(self) -> jax.Array:
         """The mask as bool [B, T, S]: True where the query may attend."""
         key = self.key_streams()
-        missing = sorted(self.rule.streams() - (self.query.keys() & key.keys()))
-        if missing:
-            raise ValueError(f"the mask reads streams {missing}, but only {sorted(self.query)} are given")
+        for side, given in (("query", self.query), ("key", key)):
+            missing = sorted(getattr(self.rule.streams(), side) - given.keys())
+            if missing:
+                raise ValueError(f"the mask reads {side} streams {missing}, but only {sorted(given)} are given")
         query = {name: s[:, :, None] for name, s in self.query.items()}
         return self.rule.evaluate(query, {name: s[:, None, :] for name, s in key.items()})
 

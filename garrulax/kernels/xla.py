@@ -13,6 +13,7 @@ def attention(
     *,
     mask: Mask | None,
     bias: jax.Array | None,
+    alibi: jax.Array | None,
     scale: float | jax.Array,
     softcap: float | None,
     dropout: float,
@@ -29,6 +30,9 @@ def attention(
     if bias is not None:
         bias = jnp.broadcast_to(bias.astype(dtype), (B, H, T, S))
         scores += bias.reshape(B, K, H // K, T, S)
+    if alibi is not None and mask is not None:
+        distance = mask.key_streams()["position"][:, None, :] - mask.query["position"][:, :, None]
+        scores += alibi.astype(dtype).reshape(K, H // K, 1, 1) * distance[:, None, None].astype(dtype)
     weights = _exponentials(scores, None if mask is None else mask.dense()[:, None, None])
     total = jnp.sum(weights, axis=-1)
     if dropout and dropout_key is not None:

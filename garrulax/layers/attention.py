@@ -1,11 +1,14 @@
 """Self-attention over the tokens of this call and those in the cache."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from garrulax.kernels import attention
+from garrulax.kernels.mask import Band, Mask, Rule, Within
 from garrulax.layers.cache import KV, Cache, View, extend
 
 
@@ -27,6 +30,30 @@ def attend(
         kv, past = extend(kv, layer, key, value, view.at)
         key, value = past["key"].astype(query.dtype), past["value"].astype(query.dtype)
     return attention(query, key, value, mask=view.mask, **options), kv
+
+
+def within(view: View, reach: jax.Array | int, stride: int = 0) -> View:
+    """The view narrowed to a window: a token sees itself and the `reach` - 1 before it of what it saw.
+
+    reach: an int, or an int32 scalar that may differ from layer to layer of a scan (`kernels.mask.INF` for all).
+    stride: where not 0, also every token a multiple of `stride` back (Child et al. 2019, arXiv 1904.10509, 4.3).
+    """
+    mask = view.mask
+    key = mask.key_streams()
+    rule: Rule = Within()
+    query = {**mask.query, "reach": jnp.zeros_like(mask.query["position"]) + jnp.int32(reach)}
+    if stride:
+        rule = rule | Band("phase", 0, 0)
+        query["phase"], key = query["position"] % stride, {**key, "phase": key["position"] % stride}
+    return dataclasses.replace(view, mask=Mask(query, key, mask.rule & rule))
+
+
+def alibi_slopes(heads: int) -> np.ndarray:
+    """Slopes of ALiBi, float64 [heads]: 2^(-8i/n) for i = 1 .. n, n the power of two below; beyond n heads, every other
+    slope of twice as many heads (Press et al. 2022, arXiv 2108.12409; ofirpress/attention_with_linear_biases)."""
+    n = 1 << (heads.bit_length() - 1)
+    more = 2.0 ** (-4 / n * np.arange(1, 2 * n, 2))
+    return np.concatenate([2.0 ** (-8 / n * np.arange(1, n + 1)), more[: heads - n]])
 
 
 def default_positions(tokens: jax.Array, cache: Cache | None) -> jax.Array:

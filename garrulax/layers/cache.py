@@ -77,7 +77,7 @@ def make_cache(
         arrays = tuple(kv((batch * kv_heads, size, head_dim), (None,)) for _ in range(layers))
     else:
         arrays = tuple(kv(shape, (batch_axis, None, None, None)) for _ in range(layers))
-    empty = {name: _zeros((batch, size), jnp.int32, (batch_axis, None)) for name in ("rank", "segment")}
+    empty = {name: _zeros((batch, size), jnp.int32, (batch_axis, None)) for name in ("rank", "segment", "position")}
     empty["segment"] = empty["segment"] + PAD_KEY
     return Cache(arrays, empty, jnp.zeros((), jnp.int32), _zeros((batch,), jnp.int32, (batch_axis,)) + size)
 
@@ -91,28 +91,30 @@ def _zeros(shape: tuple[int, ...], dtype: Any, axes: tuple) -> jax.Array:
     return jnp.zeros(shape, dtype) if not any(axes) else jnp.zeros(shape, dtype, out_sharding=jax.P(*axes))
 
 
-def admit(tokens: jax.Array, mask: Mask | None, cache: Cache | None) -> tuple[View, Cache | None]:
+def admit(tokens: jax.Array, positions: jax.Array, mask: Mask | None, cache: Cache | None) -> tuple[View, Cache | None]:
     """The view of a call with tokens [B, T], and the cache with their streams in it.
 
+    positions: int32 [B, T], where each token stands in its own text; they become the stream `position`.
     mask: who attends to whom; None is causal, counted on from the cache.
     Raises ValueError where the cache is too small, as far as its fill is known (not under jit).
     """
     if mask is None:
         mask = causal_from(tokens, 0 if cache is None else cache.used)
+    query = {**mask.query, "position": jnp.zeros_like(tokens, jnp.int32) + positions.astype(jnp.int32)}
     if cache is None:
-        return View(mask), None
+        return View(Mask(query, mask.key, mask.rule)), None
     count = tokens.shape[1]
     if not isinstance(cache.used, jax.core.Tracer) and int(cache.used) + count > cache.size:
         raise ValueError(f"the cache has {cache.size} slots: {int(cache.used)} used, no room for {count} more")
     if mask.key is not None:
         raise ValueError("with a cache, give the mask streams of the new tokens only: the cache holds the keys'")
-    new = as_keys(mask.query)
+    new = as_keys(query)
     missing = sorted(cache.streams.keys() - new.keys())
     if missing:
         raise ValueError(f"the cache keeps streams {missing}, which the mask does not give")
     at = (0, cache.used)
     streams = {name: jax.lax.dynamic_update_slice(s, new[name], at) for name, s in cache.streams.items()}
-    view = View(Mask(mask.query, streams, mask.rule), cache.used)
+    view = View(Mask(query, streams, mask.rule), cache.used)
     return view, dataclasses.replace(cache, streams=streams, used=cache.used + count)
 
 

@@ -5,7 +5,8 @@ parameters    Config -> Spec tree
 hidden        (params, tokens, config, ...) -> (hidden states, cache)
 logits        (params, hidden states, config) -> logits
 from_hf, to_hf, layout    config.json and tensor names of its Hugging Face checkpoints
-HF.model_type, PRESETS
+DIALECTS      the config.json formats it reads (core.hf.HFConfig)
+PRESETS       name -> Config
 """
 
 import dataclasses

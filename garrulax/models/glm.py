@@ -151,7 +151,7 @@ def hidden(
         positions = jnp.stack([first, jnp.zeros_like(first)], axis=1)
     if positions.shape != (tokens.shape[0], 2, tokens.shape[1]):
         raise ValueError(f"GLM positions must be [batch, 2, length], not {positions.shape} for tokens {tokens.shape}")
-    view, cache = admit(tokens, mask, cache)
+    view, cache = admit(tokens, positions[:, 0], mask, cache)
     embedding_key, layers_key = split(key, 2)
     x = lookup(params["tokens"], tokens)
     x = x + lookup(params["positions"], positions[:, 0]) + lookup(params["span_positions"], positions[:, 1])
@@ -223,6 +223,8 @@ HF = HFConfig(
     }),
     marker="max_sequence_length",  # GLM-4 says model_type glm as well
 )  # fmt: skip
+
+DIALECTS = (HF,)
 
 _GPT2_IDS = {"eos": 50256, "pad": 50256, "cls": 50259, "mask": 50260, "sentence_mask": 50264,
              "generation_mask": 50263, "sop": 50257, "eop": 50258}  # fmt: skip

@@ -140,7 +140,7 @@ def hidden(
 ) -> tuple[jax.Array, Cache | None]:
     """Hidden states [B, T, D] after the last norm, and the cache. Arguments as in `garrulax.forward`."""
     positions = default_positions(tokens, cache) if positions is None else positions
-    view, cache = admit(tokens, mask, cache)
+    view, cache = admit(tokens, positions, mask, cache)
     embedding_key, layers_key = split(key, 2)
     x = lookup(params["tokens"], tokens) + lookup(params["positions"], positions)
     x = dropout(x, c.embedding_dropout, embedding_key)
@@ -214,6 +214,8 @@ HF = HFConfig(
         "summary_proj_to_labels", "summary_type", "summary_use_proj",
     }),
 )  # fmt: skip
+
+DIALECTS = (HF,)
 
 
 def from_hf(raw: dict) -> Config:

@@ -157,7 +157,7 @@ def hidden(
 ) -> tuple[jax.Array, Cache | None]:
     """Hidden states [B, T, D] after the last norm, and the cache. Arguments as in `garrulax.forward`."""
     positions = default_positions(tokens, cache) if positions is None else positions
-    view, cache = admit(tokens, mask, cache)
+    view, cache = admit(tokens, positions, mask, cache)
     x = lookup(params["tokens"], tokens)
     length = positions.max(axis=1) + 1 if cache is None else cache.planned
     turn = rope.table(c.rope, positions, c.head_dim, length, x.dtype)
@@ -229,6 +229,8 @@ HF = HFConfig(
         }
     ),
 )
+
+DIALECTS = (HF,)
 
 
 def from_hf(raw: dict) -> Config:

@@ -24,7 +24,8 @@ def _table(record_property):
     def record(row, column, value):
         assert row in table.ROWS, row
         assert column in table.COLUMNS, column
-        record_property("table", [row, column, value])
+        plain = value.item() if hasattr(value, "item") else value  # numpy numbers do not pass between processes
+        record_property("table", [row, column, plain])
 
     return record
 

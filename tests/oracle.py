@@ -19,7 +19,8 @@ from garrulax.hub.reading import family_of
 
 FOLDER = pathlib.Path(__file__).parent / "oracles"
 LLAMA = ("llama", "llama_gqa", "llama_tied", "llama_linear", "llama_dynamic", "llama_yarn", "llama3", "llama_longrope")
-CAUSAL = ("gpt2", *LLAMA)
+#: Causal language models, and their rows in README's table.
+CAUSAL = {"gpt2": "GPT-2", **dict.fromkeys(LLAMA, "LLaMA 1/2/3")}
 
 
 def arrays(case):

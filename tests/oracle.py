@@ -2,7 +2,8 @@
 
 Format: <case>_s0.safetensors (weights under the reference's names), .npz (inputs and outputs), .json (configuration).
 llama_longrope was made with transformers 5.23.0 on the weights of llama (`short_logits`: the first eight tokens alone,
-which use the short factors).
+which use the short factors), qwen2_window likewise on those of qwen2 (a window of 3 from layer 1 on).
+cpp_baichuan*.npz: hidden states of a prompt of three tokens and two steps, from chatglm.cpp's tests.
 """
 
 import functools
@@ -20,7 +21,11 @@ from garrulax.hub.reading import family_of
 FOLDER = pathlib.Path(__file__).parent / "oracles"
 LLAMA = ("llama", "llama_gqa", "llama_tied", "llama_linear", "llama_dynamic", "llama_yarn", "llama3", "llama_longrope")
 #: Causal language models, and their rows in README's table.
-CAUSAL = {"gpt2": "GPT-2", **dict.fromkeys(LLAMA, "LLaMA 1/2/3")}
+CAUSAL = {
+    "gpt2": "GPT-2", **dict.fromkeys(LLAMA, "LLaMA 1/2/3"), "mistral": "Mistral", "qwen2": "Qwen2",
+    "qwen2_window": "Qwen2", "baichuan7b": "Baichuan", "baichuan13b": "Baichuan", "baichuan2_7b_composite": "Baichuan2",
+    "baichuan2_13b": "Baichuan2",
+}  # fmt: skip
 
 
 def arrays(case):
@@ -28,7 +33,10 @@ def arrays(case):
 
 
 def raw_config(case):
-    return json.loads((FOLDER / f"{case}_s0.json").read_text())
+    raw = json.loads((FOLDER / f"{case}_s0.json").read_text())
+    if case == "baichuan2_7b_composite":  # the body is Baichuan-7B's code, whose config.json knows no other head
+        raw["config"]["normalized_head"] = True
+    return raw
 
 
 def weights(case):

@@ -89,15 +89,16 @@ def test_padded_rows_equal_unpadded_ones(case, left, table):
         end = length if case == "llama_dynamic" else texts.shape[1]
         return forward(p, jnp.asarray(texts[:, :end]), c)[0][row, :length]
 
-    rows = [texts[0, :9], texts[1, :4]]
-    tokens, valid, positions = padded_batch(rows, 9, left)
+    longest = texts.shape[1] - 3  # three more tokens follow below
+    rows = [texts[0, :longest], texts[1, :4]]
+    tokens, valid, positions = padded_batch(rows, longest, left)
     logits, _ = forward(p, tokens, c, mask=masks.padded(valid), positions=positions)
     for i, row in enumerate(rows):
         error = relative_error(logits[i][np.asarray(valid[i], bool)], alone(i, len(row)))
         table(CAUSAL[case], "padded", error)
         assert error <= CONTRACT
 
-    cache = gx.cache_for(p, c, 2, 12)
+    cache = gx.cache_for(p, c, 2, texts.shape[1])
     lengths = np.array([len(row) for row in rows])
     cache = cache.replace(planned=jnp.asarray(lengths + 3))
     again, cache = forward(p, tokens, c, mask=masks.padded(valid), positions=positions, cache=cache)
@@ -114,9 +115,9 @@ def test_padded_rows_equal_unpadded_ones(case, left, table):
 def test_packed_documents_equal_separate_ones(case):
     c, p = config(case), params(case)
     text = np.asarray(arrays(case)["input_ids"])[0]
-    cuts = [(0, 5), (5, 6), (6, 11)]  # and the last token is padding
-    segment = np.full(12, masks.PAD)
-    positions = np.zeros(12, int)
+    cuts = [(0, 5), (5, 6), (6, len(text) - 1)]  # and the last token is padding
+    segment = np.full(len(text), masks.PAD)
+    positions = np.zeros(len(text), int)
     for number, (start, end) in enumerate(cuts):
         segment[start:end], positions[start:end] = number, range(end - start)
     logits, _ = forward(

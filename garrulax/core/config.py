@@ -8,12 +8,12 @@ def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def check_sizes(config: Any, *names: str) -> None:
-    """Raises ValueError for a field that is not a whole number of at least 1."""
+def check_sizes(config: Any, *names: str, least: int = 1) -> None:
+    """Raises ValueError for a field that is not a whole number of at least `least`."""
     for name in names:
         value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
 
 
 def check_rates(config: Any, *names: str) -> None:

@@ -23,3 +23,9 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + eps)
     return y.astype(x.dtype) * gather(scale, x.dtype)
+
+
+def unit_norm(x: jax.Array, eps: float) -> jax.Array:
+    """x / max(|x|, eps), |x| the length of each row. x: [..., D]. A row of zeros stays, with finite gradients."""
+    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (y * jax.lax.rsqrt(jnp.maximum((y * y).sum(-1, keepdims=True), eps**2))).astype(x.dtype)

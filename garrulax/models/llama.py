@@ -1,41 +1,52 @@
-"""LLaMA 1, 2 and 3: pre-norm blocks with RMSNorm, rotary positions, grouped queries and a gated MLP.
+"""LLaMA 1, 2 and 3 and their kin: pre-norm blocks with RMSNorm, rotary positions, grouped queries and a gated MLP.
+
+Mistral adds a sliding window; Qwen 2 biases of query, key and value; Baichuan 13B takes ALiBi for the rotation, and
+Baichuan 2 normalises the rows of the output head.
 
 Letters: B batch, T tokens, D model width, H heads, K key/value heads, C head width, F feed-forward width,
 V vocabulary, L layers. Sources: Touvron et al. 2023 (arXiv 2302.13971, 2307.09288), Llama team 2024 (2407.21783);
-meta-llama/llama-models models/llama3/model.py. Weights are in the Hugging Face order (rotation pairs entry i of a
-head with i + C/2), not Meta's interleaved one.
+meta-llama/llama-models models/llama3/model.py; Jiang et al. 2023 (2310.06825), Yang et al. 2024 (2407.10671), Yang et
+al. 2023 (2309.10305), modeling_baichuan.py of the Baichuan checkpoints. Weights are in the Hugging Face order
+(rotation pairs entry i of a head with i + C/2), not Meta's interleaved one.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from garrulax.core.config import check_flags, check_ids, check_positive, check_rates, check_sizes
 from garrulax.core.einsum import einsum, lookup
-from garrulax.core.hf import HFConfig, Layout
+from garrulax.core.hf import Layout
 from garrulax.core.spec import Spec, Stored, Tree, normal, ones, stacked, zeros
-from garrulax.kernels.mask import Mask
+from garrulax.kernels.mask import INF, Mask
 from garrulax.layers import rope
-from garrulax.layers.attention import attend, default_positions
+from garrulax.layers.attention import alibi_slopes, attend, default_positions, within
 from garrulax.layers.cache import Cache, admit
 from garrulax.layers.mlp import check_activation, gated_mlp, linear
-from garrulax.layers.norms import rms_norm
+from garrulax.layers.norms import rms_norm, unit_norm
 from garrulax.layers.rope import Rope
-from garrulax.layers.rope_hf import rope_from_hf, rope_to_hf
 from garrulax.layers.stack import run
+from garrulax.models import llama_hf
+
+HEAD_EPS = 1e-12  # least length by which a row of the head is divided (modeling_baichuan.py, NormHead)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """LLaMA. Defaults are LLaMA 7B.
+    """LLaMA and its kin. Defaults are LLaMA 7B.
 
     vocab, context: tokens (the context is advice: rotary positions go on). width, layers, heads, kv_heads,
     head_dim, mlp_width: sizes; head_dim 0 stands for width / heads. activation: of the gate. norm_eps: of the norms.
-    rope: rotary settings. attention_dropout: used where forward is given a key. attention_bias, mlp_bias: whether
-    the linear layers have biases. tied: the output is the token embedding. init_std: of the initial weights.
-    bos, eos: token ids; eos may be several.
+    positions: "rope" or "alibi". rope: rotary settings. window: how many tokens back one sees, itself included; 0 for
+    all. window_from: the first layer with the window. attention_dropout: used where forward is given a key. qkv_bias,
+    out_bias, mlp_bias: whether these linear layers have biases. tied: the output is the token embedding.
+    normalized_head: the rows of the output head are divided by their length when they are used. init_std: of the
+    initial weights. bos, eos: token ids; eos may be several. dialect: the format of its checkpoints, "llama",
+    "mistral", "qwen2" or "baichuan"; what their config.json cannot say is refused.
     """
 
     vocab: int = 32000
@@ -48,14 +59,20 @@ class Config:
     mlp_width: int = 11008
     activation: str = "silu"
     norm_eps: float = 1e-6
+    positions: str = "rope"
     rope: Rope = Rope()
+    window: int = 0
+    window_from: int = 0
     attention_dropout: float = 0.0
-    attention_bias: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
     mlp_bias: bool = False
     tied: bool = False
+    normalized_head: bool = False
     init_std: float = 0.02
     bos: int | None = 1
     eos: int | tuple[int, ...] | None = 2
+    dialect: str = "llama"
 
     def __post_init__(self):
         check_sizes(self, "vocab", "context", "width", "layers", "heads", "kv_heads", "mlp_width")
@@ -64,15 +81,30 @@ class Config:
                 raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}; give head_dim")
             object.__setattr__(self, "head_dim", self.width // self.heads)
         check_sizes(self, "head_dim")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} must be even: rotary positions turn pairs")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+        check_sizes(self, "window", "window_from", least=0)
+        if self.window_from and not self.window:
+            raise ValueError(f"window_from={self.window_from} does nothing without a window")
+        if self.window_from >= self.layers:
+            raise ValueError(f"window_from={self.window_from} leaves none of {self.layers} layers with the window")
         check_activation(self.activation)
         check_rates(self, "attention_dropout")
         check_positive(self, "norm_eps", "init_std")
-        check_flags(self, "attention_bias", "mlp_bias", "tied")
+        check_flags(self, "qkv_bias", "out_bias", "mlp_bias", "tied", "normalized_head")
         check_ids(self, "bos", "eos")
+        self._check_positions()
+        if self.normalized_head and self.tied:
+            raise ValueError("normalized_head and tied: a normalised head cannot be the token embedding")
+        llama_hf.check_dialect(self)
+
+    def _check_positions(self):
+        if self.positions not in ("rope", "alibi"):
+            raise ValueError(f"unknown positions {self.positions!r}: choose from rope, alibi")
+        if self.positions == "rope" and self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} must be even: rotary positions turn pairs")
+        if self.positions == "alibi" and self.rope != Rope():
+            raise ValueError(f"positions 'alibi' turn nothing: {self.rope} would do nothing")
 
 
 def parameters(c: Config) -> Tree:
@@ -84,9 +116,13 @@ def parameters(c: Config) -> Tree:
     def norm(name):
         return {"scale": Spec((D,), ("embed",), ones, Stored(f"{name}.weight"), role="vector")}
 
-    def heads(name, count, axis):  # stored [count * C, D]
-        stored = Stored(h + f"self_attn.{name}.weight", (count, C, D), (2, 0, 1))
-        return Spec((D, count, C), ("embed", axis, "head"), weight, stored, (count * C, D))
+    def heads(name, count, axis):  # stored [count * C, D], or as one of three parts of Baichuan's W_pack
+        if c.dialect == "baichuan":
+            part = ("q_proj", "k_proj", "v_proj").index(name)
+            stored, rows = Stored(h + "self_attn.W_pack.weight", (3, count, C, D), (2, 0, 1), (part,)), 3 * count * C
+        else:
+            stored, rows = Stored(h + f"self_attn.{name}.weight", (count, C, D), (2, 0, 1)), count * C
+        return Spec((D, count, C), ("embed", axis, "head"), weight, stored, (rows, D))
 
     def dense(name, rows, columns, axes):  # stored [columns, rows]
         stored = Stored(h + f"mlp.{name}.weight", (columns, rows), (1, 0))
@@ -107,13 +143,14 @@ def parameters(c: Config) -> Tree:
             Stored(h + "self_attn.o_proj.weight", (D, H, C), (1, 2, 0)), (D, H * C), inputs=2,
         ),
     }  # fmt: skip
-    if c.attention_bias:
+    if c.qkv_bias:
         attention |= {
             "query_bias": bias("self_attn.q_proj", (H, C), ("heads", "head")),
             "key_bias": bias("self_attn.k_proj", (K, C), ("kv_heads", "head")),
             "value_bias": bias("self_attn.v_proj", (K, C), ("kv_heads", "head")),
-            "out_bias": bias("self_attn.o_proj", (D,), ("embed",)),
         }
+    if c.out_bias:
+        attention["out_bias"] = bias("self_attn.o_proj", (D,), ("embed",))
     mlp = {
         "gate": dense("gate_proj", D, F, ("embed", "mlp")),
         "up": dense("up_proj", D, F, ("embed", "mlp")),
@@ -159,8 +196,7 @@ def hidden(
     positions = default_positions(tokens, cache) if positions is None else positions
     view, cache = admit(tokens, positions, mask, cache)
     x = lookup(params["tokens"], tokens)
-    length = positions.max(axis=1) + 1 if cache is None else cache.planned
-    turn = rope.table(c.rope, positions, c.head_dim, length, x.dtype)
+    turn, slopes = _positions(c, positions, cache, x.dtype)
 
     def block(x, p, kv, layer, key):
         y, kv = attention(rms_norm(x, **p["attention_norm"], eps=c.norm_eps), p["attention"], kv, layer, key)
@@ -168,85 +204,52 @@ def hidden(
         return x + gated_mlp(rms_norm(x, **p["mlp_norm"], eps=c.norm_eps), p["mlp"], c.activation), kv
 
     def attention(x, p, kv, layer, key):
-        q = rope.rotate_halves(linear("BTD,DHC->BTHC", x, p, "query"), *turn)
-        k = rope.rotate_halves(linear("BTD,DKC->BTKC", x, p, "key"), *turn)
+        q = turn(linear("BTD,DHC->BTHC", x, p, "query"))
+        k = turn(linear("BTD,DKC->BTKC", x, p, "key"))
         v = linear("BTD,DKC->BTKC", x, p, "value")
-        y, kv = attend(q, k, v, view, kv, layer, dropout=c.attention_dropout, dropout_key=key)
+        seen = within(view, jnp.where(layer >= c.window_from, c.window, INF)) if c.window else view
+        y, kv = attend(q, k, v, seen, kv, layer, alibi=slopes, dropout=c.attention_dropout, dropout_key=key)
         return linear("BTHC,HCD->BTD", y, p, "out"), kv
 
     x, cache = run(block, x, params["blocks"], cache=cache, key=key, remat=remat, unroll=unroll)
     return rms_norm(x, **params["norm"], eps=c.norm_eps), cache
 
 
+def _positions(c: Config, positions: jax.Array, cache: Cache | None, dtype: Any) -> tuple[Callable, Any]:
+    """How queries and keys are turned, and the slopes of ALiBi or None."""
+    if c.positions == "alibi":
+        return lambda x: x, alibi_slopes(c.heads)
+    length = positions.max(axis=1) + 1 if cache is None else cache.planned
+    cosine, sine = rope.table(c.rope, positions, c.head_dim, length, dtype)
+    return lambda x: rope.rotate_halves(x, cosine, sine), None
+
+
 def logits(params: Tree, x: jax.Array, c: Config) -> jax.Array:
     """Logits [B, T, V] of hidden states [B, T, D]."""
-    return einsum("BTD,VD->BTV", x, params["tokens" if c.tied else "head"])
+    head = params["tokens" if c.tied else "head"]
+    return einsum("BTD,VD->BTV", x, unit_norm(head, HEAD_EPS) if c.normalized_head else head)
 
 
-HF = HFConfig(
-    model_type="llama",
-    architecture="LlamaForCausalLM",
-    fields={
-        "vocab": "vocab_size",
-        "context": "max_position_embeddings",
-        "width": "hidden_size",
-        "layers": "num_hidden_layers",
-        "heads": "num_attention_heads",
-        "kv_heads": "num_key_value_heads",
-        "head_dim": "head_dim",
-        "mlp_width": "intermediate_size",
-        "activation": "hidden_act",
-        "norm_eps": "rms_norm_eps",
-        "attention_dropout": "attention_dropout",
-        "attention_bias": "attention_bias",
-        "mlp_bias": "mlp_bias",
-        "tied": "tie_word_embeddings",
-        "init_std": "initializer_range",
-        "bos": "bos_token_id",
-        "eos": "eos_token_id",
-    },
-    defaults={
-        "context": 2048,
-        "kv_heads": None,
-        "head_dim": 0,
-        "activation": "silu",
-        "norm_eps": 1e-6,
-        "attention_dropout": 0.0,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tied": False,
-        "init_std": 0.02,
-        "bos": 1,
-        "eos": 2,
-    },
-    optional=frozenset({"bos", "eos"}),
-    ignored=frozenset(
-        {
-            "max_sequence_length",  # beside max_position_embeddings in early conversions of LLaMA-1
-            "rope_theta",
-            "rope_scaling",
-            "rope_parameters",  # read by `rope_from_hf`
-        }
-    ),
-)
+def fold_head(params: Tree, c: Config) -> tuple[Tree, Config]:
+    """(params, config) whose head holds the normalised rows themselves: for decoding, which then need not normalise
+    them in every step, and for the other dialects (`dataclasses.replace(config, dialect="llama")`), which cannot."""
+    if not c.normalized_head:
+        return params, c
+    head = unit_norm(params["head"], HEAD_EPS)
+    return {**params, "head": head}, dataclasses.replace(c, normalized_head=False)
 
-DIALECTS = (HF,)
+
+DIALECTS = llama_hf.DIALECTS
 
 
 def from_hf(raw: dict) -> Config:
-    """The Config of a parsed config.json with model_type llama, in the old or the new dialect of RoPE settings.
-
-    Raises ValueError as `core.hf.HFConfig.read` and `layers.rope_hf.rope_from_hf` do.
-    """
-    fields = HF.read(raw)
-    if fields["kv_heads"] is None:
-        fields["kv_heads"] = fields["heads"]
-    return Config(**fields, rope=rope_from_hf(raw, fields["context"]))
+    """The Config of a parsed config.json in any of the dialects. Raises ValueError as `llama_hf.read` does."""
+    return Config(**llama_hf.read(raw))
 
 
 def to_hf(c: Config) -> dict:
-    """The config.json of `c`, with the RoPE settings in both dialects."""
-    return HF.write(c) | rope_to_hf(c.rope, c.context)
+    """The config.json of `c` in its dialect."""
+    return llama_hf.write(c)
 
 
 def layout(c: Config) -> Layout:
@@ -273,8 +276,18 @@ def _sized(base: Config, **sizes: Any) -> Config:
 
 _13B = {"width": 5120, "layers": 40, "heads": 40, "kv_heads": 40, "mlp_width": 13824}
 _70B = {"width": 8192, "layers": 80, "heads": 64, "kv_heads": 8, "mlp_width": 28672}
+_MISTRAL = Config(
+    context=32768, kv_heads=8, mlp_width=14336, norm_eps=1e-5, rope=Rope(theta=1_000_000.0), dialect="mistral"
+)
+_QWEN2 = Config(
+    vocab=152064, context=131072, rope=Rope(theta=1_000_000.0), qkv_bias=True, bos=151643, eos=151643, dialect="qwen2"
+)
+_SMALL_QWEN2 = dataclasses.replace(_QWEN2, vocab=151936, tied=True)
+_BAICHUAN = Config(vocab=64000, context=4096, dialect="baichuan")
+_BAICHUAN_13B = _sized(_BAICHUAN, **{**_13B, "mlp_width": 13696}, positions="alibi")
+_BAICHUAN2 = {"vocab": llama_hf.BAICHUAN2_VOCAB, "normalized_head": True}
 
-#: All but the last as published; llama-tiny trains on a laptop in minutes.
+#: All but the last as published (Qwen 2: the base models); llama-tiny trains on a laptop in minutes.
 PRESETS = {
     "llama-7b": Config(),
     "llama-13b": _sized(Config(), **_13B),
@@ -291,6 +304,17 @@ PRESETS = {
     "llama3.2-1b": _sized(_LLAMA32, width=2048, layers=16, heads=32, kv_heads=8, mlp_width=8192),
     "llama3.2-3b": _sized(_LLAMA32, width=3072, layers=28, heads=24, kv_heads=8, mlp_width=8192),
     "llama3.3-70b": _sized(_LLAMA31, **_70B),
+    "mistral-7b": dataclasses.replace(_MISTRAL, window=4096, rope=Rope()),
+    "mistral-7b-v0.2": _MISTRAL,
+    "mistral-7b-v0.3": dataclasses.replace(_MISTRAL, vocab=32768),
+    "qwen2-0.5b": _sized(_SMALL_QWEN2, width=896, layers=24, heads=14, kv_heads=2, mlp_width=4864),
+    "qwen2-1.5b": _sized(_SMALL_QWEN2, width=1536, layers=28, heads=12, kv_heads=2, mlp_width=8960),
+    "qwen2-7b": _sized(_QWEN2, width=3584, layers=28, heads=28, kv_heads=4, mlp_width=18944),
+    "qwen2-72b": _sized(_QWEN2, **{**_70B, "mlp_width": 29568}, norm_eps=1e-5),
+    "baichuan-7b": _BAICHUAN,
+    "baichuan-13b": _BAICHUAN_13B,
+    "baichuan2-7b": dataclasses.replace(_BAICHUAN, **_BAICHUAN2),
+    "baichuan2-13b": dataclasses.replace(_BAICHUAN_13B, **_BAICHUAN2),
     "llama-tiny": Config(
         vocab=4096, context=128, width=128, layers=4, heads=4, kv_heads=2, mlp_width=352, tied=True, bos=None, eos=0
     ),

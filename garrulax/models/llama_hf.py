@@ -1,0 +1,194 @@
+"""config.json of LLaMA and its kin: one dialect a model_type, each with settings that it cannot say.
+
+Sources: transformers 5.23.0, configuration_{llama,mistral,qwen2}.py, for keys and for the defaults of absent ones;
+configuration_baichuan.py beside the published checkpoints (Baichuan has no class in transformers). The fields are
+those of `garrulax.models.llama.Config`.
+"""
+
+from typing import Any
+
+from garrulax.core.hf import HFConfig
+from garrulax.layers.rope import Rope
+from garrulax.layers.rope_hf import rope_from_hf, rope_to_hf
+
+_FIELDS = {
+    "vocab": "vocab_size",
+    "context": "max_position_embeddings",
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "mlp_width": "intermediate_size",
+    "activation": "hidden_act",
+    "norm_eps": "rms_norm_eps",
+    "tied": "tie_word_embeddings",
+    "init_std": "initializer_range",
+    "bos": "bos_token_id",
+    "eos": "eos_token_id",
+}
+_GROUPED = {"kv_heads": "num_key_value_heads", "head_dim": "head_dim", "attention_dropout": "attention_dropout"}
+_DEFAULTS = {"activation": "silu", "norm_eps": 1e-6, "tied": False, "init_std": 0.02, "bos": 1, "eos": 2}
+_GROUPED_DEFAULTS = {"kv_heads": None, "head_dim": 0, "attention_dropout": 0.0}  # kv_heads None: as many as heads
+_ROPE = {"rope_theta", "rope_scaling", "rope_parameters"}  # read by `rope_from_hf`
+
+LLAMA = HFConfig(
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    fields=_FIELDS | _GROUPED | {"qkv_bias": "attention_bias", "mlp_bias": "mlp_bias"},
+    defaults=_DEFAULTS | _GROUPED_DEFAULTS | {"context": 2048, "qkv_bias": False, "mlp_bias": False},
+    optional=frozenset({"bos", "eos"}),
+    # max_sequence_length: beside max_position_embeddings in early conversions of LLaMA-1
+    ignored=frozenset({"max_sequence_length", *_ROPE}),
+)
+MISTRAL = HFConfig(
+    model_type="mistral",
+    architecture="MistralForCausalLM",
+    fields=_FIELDS | _GROUPED | {"window": "sliding_window"},
+    defaults=_DEFAULTS | _GROUPED_DEFAULTS | {"context": 131072, "kv_heads": 8, "window": 4096},
+    optional=frozenset({"bos", "eos", "kv_heads", "window"}),
+    ignored=frozenset(_ROPE),
+)
+QWEN2 = HFConfig(
+    model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
+    fields=_FIELDS | _GROUPED | {"window": "sliding_window", "window_from": "max_window_layers"},
+    defaults=_DEFAULTS
+    | _GROUPED_DEFAULTS
+    | {"context": 32768, "kv_heads": 32, "window": 4096, "window_from": 28, "bos": None, "eos": None},
+    optional=frozenset({"bos", "eos", "kv_heads", "window"}),
+    fixed={"use_mrope": False},
+    ignored=frozenset({"use_sliding_window", "layer_types", *_ROPE}),  # the first two are read by `_qwen2_window`
+)
+#: Keys that the remote code reads in training alone (z_loss_weight) or that transformers 4 writes for all classes.
+_BAICHUAN_IGNORED = frozenset(
+    {"z_loss_weight", "_from_model_config", "add_cross_attention", "cross_attention_hidden_size", "tie_encoder_decoder"}
+)
+#: Baichuan with rotary positions: 7B, Baichuan2-7B (which has a model_max_length too).
+BAICHUAN_ROPE = HFConfig(
+    model_type="baichuan",
+    architecture="BaiChuanForCausalLM",
+    fields=_FIELDS | {"normalized_head": "normalized_head"},
+    defaults=_DEFAULTS | {"normalized_head": None},
+    optional=frozenset({"bos", "eos"}),
+    ignored=_BAICHUAN_IGNORED | {"model_max_length"},
+    marker="max_position_embeddings",
+)
+#: Baichuan with ALiBi: 13B, Baichuan2-13B.
+BAICHUAN_ALIBI = HFConfig(
+    model_type="baichuan",
+    architecture="BaichuanForCausalLM",
+    fields=_FIELDS | {"context": "model_max_length", "normalized_head": "normalized_head"},
+    defaults=_DEFAULTS | {"normalized_head": None},
+    optional=frozenset({"bos", "eos"}),
+    ignored=_BAICHUAN_IGNORED,
+)
+
+DIALECTS = (LLAMA, MISTRAL, QWEN2, BAICHUAN_ROPE, BAICHUAN_ALIBI)
+
+BAICHUAN2_VOCAB = 125696
+
+
+def _fixed(c: Any) -> dict[str, dict[str, Any]]:
+    """For each dialect the settings that its config.json cannot say, with the one value that they have there."""
+    rotary = {"positions": "rope", "normalized_head": False}
+    unbiased = {"qkv_bias": False, "out_bias": False, "mlp_bias": False}
+    whole = {"kv_heads": c.heads, "width": c.heads * c.head_dim}  # one W_pack [3 * width, width]
+    return {
+        "llama": {"window": 0, "out_bias": c.qkv_bias, **rotary},
+        "mistral": {"window_from": 0, **unbiased, **rotary},
+        "qwen2": {"qkv_bias": True, "out_bias": False, "mlp_bias": False, **rotary},
+        "baichuan": {"window": 0, "rope": Rope(), "attention_dropout": 0.0, **whole, **unbiased},
+    }
+
+
+def check_dialect(c: Any) -> None:
+    """Raises ValueError for a Config with a setting that the config.json of its dialect cannot say, naming those that
+    can."""
+    fixed = _fixed(c)
+    if c.dialect not in fixed:
+        raise ValueError(f"unknown dialect {c.dialect!r}: choose from {', '.join(fixed)}")
+    for field, only in fixed[c.dialect].items():
+        value = getattr(c, field)
+        if value != only:
+            others = [name for name, settings in fixed.items() if settings.get(field, value) == value]
+            hint = f" (dialect {' or '.join(others)} can)" if others else ""
+            raise ValueError(f"dialect {c.dialect!r} cannot say {field}={value!r}, only {only!r}{hint}")
+
+
+def read(raw: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `llama.Config` from a parsed config.json, with RoPE settings of transformers 5 or of before.
+
+    Raises ValueError as `core.hf.HFConfig.read` and `layers.rope_hf.rope_from_hf` do, and for layer_types other than
+    full attention first and then a sliding window.
+    """
+    hf = next((dialect for dialect in DIALECTS if dialect.claims(raw)), LLAMA)
+    fields: dict[str, Any] = {**hf.read(raw), "dialect": hf.model_type}
+    if fields.get("kv_heads") is None:
+        fields["kv_heads"] = fields["heads"]
+    if hf is LLAMA:
+        fields["out_bias"] = fields["qkv_bias"]
+    elif hf is MISTRAL:
+        fields["window"] = 0 if fields["window"] is None else _whole("sliding_window", fields["window"], 1)
+    elif hf is QWEN2:
+        fields |= {"qkv_bias": True, **_qwen2_window(raw, fields)}
+    else:
+        positions = "alibi" if hf is BAICHUAN_ALIBI else "rope"
+        return {**fields, "positions": positions, "normalized_head": _normalized_head(raw, fields)}
+    return {**fields, "rope": rope_from_hf(raw, fields["context"])}
+
+
+def write(c: Any) -> dict[str, Any]:
+    """The config.json of a `llama.Config` in its dialect, with the RoPE settings of transformers 5 and of before."""
+    if c.dialect == "baichuan":
+        raw = (BAICHUAN_ALIBI if c.positions == "alibi" else BAICHUAN_ROPE).write(c)
+        return raw | ({"architectures": ["BaichuanForCausalLM"], "z_loss_weight": 0} if c.normalized_head else {})
+    raw = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2}[c.dialect].write(c)
+    if c.dialect != "llama":
+        raw["sliding_window"] = c.window or None
+    if c.dialect == "qwen2":
+        first = c.window_from if c.window else c.layers
+        kinds = ["full_attention"] * first + ["sliding_attention"] * (c.layers - first)
+        raw |= {"use_sliding_window": c.window > 0, "max_window_layers": first, "layer_types": kinds}
+    return raw | rope_to_hf(c.rope, c.context)
+
+
+def _qwen2_window(raw: dict[str, Any], fields: dict[str, Any]) -> dict[str, int]:
+    """window and window_from as Qwen2Config decides: by layer_types where given, else by max_window_layers; a
+    sliding_window counts only with use_sliding_window."""
+    layers = _whole("num_hidden_layers", fields["layers"], 1)
+    window = fields["window"] if raw.get("use_sliding_window") else None
+    kinds = raw.get("layer_types")
+    if kinds is None:
+        first = layers if window is None else _whole("max_window_layers", fields["window_from"], 0)
+    else:
+        first = _full_layers(kinds, layers)
+    if first >= layers:
+        return {"window": 0, "window_from": 0}
+    if window is None:
+        raise ValueError("config.json: layer_types has sliding_attention, but no use_sliding_window and sliding_window")
+    return {"window": _whole("sliding_window", window, 1), "window_from": first}
+
+
+def _full_layers(kinds: Any, layers: int) -> int:
+    """How many layers of full attention come before those with a window."""
+    kinds = kinds if isinstance(kinds, list) else []
+    first = next((i for i, kind in enumerate(kinds) if kind != "full_attention"), len(kinds))
+    if len(kinds) != layers or any(kind != "sliding_attention" for kind in kinds[first:]):
+        raise ValueError(
+            f"config.json: layer_types must name {layers} layers, full_attention first and sliding_attention after"
+            " them; other orders and kinds are not implemented"
+        )
+    return first
+
+
+def _normalized_head(raw: dict[str, Any], fields: dict[str, Any]) -> Any:
+    """Whether the rows of the head are normalised, as in Baichuan 2: as our own key says; in published files, which
+    have none, by z_loss_weight, a key of Baichuan 2's configuration class alone, or by its vocabulary (or a larger)."""
+    if fields["normalized_head"] is not None:
+        return fields["normalized_head"]
+    return "z_loss_weight" in raw or _whole("vocab_size", fields["vocab"], 1) >= BAICHUAN2_VOCAB
+
+
+def _whole(key: str, value: Any, least: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"config.json: {key}={value!r} must be a whole number of at least {least}")
+    return value

@@ -24,15 +24,27 @@ BASE = {
 CHANGED = {
     "vocab": 41, "context": 17, "width": 12, "layers": 3, "heads": 1, "kv_heads": 1, "head_dim": 6, "mlp_width": 20,
     "activation": "relu", "norm_eps": 1e-2, "embedding_dropout": 0.4, "attention_dropout": 0.4, "residual_dropout": 0.4,
-    "scale_attention": False, "scale_by_layer": True, "init_std": 0.03, "attention_bias": True, "mlp_bias": True,
+    "scale_attention": False, "scale_by_layer": True, "init_std": 0.03, "mlp_bias": True, "window": 3,
+    "window_from": 1, "positions": "alibi", "normalized_head": True, "dialect": "mistral",
     "rope": Rope(theta=50.0), "eos": 3, "bos": 4, "pad": 5, "cls": 6, "mask": 7, "sentence_mask": 8,
     "generation_mask": 9, "sop": 10, "eop": 11,
 }  # fmt: skip
+#: What must be said along with a field: in both configs that are compared, or in the changed one.
+_BAICHUAN = {"dialect": "baichuan", "attention_dropout": 0.0}
+BOTH = {
+    "window": {"dialect": "mistral"}, "window_from": {"dialect": "qwen2", "qkv_bias": True, "window": 3},
+    "positions": _BAICHUAN, "normalized_head": _BAICHUAN,
+}  # fmt: skip
+ALONG = {
+    "qkv_bias": {"qkv_bias": True, "dialect": "qwen2"},
+    "out_bias": {"qkv_bias": True, "out_bias": True},
+}
 #: Fields that no number in the model depends on, and who reads them.
 READ_ELSEWHERE = {
     "bos": "sampling and tokenizers", "eos": "sampling", "pad": "batching", "cls": "the data pipeline",
     "mask": "the data pipeline and fill", "sentence_mask": "the data pipeline", "generation_mask": "fill",
     "sop": "the data pipeline and fill", "eop": "fill", "llama.context": "sampling; rotary positions themselves go on",
+    "dialect": "loading and saving",
 }  # fmt: skip
 FIELDS = [(family, field.name) for family, c in BASE.items() for field in dataclasses.fields(c)]
 
@@ -46,8 +58,14 @@ def _quick_compilation():
     jax.config.update("jax_disable_most_optimizations", before)
 
 
+def base(family, name):
+    return dataclasses.replace(BASE[family], **BOTH.get(name, {}))
+
+
 def changed(family, name):
-    c = BASE[family]
+    c = base(family, name)
+    if name in ALONG:
+        return dataclasses.replace(c, **ALONG[name])
     value = not c.tied if name == "tied" else CHANGED[name]
     if name in ("width", "heads") and family == "llama":  # head_dim follows unless given
         return dataclasses.replace(c, head_dim=0, **{name: value, "kv_heads": min(c.kv_heads, 1)})
@@ -64,15 +82,15 @@ def behaviour(c):
 
 
 @functools.cache
-def base_behaviour(family):
-    return behaviour(BASE[family])
+def base_behaviour(c):
+    return behaviour(c)
 
 
 @pytest.mark.parametrize(("family", "name"), FIELDS)
 def test_every_field_changes_the_result(family, name):
     c = changed(family, name)
     count, values = behaviour(c)
-    base_count, base_values = base_behaviour(family)
+    base_count, base_values = base_behaviour(base(family, name))
     same = (
         count == base_count
         and [v.shape for v in values] == [v.shape for v in base_values]
@@ -86,7 +104,7 @@ def test_every_field_survives_config_json(family, name):
     """Written and read back it is equal, and what is written differs from what the base writes."""
     c, module = changed(family, name), models.family(BASE[family])
     written = json.loads(json.dumps(module.to_hf(c)))
-    assert written != json.loads(json.dumps(module.to_hf(BASE[family])))
+    assert written != json.loads(json.dumps(module.to_hf(base(family, name))))
     assert module.from_hf(written) == c
 
 
@@ -244,6 +262,10 @@ COUNTS = {
     "llama3-8b": 8_030_261_248, "llama3-70b": 70_553_706_496, "llama3.1-8b": 8_030_261_248,
     "llama3.1-70b": 70_553_706_496, "llama3.1-405b": 405_853_388_800, "llama3.2-1b": 1_235_814_400,
     "llama3.2-3b": 3_212_749_824, "llama3.3-70b": 70_553_706_496,
+    "mistral-7b": 7_241_732_096, "mistral-7b-v0.2": 7_241_732_096, "mistral-7b-v0.3": 7_248_023_552,
+    "qwen2-0.5b": 494_032_768, "qwen2-1.5b": 1_543_714_304, "qwen2-7b": 7_615_616_512, "qwen2-72b": 72_706_203_648,
+    "baichuan-7b": 7_000_559_616, "baichuan-13b": 13_264_901_120, "baichuan2-7b": 7_505_973_248,
+    "baichuan2-13b": 13_896_668_160,
     "glm-base": 109_338_624, "glm-large": 334_688_256, "glm-410m": 410_265_600, "glm-515m": 514_632_960,
     "glm-roberta": 354_873_344, "glm-large-chinese": 355_659_776, "glm-2b": 1_920_122_880,
     "glm-10b": 9_880_682_496, "glm-10b-chinese": 9_879_633_920,

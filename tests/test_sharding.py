@@ -1,6 +1,7 @@
 """The same loss and gradients on every mesh of eight devices as on one."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +21,17 @@ CONFIGS = {
     "glm": models.glm.Config(vocab=96, context=24, width=32, layers=2, heads=4),
     "llama": models.llama.Config(
         vocab=97, context=24, width=32, layers=2, heads=4, kv_heads=2, mlp_width=48, rope=Rope(theta=500.0),
-        attention_bias=True, mlp_bias=True,
+        qkv_bias=True, out_bias=True, mlp_bias=True,
+    ),
+    "alibi": models.llama.Config(
+        vocab=96, context=24, width=32, layers=2, heads=4, kv_heads=4, mlp_width=48, positions="alibi",
+        normalized_head=True, dialect="baichuan",
     ),
 }  # fmt: skip
+FAMILIES = ("gpt", "glm", "llama")
 MESHES = ["fsdp=8", "data=8", "data=2,fsdp=2,tensor=2", "fsdp=4,tensor=2"]
+BOUNDS = {"float32": 1e-5, "float64": 1e-10}
+CASES = [*itertools.product(FAMILIES, MESHES, BOUNDS), ("alibi", "data=2,fsdp=2,tensor=2", "float64")]
 
 
 def loss(params, tokens, config, remat="none"):
@@ -51,11 +59,9 @@ def relative(a, b):
     return float(np.abs(np.asarray(a) - np.asarray(b)).max() / (np.abs(np.asarray(b)).max() + 1e-30))
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("family", CONFIGS)
-@pytest.mark.parametrize(("precision", "bound"), [("float32", 1e-5), ("float64", 1e-10)])
-def test_loss_and_gradients_equal_one_device(family, mesh, precision, bound):
-    config = CONFIGS[family]
+@pytest.mark.parametrize(("family", "mesh", "precision"), CASES)
+def test_loss_and_gradients_equal_one_device(family, mesh, precision):
+    config, bound = CONFIGS[family], BOUNDS[precision]
     with jax.enable_x64(precision == "float64"):
         (expected, gradients), params = single(family, precision)
         m = sharding.make_mesh(mesh)
@@ -71,7 +77,7 @@ def test_loss_and_gradients_equal_one_device(family, mesh, precision, bound):
         assert all(jax.tree.leaves(placed)), placed  # gradients come back where their parameters are
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_may_be_whole_on_every_device(family):
     config = CONFIGS[family]
     (expected, _), params = single(family, "float32")
@@ -82,7 +88,7 @@ def test_tokens_may_be_whole_on_every_device(family):
     assert relative(value, expected) <= 1e-5
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_parameters_are_born_sharded_and_equal(family):
     config = CONFIGS[family]
     m = sharding.make_mesh("fsdp=4,tensor=2")

@@ -285,7 +285,7 @@ _QWEN2 = Config(
 _SMALL_QWEN2 = dataclasses.replace(_QWEN2, vocab=151936, tied=True)
 _BAICHUAN = Config(vocab=64000, context=4096, dialect="baichuan")
 _BAICHUAN_13B = _sized(_BAICHUAN, **{**_13B, "mlp_width": 13696}, positions="alibi")
-_BAICHUAN2 = {"vocab": llama_hf.BAICHUAN2_VOCAB, "normalized_head": True}
+_BAICHUAN2: dict[str, Any] = {"vocab": llama_hf.BAICHUAN2_VOCAB, "normalized_head": True}
 
 #: All but the last as published (Qwen 2: the base models); llama-tiny trains on a laptop in minutes.
 PRESETS = {

@@ -11,7 +11,7 @@ from garrulax.core.hf import HFConfig
 from garrulax.layers.rope import Rope
 from garrulax.layers.rope_hf import rope_from_hf, rope_to_hf
 
-_FIELDS = {
+_FIELDS: dict[str, str | tuple[str, ...]] = {
     "vocab": "vocab_size",
     "context": "max_position_embeddings",
     "width": "hidden_size",
@@ -25,7 +25,11 @@ _FIELDS = {
     "bos": "bos_token_id",
     "eos": "eos_token_id",
 }
-_GROUPED = {"kv_heads": "num_key_value_heads", "head_dim": "head_dim", "attention_dropout": "attention_dropout"}
+_GROUPED: dict[str, str | tuple[str, ...]] = {
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "attention_dropout": "attention_dropout",
+}
 _DEFAULTS = {"activation": "silu", "norm_eps": 1e-6, "tied": False, "init_std": 0.02, "bos": 1, "eos": 2}
 _GROUPED_DEFAULTS = {"kv_heads": None, "head_dim": 0, "attention_dropout": 0.0}  # kv_heads None: as many as heads
 _ROPE = {"rope_theta", "rope_scaling", "rope_parameters"}  # read by `rope_from_hf`

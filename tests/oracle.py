@@ -22,7 +22,7 @@ FOLDER = pathlib.Path(__file__).parent / "oracles"
 LLAMA = ("llama", "llama_gqa", "llama_tied", "llama_linear", "llama_dynamic", "llama_yarn", "llama3", "llama_longrope")
 #: Causal language models, and their rows in README's table.
 CAUSAL = {
-    "gpt2": "GPT-2", **dict.fromkeys(LLAMA, "LLaMA 1/2/3"), "mistral": "Mistral", "qwen2": "Qwen2",
+    "gpt1": "GPT-1", "gpt2": "GPT-2", "gptneo": "GPT-3", **dict.fromkeys(LLAMA, "LLaMA 1/2/3"), "mistral": "Mistral", "qwen2": "Qwen2",
     "qwen2_window": "Qwen2", "baichuan7b": "Baichuan", "baichuan13b": "Baichuan", "baichuan2_7b_composite": "Baichuan2",
     "baichuan2_13b": "Baichuan2",
 }  # fmt: skip

@@ -1,34 +1,44 @@
-"""GPT-2: a decoder of pre-norm blocks with learned positions and a tied output.
+"""GPT-1, GPT-2, GPT-3 and GPT-Neo: decoders with learned positions and a tied output.
 
 Letters: B batch, T tokens, D model width, H heads, C head width, F feed-forward width, V vocabulary, L layers.
-Source: Radford et al. 2019, section 2.3; openai/gpt-2 src/model.py. The initial 1/sqrt(2L) of the residual
-projections is the paper's; the released code leaves it out.
+Sources: Radford et al. 2018 (openai/finetune-transformer-lm train.py) and 2019, section 2.3 (openai/gpt-2
+src/model.py); Brown et al. 2020 (arXiv 2005.14165), section 2.1; EleutherAI/gpt-neo. The initial 1/sqrt(2L) of the
+residual projections is the GPT-2 paper's; its released code leaves it out, and so does GPT-1.
 """
 
 import dataclasses
+import math
 
 import jax
+import jax.numpy as jnp
 
 from garrulax.core.config import check_flags, check_ids, check_positive, check_rates, check_sizes
 from garrulax.core.einsum import einsum, lookup
-from garrulax.core.hf import HFConfig, Layout
+from garrulax.core.hf import Layout
 from garrulax.core.spec import Spec, Stored, Tree, normal, ones, stacked, zeros
-from garrulax.kernels.mask import Mask
-from garrulax.layers.attention import attend, default_positions
+from garrulax.kernels.mask import INF, Mask
+from garrulax.layers.attention import attend, default_positions, within
 from garrulax.layers.cache import Cache, admit
 from garrulax.layers.dropout import dropout, split
 from garrulax.layers.mlp import check_activation, linear, mlp
 from garrulax.layers.norms import layer_norm
 from garrulax.layers.stack import run
+from garrulax.models import gpt_hf
+
+DIALECTS = gpt_hf.DIALECTS
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """GPT-2. Defaults are the smallest published model.
+    """A GPT. Defaults are the smallest GPT-2.
 
     vocab, context: tokens. width, layers, heads, mlp_width: sizes. activation: a name in `layers.mlp.ACTIVATIONS`.
     norm_eps: epsilon of the norms. *_dropout: rates, used where forward is given a key. tied: the output is the
     token embedding. scale_attention: divide scores by sqrt(C); scale_by_layer: and by the layer's number from 1.
+    post_norm: GPT-1's blocks, with the norms after the residual sums and none at the end. qkv_bias: biases of query,
+    key and value; GPT-Neo has none. band: tokens that a banded layer sees, itself included, 0 where all layers are
+    dense; band_stride: unless 0, it also sees every token a multiple of this back (Child et al. 2019, arXiv
+    1904.10509); band_parity: layers 0, 2, ... (0) or 1, 3, ... (1) are the banded ones.
     init_std: of the initial weights. bos, eos: token ids, None where the tokenizer has none; eos may be several.
     """
 
@@ -46,6 +56,11 @@ class Config:
     tied: bool = True
     scale_attention: bool = True
     scale_by_layer: bool = False
+    post_norm: bool = False
+    qkv_bias: bool = True
+    band: int = 0
+    band_stride: int = 0
+    band_parity: int = 1
     init_std: float = 0.02
     bos: int | None = 50256
     eos: int | tuple[int, ...] | None = 50256
@@ -59,8 +74,29 @@ class Config:
         check_activation(self.activation)
         check_rates(self, "embedding_dropout", "attention_dropout", "residual_dropout")
         check_positive(self, "norm_eps", "init_std")
-        check_flags(self, "tied", "scale_attention", "scale_by_layer")
+        check_flags(self, "tied", "scale_attention", "scale_by_layer", "post_norm", "qkv_bias")
         check_ids(self, "bos", "eos")
+        self._check_band()
+        gpt_hf.check(self)
+
+    def _check_band(self):
+        for name in ("band", "band_stride"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"{name}={value!r} must be a whole number of at least 0")
+        if self.band_parity not in (0, 1) or isinstance(self.band_parity, bool):
+            raise ValueError(f"band_parity={self.band_parity!r} must be 0 or 1")
+        if not self.band and (self.band_stride or not self.band_parity):
+            raise ValueError("band_stride and band_parity describe banded layers: give their band")
+
+    @property
+    def dialect(self) -> str:
+        """model_type of the checkpoints that can say this config. A GPT-3 of dense layers alone is a gpt2."""
+        if self.post_norm:
+            return "openai-gpt"
+        if not self.qkv_bias:
+            return "gpt_neo"
+        return "gpt3" if self.band else "gpt2"
 
     @property
     def head_dim(self) -> int:
@@ -74,56 +110,77 @@ class Config:
 
 
 def parameters(c: Config) -> Tree:
-    """The Spec tree: query, key and value fused as [D, 3, H, C]."""
+    """The Spec tree: query, key and value fused as [D, 3, H, C], or without biases three of [D, H, C]."""
     D, H, C, F = c.width, c.heads, c.head_dim, c.mlp_width or 4 * c.width
-    weight, residual = normal(c.init_std), normal(c.init_std / (2 * c.layers) ** 0.5)
+    normals = normal(c.init_std)
+    residual = normals if c.post_norm else normal(c.init_std / (2 * c.layers) ** 0.5)
     h = "transformer.h.{}."
+    tokens, positions = _tables(c)
+
+    def weight(name, shape, axes, init=normals, inputs=1):  # stored [inputs, outputs], by GPT-Neo the other way round
+        ins, outs = shape[:inputs], shape[inputs:]
+        if c.dialect != "gpt_neo":
+            return Spec(shape, axes, init, Stored(name), (math.prod(ins), math.prod(outs)), inputs=inputs)
+        order = (*range(len(outs), len(shape)), *range(len(outs)))
+        return Spec(
+            shape, axes, init, Stored(name, outs + ins, order), (math.prod(outs), math.prod(ins)), inputs=inputs
+        )
+
+    def vector(name, shape, axes, init=zeros):
+        return Spec(shape, axes, init, Stored(name), (math.prod(shape),), role="vector")
 
     def norm(name):
         return {
-            "scale": Spec((D,), ("embed",), ones, Stored(f"{name}.weight"), role="vector"),
-            "bias": Spec((D,), ("embed",), zeros, Stored(f"{name}.bias"), role="vector"),
+            "scale": vector(f"{name}.weight", (D,), ("embed",), ones),
+            "bias": vector(f"{name}.bias", (D,), ("embed",)),
         }
 
-    def bias(shape, axes, name, stored_shape=None):
-        return Spec(shape, axes, zeros, Stored(name), stored_shape, role="vector")
+    def table(name, rows, axis):
+        return Spec((rows, D), (axis, "embed"), normals, Stored(name), role="embedding")
 
-    def table(rows, axis, name):
-        return Spec((rows, D), (axis, "embed"), weight, Stored(name), role="embedding")
-
+    heads = ("heads", "head")
+    if c.qkv_bias:
+        out = h + "attn.c_proj"
+        projections = {
+            "qkv": weight(h + "attn.c_attn.weight", (D, 3, H, C), ("embed", None, *heads)),
+            "qkv_bias": vector(h + "attn.c_attn.bias", (3, H, C), (None, *heads)),
+        }
+    else:
+        out = h + "attn.attention.out_proj"
+        projections = {
+            name: weight(h + f"attn.attention.{name[0]}_proj.weight", (D, H, C), ("embed", *heads))
+            for name in ("query", "key", "value")
+        }
     tree = {
-        "tokens": table(c.vocab, "vocab", "transformer.wte.weight"),
-        "positions": table(c.context, "position", "transformer.wpe.weight"),
+        "tokens": table(f"transformer.{tokens}.weight", c.vocab, "vocab"),
+        "positions": table(f"transformer.{positions}.weight", c.context, "position"),
         "blocks": stacked(
             c.layers,
             {
                 "attention_norm": norm(h + "ln_1"),
-                "attention": {
-                    "qkv": Spec(
-                        (D, 3, H, C), ("embed", None, "heads", "head"), weight,
-                        Stored(h + "attn.c_attn.weight"), (D, 3 * D),
-                    ),
-                    "qkv_bias": bias((3, H, C), (None, "heads", "head"), h + "attn.c_attn.bias", (3 * D,)),
-                    "out": Spec(
-                        (H, C, D), ("heads", "head", "embed"), residual,
-                        Stored(h + "attn.c_proj.weight"), (D, D), inputs=2,
-                    ),
-                    "out_bias": bias((D,), ("embed",), h + "attn.c_proj.bias"),
+                "attention": projections | {
+                    "out": weight(f"{out}.weight", (H, C, D), (*heads, "embed"), residual, inputs=2),
+                    "out_bias": vector(f"{out}.bias", (D,), ("embed",)),
                 },
                 "mlp_norm": norm(h + "ln_2"),
                 "mlp": {
-                    "up": Spec((D, F), ("embed", "mlp"), weight, Stored(h + "mlp.c_fc.weight")),
-                    "up_bias": bias((F,), ("mlp",), h + "mlp.c_fc.bias"),
-                    "down": Spec((F, D), ("mlp", "embed"), residual, Stored(h + "mlp.c_proj.weight")),
-                    "down_bias": bias((D,), ("embed",), h + "mlp.c_proj.bias"),
+                    "up": weight(h + "mlp.c_fc.weight", (D, F), ("embed", "mlp")),
+                    "up_bias": vector(h + "mlp.c_fc.bias", (F,), ("mlp",)),
+                    "down": weight(h + "mlp.c_proj.weight", (F, D), ("mlp", "embed"), residual),
+                    "down_bias": vector(h + "mlp.c_proj.bias", (D,), ("embed",)),
                 },
             },
         ),
-        "norm": norm("transformer.ln_f"),
     }  # fmt: skip
+    if not c.post_norm:
+        tree["norm"] = norm("transformer.ln_f")
     if not c.tied:
-        tree["head"] = table(c.vocab, "vocab", "lm_head.weight")
+        tree["head"] = table("lm_head.weight", c.vocab, "vocab")
     return tree
+
+
+def _tables(c: Config) -> tuple[str, str]:
+    return ("tokens_embed", "positions_embed") if c.post_norm else ("wte", "wpe")
 
 
 def hidden(
@@ -138,32 +195,46 @@ def hidden(
     remat: str = "none",
     unroll: bool = False,
 ) -> tuple[jax.Array, Cache | None]:
-    """Hidden states [B, T, D] after the last norm, and the cache. Arguments as in `garrulax.forward`."""
+    """Hidden states [B, T, D] that give the logits, and the cache. Arguments as in `garrulax.forward`."""
     positions = default_positions(tokens, cache) if positions is None else positions
     view, cache = admit(tokens, positions, mask, cache)
     embedding_key, layers_key = split(key, 2)
     x = lookup(params["tokens"], tokens) + lookup(params["positions"], positions)
     x = dropout(x, c.embedding_dropout, embedding_key)
 
+    def norm(x, p):
+        return layer_norm(x, **p, eps=c.norm_eps)
+
+    def same(x, p):
+        return x
+
+    before, after = (same, norm) if c.post_norm else (norm, same)
+
     def block(x, p, kv, layer, key):
         keys = split(key, 3)
-        y, kv = attention(layer_norm(x, **p["attention_norm"], eps=c.norm_eps), p["attention"], kv, layer, keys[0])
-        x = x + dropout(y, c.residual_dropout, keys[1])
-        y = mlp(layer_norm(x, **p["mlp_norm"], eps=c.norm_eps), p["mlp"], c.activation)
-        return x + dropout(y, c.residual_dropout, keys[2]), kv
+        y, kv = attention(before(x, p["attention_norm"]), p["attention"], kv, layer, keys[0])
+        x = after(x + dropout(y, c.residual_dropout, keys[1]), p["attention_norm"])
+        y = mlp(before(x, p["mlp_norm"]), p["mlp"], c.activation)
+        return after(x + dropout(y, c.residual_dropout, keys[2]), p["mlp_norm"]), kv
 
     def attention(x, p, kv, layer, key):
-        qkv = linear("BTD,DnHC->BTnHC", x, p, "qkv")
+        if c.qkv_bias:
+            qkv = linear("BTD,DnHC->BTnHC", x, p, "qkv")
+            q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        else:
+            q, k, v = (linear("BTD,DHC->BTHC", x, p, name) for name in ("query", "key", "value"))
         scale = c.head_dim**-0.5 if c.scale_attention else 1.0
         scale = scale / (layer + 1) if c.scale_by_layer else scale
-        y, kv = attend(
-            qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], view, kv, layer,
-            scale=scale, dropout=c.attention_dropout, dropout_key=key,
-        )  # fmt: skip
+        y, kv = attend(q, k, v, seen(layer), kv, layer, scale=scale, dropout=c.attention_dropout, dropout_key=key)
         return linear("BTHC,HCD->BTD", y, p, "out"), kv
 
+    def seen(layer):
+        if not c.band:
+            return view
+        return within(view, jnp.where(layer % 2 == c.band_parity, c.band, INF), c.band_stride)
+
     x, cache = run(block, x, params["blocks"], cache=cache, key=layers_key, remat=remat, unroll=unroll)
-    return layer_norm(x, **params["norm"], eps=c.norm_eps), cache
+    return x if c.post_norm else norm(x, params["norm"]), cache
 
 
 def logits(params: Tree, x: jax.Array, c: Config) -> jax.Array:
@@ -171,77 +242,45 @@ def logits(params: Tree, x: jax.Array, c: Config) -> jax.Array:
     return einsum("BTD,VD->BTV", x, params["tokens" if c.tied else "head"])
 
 
-HF = HFConfig(
-    model_type="gpt2",
-    architecture="GPT2LMHeadModel",
-    fields={
-        "vocab": "vocab_size",
-        "context": ("n_positions", "max_position_embeddings"),
-        "width": ("n_embd", "hidden_size"),
-        "layers": ("n_layer", "num_hidden_layers"),
-        "heads": ("n_head", "num_attention_heads"),
-        "mlp_width": "n_inner",
-        "activation": "activation_function",
-        "norm_eps": "layer_norm_epsilon",
-        "embedding_dropout": "embd_pdrop",
-        "attention_dropout": "attn_pdrop",
-        "residual_dropout": "resid_pdrop",
-        "tied": "tie_word_embeddings",
-        "scale_attention": "scale_attn_weights",
-        "scale_by_layer": "scale_attn_by_inverse_layer_idx",
-        "init_std": "initializer_range",
-        "bos": "bos_token_id",
-        "eos": "eos_token_id",
-    },
-    defaults={
-        "mlp_width": None,
-        "activation": "gelu_new",
-        "norm_eps": 1e-5,
-        "embedding_dropout": 0.1,
-        "attention_dropout": 0.1,
-        "residual_dropout": 0.1,
-        "tied": True,
-        "scale_attention": True,
-        "scale_by_layer": False,
-        "init_std": 0.02,
-        "bos": 50256,
-        "eos": 50256,
-    },
-    optional=frozenset({"bos", "eos"}),
-    fixed={"add_cross_attention": False},
-    ignored=frozenset({
-        "n_ctx", "n_special", "reorder_and_upcast_attn", "summary_activation", "summary_first_dropout",
-        "summary_proj_to_labels", "summary_type", "summary_use_proj",
-    }),
-)  # fmt: skip
-
-DIALECTS = (HF,)
-
-
 def from_hf(raw: dict) -> Config:
-    """The Config of a parsed config.json with model_type gpt2; errors as in `core.hf.HFConfig.read`."""
-    return Config(**HF.read(raw))
+    """The Config of a parsed config.json of one of `DIALECTS`; raises ValueError as `models.gpt_hf.read` does."""
+    return Config(**gpt_hf.read(raw))
 
 
 def to_hf(c: Config) -> dict:
-    """The config.json of `c`."""
-    return HF.write(c)
+    """The config.json of `c`, in its dialect."""
+    return gpt_hf.write(c)
 
 
 def layout(c: Config) -> Layout:
     """Names in a checkpoint beyond the Spec tree's."""
     return Layout(
         prefix="transformer.",
-        tied={"lm_head.weight": "transformer.wte.weight"} if c.tied else {},
-        buffers=(".attn.bias", ".attn.masked_bias"),
+        tied={"lm_head.weight": f"transformer.{_tables(c)[0]}.weight"} if c.tied else {},
+        buffers=(".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias"),
     )
 
 
-#: The first four as published; gpt2-tiny trains on a laptop in minutes.
+#: Layers, width and heads. 13B is 5140 wide in the paper, which 40 heads do not divide; 1.3B has 24 heads there, which
+#: do not give its size.
+_GPT3 = {
+    "125m": (12, 768, 12), "350m": (24, 1024, 16), "760m": (24, 1536, 16), "1.3b": (24, 2048, 16),
+    "2.7b": (32, 2560, 32), "6.7b": (32, 4096, 32), "13b": (40, 5120, 40), "175b": (96, 12288, 96),
+}  # fmt: skip
+
+#: All but the last as published. GPT-3's band, which of its layers are banded and its dropout are not: they are
+#: GPT-Neo's (dense first, then 256 tokens; none).
 PRESETS = {
+    "gpt1": Config(vocab=40478, context=512, post_norm=True, bos=None, eos=None),
     "gpt2": Config(),
     "gpt2-medium": Config(width=1024, layers=24, heads=16),
     "gpt2-large": Config(width=1280, layers=36, heads=20),
     "gpt2-xl": Config(width=1600, layers=48, heads=25),
+    **{
+        f"gpt3-{name}": Config(
+            context=2048, layers=layers, width=width, heads=heads, band=256,
+            embedding_dropout=0.0, attention_dropout=0.0, residual_dropout=0.0,
+        ) for name, (layers, width, heads) in _GPT3.items()
+    },
     "gpt2-tiny": Config(vocab=4096, context=128, width=128, layers=4, heads=4, bos=None, eos=0),
-}
+}  # fmt: skip

@@ -1,0 +1,172 @@
+"""config.json of the GPTs: four formats, and what each of them can say."""
+
+import dataclasses
+from typing import Any
+
+from garrulax.core.hf import HFConfig
+
+GPT2 = HFConfig(
+    model_type="gpt2",
+    architecture="GPT2LMHeadModel",
+    fields={
+        "vocab": "vocab_size",
+        "context": ("n_positions", "max_position_embeddings"),
+        "width": ("n_embd", "hidden_size"),
+        "layers": ("n_layer", "num_hidden_layers"),
+        "heads": ("n_head", "num_attention_heads"),
+        "mlp_width": "n_inner",
+        "activation": "activation_function",
+        "norm_eps": "layer_norm_epsilon",
+        "embedding_dropout": "embd_pdrop",
+        "attention_dropout": "attn_pdrop",
+        "residual_dropout": "resid_pdrop",
+        "tied": "tie_word_embeddings",
+        "scale_attention": "scale_attn_weights",
+        "scale_by_layer": "scale_attn_by_inverse_layer_idx",
+        "init_std": "initializer_range",
+        "bos": "bos_token_id",
+        "eos": "eos_token_id",
+    },
+    defaults={
+        "mlp_width": None,
+        "activation": "gelu_new",
+        "norm_eps": 1e-5,
+        "embedding_dropout": 0.1,
+        "attention_dropout": 0.1,
+        "residual_dropout": 0.1,
+        "tied": True,
+        "scale_attention": True,
+        "scale_by_layer": False,
+        "init_std": 0.02,
+        "bos": 50256,
+        "eos": 50256,
+    },
+    optional=frozenset({"bos", "eos"}),
+    fixed={"add_cross_attention": False},
+    ignored=frozenset({
+        "n_ctx", "n_special", "reorder_and_upcast_attn", "summary_activation", "summary_first_dropout",
+        "summary_proj_to_labels", "summary_type", "summary_use_proj",
+    }),
+)  # fmt: skip
+
+
+def _like_gpt2(
+    model_type: str, architecture: str, fields: dict[str, Any], defaults: dict[str, Any], without: tuple[str, ...] = ()
+) -> HFConfig:
+    """GPT-2's table with other keys and defaults for some fields, and `without` some."""
+    return dataclasses.replace(
+        GPT2,
+        model_type=model_type,
+        architecture=architecture,
+        fields={k: v for k, v in GPT2.fields.items() if k not in without} | fields,
+        defaults={k: v for k, v in GPT2.defaults.items() if k not in without} | defaults,
+    )
+
+
+GPT1 = _like_gpt2(
+    "openai-gpt",
+    "OpenAIGPTLMHeadModel",
+    {"activation": "afn"},
+    {"activation": "gelu", "bos": None, "eos": None},
+    without=("mlp_width", "scale_attention", "scale_by_layer"),
+)
+
+#: Ours: no GPT-3 was published. With tensors as a GPT-2 has them.
+GPT3 = _like_gpt2(
+    "gpt3",
+    "GPT3LMHeadModel",
+    {"band": "attention_band", "band_stride": "attention_band_stride", "band_parity": "attention_band_parity"},
+    {},
+)
+
+NEO = _like_gpt2(
+    "gpt_neo",
+    "GPTNeoForCausalLM",
+    {
+        "context": "max_position_embeddings",
+        "width": "hidden_size",
+        "layers": ("num_layers", "num_hidden_layers"),
+        "heads": ("num_heads", "num_attention_heads"),
+        "mlp_width": "intermediate_size",
+        "embedding_dropout": "embed_dropout",
+        "attention_dropout": "attention_dropout",
+        "residual_dropout": "resid_dropout",
+        "band": "window_size",
+    },
+    {"embedding_dropout": 0.0, "attention_dropout": 0.0, "residual_dropout": 0.0, "band": 256},
+    without=("scale_attention", "scale_by_layer"),
+)
+NEO = dataclasses.replace(NEO, ignored=NEO.ignored | {"attention_types", "attention_layers"})  # read by `_neo`
+
+DIALECTS = (GPT2, GPT1, GPT3, NEO)
+
+#: What a format has no key for, and the value that its models have.
+_IMPLIED = {
+    "openai-gpt": {
+        "mlp_width": None, "qkv_bias": True, "scale_attention": True, "scale_by_layer": False, "band": 0,
+    },
+    "gpt_neo": {"scale_attention": False, "scale_by_layer": False, "band_stride": 0},
+}  # fmt: skip
+#: GPT-1's names of activations: its "gelu" is the tanh approximation.
+_AFN = {"gelu": "gelu_new", "relu": "relu", "silu": "silu", "swish": "swish"}
+
+
+def check(c: Any) -> None:
+    """Raises ValueError for a `gpt.Config` whose dialect has no word for one of its settings."""
+    for name, value in _IMPLIED.get(c.dialect, {}).items():
+        if getattr(c, name) != value:
+            raise ValueError(f"{name}={getattr(c, name)!r} is not implemented in a {c.dialect} (only {value!r})")
+    if c.dialect == GPT1.model_type and c.activation not in _AFN.values():
+        raise ValueError(
+            f"activation={c.activation!r} is not implemented in a {c.dialect} (only {', '.join(_AFN.values())})"
+        )
+
+
+def read(raw: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a `gpt.Config` from a parsed config.json of one of `DIALECTS`.
+
+    Raises ValueError as `core.hf.HFConfig.read` does, and for GPT-Neo layers that are neither all global nor global
+    and local by turns.
+    """
+    dialect = next((d for d in DIALECTS if d.claims(raw)), GPT2)
+    fields = dialect.read(raw)
+    if dialect is GPT1:
+        if fields["activation"] not in _AFN:
+            raise ValueError(f"config.json: afn={fields['activation']!r} is not implemented (only {', '.join(_AFN)})")
+        return fields | {"activation": _AFN[fields["activation"]], "post_norm": True}
+    if dialect is NEO:
+        return fields | {"qkv_bias": False, "scale_attention": False} | _bands(raw, fields["layers"], fields["band"])
+    return fields
+
+
+def write(c: Any) -> dict[str, Any]:
+    """The config.json of a `gpt.Config`, in its dialect."""
+    dialect = next(d for d in DIALECTS if d.model_type == c.dialect)
+    out = dialect.write(c)
+    if dialect is GPT1:
+        out["afn"] = next(name for name, activation in _AFN.items() if activation == c.activation)
+    if dialect is NEO:
+        kinds = _kinds(c.layers, c.band, c.band_parity)
+        out |= {"attention_types": [[kinds, 1]], "attention_layers": kinds}
+    return out
+
+
+def _bands(raw: dict[str, Any], layers: int, window: int) -> dict[str, int]:
+    """band and band_parity of GPT-Neo's attention_types, pairs of a list of kinds and how often it is repeated."""
+    types = raw.get("attention_types") or [[["global", "local"], 12]]
+    try:
+        fits = sum(len(group) * times for group, times in types) == layers
+        kinds = [kind for group, times in types for kind in group * times] if fits else []
+    except (TypeError, ValueError):
+        kinds = []
+    band, parity = (window, kinds.index("local") % 2) if "local" in kinds else (0, 1)
+    if not kinds or kinds != _kinds(layers, band, parity) or raw.get("attention_layers", kinds) != kinds:
+        raise ValueError(
+            f"config.json: attention_types={types!r} is not implemented for {layers} layers and window_size={window} "
+            "(only global, or global and local by turns)"
+        )
+    return {"band": band, "band_parity": parity}
+
+
+def _kinds(layers: int, band: int, parity: int) -> list[str]:
+    return ["local" if band and i % 2 == parity else "global" for i in range(layers)]

@@ -4,6 +4,8 @@ Format: <case>_s0.safetensors (weights under the reference's names), .npz (input
 llama_longrope was made with transformers 5.23.0 on the weights of llama (`short_logits`: the first eight tokens alone,
 which use the short factors), qwen2_window likewise on those of qwen2 (a window of 3 from layer 1 on).
 cpp_baichuan*.npz: hidden states of a prompt of three tokens and two steps, from chatglm.cpp's tests.
+gpt3 was made with the same transformers' GPT-2 on the weights of gpt2, whose layers 0 and 2 were given a dense mask: a
+token sees itself, the two before it, and every fifth.
 """
 
 import functools
@@ -22,7 +24,8 @@ FOLDER = pathlib.Path(__file__).parent / "oracles"
 LLAMA = ("llama", "llama_gqa", "llama_tied", "llama_linear", "llama_dynamic", "llama_yarn", "llama3", "llama_longrope")
 #: Causal language models, and their rows in README's table.
 CAUSAL = {
-    "gpt1": "GPT-1", "gpt2": "GPT-2", "gptneo": "GPT-3", **dict.fromkeys(LLAMA, "LLaMA 1/2/3"), "mistral": "Mistral", "qwen2": "Qwen2",
+    "gpt1": "GPT-1", "gpt2": "GPT-2", "gpt3": "GPT-3", "gptneo": "GPT-3", **dict.fromkeys(LLAMA, "LLaMA 1/2/3"),
+    "mistral": "Mistral", "qwen2": "Qwen2",
     "qwen2_window": "Qwen2", "baichuan7b": "Baichuan", "baichuan13b": "Baichuan", "baichuan2_7b_composite": "Baichuan2",
     "baichuan2_13b": "Baichuan2",
 }  # fmt: skip

@@ -17,7 +17,7 @@ from garrulax.layers.rope import Rope
 
 SIZES = {"vocab": 40, "context": 16, "width": 8, "layers": 2, "heads": 2}
 BASE = {
-    "gpt": models.gpt.Config(**SIZES),
+    "gpt": models.gpt.Config(**SIZES, band=4),
     "glm": models.glm.Config(**SIZES, mask=33, sentence_mask=34, generation_mask=35, sop=36, eop=37),
     "llama": models.llama.Config(**SIZES, kv_heads=2, mlp_width=12, attention_dropout=0.1),
 }
@@ -25,6 +25,7 @@ CHANGED = {
     "vocab": 41, "context": 17, "width": 12, "layers": 3, "heads": 1, "kv_heads": 1, "head_dim": 6, "mlp_width": 20,
     "activation": "relu", "norm_eps": 1e-2, "embedding_dropout": 0.4, "attention_dropout": 0.4, "residual_dropout": 0.4,
     "scale_attention": False, "scale_by_layer": True, "init_std": 0.03, "mlp_bias": True, "window": 3,
+    "band": 3, "band_stride": 2, "band_parity": 0,
     "window_from": 1, "positions": "alibi", "normalized_head": True, "dialect": "mistral",
     "rope": Rope(theta=50.0), "eos": 3, "bos": 4, "pad": 5, "cls": 6, "mask": 7, "sentence_mask": 8,
     "generation_mask": 9, "sop": 10, "eop": 11,
@@ -38,6 +39,8 @@ BOTH = {
 ALONG = {
     "qkv_bias": {"qkv_bias": True, "dialect": "qwen2"},
     "out_bias": {"qkv_bias": True, "out_bias": True},
+    "gpt.qkv_bias": {"qkv_bias": False, "scale_attention": False},  # GPT-Neo
+    "gpt.post_norm": {"post_norm": True, "band": 0},  # GPT-1
 }
 #: Fields that no number in the model depends on, and who reads them.
 READ_ELSEWHERE = {
@@ -64,8 +67,9 @@ def base(family, name):
 
 def changed(family, name):
     c = base(family, name)
-    if name in ALONG:
-        return dataclasses.replace(c, **ALONG[name])
+    along = ALONG.get(f"{family}.{name}", ALONG.get(name))
+    if along:
+        return dataclasses.replace(c, **along)
     value = not c.tied if name == "tied" else CHANGED[name]
     if name in ("width", "heads") and family == "llama":  # head_dim follows unless given
         return dataclasses.replace(c, head_dim=0, **{name: value, "kv_heads": min(c.kv_heads, 1)})
@@ -218,7 +222,8 @@ def test_a_llama_config_json_that_cannot_be_is_refused_by_name(changes, message)
 
 
 def test_gpt2_config_json():
-    raw = models.gpt.to_hf(BASE["gpt"])
+    base = models.gpt.Config(**SIZES)
+    raw = models.gpt.to_hf(base)
     with pytest.raises(ValueError, match="add_cross_attention=True is not implemented"):
         models.gpt.from_hf(raw | {"add_cross_attention": True})
     with pytest.raises(ValueError, match="n_embd=8 and hidden_size=9 disagree"):
@@ -226,7 +231,7 @@ def test_gpt2_config_json():
     with pytest.raises(ValueError, match="mlp_width=0"):
         models.gpt.from_hf(raw | {"n_inner": 0})
     absent = {k: v for k, v in raw.items() if k not in ("eos_token_id", "n_inner", "layer_norm_epsilon")}
-    assert models.gpt.from_hf(absent) == dataclasses.replace(BASE["gpt"], eos=50256)
+    assert models.gpt.from_hf(absent) == dataclasses.replace(base, eos=50256)
     assert models.gpt.from_hf(raw | {"eos_token_id": None}).eos is None
     assert models.gpt.from_hf(raw | {"eos_token_id": [1, 2]}).eos == (1, 2)
 
@@ -256,6 +261,9 @@ def test_a_changed_preset_has_heads_of_its_new_width():
 
 
 COUNTS = {
+    "gpt1": 116_534_784, "gpt3-125m": 125_226_240, "gpt3-350m": 355_871_744, "gpt3-760m": 760_300_032,
+    "gpt3-1.3b": 1_315_723_264, "gpt3-2.7b": 2_651_553_280, "gpt3-6.7b": 6_658_404_352, "gpt3-13b": 12_853_386_240,
+    "gpt3-175b": 174_604_259_328,
     "gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200,
     "llama-7b": 6_738_415_616, "llama-13b": 13_015_864_320, "llama-33b": 32_528_943_616, "llama-65b": 65_285_660_672,
     "llama2-7b": 6_738_415_616, "llama2-13b": 13_015_864_320, "llama2-70b": 68_976_648_192,

@@ -13,7 +13,9 @@ from garrulax.kernels import mask as masks
 from garrulax.layers.rope import Rope
 
 CONFIGS = {
-    "gpt": models.gpt.Config(vocab=40, context=16, width=8, layers=2, heads=2, scale_by_layer=True, init_std=0.3),
+    "gpt": models.gpt.Config(
+        vocab=40, context=16, width=8, layers=2, heads=2, scale_by_layer=True, band=4, init_std=0.3,
+    ),
     "glm": models.glm.Config(vocab=40, context=16, width=8, layers=2, heads=2, init_std=0.3),
     "llama": models.llama.Config(
         vocab=40, context=16, width=8, layers=2, heads=2, kv_heads=1, mlp_width=12, qkv_bias=True, out_bias=True,

@@ -17,7 +17,7 @@ from garrulax.kernels import mask as masks
 from garrulax.layers.rope import Rope
 
 CONFIGS = {
-    "gpt": models.gpt.Config(vocab=96, context=24, width=32, layers=2, heads=4),
+    "gpt": models.gpt.Config(vocab=96, context=24, width=32, layers=2, heads=4, band=5, band_stride=4),
     "glm": models.glm.Config(vocab=96, context=24, width=32, layers=2, heads=4),
     "llama": models.llama.Config(
         vocab=97, context=24, width=32, layers=2, heads=4, kv_heads=2, mlp_width=48, rope=Rope(theta=500.0),

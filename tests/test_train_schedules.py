@@ -34,6 +34,16 @@ def test_warmup_stable_decay():
     np.testing.assert_allclose(got[15:], [1, 0.9, 0.8, 0.7, 0.6], rtol=1e-6)
 
 
+def test_warmup_linear():
+    """By the formula, with s = 1 where x <= w: the fall goes on during the warm-up."""
+    x, w = np.arange(1000) / 1000, 0.1
+    s = (x <= w).astype(float)
+    expected = 5 * (s * x / w + (1 - s)) * (1 - x)
+    np.testing.assert_allclose(values("warmup_linear", 5.0, 1000, warmup=w), expected, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(values("warmup_linear", 5.0, 1000, warmup=100), expected, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(values("warmup_linear", 1.0, 4, min_ratio=0.2), [1, 0.8, 0.6, 0.4], rtol=1e-6)
+
+
 def test_works_on_traced_steps():
     schedule = make_schedule("cosine", 1.0, 10, warmup=2)
     np.testing.assert_allclose(jax.jit(schedule)(5), schedule(5), rtol=1e-6)

@@ -4,11 +4,14 @@ import jax
 import jax.numpy as jnp
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """x with a share `rate` of its entries zeroed and the rest divided by 1 - rate; x itself where key is None."""
+def dropout(x: jax.Array, rate: float, key: jax.Array | None, shape: tuple[int, ...] | None = None) -> jax.Array:
+    """x with a share `rate` of its entries zeroed and the rest divided by 1 - rate; x itself where key is None.
+
+    shape: of the draws, which are broadcast: along an axis of size 1 entries stay or go together. None is x's own.
+    """
     if key is None or rate == 0:
         return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, shape or x.shape), x / (1 - rate), 0).astype(x.dtype)
 
 
 def split(key: jax.Array | None, count: int) -> list[jax.Array | None]:

@@ -101,7 +101,7 @@ NEO = dataclasses.replace(NEO, ignored=NEO.ignored | {"attention_types", "attent
 DIALECTS = (GPT2, GPT1, GPT3, NEO)
 
 #: What a format has no key for, and the value that its models have.
-_IMPLIED = {
+_IMPLIED: dict[str, dict[str, Any]] = {
     "openai-gpt": {
         "mlp_width": None, "qkv_bias": True, "scale_attention": True, "scale_by_layer": False, "band": 0,
     },

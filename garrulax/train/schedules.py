@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 Schedule = Callable[[jax.Array | int], jax.Array]
 
-KINDS = ("constant", "linear", "cosine", "wsd")
+KINDS = ("constant", "linear", "cosine", "wsd", "warmup_linear")
 
 
 def make_schedule(
@@ -19,12 +19,15 @@ def make_schedule(
     """A schedule from the warm-up to `peak` and from there down to `min_ratio * peak`.
 
     kind: "constant" stays at the peak; "linear" and "cosine" (Loshchilov & Hutter 2017, eq. 5) fall over all of the
-    rest; "wsd" (warm-up, stable, decay: Hu et al. 2024, arXiv 2404.06395) stays and falls linearly at the end.
+    rest; "wsd" (warm-up, stable, decay: Hu et al. 2024, arXiv 2404.06395) stays and falls linearly at the end;
+    "warmup_linear" is GPT-1's, which falls during its warm-up too, and begins with a step at rate 0.
     steps: updates in all. warmup: number of steps, or below 1 a share of them. decay: wsd's last part, likewise.
     Raises ValueError for an unknown kind, and where warm-up and decay leave no room.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown schedule {kind!r}: choose from {', '.join(KINDS)}")
+    if kind == "warmup_linear":
+        return _warmup_linear(peak, steps, warmup if warmup < 1 else warmup / steps, min_ratio)
     rise, fall = _steps(warmup, steps), _steps(decay, steps) if kind == "wsd" else 0
     if rise + fall > steps:
         raise ValueError(f"warmup={warmup} and decay={decay} are longer than the {steps} steps of the run")
@@ -39,6 +42,18 @@ def make_schedule(
         else:
             ratio = 1 - (1 - min_ratio) * done
         return peak * ratio * jnp.clip((step + 1) / max(1, rise), 0, 1)
+
+    return schedule
+
+
+def _warmup_linear(peak: float, steps: int, warmup: float, min_ratio: float) -> Schedule:
+    """(s x / w + 1 - s) (1 - x) with x = step / steps, w = warmup and s = 1 where x <= w, else 0
+    (openai/finetune-transformer-lm opt.py)."""
+
+    def schedule(step):
+        x = jnp.clip(step / steps, 0, 1)
+        rise = jnp.clip(x / warmup, 0, 1) if warmup else 1.0
+        return peak * rise * (1 - (1 - min_ratio) * x)
 
     return schedule
 

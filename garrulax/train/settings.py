@@ -34,9 +34,10 @@ class Settings:
     micro-batches that a batch is cut into, one after another.
 
     Optimizer. optimizer: "muon" or "adamw". lr: peak rate. adam_lr: peak rate of the embeddings, output and vectors
-    that Muon leaves to Adam. None takes the optimizer's default. schedule: constant, linear, cosine, wsd. warmup and
-    decay (wsd): steps, or below 1 a share of them. min_lr_ratio: the last rate in terms of the peak. weight_decay:
-    decoupled. clip: greatest norm of the gradient, 0 for none. beta1, beta2, eps: Adam's. momentum: Muon's.
+    that Muon leaves to Adam. None takes the optimizer's default. schedule: constant, linear, cosine, wsd or
+    warmup_linear. warmup and decay (wsd): steps, or below 1 a share of them. min_lr_ratio: the last rate in terms of
+    the peak. weight_decay: decoupled. clip: greatest norm of the gradient, 0 for none. beta1, beta2, eps: Adam's.
+    momentum: Muon's.
 
     Numbers. seed: of initial weights, order of the data and dropout. precision: dtype of the computation ("float32",
     "bfloat16"); parameters are kept in float32. remat: what the backward pass recomputes (none, dots, full).

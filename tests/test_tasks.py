@@ -13,12 +13,14 @@ from safetensors.numpy import load_file
 import garrulax as gx
 from garrulax import models
 from garrulax.core import spec
+from garrulax.core.sharding import make_mesh
 from garrulax.models import heads
 from garrulax.train import tasks
+from garrulax.train.batches import on_devices
 from garrulax.train.objectives import negative_log_likelihood
 from garrulax.train.optimizers import make_optimizer
 from garrulax.train.settings import Settings
-from garrulax.train.state import init_state
+from garrulax.train.state import abstract_state, init_state
 from garrulax.train.step import make_train_step
 
 Z = np.load(FOLDER / "gpt1_tasks_s0.npz")
@@ -186,24 +188,24 @@ def test_the_head_s_dropout_is_one_for_all_choices():
 
 
 def test_embedding_dropout_falls_on_the_matrix():
-    """With the whole model cut off but the embedding, a dropped entry is 0 wherever its token stands, also among the
-    logits' rows."""
+    """A dropped entry is 0 wherever its token stands, and in the rows that give the logits."""
     c = models.gpt.Config(
-        vocab=9, context=8, width=512, layers=1, heads=1, embedding_dropout=0.5, attention_dropout=0.0,
-        residual_dropout=0.0, qkv_bias=False, scale_attention=False,
+        vocab=9, context=8, width=128, layers=1, heads=1, embedding_dropout=0.5, attention_dropout=0.0,
+        residual_dropout=0.0, post_norm=True,
     )  # fmt: skip
-    params, config = tasks._with_dropped_matrix(gx.init(c, jax.random.key(0)), c, jax.random.key(1))
-    assert config == dataclasses.replace(c, embedding_dropout=0.0)
+    params, key = gx.init(c, jax.random.key(0)), jax.random.key(1)
+    dropped, without = tasks._with_dropped_matrix(params, c, jax.random.split(key, 3)[0])
+    assert without == dataclasses.replace(c, embedding_dropout=0.0)
     for name in ("tokens", "positions"):
-        before, after = gx.init(c, jax.random.key(0))[name], params[name]
+        before, after = params[name], dropped[name]
         assert abs((after == 0).mean() - 0.5) < 0.05
         np.testing.assert_allclose(after, jnp.where(after == 0, 0, 2 * before))
+    head = {"classifier": {"weight": jnp.ones((128, 2)), "bias": jnp.zeros(2)}}
     batch = {"tokens": np.full((1, 1, 8), 3), "weights": np.ones((1, 1, 8)), "labels": np.zeros(1, int)}
-    params["classifier"] = {"weight": jnp.ones((512, 2)), "bias": jnp.zeros(2)}
     loss = jax.jit(tasks.finetuning("classification", head_dropout=0.0), static_argnums=2)
-    values = [float(loss(params, batch, c, jax.random.key(i))[0]) for i in (1, 1, 2)]
-    assert values[0] == values[1] != values[2]
-    assert float(loss(params, batch, c)[0]) not in values
+    with_key, _ = loss(params | head, batch, c, key)
+    assert with_key == pytest.approx(float(loss(dropped | head, batch, without)[0]), rel=1e-6)
+    assert with_key != pytest.approx(float(loss(params | head, batch, without)[0]), rel=1e-3)
 
 
 def example(task, rng):
@@ -242,9 +244,10 @@ def test_every_head_learns(task):
         optimizer="adamw", schedule="warmup_linear", warmup=0.1, min_lr_ratio=0.0, lr=5e-3, weight_decay=0.01,
         beta2=0.999, steps=100, dropout=True,
     )  # fmt: skip
-    optimizer = make_optimizer(settings, models.gpt.parameters(config) | head)
+    specs = models.gpt.parameters(config) | head
+    optimizer = make_optimizer(settings, specs)
     step = make_train_step(config, settings, optimizer, tasks.finetuning(task))
-    state = init_state(config, optimizer, 0, params=params)
+    state = init_state(config, optimizer, 0, params=params, specs=specs)
     for _ in range(settings.steps):
         batch = tasks.make_batch(task, *examples(task, rng, 32), control, 12)
         state, metrics = step(state, {k: v[None] for k, v in batch.items()})
@@ -252,3 +255,25 @@ def test_every_head_learns(task):
     batch = tasks.make_batch(task, *examples(task, rng, 256), control, 12)
     right = tasks.predict(state.params, batch, config, task).argmax(-1) == batch["labels"]
     assert right.mean() > 0.9
+
+
+def test_fine_tuning_on_a_mesh_equals_one_device():
+    """Without dropout, whose draws depend on where they are made; the state as it would be restored."""
+    task = "multiple_choice"
+    small = dataclasses.replace(CONFIG, vocab=96, layers=1)
+    specs = models.gpt.parameters(small) | {"classifier": heads.classifier(small, HEAD[task])}
+    params = spec.init(specs, jax.random.key(0))
+    batch = tasks.make_batch(task, *examples(task, np.random.default_rng(0), 8), CONTROL, 12)
+    loss = jax.jit(jax.value_and_grad(lambda p, b: tasks.finetuning(task, lm_outputs="matrix")(p, b, small)[0]))
+    expected, gradients = loss(params, batch)
+    optimizer = make_optimizer(Settings(), specs)
+    mesh = make_mesh("fsdp=4,tensor=2")
+    with jax.set_mesh(mesh):
+        state = init_state(small, optimizer, 0, mesh=mesh, params=params, specs=specs)
+        target = abstract_state(small, optimizer, mesh=mesh, specs=specs)
+        value, got = loss(state.params, on_devices(batch, mesh))
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(target), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, gradients)

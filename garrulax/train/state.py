@@ -33,10 +33,12 @@ def init_state(
     rules: str | sharding.Rules = "fsdp+tp",
     dtype: Any = jnp.float32,
     params: spec.Tree | None = None,
+    specs: spec.Tree | None = None,
 ) -> TrainState:
     """The state before the first step. With a mesh, which must be set (`jax.set_mesh`), it is born sharded.
 
     params: start from these, as arrays of any kind, instead of random ones (they are copied: a step donates its state).
+    specs: of the given params where they have more leaves than the config's family, such as a head.
     """
     init_key, key = jax.random.split(jax.random.key(seed))
     if params is None:
@@ -44,7 +46,7 @@ def init_state(
     else:
         params = jax.tree.map(lambda p: jnp.array(p, dtype, copy=True), params)
         if mesh is not None:
-            specs = models.family(config).parameters(config)
+            specs = models.family(config).parameters(config) if specs is None else specs
             params = jax.device_put(params, sharding.shardings(specs, mesh, rules))
     step = jnp.zeros((), jnp.int32)
     if mesh is not None:
@@ -59,9 +61,10 @@ def abstract_state(
     mesh: Mesh | None = None,
     rules: str | sharding.Rules = "fsdp+tp",
     dtype: Any = jnp.float32,
+    specs: spec.Tree | None = None,
 ) -> TrainState:
     """Shapes, dtypes and shardings of `init_state`'s result: the target of a restore. Nothing is allocated."""
-    specs = models.family(config).parameters(config)
+    specs = models.family(config).parameters(config) if specs is None else specs
     params = spec.abstract(specs, dtype, None if mesh is None else sharding.shardings(specs, mesh, rules))
     opt_state = jax.eval_shape(optimizer.init, params)
     key = jax.eval_shape(lambda: jax.random.key(0))

@@ -9,7 +9,9 @@ labels int32 [B], a class, or for a choice which sequence. Parameters are the mo
     params, config = heads.add_tokens(params, config, 3, key)
     specs = {**gpt.parameters(config), "classifier": heads.classifier(config, outputs=2)}
     params |= spec.init({"classifier": specs["classifier"]}, key)
-    step = make_train_step(config, settings, make_optimizer(settings, specs), finetuning("entailment"))
+    optimizer = make_optimizer(settings, specs)
+    state = init_state(config, optimizer, seed, params=params, specs=specs)
+    step = make_train_step(config, settings, optimizer, finetuning("entailment"))
 """
 
 import dataclasses
@@ -184,17 +186,23 @@ def lm_losses(params: Tree, x: jax.Array, batch: Batch, config: gpt.Config, outp
     outputs: "vocabulary" chooses among the tokens; "matrix" among all rows of the original's one matrix of tokens and
     positions, which is what its code does. Raises ValueError for "matrix" where the output is not tied.
     """
+    if outputs == "matrix" and not config.tied:
+        raise ValueError("lm_outputs='matrix' needs a tied output: the matrix is the embedding's")
     tokens, weights = batch["tokens"][:, :, 1:], batch["weights"][:, :, 1:]
     examples, sequences, length = tokens.shape
     states = x[:, :, :-1].reshape(examples * sequences, length, -1)
+    logits = gpt.logits(params, states, config)
+    nll = negative_log_likelihood(logits, tokens.reshape(-1, length))
     if outputs == "matrix":
-        if not config.tied:
-            raise ValueError("lm_outputs='matrix' needs a tied output: the matrix is the embedding's")
-        logits = einsum("BTD,VD->BTV", states, jnp.concatenate([params["tokens"], params["positions"]]))
-    else:
-        logits = gpt.logits(params, states, config)
-    nll = negative_log_likelihood(logits, tokens.reshape(-1, length)).reshape(tokens.shape)
+        places = einsum("BTD,VD->BTV", states, params["positions"])
+        # log(sum of both parts) - log(sum of the tokens' part); joining the logits would have to gather them on a mesh
+        nll = nll + jax.nn.softplus(_log_sum(places) - _log_sum(logits))
+    nll = nll.reshape(tokens.shape)
     return jnp.sum(nll * weights, axis=-1) / jnp.sum(weights, axis=-1)
+
+
+def _log_sum(logits: jax.Array) -> jax.Array:
+    return jax.nn.logsumexp(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), axis=-1)
 
 
 def _with_dropped_matrix(params: Tree, config: gpt.Config, key: jax.Array) -> tuple[Tree, gpt.Config]:

@@ -222,8 +222,8 @@ def test_a_llama_config_json_that_cannot_be_is_refused_by_name(changes, message)
 
 
 def test_gpt2_config_json():
-    base = models.gpt.Config(**SIZES)
-    raw = models.gpt.to_hf(base)
+    gpt2 = models.gpt.Config(**SIZES)
+    raw = models.gpt.to_hf(gpt2)
     with pytest.raises(ValueError, match="add_cross_attention=True is not implemented"):
         models.gpt.from_hf(raw | {"add_cross_attention": True})
     with pytest.raises(ValueError, match="n_embd=8 and hidden_size=9 disagree"):
@@ -231,7 +231,7 @@ def test_gpt2_config_json():
     with pytest.raises(ValueError, match="mlp_width=0"):
         models.gpt.from_hf(raw | {"n_inner": 0})
     absent = {k: v for k, v in raw.items() if k not in ("eos_token_id", "n_inner", "layer_norm_epsilon")}
-    assert models.gpt.from_hf(absent) == dataclasses.replace(base, eos=50256)
+    assert models.gpt.from_hf(absent) == dataclasses.replace(gpt2, eos=50256)
     assert models.gpt.from_hf(raw | {"eos_token_id": None}).eos is None
     assert models.gpt.from_hf(raw | {"eos_token_id": [1, 2]}).eos == (1, 2)
 

@@ -74,9 +74,9 @@ def test_every_format_keeps_every_setting_or_refuses_it_by_name(dialect, name):
         ({"band_parity": 0}, "give their band"),
         ({"post_norm": 1}, "post_norm=1"),
         ({"qkv_bias": None}, "qkv_bias=None"),
-        ({"post_norm": True, "qkv_bias": False}, "qkv_bias=False is not implemented in a openai-gpt"),
-        ({"post_norm": True, "activation": "gelu"}, "activation='gelu' is not implemented in a openai-gpt"),
-        ({"qkv_bias": False}, "scale_attention=True is not implemented in a gpt_neo"),
+        ({"post_norm": True, "qkv_bias": False}, "dialect 'openai-gpt' cannot say qkv_bias=False"),
+        ({"post_norm": True, "activation": "gelu"}, "cannot say activation='gelu', only gelu_new"),
+        ({"qkv_bias": False}, "dialect 'gpt_neo' cannot say scale_attention=True"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_by_name(changes, message):
@@ -188,3 +188,10 @@ def test_greedy_text_is_the_argmax_of_a_full_pass(dialect):
         text = np.array([[*prompt, *out.tokens]])
         best = gx.forward(gx.unstack(params), text, c)[0].argmax(-1)
         np.testing.assert_array_equal(best[0, len(prompt) - 1 : -1], out.tokens)
+
+
+@pytest.mark.parametrize(("row", "name", "number"), [("GPT-1", "gpt1", 1), ("GPT-2", "gpt2", 4), ("GPT-3", "gpt3-", 8)])
+def test_every_published_size_has_a_preset(row, name, number, table):
+    found = [preset for preset in gpt.PRESETS if preset.startswith(name) and "tiny" not in preset]
+    assert len(found) == number
+    table(row, "presets", number)

@@ -115,10 +115,10 @@ def check(c: Any) -> None:
     """Raises ValueError for a `gpt.Config` whose dialect has no word for one of its settings."""
     for name, value in _IMPLIED.get(c.dialect, {}).items():
         if getattr(c, name) != value:
-            raise ValueError(f"{name}={getattr(c, name)!r} is not implemented in a {c.dialect} (only {value!r})")
+            raise ValueError(f"dialect {c.dialect!r} cannot say {name}={getattr(c, name)!r}, only {value!r}")
     if c.dialect == GPT1.model_type and c.activation not in _AFN.values():
         raise ValueError(
-            f"activation={c.activation!r} is not implemented in a {c.dialect} (only {', '.join(_AFN.values())})"
+            f"dialect {c.dialect!r} cannot say activation={c.activation!r}, only {', '.join(_AFN.values())}"
         )
 
 

@@ -146,6 +146,11 @@ def test_prefixes_buffers_and_tied_tensors(tmp_path):
     bare = {k.removeprefix("transformer."): v for k, v in gpt2.items() if k != "lm_head.weight"}
     buffers = {f"h.{i}.attn.{name}": np.zeros((1, 1), np.float32) for i in range(3) for name in ("bias", "masked_bias")}
     same_bytes(gx.load(folder_of("gpt2", tmp_path / "bare", bare | buffers)).params, params("gpt2"))
+    gpt1 = {k.removeprefix("transformer."): v for k, v in tensors("gpt1").items() if k != "lm_head.weight"}
+    buffers = {"h.0.attn.bias": np.zeros((1, 1), np.float32), "position_ids": np.arange(32)}
+    same_bytes(gx.load(folder_of("gpt1", tmp_path / "gpt1", gpt1 | buffers)).params, params("gpt1"))
+    buffers = {f"transformer.h.0.attn.attention.{name}": np.zeros(1, np.float32) for name in ("bias", "masked_bias")}
+    same_bytes(gx.load(folder_of("gptneo", tmp_path / "neo", tensors("gptneo") | buffers)).params, params("gptneo"))
     prefixed = {f"glm.{k}": v for k, v in glm.items()}
     same_bytes(gx.load(folder_of("glm_original", tmp_path / "glm", prefixed)).params, params("glm_original"))
     rotary = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(4, np.float32)}

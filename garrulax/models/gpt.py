@@ -77,7 +77,7 @@ class Config:
         check_flags(self, "tied", "scale_attention", "scale_by_layer", "post_norm", "qkv_bias")
         check_ids(self, "bos", "eos")
         self._check_band()
-        gpt_hf.check(self)
+        gpt_hf.check_dialect(self)
 
     def _check_band(self):
         for name in ("band", "band_stride"):
@@ -257,7 +257,7 @@ def layout(c: Config) -> Layout:
     return Layout(
         prefix="transformer.",
         tied={"lm_head.weight": f"transformer.{_tables(c)[0]}.weight"} if c.tied else {},
-        buffers=(".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias"),
+        buffers=(".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", "position_ids"),
     )
 
 

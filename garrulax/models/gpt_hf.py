@@ -111,7 +111,7 @@ _IMPLIED: dict[str, dict[str, Any]] = {
 _AFN = {"gelu": "gelu_new", "relu": "relu", "silu": "silu", "swish": "swish"}
 
 
-def check(c: Any) -> None:
+def check_dialect(c: Any) -> None:
     """Raises ValueError for a `gpt.Config` whose dialect has no word for one of its settings."""
     for name, value in _IMPLIED.get(c.dialect, {}).items():
         if getattr(c, name) != value:

@@ -173,7 +173,7 @@ def test_save_and_load(name, tmp_path):
     tokenizer = TOKENIZERS[name]
     tokenizer.save(tmp_path)
     loaded = load_tokenizer(tmp_path)
-    for field in ("vocab", "bos", "eos", "pad", "specials", "adds_bos", "strips_space", "fingerprint"):
+    for field in ("vocab", "bos", "eos", "pad", "specials", "prefix", "suffix", "strips_space", "fingerprint"):
         assert getattr(loaded, field) == getattr(tokenizer, field), field
     assert loaded.encode("hello world") == tokenizer.encode("hello world")
     loaded.save(tmp_path / "again")
@@ -203,7 +203,7 @@ def test_specials_beside_and_inside_a_sentencepiece_model(tmp_path):
     )
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.specials == {"<|endoftext|>": 1, "[MASK]": 2, "<|user|>": 405, "def": inside}
-    assert (tokenizer.vocab, tokenizer.bos, tokenizer.eos, tokenizer.pad, tokenizer.adds_bos) == (406, 2, 405, 0, True)
+    assert (tokenizer.vocab, tokenizer.bos, tokenizer.eos, tokenizer.pad, tokenizer.prefix) == (406, 2, 405, 0, (2,))
     text = "def a\ndef b <|user|>"
     assert {405, inside}.isdisjoint(tokenizer.encode(text))
     assert tokenizer.decode(tokenizer.encode(text)) == text

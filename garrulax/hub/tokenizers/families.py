@@ -148,18 +148,24 @@ def recognise(
     if ranks:
         by_type = {"llama": "llama3", "mllama": "llama3", "glm": "glm4", "glm4": "glm4"}
         return by_type.get(model_type) or _RANKS.get(ranks)
-    if {"<|start_header_id|>", "<|eot_id|>"} <= set(added):
+    if {"<|begin_of_text|>", "<|start_header_id|>", "<|eot_id|>"} <= set(added):
         return "llama3"
     return "glm4" if {"[gMASK]", "<sop>", "<|user|>", "<|observation|>"} <= set(added) else None
 
 
-def complete(family: str | None, config: dict[str, Any], generation: dict[str, Any]) -> dict[str, Any]:
+def complete(
+    family: str | None, config: dict[str, Any], generation: dict[str, Any], added: Collection[str]
+) -> dict[str, Any]:
     """tokenizer_config.json with what the family's code adds to it.
 
-    generation: generation_config.json, in which Baichuan's chat models name their role tokens.
+    generation: generation_config.json, in which Baichuan's chat models name their role tokens. added: the control
+    tokens there are; older models of a family may lack some.
     """
+    own = {} if family is None else {"garrulax_family": family}
+    if family is not None:
+        facts = FAMILIES[family]
+        own |= {role: token for role, token in facts.names.items() if token in added or token not in facts.added}
     roles = {key: generation[key] for key in ROLE_IDS if key in generation}
-    own = {} if family is None else {"garrulax_family": family} | FAMILIES[family].names
     return own | roles | {key: value for key, value in config.items() if value is not None}
 
 
@@ -173,6 +179,8 @@ def adopt(tokenizer: Tokenizer, family: str | None) -> Tokenizer:
     """`tokenizer`, with the prefix, suffix and conversation format of its family where its file has none."""
     if family is not None:
         facts, ids = FAMILIES[family], tokenizer.specials
+        if lacking := [content for content in (*facts.prefix, *facts.suffix) if content not in ids]:
+            raise ValueError(f"a {family} tokenizer needs the token {lacking[0]!r}, which this one does not have")
         tokenizer.prefix = tokenizer.prefix or tuple(ids[content] for content in facts.prefix)
         tokenizer.suffix = tuple(ids[content] for content in facts.suffix)
         tokenizer.ends = tuple(ids[c] for c in facts.ends if c in ids and ids[c] != tokenizer.eos)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,8 @@ class _Folder:
     def family(self, file: str, ranks: int = 0) -> str | None:
         return families.recognise(file, self.config, self.model, self.named, ranks)
 
-    def settings(self, family: str | None) -> dict[str, Any]:
-        return families.complete(family, self.config, self.generation)
+    def settings(self, family: str | None, added: Collection[str]) -> dict[str, Any]:
+        return families.complete(family, self.config, self.generation, added)
 
 
 def _read_folder(folder: Path) -> _Folder:
@@ -101,7 +102,7 @@ def _load_file(file: Path) -> Tokenizer:
         specials = frozenset(t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special)
         folder = dataclasses.replace(folder, named=specials)
         family = folder.family(file.name)
-        return families.adopt(JsonTokenizer(tokenizer, folder.settings(family)), family)
+        return families.adopt(JsonTokenizer(tokenizer, folder.settings(family, specials)), family)
     if file.name in MERGES:
         return _assembled(_bpe(file, file.with_name(MERGES[file.name])), folder, folder.family(file.name))
     if file.name == "vocab.txt":
@@ -123,15 +124,15 @@ def _from_ranks(name: str, content: bytes, folder: _Folder) -> Tokenizer:
 
 def _from_pieces(name: str, content: bytes, folder: _Folder) -> Tokenizer:
     family = folder.family(name)
-    config = folder.settings(family)
+    sp = sentencepiece.SentencePieceProcessor(model_proto=content)
+    added = families.added_tokens(family, sp.vocab_size(), folder.listed)
+    config = folder.settings(family, added)
     tokenizer: SentencePieceTokenizer
     if family in ("chatglm", "glm130b"):
         if folder.model.get("vocab_size", 150_528) < 150_000:  # the second release moved the ids down
             config = {"num_image_tokens": 0} | config
-        tokenizer = IceTokenizer(content, folder.listed, config)
+        tokenizer = IceTokenizer(content, added, config)
     else:
-        sp = sentencepiece.SentencePieceProcessor(model_proto=content)
-        added = families.added_tokens(family, sp.vocab_size(), folder.listed)
         roles = [config[key] for key in families.ROLE_IDS if key in config]
         tokenizer = SentencePieceTokenizer(content, {sp.id_to_piece(i): i for i in roles} | added, config)
     tokenizer.file = name
@@ -140,10 +141,10 @@ def _from_pieces(name: str, content: bytes, folder: _Folder) -> Tokenizer:
 
 def _assembled(tokenizer: tokenizers.Tokenizer, folder: _Folder, family: str | None) -> Tokenizer:
     """`tokenizer` with its control tokens, which must get the ids that the files give them, and its prefix."""
-    config = folder.settings(family)
+    added = families.added_tokens(family, tokenizer.get_vocab_size(), folder.listed)
+    config = folder.settings(family, added)
     own = [content for content in families.names_of(config).values() if tokenizer.token_to_id(content) is not None]
     tokenizer.add_special_tokens(own)
-    added = families.added_tokens(family, tokenizer.get_vocab_size(), folder.listed)
     for content, token in sorted(added.items(), key=lambda item: item[1]):
         tokenizer.add_special_tokens([content])
         if tokenizer.token_to_id(content) != token:

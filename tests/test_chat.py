@@ -263,6 +263,9 @@ def test_templates_of_folders(jinja, tmp_path, chatml):
     named = JsonTokenizer(made.byte_level_bpe(), {"chat_template": several[1:]})
     with pytest.raises(ValueError, match="the chat templates of this tokenizer are tool_use: give template="):
         named.apply_chat_template(TALK)
+    named.config["chat_template"] = 5
+    with pytest.raises(ValueError, match="is not a text but 5: give template="):
+        named.apply_chat_template(TALK)
 
 
 def test_what_transformers_gives_a_template(jinja, chatml):

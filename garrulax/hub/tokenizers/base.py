@@ -53,6 +53,7 @@ class Tokenizer(Protocol):
     chat_format: str | None = None
     strips_space: bool = False
     spaces_words: bool = False
+    _pieces_start: bool = True  # whether a piece of text behind a control token begins as a text does
 
     def encode(self, text: str, *, start: bool = True) -> list[int]:
         """Ids of a plain text; never control tokens. ValueError if the vocabulary cannot express the text.
@@ -95,17 +96,17 @@ class Tokenizer(Protocol):
 
     def spelled(self, text: str) -> list[Span]:
         """Where `text` spells control tokens. For texts of templates, not of users."""
-        if not self.specials:
+        longest_first = sorted(filter(None, self.specials), key=len, reverse=True)
+        if not longest_first:
             return []
-        longest_first = sorted(self.specials, key=len, reverse=True)
         found = re.finditer("|".join(map(re.escape, longest_first)), text)
         return [(*match.span(), self.specials[match[0]]) for match in found]
 
     def encode_around(self, text: str, spans: Sequence[Span]) -> list[int]:
-        """Ids of a text in which only `spans` are control tokens, each piece between them a text of its own."""
+        """Ids of a text in which only `spans` are control tokens, and all between them is plain text."""
         ids, at = [], 0
         for start, end, token in [*spans, (len(text), len(text), None)]:
-            ids += self.encode(text[at:start]) if start > at else []
+            ids += self.encode(text[at:start], start=at == 0 or self._pieces_start) if start > at else []
             ids += [] if token is None else [token]
             at = end
         return ids

@@ -57,12 +57,16 @@ def _check(messages: Sequence[Message]) -> None:
 def _own_template(template: Any, variables: dict) -> str | None:
     """The Jinja source in tokenizer_config.json, where several may stand by name."""
     if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}
+        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
     if isinstance(template, dict):
         name = "tool_use" if variables.get("tools") and "tool_use" in template else "default"
         if name not in template:
-            raise ValueError(f"the chat templates of this tokenizer are {', '.join(template)}: give template= one")
+            raise ValueError(
+                f"the chat templates of this tokenizer are {', '.join(map(str, template))}: give template= one"
+            )
         template = template[name]
+    if template is not None and not isinstance(template, str):
+        raise ValueError(f"the chat_template of this tokenizer is not a text but {template!r:.40}: give template=")
     return template
 
 

@@ -165,7 +165,7 @@ def complete(
     if family is not None:
         facts = FAMILIES[family]
         own |= {role: token for role, token in facts.names.items() if token in added or token not in facts.added}
-    roles = {key: generation[key] for key in ROLE_IDS if key in generation}
+    roles = {key: generation[key] for key in ROLE_IDS if isinstance(generation.get(key), int)}
     return own | roles | {key: value for key, value in config.items() if value is not None}
 
 

@@ -46,6 +46,7 @@ class _Guard:
     """Replaces the first and last characters of control tokens by private ones, and back."""
 
     def __init__(self, specials: Iterable[str], source: str, data: Any):
+        specials = list(filter(None, specials))
         ends = sorted({end for content in specials for end in (content[0], content[-1])})
         used = set(json.dumps(data, ensure_ascii=False, default=str)) | set(source)
         private = (chr(code) for code in range(0x100000, 0x10FFFE) if chr(code) not in used)

@@ -47,7 +47,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     except FileNotFoundError:
         raise
     except Exception as error:  # both libraries raise bare RuntimeError or Exception on a damaged file
-        raise ValueError(f"cannot read the tokenizer {file}: {error}") from error
+        raise ValueError(f"cannot read the tokenizer {file}: {' '.join(str(error).split())}") from error
 
 
 def find_tokenizer(folder: Path) -> Path | None:

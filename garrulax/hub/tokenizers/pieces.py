@@ -10,7 +10,7 @@ from typing import Any
 
 import sentencepiece
 
-from garrulax.hub.tokenizers.base import Span, Tokenizer, named_ids, save_config, sha256
+from garrulax.hub.tokenizers.base import Tokenizer, named_ids, save_config, sha256
 
 SPACE = "\u2581"  # SentencePiece's visible space
 #: Bytes that, behind a model, say add_dummy_prefix=False: field 3 (normalizer_spec) of the protobuf holds field 3.
@@ -55,6 +55,7 @@ class SentencePieceTokenizer(Tokenizer):
         is_llama = str(self.config.get("tokenizer_class", "")).startswith("Llama")
         if self.bos is not None and self.config.get("add_bos_token", is_llama):
             self.prefix = (self.bos,)
+        self._pieces_start = self.config.get("legacy", True)  # as in transformers
         self.strips_space = self._sp.encode("a", out_type=str)[0].startswith(SPACE)
         # The library reads U+2581 as a space. Where it can be spelled in bytes it is, so that the round trip is exact.
         spelled = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
@@ -88,19 +89,6 @@ class SentencePieceTokenizer(Tokenizer):
         cuts = [match.start() + len(forged) // 2 for match in re.finditer(re.escape(forged), text)]
         # Spelled otherwise, in full-width letters say, which the model reads as these: halve until it does not.
         return self._encode_parts(text, cuts or [len(text) // 2], start)
-
-    def encode_around(self, text: str, spans: Sequence[Span]) -> list[int]:
-        """Ids of a text in which only `spans` are control tokens.
-
-        As in transformers a piece behind a control token begins with a dummy space only where `legacy` is not false.
-        """
-        if self.config.get("legacy", True):
-            return super().encode_around(text, spans)
-        ids, at = [], 0
-        for start, end, token in spans:
-            ids += [*(self.encode(text[at:start], start=at == 0) if start > at else []), token]
-            at = end
-        return ids + (self.encode(text[at:], start=at == 0) if at < len(text) else [])
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of a piece; those of U+FFFD for the unknown token."""

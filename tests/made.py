@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import struct
 from pathlib import Path
 
@@ -114,3 +115,34 @@ def ranks_at(size, known):
     free = (i for i in range(size) if i not in tokens)
     tokens |= dict(zip(free, missing, strict=False))
     return [tokens.get(i, b"\xff\xfe" + i.to_bytes(3, "big")) for i in range(size)]
+
+
+FIELDS = (
+    "vocab",
+    "bos",
+    "eos",
+    "pad",
+    "specials",
+    "prefix",
+    "suffix",
+    "ends",
+    "chat_format",
+    "strips_space",
+    "spaces_words",
+)
+NASTY = "It's\u017f I'LL 'Ve  \u00a0 12345 3.14\t\r\n\n  x\u2028y é 🙂👩‍👩‍👧 你好 <|eot_id|> [gMASK]<sop> ...!!\n\n "
+
+
+def write(folder, **files):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        name = name.replace("__", ".")
+        (folder / name).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    return folder
+
+
+def assert_same(loaded, tokenizer, text=NASTY):
+    for field in FIELDS:
+        assert getattr(loaded, field) == getattr(tokenizer, field), field
+    assert loaded.encode(text) == tokenizer.encode(text)
+    assert loaded.decode(loaded.encode(text)) == tokenizer.decode(tokenizer.encode(text))

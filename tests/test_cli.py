@@ -5,7 +5,9 @@ import subprocess
 import sys
 
 import pytest
+from tiny import byte_model
 
+import garrulax as gx
 from garrulax.cli import main
 
 TEXT = "".join(f"def f{i}(x):\n    return x * {i} + {i * 7 % 13}\n\n" for i in range(300))
@@ -113,3 +115,19 @@ def test_help_needs_no_jax():
     )  # fmt: skip
     assert "train a model on text" in done.stdout
     assert done.stdout.strip().endswith("False")
+
+
+def test_chat(tmp_path, capsys):
+    model = byte_model("llama")
+    model = gx.Model(model.config, model.params, model.tokenizer)
+    gx.save(model, tmp_path / "m")
+    words = ["generate", str(tmp_path / "m"), "hi", "--chat", "--max-new-tokens", "6", "--temperature", "0"]
+    assert "this tokenizer has no chat template" in refused(capsys, 2, *words)
+    gx.save(model.replace(tokenizer=None), tmp_path / "n")
+    assert "--chat needs the model's tokenizer" in refused(capsys, 2, "generate", tmp_path / "n", "hi", "--chat")
+
+    pytest.importorskip("jinja2")
+    (tmp_path / "m" / "chat_template.jinja").write_text("<{{ messages[0].content }}>")
+    assert main(words) == 0
+    answer = gx.generate(model, "<hi>", max_new_tokens=6, temperature=0)
+    assert capsys.readouterr().out == f"{answer}\n"

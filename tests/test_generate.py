@@ -225,6 +225,7 @@ class Words:
     """Tokens that are pieces of text, with the interface of a tokenizer."""
 
     strips_space = False
+    spaces_words = False
 
     def __init__(self, *words):
         self.words = [w.encode() if isinstance(w, str) else w for w in words]
@@ -275,16 +276,16 @@ def test_rows_that_pad_the_embedding_have_no_text():
     assert (shown, writer.completion().tokens) == (["a", "", "b"], [0, 7, 1])
 
 
-def test_bos_and_continuation_of_a_text(bytes_model):
+def test_what_a_tokenizer_puts_around_a_prompt(bytes_model):
     same = {"max_new_tokens": 6, "temperature": 0}
     plain = gx.generate(bytes_model, "ab", **same)
     assert plain == gx.generate(bytes_model, [97, 98], **same)
-    bytes_model.tokenizer.adds_bos, bytes_model.tokenizer.bos = True, 256
+    bytes_model.tokenizer.prefix, bytes_model.tokenizer.suffix = (256,), (257, 258)
     try:
-        assert gx.generate(bytes_model, "ab", **same) == gx.generate(bytes_model, [256, 97, 98], **same)
-        assert gx.generate(bytes_model, "", **same) == gx.generate(bytes_model, [256], **same)
+        assert gx.generate(bytes_model, "ab", **same) == gx.generate(bytes_model, [256, 97, 98, 257, 258], **same)
+        assert gx.generate(bytes_model, "", **same) == gx.generate(bytes_model, [256, 257, 258], **same)
     finally:
-        bytes_model.tokenizer.adds_bos = False
+        bytes_model.tokenizer.prefix = bytes_model.tokenizer.suffix = ()
 
 
 def test_one_prompt_gives_one_completion_and_a_list_a_list(bytes_model):

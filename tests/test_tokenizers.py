@@ -9,11 +9,11 @@ import sentencepiece
 import tokenizers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made import TEXT, byte_level_bpe
 
 from garrulax.hub.tokenizer_training import train_chars, train_sentencepiece
 from garrulax.hub.tokenizers import (
     GLM_SPECIALS,
-    GPT_SPECIALS,
     ByteTokenizer,
     JsonTokenizer,
     SentencePieceTokenizer,
@@ -21,9 +21,6 @@ from garrulax.hub.tokenizers import (
     load_tokenizer,
 )
 
-TEXT = Path(hf.__file__).with_name("__init__.py").read_text() + "".join(
-    f"def function_{i}(argument, other=None):\n\tif argument:\n        return other  # naïve\n\n" for i in range(200)
-)
 TRICKY = "  two  spaces\n\n\ttab \u2581 metaspace\r\n emoji 🙂👩‍👩‍👧 你好 \0 é\ufffd<|endoftext|>[MASK] \u2581\u2581"
 
 DATA = os.environ.get("GARRULAX_DATA")
@@ -37,18 +34,6 @@ def wordpiece():
     tokenizer.pre_tokenizer = hf.pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = hf.decoders.WordPiece()
     tokenizer.add_special_tokens(pieces[:5])
-    return tokenizer
-
-
-def byte_level_bpe():
-    tokenizer = hf.Tokenizer(hf.models.BPE())
-    tokenizer.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = hf.decoders.ByteLevel()
-    alphabet = hf.pre_tokenizers.ByteLevel.alphabet()
-    trainer = hf.trainers.BpeTrainer(
-        vocab_size=400, special_tokens=list(GPT_SPECIALS), initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([TEXT], trainer)
     return tokenizer
 
 
@@ -173,7 +158,7 @@ def test_save_and_load(name, tmp_path):
     tokenizer = TOKENIZERS[name]
     tokenizer.save(tmp_path)
     loaded = load_tokenizer(tmp_path)
-    for field in ("vocab", "bos", "eos", "pad", "specials", "adds_bos", "strips_space", "fingerprint"):
+    for field in ("vocab", "bos", "eos", "pad", "specials", "prefix", "suffix", "strips_space", "fingerprint"):
         assert getattr(loaded, field) == getattr(tokenizer, field), field
     assert loaded.encode("hello world") == tokenizer.encode("hello world")
     loaded.save(tmp_path / "again")
@@ -203,7 +188,7 @@ def test_specials_beside_and_inside_a_sentencepiece_model(tmp_path):
     )
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.specials == {"<|endoftext|>": 1, "[MASK]": 2, "<|user|>": 405, "def": inside}
-    assert (tokenizer.vocab, tokenizer.bos, tokenizer.eos, tokenizer.pad, tokenizer.adds_bos) == (406, 2, 405, 0, True)
+    assert (tokenizer.vocab, tokenizer.bos, tokenizer.eos, tokenizer.pad, tokenizer.prefix) == (406, 2, 405, 0, (2,))
     text = "def a\ndef b <|user|>"
     assert {405, inside}.isdisjoint(tokenizer.encode(text))
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -310,7 +295,7 @@ def test_errors_say_what_to_do(tmp_path):
         ("gpt2", [15496, 995], 50257),
         ("llama2", [15043, 3186], 32000),
         ("bert-uncased", [7592, 2088], 30522),
-        ("glm-chinese", [712, 25708, 17487], 50000),
+        ("glm-chinese", [712, 25708, 17487], 50011),
     ],
 )
 def test_real_files(folder, ids, vocab):

@@ -98,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable"
     )
+    generate.add_argument("--chat", action="store_true", help="the text is a message to a chat model: show its answer")
     fill = commands.add_parser(
         "fill", help="fill the [MASK]s of a text (GLM)", description="Fill every [MASK], [sMASK] and [gMASK] of a text."
     )

@@ -1,19 +1,25 @@
 """`garrulax generate` and `garrulax fill`: text, shown as it is made."""
 
 import argparse
+import dataclasses
 import sys
 
 import garrulax as gx
 from garrulax.cli.models import find_model
+from garrulax.sampling.requests import ends as ends_of
 
 
 def generate(args: argparse.Namespace) -> None:
-    """Continues a text."""
+    """Continues a text, or answers it."""
     model = gx.load(find_model(args.model))
     model = model.replace(params=gx.unstack(model.params))
     text = _text(args)
-    print(text, end="", flush=True)
-    for piece in gx.stream(model, text, stop=tuple(args.stop), **_knobs(args)):
+    prompt: str | list[int] = text
+    if args.chat:
+        model, prompt = _chat(model, text)
+    else:
+        print(text, end="", flush=True)
+    for piece in gx.stream(model, prompt, stop=tuple(args.stop), **_knobs(args)):
         print(piece, end="", flush=True)
     print()
 
@@ -25,6 +31,15 @@ def fill(args: argparse.Namespace) -> None:
     for piece in gx.fill_stream(model, _text(args), **_knobs(args)):
         print(piece, end="", flush=True)
     print()
+
+
+def _chat(model: gx.Model, text: str) -> tuple[gx.Model, list[int]]:
+    """The model that ends where an answer does, and the ids of a conversation that begins with `text`."""
+    if model.tokenizer is None:
+        raise ValueError("--chat needs the model's tokenizer, which its folder lacks")
+    ids = model.tokenizer.apply_chat_template([{"role": "user", "content": text}])
+    ends = (*ends_of(model.config), *model.tokenizer.ends)
+    return model.replace(config=dataclasses.replace(model.config, eos=ends)), ids
 
 
 def _text(args: argparse.Namespace) -> str:

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 #: What a model needs; everything else in a repository (other frameworks' weights, pictures) stays there.
-FILES = ("*.safetensors", "*.json", "*.model", "merges.txt", "vocab.txt")
+FILES = ("*.safetensors", "*.json", "*.model", "merges.txt", "vocab.txt", "chat_template.jinja")
 
 
 def find(path: str | Path) -> Path:

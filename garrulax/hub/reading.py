@@ -16,10 +16,8 @@ from garrulax.core.hf import Layout
 from garrulax.hub.download import find
 from garrulax.hub.model import Model
 from garrulax.hub.tensors import DTYPES, StoredTensor, open_tensors, read_part
-from garrulax.hub.tokenizers import Tokenizer, load_tokenizer
+from garrulax.hub.tokenizers import Tokenizer, find_tokenizer, load_tokenizer
 from garrulax.models import FAMILIES
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "*.model", "vocab.json", "vocab.txt")
 
 
 def load(
@@ -185,6 +183,4 @@ def _array(tensor: StoredTensor, s: spec.Spec, dtype: np.dtype, place: NamedShar
 
 
 def _tokenizer(folder: Path) -> Tokenizer | None:
-    if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
-        return None
-    return load_tokenizer(folder)
+    return None if find_tokenizer(folder) is None else load_tokenizer(folder)

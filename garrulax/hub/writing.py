@@ -25,6 +25,7 @@ from garrulax.models import family
 KNOWN_FILES = (
     "config.json", "generation_config.json", "*.safetensors", INDEX, "tokenizer.json", "*.model", "vocab.json",
     "merges.txt", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja",
 )  # fmt: skip
 
 Part = tuple[spec.Spec, Callable[[], jax.Array], int]  # and the array of one layer, its bytes

@@ -40,7 +40,8 @@ def generate(
 
     model: from `gx.load`, or (params, config); decoding takes `gx.unstack`ed parameters, so to call often, unstack
     once. prompts: a text, a list of token ids, or a list of these. Ids are read as `gx.forward` reads them; a text gets
-    the tokenizer's bos, if it adds one; a text for a GLM is read both ways, and what follows it is its last blank.
+    what its tokenizer puts around it, such as bos; a text for a GLM is read both ways, and what follows it is its last
+    blank.
     max_new_tokens, temperature, top_k, top_p, seed: a number, or one a prompt. temperature 0 is greedy, top_k 0 and
     top_p 1 are off; they apply in this order. stop: strings that end a completion and are not part of it.
     transform: what shapes the distribution (`sampling.transforms`); a new one compiles anew, new values never do.
@@ -118,6 +119,6 @@ def _text(prompt: Prompt, limit: int, config: Any, tokenizer: Any, name: str) ->
             raise ValueError(f"{name} has blanks: gx.fill fills them, gx.generate continues a text")
         last = config.mask if config.generation_mask is None else config.generation_mask
         return answer([config.cls, *ids, last], len(ids) + 1, limit, config, name)
-    if isinstance(prompt, str) and tokenizer.adds_bos:
-        ids = [tokenizer.bos, *ids]
+    if isinstance(prompt, str):
+        ids = [*tokenizer.prefix, *ids, *tokenizer.suffix]
     return continuation(ids, limit, config, name)

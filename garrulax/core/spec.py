@@ -156,3 +156,10 @@ def count(specs: Tree) -> int:
 def decay_mask(specs: Tree) -> Tree:
     """True where decoupled weight decay applies: matrices and embeddings, not norms and biases."""
     return map_specs(lambda s: s.role != "vector", specs)
+
+
+def check_parts(specs: Tree, params: Tree) -> None:
+    """Raises ValueError that names the top-level parts of `params` that the Spec tree lacks, or the other way round."""
+    odd = sorted(specs.keys() ^ params.keys())
+    if odd:
+        raise ValueError(f"the parameters do not fit the config: {', '.join(odd)} missing or unknown")

@@ -22,6 +22,7 @@ _HOME = {
     "count": "garrulax.models",
     "unstack": "garrulax.models",
     "cache_for": "garrulax.models",
+    "glitch_tokens": "garrulax.models.glitch",
     "make_mesh": "garrulax.core.sharding",
     "Mask": "garrulax.kernels.mask",
     "load": "garrulax.hub",

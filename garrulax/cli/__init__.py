@@ -60,6 +60,10 @@ def _command(name: str) -> Callable[[argparse.Namespace], None]:
         from garrulax.cli.info import info
 
         return info
+    if name == "glitch":
+        from garrulax.cli.glitch import glitch
+
+        return glitch
     from garrulax.cli import write
 
     return write.generate if name == "generate" else write.fill
@@ -109,6 +113,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     info.add_argument("model", help="a preset (garrulax info --all lists them), a model folder or a run", nargs="?")
     info.add_argument("--all", action="store_true", help="list the presets")
+    glitch = commands.add_parser(
+        "glitch",
+        help="list the tokens that training never met",
+        description="List the tokens whose embeddings training left alone, most suspect first.",
+    )
+    glitch.add_argument("model", help="a run, a Hugging Face model folder, or a name on its hub")
+    glitch.add_argument("--top", type=int, default=20, metavar="N", help="list so many (20)")
+    glitch.add_argument("--side", choices=("input", "output"), help="look at one table only")
+    glitch.add_argument("--plot", metavar="FILE", help="draw the scores to this picture, such as glitch.png")
     for command in commands.choices.values():
         command.add_argument("--traceback", action="store_true", help="show where an error came from")
     return parser

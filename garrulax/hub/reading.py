@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections.abc import Collection
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,13 +22,18 @@ from garrulax.models import FAMILIES
 
 
 def load(
-    path: str | Path, mesh: Mesh | None = None, dtype: Any = None, rules: str | sharding.Rules = "fsdp+tp"
+    path: str | Path,
+    mesh: Mesh | None = None,
+    dtype: Any = None,
+    rules: str | sharding.Rules = "fsdp+tp",
+    only: Collection[str] | None = None,
 ) -> Model:
     """The model in a Hugging Face folder: config.json, safetensors (one file, or several with an index), tokenizer.
 
     path: the folder, or a name on the Hugging Face hub such as "openai-community/gpt2" (extra `hub`).
     mesh, rules: with a mesh the parameters are born sharded by `rules` (`core.sharding`), and of the files only what
-    the devices of this process need is read. dtype: of the parameters; None keeps what is stored.
+    the devices of this process need is read. dtype: of the parameters; None keeps what is stored. only: top-level
+    names of the parameters to read, such as ("tokens", "head"); None is all.
 
     Host memory holds one tensor of one layer at a time. Raises FileNotFoundError where something is missing, and
     ValueError, before any parameter is allocated, naming the keys of config.json that are unknown or not implemented
@@ -39,6 +45,7 @@ def load(
     config = family.from_hf(raw)
     specs = family.parameters(config)
     tensors = match(open_tensors(folder), specs, family.layout(config), folder)
+    specs = {name: tree for name, tree in specs.items() if only is None or name in only}
     places = spec.map_specs(lambda _: None, specs) if mesh is None else sharding.shardings(specs, mesh, rules)
     dtypes = spec.map_specs(lambda s: _dtype(s, tensors, dtype), specs)
     params = spec.map_specs(lambda s, kind, place: _parameter(s, tensors, kind, place), specs, dtypes, places)

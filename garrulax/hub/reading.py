@@ -22,7 +22,7 @@ from garrulax.hub.json_files import read_object
 from garrulax.hub.model import Model
 from garrulax.hub.tensors import DTYPES, StoredTensor, open_tensors
 from garrulax.hub.tokenizers import Tokenizer, load_tokenizer
-from garrulax.models import FAMILIES
+from garrulax.models import FAMILIES, family
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "*.model", "vocab.json", "vocab.txt")
 
@@ -61,17 +61,25 @@ class Checkpoint:
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """What a folder holds, checked from config.json and the headers alone. Raises as `load` does."""
-    raw = read_config(folder)
-    family = family_of(raw)
-    config = family.from_hf(raw)
-    specs = family.parameters(config)
-    return Checkpoint(folder, config, specs, match(open_tensors(folder), specs, family.layout(config), folder))
+    config = config_in(folder)
+    module = family(config)
+    specs = module.parameters(config)
+    return Checkpoint(folder, config, specs, match(open_tensors(folder), specs, module.layout(config), folder))
 
 
 def load_config(path: str | Path) -> Any:
     """The Config of a Hugging Face folder, as `load` finds it; no tensor is read."""
-    raw = read_config(find(path))
-    return family_of(raw).from_hf(raw)
+    return config_in(find(path))
+
+
+def config_in(folder: Path) -> Any:
+    """The Config of a folder. Raises FileNotFoundError and ValueError as `load` does."""
+    raw = read_config(folder)
+    module = family_of(raw)
+    try:
+        return module.from_hf(raw)
+    except (TypeError, AttributeError, LookupError, ArithmeticError) as error:  # any key may hold any kind of value
+        raise ValueError(f"{folder / 'config.json'} has a value of the wrong kind: {error}") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:

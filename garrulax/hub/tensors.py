@@ -75,10 +75,13 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
         index = read_object(folder / INDEX, INDEX_BYTES, unique=True).get("weight_map")
         if not isinstance(index, dict) or not index or not all(isinstance(file, str) for file in index.values()):
             raise ValueError(f"{folder / INDEX} is damaged: it has no weight_map from tensors to files")
+        odd = next((name for name in index if not plain(name)), None)
+        if odd is not None:
+            raise ValueError(f"{folder / INDEX} names a tensor {odd[:200]!r}")
         names = sorted(set(index.values()))
         for name in names:
-            if Path(name).name != name or "\0" in name:
-                raise ValueError(f"{folder / INDEX} names {name!r}, which is not a file of this folder")
+            if Path(name).name != name or name == ".." or not plain(name):
+                raise ValueError(f"{folder / INDEX} names {name[:200]!r}, which is not a file of this folder")
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} lacks {name}, one of the {len(names)} files that {INDEX} names")
         return [_checked(folder, name) for name in names], index
@@ -88,6 +91,11 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     if found:
         raise FileNotFoundError(f"{folder} has {len(found)} safetensors files but no {INDEX} that says which belong")
     raise FileNotFoundError(_why_none(folder))
+
+
+def plain(name: str) -> bool:
+    """Whether a name from a file can stand in a message: neither empty nor endless, no control characters."""
+    return 0 < len(name) <= 200 and name.isprintable()
 
 
 def _checked(folder: Path, name: str) -> Path:
@@ -136,6 +144,8 @@ def _open(path: Path) -> dict[str, StoredTensor]:
     tensors, parts = {}, []
     for name, entry in header.items():
         try:
+            if not plain(name):
+                raise ValueError("has a name that is none")
             dtype, shape, begin, end = _entry(entry, size)
         except ValueError as error:
             raise ValueError(f"{path} is damaged: tensor {name[:100]!r} {error}") from error

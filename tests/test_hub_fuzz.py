@@ -217,3 +217,10 @@ def test_config(times, tmp_path):
 def test_tokenizers(file, times, tmp_path):
     ByteTokenizer().save(tmp_path)
     all_survive(load_tokenizer, tmp_path, file, times, (tmp_path / file).read_bytes(), damaged_json)
+
+
+def test_tokenizer_files_without_end(tmp_path):
+    ByteTokenizer().save(tmp_path)
+    for file in ("tokenizer_config.json", "tokenizer.json"):
+        (tmp_path / file).write_text('{"version": ' + "[" * 100_000)
+        assert not survives(load_tokenizer, tmp_path)

@@ -26,6 +26,8 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from garrulax.hub.json_files import read_object
+
 GPT_SPECIALS = ("<|endoftext|>",)
 GLM_SPECIALS = (
     "<|endoftext|>",  # end of document, and padding
@@ -398,7 +400,7 @@ def _load_file(file: Path, folder: Path) -> Tokenizer:
     except FileNotFoundError:
         raise
     except Exception as error:  # both libraries raise bare RuntimeError or Exception on a damaged file
-        raise ValueError(f"cannot read the tokenizer {file}: {error}") from error
+        raise ValueError(f"cannot read the tokenizer {file}: {' '.join(str(error).split())}") from error
 
 
 def _with_added(tokenizer: tokenizers.Tokenizer, added: dict[str, int]) -> tokenizers.Tokenizer:
@@ -430,12 +432,7 @@ def _bert(vocab: Path, lowercase: bool) -> tokenizers.Tokenizer:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    return read_object(path) if path.exists() else {}
 
 
 def _is_tiktoken(content: bytes) -> bool:

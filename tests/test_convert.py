@@ -73,9 +73,27 @@ def test_what_the_command_refuses(words, message, tmp_path, monkeypatch, capsys)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["source", "taken"]
 
 
-def test_a_dialect_that_is_none(tmp_path):
-    with pytest.raises(ValueError, match="dialect"):
-        convert(folder_of("gpt2", tmp_path / "source"), tmp_path / "out", dialect="other")
+def test_dialects(tmp_path):
+    """Baichuan's fused W_pack becomes LLaMA's three tensors, and back, without loading."""
+    source = folder_of("baichuan7b", tmp_path / "source")
+    convert(source, tmp_path / "out", dialect="llama")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "llama"
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    fused = tensors("baichuan7b")["model.layers.0.self_attn.W_pack.weight"]
+    parts = [stored[f"model.layers.0.self_attn.{name}_proj.weight"] for name in "qkv"]
+    np.testing.assert_array_equal(np.concatenate(parts), fused)
+    same_bytes(gx.load(tmp_path / "out").params, gx.load(source).params)
+    convert(tmp_path / "out", tmp_path / "back", dialect="baichuan")
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    np.testing.assert_array_equal(back["model.layers.0.self_attn.W_pack.weight"], fused)
+
+    with pytest.raises(ValueError, match="dialect 'llama' cannot say positions='alibi'"):
+        convert(folder_of("baichuan13b", tmp_path / "alibi"), tmp_path / "no", dialect="llama")
+    with pytest.raises(ValueError, match="unknown dialect 'mamba'"):
+        convert(source, tmp_path / "no", dialect="mamba")
+    with pytest.raises(ValueError, match="dialect='glm4': a glm has only one"):
+        convert(folder_of("glm_original", tmp_path / "glm"), tmp_path / "no", dialect="glm4")
+    assert not (tmp_path / "no").exists()
 
 
 def test_an_interrupted_conversion_leaves_nothing(tmp_path):

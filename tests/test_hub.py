@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 import tempfile
+import tracemalloc
 import types
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 
 import garrulax as gx
 from garrulax import models
-from garrulax.core import sharding
+from garrulax.core import sharding, spec
 from garrulax.core.spec import Stored
 from garrulax.hub import reading, streaming, writing
 from garrulax.hub.streaming import fill, window
@@ -356,6 +357,20 @@ def test_cpus_take_the_memory_over_and_other_devices_are_filled_layer_by_layer(m
     monkeypatch.setattr(reading, "_platform", lambda place: "gpu")
     same_bytes(gx.load(folder, mesh=mesh).params, here)
     assert max(made.values()) <= max(x.nbytes for x in tensors("glm_original").values())
+
+
+def test_memory_beyond_the_model_is_less_than_a_tensor(tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "BLOCK", 1 << 15)
+    monkeypatch.setattr(streaming, "THREADS", 2)
+    c = gx.preset("llama-tiny", width=256, mlp_width=1024, layers=4, vocab=2048)
+    gx.save(gx.Model(c, spec.map_specs(lambda s: np.ones(s.shape, np.float32), models.llama.parameters(c))), tmp_path)
+    gx.load(tmp_path)
+    for dtype in (None, "bfloat16"):
+        tracemalloc.start()
+        params = gx.load(tmp_path, dtype=dtype).params
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak - sum(x.nbytes for x in jax.tree.leaves(params)) < 0.5 * 2048 * 256 * 4
 
 
 @st.composite

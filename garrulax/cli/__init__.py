@@ -64,6 +64,11 @@ def _command(name: str) -> Callable[[argparse.Namespace], None]:
         from garrulax.cli.glitch import glitch
 
         return glitch
+    if name == "convert":
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # it needs no device
+        from garrulax.cli.convert import convert
+
+        return convert
     from garrulax.cli import write
 
     return write.generate if name == "generate" else write.fill
@@ -71,7 +76,7 @@ def _command(name: str) -> Callable[[argparse.Namespace], None]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="garrulax", description="Language models in JAX: train, write, fill, inspect."
+        prog="garrulax", description="Language models in JAX: train, write, fill, inspect, convert."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -122,6 +127,16 @@ def _parser() -> argparse.ArgumentParser:
     glitch.add_argument("--top", type=int, default=20, metavar="N", help="list so many (20)")
     glitch.add_argument("--side", choices=("input", "output"), help="look at one table only")
     glitch.add_argument("--plot", metavar="FILE", help="draw the scores to this picture, such as glitch.png")
+    convert = commands.add_parser(
+        "convert",
+        help="write a model folder as another",
+        description="Write the model of one folder to another, tensor by tensor: memory holds one of them.",
+    )
+    convert.add_argument("source", metavar="SRC", help="a Hugging Face model folder, a run, or a name on the hub")
+    convert.add_argument("target", metavar="DST", help="the folder to write; an older model there is replaced")
+    convert.add_argument("--dtype", help="of all tensors: float32, bfloat16, float16 (as stored)")
+    convert.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one file, such as 200MB (5GB)")
+    convert.add_argument("--dialect", help="format of the checkpoint where the family has several, such as glm")
     for command in commands.choices.values():
         command.add_argument("--traceback", action="store_true", help="show where an error came from")
     return parser

@@ -2,11 +2,14 @@
 
 import argparse
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
 from garrulax import hub, models
 from garrulax.cli.models import find_model
+from garrulax.hub.reading import open_checkpoint
+from garrulax.hub.tensors import BITS, open_tensors
 from garrulax.models.summary import Summary, bytes_of, summarize
 
 DTYPES = ("float32", "bfloat16", "int8")
@@ -18,6 +21,8 @@ def info(args: argparse.Namespace) -> None:
         print("\n".join(models.presets()))
         return
     print(describe(args.model, config_of(args.model)))
+    if Path(args.model).exists():
+        print("\n" + _section("weights", _weights(Path(find_model(args.model)))))
 
 
 def config_of(name: str) -> Any:
@@ -35,10 +40,31 @@ def describe(name: str, config: Any) -> str:
     sections = [("configuration", _fields(config)), ("parameters", _parts(s)), ("memory", _memory(config, s)),
                 ("FLOPs per token", _flops(config, s))]  # fmt: skip
     lines = [f"{name}: {models.family(config).__name__.rsplit('.', 1)[-1]} family, {s.parameters:,} parameters"]
-    for title, rows in sections:
-        width = max(len(left) for left, _ in rows)
-        lines += ["", title, *(f"  {left:<{width}}  {right}" for left, right in rows)]
-    return "\n".join(lines)
+    return "\n\n".join([*lines, *(_section(title, rows) for title, rows in sections)])
+
+
+def _section(title: str, rows: list[tuple[str, str]]) -> str:
+    width = max(len(left) for left, _ in rows)
+    return "\n".join([title, *(f"  {left:<{width}}  {right}" for left, right in rows)])
+
+
+def _weights(folder: Path) -> list[tuple[str, str]]:
+    """What the headers of a folder's files say, or why there are none to read."""
+    try:
+        tensors = open_tensors(folder).values()
+    except (FileNotFoundError, ValueError) as error:
+        return [("none", str(error))]
+    files = sorted({Path(str(t.file.name)).name for t in tensors})
+    rows = [("files", ", ".join(files) if len(files) < 4 else f"{files[0]} ... {files[-1]} ({len(files)})")]
+    for dtype in sorted({t.dtype for t in tensors}):
+        numbers = [math.prod(t.shape) for t in tensors if t.dtype == dtype]
+        size = _size(sum(numbers) * BITS[dtype] // 8)
+        rows.append((dtype, f"{len(numbers):,} tensors, {sum(numbers):,} numbers, {size}"))
+    try:
+        open_checkpoint(folder)
+    except ValueError as error:
+        return [*rows, ("misfit", str(error))]
+    return [*rows, ("fit", "all that config.json asks for is there")]
 
 
 def _fields(config: Any) -> list[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """Reading and writing the config.json of a Hugging Face checkpoint, by one table a family."""
 
 import dataclasses
+import reprlib
 from typing import Any
 
 #: Keys that change nothing in what a decoder computes: bookkeeping, heads of other tasks, defaults of generation.
@@ -63,8 +64,10 @@ class HFConfig:
             known.update(names)
             found = {k: raw[k] for k in names if raw.get(k) is not None}
             first = next(iter(found.values()), None)
-            if any(value != first for value in found.values()):
-                raise ValueError(f"config.json: {' and '.join(f'{k}={v!r}' for k, v in found.items())} disagree")
+            if any(value is not first and value != first for value in found.values()):
+                raise ValueError(
+                    f"config.json: {' and '.join(f'{k}={reprlib.repr(v)}' for k, v in found.items())} disagree"
+                )
             if found:
                 values[field] = tuple(first) if isinstance(first, list) else first
             elif field in self.optional and any(k in raw for k in names):
@@ -75,10 +78,11 @@ class HFConfig:
                 raise ValueError(f"config.json of a {self.model_type} lacks {names[0]!r}")
         for key, value in self.fixed.items():
             if key in raw and raw[key] != value:
-                raise ValueError(f"config.json: {key}={raw[key]!r} is not implemented (only {value!r})")
+                raise ValueError(f"config.json: {key}={reprlib.repr(raw[key])} is not implemented (only {value!r})")
         unknown = sorted(raw.keys() - known)
         if unknown:
-            raise ValueError(f"config.json of a {self.model_type} has unknown keys {', '.join(unknown)}")
+            named = ", ".join(key[:40] if key.isprintable() else reprlib.repr(key) for key in unknown[:12])
+            raise ValueError(f"config.json of a {self.model_type} has unknown keys {named}")
         return values
 
     def write(self, config: Any) -> dict[str, Any]:

@@ -1,120 +1,210 @@
-"""The tensors of a folder of safetensors files: what there is, from the headers, and any part of one on demand."""
+"""The safetensors format: what a folder of such files holds, from their headers, and files written tensor by tensor.
+
+A file is the length of its header (8 bytes, little-endian), the header (JSON: name -> dtype, shape, data_offsets), and
+the data (https://github.com/huggingface/safetensors, "Format"). The reader is of its own because weights go straight
+from the file to their place (`hub.streaming`), and it believes nothing: every byte of the file must be accounted for.
+"""
 
 import dataclasses
+import io
+import itertools
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from garrulax.core.spec import Stored
+from garrulax.hub.json_files import INDEX_BYTES, parse_object, read_object
 
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+#: Bits of a number of every dtype that the format knows; only those of DTYPES can be parameters.
+BITS = {
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a file: its shape, its dtype as safetensors writes it ("BF16"), and its data through `[...]`."""
+    """One tensor of a file: its shape, its dtype as safetensors writes it ("BF16"), the open file, its first byte."""
 
     shape: tuple[int, ...]
     dtype: str
-    data: Any
+    file: io.FileIO
+    start: int
 
-    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
-        return self.data[index] if index else self.data[...]
+    @property
+    def kind(self) -> np.dtype:
+        """The dtype as numpy has it; KeyError for one that is none of DTYPES."""
+        return np.dtype(DTYPES[self.dtype])
 
 
 def open_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of the checkpoint in `folder` by name; nothing but headers is read.
 
     Raises FileNotFoundError where there are no safetensors or a file that the index names is missing, ValueError for
-    a damaged file and for a name that stands in two files.
+    a damaged file, for a name that stands in two files, and for an index that says otherwise than the files.
     """
     tensors: dict[str, StoredTensor] = {}
-    for path in _files(folder):
-        try:
-            file = safe_open(path, framework="numpy")
-            views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-        for name, view in views.items():
+    files, index = _files(folder)
+    for path in files:
+        for name, tensor in _open(path).items():
             if name in tensors:
                 raise ValueError(f"{folder}: tensor {name} stands in two files, the second is {path.name}")
-            tensors[name] = StoredTensor(tuple(view.get_shape()), view.get_dtype(), view)
+            tensors[name] = tensor
+    for name, file in index.items():
+        if name not in tensors:
+            raise ValueError(f"{folder / INDEX} names tensor {name}, which {file} does not hold")
+        if Path(str(tensors[name].file.name)).name != file:
+            raise ValueError(f"{folder / INDEX} says that {file} holds {name}, but it lies in another file")
     return tensors
 
 
-def _files(folder: Path) -> list[Path]:
+def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """The safetensors files, and the file of every tensor where an index says so."""
     if (folder / FILE).exists():
-        return [folder / FILE]
+        return [_checked(folder, FILE)], {}
     if (folder / INDEX).exists():
-        try:
-            names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{folder / INDEX} is damaged: {error!r}") from error
+        index = read_object(folder / INDEX, INDEX_BYTES, unique=True).get("weight_map")
+        if not isinstance(index, dict) or not index or not all(isinstance(file, str) for file in index.values()):
+            raise ValueError(f"{folder / INDEX} is damaged: it has no weight_map from tensors to files")
+        odd = next((name for name in index if not plain(name)), None)
+        if odd is not None:
+            raise ValueError(f"{folder / INDEX} names a tensor {odd[:200]!r}")
+        names = sorted(set(index.values()))
         for name in names:
-            if Path(name).name != name:
-                raise ValueError(f"{folder / INDEX} names {name!r}, which is not a file of this folder")
+            if Path(name).name != name or name == ".." or not plain(name):
+                raise ValueError(f"{folder / INDEX} names {name[:200]!r}, which is not a file of this folder")
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} lacks {name}, one of the {len(names)} files that {INDEX} names")
-        return [folder / name for name in names]
+        return [_checked(folder, name) for name in names], index
     found = sorted(folder.glob("*.safetensors"))
     if len(found) == 1:
-        return found
+        return [_checked(folder, found[0].name)], {}
     if found:
         raise FileNotFoundError(f"{folder} has {len(found)} safetensors files but no {INDEX} that says which belong")
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
-        raise FileNotFoundError(
-            f"{folder} has only pickled weights (.bin, .pt), which can run code when opened and are not read; convert "
-            'them once where torch is: python -c "from transformers import AutoModelForCausalLM as M; '
-            f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
+    raise FileNotFoundError(_why_none(folder))
+
+
+def plain(name: str) -> bool:
+    """Whether a name from a file can stand in a message: neither empty nor endless, no control characters."""
+    return 0 < len(name) <= 200 and name.isprintable()
+
+
+def _checked(folder: Path, name: str) -> Path:
+    """`folder / name`, if it is a plain file. A link may lead elsewhere in the folder, or, in the cache of
+    huggingface_hub (models--x/snapshots/y), to the cache's blobs; one that leads anywhere else is refused, since a
+    folder that someone packed should not reach beyond itself."""
+    path = folder / name
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file")
+    real, home = path.resolve(), folder.resolve()
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    if not any(real.is_relative_to(place) for place in homes):
+        raise ValueError(f"{path} is a link to {real}, outside of the folder: put the file itself there")
+    return path
+
+
+def _why_none(folder: Path) -> str:
+    """Why there is nothing to read, and what to do about it."""
+    reason = "only pickled weights (.bin, .pt, .pth), which can run code when opened and are not read"
+    if any(folder.glob("consolidated.*.pth")):
+        return (
+            f"{folder} has {reason}; these are Meta's own: convert them once where torch is: python -m "
+            f"transformers.models.llama.convert_llama_weights_to_hf --input_dir '{folder}' --output_dir "
+            f"'{folder}-safetensors'"
         )
-    raise FileNotFoundError(f"{folder} has no {FILE} and no {INDEX}")
+    if any(itertools.chain.from_iterable(folder.glob(f"*{ending}") for ending in (".bin", ".pt", ".pth"))):
+        return (
+            f'{folder} has {reason}; convert them once where torch is: python -c "from transformers import '
+            f"AutoModelForCausalLM as M; M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
+        )
+    return f"{folder} has no {FILE} and no {INDEX}"
 
 
-def read_part(
-    tensor: StoredTensor, stored: Stored, shape: tuple[int, ...], index: tuple[slice, ...] | None = None
-) -> np.ndarray:
-    """`parameter[index]` for the parameter of `shape` that lies in `tensor` as `stored` says; all of it by default.
+def _open(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one file. Raises ValueError unless they fill its data without overlaps and holes."""
+    file = io.FileIO(path)
+    size = path.stat().st_size
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or not 2 <= length <= min(size - 8, HEADER_BYTES):
+        raise ValueError(f"{path} is damaged: a file of {size:,} bytes cannot have a header of {length:,}")
+    content = file.read(length)
+    header = parse_object(content, f"{path} is damaged: its header", unique=True)
+    if not content.startswith(b"{"):
+        raise ValueError(f"{path} is damaged: its header does not start with a brace")
+    header.pop("__metadata__", None)
+    tensors, parts = {}, []
+    for name, entry in header.items():
+        try:
+            if not plain(name):
+                raise ValueError("has a name that is none")
+            dtype, shape, begin, end = _entry(entry, size)
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: tensor {name[:100]!r} {error}") from error
+        tensors[name] = StoredTensor(shape, dtype, file, 8 + length + begin)
+        parts.append((begin, end, name))
+    parts.sort()
+    ends = [0, *(end for _, end, _ in parts)]
+    for (begin, _, name), before in zip(parts, ends[:-1], strict=True):
+        if begin != before:
+            kind = "overlaps with another tensor" if begin < before else "comes after a hole"
+            raise ValueError(f"{path} is damaged: tensor {name[:100]!r} {kind}")
+    if ends[-1] != size - 8 - length:
+        raise ValueError(
+            f"{path} is damaged: its tensors end at byte {8 + length + ends[-1]:,}, the file at {size:,} "
+            "(is it half a download?)"
+        )
+    return tensors
 
-    Of the file only the rows and columns that the part needs are read.
+
+def _entry(entry: Any, size: int) -> tuple[str, tuple[int, ...], int, int]:
+    """dtype, shape and data_offsets of a header's entry in a file of `size` bytes, checked."""
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError("should have dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise ValueError(f"has the unknown dtype {str(dtype)[:40]!r}")
+    for what, numbers in (("shape", shape), ("data_offsets", offsets)):
+        if not isinstance(numbers, list) or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
+            raise ValueError(f"has a {what} that is not a list of whole numbers")
+    if len(shape) > 32 or len(offsets) != 2:
+        raise ValueError("has more dimensions than 32, or not two offsets")
+    begin, end = offsets
+    if math.prod(shape) * BITS[dtype] != (end - begin) * 8:
+        raise ValueError(f"has {end - begin:,} bytes, which is not {dtype} {tuple(shape)}")
+    if end > size:
+        raise ValueError(f"ends at byte {end:,} of a file of {size:,}")
+    return dtype, tuple(shape), begin, end
+
+
+def write_tensors(path: Path, layout: dict[str, tuple[np.dtype, tuple[int, ...]]], data: Iterable[np.ndarray]) -> None:
+    """Writes a safetensors file of the tensors in `layout` (name -> dtype, shape), which `data` gives one by one.
+
+    Raises ValueError for a dtype that is none of DTYPES.
     """
-    index = tuple(slice(*i.indices(n)[:2]) for i, n in zip(index or (slice(None),) * len(shape), shape, strict=True))
-    split = stored.split or (tensor.shape if stored.order or stored.take else shape)
-    chosen = (*stored.index, *(slice(None),) * (len(split) - len(stored.index)))
-    taken = [range(i, i + 1) if isinstance(i, int) else range(n)[i] for n, i in zip(split, chosen, strict=True)]
-    kept = [at for at, i in enumerate(chosen) if not isinstance(i, int)]
-    order = stored.order or tuple(range(len(kept)))
-    if tuple(len(taken[kept[i]]) for i in order) != shape:
-        raise ValueError(f"{stored.name}: {split} taken {stored.take} in order {order} is not the shape {shape}")
-    wanted = [slice(part.start, part.stop) for part in taken]
-    for i, here in zip(order, index, strict=True):
-        part = taken[kept[i]][here]
-        wanted[kept[i]] = slice(part.start, part.stop)
-    take, read, crop = _window(tensor.shape, split, wanted)
-    x = tensor[take].reshape(read)[crop]
-    return x.reshape([x.shape[i] for i in kept]).transpose(order)
-
-
-def _window(shape: tuple[int, ...], split: tuple[int, ...], wanted: list[slice]) -> tuple[tuple, tuple, tuple]:
-    """The slices of `shape` to read for the `wanted` slices of its refinement `split`: (slices, the refined shape of
-    what they give, slices of the wanted part in it). Only the first of the dimensions that a stored one is split into
-    narrows the reading: of the others a part is not contiguous."""
-    take, read, crop, at = [], [], [], 0
-    for i, size in enumerate(shape):
-        first, product = at, 1
-        while at == first or product < size or (i == len(shape) - 1 and at < len(split)):
-            product *= split[at]
-            at += 1
-        major, inner = wanted[first], product // split[first]
-        take.append(slice(major.start * inner, major.stop * inner))
-        read += [major.stop - major.start, *split[first + 1 : at]]
-        crop += [slice(None), *wanted[first + 1 : at]]
-    if math.prod(split) != math.prod(shape) or at != len(split):
-        raise ValueError(f"a tensor of shape {shape} does not split into {split}")
-    return tuple(take), tuple(read), tuple(crop)
+    names = {np.dtype(kind): name for name, kind in DTYPES.items()}
+    odd = sorted({str(dtype) for dtype, _ in layout.values() if dtype not in names})
+    if odd:
+        raise ValueError(f"parameters are stored as {', '.join(map(str, names))}, not as {', '.join(odd)}")
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # which transformers wants to see
+    at = 0
+    for name, (dtype, shape) in layout.items():
+        end = at + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": names[dtype], "shape": shape, "data_offsets": (at, end)}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for (dtype, shape), tensor in zip(layout.values(), data, strict=True):
+            if (tensor.dtype, tensor.shape) != (dtype, shape):
+                raise ValueError(f"{path}: a tensor is {tensor.dtype} {tensor.shape}, not {dtype} {shape}")
+            file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)

@@ -1,10 +1,12 @@
-"""A Model as a Hugging Face folder."""
+"""A Model as a Hugging Face folder, written tensor by tensor."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -14,55 +16,103 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from safetensors.numpy import save_file
 
 from garrulax.core import spec
+from garrulax.hub.card import CARD, card, write_card
 from garrulax.hub.model import Model
-from garrulax.hub.tensors import FILE, INDEX
+from garrulax.hub.tensors import FILE, INDEX, write_tensors
 from garrulax.models import family
 
-#: What a model folder consists of; a folder with anything else in it is not replaced.
-KNOWN_FILES = (
-    "config.json", "generation_config.json", "*.safetensors", INDEX, "tokenizer.json", "*.model", "vocab.json",
-    "merges.txt", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja",
+#: Files beside the model's own, which belong to its folder.
+COMPANIONS = (
+    "generation_config.json", "tokenizer.json", "*.model", "vocab.json", "merges.txt", "vocab.txt",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
+#: What a model folder consists of; a folder with anything else in it is not replaced.
+KNOWN_FILES = ("config.json", "*.safetensors", INDEX, CARD, *COMPANIONS)
 
-Part = tuple[spec.Spec, Callable[[], jax.Array], int]  # and the array of one layer, its bytes
+Progress = Callable[[int, int], None]  # bytes written, of how many
 
 
-def save(model: Model, path: str | Path, max_shard_size: int = 5_000_000_000) -> None:
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A parameter, or a layer of one, that lies in a stored tensor.
+
+    put: writes it to where it belongs in that tensor; every process must call it, those that write nothing with None.
+    """
+
+    spec: spec.Spec
+    dtype: np.dtype
+    put: Callable[[np.ndarray | None], None]
+
+
+Entries = dict[str, list[Part]]  # what each stored tensor consists of, in the order of writing
+
+
+def save(model: Model, path: str | Path, max_shard_size: int | str = "5GB", progress: Progress | None = None) -> None:
     """Writes a folder that `load`, and Hugging Face's `from_pretrained`, read: config.json, generation_config.json,
-    safetensors in the parameters' own dtype, and the tokenizer's files.
+    safetensors in the parameters' own dtype, the tokenizer's files, and a stub of a model card.
 
     model: parameters stacked or unstacked, on one device or sharded over many; with several processes all of them
-    must call, and the first writes. max_shard_size: bytes of one safetensors file, which is also about what host
-    memory takes; beyond it several files and an index are written.
+    must call, and the first writes. Host memory holds one tensor. max_shard_size: bytes of one safetensors file, such
+    as 200_000_000, "200MB" or "5GB"; beyond it several files and an index are written. progress: called with the
+    bytes written and all bytes after every tensor.
 
     Everything is written beside `path` and renamed at the end: a killed process leaves nothing half-written, and an
-    older model folder at `path` stays until then. Raises ValueError where the parameters do not fit the config, and
-    where `path` holds anything but a model.
+    older model folder at `path` stays until then. A model card that somebody edited stays for good. Raises ValueError
+    where the parameters do not fit the config, and where `path` holds anything but a model.
     """
-    folder = Path(path).expanduser().resolve()
-    module = family(model.config)
-    entries = _entries(module.parameters(model.config), model.params)
-    config = module.to_hf(model.config) | {"torch_dtype": _common_dtype(model.params)}
-    ids = {f"{name}_token_id": getattr(model.config, name, None) for name in ("bos", "eos")}
+    entries = _entries(family(model.config).parameters(model.config), model.params)
+
+    def finish(folder: Path) -> None:
+        if model.tokenizer is not None:
+            model.tokenizer.save(folder)
+
+    write_folder(Path(path), model.config, entries, max_shard_size, "written by `garrulax.save`", finish, progress)
+
+
+def write_folder(
+    path: Path,
+    config: Any,
+    entries: Entries,
+    max_shard_size: int | str,
+    made: str,
+    finish: Callable[[Path], None],
+    progress: Progress | None,
+) -> None:
+    """Writes the model of `config` whose tensors consist of `entries`; `finish` adds files. The rest as in `save`."""
+    folder, limit = path.expanduser().resolve(), parse_size(max_shard_size)
+    dtype = str(np.result_type(*{part.dtype for parts in entries.values() for part in parts}))
+    raw = family(config).to_hf(config) | {"torch_dtype": dtype}
+    ids = {f"{name}_token_id": getattr(config, name, None) for name in ("bos", "eos")}
     writes = jax.process_index() == 0
     with _replacing(folder) if writes else contextlib.nullcontext(folder) as temporary:
-        _write_tensors(entries, temporary if writes else None, max_shard_size)
+        _write_shards(entries, temporary if writes else None, limit, progress)
         if writes:
-            _write_json(temporary / "config.json", config)
+            _write_json(temporary / "config.json", raw)
             _write_json(temporary / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
-            if model.tokenizer is not None:
-                model.tokenizer.save(temporary)
+            write_card(folder, temporary, card(config, dtype, made))
+            finish(temporary)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"garrulax save {folder}")
 
 
-def _entries(specs: spec.Tree, params: spec.Tree) -> dict[str, list[Part]]:
-    """What each stored tensor consists of, in the order of the tree. ValueError names the leaves that do not fit."""
-    entries: dict[str, list[Part]] = {}
+def parse_size(size: int | str) -> int:
+    """Bytes, from a number or a text such as 200MB, 5GB or 2GiB. Raises ValueError."""
+    units = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt]?)(i?)b?", str(size).strip().lower())
+    count = 0
+    if found and not (found[3] and not found[2]):
+        unit = units[found[2]] if not found[3] else 1024 ** ("kmgt".index(found[2]) + 1)
+        count = int(float(found[1]) * unit)
+    if count < 1:
+        raise ValueError(f"max_shard_size={size!r} is not a size such as 5GB, 200MB or 1000000")
+    return count
+
+
+def _entries(specs: spec.Tree, params: spec.Tree) -> Entries:
+    """The entries of parameters in memory. ValueError names the leaves that do not fit."""
+    entries: Entries = {}
     named = spec.named_specs(specs)
     found: dict[str, Any] = _named(params)
     blocks = params.get("blocks")
@@ -78,14 +128,17 @@ def _entries(specs: spec.Tree, params: spec.Tree) -> dict[str, list[Part]]:
         shapes = {x.shape for x in leaf} if isinstance(leaf, list) else {leaf.shape[1:] if s.layers else leaf.shape}
         if shapes != {s.layer_shape} or (s.layers and len(leaf) != s.layers):
             raise ValueError(f"the parameters do not fit the config: {path} should be {s.shape}, is {shapes}")
-        size = np.dtype((leaf[0] if isinstance(leaf, list) else leaf).dtype).itemsize * math.prod(s.layer_shape)
+        dtype = np.dtype((leaf[0] if isinstance(leaf, list) else leaf).dtype)
         for i, name in enumerate(s.names):
-            entries.setdefault(name, []).append((s, functools.partial(_layer, leaf, i if s.layers else None), size))
+            put = functools.partial(_put, s, leaf, i if s.layers else None)
+            entries.setdefault(name, []).append(Part(s, dtype, put))
     return entries
 
 
-def _layer(leaf: Any, i: int | None) -> jax.Array:
-    return leaf if i is None else leaf[i]
+def _put(s: spec.Spec, leaf: Any, i: int | None, target: np.ndarray | None) -> None:
+    x = _on_host(leaf if i is None else leaf[i])
+    if target is not None:
+        s.stored.write(x, target)
 
 
 def _named(tree: spec.Tree) -> dict[str, Any]:
@@ -94,34 +147,45 @@ def _named(tree: spec.Tree) -> dict[str, Any]:
     }
 
 
-def _write_tensors(entries: dict[str, list[Part]], folder: Path | None, max_shard_size: int) -> None:
+def _write_shards(entries: Entries, folder: Path | None, limit: int, progress: Progress | None) -> None:
     """Writes the safetensors files; without a folder only takes part in gathering the arrays."""
-    sizes = {name: sum(size for *_, size in parts) for name, parts in entries.items()}
-    shards = _shards(sizes, max_shard_size)
-    total, where = 0, {}
-    for number, shard in enumerate(shards, 1):
+    layout = {name: _layout(name, parts) for name, parts in entries.items()}
+    sizes = {name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in layout.items()}
+    shards, total, done = _shards(sizes, limit), sum(sizes.values()), 0
+    where: dict[str, str] = {}
+
+    def tensors(names: list[str]) -> Iterator[np.ndarray]:
+        nonlocal done
+        for name in names:
+            dtype, shape = layout[name]
+            tensor = None if folder is None else np.empty(shape, dtype)
+            for part in entries[name]:
+                part.put(tensor)
+            if tensor is not None:
+                yield tensor
+            done += sizes[name]
+            if progress is not None:
+                progress(done, total)
+
+    for number, names in enumerate(shards, 1):
         file = FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {}
-        for name in shard:
-            parts = [(s, _on_host(part())) for s, part, _ in entries[name]]
-            if folder is not None:
-                tensors[name] = _assembled(name, parts)
-            where[name], total = file, total + sizes[name]
-        if folder is not None:
-            save_file(tensors, folder / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(names, file)
+        if folder is None:
+            list(tensors(names))
+        else:
+            write_tensors(folder / file, {name: layout[name] for name in names}, tensors(names))
     if folder is not None and len(shards) > 1:
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
 
 
-def _assembled(name: str, parts: list[tuple[spec.Spec, np.ndarray]]) -> np.ndarray:
-    """The tensor to store, from the parameters that lie in it."""
-    shape = parts[0][0].stored_shape or parts[0][0].layer_shape
-    if sum(x.size for _, x in parts) != math.prod(shape):
+def _layout(name: str, parts: list[Part]) -> tuple[np.dtype, tuple[int, ...]]:
+    """dtype and shape of a tensor to store. ValueError where its parts do not fill it."""
+    shape = parts[0].spec.stored_shape or parts[0].spec.layer_shape
+    if sum(math.prod(part.spec.layer_shape) for part in parts) != math.prod(shape):
         raise ValueError(f"the parameters that {name} holds do not fill its shape {shape}")
-    tensor = np.empty(shape, parts[0][1].dtype)
-    for s, x in parts:
-        s.stored.write(x, tensor)
-    return tensor
+    if len({part.dtype for part in parts}) > 1:
+        raise ValueError(f"the parameters that {name} holds are of several dtypes")
+    return parts[0].dtype, shape
 
 
 def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
@@ -140,10 +204,6 @@ def _on_host(array: jax.Array) -> np.ndarray:
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         return multihost_utils.process_allgather(array, tiled=True)
     return np.asarray(array)
-
-
-def _common_dtype(params: spec.Tree) -> str:
-    return str(np.result_type(*{np.dtype(x.dtype) for x in jax.tree.leaves(params)}))
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -1,7 +1,6 @@
 """Finding and reading the tokenizer of a folder."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -11,6 +10,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+from garrulax.hub.json_files import read_object
 from garrulax.hub.tokenizers import families, ranks
 from garrulax.hub.tokenizers.base import Tokenizer
 from garrulax.hub.tokenizers.ice import IceTokenizer
@@ -190,12 +190,4 @@ def _bert(vocab: Path, lowercase: bool) -> tokenizers.Tokenizer:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    return content
+    return read_object(path) if path.exists() else {}

@@ -22,12 +22,15 @@ from garrulax.hub.reading import family_of
 
 FOLDER = pathlib.Path(__file__).parent / "oracles"
 LLAMA = ("llama", "llama_gqa", "llama_tied", "llama_linear", "llama_dynamic", "llama_yarn", "llama3", "llama_longrope")
+CHATGLM = ("chatglm2", "chatglm2_mha", "chatglm2_post")  # chatglm3*: the same numbers (test_models_chatglm.py)
+FALCON = ("falcon7b", "falcon40b", "falcon11b", "falconrw_alibi", "falconrw_alibi_pow2")
 #: Causal language models, and their rows in README's table.
 CAUSAL = {
     "gpt1": "GPT-1", "gpt2": "GPT-2", "gpt3": "GPT-3", "gptneo": "GPT-3", **dict.fromkeys(LLAMA, "LLaMA 1/2/3"),
     "mistral": "Mistral", "qwen2": "Qwen2",
     "qwen2_window": "Qwen2", "baichuan7b": "Baichuan", "baichuan13b": "Baichuan", "baichuan2_7b_composite": "Baichuan2",
-    "baichuan2_13b": "Baichuan2",
+    "baichuan2_13b": "Baichuan2", **dict.fromkeys(CHATGLM, "ChatGLM2/3-6B"), "glm": "GLM-4", "glm4": "GLM-4",
+    **dict.fromkeys(FALCON, "Falcon"),
 }  # fmt: skip
 
 

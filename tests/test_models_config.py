@@ -20,24 +20,30 @@ BASE = {
     "gpt": models.gpt.Config(**SIZES, band=4),
     "glm": models.glm.Config(**SIZES, mask=33, sentence_mask=34, generation_mask=35, sop=36, eop=37),
     "llama": models.llama.Config(**SIZES, kv_heads=2, mlp_width=12, attention_dropout=0.1),
+    "chatglm": models.chatglm.Config(**SIZES, head_dim=8, mlp_width=12, attention_dropout=0.1, residual_dropout=0.1),
+    "falcon": models.falcon.Config(**SIZES, kv_heads=2, norms=2, attention_dropout=0.1, residual_dropout=0.1),
 }
 CHANGED = {
-    "vocab": 41, "context": 17, "width": 12, "layers": 3, "heads": 1, "kv_heads": 1, "head_dim": 6, "mlp_width": 20,
+    "vocab": 41, "context": 17, "width": 12, "layers": 3, "heads": 1, "kv_heads": 1, "head_dim": 12, "mlp_width": 20,
     "activation": "relu", "norm_eps": 1e-2, "embedding_dropout": 0.4, "attention_dropout": 0.4, "residual_dropout": 0.4,
-    "scale_attention": False, "scale_by_layer": True, "init_std": 0.03, "mlp_bias": True, "window": 3,
-    "band": 3, "band_stride": 2, "band_parity": 0,
-    "window_from": 1, "positions": "alibi", "normalized_head": True, "dialect": "mistral",
+    "init_std": 0.03, "window": 3, "band": 3, "band_stride": 2, "band_parity": 0, "window_from": 1,
+    "positions": "alibi", "dialect": "mistral",
     "rope": Rope(theta=50.0), "eos": 3, "bos": 4, "pad": 5, "cls": 6, "mask": 7, "sentence_mask": 8,
-    "generation_mask": 9, "sop": 10, "eop": 11,
+    "generation_mask": 9, "sop": 10, "eop": 11, "norms": 1, "rotary": 1.0,
 }  # fmt: skip
 #: What must be said along with a field: in both configs that are compared, or in the changed one.
 _BAICHUAN = {"dialect": "baichuan", "attention_dropout": 0.0}
+_GLM = {"dialect": "glm", "residual_dropout": 0.0}
 BOTH = {
     "window": {"dialect": "mistral"}, "window_from": {"dialect": "qwen2", "qkv_bias": True, "window": 3},
-    "positions": _BAICHUAN, "normalized_head": _BAICHUAN,
+    "positions": _BAICHUAN, "normalized_head": _BAICHUAN, "chatglm.activation": _GLM, "chatglm.tied": _GLM,
+    "chatglm.rotary": _GLM, "chatglm.output_norms": _GLM, "chatglm.dialect": _GLM,
 }  # fmt: skip
 ALONG = {
     "qkv_bias": {"qkv_bias": True, "dialect": "qwen2"},
+    "chatglm.qkv_bias": {"qkv_bias": False},
+    "chatglm.output_norms": {"output_norms": True, "dialect": "glm4"},
+    "chatglm.dialect": {"dialect": "chatglm"},
     "out_bias": {"qkv_bias": True, "out_bias": True},
     "gpt.qkv_bias": {"qkv_bias": False, "scale_attention": False},  # GPT-Neo
     "gpt.post_norm": {"post_norm": True, "band": 0},  # GPT-1
@@ -47,7 +53,7 @@ READ_ELSEWHERE = {
     "bos": "sampling and tokenizers", "eos": "sampling", "pad": "batching", "cls": "the data pipeline",
     "mask": "the data pipeline and fill", "sentence_mask": "the data pipeline", "generation_mask": "fill",
     "sop": "the data pipeline and fill", "eop": "fill", "llama.context": "sampling; rotary positions themselves go on",
-    "dialect": "loading and saving",
+    "dialect": "loading and saving", "chatglm.context": "sampling", "falcon.context": "sampling",
 }  # fmt: skip
 FIELDS = [(family, field.name) for family, c in BASE.items() for field in dataclasses.fields(c)]
 
@@ -62,18 +68,22 @@ def _quick_compilation():
 
 
 def base(family, name):
-    return dataclasses.replace(BASE[family], **BOTH.get(name, {}))
+    return dataclasses.replace(BASE[family], **said(BOTH, family, name))
+
+
+def said(of, family, name):
+    return of.get(f"{family}.{name}", of.get(name, {}))
 
 
 def changed(family, name):
     c = base(family, name)
-    along = ALONG.get(f"{family}.{name}", ALONG.get(name))
-    if along:
-        return dataclasses.replace(c, **along)
-    value = not c.tied if name == "tied" else CHANGED[name]
-    if name in ("width", "heads") and family == "llama":  # head_dim follows unless given
-        return dataclasses.replace(c, head_dim=0, **{name: value, "kv_heads": min(c.kv_heads, 1)})
-    return dataclasses.replace(c, **{name: value})
+    if said(ALONG, family, name):
+        return dataclasses.replace(c, **said(ALONG, family, name))
+    value = not getattr(c, name) if isinstance(getattr(c, name), bool) else CHANGED[name]
+    more = {}
+    if name in ("width", "heads") and "kv_heads" in vars(c):
+        more = {"kv_heads": 1, **({"head_dim": 0} if family == "llama" else {})}  # head_dim follows unless given
+    return dataclasses.replace(c, **{name: value}, **more)
 
 
 def behaviour(c):
@@ -277,6 +287,10 @@ COUNTS = {
     "glm-base": 109_338_624, "glm-large": 334_688_256, "glm-410m": 410_265_600, "glm-515m": 514_632_960,
     "glm-roberta": 354_873_344, "glm-large-chinese": 355_659_776, "glm-2b": 1_920_122_880,
     "glm-10b": 9_880_682_496, "glm-10b-chinese": 9_879_633_920,
+    **dict.fromkeys(("chatglm2-6b", "chatglm2-6b-32k", "chatglm3-6b", "chatglm3-6b-32k"), 6_243_584_000),
+    "glm-4-9b": 9_399_951_360, "glm-4-9b-chat": 9_399_951_360, "glm-4-9b-0414": 9_400_094_720,
+    "falcon-7b": 6_921_720_704, "falcon-40b": 41_303_293_952, "falcon-180b": 178_557_088_768,
+    "falcon-11b": 10_836_484_096, "falcon-rw-1b": 1_311_625_216,
 }  # fmt: skip
 UNPUBLISHED = {name for name in gx.presets() if "tiny" in name}  # ours: there is nothing to compare with
 

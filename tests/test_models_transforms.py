@@ -21,6 +21,14 @@ CONFIGS = {
         vocab=40, context=16, width=8, layers=2, heads=2, kv_heads=1, mlp_width=12, qkv_bias=True, out_bias=True,
         mlp_bias=True, rope=Rope(kind="dynamic", factor=2.0, original_context=6), attention_dropout=0.2, init_std=0.3,
     ),
+    "chatglm": models.chatglm.Config(
+        vocab=40, context=16, width=8, layers=2, heads=2, kv_heads=1, mlp_width=12, output_norms=True, init_std=0.3,
+        attention_dropout=0.2, dialect="glm4",
+    ),
+    "falcon": models.falcon.Config(
+        vocab=40, context=16, width=8, layers=2, heads=2, kv_heads=1, norms=2, alibi=True, attention_dropout=0.2,
+        residual_dropout=0.2, init_std=0.3,
+    ),
 }  # fmt: skip
 FAMILIES = list(CONFIGS)
 TOKENS = np.random.default_rng(0).integers(0, 40, (3, 10))

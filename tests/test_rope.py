@@ -54,6 +54,20 @@ def turned(x, position, rope=None):
     return np.asarray(ropes.rotate_halves(x[None, None, None], cosine, sine)[0, 0, 0])
 
 
+@pytest.mark.parametrize("width", [4, 8])
+def test_neighbouring_pairs_turn_as_complex_numbers_and_the_rest_stays(width):
+    """Su et al. 2021, equation 12, over the first `width` of eight entries."""
+    x = np.random.default_rng(1).normal(size=(1, 3, 2, 8)).astype(np.float32)
+    positions = jnp.array([[0, 5, 70]])
+    got = np.asarray(ropes.rotate_pairs(jnp.asarray(x), *ropes.table(Rope(), positions, width, None, jnp.float32)))
+    z = x[..., 0:width:2] + 1j * x[..., 1:width:2]
+    angle = np.asarray(positions)[0, :, None, None] * 10_000.0 ** -(np.arange(0, width, 2) / width)
+    turned = z * np.exp(1j * angle)
+    np.testing.assert_allclose(got[..., 0:width:2], turned.real, atol=1e-5)
+    np.testing.assert_allclose(got[..., 1:width:2], turned.imag, atol=1e-5)
+    np.testing.assert_array_equal(got[..., width:], x[..., width:])
+
+
 def test_rotation_keeps_lengths_and_depends_on_the_distance_alone():
     q, k = np.random.default_rng(0).normal(size=(2, 16)).astype(np.float32)
     assert np.linalg.norm(turned(q, 1000)) == pytest.approx(np.linalg.norm(q), rel=1e-6)

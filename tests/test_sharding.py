@@ -1,5 +1,6 @@
 """The same loss and gradients on every mesh of eight devices as on one."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -27,11 +28,18 @@ CONFIGS = {
         vocab=96, context=24, width=32, layers=2, heads=4, kv_heads=4, mlp_width=48, positions="alibi",
         normalized_head=True, dialect="baichuan",
     ),
+    "chatglm": models.chatglm.Config(  # one key/value head, which two devices cannot split
+        vocab=96, context=24, width=32, layers=1, heads=4, kv_heads=1, mlp_width=48,
+    ),
+    "falcon": models.falcon.Config(
+        vocab=96, context=24, width=32, layers=1, heads=4, kv_heads=2, norms=2, alibi=True,
+    ),
 }  # fmt: skip
 FAMILIES = ("gpt", "glm", "llama")
 MESHES = ["fsdp=8", "data=8", "data=2,fsdp=2,tensor=2", "fsdp=4,tensor=2"]
 BOUNDS = {"float32": 1e-5, "float64": 1e-10}
-CASES = [*itertools.product(FAMILIES, MESHES, BOUNDS), ("alibi", "data=2,fsdp=2,tensor=2", "float64")]
+CASES = [*itertools.product(FAMILIES, MESHES, BOUNDS)]
+CASES += [(family, "data=2,fsdp=2,tensor=2", "float64") for family in ("alibi", "chatglm", "falcon")]
 
 
 def loss(params, tokens, config, remat="none"):
@@ -75,6 +83,21 @@ def test_loss_and_gradients_equal_one_device(family, mesh, precision):
         assert max(jax.tree.leaves(worst)) <= bound, worst
         placed = jax.tree.map(lambda g, s: g.sharding.is_equivalent_to(s, g.ndim), grads, places)
         assert all(jax.tree.leaves(placed)), placed  # gradients come back where their parameters are
+
+
+def test_key_value_heads_may_be_fewer_than_the_devices_of_the_query_heads():
+    """Two of them for four devices: each is read by two."""
+    config = dataclasses.replace(CONFIGS["chatglm"], kv_heads=2)
+    m = sharding.make_mesh("fsdp=2,tensor=4")
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda x: x.astype("float64"), gx.init(config, jax.random.key(1)))
+        expected, gradients = jax.jit(jax.value_and_grad(loss), static_argnums=2)(params, tokens(config), config)
+        with jax.set_mesh(m):
+            sharded = jax.device_put(params, sharding.shardings(models.chatglm.parameters(config), m))
+            batch = jax.device_put(tokens(config), NamedSharding(m, P("fsdp", None)))
+            value, grads = jax.jit(jax.value_and_grad(loss), static_argnums=2)(sharded, batch, config)
+        assert relative(value, expected) <= 1e-10
+        assert max(jax.tree.leaves(jax.tree.map(relative, grads, gradients))) <= 1e-10
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,11 +17,11 @@ from garrulax.core import spec
 from garrulax.core.einsum import einsum, lookup
 from garrulax.core.spec import Spec, Stored, normal, ones, stacked, zeros
 
-NAMES = ("gpt2-tiny", "glm-tiny", "llama-tiny")
+NAMES = ("gpt2-tiny", "glm-tiny", "llama-tiny", "chatglm", "falcon")
 
 
 def tree_of(name):
-    c = gx.preset(name)
+    c = tiny.CONFIGS[name] if name in tiny.CONFIGS else gx.preset(name)
     return models.family(c).parameters(c)
 
 

@@ -17,6 +17,8 @@ CONFIGS = {
         eop=262, **_SIZES,
     ),
     "llama": models.llama.Config(vocab=101, context=96, kv_heads=2, mlp_width=48, eos=None, **_SIZES),
+    "chatglm": models.chatglm.Config(vocab=103, context=96, kv_heads=2, mlp_width=48, eos=None, **_SIZES),
+    "falcon": models.falcon.Config(vocab=105, context=96, kv_heads=1, norms=2, alibi=True, eos=None, **_SIZES),
     "dynamic": models.llama.Config(
         vocab=101, context=16, kv_heads=1, mlp_width=48, eos=None,
         rope=Rope(kind="dynamic", factor=4, original_context=16), **_SIZES,

@@ -17,7 +17,8 @@ Rules = dict[str, str | tuple[str, ...] | None]
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # the mesh axes that shard the examples of a batch
-MAY_STAY_WHOLE = ("vocab",)  # published vocabularies are odd (50257): kept whole where the mesh does not divide them
+#: Kept whole where the mesh does not divide them: published vocabularies are odd (50257), key/value heads few.
+MAY_STAY_WHOLE = ("vocab", "kv_heads")
 
 _REPLICATED: Rules = {"layers": None, "position": None, "head": None}
 _EMBED = {"embed": "fsdp"}
@@ -69,8 +70,8 @@ def shardings(specs: specs_.Tree, mesh: Mesh, rules: str | Rules = "fsdp+tp") ->
     """NamedSharding of every parameter of a Spec tree.
 
     rules: a name in `RULES` or a table of your own; mesh axes that the mesh lacks are left out.
-    Raises ValueError for a logical axis without a rule, and for a dimension that its mesh axes do not divide (a
-    vocabulary that they do not divide stays whole).
+    Raises ValueError for a logical axis without a rule, and for a dimension that its mesh axes do not divide (those
+    in `MAY_STAY_WHOLE` then stay whole).
     """
     table = rules if isinstance(rules, dict) else _table(rules)
 

@@ -156,3 +156,13 @@ def rotate_halves(x: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array
     """x [B, T, H, C] with entry i paired with entry i + C/2 and each pair turned (the layout of Hugging Face)."""
     a, b = jnp.split(x.astype(cosine.dtype), 2, axis=-1)
     return jnp.concatenate([a * cosine - b * sine, b * cosine + a * sine], axis=-1).astype(x.dtype)
+
+
+def rotate_pairs(x: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:
+    """x [B, T, H, C] with entries 2i and 2i + 1 paired and each pair turned, as far as there are angles; the entries
+    after those stay (the layout of the paper, of GPT-J, and of ChatGLM2, which turns half of each head)."""
+    width = 2 * cosine.shape[-1]
+    pairs = x[..., :width].astype(cosine.dtype).reshape(*x.shape[:-1], -1, 2)
+    a, b = pairs[..., 0], pairs[..., 1]
+    turned = jnp.stack([a * cosine - b * sine, b * cosine + a * sine], axis=-1)
+    return jnp.concatenate([turned.reshape(*x.shape[:-1], width).astype(x.dtype), x[..., width:]], axis=-1)

@@ -21,9 +21,9 @@ from jax.sharding import Mesh
 from garrulax.core import sharding, spec
 from garrulax.kernels.mask import Mask
 from garrulax.layers.cache import Cache, make_cache
-from garrulax.models import glm, gpt, llama
+from garrulax.models import chatglm, falcon, glm, gpt, llama
 
-FAMILIES: tuple[ModuleType, ...] = (gpt, glm, llama)
+FAMILIES: tuple[ModuleType, ...] = (gpt, glm, llama, chatglm, falcon)
 
 
 def family(config: Any) -> ModuleType:

@@ -94,7 +94,7 @@ def frequencies(rope: Rope, width: int, length: jax.Array | None = None) -> np.n
     if length is None:
         raise ValueError(f"RoPE kind {rope.kind!r} needs the length of the text")
     if rope.kind == "dynamic":
-        stretch = jnp.maximum(length, rope.original_context) / rope.original_context
+        stretch = jnp.maximum(length, rope.original_context).astype(float) / rope.original_context
         base = rope.theta * (rope.factor * stretch - (rope.factor - 1)) ** (width / (width - 2))
         return base[:, None] ** -exponent
     for name in ("short_factors", "long_factors"):

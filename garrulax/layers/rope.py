@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from garrulax.core.config import check_flags, check_positive, check_sizes
+
 #: Fields that each kind uses, besides theta.
 USED = {
     "default": set(),
@@ -55,13 +57,18 @@ class Rope:
         for field in dataclasses.fields(self):
             if field.name not in used and getattr(self, field.name) != field.default:
                 raise ValueError(f"RoPE kind {self.kind!r} does not use {field.name}={getattr(self, field.name)}")
-        if "original_context" in used and self.original_context < 1:
-            raise ValueError(f"RoPE kind {self.kind!r} needs original_context")
+        if "original_context" in used:
+            if self.original_context == 0:
+                raise ValueError(f"RoPE kind {self.kind!r} needs original_context")
+            check_sizes(self, "original_context")
+        check_flags(self, "truncate")
+        given = [name for name in ("attention_factor", "mscale", "mscale_all_dim") if getattr(self, name) is not None]
+        check_positive(self, "theta", "factor", "low", "high", "beta_fast", "beta_slow", *given)
         for name in ("theta", "factor"):
-            if not 1 <= getattr(self, name) < math.inf:
+            if getattr(self, name) < 1:
                 raise ValueError(f"RoPE {name}={getattr(self, name)} must be a number of at least 1")
         for low, high in (("low", "high"), ("beta_slow", "beta_fast")):
-            if not 0 < getattr(self, low) < getattr(self, high):
+            if getattr(self, low) >= getattr(self, high):
                 raise ValueError(
                     f"RoPE {low}={getattr(self, low)} must be above 0 and below {high}={getattr(self, high)}"
                 )
@@ -71,9 +78,9 @@ class Rope:
             raise ValueError(
                 "RoPE attention_factor takes the place of mscale and mscale_all_dim: give one or the other"
             )
-        multipliers = (*self.short_factors, *self.long_factors, self.attention_factor, self.mscale, self.mscale_all_dim)
-        if any(x is not None and not 0 < x < math.inf for x in multipliers):
-            raise ValueError(f"RoPE factors must be above 0: {multipliers}")
+        for name in ("short_factors", "long_factors"):
+            if any(not isinstance(x, int | float) or not 0 < x < math.inf for x in getattr(self, name)):
+                raise ValueError(f"RoPE {name} must be numbers above 0: {getattr(self, name)}")
 
 
 def frequencies(rope: Rope, width: int, length: jax.Array | None = None) -> np.ndarray | jax.Array:

@@ -36,9 +36,9 @@ def rope_from_hf(raw: dict, context: int) -> Rope:
     side and disagree.
     """
     found = []
-    if raw.get("rope_parameters"):
+    if raw.get("rope_parameters") is not None:
         found.append(_read(raw["rope_parameters"], raw.get("rope_theta"), context))
-    if raw.get("rope_scaling"):
+    if raw.get("rope_scaling") is not None:
         found.append(_read(raw["rope_scaling"], raw.get("rope_theta"), context))
     if not found:
         return Rope(theta=float(raw.get("rope_theta") or 10_000.0))
@@ -48,6 +48,8 @@ def rope_from_hf(raw: dict, context: int) -> Rope:
 
 
 def _read(settings: dict, theta: float | None, context: int) -> Rope:
+    if not isinstance(settings, dict):
+        raise ValueError(f"config.json: the RoPE settings must be an object, not {settings!r}")
     kind = settings.get("rope_type", settings.get("type", "default"))
     if kind not in KINDS:
         raise ValueError(f"config.json: RoPE kind {kind!r} is not implemented: only {', '.join(KINDS)}")
@@ -63,6 +65,8 @@ def _read(settings: dict, theta: float | None, context: int) -> Rope:
     values = {ours: settings[key] for ours, key in _FIELDS.items() if settings.get(key) is not None}
     for name in ("short_factors", "long_factors"):
         if name in values:
+            if not isinstance(values[name], list | tuple):
+                raise ValueError(f"config.json: RoPE {_FIELDS[name]} must be a list, not {values[name]!r}")
             values[name] = tuple(values[name])
     if "original_context" in USED[kind]:
         values.setdefault("original_context", context)

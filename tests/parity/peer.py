@@ -62,7 +62,7 @@ class Peer:
         """Matrices that give attention something to choose from; norms and biases that show where they are dropped."""
         noise = self.random.normal(size=tuple(shape)).astype(np.float32)
         if len(shape) > 1:
-            return 1.5 * shape[-1] ** -0.5 * noise
+            return 1.2 * shape[-1] ** -0.5 * noise
         return 0.3 * noise + (0 if name.endswith("bias") else 1)
 
     @property

@@ -1,0 +1,172 @@
+"""config.json means the same to us as to transformers: the old and the new dialect, what is absent, null or absurd, and
+keys that we ignore."""
+
+import collections
+import copy
+import dataclasses
+import json
+
+import pytest
+
+pytest.importorskip("torch", reason="`make parity` installs torch and transformers")
+import peer  # noqa: F401 (quiets transformers)
+import torch
+import transformers
+from drawing import FAMILIES, Draw
+
+from garrulax import models
+from garrulax.hub.reading import family_of
+
+ABSENT = "absent"
+NATIVE = [family for family in FAMILIES if not family.detour]
+families = pytest.mark.parametrize("family", NATIVE, ids=lambda family: family.id)
+
+
+def configuration(family, number=0):
+    return transformers.AutoConfig.for_model(family.name, **family.draw(Draw(family.id, number)))
+
+
+def written(config):
+    """The config.json that transformers writes."""
+    return json.loads(config.to_json_string())
+
+
+def ours(raw):
+    """Our Config; None where we refuse."""
+    try:
+        return family_of(raw).from_hf(copy.deepcopy(raw))
+    except ValueError:
+        return None
+
+
+def theirs(raw, weights):
+    """(what transformers reads in config.json, logits of a text with `weights`, or of one token where they do not
+    fit); None where it refuses, at the latest when the model runs."""
+    raw = copy.deepcopy(raw)
+    try:
+        config = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        fits = {k: v.shape for k, v in weights.items()} == {k: v.shape for k, v in model.state_dict().items()}
+        if fits:
+            model.load_state_dict(weights)
+        with torch.no_grad():
+            return config, model(torch.arange(20 if fits else 1)[None]).logits
+    except Exception:  # of whatever kind: it is not a model
+        return None
+
+
+def dialect_of(family):
+    return next(d for module in models.FAMILIES for d in module.DIALECTS if d.model_type == family.name and _native(d))
+
+
+def _native(dialect):
+    return dialect.architecture in transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+@families
+def test_every_field_is_drawn_off_its_default(family):
+    """In the first case; so that a field that a dialect of ours is given fails here until it has a strategy."""
+    drawn = family.draw(Draw(family.id, 0))
+    default = transformers.CONFIG_MAPPING[family.name]()
+    dialect = dialect_of(family)
+    for field, keys in dialect.fields.items():
+        keys = {keys} if isinstance(keys, str) else set(keys)
+        assert keys & drawn.keys(), f"{dialect.model_type}: no strategy draws {field}"
+    for key, value in drawn.items():
+        if key != "pad_token_id":
+            assert value != getattr(default, key), f"{dialect.model_type}: {key} is at its default"
+    said = ours(written(configuration(family)))
+    for field in dialect.fields:
+        assert getattr(said, field) != getattr(type(said)(), field) or field in ("mlp_width", "kv_heads"), field
+
+
+def older(raw, kind):
+    """The config.json of the same model as transformers 4 wrote it. kind: its name for the kind of RoPE."""
+    raw = copy.deepcopy(raw)
+    settings = raw.pop("rope_parameters", None)
+    if settings:
+        raw |= {key: settings.pop(key) for key in ("rope_theta", "partial_rotary_factor") if key in settings}
+        settings[kind] = settings.pop("rope_type")
+        raw["rope_scaling"] = None if settings[kind] == "default" else settings
+    return raw | {"torch_dtype": "float32", "transformers_version": "4.40.2"}
+
+
+def meaning(raw):
+    """What transformers reads of a config.json, bookkeeping left out."""
+    said = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(copy.deepcopy(raw)).to_dict()
+    settings = {k: v for k, v in (said.pop("rope_parameters", None) or {}).items() if k != "type"}
+    return {k: v for k, v in said.items() if k not in ("dtype", "transformers_version")} | settings
+
+
+@families
+@pytest.mark.parametrize("kind", ["rope_type", "type"])
+def test_old_and_new_config_json_are_the_same_config(family, kind):
+    for number in range(8):
+        new = written(configuration(family, number))
+        old = older(new, kind)
+        assert ours(new) == ours(old) is not None
+        assert meaning(old) == meaning(new)
+
+
+#: Keys with values that transformers refuses although its model would run with them, and we read: initial weights of a
+#: deviation above 1; a width that is no multiple of the heads where head_dim is given.
+LENIENT = collections.defaultdict(set, llama={"initializer_range", "hidden_size", "num_attention_heads"})
+
+
+@families
+def test_config_json_says_to_us_what_it_says_to_transformers(family):
+    """Every key with other values: a value that transformers refuses for a key that we read we refuse; an absent or
+    null key means what it means there; and what leaves our Config as it was leaves transformers' logits as they
+    were."""
+    base = configuration(family).to_dict()
+    torch.manual_seed(0)
+    weights = transformers.AutoModelForCausalLM.from_config(configuration(family)).state_dict()
+    before, logits = ours(base), theirs(base, weights)[1]
+    read = {key for keys in dialect_of(family).fields.values() for key in ([keys] if isinstance(keys, str) else keys)}
+    problems = []
+    for key in base.keys() - {"model_type", "architectures"}:
+        for other in alternatives(base[key]):
+            absent = {k: v for k, v in base.items() if k != key}
+            raw = absent if other is ABSENT else absent | {key: other}
+            mine = ours(raw)
+            if mine is None:
+                continue
+            said = theirs(raw, weights)
+            if said is None:  # version 5 refuses many a null that meant the default before
+                said = theirs(without_null(raw, key), weights)
+            if said is None:
+                if key in read - LENIENT[family.name] | {"rope_parameters"}:
+                    problems.append(f"{key}={other!r} is refused by transformers, read by us: {changes(before, mine)}")
+            elif ours(said[0].to_dict()) != mine:
+                there = changes(before, ours(said[0].to_dict()))
+                problems.append(f"{key}={other!r} changes {changes(before, mine)}, in transformers {there}")
+            elif mine == before and not torch.equal(said[1], logits):
+                problems.append(f"{key}={other!r} changes transformers' logits and not our Config")
+    assert not problems, "\n".join(problems)
+
+
+def without_null(raw, key):
+    value = raw.get(key)
+    if isinstance(value, dict):
+        return raw | {key: {k: v for k, v in value.items() if v is not None}}
+    return {k: v for k, v in raw.items() if k != key or v is not None}
+
+
+def alternatives(value):
+    """Other values of a setting; of a dictionary also with one of its settings changed."""
+    number = float if isinstance(value, float) else int
+    yield from (ABSENT, None, number(-1), number(0), number(3), "x", 0.7, True, False)
+    if isinstance(value, dict):
+        for key, setting in value.items():
+            for other in alternatives(setting):
+                yield {k: v for k, v in value.items() if k != key} | ({} if other is ABSENT else {key: other})
+    elif isinstance(value, int | float):
+        yield from (value + 1, 2 * value)
+
+
+def changes(before, after):
+    """The fields in which two of our Configs differ, with the values of the second."""
+    if type(before) is not type(after):
+        return "everything" if after is not None else "nothing, for it is refused"
+    return {f.name: getattr(after, f.name) for f in dataclasses.fields(after)
+            if getattr(before, f.name) != getattr(after, f.name)}  # fmt: skip

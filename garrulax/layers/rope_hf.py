@@ -41,7 +41,7 @@ def rope_from_hf(raw: dict, context: int) -> Rope:
     if raw.get("rope_scaling") is not None:
         found.append(_read(raw["rope_scaling"], raw.get("rope_theta"), context))
     if not found:
-        return Rope(theta=float(raw.get("rope_theta") or 10_000.0))
+        return Rope(theta=10_000.0 if raw.get("rope_theta") is None else _theta(raw["rope_theta"]))
     if any(r != found[0] for r in found):
         raise ValueError("config.json: rope_parameters and rope_scaling disagree")
     return found[0]
@@ -59,7 +59,7 @@ def _read(settings: dict, theta: float | None, context: int) -> Rope:
     missing = [key for key in _REQUIRED[kind] if settings.get(key) is None]
     if missing:
         raise ValueError(f"config.json: RoPE kind {kind!r} lacks {', '.join(missing)}")
-    thetas = {float(t) for t in (settings.get("rope_theta"), theta) if t is not None} or {10_000.0}
+    thetas = {_theta(t) for t in (settings.get("rope_theta"), theta) if t is not None} or {10_000.0}
     if len(thetas) > 1:
         raise ValueError(f"config.json gives two values of rope_theta: {', '.join(map(str, sorted(thetas)))}")
     values = {ours: settings[key] for ours, key in _FIELDS.items() if settings.get(key) is not None}
@@ -75,6 +75,12 @@ def _read(settings: dict, theta: float | None, context: int) -> Rope:
     if kind == "longrope":
         values.setdefault("factor", context / values["original_context"])
     return Rope(theta=thetas.pop(), kind=kind, **values)
+
+
+def _theta(value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ValueError(f"config.json: rope_theta={value!r} must be a number")
+    return float(value)
 
 
 def rope_to_hf(rope: Rope, context: int) -> dict:

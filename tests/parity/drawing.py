@@ -164,7 +164,7 @@ def qwen2(d: Draw) -> dict[str, Any]:
 
 FALCON = {
     "7b": {"alibi": False, "new_decoder_architecture": False, "multi_query": True, "parallel_attn": True},
-    "40b": {"alibi": False, "new_decoder_architecture": True, "num_ln_in_parallel_attn": None},
+    "40b": {"alibi": False, "new_decoder_architecture": True, "num_ln_in_parallel_attn": 2},
     "rw": {"alibi": True, "new_decoder_architecture": False, "multi_query": False, "parallel_attn": False},
     "11b": {"alibi": False, "new_decoder_architecture": True, "num_ln_in_parallel_attn": 1},
 }
@@ -175,7 +175,8 @@ def falcon(d: Draw) -> dict[str, Any]:
     layout = d.turn(
         FALCON["40b"], FALCON["rw"], FALCON["7b"], FALCON["11b"], FALCON["7b"] | {"parallel_attn": False},
         FALCON["rw"] | {"parallel_attn": True}, FALCON["rw"] | {"multi_query": True},
-        FALCON["40b"] | {"alibi": True, "num_ln_in_parallel_attn": 2}, FALCON["11b"] | {"alibi": True},
+        FALCON["40b"] | {"num_ln_in_parallel_attn": None}, FALCON["40b"] | {"alibi": True},
+        FALCON["11b"] | {"alibi": True},
     )  # fmt: skip
     kv, vocab, context, head_dim = d.whole(1, 3), d.whole(40, 99), d.whole(18, 21), 2 * d.whole(2, 6)
     heads = kv * d.turn(2, 3, 4)
@@ -192,18 +193,17 @@ def falcon(d: Draw) -> dict[str, Any]:
 
 
 def glm(d: Draw) -> dict[str, Any]:
-    """pad_token_id only because the default is no token of so small a vocabulary."""
     part = d.turn(0.75, 0.5, 1.0)
     drawn = rotary(d, 8, "dynamic", "default", "yarn")
     drawn["rope_parameters"]["partial_rotary_factor"] = part
-    return {**drawn, "attention_bias": d.turn(False, True), "pad_token_id": None}
+    return {**drawn, "attention_bias": d.turn(False, True), "pad_token_id": d.whole(0, drawn["vocab_size"] - 1)}
 
 
 def chatglm(d: Draw) -> dict[str, Any]:
     """What a ChatGLM2, 3 or the remote code's GLM-4 can be, said as transformers' Glm."""
-    settings = {"rope_type": "default", "rope_theta": d.turn(5e6, 1e4, 2e4), "partial_rotary_factor": 0.5}
-    fixed = {"hidden_act": "silu", "tie_word_embeddings": False, "attention_bias": True, "rope_parameters": settings}
-    return {**glm(d), **fixed}
+    base, linear = {"rope_type": "default", "rope_theta": d.number(1e3, 1e6)}, {"rope_type": "linear", "factor": 4.0}
+    settings = {"rope_theta": 1e4, "partial_rotary_factor": 0.5} | d.turn(base, linear)
+    return {**glm(d), "hidden_act": "silu", "tie_word_embeddings": False, "rope_parameters": settings}
 
 
 def baichuan(d: Draw) -> dict[str, Any]:

@@ -50,7 +50,8 @@ class Peer:
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 p.copy_(torch.from_numpy(self._values(name, p.shape)))
-        self.tokens = self.random.integers(0, self.config.vocab_size, (2, LENGTH))
+        words = [i for i in range(self.config.vocab_size) if i != self.config.pad_token_id]  # which gets no gradient
+        self.tokens = self.random.choice(words, (2, LENGTH))
         self.prompts = [self.tokens[0, :6].tolist(), self.tokens[1, :3].tolist()]
         eos = self.config.eos_token_id
         if isinstance(eos, list) and len(eos) > 1:

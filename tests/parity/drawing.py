@@ -163,21 +163,21 @@ def qwen2(d: Draw) -> dict[str, Any]:
 
 
 FALCON = {
-    "7b": {"alibi": False, "new_decoder_architecture": False, "multi_query": True, "parallel_attn": True},
     "40b": {"alibi": False, "new_decoder_architecture": True, "num_ln_in_parallel_attn": 2},
-    "rw": {"alibi": True, "new_decoder_architecture": False, "multi_query": False, "parallel_attn": False},
+    "7b": {"alibi": False, "new_decoder_architecture": False, "multi_query": True, "parallel_attn": True},
     "11b": {"alibi": False, "new_decoder_architecture": True, "num_ln_in_parallel_attn": 1},
+    "rw": {"alibi": True, "new_decoder_architecture": False, "multi_query": False, "parallel_attn": False},
 }
 
 
 def falcon(d: Draw) -> dict[str, Any]:
     """The four layouts that were published, and what else the class can do."""
-    layout = d.turn(
-        FALCON["40b"], FALCON["rw"], FALCON["7b"], FALCON["11b"], FALCON["7b"] | {"parallel_attn": False},
-        FALCON["rw"] | {"parallel_attn": True}, FALCON["rw"] | {"multi_query": True},
-        FALCON["40b"] | {"num_ln_in_parallel_attn": None}, FALCON["40b"] | {"alibi": True},
-        FALCON["11b"] | {"alibi": True},
+    other = d.turn(
+        FALCON["7b"] | {"parallel_attn": False}, FALCON["rw"] | {"parallel_attn": True},
+        FALCON["rw"] | {"multi_query": True}, FALCON["40b"] | {"num_ln_in_parallel_attn": None},
+        FALCON["40b"] | {"alibi": True}, FALCON["11b"] | {"alibi": True},
     )  # fmt: skip
+    layout = d.turn(*FALCON.values(), other)
     kv, vocab, context, head_dim = d.whole(1, 3), d.whole(40, 99), d.whole(18, 21), 2 * d.whole(2, 6)
     heads = kv * d.turn(2, 3, 4)
     kv = kv if layout["new_decoder_architecture"] else 1 if layout["multi_query"] else heads

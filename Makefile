@@ -3,9 +3,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-PIP = $(BIN)/python -m pip --quiet --disable-pip-version-check
+PARITY = $(VENV)-parity
 
-.PHONY: quickstart test test-slow table lint clean
+.PHONY: quickstart test test-slow parity table lint clean
 
 quickstart: $(VENV)/.plots
 	@PATH="$(abspath $(BIN)):$$PATH" sh examples/quickstart.sh
@@ -16,21 +16,27 @@ test: $(VENV)/.dev lint
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
 
-# Runs the tests that fill README's table of families, and writes it.
-table: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile --table
+# Random models of every family that transformers has, compared with transformers: a few minutes, and torch to install
+# (on Linux PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu takes the build without CUDA's libraries).
+# PARITY_CASES=20 draws that many configurations a family.
+parity: $(PARITY)/.parity
+	$(PARITY)/bin/python -m pytest tests/parity -n 2 --dist loadgroup
+
+# Runs the tests that fill README's table of families, those of parity among them, and writes it.
+table: $(PARITY)/.parity
+	$(PARITY)/bin/python -m pytest -n 2 --dist loadfile --table
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-$(VENV)/.plots $(VENV)/.dev: pyproject.toml
+$(VENV)/.plots $(VENV)/.dev $(PARITY)/.parity: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Garrulax needs Python 3.11 or newer, not " + sys.version.split()[0] + "; try make PYTHON=python3.12")'
-	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	@echo "installing Garrulax and what it needs into $(VENV) (a few minutes the first time)"
-	@$(PIP) install --editable ".[$(subst .,,$(notdir $@))]"
+	@test -d $(@D) || $(PYTHON) -m venv $(@D)
+	@echo "installing Garrulax and what it needs into $(@D) (a few minutes the first time)"
+	@$(@D)/bin/python -m pip --quiet --disable-pip-version-check install --editable ".[$(subst .,,$(notdir $@))]"
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(PARITY) .pytest_cache .ruff_cache .mypy_cache

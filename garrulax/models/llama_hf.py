@@ -126,6 +126,8 @@ def read(raw: dict[str, Any]) -> dict[str, Any]:
     """
     hf = next((dialect for dialect in DIALECTS if dialect.claims(raw)), LLAMA)
     fields: dict[str, Any] = {**hf.read(raw), "dialect": hf.model_type}
+    if raw.get("head_dim") is not None:
+        _whole("head_dim", raw["head_dim"], 1)  # in a Config 0 stands for width / heads
     if fields.get("kv_heads") is None:
         fields["kv_heads"] = fields["heads"]
     if hf is LLAMA:

@@ -194,7 +194,7 @@ def falcon(d: Draw) -> dict[str, Any]:
 
 def glm(d: Draw) -> dict[str, Any]:
     part = d.turn(0.75, 0.5, 1.0)
-    drawn = rotary(d, 8, "dynamic", "default", "yarn")
+    drawn = rotary(d, 8, "yarn", "default", "dynamic")
     drawn["rope_parameters"]["partial_rotary_factor"] = part
     return {**drawn, "attention_bias": d.turn(False, True), "pad_token_id": d.whole(0, drawn["vocab_size"] - 1)}
 

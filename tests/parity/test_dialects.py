@@ -110,12 +110,15 @@ def test_old_and_new_config_json_are_the_same_config(family, kind):
 
 #: Keys with values that transformers refuses and we read: initial weights of a deviation above 1; a width that is no
 #: multiple of the heads where head_dim is given; no number of key/value heads for as many as there are heads, which is
-#: what its classes mean by it, though some no longer let it pass; max_window_layers beside layer_types, unread.
+#: what its classes mean by it, though some no longer let it pass; max_window_layers beside layer_types, unread; a pad
+#: token beyond the vocabulary.
 LENIENT = collections.defaultdict(
     set,
     llama={"initializer_range", "hidden_size", "num_attention_heads"},
     mistral={"num_key_value_heads"},
     qwen2={"max_window_layers"},
+    glm={"vocab_size", "pad_token_id"},
+    glm4={"vocab_size", "pad_token_id"},
 )
 
 

@@ -24,7 +24,9 @@ from drawing import FAMILIES
 
 SINGLE, DOUBLE = 2e-5, 1e-9  # promised in float32 and float64
 #: Settings with several words for the same, and what the config classes make of some of them.
-SAID_IN_SEVERAL_WAYS = {"rope_parameters", "attention_types", "max_window_layers", "num_ln_in_parallel_attn"}
+SAID_IN_SEVERAL_WAYS = {
+    "rope_parameters", "attention_types", "window_size", "max_window_layers", "num_ln_in_parallel_attn",
+}  # fmt: skip
 RESOLVED = {"attention_layers", "layer_types"}
 forward = jax.jit(gx.forward, static_argnums=2)
 

@@ -5,7 +5,7 @@ import math
 import types
 from typing import Any
 
-from garrulax.core.config import check_flags, check_positive
+from garrulax.core.config import check_flags, check_positive, check_sizes
 from garrulax.core.hf import HFConfig
 from garrulax.layers.rope import Rope
 from garrulax.layers.rope_hf import rope_from_hf, rope_to_hf
@@ -41,6 +41,8 @@ def check_dialect(c: Any) -> None:
             raise ValueError(f"dialect {c.dialect!r} cannot say {name}={getattr(c, name)!r} (only {value!r})")
     if c.dialect == "chatglm":
         rope_ratio(c.rope)
+    elif c.eos is None:
+        raise ValueError(f"dialect {c.dialect!r} cannot say eos=None: there it stands for GLM-4's three")
 
 
 def projections(c: Any) -> dict[str, tuple[str, tuple[int, ...], tuple | None]]:
@@ -145,7 +147,7 @@ GLM = HFConfig(
         "eos": (151329, 151336, 151338),
         "pad": 151329,
     },
-    optional=frozenset({"bos", "eos", "pad"}),
+    optional=frozenset({"bos", "pad"}),
     ignored=frozenset({"partial_rotary_factor", "rope_parameters", "rope_scaling", "rope_theta"}),  # by `_glm_rope`
     marker="num_key_value_heads",  # the original GLM says model_type glm as well
 )
@@ -162,6 +164,7 @@ def read(raw: dict) -> dict[str, Any]:
     """
     dialect = next((d for d in DIALECTS if d.claims(raw)), CHATGLM)
     fields = dialect.read(raw) | {"dialect": dialect.model_type}
+    check_sizes(types.SimpleNamespace(**fields), "head_dim")  # in a Config 0 stands for width / heads
     if dialect is not CHATGLM:
         settings, rotary = _glm_rope(raw, fields["context"])
         return fields | {"rope": settings, "rotary": rotary, "output_norms": dialect.model_type == "glm4"}
@@ -227,7 +230,7 @@ def _glm_rope(raw: dict, context: int) -> tuple[Rope, float]:
     key, cleaned = "partial_rotary_factor", dict(raw)
     found = [raw.get(key)]
     for name in ("rope_parameters", "rope_scaling"):
-        if raw.get(name):
+        if isinstance(raw.get(name), dict):
             cleaned[name] = {k: v for k, v in raw[name].items() if k != key}
             found.append(raw[name].get(key))
     shares = [share for share in found if share is not None] or [0.5]

@@ -17,7 +17,7 @@ test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
 
 # Random models of every family that transformers has, compared with transformers: a few minutes, and torch to install
-# (on Linux PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu takes the build without CUDA's libraries).
+# (its build for CPUs is enough).
 # PARITY_CASES=20 draws that many configurations a family.
 parity: $(PARITY)/.parity
 	$(PARITY)/bin/python -m pytest tests/parity -n 2 --dist loadgroup

@@ -274,6 +274,7 @@ def _sized(base: Config, **sizes: Any) -> Config:
     return dataclasses.replace(base, **{"head_dim": 0, **sizes})
 
 
+_405B = _sized(_LLAMA31, width=16384, layers=126, heads=128, kv_heads=8, mlp_width=53248)
 _13B = {"width": 5120, "layers": 40, "heads": 40, "kv_heads": 40, "mlp_width": 13824}
 _70B = {"width": 8192, "layers": 80, "heads": 64, "kv_heads": 8, "mlp_width": 28672}
 _MISTRAL = Config(
@@ -300,7 +301,8 @@ PRESETS = {
     "llama3-70b": _sized(_LLAMA3, **_70B),
     "llama3.1-8b": _LLAMA31,
     "llama3.1-70b": _sized(_LLAMA31, **_70B),
-    "llama3.1-405b": _sized(_LLAMA31, width=16384, layers=126, heads=128, kv_heads=8, mlp_width=53248),
+    "llama3.1-405b": _405B,
+    "llama3-405b": _405B,  # there is no other
     "llama3.2-1b": _sized(_LLAMA32, width=2048, layers=16, heads=32, kv_heads=8, mlp_width=8192),
     "llama3.2-3b": _sized(_LLAMA32, width=3072, layers=28, heads=24, kv_heads=8, mlp_width=8192),
     "llama3.3-70b": _sized(_LLAMA31, **_70B),

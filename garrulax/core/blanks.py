@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -56,7 +57,7 @@ class Blanks:
         """
         empty = np.zeros(len(ids), int)
         starts = [self.positions(ids, place, len(answer))[:, len(ids) :] for answer in answers]
-        arrays = {
+        arrays: dict[str, list[Any]] = {
             "tokens": [ids, *([self.sop, *answer[:-1]] for answer in answers)],
             "targets": [empty, *answers],
             "choice": [empty, *(np.full(len(answer), i) for i, answer in enumerate(answers, 1))],

@@ -13,7 +13,6 @@ import tiny
 import garrulax as gx
 from garrulax import models
 from garrulax.core import spec
-from garrulax.hub.tokenizers import ByteTokenizer
 from garrulax.kernels.mask import prefix
 from garrulax.sampling.blanks import part_a
 
@@ -155,14 +154,7 @@ def test_no_draw_is_made_twice():
 
 @pytest.fixture(scope="module")
 def byte_model():
-    tokenizer = ByteTokenizer(tiny.GLM_SPECIALS)
-    ids = tiny.CONFIGS["glm"]
-    config = models.glm130b.Config(
-        vocab=264, context=96, width=16, layers=1, heads=2, mlp_width=24, mask=ids.mask, tied=False,
-        sentence_mask=ids.sentence_mask, generation_mask=ids.generation_mask, sop=ids.sop, eop=ids.eop, eos=ids.eos,
-        dialect="glm-130b",
-    )  # fmt: skip
-    return tiny.Model(config, tiny.params(config), tokenizer)
+    return tiny.byte_model("glm130b")
 
 
 def test_texts(byte_model):

@@ -21,6 +21,15 @@ TEXT = [50, 74, 34, 13, 23, 63, 46]
 NEVER = 999  # no id of the models
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _quick_compilation():
+    """Compiling takes far longer than running here; the reference cases test the optimised programs."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @functools.partial(jax.jit, static_argnames="config")
 def full_pass(params, ids, positions, context, config):
     return models.forward(params, ids, config, positions=positions, mask=prefix(context, ids.shape[1]))[0]

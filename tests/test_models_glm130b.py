@@ -140,6 +140,19 @@ def test_rounded_frequencies():
     np.testing.assert_allclose(models.glm130b._frequencies(exact), tables["chatglm1_inv_freq_fp32"], rtol=1e-6)
 
 
+def test_initial_values_are_deepnorms():
+    """Xavier normal; values, outputs and feed-forward layers smaller by alpha (Zeng et al. 2023, section 2.3)."""
+    c = models.glm130b.Config(
+        vocab=64, width=64, layers=2, heads=4, mlp_width=96, gated=True, alpha_layers=8, dialect="glm-130b"
+    )
+    layer = gx.init(c, jax.random.key(0))["blocks"]
+    stds = {name: 64**-0.5 / (4 if name in ("value", "out") else 1) for name in ("query", "key", "value", "out")}
+    stds |= dict.fromkeys(("gate", "up", "down"), (2 / 160) ** 0.5 / 4)
+    for name, std in stds.items():
+        x = (layer["attention"] | layer["mlp"])[name]
+        assert x.std() == pytest.approx(std, rel=5 / (2 * x.size) ** 0.5), name
+
+
 # -- The fixture of li-plus/chatglm.cpp: one layer of the official code, hidden states --------------------------------
 
 
@@ -218,6 +231,9 @@ def test_export_import_export_keeps_every_byte(case, tmp_path):
     assert model.config == config(case)
     jax.tree.map(np.testing.assert_array_equal, model.params, params(case))
     gx.save(model, tmp_path / "two")
+    ids = json.loads((tmp_path / "one" / "generation_config.json").read_text())
+    if case == "chatglm1_ref":  # whose <sop> and <eop> its config.json calls bos and eos
+        assert ids == {"bos_token_id": 114, "eos_token_id": 115}
     for file in (tmp_path / "one").iterdir():
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
 

@@ -121,6 +121,18 @@ def test_packed_texts_equal_separate_ones(case):
         assert relative_error(logits[0, cut], run_of(case, kind)[4]) <= CONTRACT
 
 
+def test_without_a_gmask_nothing_counts_on():
+    c = dataclasses.replace(config("glm130b"), generation_mask=None)
+    assert models.blanks(c).positions([1, c.mask, 2], 1, 3).tolist() == [[0, 1, 2, 1, 1, 1]]
+
+
+def test_presets_in_the_table(table):
+    for row, count in (("GLM-130B", 1), ("ChatGLM-6B", 2)):
+        names = [name for name in models.glm130b.PRESETS if row.lower() in name]
+        assert len(names) == count
+        table(row, "presets", count)
+
+
 def test_alpha_and_head_are_of_the_published_code():
     """The bound tells 28 layers' alpha from the real depth's, and the stored head from the embedding."""
     c, ids, context, positions, wanted = run_of("chatglm1_ref", "gmask")

@@ -265,15 +265,15 @@ def blanks(c: Config) -> Blanks:
     GLM-130B generate.py. Until 31 March 2023 the code of ChatGLM-6B placed the <sop> of a [gMASK], but no token
     after it, behind its mask; we follow what it became, for the vocabulary of then as well.)
     """
-    ids = masks(c.mask, c.sentence_mask, c.generation_mask)
+    counting = () if c.positions_2d or c.generation_mask is None else (c.generation_mask,)
     return Blanks(
-        masks=ids,
+        masks=masks(c.mask, c.sentence_mask, c.generation_mask),
         sop=c.sop,
         ends=(c.eop,) if c.eos is None else (c.eop, c.eos),
         after=() if c.eos is None else (c.eos,),
         open_ended=("", "s", "g"),
         rows=2 if c.positions_2d else 1,
-        counting=frozenset() if c.positions_2d else frozenset({ids["g"]}),
+        counting=frozenset(counting),
     )
 
 

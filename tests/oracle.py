@@ -8,6 +8,7 @@ gpt3 was made with the same transformers' GPT-2 on the weights of gpt2, whose la
 token sees itself, the two before it, and every fifth.
 """
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -32,6 +33,13 @@ CAUSAL = {
     "baichuan2_13b": "Baichuan2", **dict.fromkeys(CHATGLM, "ChatGLM2/3-6B"), "glm": "GLM-4", "glm4": "GLM-4",
     **dict.fromkeys(FALCON, "Falcon"),
 }  # fmt: skip
+
+#: ChatGLM-6B's code as published, and changed.
+CHATGLM = {
+    "chatglm1_ref": {},
+    "chatglm1_alphaN": {"alpha_layers": 3, "dialect": "glm-130b"},
+    "chatglm1_alphaN_fp32freq": {"alpha_layers": 3, "half_frequencies": False, "dialect": "glm-130b"},
+}
 
 
 def arrays(case):
@@ -63,8 +71,18 @@ def config(case):
             eos=ids["eos"], pad=ids["pad"], cls=ids["ENC"], mask=ids["MASK"], sentence_mask=ids["sMASK"],
             generation_mask=ids["gMASK"], sop=ids["sop"], eop=ids["eop"],
         )  # fmt: skip
+    if case == "glm130b":
+        raw = raw_config(case)
+        return models.glm130b.Config(
+            vocab=raw["vocab"], context=64, width=raw["hidden"], layers=raw["num_layers"], heads=raw["heads"],
+            mlp_width=raw["inner"], gated=True, positions_2d=False, half_frequencies=False,
+            alpha_layers=raw["num_layers"], mask=90, generation_mask=91, sop=94, eop=95, pad=0, dialect="glm-130b",
+        )  # fmt: skip
     raw = raw_config(case)["config"]
-    return family_of(raw).from_hf(raw)
+    found = family_of(raw).from_hf(raw)
+    if case in CHATGLM:  # the same weights three times, with a head of their own
+        return dataclasses.replace(found, tied=False, **CHATGLM[case])
+    return found
 
 
 @functools.cache

@@ -19,6 +19,7 @@ SIZES = {"vocab": 40, "context": 16, "width": 8, "layers": 2, "heads": 2}
 BASE = {
     "gpt": models.gpt.Config(**SIZES, band=4),
     "glm": models.glm.Config(**SIZES, mask=33, sentence_mask=34, generation_mask=35, sop=36, eop=37),
+    "glm130b": models.glm130b.Config(**SIZES, mlp_width=12, positions_2d=False, dialect="glm-130b"),
     "llama": models.llama.Config(**SIZES, kv_heads=2, mlp_width=12, attention_dropout=0.1),
     "chatglm": models.chatglm.Config(**SIZES, head_dim=8, mlp_width=12, attention_dropout=0.1, residual_dropout=0.1),
     "falcon": models.falcon.Config(**SIZES, kv_heads=2, norms=2, attention_dropout=0.1, residual_dropout=0.1),
@@ -29,7 +30,7 @@ CHANGED = {
     "init_std": 0.03, "window": 3, "band": 3, "band_stride": 2, "band_parity": 0, "window_from": 1,
     "positions": "alibi", "dialect": "mistral",
     "rope": Rope(theta=50.0), "eos": 3, "bos": 4, "pad": 5, "cls": 6, "mask": 7, "sentence_mask": 8,
-    "generation_mask": 9, "sop": 10, "eop": 11, "norms": 1, "rotary": 1.0,
+    "generation_mask": 9, "sop": 10, "eop": 11, "norms": 1, "rotary": 1.0, "alpha_layers": 3,
 }  # fmt: skip
 #: What must be said along with a field: in both configs that are compared, or in the changed one.
 _BAICHUAN = {"dialect": "baichuan", "attention_dropout": 0.0}
@@ -40,6 +41,7 @@ BOTH = {
     "chatglm.rotary": _GLM, "chatglm.output_norms": _GLM, "chatglm.dialect": _GLM,
 }  # fmt: skip
 ALONG = {
+    "glm130b.dialect": {"dialect": "chatglm"},
     "qkv_bias": {"qkv_bias": True, "dialect": "qwen2"},
     "chatglm.qkv_bias": {"qkv_bias": False},
     "chatglm.output_norms": {"output_norms": True, "dialect": "glm4"},
@@ -54,6 +56,7 @@ READ_ELSEWHERE = {
     "mask": "the data pipeline and fill", "sentence_mask": "the data pipeline", "generation_mask": "fill",
     "sop": "the data pipeline and fill", "eop": "fill", "llama.context": "sampling; rotary positions themselves go on",
     "dialect": "loading and saving", "chatglm.context": "sampling", "falcon.context": "sampling",
+    "glm130b.context": "sampling",
 }  # fmt: skip
 FIELDS = [(family, field.name) for family, c in BASE.items() for field in dataclasses.fields(c)]
 
@@ -257,6 +260,36 @@ def test_glm_config_json_without_control_tokens():
         models.glm.from_hf(raw | {"relative_encoding": True})
 
 
+def test_chatglm_6b_config_json():
+    """As published in April and in March 2023, and as transformers saves it."""
+    raw = {
+        "architectures": ["ChatGLMModel"], "auto_map": {}, "bos_token_id": 130004, "eos_token_id": 130005,
+        "mask_token_id": 130000, "gmask_token_id": 130001, "pad_token_id": 3, "hidden_size": 4096,
+        "inner_hidden_size": 16384, "layernorm_epsilon": 1e-05, "max_sequence_length": 2048, "model_type": "chatglm",
+        "num_attention_heads": 32, "num_layers": 28, "position_encoding_2d": True, "torch_dtype": "float16",
+        "transformers_version": "4.23.1", "use_cache": True, "vocab_size": 130528,
+    }  # fmt: skip
+    read = models.glm130b.from_hf
+    assert read(raw) == read(raw | {"quantization_bit": 0, "pre_seq_len": None, "prefix_projection": False})
+    assert read(raw) == gx.preset("chatglm-6b")
+    first = {"bos_token_id": 150004, "eos_token_id": 150005, "pad_token_id": 20003, "vocab_size": 150528}
+    first = {k: v for k, v in (raw | first).items() if k not in ("mask_token_id", "gmask_token_id")}
+    assert read(first) == gx.preset("chatglm-6b-v0")
+    assert gx.count(dataclasses.replace(read(raw), tied=False)) == 6_707_929_088
+    assert gx.count(dataclasses.replace(read(first), tied=False)) == 6_871_769_088
+    for changes, message in (
+        ({"quantization_bit": 4}, "quantization_bit=4 is not implemented"),
+        ({"pre_seq_len": 128}, "pre_seq_len=128 is not implemented"),
+        ({"image_length": 32}, "unknown keys image_length"),
+        ({"num_attention_heads": 3}, "width 4096 is not a multiple of heads 3"),
+        ({"num_attention_heads": 2048}, "head width 2 must be a multiple of 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read(raw | changes)
+    with pytest.raises(ValueError, match=r"alpha_layers=3: the code of ChatGLM-6B has 28.* set dialect='glm-130b'"):
+        gx.preset("chatglm-6b", alpha_layers=3)
+
+
 def test_presets_name_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'gpt2-medium'"):
         gx.preset("gpt2-medum")
@@ -292,6 +325,7 @@ COUNTS = {
     "glm-4-9b": 9_399_951_360, "glm-4-9b-chat": 9_399_951_360, "glm-4-9b-0414": 9_400_094_720,
     "falcon-7b": 6_921_720_704, "falcon-40b": 41_303_293_952, "falcon-180b": 178_557_088_768,
     "falcon-11b": 10_836_484_096, "falcon-rw-1b": 1_311_625_216,
+    "glm-130b": 128_697_794_560, "chatglm-6b": 6_173_286_400, "chatglm-6b-v0": 6_255_206_400,
 }  # fmt: skip
 UNPUBLISHED = {name for name in gx.presets() if "tiny" in name}  # ours: there is nothing to compare with
 

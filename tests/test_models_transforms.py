@@ -17,6 +17,9 @@ CONFIGS = {
         vocab=40, context=16, width=8, layers=2, heads=2, scale_by_layer=True, band=4, init_std=0.3,
     ),
     "glm": models.glm.Config(vocab=40, context=16, width=8, layers=2, heads=2, init_std=0.3),
+    "glm130b": models.glm130b.Config(
+        vocab=40, context=16, width=16, layers=2, heads=2, mlp_width=12, gated=True, dialect="glm-130b",
+    ),
     "llama": models.llama.Config(
         vocab=40, context=16, width=8, layers=2, heads=2, kv_heads=1, mlp_width=12, qkv_bias=True, out_bias=True,
         mlp_bias=True, rope=Rope(kind="dynamic", factor=2.0, original_context=6), attention_dropout=0.2, init_std=0.3,

@@ -24,6 +24,9 @@ CONFIGS = {
         vocab=97, context=24, width=32, layers=2, heads=4, kv_heads=2, mlp_width=48, rope=Rope(theta=500.0),
         qkv_bias=True, out_bias=True, mlp_bias=True,
     ),
+    "glm130b": models.glm130b.Config(
+        vocab=96, context=24, width=32, layers=2, heads=4, mlp_width=48, gated=True, dialect="glm-130b",
+    ),
     "alibi": models.llama.Config(
         vocab=96, context=24, width=32, layers=2, heads=4, kv_heads=4, mlp_width=48, positions="alibi",
         normalized_head=True, dialect="baichuan",
@@ -39,12 +42,12 @@ FAMILIES = ("gpt", "glm", "llama")
 MESHES = ["fsdp=8", "data=8", "data=2,fsdp=2,tensor=2", "fsdp=4,tensor=2"]
 BOUNDS = {"float32": 1e-5, "float64": 1e-10}
 CASES = [*itertools.product(FAMILIES, MESHES, BOUNDS)]
-CASES += [(family, "data=2,fsdp=2,tensor=2", "float64") for family in ("alibi", "chatglm", "falcon")]
+CASES += [(family, "data=2,fsdp=2,tensor=2", "float64") for family in ("alibi", "glm130b", "chatglm", "falcon")]
 
 
 def loss(params, tokens, config, remat="none"):
     options = {}
-    if isinstance(config, models.glm.Config):
+    if models.blanks(config) is not None:
         context = jnp.full_like(tokens[:, 0], 7)
         options["mask"] = masks.prefix(context, tokens.shape[1])
     logits, _ = gx.forward(params, tokens, config, remat=remat, **options)

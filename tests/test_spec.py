@@ -17,7 +17,7 @@ from garrulax.core import spec
 from garrulax.core.einsum import einsum, lookup
 from garrulax.core.spec import Spec, Stored, normal, ones, stacked, zeros
 
-NAMES = ("gpt2-tiny", "glm-tiny", "llama-tiny", "chatglm", "falcon")
+NAMES = ("gpt2-tiny", "glm-tiny", "llama-tiny", "glm130b", "chatglm", "falcon")
 
 
 def tree_of(name):

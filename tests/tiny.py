@@ -16,6 +16,10 @@ CONFIGS = {
         vocab=264, context=96, eos=256, pad=256, cls=257, mask=258, sentence_mask=259, generation_mask=260, sop=261,
         eop=262, **_SIZES,
     ),
+    "glm130b": models.glm130b.Config(
+        vocab=264, context=96, width=16, layers=1, heads=2, mlp_width=24, gated=True, tied=False, mask=258,
+        sentence_mask=259, generation_mask=260, sop=261, eop=262, eos=256, dialect="glm-130b",
+    ),
     "llama": models.llama.Config(vocab=101, context=96, kv_heads=2, mlp_width=48, eos=None, **_SIZES),
     "chatglm": models.chatglm.Config(vocab=103, context=96, kv_heads=2, mlp_width=48, eos=None, **_SIZES),
     "falcon": models.falcon.Config(vocab=105, context=96, kv_heads=1, norms=2, alibi=True, eos=None, **_SIZES),

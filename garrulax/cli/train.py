@@ -97,7 +97,7 @@ def _tokenizer(settings: Settings, config: Any, corpus: Corpus, folder: Path, re
 
 
 def _new_tokenizer(settings: Settings, config: Any, corpus: Corpus) -> Tokenizer:
-    specials = GLM_SPECIALS if isinstance(config, glm.Config) else GPT_SPECIALS
+    specials = GPT_SPECIALS if models.blanks(config) is None else GLM_SPECIALS
     if settings.tokenizer == "sentencepiece":
         texts = (document.text for document in corpus.split("train"))
         return train_sentencepiece(texts, vocab=settings.vocab, specials=specials)
@@ -112,8 +112,14 @@ def fit(config: Any, settings: Settings, tokenizer: Tokenizer) -> Any:
     """`config` with the tokenizer's vocabulary and control tokens.
 
     A vocabulary that the user chose (other than the preset's) stays. Raises ValueError where it is too small for the
-    tokenizer, where the window is longer than the model's context, and where a control token is missing.
+    tokenizer, where the window is longer than the model's context, where a control token is missing, and for the GLMs
+    whose blanks `train.infill` does not make (GLM-130B, ChatGLM-6B).
     """
+    if models.blanks(config) is not None and not isinstance(config, glm.Config):
+        raise ValueError(
+            f"garrulax train makes the blanks of the original GLM, not those of {settings.preset}: choose a glm "
+            "preset, or give garrulax.train.step batches of your own"
+        )
     if config.vocab == models.preset(settings.preset).vocab:
         config = dataclasses.replace(config, vocab=tokenizer.vocab)
     if config.vocab < tokenizer.vocab:
@@ -157,7 +163,7 @@ def _report(result: Result, settings: Settings, config: Any, corpus: Corpus, fol
         say(f"{e.bits_per_byte:.3f} bits a byte of held-out text; xz -9 needs {xz:.3f} for the same text "
             f"(corpus sha256 {corpus.hash[:12]})")  # fmt: skip
     say(f"model in {folder / MODEL}" + (f", loss curves in {result.picture}" if result.picture else ""))
-    if isinstance(config, glm.Config):
+    if models.blanks(config) is not None:
         say(f"next: garrulax fill {folder} 'for i in [MASK](10):'")
     else:
         say(f"next: garrulax generate {folder} 'def main():'")

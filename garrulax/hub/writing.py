@@ -84,7 +84,7 @@ def write_folder(
     folder, limit = path.expanduser().resolve(), parse_size(max_shard_size)
     dtype = str(np.result_type(*{part.dtype for parts in entries.values() for part in parts}))
     raw = family(config).to_hf(config) | {"torch_dtype": dtype}
-    ids = {f"{name}_token_id": getattr(config, name, None) for name in ("bos", "eos")}
+    ids = {key: raw.get(key) for key in ("bos_token_id", "eos_token_id")}
     writes = jax.process_index() == 0
     with _replacing(folder) if writes else contextlib.nullcontext(folder) as temporary:
         _write_shards(entries, temporary if writes else None, limit, progress)

@@ -7,6 +7,7 @@ that a kernel can skip blocks without a T x S array ever existing.
 
 Streams used by the families
   rank     order of generation: a query sees keys of its own or a lower rank (all of GLM's part A has one rank)
+  choice   0 in a text, 1, 2, ... in several continuations of it that do not see one another
   segment  document in a packed row; PAD (-1) marks padding, which sees nothing and is seen by nothing
   position where a token stands in its own text, for windows and ALiBi (`layers.cache.admit` adds it)
   reach    of queries only: how many tokens back one sees, itself included
@@ -279,3 +280,13 @@ def prefix(context: jax.Array, length: int) -> Mask:
     index = jnp.arange(length, dtype=jnp.int32)
     rank = jnp.where(index < context[:, None], 0, index + 1)
     return Mask({"rank": rank, "segment": jnp.zeros_like(rank)})
+
+
+def choices(choice: jax.Array) -> Mask:
+    """A text and several answers behind it: as `prefix`, but an answer sees no other (THUDM/GLM-130B
+    evaluation/dataset.py). choice: int32 [B, T], 0 in the text, 1, 2, ... in the answers, PAD for padding."""
+    choice = choice.astype(jnp.int32)
+    rank = jnp.where(choice == 0, 0, jnp.arange(1, choice.shape[1] + 1, dtype=jnp.int32))
+    segment = jnp.where(choice < 0, PAD, 0).astype(jnp.int32)
+    of_text_or_own = KRange("choice", 0, 0) | Band("choice", 0, 0)
+    return Mask({"rank": rank, "segment": segment, "choice": choice}, rule=CAUSAL & SAME_SEGMENT & of_text_or_own)

@@ -152,11 +152,17 @@ def table(
     rope: Rope, positions: jax.Array, width: int, length: jax.Array | None, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
     """(cosine, sine), each [B, T, 1, width / 2], of positions int32 [B, T], in at least float32."""
+    cosine, sine = turns(frequencies(rope, width, length), positions, dtype)
+    return amplitude(rope) * cosine, amplitude(rope) * sine
+
+
+def turns(inverse: np.ndarray | jax.Array, positions: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """(cosine, sine), each [B, T, 1, F], of positions int32 [B, T] times the frequencies `inverse` [F] or [B, F]."""
     dtype = jnp.promote_types(dtype, jnp.float32)
-    inverse = jnp.asarray(frequencies(rope, width, length), dtype)
-    inverse = inverse[:, None] if inverse.ndim == 2 else inverse  # [B, 1, width / 2] or [width / 2]
+    inverse = jnp.asarray(inverse, dtype)
+    inverse = inverse[:, None] if inverse.ndim == 2 else inverse
     angle = (positions.astype(dtype)[..., None] * inverse)[:, :, None]
-    return amplitude(rope) * jnp.cos(angle), amplitude(rope) * jnp.sin(angle)
+    return jnp.cos(angle), jnp.sin(angle)
 
 
 def rotate_halves(x: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:

@@ -4,6 +4,7 @@ Config        frozen dataclass
 parameters    Config -> Spec tree
 hidden        (params, tokens, config, ...) -> (hidden states, cache)
 logits        (params, hidden states, config) -> logits
+blanks        Config -> core.blanks.Blanks; only in families that are trained on blanks
 from_hf, to_hf, layout    config.json and tensor names of its Hugging Face checkpoints
 DIALECTS      the config.json formats it reads (core.hf.HFConfig)
 PRESETS       name -> Config
@@ -19,11 +20,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from garrulax.core import sharding, spec
+from garrulax.core.blanks import Blanks
 from garrulax.kernels.mask import Mask
 from garrulax.layers.cache import Cache, make_cache
-from garrulax.models import chatglm, falcon, glm, gpt, llama
+from garrulax.models import chatglm, falcon, glm, glm130b, gpt, llama
 
-FAMILIES: tuple[ModuleType, ...] = (gpt, glm, llama, chatglm, falcon)
+FAMILIES: tuple[ModuleType, ...] = (gpt, glm, glm130b, llama, chatglm, falcon)
 
 
 def family(config: Any) -> ModuleType:
@@ -32,6 +34,12 @@ def family(config: Any) -> ModuleType:
         if isinstance(config, module.Config):
             return module
     raise TypeError(f"{type(config).__name__} is not the Config of a family ({', '.join(presets()[:3])}, ...)")
+
+
+def blanks(config: Any) -> Blanks | None:
+    """How the models of a Config read and fill blanks; None for families that only continue texts."""
+    module = family(config)
+    return module.blanks(config) if hasattr(module, "blanks") else None
 
 
 def presets() -> list[str]:
@@ -98,8 +106,8 @@ def forward(
     """Logits of tokens, and the cache with the tokens in it.
 
     params: as from `init` or `load`, or their `unstack`ed form. tokens: int32 [B, T]; an id outside the vocabulary
-    gives NaN. positions: int32 [B, T], for the original GLM [B, 2, T] (position in the corrupted text, position in
-    the span); default 0, 1, ..., counted on from the cache. mask: who attends to whom (`kernels.mask`), default
+    gives NaN. positions: int32 [B, T], for the original GLM and ChatGLM-6B [B, 2, T] (place in the text, place in
+    the answer); default 0, 1, ..., counted on from the cache. mask: who attends to whom (`kernels.mask`), default
     causal; with a cache, the streams of the new tokens. cache: from `make_cache`. key: PRNG key; gives dropout.
     remat: what the backward pass recomputes: none, dots, full. unroll: lay the layers out instead of scanning them.
 

@@ -13,6 +13,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from garrulax.core.blanks import Blanks, masks
 from garrulax.core.config import check_ids, check_positive, check_rates, check_sizes
 from garrulax.core.einsum import einsum, lookup
 from garrulax.core.hf import HFConfig, Layout
@@ -178,6 +179,21 @@ def hidden(
 def logits(params: Tree, x: jax.Array, c: Config) -> jax.Array:
     """Logits [B, T, V] of hidden states [B, T, D]."""
     return einsum("BTD,VD->BTV", x, params["tokens"])
+
+
+def blanks(c: Config) -> Blanks:
+    """How the family reads blanks: [CLS] and end of text around it; the answers stand behind, in the order of their
+    masks (THUDM/GLM generate_samples.py)."""
+    return Blanks(
+        masks=masks(c.mask, c.sentence_mask, c.generation_mask),
+        sop=c.sop,
+        ends=(c.eop, c.eos),
+        before=(c.cls,),
+        after=(c.eos,),
+        open_ended=("g",),  # which is the rest of the text, its end included
+        spliced=False,
+        causal=True,
+    )
 
 
 _IDS = {

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from garrulax.core.blanks import Blanks
 from garrulax.core.spec import Tree
 from garrulax.kernels.mask import PAD, Mask
-from garrulax.models import glm
-from garrulax.sampling.blanks import PartA, answer, part_a
-from garrulax.sampling.requests import Prompt, assemble, bucket, ends, listed, spread, unpack
+from garrulax.sampling.blanks import PartA, answer, blanks_of, part_a
+from garrulax.sampling.requests import Prompt, Text, assemble, bucket, ends, listed, spread, unpack
 from garrulax.sampling.state import State, init, read
 from garrulax.sampling.transforms import STANDARD, Transform
 from garrulax.sampling.writing import Completion, Steps, Writer, drive, exhaust, first, stop_strings
@@ -54,11 +54,13 @@ def fill(
     max_new_tokens: for each blank. The other arguments as in `generate`; a text's answers depend on its own text,
     knobs and seed alone.
 
-    Part A is read once, both ways. Then, for each blank in turn, the model gets [sop] at the place of its mask and
-    writes until [eop]; the answers stay in the cache for the blanks after them (THUDM/GLM generate_samples.py).
+    The text is read both ways. Then, for each blank in turn, the model gets [sop] and writes until [eop]. A GLM reads
+    the text once; the answers stay behind it for the blanks after them (THUDM/GLM generate_samples.py). GLM-130B and
+    ChatGLM-6B read it again for every blank, with the answers so far in place of their masks (GLM-130B generate.py).
     A space before a blank belongs to the answer, as tokens have it; the text gets it back where the answer has none.
 
-    Raises TypeError for a model that is not a GLM; ValueError as `generate` does, and for a text without a blank.
+    Raises TypeError for a model that is not trained on blanks; ValueError as `generate` does, and for a text without
+    one.
     """
     texts, alone = listed(texts)
     knobs = spread(
@@ -97,8 +99,8 @@ def fill_stream(
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
-def reopen(params: Tree, state: State, place: jax.Array, limit: jax.Array, config: glm.Config) -> State:
-    """The state before the answers to the next blanks. place: int32 [B], their masks. limit: int32 [B], 0 for a row
+def reopen(params: Tree, state: State, position: jax.Array, limit: jax.Array, config: Any) -> State:
+    """The state before the answers to the next blanks. position: int32 [B, 2], of [sop]. limit: int32 [B], 0 for a row
     that has no further blank."""
     # The end of an answer is never read, as in training; the last token of one that was cut off is.
     cut_off = ~jnp.any(state.token[:, None] == state.stops, axis=1)
@@ -108,8 +110,8 @@ def reopen(params: Tree, state: State, place: jax.Array, limit: jax.Array, confi
     return dataclasses.replace(
         state,
         cache=cache,
-        token=jnp.full_like(state.token, config.sop),
-        position=jnp.stack([place, jnp.ones_like(place)], axis=1),
+        token=jnp.full_like(state.token, blanks_of(config).sop),
+        position=position,
         length=state.length + 1,
         limit=limit,
         made=jnp.zeros_like(state.made),
@@ -123,29 +125,34 @@ def _fill(
 ) -> Steps[list[Filled]]:
     """Checks and begins at once; the generator that it returns fills, `every` steps at a time (None: all)."""
     params, config, tokenizer = unpack(model)
-    if not isinstance(config, glm.Config):
-        raise TypeError(f"fill needs a GLM, which is trained on blanks; a {type(config).__module__.rpartition('.')[2]} "
-                        "model continues texts: use generate")  # fmt: skip
+    blanks = blanks_of(config)
     stop = stop_strings(stop, tokenizer)
     parts = [part_a(text, config, tokenizer, f"text {i}") for i, text in enumerate(texts)]
     limits = knobs["max_new_tokens"]
-    begun = [
-        answer(part.ids, part.places[0], limit, config, f"text {i}")
-        for i, (part, limit) in enumerate(zip(parts, limits, strict=True))
-    ]
-    requests = assemble(begun, knobs, config)
+    begun = []
+    for i, (part, limit) in enumerate(zip(parts, limits, strict=True)):
+        more = limit * len(part.places) if blanks.spliced else limit  # what the text itself must have room for
+        begun.append(answer(part.ids, part.places[0], more, config, f"text {i}"))
     turns = max(len(part.places) for part in parts)
     room = bucket(max(limits), least=16)
+    slots = room if blanks.spliced else bucket(turns * (room + 1) - 1)
     # What follows a stop string must not be in the cache: look after every token.
     look = 1 if stop else every or room
 
     def steps():
         written: list[list[Writer]] = [[] for _ in parts]
-        state = init(params, requests, config, transform, room, bucket(turns * (room + 1) - 1))
+        state = None
         for turn in range(turns):
             left = [limit if turn < len(part.places) else 0 for part, limit in zip(parts, limits, strict=True)]
-            if turn:
-                state = reopen(params, state, *_next_blanks(parts, left, turn, len(state.done)), config)
+            if state is None or blanks.spliced:
+                now = [
+                    _with_answers(part, row, config) if limit else text
+                    for part, row, limit, text in zip(parts, written, left, begun, strict=True)
+                ]
+                requests = assemble(now, {**knobs, "max_new_tokens": left}, config)
+                state = init(params, requests, config, transform, room, slots)
+            else:
+                state = reopen(params, state, *_next_blanks(parts, left, turn, len(state.done), blanks), config)
             yield _literals(parts, turn)
             writers = [
                 Writer(tokenizer, limit, ends(config), stop, spaced=limit > 0 and part.spaced[turn])
@@ -165,22 +172,38 @@ def _literals(parts: list[PartA], turn: int) -> list[str]:
     return [part.literals[turn] if turn < len(part.literals) else "" for part in parts]
 
 
-def _next_blanks(parts: list[PartA], left: list[int], turn: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """`place` and `limit` of `reopen`, padded to the rows of the batch."""
-    place, limit = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+def _next_blanks(
+    parts: list[PartA], left: list[int], turn: int, rows: int, blanks: Blanks
+) -> tuple[np.ndarray, np.ndarray]:
+    """`position` and `limit` of `reopen`, padded to the rows of the batch."""
+    position, limit = np.zeros((rows, blanks.rows), np.int32), np.zeros(rows, np.int32)
     limit[: len(left)] = left
     for row, part in enumerate(parts):
         if left[row]:
-            place[row] = part.places[turn]
-    return place, limit
+            position[row] = blanks.positions(part.ids, part.places[turn], 1)[:, -1]
+    return position, limit
+
+
+def _with_answers(part: PartA, writers: list[Writer], config: Any) -> Text:
+    """The text with the answers so far in place of their masks, and the beginning of the next answer."""
+    ids = _spliced(part, writers)
+    place = part.places[len(writers)] + len(ids) - len(part.ids)  # all that changed is before it
+    spent = sum(1 + (writer.reason == "eos") for writer in writers)  # a mask made room for one, an end has no room
+    return answer(ids, place, 1, config, "the text")._replace(spent=spent)
+
+
+def _spliced(part: PartA, writers: list[Writer]) -> list[int]:
+    """Ids of the text, the answers in place of the first masks, without the tokens that ended them."""
+    ids, at = [], 0
+    for place, writer in zip(part.places, writers, strict=False):
+        ids += [*part.ids[at:place], *writer.tokens[: len(writer.tokens) - (writer.reason == "eos")]]
+        at = place + 1
+    return ids + part.ids[at:]
 
 
 def _filled(part: PartA, writers: list[Writer]) -> Filled:
-    tokens, text, at = [], part.literals[0], 0
-    spans = [writer.completion() for writer in writers]
-    for place, span, writer, literal in zip(part.places, spans, writers, part.literals[1:], strict=True):
-        ended = span.finish_reason == "eos"
-        tokens += [*part.ids[at:place], *span.tokens[: len(span.tokens) - ended]]
+    text = part.literals[0]
+    for writer, literal in zip(writers, part.literals[1:], strict=True):
         text += writer.shown + literal
-        at = place + 1
-    return Filled(tokens + part.ids[at:], None if spans[0].text is None else text, spans)
+    spans = [writer.completion() for writer in writers]
+    return Filled(_spliced(part, writers), None if spans[0].text is None else text, spans)

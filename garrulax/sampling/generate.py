@@ -3,8 +3,8 @@
 from collections.abc import Generator, Sequence
 from typing import Any
 
-from garrulax.models import glm
-from garrulax.sampling.blanks import BLANK, answer
+from garrulax import models
+from garrulax.sampling.blanks import last_blank
 from garrulax.sampling.requests import (
     Prompt,
     Text,
@@ -41,7 +41,9 @@ def generate(
     model: from `gx.load`, or (params, config); decoding takes `gx.unstack`ed parameters, so to call often, unstack
     once. prompts: a text, a list of token ids, or a list of these. Ids are read as `gx.forward` reads them; a text gets
     what its tokenizer puts around it, such as bos; a text for a GLM is read both ways, and what follows it is its last
-    blank.
+    blank: it gets [gMASK] and <sop>. So do ids without <sop> for GLM-130B and ChatGLM-6B, unless they have a mask; ids
+    with <sop> are, for every GLM, a text with its mask, <sop>, and the answer so far. ([gMASK] <sop> and a text:
+    GLM-130B reads it from left to right.)
     max_new_tokens, temperature, top_k, top_p, seed: a number, or one a prompt. temperature 0 is greedy, top_k 0 and
     top_p 1 are off; they apply in this order. stop: strings that end a completion and are not part of it.
     transform: what shapes the distribution (`sampling.transforms`); a new one compiles anew, new values never do.
@@ -113,12 +115,11 @@ def _generate(
 
 
 def _text(prompt: Prompt, limit: int, config: Any, tokenizer: Any, name: str) -> Text:
+    if models.blanks(config) is not None:
+        text = last_blank(prompt, limit, config, tokenizer, name)
+        if text is not None:
+            return text
     ids = token_ids(prompt, tokenizer, name)
-    if isinstance(prompt, str) and isinstance(config, glm.Config):
-        if BLANK.search(prompt):
-            raise ValueError(f"{name} has blanks: gx.fill fills them, gx.generate continues a text")
-        last = config.mask if config.generation_mask is None else config.generation_mask
-        return answer([config.cls, *ids, last], len(ids) + 1, limit, config, name)
     if isinstance(prompt, str):
         ids = [*tokenizer.prefix, *ids, *tokenizer.suffix]
     return continuation(ids, limit, config, name)

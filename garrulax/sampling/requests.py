@@ -11,7 +11,6 @@ import numpy as np
 from garrulax import models
 from garrulax.core.spec import Tree
 from garrulax.kernels.mask import PAD
-from garrulax.models import glm
 from garrulax.sampling.state import Requests
 
 Prompt = str | Sequence[int]
@@ -20,16 +19,27 @@ Prompt = str | Sequence[int]
 class Text(NamedTuple):
     """A text to go on with.
 
-    context: token ids that are read first. both_ways: whether they see one another (a GLM's part A) or each only
-    those before it. token: the last token, which the first new one follows. position, stride: of `token`, and from
-    each token to the next; one number, for a GLM two.
+    ids: its tokens; the first new one follows the last. prefix: how many of the first see one another (a text with
+    blanks); each of the others sees those before it. positions: int32 [R, len(ids)], R = 2 where the place in an
+    answer has a row of its own. stride: int32 [R], from the last token to the first new one, and so on.
+    spent: draws made with the text's seed before, beyond one a token of `ids`: no draw is made twice.
     """
 
-    context: list[int]
-    both_ways: bool
-    token: int
-    position: tuple[int, ...]
-    stride: tuple[int, ...]
+    ids: list[int]
+    prefix: int
+    positions: np.ndarray
+    stride: np.ndarray
+    spent: int = 0
+
+    @property
+    def token(self) -> int:
+        """The last token, which decoding begins with."""
+        return self.ids[-1]
+
+    @property
+    def position(self) -> np.ndarray:
+        """Where `token` stands: int32 [R]."""
+        return self.positions[:, -1]
 
 
 def unpack(model: Any) -> tuple[Tree, Any, Any]:
@@ -100,20 +110,28 @@ def reach(config: Any) -> int:
 def continuation(ids: list[int], limit: int, config: Any, name: str) -> Text:
     """A text that is read causally, as `garrulax.forward` does by default. ValueError where it would not fit."""
     check_ids(ids, config, name)
-    if len(ids) + limit > reach(config):
+    check_room(len(ids), limit, config, name)
+    blanks = models.blanks(config)
+    rows = 1 if blanks is None else blanks.rows
+    positions, stride = np.zeros((rows, len(ids)), np.int32), np.zeros(rows, np.int32)
+    positions[0], stride[0] = np.arange(len(ids)), 1
+    return Text(ids, 0, positions, stride)
+
+
+def check_room(size: int, limit: int, config: Any, name: str) -> None:
+    """ValueError where a text of `size` tokens and `limit` new ones do not fit into the model's context."""
+    if size + limit > reach(config):
         raise ValueError(
-            f"{name} has {len(ids)} tokens and {limit} new ones are asked for, but the model's context is "
+            f"{name} has {size} tokens and {limit} new ones are asked for, but the model's context is "
             f"{reach(config)}: shorten the prompt or lower max_new_tokens"
         )
-    last = len(ids) - 1
-    position = (last, 0) if isinstance(config, glm.Config) else (last,)
-    return Text(ids[:-1], False, ids[-1], position, (1, 0)[: len(position)])
 
 
 def ends(config: Any) -> tuple[int, ...]:
-    """Token ids after which a text, or a GLM's span, is over."""
-    if isinstance(config, glm.Config):
-        return (config.eop, config.eos)
+    """Token ids after which a text, or the answer to a blank, is over."""
+    blanks = models.blanks(config)
+    if blanks is not None:
+        return blanks.ends
     return config.eos if isinstance(config.eos, tuple) else () if config.eos is None else (config.eos,)
 
 
@@ -161,14 +179,15 @@ def assemble(texts: Sequence[Text], knobs: Mapping[str, Sequence[Any]], config: 
     """The arrays of a batch: contexts padded on the right to a bucket, rows to a bucket; a row without a text is
     born done. knobs: as `spread` returns them, for all five names of `_RULES`."""
     rows, count = bucket(len(texts)), len(texts)
-    width = bucket(max(len(text.context) for text in texts) or 1, least=16)
-    axes = (2,) if isinstance(config, glm.Config) else ()
+    width = bucket(max(len(text.ids) - 1 for text in texts) or 1, least=16)
+    R = len(texts[0].stride)
+    axes = (R,) if R > 1 else ()
 
     def column(values: Sequence[Any], dtype: Any, rest: Any = 0) -> Any:
         return np.array([*values, *[rest] * (rows - count)], dtype)
 
     def places(values: Sequence[Any]) -> Any:
-        return column(values, np.int32, (0,) * len(texts[0].position)).reshape(rows, *axes)
+        return column(values, np.int32, np.zeros(R)).reshape(rows, *axes)
 
     def full(value: int, *shape: int) -> Any:
         return np.full(shape, value, np.int32)
@@ -176,12 +195,11 @@ def assemble(texts: Sequence[Text], knobs: Mapping[str, Sequence[Any]], config: 
     context, rank, segment = full(0, rows, width), full(0, rows, width), full(PAD, rows, width)
     positions = full(0, rows, *axes, width)
     for row, text in enumerate(texts):
-        size = len(text.context)
-        context[row, :size] = text.context
+        size = len(text.ids) - 1
+        context[row, :size] = text.ids[:-1]
         segment[row, :size] = 0
-        positions[(row, *(0,) * len(axes), slice(size))] = np.arange(size)
-        if not text.both_ways:
-            rank[row] = np.arange(width)
+        positions[row, ..., :size] = text.positions[:, :-1].reshape(*axes, size)
+        rank[row, text.prefix :] = np.arange(text.prefix, width)
     greedy = [t == 0 for t in knobs["temperature"]]  # of which top-k and top-p change nothing
     return Requests(
         context=context,
@@ -191,7 +209,7 @@ def assemble(texts: Sequence[Text], knobs: Mapping[str, Sequence[Any]], config: 
         token=column([text.token for text in texts], np.int32),
         position=places([text.position for text in texts]),
         stride=places([text.stride for text in texts]),
-        length=column([len(text.context) + 1 for text in texts], np.int32),
+        length=column([len(text.ids) + text.spent for text in texts], np.int32),
         limit=column(knobs["max_new_tokens"], np.int32),
         seed=column(knobs["seed"], np.uint32),
         knobs={

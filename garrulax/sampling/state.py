@@ -17,8 +17,8 @@ from garrulax.sampling.transforms import Knobs, Transform
 
 @struct.dataclass
 class Requests:
-    """What a batch of texts begins with; rows are independent of one another. A GLM's positions have an axis of 2
-    (place in the text, place in the span) behind the rows; the others' have none.
+    """What a batch of texts begins with; rows are independent of one another. Where the family has two
+    positions a token (place in the text, place in the answer), there is an axis of 2 behind the rows.
 
     context: int32 [B, P], tokens to read, padded on the right. segment: int32 [B, P], 0 for a token, PAD for padding.
     rank: int32 [B, P], who sees whom in the context: equal ranks see each other. positions: int32 [B, P] or [B, 2, P].

@@ -188,6 +188,7 @@ def test_glm_settings_in_old_and_new_places():
     ("changes", "message"),
     [
         ({"dialect": "glm3"}, "unknown dialect 'glm3': choose from chatglm, glm, glm4"),
+        ({"dialect": "glm", "eos": None}, "'glm' cannot say eos=None"),
         ({"dialect": "glm", "residual_after_norm": True}, "'glm' cannot say residual_after_norm=True"),
         ({"dialect": "glm", "residual_dropout": 0.1}, "'glm' cannot say residual_dropout=0.1"),
         ({"dialect": "glm4"}, "'glm4' cannot say output_norms=False"),

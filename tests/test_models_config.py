@@ -224,6 +224,10 @@ def test_every_rope_survives_config_json_in_every_dialect(kind, dialect):
         ({"tie_word_embeddings": "no"}, "tied='no'"),
         ({"eos_token_id": [2, -1]}, "eos="),
         ({"head_dim": 3}, "head_dim 3 must be even"),
+        ({"head_dim": 0}, "head_dim=0 must be a whole number of at least 1"),
+        ({"rope_theta": True}, "rope_theta=True must be a number"),
+        ({"rope_parameters": 0}, "RoPE settings must be an object, not 0"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": 1, "long_factor": 1}}, "short_factor must be a list"),
         ({"hidden_act": "swiglu"}, "unknown activation 'swiglu'"),
     ],
 )

@@ -91,6 +91,9 @@ def test_tables_are_float32_at_least_and_rotation_keeps_the_dtype():
     assert ropes.rotate_halves(jnp.ones((1, 2, 1, 8), jnp.bfloat16), cosine, sine).dtype == jnp.bfloat16
     with jax.enable_x64(True):
         assert ropes.table(Rope(), jnp.array([[3]]), 8, None, jnp.float64)[0].dtype == jnp.float64
+        dynamic = Rope(kind="dynamic", factor=2.0, original_context=3)
+        base = 10_000 * (2 * 7 / 3 - 1) ** (8 / 6)
+        np.testing.assert_allclose(ropes.frequencies(dynamic, 8, jnp.int32([7]))[0], base ** -(np.arange(4) / 4), 1e-15)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +108,8 @@ def test_tables_are_float32_at_least_and_rotation_keeps_the_dtype():
         ({"kind": "yarn", "factor": 2.0, "original_context": 8, "beta_slow": 40.0}, "beta_slow=40.0"),
         ({"kind": "yarn", "factor": 2.0, "original_context": 8, "attention_factor": 0.0}, "above 0"),
         ({"factor": 2.0}, "'default' does not use factor"),
+        ({"kind": "linear", "factor": "2"}, "factor='2' must be a number"),
+        ({"kind": "yarn", "factor": 2.0, "original_context": 8.5}, "original_context=8.5 must be a whole number"),
     ],
 )
 def test_absurd_settings_are_refused(fields, message):

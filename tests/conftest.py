@@ -13,6 +13,15 @@ if "xla_force_host_platform_device_count" not in flags:
 _found = []
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_programs_go():
+    """A process that keeps every program of this suite runs out of memory maps, which LLVM answers with a crash."""
+    yield
+    import jax
+
+    jax.clear_caches()
+
+
 def pytest_addoption(parser):
     parser.addoption("--table", action="store_true", help="write what the tests measured into README's table")
 

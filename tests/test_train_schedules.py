@@ -51,7 +51,11 @@ def test_works_on_traced_steps():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"kind": "cosin"}, "unknown schedule 'cosin'"), ({"kind": "wsd", "warmup": 8, "decay": 0.5}, "longer than")],
+    [
+        ({"kind": "cosin"}, "unknown schedule 'cosin'"),
+        ({"kind": "wsd", "warmup": 8, "decay": 0.5}, "longer than"),
+        ({"kind": "warmup_linear", "warmup": 11}, "warmup=11 .* longer than the 10 steps"),
+    ],
 )
 def test_refused(options, message):
     with pytest.raises(ValueError, match=message):

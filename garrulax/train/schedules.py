@@ -26,11 +26,11 @@ def make_schedule(
     """
     if kind not in KINDS:
         raise ValueError(f"unknown schedule {kind!r}: choose from {', '.join(KINDS)}")
-    if kind == "warmup_linear":
-        return _warmup_linear(peak, steps, warmup if warmup < 1 else warmup / steps, min_ratio)
     rise, fall = _steps(warmup, steps), _steps(decay, steps) if kind == "wsd" else 0
     if rise + fall > steps:
         raise ValueError(f"warmup={warmup} and decay={decay} are longer than the {steps} steps of the run")
+    if kind == "warmup_linear":
+        return _warmup_linear(peak, steps, warmup if warmup < 1 else warmup / steps, min_ratio)
     begin = steps - fall if kind == "wsd" else rise
 
     def schedule(step):

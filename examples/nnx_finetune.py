@@ -22,8 +22,9 @@ parser.add_argument("--out", default="runs/nnx-finetune", help="where the result
 args = parser.parse_args()
 
 if args.model:
-    config, params, tokenizer = (loaded := gx.load(args.model)).config, loaded.params, loaded.tokenizer
-    model = nnx_module(config, params=params)  # the arrays of `params` themselves, not copies
+    loaded = gx.load(args.model)
+    config, tokenizer = loaded.config, loaded.tokenizer
+    model = nnx_module(config, params=loaded.params)  # the arrays of `params` themselves, not copies
 else:
     tokenizer = ByteTokenizer()
     config = gx.preset("llama-tiny", vocab=tokenizer.vocab, layers=2, eos=tokenizer.eos)

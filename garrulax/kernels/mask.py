@@ -11,6 +11,7 @@ Streams used by the families
   segment  document in a packed row; PAD (-1) marks padding, which sees nothing and is seen by nothing
   position where a token stands in its own text, for windows and ALiBi (`layers.cache.admit` adds it)
   reach    of queries only: how many tokens back one sees, itself included
+  phase    position modulo the stride of a layer of GPT-3: equal phases see each other (`layers.attention.within`)
 """
 
 import dataclasses

@@ -1,4 +1,6 @@
-"""Floor 3: one file a family. Every family file has the same names:
+"""Floor 3: one file a family, with its config.json formats in a second (`llama_hf`) where they are many.
+
+Every family file has the same names:
 
 Config        frozen dataclass
 parameters    Config -> Spec tree
@@ -33,7 +35,9 @@ def family(config: Any) -> ModuleType:
     for module in FAMILIES:
         if isinstance(config, module.Config):
             return module
-    raise TypeError(f"{type(config).__name__} is not the Config of a family ({', '.join(presets()[:3])}, ...)")
+    raise TypeError(
+        f"{type(config).__name__} is not the Config of a family: take gx.preset(name), or model.config of a loaded one"
+    )
 
 
 def blanks(config: Any) -> Blanks | None:

@@ -294,6 +294,22 @@ def test_chatglm_6b_config_json():
         gx.preset("chatglm-6b", alpha_layers=3)
 
 
+@pytest.mark.parametrize(("family", "model_type"), [("gpt", "llama"), ("glm130b", "glm"), ("llama", "gpt2"),
+                                                    ("chatglm", "gpt2"), ("falcon", None)])  # fmt: skip
+def test_another_family_s_config_json_is_not_read_as_one_s_own(family, model_type):
+    raw = models.family(BASE[family]).to_hf(BASE[family])
+    with pytest.raises(ValueError, match=f"model_type={model_type!r} is not of this family"):
+        models.family(BASE[family]).from_hf(raw | {"model_type": model_type})
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "value"), [("glm", "eos", (1, 2)), ("glm130b", "mask", (3,)), ("llama", "bos", (1, 2))]
+)
+def test_only_ends_of_text_may_be_several(family, name, value):
+    with pytest.raises(ValueError, match=rf"{name}=\(.*must be a token id of at least 0$"):
+        dataclasses.replace(BASE[family], **{name: value})
+
+
 def test_presets_name_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'gpt2-medium'"):
         gx.preset("gpt2-medum")

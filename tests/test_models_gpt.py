@@ -134,6 +134,12 @@ def test_gpt_neo_s_kinds_of_layers(types, band, parity):
         assert gpt.from_hf(gpt.to_hf(c)) == c
 
 
+def test_gpt_neo_s_absurd_depth_fills_no_memory():
+    for layers in (10**10, 10**20):
+        with pytest.raises(ValueError, match=f"is not implemented for {layers} layers"):
+            gpt.from_hf(neo(num_layers=layers, attention_types=[[["global"], layers]]))
+
+
 def test_gpt_neo_s_other_keys():
     with pytest.raises(ValueError, match="attention_types"):
         gpt.from_hf(neo(attention_layers=["global"] * 4))

@@ -39,10 +39,11 @@ def check_flags(config: Any, *names: str) -> None:
             raise ValueError(f"{name}={getattr(config, name)!r} must be true or false")
 
 
-def check_ids(config: Any, *names: str) -> None:
-    """Raises ValueError for a token id that is none of None, a whole number of at least 0, and a tuple of those."""
+def check_ids(config: Any, *names: str, several: tuple[str, ...] = ()) -> None:
+    """Raises ValueError for a token id that is neither None nor a whole number of at least 0; for those of the names
+    that are in `several`, it may be a tuple of such numbers."""
     for name in names:
         value = getattr(config, name)
-        ids = value if isinstance(value, tuple) else () if value is None else (value,)
+        ids = value if isinstance(value, tuple) and name in several else () if value is None else (value,)
         if any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in ids):
-            raise ValueError(f"{name}={value!r} must be a token id of at least 0")
+            raise ValueError(f"{name}={value!r} must be a token id of at least 0{', or several' * (name in several)}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import reprlib
+from collections.abc import Sequence
 from typing import Any
 
 #: Keys that change nothing in what a decoder computes: bookkeeping, heads of other tasks, defaults of generation.
@@ -92,6 +93,15 @@ class HFConfig:
             value = getattr(config, field)
             out[keys if isinstance(keys, str) else keys[0]] = list(value) if isinstance(value, tuple) else value
         return {**out, **self.fixed}
+
+
+def claimant(dialects: Sequence[HFConfig], raw: dict[str, Any]) -> HFConfig:
+    """The first of a family's dialects that claims the parsed config.json. Raises ValueError where none does."""
+    for dialect in dialects:
+        if dialect.claims(raw):
+            return dialect
+    known = ", ".join(dict.fromkeys(dialect.model_type for dialect in dialects))
+    raise ValueError(f"config.json: model_type={reprlib.repr(raw.get('model_type'))} is not of this family ({known})")
 
 
 @dataclasses.dataclass(frozen=True)

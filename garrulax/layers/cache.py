@@ -118,6 +118,12 @@ def admit(tokens: jax.Array, positions: jax.Array, mask: Mask | None, cache: Cac
     return view, dataclasses.replace(cache, streams=streams, used=cache.used + count)
 
 
+def whole_length(positions: jax.Array, cache: Cache | None) -> jax.Array:
+    """How many tokens the whole text of each row has, int32 [B]: what its cache plans, or up to the last of positions
+    [B, T] where there is none. What rotary positions that depend on the length go by."""
+    return positions.max(axis=1) + 1 if cache is None else cache.planned
+
+
 def extend(kv: KV, layer: jax.Array | int, key: jax.Array, value: jax.Array, at: jax.Array) -> tuple[KV, KV]:
     """Writes key and value [B, T, K, C] of one layer at slot `at`.
 

@@ -18,7 +18,7 @@ from garrulax.core.spec import Spec, Stored, Tree, normal, ones, stacked, zeros
 from garrulax.kernels.mask import Mask
 from garrulax.layers import rope
 from garrulax.layers.attention import attend, default_positions
-from garrulax.layers.cache import Cache, admit
+from garrulax.layers.cache import Cache, admit, whole_length
 from garrulax.layers.dropout import dropout, split
 from garrulax.layers.mlp import check_activation, gated_mlp, linear
 from garrulax.layers.norms import rms_norm
@@ -80,7 +80,7 @@ class Config:
         if self.rotary > 1 or self.rotary_width % 2 or not self.rotary_width:
             raise ValueError(f"rotary={self.rotary} must turn an even part of head_dim {self.head_dim}")
         check_flags(self, "qkv_bias", "output_norms", "residual_after_norm", "tied")
-        check_ids(self, "bos", "eos", "pad")
+        check_ids(self, "bos", "eos", "pad", several=("eos",))
         chatglm_hf.check_dialect(self)
 
     @property
@@ -157,8 +157,7 @@ def hidden(
     positions = default_positions(tokens, cache) if positions is None else positions
     view, cache = admit(tokens, positions, mask, cache)
     x = lookup(params["tokens"], tokens)
-    length = positions.max(axis=1) + 1 if cache is None else cache.planned
-    turn = rope.table(c.rope, positions, c.rotary_width, length, x.dtype)
+    turn = rope.table(c.rope, positions, c.rotary_width, whole_length(positions, cache), x.dtype)
 
     def block(x, p, kv, layer, key):
         keys = split(key, 3)

@@ -1,4 +1,7 @@
-"""The config.json formats and tensor names of ChatGLM2, ChatGLM3 and GLM-4, for models/chatglm.py."""
+"""The config.json formats and tensor names of ChatGLM2, ChatGLM3 and GLM-4, for models/chatglm.py.
+
+Sources: configuration_chatglm.py beside the published checkpoints; transformers 5.23.0, configuration_{glm,glm4}.py.
+"""
 
 import dataclasses
 import math
@@ -6,7 +9,7 @@ import types
 from typing import Any
 
 from garrulax.core.config import check_flags, check_positive, check_sizes
-from garrulax.core.hf import HFConfig
+from garrulax.core.hf import HFConfig, claimant
 from garrulax.layers.rope import Rope
 from garrulax.layers.rope_hf import rope_from_hf, rope_to_hf
 
@@ -162,7 +165,7 @@ def read(raw: dict) -> dict[str, Any]:
     Raises ValueError as `core.hf.HFConfig.read` and `layers.rope_hf.rope_from_hf` do, and where rope_ratio may mean
     two things.
     """
-    dialect = next((d for d in DIALECTS if d.claims(raw)), CHATGLM)
+    dialect = claimant(DIALECTS, raw)
     fields = dialect.read(raw) | {"dialect": dialect.model_type}
     check_sizes(types.SimpleNamespace(**fields), "head_dim")  # in a Config 0 stands for width / heads
     if dialect is not CHATGLM:

@@ -17,12 +17,12 @@ import ml_dtypes
 
 from garrulax.core.config import check_flags, check_ids, check_positive, check_rates, check_sizes
 from garrulax.core.einsum import einsum, lookup
-from garrulax.core.hf import HFConfig, Layout
+from garrulax.core.hf import HFConfig, Layout, claimant
 from garrulax.core.spec import Spec, Stored, Tree, normal, ones, stacked, zeros
 from garrulax.kernels.mask import Mask
 from garrulax.layers import rope
 from garrulax.layers.attention import alibi_slopes, attend, default_positions
-from garrulax.layers.cache import Cache, View, admit
+from garrulax.layers.cache import Cache, View, admit, whole_length
 from garrulax.layers.dropout import dropout, split
 from garrulax.layers.mlp import check_activation, linear, mlp
 from garrulax.layers.norms import layer_norm
@@ -76,7 +76,7 @@ class Config:
         check_rates(self, "attention_dropout", "residual_dropout")
         check_positive(self, "norm_eps", "init_std")
         check_flags(self, "parallel", "alibi", "bias", "tied")
-        check_ids(self, "bos", "eos")
+        check_ids(self, "bos", "eos", several=("eos",))
         if self.norms > 2 or (self.norms == 1 and not self.parallel):
             raise ValueError(f"norms={self.norms}: a block has 2, or 1 where attention and MLP are parallel")
         if not self.parallel and 1 < self.kv_heads < self.heads:
@@ -168,9 +168,8 @@ def hidden(
     positions = default_positions(tokens, cache) if positions is None else positions
     view, cache = admit(tokens, positions, mask, cache)
     x = lookup(params["tokens"], tokens)
-    length = positions.max(axis=1) + 1 if cache is None else cache.planned
     bias = alibi(view, c, x.dtype) if c.alibi else None
-    turn = None if c.alibi else rope.table(c.rope, positions, c.head_dim, length, x.dtype)
+    turn = None if c.alibi else rope.table(c.rope, positions, c.head_dim, whole_length(positions, cache), x.dtype)
 
     def block(x, p, kv, layer, key):
         keys = split(key, 3)
@@ -290,7 +289,7 @@ def from_hf(raw: dict) -> Config:
     Raises ValueError as `core.hf.HFConfig.read` and `layers.rope_hf.rope_from_hf` do, and for combinations of the
     architecture's flags with which the reference code cannot run.
     """
-    fields = next((d for d in DIALECTS if d.claims(raw)), HF).read(raw)
+    fields = claimant(DIALECTS, raw).read(raw)
     new, single = fields.pop("new_decoder_architecture"), fields.pop("multi_query")
     flags = types.SimpleNamespace(new_decoder_architecture=new, multi_query=single)
     check_flags(flags, "new_decoder_architecture", "multi_query")

@@ -19,7 +19,7 @@ import numpy as np
 from garrulax.core.blanks import Blanks, masks
 from garrulax.core.config import check_flags, check_ids, check_positive, check_sizes
 from garrulax.core.einsum import einsum, lookup
-from garrulax.core.hf import HFConfig, Layout
+from garrulax.core.hf import HFConfig, Layout, claimant
 from garrulax.core.spec import Spec, Stored, Tree, normal, ones, stacked, zeros
 from garrulax.kernels.mask import Mask
 from garrulax.layers import rope
@@ -332,9 +332,9 @@ def from_hf(raw: dict) -> Config:
     Raises ValueError as `core.hf.HFConfig.read` does: among others for quantized (quantization_bit) and P-tuned
     (pre_seq_len) checkpoints.
     """
-    dialect = next((name for name, format in _FORMATS.items() if format.claims(raw)), "chatglm")
-    fields = _FORMATS[dialect].read(raw) | (_CHATGLM if dialect == "chatglm" else {})
-    return Config(**fields, dialect=dialect)
+    hf = claimant(DIALECTS, raw)
+    hard_wired = _CHATGLM if hf.model_type == "chatglm" else {}
+    return Config(**hf.read(raw), **hard_wired, dialect=hf.model_type)
 
 
 def to_hf(c: Config) -> dict:

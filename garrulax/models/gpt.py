@@ -75,15 +75,12 @@ class Config:
         check_rates(self, "embedding_dropout", "attention_dropout", "residual_dropout")
         check_positive(self, "norm_eps", "init_std")
         check_flags(self, "tied", "scale_attention", "scale_by_layer", "post_norm", "qkv_bias")
-        check_ids(self, "bos", "eos")
+        check_ids(self, "bos", "eos", several=("eos",))
         self._check_band()
         gpt_hf.check_dialect(self)
 
     def _check_band(self):
-        for name in ("band", "band_stride"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"{name}={value!r} must be a whole number of at least 0")
+        check_sizes(self, "band", "band_stride", least=0)
         if self.band_parity not in (0, 1) or isinstance(self.band_parity, bool):
             raise ValueError(f"band_parity={self.band_parity!r} must be 0 or 1")
         if not self.band and (self.band_stride or not self.band_parity):

@@ -1,9 +1,12 @@
-"""config.json of the GPTs: four formats, and what each of them can say."""
+"""config.json of the GPTs: four formats, and what each of them can say.
+
+Source: transformers 5.23.0, configuration_{gpt2,openai,gpt_neo}.py, for keys and for the defaults of absent ones.
+"""
 
 import dataclasses
 from typing import Any
 
-from garrulax.core.hf import HFConfig
+from garrulax.core.hf import HFConfig, claimant
 
 GPT2 = HFConfig(
     model_type="gpt2",
@@ -96,7 +99,7 @@ NEO = _like_gpt2(
     {"embedding_dropout": 0.0, "attention_dropout": 0.0, "residual_dropout": 0.0, "band": 256},
     without=("scale_attention", "scale_by_layer"),
 )
-NEO = dataclasses.replace(NEO, ignored=NEO.ignored | {"attention_types", "attention_layers"})  # read by `_neo`
+NEO = dataclasses.replace(NEO, ignored=NEO.ignored | {"attention_types", "attention_layers"})  # read by `_bands`
 
 DIALECTS = (GPT2, GPT1, GPT3, NEO)
 
@@ -107,6 +110,7 @@ _IMPLIED: dict[str, dict[str, Any]] = {
     },
     "gpt_neo": {"scale_attention": False, "scale_by_layer": False, "band_stride": 0},
 }  # fmt: skip
+_MOST = 10_000  # layers whose kinds are written out in a list: a damaged number must not fill the memory
 #: GPT-1's names of activations: its "gelu" is the tanh approximation.
 _AFN = {"gelu": "gelu_new", "relu": "relu", "silu": "silu", "swish": "swish"}
 
@@ -128,7 +132,7 @@ def read(raw: dict[str, Any]) -> dict[str, Any]:
     Raises ValueError as `core.hf.HFConfig.read` does, and for GPT-Neo layers that are neither all global nor global
     and local by turns.
     """
-    dialect = next((d for d in DIALECTS if d.claims(raw)), GPT2)
+    dialect = claimant(DIALECTS, raw)
     fields = dialect.read(raw)
     if dialect is GPT1:
         if fields["activation"] not in _AFN:
@@ -155,7 +159,7 @@ def _bands(raw: dict[str, Any], layers: int, window: int) -> dict[str, int]:
     """band and band_parity of GPT-Neo's attention_types, pairs of a list of kinds and how often it is repeated."""
     types = raw.get("attention_types") or [[["global", "local"], 12]]
     try:
-        fits = sum(len(group) * times for group, times in types) == layers
+        fits = sum(len(group) * times for group, times in types) == layers <= _MOST
         kinds = [kind for group, times in types for kind in group * times] if fits else []
     except (TypeError, ValueError):
         kinds = []

@@ -25,7 +25,7 @@ from garrulax.core.spec import Spec, Stored, Tree, normal, ones, stacked, zeros
 from garrulax.kernels.mask import INF, Mask
 from garrulax.layers import rope
 from garrulax.layers.attention import alibi_slopes, attend, default_positions, within
-from garrulax.layers.cache import Cache, admit
+from garrulax.layers.cache import Cache, admit, whole_length
 from garrulax.layers.mlp import check_activation, gated_mlp, linear
 from garrulax.layers.norms import rms_norm, unit_norm
 from garrulax.layers.rope import Rope
@@ -92,7 +92,7 @@ class Config:
         check_rates(self, "attention_dropout")
         check_positive(self, "norm_eps", "init_std")
         check_flags(self, "qkv_bias", "out_bias", "mlp_bias", "tied", "normalized_head")
-        check_ids(self, "bos", "eos")
+        check_ids(self, "bos", "eos", several=("eos",))
         self._check_positions()
         if self.normalized_head and self.tied:
             raise ValueError("normalized_head and tied: a normalised head cannot be the token embedding")
@@ -219,8 +219,7 @@ def _positions(c: Config, positions: jax.Array, cache: Cache | None, dtype: Any)
     """How queries and keys are turned, and the slopes of ALiBi or None."""
     if c.positions == "alibi":
         return lambda x: x, alibi_slopes(c.heads)
-    length = positions.max(axis=1) + 1 if cache is None else cache.planned
-    cosine, sine = rope.table(c.rope, positions, c.head_dim, length, dtype)
+    cosine, sine = rope.table(c.rope, positions, c.head_dim, whole_length(positions, cache), dtype)
     return lambda x: rope.rotate_halves(x, cosine, sine), None
 
 

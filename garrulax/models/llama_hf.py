@@ -7,7 +7,7 @@ those of `garrulax.models.llama.Config`.
 
 from typing import Any
 
-from garrulax.core.hf import HFConfig
+from garrulax.core.hf import HFConfig, claimant
 from garrulax.layers.rope import Rope
 from garrulax.layers.rope_hf import rope_from_hf, rope_to_hf
 
@@ -124,7 +124,7 @@ def read(raw: dict[str, Any]) -> dict[str, Any]:
     Raises ValueError as `core.hf.HFConfig.read` and `layers.rope_hf.rope_from_hf` do, and for layer_types other than
     full attention first and then a sliding window.
     """
-    hf = next((dialect for dialect in DIALECTS if dialect.claims(raw)), LLAMA)
+    hf = claimant(DIALECTS, raw)
     fields: dict[str, Any] = {**hf.read(raw), "dialect": hf.model_type}
     if raw.get("head_dim") is not None:
         _whole("head_dim", raw["head_dim"], 1)  # in a Config 0 stands for width / heads

@@ -222,12 +222,12 @@ def test_misuse_is_named():
         nnx_module(config)
     with pytest.raises(ValueError, match="give rngs, for new parameters, or params"):
         nnx_module(config, rngs=nnx.Rngs(0), params=params)
-    fewer = {name: tree for name, tree in params.items() if name != "norm"}
+    other = {name if name != "norm" else "final": tree for name, tree in params.items()}
     for broken in (
-        lambda: nnx_module(config, params=fewer),
-        lambda: linen_module(config).apply({"params": fewer}, TOKENS),
+        lambda: nnx_module(config, params=other),
+        lambda: linen_module(config).apply({"params": other}, TOKENS),
     ):
-        with pytest.raises(ValueError, match="do not fit the config: norm missing or unknown"):
+        with pytest.raises(ValueError, match="do not fit the config: norm missing; final unknown"):
             broken()
     with pytest.raises(ValueError, match="do not fit the config: blocks, head, norm, positions, tokens missing"):
         linen_module(config).apply({}, TOKENS)

@@ -477,7 +477,7 @@ def test_an_older_model_comes_back_where_the_last_rename_fails(model, tmp_path, 
 def test_parameters_of_another_config_are_refused(model, tmp_path):
     with pytest.raises(ValueError, match=r"positions should be \(33, 32\), is"):
         gx.save(model.replace(config=dataclasses.replace(model.config, context=33)), tmp_path / "m")
-    with pytest.raises(ValueError, match="head missing or unknown"):
+    with pytest.raises(ValueError, match="head missing"):
         gx.save(model.replace(config=dataclasses.replace(model.config, tied=False)), tmp_path / "m")
     deeper = dataclasses.replace(model.config, layers=4)
     for tree in (model.params, gx.unstack(model.params)):

@@ -160,6 +160,7 @@ def decay_mask(specs: Tree) -> Tree:
 
 def check_parts(specs: Tree, params: Tree) -> None:
     """Raises ValueError that names the top-level parts of `params` that the Spec tree lacks, or the other way round."""
-    odd = sorted(specs.keys() ^ params.keys())
-    if odd:
-        raise ValueError(f"the parameters do not fit the config: {', '.join(odd)} missing or unknown")
+    odd = {"missing": specs.keys() - params.keys(), "unknown": params.keys() - specs.keys()}
+    if any(odd.values()):
+        named = "; ".join(f"{', '.join(sorted(names))} {what}" for what, names in odd.items() if names)
+        raise ValueError(f"the parameters do not fit the config: {named}")

@@ -103,6 +103,17 @@ def test_key_value_heads_may_be_fewer_than_the_devices_of_the_query_heads():
         assert max(jax.tree.leaves(jax.tree.map(relative, grads, gradients))) <= 1e-10
 
 
+def test_rules_may_split_the_key_value_heads_alone():
+    config, m = dataclasses.replace(CONFIGS["chatglm"], kv_heads=2), sharding.make_mesh("data=4,tensor=2")
+    params = gx.init(config, jax.random.key(1))
+    expected = loss(params, tokens(config), config)
+    rules = sharding.RULES["tp"] | {"heads": None}
+    with jax.set_mesh(m):
+        sharded = jax.device_put(params, sharding.shardings(models.chatglm.parameters(config), m, rules))
+        batch = jax.device_put(tokens(config), NamedSharding(m, P("data", None)))
+        assert relative(loss(sharded, batch, config), expected) <= 1e-5
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_may_be_whole_on_every_device(family):
     config = CONFIGS[family]

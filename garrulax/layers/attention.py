@@ -43,7 +43,8 @@ def _spread(x: jax.Array, query: jax.Array) -> jax.Array:
     (batch, _, axes, _), (_, _, own, _) = sharding.spec, jax.typeof(x).sharding.spec
     if axes == own or x.shape[2] == 1:
         return x
-    ways = math.prod(sharding.mesh.shape[axis] for axis in (axes if isinstance(axes, tuple) else (axes,)))
+    names = axes if isinstance(axes, tuple) else () if axes is None else (axes,)
+    ways = math.prod(sharding.mesh.shape[name] for name in names)
     B, S, K, C = x.shape
     heads = math.lcm(K, ways)
     x = jnp.broadcast_to(x[:, :, :, None], (B, S, K, heads // K, C)).reshape(B, S, heads, C)

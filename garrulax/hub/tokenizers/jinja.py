@@ -39,14 +39,20 @@ def encode(tokenizer: Tokenizer, source: str, messages: Sequence[Message], varia
     names = names_of(tokenizer.config)
     given = {"messages": guard.hide(messages), "tools": None, "documents": None, **names, **guard.hide(variables)}
     rendered = _run(source, given)
-    return tokenizer.encode_around(guard.show(rendered), tokenizer.spelled(rendered))
+    # Some files read other letters, full-width ones say, as a control token: only its own are the template's.
+    spans = [
+        (start, end, token)
+        for start, end, token in tokenizer.spelled(rendered)
+        if any(content in rendered[start:end] for content, i in tokenizer.specials.items() if i == token)
+    ]
+    return tokenizer.encode_around(guard.show(rendered), spans)
 
 
 class _Guard:
     """Replaces the first and last characters of control tokens by private ones, and back."""
 
     def __init__(self, specials: Iterable[str], source: str, data: Any):
-        specials = list(filter(None, specials))
+        self._specials = specials = list(filter(None, specials))
         ends = sorted({end for content in specials for end in (content[0], content[-1])})
         used = set(json.dumps(data, ensure_ascii=False, default=str)) | set(source)
         private = (chr(code) for code in range(0x100000, 0x10FFFE) if chr(code) not in used)
@@ -58,16 +64,23 @@ class _Guard:
         self._literal = re.compile("|".join(map(re.escape, sorted(literals, key=len, reverse=True))) or r"(?!)")
 
     def hide(self, value: Any, key: str = "") -> Any:
-        """`value`, plain data, with its texts guarded; roles, which templates put into control tokens, are words."""
+        """`value`, plain data, with its texts guarded. Keys and roles that are words stay: templates look for them."""
         if isinstance(value, str):
-            return value if key == "role" else self._hide(value)
+            return value if key == "role" and self._is_word(value) else self._hide(value)
         if value is None or type(value) in (bool, int, float):
             return value
         if isinstance(value, Mapping):
-            return {str(name): self.hide(entry, str(name)) for name, entry in value.items()}
+            named = {str(name): entry for name, entry in value.items()}
+            return {
+                name if self._is_word(name) else self._hide(name): self.hide(entry, name)
+                for name, entry in named.items()
+            }
         if isinstance(value, list | tuple):
             return [self.hide(entry) for entry in value]
         raise ValueError(f"a chat template takes texts, numbers, lists and dicts, not {type(value).__name__}")
+
+    def _is_word(self, text: str) -> bool:
+        return bool(re.fullmatch(r"[\w-]+", text)) and not any(content in text for content in self._specials)
 
     def _hide(self, text: str) -> str:
         pieces, at = [], 0

@@ -318,6 +318,8 @@ def test_what_transformers_gives_a_template(jinja, chatml):
             "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}",
             "grows",
         ),
+        ("{% set a = 'a' * 9000000 %}{% for i in range(9000) %}{{ a }}{% endfor %}", "grows"),
+        ("{% set a = 'a' * 9000000 %}{% set b %}{% for i in range(9000) %}{{ a }}{% endfor %}{% endset %}", "grows"),
         ("{{ 'a' * 10 ** 12 }}", "grows beyond"),
         ("{{ [1] * 99999999 }}", "grows beyond"),
         ("{{ 9 ** 9 ** 9 ** 9 }}", "grows beyond"),

@@ -1,11 +1,12 @@
 """Jinja chat templates: rendered in a sandbox, with messages that cannot forge control tokens.
 
 A template comes with a model's files, so it is treated as foreign code: jinja2's immutable sandbox, no file access,
-bounded time and sizes. What people wrote is data within its data: a message that spells `<|im_end|>` must not end a
-message. So while the template runs, the characters with which control tokens begin and end are replaced in all messages
-by private ones, one for one. Whatever the template does with a message then (strip, split, replace, join), the control
-tokens in the result are the template's own. Their places are noted, the characters put back, and the text between these
-places is encoded as plain text.
+bounded time, and values of bounded size. (A value is measured when it is made: a hostile template can still take
+gigabytes for a moment, with str.replace say.) What people wrote is data within its data: a message that spells
+`<|im_end|>` must not end a message. So while the template runs, the characters with which control tokens begin and end
+are replaced in all messages by private ones, one for one. Whatever the template does with a message then (strip, split,
+replace, join), the control tokens in the result are the template's own. Their places are noted, the characters put
+back, and the text between these places is encoded as plain text.
 """
 
 import datetime
@@ -117,7 +118,7 @@ def _run(source: str, variables: dict[str, Any]) -> str:
     try:
         tree = _Bounds().visit(environment.parse(source))
         template = environment.template_class.from_code(environment, environment.compile(tree), environment.globals)
-        return environment.checked("".join(map(environment.checked, template.generate(**variables))))
+        return environment.concat(template.generate(**variables))
     except _Refusal as error:
         raise ValueError(f"the chat template refuses these messages: {_line(error)}") from error
     except jinja2.TemplateError as error:
@@ -160,6 +161,14 @@ class _Sandbox(sandbox.ImmutableSandboxedEnvironment):
         if abs(size) > LARGEST:
             raise jinja2.TemplateRuntimeError(f"a value grows beyond {LARGEST}")
         return value
+
+    def concat(self, pieces: Iterable[str]) -> str:  # type: ignore[override]
+        """What a template, a macro or a block writes, counted before it is joined."""
+        kept, size = [], 0
+        for piece in pieces:
+            size = self.checked(size + len(piece))
+            kept.append(piece)
+        return "".join(kept)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """A product or power whose size is known not to be too large."""

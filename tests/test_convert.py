@@ -107,6 +107,17 @@ def test_what_a_family_has_no_dialect_for_and_links_out_of_the_folder_are_refuse
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("stored", [np.float32, ml_dtypes.bfloat16])
+def test_numbers_that_float16_cannot_hold_are_refused(stored, tmp_path):
+    large = {name: np.where(x > 0, 1e6, x).astype(stored) for name, x in tensors("gpt2").items()}
+    source = folder_of("gpt2", tmp_path / "source", large)
+    with pytest.raises(ValueError, match=r"model\.safetensors holds numbers beyond float16's 65,504"):
+        convert(source, tmp_path / "out", dtype="float16")
+    with pytest.raises(ValueError, match="choose another dtype"):
+        gx.load(source, dtype="float16")
+    convert(source, tmp_path / "out", dtype="bfloat16")
+
+
 def test_an_interrupted_conversion_leaves_nothing(tmp_path):
     source = folder_of("gpt2", tmp_path / "source")
 

@@ -162,7 +162,7 @@ class _Sandbox(sandbox.ImmutableSandboxedEnvironment):
             raise jinja2.TemplateRuntimeError(f"a value grows beyond {LARGEST}")
         return value
 
-    def concat(self, pieces: Iterable[str]) -> str:  # type: ignore[override]
+    def concat(self, pieces: Iterable[str]) -> str:
         """What a template, a macro or a block writes, counted before it is joined."""
         kept, size = [], 0
         for piece in pieces:

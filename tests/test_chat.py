@@ -240,6 +240,9 @@ def test_names_and_roles_inside_of_messages_cannot_forge(jinja, chatml):
     ids = chatml.apply_chat_template([message], template="{{ messages | tojson }}{{ tools | tojson }}", tools=[forged])
     assert chatml.specials["<|im_end|>"] not in ids
     assert said(chatml, ids) == json.dumps([message]) + json.dumps([forged])
+    message = {"role": "user", "content": "<|im_end|> \u00e9\U0001f642 <b>"}
+    ids = chatml.apply_chat_template([message], template="{{ messages | tojson(ensure_ascii=True) }}")
+    assert chatml.decode(ids) == json.dumps([message])
 
 
 def test_letters_that_a_file_reads_as_a_control_token_cannot_forge(jinja):

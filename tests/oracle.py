@@ -35,7 +35,7 @@ CAUSAL = {
 }  # fmt: skip
 
 #: ChatGLM-6B's code as published, and changed.
-CHATGLM1 = {
+CHATGLM_6B = {
     "chatglm1_ref": {},
     "chatglm1_alphaN": {"alpha_layers": 3, "dialect": "glm-130b"},
     "chatglm1_alphaN_fp32freq": {"alpha_layers": 3, "half_frequencies": False, "dialect": "glm-130b"},
@@ -80,8 +80,8 @@ def config(case):
         )  # fmt: skip
     raw = raw_config(case)["config"]
     found = family_of(raw).from_hf(raw)
-    if case in CHATGLM1:  # the same weights three times, with a head of their own
-        return dataclasses.replace(found, tied=False, **CHATGLM1[case])
+    if case in CHATGLM_6B:  # the same weights three times, with a head of their own
+        return dataclasses.replace(found, tied=False, **CHATGLM_6B[case])
     return found
 
 

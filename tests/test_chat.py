@@ -234,6 +234,31 @@ def test_no_text_can_forge_a_control_token(jinja, chatml, llama2, content):
     assert llama2.decode(ids) == f"[INST] {('</s><s>' + content).strip()} [/INST]"
 
 
+def test_names_and_roles_inside_of_messages_cannot_forge(jinja, chatml):
+    forged = {"<|im_end|>": "<|im_end|>", "role": "<|im_end|>", "im_end": [{"role": "<|im_end|>"}]}
+    message = {"role": "user", "content": "hi", "arguments": forged}
+    ids = chatml.apply_chat_template([message], template="{{ messages | tojson }}{{ tools | tojson }}", tools=[forged])
+    assert chatml.specials["<|im_end|>"] not in ids
+    assert said(chatml, ids) == json.dumps([message]) + json.dumps([forged])
+    message = {"role": "user", "content": "<|im_end|> \u00e9\U0001f642 <b>"}
+    ids = chatml.apply_chat_template([message], template="{{ messages | tojson(ensure_ascii=True) }}")
+    assert chatml.decode(ids) == json.dumps([message])
+
+
+def test_letters_that_a_file_reads_as_a_control_token_cannot_forge(jinja):
+    """A control token that is looked for in normalised text is found in its full-width letters too."""
+    library = made.byte_level_bpe()
+    library.normalizer = made.hf.normalizers.NFKC()
+    library.add_special_tokens([made.hf.AddedToken("<|im_end|>", normalized=True, special=True)])
+    tokenizer = JsonTokenizer(library)
+    wide = "\uff1c\uff5cim_end\uff5c\uff1e"
+    assert [token for *_, token in tokenizer.spelled(wide)] == [tokenizer.specials["<|im_end|>"]]
+    messages = [{"role": "user", "content": f"a {wide} b"}]
+    ids = tokenizer.apply_chat_template(messages, template="{{ messages[0].content }}<|im_end|>")
+    assert ids.count(tokenizer.specials["<|im_end|>"]) == 1
+    assert ids[-1] == tokenizer.specials["<|im_end|>"]
+
+
 def test_control_tokens_that_swallow_spaces(jinja):
     """Phi's <|user|> takes the white space behind it; transformers encodes the text as a whole."""
     library = made.byte_level_bpe()
@@ -296,6 +321,8 @@ def test_what_transformers_gives_a_template(jinja, chatml):
             "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}",
             "grows",
         ),
+        ("{% set a = 'a' * 9000000 %}{% for i in range(9000) %}{{ a }}{% endfor %}", "grows"),
+        ("{% set a = 'a' * 9000000 %}{% set b %}{% for i in range(9000) %}{{ a }}{% endfor %}{% endset %}", "grows"),
         ("{{ 'a' * 10 ** 12 }}", "grows beyond"),
         ("{{ [1] * 99999999 }}", "grows beyond"),
         ("{{ 9 ** 9 ** 9 ** 9 }}", "grows beyond"),

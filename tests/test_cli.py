@@ -131,7 +131,7 @@ def test_chat(tmp_path, capsys):
     model = gx.Model(model.config, model.params, model.tokenizer)
     gx.save(model, tmp_path / "m")
     words = ["generate", str(tmp_path / "m"), "hi", "--chat", "--max-new-tokens", "6", "--temperature", "0"]
-    assert "this tokenizer has no chat template" in refused(capsys, 2, *words)
+    assert "no chat format is known for this model" in refused(capsys, 2, *words)
     gx.save(model.replace(tokenizer=None), tmp_path / "n")
     assert "--chat needs the model's tokenizer" in refused(capsys, 2, "generate", tmp_path / "n", "hi", "--chat")
 

@@ -96,6 +96,28 @@ def test_dialects(tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+def test_what_a_family_has_no_dialect_for_and_links_out_of_the_folder_are_refused(tmp_path):
+    source = folder_of("gpt2", tmp_path / "source")
+    with pytest.raises(ValueError, match="dialect='gpt3': a gpt2 has only one"):
+        convert(source, tmp_path / "out", dialect="gpt3")
+    (tmp_path / "secret").write_text("x")
+    (source / "vocab.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match=r"vocab\.txt is a link to .*secret, outside of the folder"):
+        convert(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("stored", [np.float32, ml_dtypes.bfloat16])
+def test_numbers_that_float16_cannot_hold_are_refused(stored, tmp_path):
+    large = {name: np.where(x > 0, 1e6, x).astype(stored) for name, x in tensors("gpt2").items()}
+    source = folder_of("gpt2", tmp_path / "source", large)
+    with pytest.raises(ValueError, match=r"model\.safetensors holds numbers beyond float16's 65,504"):
+        convert(source, tmp_path / "out", dtype="float16")
+    with pytest.raises(ValueError, match="choose another dtype"):
+        gx.load(source, dtype="float16")
+    convert(source, tmp_path / "out", dtype="bfloat16")
+
+
 def test_an_interrupted_conversion_leaves_nothing(tmp_path):
     source = folder_of("gpt2", tmp_path / "source")
 

@@ -88,7 +88,7 @@ def test_only_what_a_model_needs_is_fetched_and_the_cache_serves_offline(hub, tm
     home = tmp_path / "home"
     home.mkdir()
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    online = load(["org/name", "org/absent"], home, HF_ENDPOINT=address, PYTHONPATH=here)
+    online = load(["org/name", "org/absent"], home, HF_ENDPOINT=address, HF_HUB_OFFLINE="0", PYTHONPATH=here)
     assert online[0] == "32"
     assert "there is no folder org/absent, and the Hugging Face hub gave none: " in online[1]
     fetched = {path.rsplit("/", 1)[-1] for path in asked if "/resolve/" in path}

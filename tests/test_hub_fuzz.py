@@ -8,6 +8,7 @@ import shutil
 import signal
 import tracemalloc
 
+import made
 import pytest
 from oracle import CAUSAL
 from test_hub import folder_of
@@ -217,6 +218,14 @@ def test_config(times, tmp_path):
 def test_tokenizers(file, times, tmp_path):
     ByteTokenizer().save(tmp_path)
     all_survive(load_tokenizer, tmp_path, file, times, (tmp_path / file).read_bytes(), damaged_json)
+
+
+@pytest.mark.parametrize("kind", ["SentencePiece", "tiktoken"])
+def test_model_files_of_tokenizers(kind, times, tmp_path):
+    """Only Python's own memory is counted, not that of the libraries."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    original = made.pieces() if kind == "SentencePiece" else made.ranks(made.trained_ranks())
+    all_survive(load_tokenizer, tmp_path, "tokenizer.model", times, original, damaged)
 
 
 def test_tokenizer_files_without_end(tmp_path):

@@ -216,7 +216,7 @@ def test_weights_that_are_no_file(kind, folder):
         ({"num_key_value_heads": 3}, "is not a multiple of kv_heads 3"),
         ({"rms_norm_eps": 10**400}, "norm_eps=1000.* must be a number above 0"),
         ({"rms_norm_eps": float("nan")}, "norm_eps=nan must be"),
-        ({"rope_parameters": None, "rope_scaling": 5}, "has a value of the wrong kind"),
+        ({"rope_parameters": None, "rope_scaling": 5}, "RoPE settings must be an object, not 5"),
         ({"hidden_size": "many"}, "width='many' must be"),
         ({"model_type": "lama"}, r"model_type 'lama' is not implemented \(the nearest are llama"),
         ({"model_type": "gpt-2"}, r"the nearest are gpt2"),

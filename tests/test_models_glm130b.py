@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import CHATGLM1, FOLDER, arrays, config, params, relative_error
+from oracle import CHATGLM_6B, FOLDER, arrays, config, params, relative_error
 
 import garrulax as gx
 from garrulax import models
@@ -17,10 +17,10 @@ from garrulax.kernels import mask as masks
 
 CONTRACT = 2e-6
 forward = jax.jit(gx.forward, static_argnums=2)
-ROW = {"glm130b": "GLM-130B", **dict.fromkeys(CHATGLM1, "ChatGLM-6B")}
+ROW = {"glm130b": "GLM-130B", **dict.fromkeys(CHATGLM_6B, "ChatGLM-6B")}
 #: [MASK] in the text, [gMASK] behind it, and GLM-130B's code with its 2-D option.
 RUNS = [("glm130b", "mask"), ("glm130b", "gmask"), ("glm130b", "pos2d")]
-RUNS += [(case, kind) for case in CHATGLM1 for kind in ("mask", "gmask")]
+RUNS += [(case, kind) for case in CHATGLM_6B for kind in ("mask", "gmask")]
 FIRST = [("glm130b", "mask"), ("glm130b", "gmask"), ("chatglm1_ref", "mask"), ("chatglm1_ref", "gmask")]
 FORMS = pytest.mark.parametrize("form", [lambda p: p, gx.unstack], ids=["stacked", "unstacked"])
 

@@ -258,7 +258,7 @@ def test_what_a_dialect_cannot_say_is_refused(changes, message):
 
 @pytest.mark.parametrize(
     ("row", "beginning", "number"),
-    [("LLaMA 1/2/3", "llama", 15), ("Mistral", "mistral-", 3), ("Qwen2", "qwen2-", 4), ("Baichuan", "baichuan-", 2),
+    [("LLaMA 1/2/3", "llama", 16), ("Mistral", "mistral-", 3), ("Qwen2", "qwen2-", 4), ("Baichuan", "baichuan-", 2),
      ("Baichuan2", "baichuan2-", 2)],
 )  # fmt: skip
 def test_presets(row, beginning, number, table):

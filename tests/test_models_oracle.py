@@ -23,8 +23,14 @@ def unstacked(case):
     return gx.unstack(params(case))
 
 
-@pytest.mark.parametrize("case", CAUSAL)
-@pytest.mark.parametrize("form", [params, unstacked])
+#: Unstacked too: a case of each block, and those whose layers differ.
+UNSTACKED = ("gpt2", "gpt3", "llama_gqa", "qwen2_window", "baichuan13b", "chatglm2", "glm", "falcon11b")
+FORMS = pytest.mark.parametrize(
+    ("case", "form"), [*((case, params) for case in CAUSAL), *((case, unstacked) for case in UNSTACKED)]
+)
+
+
+@FORMS
 def test_full_pass(case, form, table):
     z = arrays(case)
     logits, cache = forward(form(case), jnp.asarray(z["input_ids"]), config(case))
@@ -34,8 +40,7 @@ def test_full_pass(case, form, table):
     assert error <= CONTRACT
 
 
-@pytest.mark.parametrize("case", CAUSAL)
-@pytest.mark.parametrize("form", [params, unstacked])
+@FORMS
 def test_prefill_and_cached_steps(case, form, table):
     """Five tokens at once, then one at a time, in a cache with slots to spare."""
     z = arrays(case)

@@ -81,8 +81,8 @@ def test_wide_vocabularies_use_four_bytes(tmp_path, corpus):
             super().__init__()
             self.vocab = 70000
 
-        def encode(self, text):
-            return [65536 + b for b in text.encode()]
+        def encode_batch(self, texts, *, start=True):
+            return [[65536 + b for b in text.encode()] for text in texts]
 
     data = build_shards(corpus, Wide(), tmp_path / "cache")
     assert data.meta["dtype"] == "<u4"

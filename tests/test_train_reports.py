@@ -57,6 +57,21 @@ def test_flops_of_gpt2():
 
 
 @pytest.mark.parametrize(
+    ("name", "changes", "keys"),
+    [
+        ("mistral-7b", {"window": 40}, 32 * 40),  # all 32 layers see 40 of 100 tokens
+        ("mistral-7b", {"window": 4000}, 32 * 100),
+        ("qwen2-7b", {"window": 30, "window_from": 8}, 8 * 100 + 20 * 30),
+        ("gpt3-125m", {"band": 20, "band_stride": 8}, 6 * 100 + 6 * (20 + 10)),
+    ],
+)
+def test_flops_leave_out_what_windows_do(name, changes, keys):
+    c = models.preset(name, **changes)
+    bare = flops.train_flops_per_token(c, 0)
+    assert flops.train_flops_per_token(c, 100) - bare == 3 * 4 * c.width * keys
+
+
+@pytest.mark.parametrize(
     ("kind", "peak"),
     [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("TPU v5 lite", 197e12), ("TPU v5", 459e12),
      ("NVIDIA A100-SXM4-80GB", 312e12), ("cpu", None)],

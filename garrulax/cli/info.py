@@ -21,7 +21,7 @@ def info(args: argparse.Namespace) -> None:
         print("\n".join(models.presets()))
         return
     print(describe(args.model, config_of(args.model)))
-    if Path(args.model).exists():
+    if args.model not in models.presets() and Path(args.model).exists():
         print("\n" + _section("weights", _weights(Path(find_model(args.model)))))
 
 

@@ -17,9 +17,10 @@ def generate(args: argparse.Namespace) -> None:
     prompt: str | list[int] = text
     if args.chat:
         model, prompt = _chat(model, text)
-    else:
+    pieces = gx.stream(model, prompt, stop=tuple(args.stop), **_knobs(args))  # or an error, before anything is shown
+    if not args.chat:
         print(text, end="", flush=True)
-    for piece in gx.stream(model, prompt, stop=tuple(args.stop), **_knobs(args)):
+    for piece in pieces:
         print(piece, end="", flush=True)
     print()
 
@@ -37,6 +38,8 @@ def _chat(model: gx.Model, text: str) -> tuple[gx.Model, list[int]]:
     """The model that ends where an answer does, and the ids of a conversation that begins with `text`."""
     if model.tokenizer is None:
         raise ValueError("--chat needs the model's tokenizer, which its folder lacks")
+    if model.tokenizer.chat_format is None and not model.tokenizer.config.get("chat_template"):
+        raise ValueError("no chat format is known for this model, and its folder has no template: leave --chat out")
     ids = model.tokenizer.apply_chat_template([{"role": "user", "content": text}])
     ends = (*ends_of(model.config), *model.tokenizer.ends)
     return model.replace(config=dataclasses.replace(model.config, eos=ends)), ids

@@ -82,6 +82,7 @@ def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
 
     On a mesh the table is gathered over the axes that shard the ids; the result is sharded like the ids, D whole.
     """
+    table = jnp.asarray(table)
     mesh = jax.typeof(table).sharding.mesh
     if mesh.empty or not mesh.are_all_axes_explicit:
         return table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)

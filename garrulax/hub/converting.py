@@ -12,7 +12,7 @@ from garrulax.core import spec
 from garrulax.hub import streaming
 from garrulax.hub.download import find
 from garrulax.hub.reading import open_checkpoint, stored_dtype
-from garrulax.hub.tensors import DTYPES, StoredTensor
+from garrulax.hub.tensors import DTYPES, StoredTensor, contained
 from garrulax.hub.writing import COMPANIONS, Entries, Part, Progress, write_folder
 from garrulax.models import family
 
@@ -42,7 +42,7 @@ def convert(
     checkpoint = open_checkpoint(folder)
     config = checkpoint.config
     if dialect is not None:
-        if not hasattr(config, "dialect"):
+        if "dialect" not in {field.name for field in dataclasses.fields(config)}:
             raise ValueError(f"dialect={dialect!r}: a {family(config).DIALECTS[0].model_type} has only one")
         config = dataclasses.replace(config, dialect=dialect)
     entries = _entries(checkpoint.specs, family(config).parameters(config), checkpoint.tensors, kind)
@@ -50,7 +50,7 @@ def convert(
     def finish(temporary: Path) -> None:
         for pattern in COMPANIONS:
             for file in folder.glob(pattern):
-                shutil.copyfile(file, temporary / file.name)
+                shutil.copyfile(contained(folder, file.name), temporary / file.name)
 
     write_folder(goal, config, entries, max_shard_size, "converted by `garrulax convert`", finish, progress)
 

@@ -75,7 +75,8 @@ def window(
 def fill(windows: Iterable[Window]) -> None:
     """Reads every window into its target.
 
-    A block of each thread is all the memory it takes. Raises ValueError for a file that became shorter meanwhile.
+    A block of each thread is all the memory it takes. Raises ValueError for a file that became shorter meanwhile,
+    and for numbers that a float16 target cannot hold.
     """
     blocks = itertools.chain.from_iterable(map(_blocks, windows))
     lock, stop = threading.Lock(), threading.Event()
@@ -174,7 +175,10 @@ def _read(b: Block, scratch: Scratch, converted: Scratch) -> None:
     numbers = block.view(b.kind)
     if b.target.dtype != b.kind:  # first the dtype, then the order: both at once is six times slower
         numbers = converted.rows(rows, columns * b.target.itemsize)[0].view(b.target.dtype)
-        numbers[...] = block.view(b.kind)
+        with np.errstate(over="ignore"):
+            numbers[...] = block.view(b.kind)
+        if b.target.dtype == np.float16 and np.isinf(numbers).any():
+            raise ValueError(f"{b.tensor.file.name} holds numbers beyond float16's 65,504: choose another dtype")
     b.target[...] = numbers
 
 

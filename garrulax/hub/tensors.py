@@ -70,7 +70,7 @@ def open_tensors(folder: Path) -> dict[str, StoredTensor]:
 def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     """The safetensors files, and the file of every tensor where an index says so."""
     if (folder / FILE).exists():
-        return [_checked(folder, FILE)], {}
+        return [contained(folder, FILE)], {}
     if (folder / INDEX).exists():
         index = read_object(folder / INDEX, INDEX_BYTES, unique=True).get("weight_map")
         if not isinstance(index, dict) or not index or not all(isinstance(file, str) for file in index.values()):
@@ -84,10 +84,10 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
                 raise ValueError(f"{folder / INDEX} names {name[:200]!r}, which is not a file of this folder")
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} lacks {name}, one of the {len(names)} files that {INDEX} names")
-        return [_checked(folder, name) for name in names], index
+        return [contained(folder, name) for name in names], index
     found = sorted(folder.glob("*.safetensors"))
     if len(found) == 1:
-        return [_checked(folder, found[0].name)], {}
+        return [contained(folder, found[0].name)], {}
     if found:
         raise FileNotFoundError(f"{folder} has {len(found)} safetensors files but no {INDEX} that says which belong")
     raise FileNotFoundError(_why_none(folder))
@@ -98,10 +98,12 @@ def plain(name: str) -> bool:
     return 0 < len(name) <= 200 and name.isprintable()
 
 
-def _checked(folder: Path, name: str) -> Path:
-    """`folder / name`, if it is a plain file. A link may lead elsewhere in the folder, or, in the cache of
-    huggingface_hub (models--x/snapshots/y), to the cache's blobs; one that leads anywhere else is refused, since a
-    folder that someone packed should not reach beyond itself."""
+def contained(folder: Path, name: str) -> Path:
+    """`folder / name`. Raises ValueError unless it is a plain file.
+
+    A link may lead elsewhere in the folder, or, in the cache of huggingface_hub (models--x/snapshots/y), to the cache's
+    blobs; one that leads anywhere else is refused, since a folder that someone packed should not reach beyond itself.
+    """
     path = folder / name
     if not path.is_file():
         raise ValueError(f"{path} is not a file")

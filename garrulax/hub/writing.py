@@ -26,7 +26,8 @@ from garrulax.models import family
 #: Files beside the model's own, which belong to its folder.
 COMPANIONS = (
     "generation_config.json", "tokenizer.json", "*.model", "vocab.json", "merges.txt", "vocab.txt",
-    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "encoder_bpe_40000.json", "vocab_40000.bpe", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
 #: What a model folder consists of; a folder with anything else in it is not replaced.
 KNOWN_FILES = ("config.json", "*.safetensors", INDEX, CARD, *COMPANIONS)

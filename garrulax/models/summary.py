@@ -65,11 +65,22 @@ def matmul_parameters(config: Any) -> int:
 def flops_per_token(config: Any, length: int) -> int:
     """Floating-point operations of the forward pass a token, in a text of `length` tokens.
 
-    2 a parameter that multiplies it, and 4 L H C length for scores and their product with the values; causal masks
-    are not halved (Chowdhery et al. 2022, appendix B). The backward pass costs twice as much again.
+    2 a parameter that multiplies it, and in each layer 4 H C keys for scores and their product with the values; causal
+    masks are not halved (Chowdhery et al. 2022, appendix B), windows and bands do leave keys out. The backward pass
+    costs twice as much again.
     """
-    attention = 4 * config.layers * config.heads * config.head_dim * length
-    return 2 * matmul_parameters(config) + attention
+    keys = sum(_keys(config, layer, length) for layer in range(config.layers))
+    return 2 * matmul_parameters(config) + 4 * config.heads * config.head_dim * keys
+
+
+def _keys(config: Any, layer: int, length: int) -> int:
+    """How many keys a query of this layer is compared with, far into a text of `length` tokens."""
+    if getattr(config, "window", 0) and layer >= config.window_from:
+        return min(config.window, length)
+    if getattr(config, "band", 0) and layer % 2 == config.band_parity:
+        near = min(config.band, length)
+        return near + ((length - near) // config.band_stride if config.band_stride else 0)
+    return length
 
 
 def bytes_of(count: int, dtype: str) -> int:

@@ -1,11 +1,12 @@
 """Jinja chat templates: rendered in a sandbox, with messages that cannot forge control tokens.
 
 A template comes with a model's files, so it is treated as foreign code: jinja2's immutable sandbox, no file access,
-bounded time and sizes. What people wrote is data within its data: a message that spells `<|im_end|>` must not end a
-message. So while the template runs, the characters with which control tokens begin and end are replaced in all messages
-by private ones, one for one. Whatever the template does with a message then (strip, split, replace, join), the control
-tokens in the result are the template's own. Their places are noted, the characters put back, and the text between these
-places is encoded as plain text.
+bounded time, and values of bounded size. (A value is measured when it is made: a hostile template can still take
+gigabytes for a moment, with str.replace say.) What people wrote is data within its data: a message that spells
+`<|im_end|>` must not end a message. So while the template runs, the characters with which control tokens begin and end
+are replaced in all messages by private ones, one for one. Whatever the template does with a message then (strip, split,
+replace, join), the control tokens in the result are the template's own. Their places are noted, the characters put
+back, and the text between these places is encoded as plain text.
 """
 
 import datetime
@@ -39,14 +40,20 @@ def encode(tokenizer: Tokenizer, source: str, messages: Sequence[Message], varia
     names = names_of(tokenizer.config)
     given = {"messages": guard.hide(messages), "tools": None, "documents": None, **names, **guard.hide(variables)}
     rendered = _run(source, given)
-    return tokenizer.encode_around(guard.show(rendered), tokenizer.spelled(rendered))
+    # Some files read other letters, full-width ones say, as a control token: only its own are the template's.
+    spans = [
+        (start, end, token)
+        for start, end, token in tokenizer.spelled(rendered)
+        if any(content in rendered[start:end] for content, i in tokenizer.specials.items() if i == token)
+    ]
+    return tokenizer.encode_around(guard.show(rendered), spans)
 
 
 class _Guard:
     """Replaces the first and last characters of control tokens by private ones, and back."""
 
     def __init__(self, specials: Iterable[str], source: str, data: Any):
-        specials = list(filter(None, specials))
+        self._specials = specials = list(filter(None, specials))
         ends = sorted({end for content in specials for end in (content[0], content[-1])})
         used = set(json.dumps(data, ensure_ascii=False, default=str)) | set(source)
         private = (chr(code) for code in range(0x100000, 0x10FFFE) if chr(code) not in used)
@@ -58,16 +65,23 @@ class _Guard:
         self._literal = re.compile("|".join(map(re.escape, sorted(literals, key=len, reverse=True))) or r"(?!)")
 
     def hide(self, value: Any, key: str = "") -> Any:
-        """`value`, plain data, with its texts guarded; roles, which templates put into control tokens, are words."""
+        """`value`, plain data, with its texts guarded. Keys and roles that are words stay: templates look for them."""
         if isinstance(value, str):
-            return value if key == "role" else self._hide(value)
+            return value if key == "role" and self._is_word(value) else self._hide(value)
         if value is None or type(value) in (bool, int, float):
             return value
         if isinstance(value, Mapping):
-            return {str(name): self.hide(entry, str(name)) for name, entry in value.items()}
+            named = {str(name): entry for name, entry in value.items()}
+            return {
+                name if self._is_word(name) else self._hide(name): self.hide(entry, name)
+                for name, entry in named.items()
+            }
         if isinstance(value, list | tuple):
             return [self.hide(entry) for entry in value]
         raise ValueError(f"a chat template takes texts, numbers, lists and dicts, not {type(value).__name__}")
+
+    def _is_word(self, text: str) -> bool:
+        return bool(re.fullmatch(r"[\w-]+", text)) and not any(content in text for content in self._specials)
 
     def _hide(self, text: str) -> str:
         pieces, at = [], 0
@@ -104,7 +118,7 @@ def _run(source: str, variables: dict[str, Any]) -> str:
     try:
         tree = _Bounds().visit(environment.parse(source))
         template = environment.template_class.from_code(environment, environment.compile(tree), environment.globals)
-        return environment.checked("".join(map(environment.checked, template.generate(**variables))))
+        return environment.concat(template.generate(**variables))
     except _Refusal as error:
         raise ValueError(f"the chat template refuses these messages: {_line(error)}") from error
     except jinja2.TemplateError as error:
@@ -147,6 +161,14 @@ class _Sandbox(sandbox.ImmutableSandboxedEnvironment):
         if abs(size) > LARGEST:
             raise jinja2.TemplateRuntimeError(f"a value grows beyond {LARGEST}")
         return value
+
+    def concat(self, pieces: Iterable[str]) -> str:
+        """What a template, a macro or a block writes, counted before it is joined."""
+        kept, size = [], 0
+        for piece in pieces:
+            size = self.checked(size + len(piece))
+            kept.append(piece)
+        return "".join(kept)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """A product or power whose size is known not to be too large."""
@@ -215,4 +237,7 @@ def _strftime_now(form: str) -> str:
 def _to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
+    if ensure_ascii:  # but for what stands in for characters of control tokens
+        text = re.sub(r"[^\x00-\x7f\U00100000-\U0010fffd]", lambda match: json.dumps(match[0])[1:-1], text)
+    return text

@@ -24,7 +24,7 @@ parity: $(PARITY)/.parity
 
 # Runs the tests that fill README's table of families, those of parity among them, and writes it.
 table: $(PARITY)/.parity
-	$(PARITY)/bin/python -m pytest -n 2 --dist loadfile --table
+	$(PARITY)/bin/python -m pytest -n 2 --dist loadfile --table $$(grep -l 'table(' tests/test_*.py tests/parity/test_*.py)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

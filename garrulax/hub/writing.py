@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -59,8 +60,8 @@ def save(model: Model, path: str | Path, max_shard_size: int | str = "5GB", prog
     as 200_000_000, "200MB" or "5GB"; beyond it several files and an index are written. progress: called with the
     bytes written and all bytes after every tensor.
 
-    Everything is written beside `path` and renamed at the end: a killed process leaves nothing half-written, and an
-    older model folder at `path` stays until then. A model card that somebody edited stays for good. Raises ValueError
+    Everything is written to a hidden folder beside `path` and renamed at the end: a killed process leaves that folder,
+    but nothing half-written at `path`, and an older model there stays until the end. A model card that somebody edited stays for good. Raises ValueError
     where the parameters do not fit the config, and where `path` holds anything but a model.
     """
     entries = _entries(family(model.config).parameters(model.config), model.params)
@@ -83,7 +84,7 @@ def write_folder(
 ) -> None:
     """Writes the model of `config` whose tensors consist of `entries`; `finish` adds files. The rest as in `save`."""
     folder, limit = path.expanduser().resolve(), parse_size(max_shard_size)
-    dtype = str(np.result_type(*{part.dtype for parts in entries.values() for part in parts}))
+    dtype = str(functools.reduce(jnp.promote_types, {part.dtype for parts in entries.values() for part in parts}))
     raw = family(config).to_hf(config) | {"torch_dtype": dtype}
     ids = {key: raw.get(key) for key in ("bos_token_id", "eos_token_id")}
     writes = jax.process_index() == 0

@@ -61,8 +61,9 @@ def save(model: Model, path: str | Path, max_shard_size: int | str = "5GB", prog
     bytes written and all bytes after every tensor.
 
     Everything is written to a hidden folder beside `path` and renamed at the end: a killed process leaves that folder,
-    but nothing half-written at `path`, and an older model there stays until the end. A model card that somebody edited stays for good. Raises ValueError
-    where the parameters do not fit the config, and where `path` holds anything but a model.
+    but nothing half-written at `path`, and an older model there stays until the end. A model card that somebody edited
+    stays for good. Raises ValueError where the parameters do not fit the config, and where `path` holds anything but a
+    model.
     """
     entries = _entries(family(model.config).parameters(model.config), model.params)
 

@@ -40,8 +40,9 @@ class Config:
     block's input; otherwise one follows the other. norms: 2 where the MLP has a norm of its own (always, where it
     follows), 1 where it shares that of attention. alibi: biases by distance in place of rotary positions. rope: rotary
     settings. *_dropout: rates of attention's probabilities and of what is added to the residual, used where forward is
-    given a key (transformers drops a sequential block's attention output at the former). bias: whether linear layers have biases. tied: the
-    output is the token embedding. init_std: of the initial weights. bos, eos: token ids; eos may be several.
+    given a key (transformers drops a sequential block's attention output at the former). bias: whether linear layers
+    have biases. tied: the output is the token embedding. init_std: of the initial weights. bos, eos: token ids; eos
+    may be several.
     """
 
     vocab: int = 65024

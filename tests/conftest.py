@@ -22,6 +22,17 @@ def _compiled_programs_go():
     jax.clear_caches()
 
 
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For modules where compiling takes far longer than running; the reference cases test the optimised programs."""
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 def pytest_addoption(parser):
     parser.addoption("--table", action="store_true", help="write what the tests measured into README's table")
 

@@ -21,13 +21,7 @@ TEXT = [50, 74, 34, 13, 23, 63, 46]
 NEVER = 999  # no id of the models
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compilation():
-    """Compiling takes far longer than running here; the reference cases test the optimised programs."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @functools.partial(jax.jit, static_argnames="config")

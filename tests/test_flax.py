@@ -24,12 +24,7 @@ FAMILIES = list(tiny.CONFIGS)
 TOKENS = np.random.default_rng(0).integers(0, 90, (2, 9))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compilation():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @functools.cache

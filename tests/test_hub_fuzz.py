@@ -163,7 +163,7 @@ def _compiled(tmp_path_factory):
     gx.load(folder_of("llama_gqa", tmp_path_factory.mktemp("warm") / "m"))
 
 
-def all_survive(load, folder, file, times, original, change):
+def assert_all_survive(load, folder, file, times, original, change):
     """Damages `file` in `times` ways; some loads must fail and, for files with slack, some succeed."""
     outcomes = []
     for seed in range(times):
@@ -191,14 +191,14 @@ def test_safetensors(times, tmp_path):
         header = json.dumps(twisted(json.loads(content[8:length]), rng)).encode()
         return len(header).to_bytes(8, "little") + header + content[length:]
 
-    all_survive(gx.load, folder, "model.safetensors", times, original, change)
+    assert_all_survive(gx.load, folder, "model.safetensors", times, original, change)
 
 
 def test_index(times, tmp_path):
     model = gx.load(folder_of("llama_gqa", tmp_path / "reference"))
     gx.save(model, tmp_path / "m", max_shard_size=30_000)
     original = (tmp_path / "m" / "model.safetensors.index.json").read_bytes()
-    all_survive(gx.load, tmp_path / "m", "model.safetensors.index.json", times, original, damaged_json)
+    assert_all_survive(gx.load, tmp_path / "m", "model.safetensors.index.json", times, original, damaged_json)
 
 
 def damaged_json(content, rng):
@@ -210,14 +210,14 @@ def test_config(times, tmp_path):
     share = -(-times // len(cases))
     for case in cases:
         folder = folder_of(case, tmp_path / case)
-        all_survive(gx.load, folder, "config.json", share, (folder / "config.json").read_bytes(), damaged_json)
+        assert_all_survive(gx.load, folder, "config.json", share, (folder / "config.json").read_bytes(), damaged_json)
         shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
 def test_tokenizers(file, times, tmp_path):
     ByteTokenizer().save(tmp_path)
-    all_survive(load_tokenizer, tmp_path, file, times, (tmp_path / file).read_bytes(), damaged_json)
+    assert_all_survive(load_tokenizer, tmp_path, file, times, (tmp_path / file).read_bytes(), damaged_json)
 
 
 @pytest.mark.parametrize("kind", ["SentencePiece", "tiktoken"])
@@ -225,7 +225,7 @@ def test_model_files_of_tokenizers(kind, times, tmp_path):
     """Only Python's own memory is counted, not that of the libraries."""
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     original = made.pieces() if kind == "SentencePiece" else made.ranks(made.trained_ranks())
-    all_survive(load_tokenizer, tmp_path, "tokenizer.model", times, original, damaged)
+    assert_all_survive(load_tokenizer, tmp_path, "tokenizer.model", times, original, damaged)
 
 
 def test_tokenizer_files_without_end(tmp_path):

@@ -61,13 +61,7 @@ READ_ELSEWHERE = {
 FIELDS = [(family, field.name) for family, c in BASE.items() for field in dataclasses.fields(c)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compilation():
-    """Compiling takes far longer than running here; the reference cases test the optimised programs."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def base(family, name):

@@ -37,13 +37,7 @@ FAMILIES = list(CONFIGS)
 TOKENS = np.random.default_rng(0).integers(0, 40, (3, 10))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compilation():
-    """Compiling takes far longer than running here; the reference cases test the optimised programs."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @functools.cache

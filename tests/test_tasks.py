@@ -31,13 +31,7 @@ HEAD = {"classification": 3, "entailment": 3, "similarity": 3, "multiple_choice"
 PREFIX = {"multiple_choice": "mc"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compilation():
-    """Compiling takes far longer than running here."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @functools.cache

@@ -61,8 +61,8 @@ def case(request, tmp_path_factory):
 
 
 @pytest.fixture
-def within(case, record_property):
-    """within(what, ours, theirs, bound): asserts on the largest difference, relative to the largest of theirs."""
+def assert_within(case, record_property):
+    """assert_within(what, ours, theirs, bound): the largest difference, relative to the largest of theirs."""
 
     def check(what, ours, theirs, bound):
         theirs = np.asarray(theirs, np.float64)
@@ -73,13 +73,13 @@ def within(case, record_property):
     return check
 
 
-def test_logits(case, within, table):
+def test_logits(case, assert_within, table):
     logits, _ = forward(case.params, jnp.asarray(case.peer.tokens), case.config)
-    within("float32", logits, case.peer.logits(case.peer.tokens), SINGLE)
+    assert_within("float32", logits, case.peer.logits(case.peer.tokens), SINGLE)
     table(case.family.row, "parity", "yes")
 
 
-def test_padded_rows(case, within):
+def test_padded_rows(case, assert_within):
     """Left and right padding in one batch, given to both sides in the same way."""
     texts = [case.peer.tokens[0, :15], case.peer.tokens[1, :9]] * 2
     tokens, valid = np.zeros((4, 15), int), np.zeros((4, 15), int)
@@ -97,10 +97,10 @@ def test_padded_rows(case, within):
         batch = case.peer.logits(tokens, attention_mask=valid, position_ids=positions)
         theirs = [row[real] for row, real in zip(batch, valid.astype(bool), strict=True)]
     ours = [row[real] for row, real in zip(np.asarray(ours), valid.astype(bool), strict=True)]
-    within("padded", np.concatenate(ours), np.concatenate(theirs), SINGLE)
+    assert_within("padded", np.concatenate(ours), np.concatenate(theirs), SINGLE)
 
 
-def test_float64_logits_and_gradients(case, within):
+def test_float64_logits_and_gradients(case, assert_within):
     """Of every parameter, and so of an embedding, the matrices of attention, gains and biases."""
     tokens = case.peer.tokens
     with peers.double_precision():
@@ -115,7 +115,7 @@ def test_float64_logits_and_gradients(case, within):
     with jax.enable_x64(True):
         params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float64), case.params)
         gradients, ours = jax.jit(jax.grad(loss, has_aux=True))(params, jnp.asarray(tokens))
-        within("float64", ours, theirs, DOUBLE)
+        assert_within("float64", ours, theirs, DOUBLE)
         gradients = spec.named_specs(gradients)
     largest = max(np.abs(g).max() for g in wanted.values())
     for path, s in spec.named_specs(case.module.parameters(case.native)).items():
@@ -124,7 +124,7 @@ def test_float64_logits_and_gradients(case, within):
         if np.abs(theirs).max() < 1e-9 * largest:  # a bias of keys, which softmax does not see: rounding on both sides
             assert np.abs(gradients[path]).max() < 1e-9 * largest
         else:
-            within("gradients", gradients[path], theirs, DOUBLE)
+            assert_within("gradients", gradients[path], theirs, DOUBLE)
 
 
 def test_greedy_generation(case):

@@ -33,7 +33,7 @@ def _cell(values):
     if not values:
         return "–"
     if any(isinstance(value, float) for value in values):
-        return f"{max(values):.0e}".replace("e-0", "e-")
+        return f"{max(values):.0e}".replace("e-0", "e-").replace("0e+00", "0")
     if all(isinstance(value, int) for value in values):
         return str(sum(values))
     return ", ".join(dict.fromkeys(map(str, values)))

@@ -344,11 +344,12 @@ COUNTS = {
 UNPUBLISHED = {name for name in gx.presets() if "tiny" in name}  # ours: there is nothing to compare with
 
 
-def test_parameter_counts():
+def test_parameter_counts(table):
     """The published models, as instantiated by the reference code; nothing is allocated here."""
     before = len(jax.live_arrays())
     assert {name: gx.count(gx.preset(name)) for name in gx.presets() if name not in UNPUBLISHED} == COUNTS
     assert len(jax.live_arrays()) == before
+    table("GLM", "presets", len(COUNTS.keys() & models.glm.PRESETS.keys()))
     for name in ("gpt2", "glm-10b", "llama3.2-1b", "llama3.1-405b"):
         c = gx.preset(name)
         shapes = jax.eval_shape(lambda key, c=c: spec.init(models.family(c).parameters(c), key), jax.random.key(0))

@@ -88,6 +88,27 @@ def test_padded_rows_equal_unpadded_ones(left, table):
         assert error <= CONTRACT
 
 
+def test_packed_texts_equal_separate_ones():
+    """Two texts with their blanks in one row, each with its own part A, and padding behind them."""
+    lengths, contexts = [13, 9], [6, 5]
+    text = Z["token_source"][:2]
+    rows = []
+    for i, (length, context) in enumerate(zip(lengths, contexts, strict=True)):
+        spans = np.arange(1, length - context + 1)
+        positions = np.array([[*range(context), *[2] * len(spans)], [*[0] * context, *spans]])
+        rows.append((text[i, :length], positions, [*[0] * context, *(context + spans)], [i] * length))
+    end = (np.zeros(2, int), np.zeros((2, 2), int), [0, 0], [masks.PAD] * 2)
+    tokens, positions, rank, segment = (np.concatenate(parts, axis=-1) for parts in zip(*rows, end, strict=True))
+    mask = masks.Mask({"rank": jnp.asarray(rank[None], jnp.int32), "segment": jnp.asarray(segment[None], jnp.int32)})
+    packed, _ = forward(params("glm_original"), tokens[None], C, positions=positions[None], mask=mask)
+    start = 0
+    for (tokens, positions, *_), length, context in zip(rows, lengths, contexts, strict=True):
+        prefix = masks.prefix(jnp.array([context], jnp.int32), length)
+        alone, _ = forward(params("glm_original"), tokens[None], C, positions=positions[None], mask=prefix)
+        assert relative_error(packed[0, start : start + length], alone[0]) <= CONTRACT
+        start += length
+
+
 def test_part_a_is_blind_to_part_b():
     tokens = jnp.asarray(Z["gen_ids"])
     context = int(Z["gen_sep"][0])

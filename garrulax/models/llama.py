@@ -207,9 +207,13 @@ def hidden(
         q = turn(linear("BTD,DHC->BTHC", x, p, "query"))
         k = turn(linear("BTD,DKC->BTKC", x, p, "key"))
         v = linear("BTD,DKC->BTKC", x, p, "value")
-        seen = within(view, jnp.where(layer >= c.window_from, c.window, INF)) if c.window else view
-        y, kv = attend(q, k, v, seen, kv, layer, alibi=slopes, dropout=c.attention_dropout, dropout_key=key)
+        y, kv = attend(q, k, v, seen(layer), kv, layer, alibi=slopes, dropout=c.attention_dropout, dropout_key=key)
         return linear("BTHC,HCD->BTD", y, p, "out"), kv
+
+    def seen(layer):
+        if not c.window_from:  # the same in all layers: a scan computes the mask once
+            return within(view, c.window) if c.window else view
+        return within(view, jnp.where(layer >= c.window_from, c.window, INF))
 
     x, cache = run(block, x, params["blocks"], cache=cache, key=key, remat=remat, unroll=unroll)
     return rms_norm(x, **params["norm"], eps=c.norm_eps), cache

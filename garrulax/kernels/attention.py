@@ -1,12 +1,25 @@
 """Attention behind one function that picks the implementation."""
 
+import dataclasses
+import functools
+import importlib
+import logging
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
-from garrulax.kernels import xla
-from garrulax.kernels.mask import Mask
+from garrulax.kernels.call import Implementation, Operands, Options
+from garrulax.kernels.mask import All, Mask
+from garrulax.kernels.relative import Relative
 
-IMPLEMENTATIONS = {"xla": xla.attention}
+IMPLEMENTATIONS = {
+    "xla": "garrulax.kernels.xla:Chunked",
+    "dense": "garrulax.kernels.dense:Dense",
+}
+PICKED = {"cpu": ("xla",)}  # by platform, the best first; the last computes everything
+
+_log = logging.getLogger("garrulax")
 
 
 def attention(
@@ -14,75 +27,194 @@ def attention(
     key: jax.Array,
     value: jax.Array,
     *,
-    mask: Mask | None = None,
+    mask: Mask | Sequence[Mask] | None = None,
     bias: jax.Array | None = None,
     alibi: jax.Array | None = None,
+    relative: Relative | None = None,
+    sinks: jax.Array | None = None,
     scale: float | jax.Array | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
-    implementation: str | None = None,
+    implementation: str | Implementation | None = None,
 ) -> jax.Array:
     """softmax(scale * query key^T + bias, where mask) value, with the softmax in at least float32.
 
     query: [B, T, H, C]. key, value: [B, S, K, C], or folded as [B·K, S, C], as the cache keeps them; H a multiple of K
-    (grouped queries: query head h reads key/value head h // (H / K)). mask: which pairs attend; None is all.
-    bias: broadcastable to [B, H, T, S], added after the scaling. alibi: slopes [H]; slope * (key position - query
-    position) is added after the scaling, from the mask's stream `position` (Press et al. 2022, arXiv 2108.12409).
-    scale: default 1 / sqrt(C). softcap: scores become softcap * tanh(scores / softcap), before bias and alibi.
+    (grouped queries: query head h reads key/value head h // (H / K)). Values may have a width of their own.
+    mask: which pairs attend; None is all. Several masks are for as many equal groups of consecutive heads.
+    bias: broadcastable to [B, H, T, S], added after the scaling; a dimension of size 1 is never spread out in memory.
+    alibi: slopes [H], constants; slope * (key position - query position) is added after the scaling, from the mask's
+    stream `position` (Press et al. 2022, arXiv 2108.12409).
+    relative: a learned bias in steps of that distance (`relative.t5`).
+    sinks: [H], learned; exp(sink) is added to what a query's exponentials are divided by (gpt-oss).
+    scale: default 1 / sqrt(C). softcap: scores become softcap * tanh(scores / softcap), before anything is added.
     dropout: rate on the attention probabilities; used only where dropout_key is given.
-    implementation: "xla"; None picks.
+    implementation: a name in `IMPLEMENTATIONS` or an object like theirs; None picks the fastest that can.
 
-    Returns [B, T, H, C] in the dtype of the query. A query that may attend to nothing gets zeros, and zero gradients.
-    Raises ValueError, naming the shapes, where they do not fit, and for an unknown implementation; TypeError for
-    integer inputs.
+    Returns [B, T, H, Cv] in the dtype of the query. A query that may attend to nothing gets zeros, and zero gradients.
+    Raises ValueError, naming the shapes, where they do not fit, for a stream that the mask reads and is not given, for
+    an unknown implementation, and for one that cannot compute the request, with the reason; TypeError for integers.
     """
-    _check(query, key, value, mask)
-    if alibi is not None:
-        _check_alibi(alibi, query, mask)
-    name = implementation or "xla"
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown attention implementation {name!r}: choose from {', '.join(IMPLEMENTATIONS)}")
-    return IMPLEMENTATIONS[name](
-        query,
-        key,
-        value,
-        mask=mask,
-        bias=bias,
-        alibi=alibi,
-        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+    key, value = _unfolded(key, query), _unfolded(value, query)
+    _check(query, key, value)
+    if isinstance(mask, Sequence):
+        arguments = (query, key, value, mask, bias, alibi, relative, sinks)
+        options = {"scale": scale, "softcap": softcap, "dropout": dropout, "implementation": implementation}
+        return _by_heads(*arguments, dropout_key, **options)
+    options, operands = request(
+        query, key, value, mask, bias, alibi, relative, sinks, scale, softcap, dropout, dropout_key
+    )
+    return pick(implementation, options, operands)(options, operands)
+
+
+def request(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: Mask | None,
+    bias: jax.Array | None,
+    alibi: jax.Array | None,
+    relative: Relative | None,
+    sinks: jax.Array | None,
+    scale: float | jax.Array | None,
+    softcap: float | None,
+    dropout: float,
+    dropout_key: jax.Array | None,
+) -> tuple[Options, Operands]:
+    """The request in the form that implementations take; arguments as of `attention`, and checked."""
+    B, T, H, C = query.shape
+    S = key.shape[1]
+    distances = ("position",) if alibi is not None or relative is not None else ()
+    if distances and (mask is None or any("position" not in s for s in (mask.query, mask.key_streams()))):
+        raise ValueError("alibi and relative need a mask with the stream 'position' of queries and keys")
+    reads = ({}, {}) if mask is None else mask.read(*distances)
+    for side, streams, length in (("query", reads[0], T), ("key", reads[1], S)):
+        for name, s in streams.items():
+            if s.shape != (B, length):
+                raise ValueError(f"{side} stream {name!r} has shape {s.shape}, not {(B, length)}")
+            if s.dtype != jnp.int32:
+                raise TypeError(f"{side} stream {name!r} is {s.dtype}, not int32")
+    for name, x in (("alibi", alibi), ("sinks", sinks), ("relative", None if relative is None else relative.steps[0])):
+        if x is not None and x.shape != (H,):
+            raise ValueError(f"{name} has shape {x.shape} for {H} heads")
+    if bias is not None and (
+        bias.ndim != 4 or any(n not in (1, m) for n, m in zip(bias.shape, (B, H, T, S), strict=True))
+    ):
+        raise ValueError(f"bias {bias.shape} does not broadcast to {(B, H, T, S)}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is a rate in [0, 1), not {dropout}")
+    if isinstance(scale, jax.Array):
+        query, scale = (query * scale).astype(query.dtype), 1.0
+    drops = dropout > 0 and dropout_key is not None
+    options = Options(
+        rule=All() if mask is None else mask.rule,
+        scale=C**-0.5 if scale is None else float(scale),
         softcap=softcap,
-        dropout=dropout,
-        dropout_key=dropout_key,
+        dropout=dropout if drops else 0.0,
+        starts=() if relative is None else relative.starts,
+    )
+    if bias is not None and bias.shape[3] != S:
+        bias = jnp.broadcast_to(bias, (*bias.shape[:3], S))
+    return options, Operands(
+        query=query,
+        key=key,
+        value=value,
+        query_streams=reads[0],
+        key_streams=reads[1],
+        bias=bias,
+        slopes=None if alibi is None else jax.lax.stop_gradient(alibi.astype(jnp.float32)),
+        steps=None if relative is None else relative.steps,
+        seeds=jax.random.bits(dropout_key, (B, H), jnp.uint32) if drops else None,
+        sinks=sinks,
     )
 
 
-def _check_alibi(slopes: jax.Array, query: jax.Array, mask: Mask | None) -> None:
-    if slopes.shape != (query.shape[2],):
-        raise ValueError(f"alibi has slopes {slopes.shape} for {query.shape[2]} heads")
-    if mask is None or "position" not in mask.query or "position" not in mask.key_streams():
-        raise ValueError("alibi needs a mask with the stream 'position' of queries and keys")
+def pick(name: str | Implementation | None, options: Options, operands: Operands) -> Implementation:
+    """The implementation of that name, or the first of the platform's that does not refuse the request.
+
+    What was passed over and why is logged once a reason. Raises ValueError as `attention` does.
+    """
+    if name is not None:
+        chosen = implementation_of(name)
+        if reason := chosen.refusal(options, operands):
+            raise ValueError(f"attention implementation {name!r} cannot compute this: {reason}")
+        return chosen
+    for candidate in PICKED.get(platform(), ("xla",)):
+        chosen = implementation_of(candidate)
+        reason = chosen.refusal(options, operands)
+        if reason is None:
+            return chosen
+        _passed_over(candidate, reason)
+    raise RuntimeError("no implementation of attention computes this request")
 
 
-def _check(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask | None) -> None:
+def implementation_of(name: str | Implementation) -> Implementation:
+    """The implementation of a name. Raises ValueError for an unknown one."""
+    if not isinstance(name, str):
+        return name
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown attention implementation {name!r}: choose from {', '.join(IMPLEMENTATIONS)}")
+    module, kind = IMPLEMENTATIONS[name].split(":")
+    return getattr(importlib.import_module(module), kind)()
+
+
+def platform() -> str:
+    """What the program that is being traced will run on: "cpu", "tpu", "gpu"."""
+    return jax.default_backend()
+
+
+@functools.cache
+def _passed_over(name: str, reason: str) -> None:
+    _log.warning("attention: not %s, because %s", name, reason)
+
+
+def _by_heads(query, key, value, masks, bias, alibi, relative, sinks, dropout_key, **options):
+    """Each mask for its group of heads: as many calls, their outputs side by side."""
+    H, K, n = query.shape[2], key.shape[2], len(masks)
+    if not n or H % n or (K % n and n % K):
+        raise ValueError(f"{n} masks do not divide {H} query heads over {K} key/value heads into equal groups")
+
+    def part(x, i, axis=0, count=n):
+        if x is None or x.shape[axis] == 1:
+            return x
+        size = x.shape[axis] // count
+        return jax.lax.slice_in_dim(x, i * size, (i + 1) * size, axis=axis)
+
+    outputs = [
+        attention(
+            part(query, i, 2),
+            *(part(x, i * min(n, K) // n, 2, min(n, K)) for x in (key, value)),
+            mask=mask,
+            bias=part(bias, i, 1),
+            alibi=part(alibi, i),
+            relative=None if relative is None else dataclasses.replace(relative, steps=part(relative.steps, i, 1)),
+            sinks=part(sinks, i),
+            dropout_key=None if dropout_key is None else jax.random.fold_in(dropout_key, i),
+            **options,
+        )
+        for i, mask in enumerate(masks)
+    ]
+    return jnp.concatenate(outputs, axis=2)
+
+
+def _unfolded(x: jax.Array, query: jax.Array) -> jax.Array:
+    """[B, S, K, C] of keys or values [B·K, S, C]; others as they are."""
+    if x.ndim != 3 or x.shape[0] % query.shape[0]:
+        return x
+    return x.reshape(query.shape[0], -1, *x.shape[1:]).swapaxes(1, 2)
+
+
+def _check(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
     shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
     for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.ndim != 4 and (x is query or x.ndim != 3):
+        if x.ndim != 4:
             raise ValueError(f"attention takes [batch, length, heads, width]: {shapes}")
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"attention takes floating-point arrays: {name} is {x.dtype}")
-    if 0 in query.shape or 0 in key.shape:
+    if 0 in query.shape or 0 in key.shape or 0 in value.shape:
         raise ValueError(f"attention over nothing: {shapes}")
-    folded = key.ndim == 3
-    rows = key.shape[0] % query.shape[0] if folded else key.shape[0] - query.shape[0]
-    if key.shape[:-1] != value.shape[:-1] or rows or query.shape[-1] != key.shape[-1]:
+    if key.shape[:-1] != value.shape[:-1] or query.shape[0] != key.shape[0] or query.shape[-1] != key.shape[-1]:
         raise ValueError(f"attention shapes disagree: {shapes}")
-    heads = key.shape[0] // query.shape[0] if folded else key.shape[2]
-    if query.shape[2] % heads:
-        raise ValueError(f"{query.shape[2]} query heads are not a multiple of {heads} key/value heads")
-    if mask is None:
-        return
-    for side, streams, length in (("query", mask.query, query.shape[1]), ("key", mask.key_streams(), key.shape[1])):
-        for name, s in streams.items():
-            if s.shape != (query.shape[0], length):
-                raise ValueError(f"{side} stream {name!r} has shape {s.shape}, not {(query.shape[0], length)}")
+    if query.shape[2] % key.shape[2]:
+        raise ValueError(f"{query.shape[2]} query heads are not a multiple of {key.shape[2]} key/value heads")

@@ -64,7 +64,7 @@ class Rule:
         raise TypeError(f"{type(self).__name__} must define streams()")
 
     def evaluate(self, query: Streams, key: Streams) -> jax.Array:
-        """The predicate for broadcastable query and key streams, bool."""
+        """The predicate of query streams [..., T, 1] and key streams [..., 1, S], broadcastable to [..., T, S]."""
         raise TypeError(f"{type(self).__name__} must define evaluate()")
 
     def classify(self, query: dict[str, Bounds], key: dict[str, Bounds]) -> tuple[jax.Array, jax.Array]:
@@ -76,24 +76,46 @@ class Rule:
 
 
 @dataclasses.dataclass(frozen=True)
+class All(Rule):
+    """Every pair."""
+
+    def streams(self):
+        return Reads(frozenset(), frozenset())
+
+    def evaluate(self, query, key):
+        return jnp.ones((1, 1), bool)
+
+    def classify(self, query, key):
+        return jnp.ones((1, 1, 1), bool), jnp.ones((1, 1, 1), bool)
+
+
+@dataclasses.dataclass(frozen=True)
 class Band(Rule):
-    """low <= query - key <= high of one stream. `Band(s, 0, INF)` is causal in s; `Band(s, 0, 0)` is equality."""
+    """low <= query - key <= high of one stream. `Band(s, 0, INF)` is causal in s; `Band(s, 0, 0)` is equality.
+
+    of: the stream of the keys, where it is not called as that of the queries.
+    """
 
     stream: str
     low: int
     high: int
+    of: str | None = None
 
     def streams(self):
-        return Reads(frozenset({self.stream}), frozenset({self.stream}))
+        return Reads(frozenset({self.stream}), frozenset({self.of or self.stream}))
 
     def evaluate(self, query, key):
-        difference = query[self.stream] - key[self.stream]
+        q, k = query[self.stream], key[self.of or self.stream]
+        if self.low == self.high == 0:
+            return q == k
         if self.high >= INF:
-            return difference >= self.low
-        return (difference >= self.low) & (difference <= self.high)
+            return q - k >= self.low
+        if self.low <= -INF:
+            return q - k <= self.high
+        return (q - k >= self.low) & (q - k <= self.high)
 
     def classify(self, query, key):
-        q, k = query[self.stream], key[self.stream]
+        q, k = query[self.stream], key[self.of or self.stream]
         most, least = q.high - k.low, q.low - k.high
         return (most >= self.low) & (least <= self.high), (least >= self.low) & (most <= self.high)
 
@@ -111,8 +133,7 @@ class KRange(Rule):
 
     def evaluate(self, query, key):
         k = key[self.stream]
-        inside = (k >= self.low) & (k <= self.high)
-        return jnp.broadcast_to(inside, jnp.broadcast_shapes(inside.shape, *(s.shape for s in query.values())))
+        return (k >= self.low) & (k <= self.high)
 
     def classify(self, query, key):
         k = key[self.stream]
@@ -230,14 +251,28 @@ class Mask:
         return as_keys(self.query) if self.key is None else self.key
 
     def dense(self) -> jax.Array:
-        """The mask as bool [B, T, S]: True where the query may attend."""
-        key = self.key_streams()
-        for side, given in (("query", self.query), ("key", key)):
-            missing = sorted(getattr(self.rule.streams(), side) - given.keys())
+        """The mask as bool [B, T, S]: True where the query may attend. Raises ValueError for a missing stream."""
+        query, key = self.read()
+        shapes = [s.shape for s in (*self.query.values(), *self.key_streams().values())]
+        batch, queries, keys = shapes[0][0], shapes[0][1], shapes[-1][1]
+        seen = self.rule.evaluate(
+            {name: s[:, :, None] for name, s in query.items()}, {name: s[:, None, :] for name, s in key.items()}
+        )
+        return jnp.broadcast_to(seen, (batch, queries, keys))
+
+    def read(self, *more: str) -> tuple[Streams, Streams]:
+        """The streams of queries and of keys that the rule reads, and `more` of both sides.
+
+        Raises ValueError where one is not given.
+        """
+        reads, sides = self.rule.streams() | Reads(frozenset(more), frozenset(more)), []
+        for side, given in (("query", self.query), ("key", self.key_streams())):
+            wanted = sorted(getattr(reads, side))
+            missing = [name for name in wanted if name not in given]
             if missing:
                 raise ValueError(f"the mask reads {side} streams {missing}, but only {sorted(given)} are given")
-        query = {name: s[:, :, None] for name, s in self.query.items()}
-        return self.rule.evaluate(query, {name: s[:, None, :] for name, s in key.items()})
+            sides.append({name: given[name] for name in wanted})
+        return sides[0], sides[1]
 
 
 def as_keys(streams: Streams) -> Streams:

@@ -1,0 +1,21 @@
+"""Dropout of attention probabilities: a number a pair, made of a seed and the pair's place, so that every
+implementation, and the backward pass of each, drops the same ones without storing which."""
+
+import jax
+import jax.numpy as jnp
+
+
+def kept(seed: jax.Array, query: jax.Array, key: jax.Array, rate: float) -> jax.Array:
+    """Which probabilities stay: bool of the broadcast shape.
+
+    seed: uint32, of a batch row and head. query, key: int32 indices of the two tokens. rate: the share to drop.
+    """
+    row = mixed(seed + query.astype(jnp.uint32) * jnp.uint32(0x9E3779B1))
+    return mixed(row ^ (key.astype(jnp.uint32) * jnp.uint32(0x85EBCA77))) >= jnp.uint32(round(rate * 2**32))
+
+
+def mixed(x: jax.Array) -> jax.Array:
+    """x, uint32, with every bit depending on every other (the finalizer of MurmurHash3, A. Appleby, public domain)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)

@@ -59,9 +59,8 @@ def attention(
     key, value = _unfolded(key, query), _unfolded(value, query)
     _check(query, key, value)
     if isinstance(mask, Sequence):
-        arguments = (query, key, value, mask, bias, alibi, relative, sinks)
-        options = {"scale": scale, "softcap": softcap, "dropout": dropout, "implementation": implementation}
-        return _by_heads(*arguments, dropout_key, **options)
+        arrays = (query, key, value, mask, bias, alibi, relative, sinks, dropout_key)
+        return _by_heads(*arrays, scale=scale, softcap=softcap, dropout=dropout, implementation=implementation)
     options, operands = request(
         query, key, value, mask, bias, alibi, relative, sinks, scale, softcap, dropout, dropout_key
     )
@@ -106,12 +105,12 @@ def request(
         raise ValueError(f"dropout is a rate in [0, 1), not {dropout}")
     if isinstance(scale, jax.Array):
         query, scale = (query * scale).astype(query.dtype), 1.0
-    drops = dropout > 0 and dropout_key is not None
+    seeds = jax.random.bits(dropout_key, (B, H), jnp.uint32) if dropout and dropout_key is not None else None
     options = Options(
         rule=All() if mask is None else mask.rule,
         scale=C**-0.5 if scale is None else float(scale),
         softcap=softcap,
-        dropout=dropout if drops else 0.0,
+        dropout=0.0 if seeds is None else dropout,
         starts=() if relative is None else relative.starts,
     )
     if bias is not None and bias.shape[3] != S:
@@ -125,7 +124,7 @@ def request(
         bias=bias,
         slopes=None if alibi is None else jax.lax.stop_gradient(alibi.astype(jnp.float32)),
         steps=None if relative is None else relative.steps,
-        seeds=jax.random.bits(dropout_key, (B, H), jnp.uint32) if drops else None,
+        seeds=seeds,
         sinks=sinks,
     )
 

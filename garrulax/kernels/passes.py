@@ -121,7 +121,7 @@ def _folding(f: Any) -> Any:
             folded = (dataclasses.replace(folded[0], slopes=operands.slopes), *folded[1:])
         result = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), g(*folded))
         rows = operands.bias is not None and operands.bias.shape[1 if batched[0].bias else 0]
-        if isinstance(result, Gradients) and rows == 1:
+        if isinstance(result, Gradients) and result.bias is not None and rows == 1:
             result = result._replace(bias=result.bias.sum(axis=1, keepdims=True))
         return result, jax.tree.map(lambda _: True, result)
 

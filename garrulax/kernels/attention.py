@@ -15,6 +15,7 @@ from garrulax.kernels.relative import Relative
 
 IMPLEMENTATIONS = {
     "xla": "garrulax.kernels.xla:Chunked",
+    "cudnn": "garrulax.kernels.cudnn:Cudnn",
     "dense": "garrulax.kernels.dense:Dense",
 }
 PICKED = {"cpu": ("xla",)}  # by platform, the best first; the last computes everything
@@ -112,6 +113,7 @@ def request(
         softcap=softcap,
         dropout=0.0 if seeds is None else dropout,
         starts=() if relative is None else relative.starts,
+        causal=mask is not None and mask.causal,
     )
     if bias is not None and bias.shape[3] != S:
         bias = jnp.broadcast_to(bias, (*bias.shape[:3], S))

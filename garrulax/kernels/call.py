@@ -20,6 +20,7 @@ class Options:
     softcap: scores become softcap * tanh(scores / softcap), after scaling and before anything is added; None is none.
     dropout: rate on the probabilities; 0.0 where there is none.
     starts: for `Operands.steps`: ascending distances (key position - query position) at which the next step begins.
+    causal: known without the streams: query t sees the keys 0, 1, ..., t and no other. For libraries without streams.
     """
 
     rule: Rule
@@ -27,6 +28,7 @@ class Options:
     softcap: float | None = None
     dropout: float = 0.0
     starts: tuple[int, ...] = ()
+    causal: bool = False
 
 
 @struct.dataclass

@@ -239,11 +239,14 @@ class Mask:
 
     rule: static; a new rule compiles anew, new streams do not.
     query: int32 [B, T] by stream name. key: int32 [B, S]; None where the queries are the keys (self-attention).
+    causal: static; says that the streams come out as query t seeing the keys 0, 1, ..., t, whatever the data: for
+    libraries that know no streams.
     """
 
     query: Streams
     key: Streams | None = None
     rule: Rule = struct.field(pytree_node=False, default=CAUSAL & SAME_SEGMENT)
+    causal: bool = struct.field(pytree_node=False, default=False)
 
     def key_streams(self) -> Streams:
         """Streams of the keys; those of self-attention are the queries' with padding relabelled, so that
@@ -286,13 +289,13 @@ def as_keys(streams: Streams) -> Streams:
 def causal(batch: int, length: int) -> Mask:
     """Every token sees itself and those before it."""
     rank = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-    return Mask({"rank": rank, "segment": jnp.zeros_like(rank)})
+    return Mask({"rank": rank, "segment": jnp.zeros_like(rank)}, causal=True)
 
 
 def causal_from(tokens: jax.Array, start: jax.Array | int = 0) -> Mask:
     """Causal for tokens [B, T] that follow `start` earlier ones; sharded as the tokens are."""
     rank = jnp.zeros_like(tokens, jnp.int32) + jnp.arange(tokens.shape[1], dtype=jnp.int32) + start
-    return Mask({"rank": rank, "segment": jnp.zeros_like(rank)})
+    return Mask({"rank": rank, "segment": jnp.zeros_like(rank)}, causal=isinstance(start, int) and start == 0)
 
 
 def padded(valid: jax.Array) -> Mask:

@@ -102,7 +102,7 @@ def admit(tokens: jax.Array, positions: jax.Array, mask: Mask | None, cache: Cac
         mask = causal_from(tokens, 0 if cache is None else cache.used)
     query = {**mask.query, "position": jnp.zeros_like(tokens, jnp.int32) + positions.astype(jnp.int32)}
     if cache is None:
-        return View(Mask(query, mask.key, mask.rule)), None
+        return View(dataclasses.replace(mask, query=query)), None
     count = tokens.shape[1]
     if not isinstance(cache.used, jax.core.Tracer) and int(cache.used) + count > cache.size:
         raise ValueError(f"the cache has {cache.size} slots: {int(cache.used)} used, no room for {count} more")

@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 PARITY = $(VENV)-parity
+CUDA = $(VENV)-cuda
 
-.PHONY: quickstart test test-slow parity table lint clean
+.PHONY: quickstart test test-slow parity aot-gpu table lint clean
 
 quickstart: $(VENV)/.plots
 	@PATH="$(abspath $(BIN)):$$PATH" sh examples/quickstart.sh
@@ -22,6 +23,11 @@ test-slow: $(VENV)/.dev
 parity: $(PARITY)/.parity
 	$(PARITY)/bin/python -m pytest tests/parity -n 2 --dist loadgroup
 
+# Compiles the GPU kernels for Hopper and Blackwell, without a GPU: registers, spills, shared memory. Installs the CUDA
+# build of jax, several gigabytes. (The TPU kernels are compiled by `make test` where libtpu is installed.)
+aot-gpu: $(CUDA)/.aot_gpu
+	$(CUDA)/bin/python -m pytest -m slow tests/test_aot_gpu.py
+
 # Runs the tests that fill README's table of families, those of parity among them, and writes it.
 table: $(PARITY)/.parity
 	$(PARITY)/bin/python -m pytest -n 2 --dist loadfile --table $$(grep -l 'table(' tests/test_*.py tests/parity/test_*.py)
@@ -31,7 +37,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-$(VENV)/.plots $(VENV)/.dev $(PARITY)/.parity: pyproject.toml
+$(VENV)/.plots $(VENV)/.dev $(PARITY)/.parity $(CUDA)/.aot_gpu: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Garrulax needs Python 3.11 or newer, not " + sys.version.split()[0] + "; try make PYTHON=python3.12")'
 	@test -d $(@D) || $(PYTHON) -m venv $(@D)
 	@echo "installing Garrulax and what it needs into $(@D) (a few minutes the first time)"
@@ -39,4 +45,4 @@ $(VENV)/.plots $(VENV)/.dev $(PARITY)/.parity: pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(PARITY) .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(PARITY) $(CUDA) .pytest_cache .ruff_cache .mypy_cache

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from garrulax.kernels import attention
-from garrulax.kernels import mask as masks
+from garrulax.kernels import attention, masks
 from garrulax.layers.attention import alibi_slopes, within
 from garrulax.layers.cache import admit
 

@@ -8,7 +8,7 @@ import kernel_cases as cases
 import numpy as np
 import pytest
 
-from garrulax.kernels import mask as masks
+from garrulax.kernels import masks
 from garrulax.kernels.attention import attention, request
 from garrulax.kernels.cudnn import Cudnn
 from garrulax.layers.attention import within

@@ -12,7 +12,7 @@ import tiny
 
 import garrulax as gx
 from garrulax import models, sampling
-from garrulax.kernels.mask import prefix
+from garrulax.kernels.masks import prefix
 from garrulax.sampling.blanks import answer, part_a
 from garrulax.sampling.requests import assemble, spread
 

@@ -13,7 +13,7 @@ import tiny
 import garrulax as gx
 from garrulax import models
 from garrulax.core import spec
-from garrulax.kernels.mask import prefix
+from garrulax.kernels.masks import prefix
 from garrulax.sampling.blanks import part_a
 
 GREEDY = {"temperature": 0}

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from garrulax.kernels import mask as masks
+from garrulax.kernels import masks
 from garrulax.kernels.mask import INF, And, Band, Bits, Bounds, KRange, Mask, Not, Or, Within
 
 STREAMS = ("a", "b")

@@ -13,7 +13,7 @@ from oracle import CHATGLM, FOLDER, arrays, config, params, raw_config, relative
 import garrulax as gx
 from garrulax import models
 from garrulax.core import spec
-from garrulax.kernels import mask as masks
+from garrulax.kernels import masks
 from garrulax.layers.rope import Rope
 
 CONTRACT = 2e-6

@@ -7,7 +7,7 @@ import pytest
 from oracle import arrays, config, params, relative_error
 
 import garrulax as gx
-from garrulax.kernels import mask as masks
+from garrulax.kernels import masks
 
 MODES = ("token", "token_noshuffle", "token_dblock", "sentence", "document", "document_midspan")
 CONTRACT = 2e-6

@@ -13,7 +13,7 @@ from oracle import CHATGLM_6B, FOLDER, arrays, config, params, relative_error
 import garrulax as gx
 from garrulax import models
 from garrulax.core import spec
-from garrulax.kernels import mask as masks
+from garrulax.kernels import masks
 
 CONTRACT = 2e-6
 forward = jax.jit(gx.forward, static_argnums=2)

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 import garrulax as gx
 from garrulax.core import spec
-from garrulax.kernels import mask as masks
+from garrulax.kernels import masks
 from garrulax.layers.norms import unit_norm
 from garrulax.layers.rope import Rope
 from garrulax.models import llama

@@ -10,7 +10,7 @@ import pytest
 from oracle import CAUSAL, LLAMA, arrays, config, params, relative_error
 
 import garrulax as gx
-from garrulax.kernels import mask as masks
+from garrulax.kernels import masks
 from garrulax.layers.rope import Rope
 
 LENGTHS = ("llama_dynamic", "llama_longrope")  # their angles depend on the length of the whole row

@@ -9,7 +9,7 @@ import pytest
 
 import garrulax as gx
 from garrulax import models
-from garrulax.kernels import mask as masks
+from garrulax.kernels import masks
 from garrulax.layers.rope import Rope
 
 CONFIGS = {

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import garrulax as gx
 from garrulax import models
 from garrulax.core import sharding
-from garrulax.kernels import mask as masks
+from garrulax.kernels import masks
 from garrulax.layers.rope import Rope
 
 CONFIGS = {

@@ -51,7 +51,7 @@ class Blanks:
         """Several answers to the mask at index `place`, to be scored in one pass (THUDM/GLM-130B
         evaluation/dataset.py, build_multiple_choice_sample).
 
-        Returns int32 arrays: tokens [T], positions [rows, T], choice [T] for `kernels.mask.choices`, and targets [T],
+        Returns int32 arrays: tokens [T], positions [rows, T], choice [T] for `kernels.masks.choices`, and targets [T],
         which token the logits are to predict (0 where `choice` is 0: nothing). The score of an answer is the sum of
         its targets' log-probabilities.
         """

@@ -1,9 +1,12 @@
 """Floor 1: the mask algebra and attention. One function, `attention`, picks the implementation."""
 
+from garrulax.kernels import masks
 from garrulax.kernels.attention import attention
-from garrulax.kernels.mask import And, Band, Bits, KRange, Mask, Not, Or, Rule, causal, packed, padded, prefix
+from garrulax.kernels.mask import All, And, Band, Bits, KRange, Mask, Not, Or, Rule, Within
+from garrulax.kernels.masks import causal, packed, padded, prefix
 
 __all__ = [
+    "All",
     "And",
     "Band",
     "Bits",
@@ -12,8 +15,10 @@ __all__ = [
     "Not",
     "Or",
     "Rule",
+    "Within",
     "attention",
     "causal",
+    "masks",
     "packed",
     "padded",
     "prefix",

@@ -85,16 +85,12 @@ def request(
     """The request in the form that implementations take; arguments as of `attention`, and checked."""
     B, T, H, C = query.shape
     S = key.shape[1]
+    if mask is not None and not isinstance(mask, Mask):
+        raise TypeError(f"mask is a kernels.Mask or a sequence of them, not {type(mask).__name__}")
     distances = ("position",) if alibi is not None or relative is not None else ()
     if distances and (mask is None or any("position" not in s for s in (mask.query, mask.key_streams()))):
         raise ValueError("alibi and relative need a mask with the stream 'position' of queries and keys")
-    reads = ({}, {}) if mask is None else mask.read(*distances)
-    for side, streams, length in (("query", reads[0], T), ("key", reads[1], S)):
-        for name, s in streams.items():
-            if s.shape != (B, length):
-                raise ValueError(f"{side} stream {name!r} has shape {s.shape}, not {(B, length)}")
-            if s.dtype != jnp.int32:
-                raise TypeError(f"{side} stream {name!r} is {s.dtype}, not int32")
+    reads = ({}, {}) if mask is None else mask.read(*distances, query=(B, T), key=(B, S))
     for name, x in (("alibi", alibi), ("sinks", sinks), ("relative", None if relative is None else relative.steps[0])):
         if x is not None and x.shape != (H,):
             raise ValueError(f"{name} has shape {x.shape} for {H} heads")

@@ -1,9 +1,10 @@
 """Who attends to whom: predicates over per-token integer streams.
 
-A mask is a small static tree of rules (`Band`, `KRange`, `Bits` under `&`, `|`, `~`) over streams: int32 arrays
+A mask is a small static tree of rules (`Band`, `KRange`, `Bits`, `Within` under `&`, `|`, `~`) over streams: int32 arrays
 [B, T] of the queries and [B, S] of the keys. The same tree has two evaluators: `evaluate` gives the exact answer for
 every pair, `classify` bounds the answer for a whole block of pairs from the streams' (min, max, and, or) in it, so
 that a kernel can skip blocks without a T x S array ever existing.
+`kernels.masks` builds the masks of the literature, docs/attention.md shows them.
 
 Streams used by the families
   rank     order of generation: a query sees keys of its own or a lower rank (all of GLM's part A has one rank)
@@ -11,7 +12,7 @@ Streams used by the families
   segment  document in a packed row; PAD (-1) marks padding, which sees nothing and is seen by nothing
   position where a token stands in its own text, for windows and ALiBi (`layers.cache.admit` adds it)
   reach    of queries only: how many tokens back one sees, itself included
-  phase    position modulo the stride of a layer of GPT-3: equal phases see each other (`layers.attention.within`)
+  phase    position modulo the stride of a layer of GPT-3: equal phases see each other (`kernels.masks.within`)
 """
 
 import dataclasses
@@ -256,26 +257,38 @@ class Mask:
     def dense(self) -> jax.Array:
         """The mask as bool [B, T, S]: True where the query may attend. Raises ValueError for a missing stream."""
         query, key = self.read()
-        shapes = [s.shape for s in (*self.query.values(), *self.key_streams().values())]
-        batch, queries, keys = shapes[0][0], shapes[0][1], shapes[-1][1]
+        (batch, queries), (_, keys) = (next(iter(s.values())).shape for s in (self.query, self.key_streams()))
         seen = self.rule.evaluate(
             {name: s[:, :, None] for name, s in query.items()}, {name: s[:, None, :] for name, s in key.items()}
         )
         return jnp.broadcast_to(seen, (batch, queries, keys))
 
-    def read(self, *more: str) -> tuple[Streams, Streams]:
+    def read(
+        self, *more: str, query: tuple[int, ...] | None = None, key: tuple[int, ...] | None = None
+    ) -> tuple[Streams, Streams]:
         """The streams of queries and of keys that the rule reads, and `more` of both sides.
 
-        Raises ValueError where one is not given.
+        query, key: the shapes that they must have; None is any.
+        Raises ValueError where one is not given or not of that shape, TypeError where one is not int32.
         """
-        reads, sides = self.rule.streams() | Reads(frozenset(more), frozenset(more)), []
-        for side, given in (("query", self.query), ("key", self.key_streams())):
-            wanted = sorted(getattr(reads, side))
-            missing = [name for name in wanted if name not in given]
-            if missing:
-                raise ValueError(f"the mask reads {side} streams {missing}, but only {sorted(given)} are given")
-            sides.append({name: given[name] for name in wanted})
-        return sides[0], sides[1]
+        reads = self.rule.streams() | Reads(frozenset(more), frozenset(more))
+        return (
+            _checked("query", self.query, reads.query, query),
+            _checked("key", self.key_streams(), reads.key, key),
+        )
+
+
+def _checked(side: str, given: Streams, names: frozenset[str], shape: tuple[int, ...] | None) -> Streams:
+    wanted = sorted(names)
+    missing = [name for name in wanted if name not in given]
+    if missing:
+        raise ValueError(f"the mask reads {side} streams {missing}, but only {sorted(given)} are given")
+    for name in wanted:
+        if shape is not None and given[name].shape != shape:
+            raise ValueError(f"{side} stream {name!r} has shape {given[name].shape}, not {shape}")
+        if given[name].dtype != jnp.int32:
+            raise TypeError(f"{side} stream {name!r} is {given[name].dtype}, not int32")
+    return {name: given[name] for name in wanted}
 
 
 def as_keys(streams: Streams) -> Streams:
@@ -284,48 +297,3 @@ def as_keys(streams: Streams) -> Streams:
         return streams
     segment = streams["segment"]
     return {**streams, "segment": jnp.where(segment < 0, PAD_KEY, segment)}
-
-
-def causal(batch: int, length: int) -> Mask:
-    """Every token sees itself and those before it."""
-    rank = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-    return Mask({"rank": rank, "segment": jnp.zeros_like(rank)}, causal=True)
-
-
-def causal_from(tokens: jax.Array, start: jax.Array | int = 0) -> Mask:
-    """Causal for tokens [B, T] that follow `start` earlier ones; sharded as the tokens are."""
-    rank = jnp.zeros_like(tokens, jnp.int32) + jnp.arange(tokens.shape[1], dtype=jnp.int32) + start
-    return Mask({"rank": rank, "segment": jnp.zeros_like(rank)}, causal=isinstance(start, int) and start == 0)
-
-
-def padded(valid: jax.Array) -> Mask:
-    """Causal among the tokens where `valid` (bool or int [B, T]) holds; the rest, on either side, is padding."""
-    rank = jnp.broadcast_to(jnp.arange(valid.shape[1], dtype=jnp.int32), valid.shape)
-    return Mask({"rank": rank, "segment": jnp.where(valid.astype(bool), 0, PAD).astype(jnp.int32)})
-
-
-def packed(segment: jax.Array) -> Mask:
-    """Causal within each document of a packed row. segment: int32 [B, T], PAD for padding."""
-    rank = jnp.broadcast_to(jnp.arange(segment.shape[1], dtype=jnp.int32), segment.shape)
-    return Mask({"rank": rank, "segment": segment.astype(jnp.int32)})
-
-
-def prefix(context: jax.Array, length: int) -> Mask:
-    """Prefix-LM, and GLM's blank infilling: the first `context[b]` tokens see one another and nothing else, every
-    later token sees all of them and the later ones up to itself (Du et al. 2022, section 2.1).
-
-    context: int32 [B], the length of part A. length: T.
-    """
-    index = jnp.arange(length, dtype=jnp.int32)
-    rank = jnp.where(index < context[:, None], 0, index + 1)
-    return Mask({"rank": rank, "segment": jnp.zeros_like(rank)})
-
-
-def choices(choice: jax.Array) -> Mask:
-    """A text and several answers behind it: as `prefix`, but an answer sees no other (THUDM/GLM-130B
-    evaluation/dataset.py). choice: int32 [B, T], 0 in the text, 1, 2, ... in the answers, PAD for padding."""
-    choice = choice.astype(jnp.int32)
-    rank = jnp.where(choice == 0, 0, jnp.arange(1, choice.shape[1] + 1, dtype=jnp.int32))
-    segment = jnp.where(choice < 0, PAD, 0).astype(jnp.int32)
-    of_text_or_own = KRange("choice", 0, 0) | Band("choice", 0, 0)
-    return Mask({"rank": rank, "segment": segment, "choice": choice}, rule=CAUSAL & SAME_SEGMENT & of_text_or_own)

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from garrulax.kernels import attention
-from garrulax.kernels.mask import Band, Mask, Rule, Within
+from garrulax.kernels import attention, masks
 from garrulax.layers.cache import KV, Cache, View, extend
 
 
@@ -52,19 +51,8 @@ def _spread(x: jax.Array, query: jax.Array) -> jax.Array:
 
 
 def within(view: View, reach: jax.Array | int, stride: int = 0) -> View:
-    """The view narrowed to a window: a token sees itself and the `reach` - 1 before it of what it saw.
-
-    reach: an int, or an int32 scalar that may differ from layer to layer of a scan (`kernels.mask.INF` for all).
-    stride: where not 0, also every token a multiple of `stride` back (Child et al. 2019, arXiv 1904.10509, 4.3).
-    """
-    mask = view.mask
-    key = mask.key_streams()
-    rule: Rule = Within()
-    query = {**mask.query, "reach": jnp.zeros_like(mask.query["position"]) + jnp.int32(reach)}
-    if stride:
-        rule = rule | Band("phase", 0, 0)
-        query["phase"], key = query["position"] % stride, {**key, "phase": key["position"] % stride}
-    return dataclasses.replace(view, mask=Mask(query, key, mask.rule & rule))
+    """The view with its mask narrowed to a window, by `kernels.masks.within`."""
+    return dataclasses.replace(view, mask=masks.within(view.mask, reach, stride))
 
 
 def alibi_slopes(heads: int) -> np.ndarray:

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from garrulax.kernels.mask import PAD_KEY, Mask, Streams, as_keys, causal_from
+from garrulax.kernels.mask import PAD_KEY, Mask, Streams, as_keys
+from garrulax.kernels.masks import causal_from
 
 KV = dict[str, jax.Array]  # "key", "value"
 

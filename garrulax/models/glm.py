@@ -5,7 +5,7 @@ Source: Du et al. 2022 (arXiv 2103.10360), section 2; THUDM/GLM model/modeling_g
 
 Part A is the text with [MASK] for every blank; part B is [sop] and the answer of each blank. A token has two
 positions, each with a learned table: where it stands in part A (for part B: where its [MASK] stands), and where in
-its span (0 in part A, 1, 2, ... in a span). `kernels.mask.prefix` is the mask.
+its span (0 in part A, 1, 2, ... in a span). `kernels.masks.prefix` is the mask.
 """
 
 import dataclasses

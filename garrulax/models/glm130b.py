@@ -5,7 +5,7 @@ Sources: Zeng et al. 2023 (arXiv 2210.02414), section 2; THUDM/GLM-130B generate
 sat/model/official/glm130B_model.py; THUDM/chatglm-6b modeling_chatglm.py.
 
 A block adds to its *normalised* input, x = alpha LN(x) + f(LN(x)): DeepNorm, with each norm at the start of the next
-sub-layer. As in the original GLM what stands before <sop> sees itself both ways (`kernels.mask.prefix`), and answers
+sub-layer. As in the original GLM what stands before <sop> sees itself both ways (`kernels.masks.prefix`), and answers
 stand behind it. Their positions: one row in GLM-130B, two in ChatGLM-6B (`blanks`).
 """
 

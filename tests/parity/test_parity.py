@@ -14,7 +14,7 @@ import pytest
 import garrulax as gx
 from garrulax.core import spec
 from garrulax.hub.reading import family_of, read_config
-from garrulax.kernels import mask as masks
+from garrulax.kernels import masks
 from garrulax.train.objectives import negative_log_likelihood
 
 pytest.importorskip("torch", reason="`make parity` installs torch and transformers")

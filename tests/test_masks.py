@@ -8,15 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from garrulax.kernels import masks
-from garrulax.kernels.mask import INF, And, Band, Bits, Bounds, KRange, Mask, Not, Or, Within
+from garrulax.kernels.blocks import block_map
+from garrulax.kernels.mask import CAUSAL, INF, All, And, Band, Bits, Bounds, KRange, Mask, Not, Or, Within
 
 STREAMS = ("a", "b")
 edges = st.integers(-6, 6)
 
 
 def bands(stream):
-    ends = st.tuples(st.one_of(edges, st.just(-INF)), st.one_of(edges, st.just(INF)))
+    ends = st.tuples(st.one_of(edges, st.just(-INF)), st.one_of(edges, st.just(INF)), st.sampled_from((None, *STREAMS)))
     return ends.map(lambda ends: Band(stream, *ends))
 
 
@@ -26,6 +26,7 @@ leaves = st.sampled_from(STREAMS).flatmap(
         st.tuples(edges, edges).map(lambda e: KRange(s, *e)),
         st.just(Bits(s)),
         st.sampled_from(STREAMS).map(lambda reach: Within(s, reach)),
+        st.just(All()),
     )
 )
 rules = st.recursive(
@@ -37,15 +38,24 @@ rules = st.recursive(
     ),
     max_leaves=6,
 )
-values = st.lists(st.one_of(st.integers(-5, 9), st.integers(-(2**29), 2**29)), min_size=4, max_size=4)
-streams = st.fixed_dictionaries(dict.fromkeys(STREAMS, values))
+value = st.one_of(st.integers(-5, 9), st.integers(-(2**29), 2**29))
+
+
+def streams(length):
+    return st.fixed_dictionaries(dict.fromkeys(STREAMS, st.lists(value, min_size=length, max_size=length)))
+
+
+def array(streams):
+    return {name: jnp.array([s], jnp.int32) for name, s in streams.items()}
 
 
 def holds(rule, query, key):
     """The rule for one query and one key, dicts of Python integers, written independently of the code."""
     match rule:
-        case Band(stream, low, high):
-            return low <= query[stream] - key[stream] <= high
+        case All():
+            return True
+        case Band(stream, low, high, of):
+            return low <= query[stream] - key[of or stream] <= high
         case KRange(stream, low, high):
             return low <= key[stream] <= high
         case Bits(stream):
@@ -65,19 +75,25 @@ def at(streams, i):
 
 
 def brute(rule, query, key):
-    return np.array([[holds(rule, at(query, i), at(key, j)) for j in range(4)] for i in range(4)])
+    return np.array(
+        [[holds(rule, at(query, i), at(key, j)) for j in range(len(key["a"]))] for i in range(len(query["a"]))]
+    )
 
 
 @settings(max_examples=150, deadline=None)
-@given(rules, streams, streams)
+@given(rules, streams(4), streams(5))
 def test_evaluate_equals_brute_force(rule, query, key):
-    mask = Mask(
-        {name: np.array([s], np.int32) for name, s in query.items()},
-        {name: np.array([s], np.int32) for name, s in key.items()},
-        rule,
-    )
-    np.testing.assert_array_equal(mask.dense()[0], brute(rule, query, key))
-    assert rule.streams().query | rule.streams().key <= set(STREAMS)
+    np.testing.assert_array_equal(Mask(array(query), array(key), rule).dense()[0], brute(rule, query, key))
+
+
+@settings(max_examples=60, deadline=None)
+@given(rules, streams(4), streams(4))
+def test_a_rule_reads_the_streams_that_it_names(rule, query, key):
+    """Without the others it gives the same."""
+    reads = rule.streams()
+    mask = Mask({n: query[n] for n in reads.query}, {n: key[n] for n in reads.key}, rule)
+    one = {n: jnp.int32(s[0]) for n, s in mask.query.items()}, {n: jnp.int32(s[0]) for n, s in mask.key.items()}
+    assert bool(rule.evaluate(*one).all()) == holds(rule, at(query, 0), at(key, 0))
 
 
 def bounds(streams):
@@ -89,13 +105,23 @@ def bounds(streams):
 
 
 @settings(max_examples=400, deadline=None)
-@given(rules, streams, streams)
+@given(rules, streams(4), streams(4))
 def test_classify_is_conservative(rule, query, key):
     """`any` may be False only where no pair attends, `all` True only where every pair does."""
     exact = brute(rule, query, key)
     some, every = rule.classify(bounds(query), bounds(key))
     assert some or not exact.any()
     assert exact.all() or not every
+
+
+@settings(max_examples=60, deadline=None)
+@given(rules, streams(6), streams(8))
+def test_block_map_is_conservative(rule, query, key):
+    """The same, of all blocks of 3 queries and 2 keys at once."""
+    some, every = block_map(rule, array(query), array(key), 3, 2, (1, 2, 4))
+    blocks = brute(rule, query, key).reshape(2, 3, 4, 2)
+    assert (some[0] | ~blocks.any(axis=(1, 3))).all()
+    assert (~every[0] | blocks.all(axis=(1, 3))).all()
 
 
 @settings(max_examples=100, deadline=None)
@@ -108,7 +134,7 @@ def test_classify_is_exact_for_single_pairs(rule, query, key):
 
 
 def test_classify_skips_and_fills_blocks_of_a_causal_mask():
-    rule, block = masks.CAUSAL, 4
+    rule, block = CAUSAL, 4
 
     def verdict(i, j):
         def part(n):
@@ -121,41 +147,25 @@ def test_classify_skips_and_fills_blocks_of_a_causal_mask():
     assert got == [[partial, empty, empty], [full, partial, empty], [full, full, partial]]
 
 
-def seen(mask):
-    return np.asarray(mask.dense())
-
-
-def test_causal():
-    np.testing.assert_array_equal(seen(masks.causal(2, 5)), np.tril(np.ones((2, 5, 5), bool)))
-    np.testing.assert_array_equal(seen(masks.causal_from(jnp.zeros((2, 5), int))), np.tril(np.ones((2, 5, 5), bool)))
-    np.testing.assert_array_equal(masks.causal_from(jnp.zeros((1, 3), int), 4).query["rank"], [[4, 5, 6]])
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.booleans(), min_size=6, max_size=6))
-def test_padding_sees_nothing_and_is_not_seen(valid):
-    valid = np.array([valid])
-    expected = np.tril(np.ones((6, 6), bool)) & valid[0][:, None] & valid[0][None, :]
-    np.testing.assert_array_equal(seen(masks.padded(jnp.asarray(valid)))[0], expected)
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(-1, 3), min_size=6, max_size=6))
-def test_packed_documents_see_themselves(segment):
-    s = np.array(segment)
-    expected = np.tril(np.ones((6, 6), bool)) & (s[:, None] == s[None, :]) & (s[:, None] >= 0)
-    np.testing.assert_array_equal(seen(masks.packed(jnp.asarray(s[None])))[0], expected)
-
-
-@pytest.mark.parametrize("context", [0, 1, 3, 6])
-def test_prefix(context):
-    """THUDM/GLM mpu/transformer.py: lower triangle, and columns below `sep` for every row."""
-    expected = np.tril(np.ones((6, 6), bool))
-    expected[:, :context] = True
-    np.testing.assert_array_equal(seen(masks.prefix(jnp.array([context]), 6))[0], expected)
-
-
 def test_a_missing_stream_is_named():
-    mask = Mask({"rank": jnp.zeros((1, 3), int)}, rule=masks.CAUSAL & Bits("ancestors"))
-    with pytest.raises(ValueError, match=r"\['ancestors'\]"):
+    mask = Mask({"rank": jnp.zeros((1, 3), int)}, rule=CAUSAL & Bits("ancestors"))
+    with pytest.raises(ValueError, match=r"query streams \['ancestors'\], but only \['rank'\] are given"):
         mask.dense()
+
+
+@pytest.mark.parametrize(
+    ("streams", "shapes", "error", "message"),
+    [
+        ({"rank": jnp.zeros((1, 3))}, {}, TypeError, "query stream 'rank' is float32, not int32"),
+        (
+            {"rank": jnp.zeros((1, 3), int)},
+            {"query": (1, 4)},
+            ValueError,
+            r"query stream 'rank' has shape \(1, 3\), not",
+        ),
+        ({"rank": jnp.zeros((1, 3), int)}, {"key": (5, 16)}, ValueError, r"key stream 'rank' .* not \(5, 16\)"),
+    ],
+)
+def test_streams_that_do_not_fit_are_named(streams, shapes, error, message):
+    with pytest.raises(error, match=message):
+        Mask(streams, rule=CAUSAL).read(**shapes)

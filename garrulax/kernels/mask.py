@@ -1,9 +1,9 @@
 """Who attends to whom: predicates over per-token integer streams.
 
-A mask is a small static tree of rules (`Band`, `KRange`, `Bits`, `Within` under `&`, `|`, `~`) over streams: int32 arrays
-[B, T] of the queries and [B, S] of the keys. The same tree has two evaluators: `evaluate` gives the exact answer for
-every pair, `classify` bounds the answer for a whole block of pairs from the streams' (min, max, and, or) in it, so
-that a kernel can skip blocks without a T x S array ever existing.
+A mask is a small static tree of rules (`Band`, `KRange`, `Bits`, `Within` under `&`, `|`, `~`) over streams: int32
+arrays [B, T] of the queries and [B, S] of the keys. The same tree has two evaluators: `evaluate` gives the exact
+answer for every pair, `classify` bounds the answer for a whole block of pairs from the streams' (min, max, and, or) in
+it, so that a kernel can skip blocks without a T x S array ever existing.
 `kernels.masks` builds the masks of the literature, docs/attention.md shows them.
 
 Streams used by the families

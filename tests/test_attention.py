@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from garrulax.kernels import attention, masks
+from garrulax.kernels.mask import CAUSAL, Mask
 from garrulax.layers.attention import alibi_slopes, within
 from garrulax.layers.cache import admit
 
@@ -170,6 +171,10 @@ def zeros(*shape, dtype=jnp.float32):
     return jnp.zeros(shape, dtype)
 
 
+QKV = (zeros(2, 3, 4, 8),) * 3
+RANK = zeros(2, 3, dtype=int)
+
+
 @pytest.mark.parametrize(
     ("operands", "options", "error", "message"),
     [
@@ -180,13 +185,20 @@ def zeros(*shape, dtype=jnp.float32):
         ((zeros(2, 3, 4, 8), zeros(2, 5, 4, 8), zeros(2, 4, 4, 8)), {}, ValueError, "disagree"),
         ((zeros(2, 3, 4, 8), zeros(2, 0, 4, 8), zeros(2, 0, 4, 8)), {}, ValueError, "over nothing"),
         ((zeros(2, 3, 4, 8, dtype=int), zeros(2, 3, 4, 8), zeros(2, 3, 4, 8)), {}, TypeError, "query is int32"),
-        ((zeros(2, 3, 4, 8),) * 3, {"mask": masks.causal(2, 4)}, ValueError, r"'rank' has shape \(2, 4\), not \(2, 3"),
-        ((zeros(2, 3, 4, 8),) * 3, {"implementation": "flash"}, ValueError, "'flash': choose from"),
+        (QKV, {"mask": masks.causal(2, 4)}, ValueError, r"'rank' has shape \(2, 4\), not \(2, 3"),
+        (QKV, {"mask": Mask({"rank": RANK})}, ValueError, r"query streams \['segment'\], but only \['rank'\]"),
+        (QKV, {"mask": Mask({"rank": zeros(2, 3)}, rule=CAUSAL)}, TypeError, "query stream 'rank' is float32"),
+        (QKV, {"mask": Mask({"rank": RANK}, {"rank": RANK[:1]}, CAUSAL)}, ValueError, r"key stream 'rank' has .*\(1, 3"),
+        (QKV, {"mask": np.ones((3, 3), bool)}, TypeError, "mask is a kernels.Mask .* not ndarray"),
+        (QKV, {"mask": masks.causal(2, 3), "alibi": zeros(4)}, ValueError, "need a mask with the stream 'position'"),
+        (QKV, {"mask": [masks.causal(2, 3)] * 3}, ValueError, "3 masks do not divide 4 query heads"),
+        (QKV, {"implementation": "flash"}, ValueError, "'flash': choose from"),
     ],
 )  # fmt: skip
 def test_misfits_are_named(operands, options, error, message):
+    """When the program is traced, before anything is computed."""
     with pytest.raises(error, match=message):
-        attention(*operands, **options)
+        jax.eval_shape(lambda *x: attention(*x, **options), *operands)
 
 
 @pytest.mark.parametrize("stride", [0, 3])

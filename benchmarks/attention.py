@@ -32,8 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from garrulax.kernels import attention, decode
-from garrulax.kernels import mask as masks
+from garrulax.kernels import attention, decode, masks
 from garrulax.kernels.attention import IMPLEMENTATIONS
 from garrulax.kernels.mask import INF, SAME_SEGMENT, Band, Mask
 

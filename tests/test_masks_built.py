@@ -16,6 +16,7 @@ from garrulax.kernels.mask import INF, PAD
 from garrulax.train.infill import InfillTokens, infill
 
 T = 12
+SEGMENT = jnp.zeros((1, 8), int)
 quick = settings(max_examples=25, deadline=None)
 
 
@@ -90,6 +91,15 @@ def test_causal():
     np.testing.assert_array_equal(seen(masks.causal(2, 5)), np.tril(np.ones((2, 5, 5), bool)))
     np.testing.assert_array_equal(seen(masks.causal_from(jnp.zeros((2, 5), int))), np.tril(np.ones((2, 5, 5), bool)))
     np.testing.assert_array_equal(masks.causal_from(jnp.zeros((1, 3), int), 4).query["rank"], [[4, 5, 6]])
+
+
+def test_only_what_is_always_causal_says_so():
+    """Libraries without streams go by it."""
+    built = {name: build(SEGMENT) for name, (build, _) in PAIRS.items()}
+    built |= {"causal": masks.causal(1, 8), "causal_from": masks.causal_from(SEGMENT)}
+    built |= {"later": masks.causal_from(SEGMENT, 3), "traced": masks.causal_from(SEGMENT, jnp.int32(0))}
+    built |= {"within": masks.within(masks.causal(1, 8).replace(query={"position": SEGMENT, "rank": SEGMENT}), 2)}
+    assert [name for name, mask in built.items() if mask.causal] == ["causal", "causal_from"]
 
 
 @quick
@@ -217,9 +227,6 @@ def test_tree_of_every_row():
     got = seen(jax.jit(masks.tree)(parents, slots))
     np.testing.assert_array_equal(got[0], [[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]])
     np.testing.assert_array_equal(got[1], [[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]])
-
-
-SEGMENT = jnp.zeros((1, 8), int)
 
 
 @pytest.mark.parametrize(

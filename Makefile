@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 PARITY = $(VENV)-parity
 CUDA = $(VENV)-cuda
 
-.PHONY: quickstart test test-slow parity aot-gpu table lint clean
+.PHONY: quickstart test test-slow parity aot-gpu table pictures lint clean
 
 quickstart: $(VENV)/.plots
 	@PATH="$(abspath $(BIN)):$$PATH" sh examples/quickstart.sh
@@ -31,6 +31,10 @@ aot-gpu: $(CUDA)/.aot_gpu
 # Runs the tests that fill README's table of families, those of parity among them, and writes it.
 table: $(PARITY)/.parity
 	$(PARITY)/bin/python -m pytest -n 2 --dist loadfile --table $$(grep -l 'table(' tests/test_*.py tests/parity/test_*.py)
+
+# Draws the masks of docs/attention.md and writes its tables.
+pictures: $(VENV)/.dev
+	$(BIN)/python docs/pictures.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from garrulax.kernels.blocks import block_map
-from garrulax.kernels.mask import CAUSAL, INF, All, And, Band, Bits, Bounds, KRange, Mask, Not, Or, Within
+from garrulax.kernels.mask import CAUSAL, INF, All, And, Band, Bits, Bounds, KRange, Mask, Not, Or, Same, Within
 
 STREAMS = ("a", "b")
+ALL = (*STREAMS, "document")
 edges = st.integers(-6, 6)
 
 
@@ -26,6 +27,7 @@ leaves = st.sampled_from(STREAMS).flatmap(
         st.tuples(edges, edges).map(lambda e: KRange(s, *e)),
         st.just(Bits(s)),
         st.sampled_from(STREAMS).map(lambda reach: Within(s, reach)),
+        st.just(Same("document")),
         st.just(All()),
     )
 )
@@ -41,8 +43,13 @@ rules = st.recursive(
 value = st.one_of(st.integers(-5, 9), st.integers(-(2**29), 2**29))
 
 
-def streams(length):
-    return st.fixed_dictionaries(dict.fromkeys(STREAMS, st.lists(value, min_size=length, max_size=length)))
+def streams(length, pad):
+    numbers = {**dict.fromkeys(STREAMS, value), "document": st.one_of(st.just(pad), st.integers(0, 9))}
+    return st.fixed_dictionaries({n: st.lists(v, min_size=length, max_size=length) for n, v in numbers.items()})
+
+
+def sides(queries, keys):
+    return streams(queries, -1), streams(keys, -2)
 
 
 def array(streams):
@@ -56,6 +63,8 @@ def holds(rule, query, key):
             return True
         case Band(stream, low, high, of):
             return low <= query[stream] - key[of or stream] <= high
+        case Same(stream):
+            return query[stream] == key[stream] >= 0
         case KRange(stream, low, high):
             return low <= key[stream] <= high
         case Bits(stream):
@@ -81,13 +90,13 @@ def brute(rule, query, key):
 
 
 @settings(max_examples=150, deadline=None)
-@given(rules, streams(4), streams(5))
+@given(rules, *sides(4, 5))
 def test_evaluate_equals_brute_force(rule, query, key):
     np.testing.assert_array_equal(Mask(array(query), array(key), rule).dense()[0], brute(rule, query, key))
 
 
 @settings(max_examples=60, deadline=None)
-@given(rules, streams(4), streams(4))
+@given(rules, *sides(4, 4))
 def test_a_rule_reads_the_streams_that_it_names(rule, query, key):
     """Without the others it gives the same."""
     reads = rule.streams()
@@ -105,7 +114,7 @@ def bounds(streams):
 
 
 @settings(max_examples=400, deadline=None)
-@given(rules, streams(4), streams(4))
+@given(rules, *sides(4, 4))
 def test_classify_is_conservative(rule, query, key):
     """`any` may be False only where no pair attends, `all` True only where every pair does."""
     exact = brute(rule, query, key)
@@ -115,7 +124,7 @@ def test_classify_is_conservative(rule, query, key):
 
 
 @settings(max_examples=60, deadline=None)
-@given(rules, streams(6), streams(8))
+@given(rules, *sides(6, 8))
 def test_block_map_is_conservative(rule, query, key):
     """The same, of all blocks of 3 queries and 2 keys at once."""
     some, every = block_map(rule, array(query), array(key), 3, 2, (1, 2, 4))
@@ -128,7 +137,7 @@ def test_block_map_is_conservative(rule, query, key):
 @given(leaves, st.integers(-5, 9), st.integers(-5, 9))
 def test_classify_is_exact_for_single_pairs(rule, query, key):
     """Otherwise always answering (True, False) would pass."""
-    one = {name: [query] for name in STREAMS}, {name: [key] for name in STREAMS}
+    one = {name: [query] for name in ALL}, {name: [key] for name in ALL}
     exact = holds(rule, at(one[0], 0), at(one[1], 0))
     assert tuple(map(bool, rule.classify(bounds(one[0]), bounds(one[1])))) == (exact, exact)
 

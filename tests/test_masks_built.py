@@ -40,6 +40,11 @@ def documents(row):
     return [(run[0], run[-1] + 1) for run in runs if row[run[0]] != PAD]
 
 
+def with_positions(mask):
+    """Counted along the row: within a document the distances are the same."""
+    return mask.replace(query={**mask.query, "position": mask.query["rank"]})
+
+
 def pairs(row, sees):
     """bool [T, T]: whether sees(i, j, length), in places within a document, for the pairs of every document."""
     out = np.zeros((len(row), len(row)), bool)
@@ -154,7 +159,7 @@ def test_choices(answers):
 @pytest.mark.parametrize("stride", [0, 3])
 def test_within_takes_another_reach_for_every_layer_of_a_scan(stride):
     row = [0] * 5 + [PAD] + [1] * 6
-    base = masks.window(jnp.array([row]), INF)
+    base = with_positions(masks.packed(jnp.array([row])))
     reaches = [1, 2, INF]
     _, got = jax.lax.scan(lambda _, r: (None, masks.within(base, r, stride).dense()[0]), None, jnp.array(reaches))
     for reach, layer in zip(reaches, got, strict=True):
@@ -268,7 +273,7 @@ COSTS = {
     "infilling": lambda s: masks.infilling(s, jnp.arange(s.shape[1])[None] % 48 < 24),
     "choices": masks.choices,
     "window": lambda s: masks.window(s, 17),
-    "within": lambda s: masks.within(masks.window(s, INF), 17),
+    "within": lambda s: masks.within(with_positions(masks.packed(s)), 17),
     "strided": lambda s: masks.strided(s, 17, 16),
     "fixed": lambda s: masks.fixed(s, 16, 8),
     "sinks_and_window": lambda s: masks.sinks_and_window(s, 8, 17),
@@ -295,6 +300,19 @@ def test_only_blocks_in_which_somebody_attends_are_active(name):
     assert 0 < some.sum() == blocks.any(axis=(1, 3)).sum()
     np.testing.assert_array_equal(some, blocks.any(axis=(1, 3)))
     np.testing.assert_array_equal(every, blocks.all(axis=(1, 3)))
+
+
+LENGTHS = (29, 14, 21, 22)
+HALVES = jnp.asarray(np.concatenate([*(np.arange(n) < n // 2 for n in LENGTHS), np.zeros(10, bool)])[None])
+
+
+@pytest.mark.parametrize("name", ["packed", "window", "within", "infilling", "sinks_and_window"])
+def test_documents_may_end_anywhere(name):
+    """Neither a block of two documents nor one of a document and padding is active where nobody attends."""
+    segment = jnp.asarray(np.repeat([0, 1, 2, 3, PAD], [*LENGTHS, 10])[None])
+    mask = masks.infilling(segment, HALVES) if name == "infilling" else COSTS[name](segment)
+    exact = seen(mask)[0].reshape(LONG // BLOCK, BLOCK, LONG // BLOCK, BLOCK)
+    np.testing.assert_array_equal(np.asarray(map_of(mask)[0])[0], exact.any(axis=(1, 3)))
 
 
 @pytest.mark.parametrize("name", sorted(set(COSTS) - {"causal", "prefix"}))

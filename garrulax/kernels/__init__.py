@@ -2,7 +2,7 @@
 
 from garrulax.kernels import masks
 from garrulax.kernels.attention import attention
-from garrulax.kernels.mask import All, And, Band, Bits, KRange, Mask, Not, Or, Rule, Within
+from garrulax.kernels.mask import All, And, Band, Bits, KRange, Mask, Not, Or, Rule, Same, Within
 from garrulax.kernels.masks import causal, packed, padded, prefix
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Not",
     "Or",
     "Rule",
+    "Same",
     "Within",
     "attention",
     "causal",

@@ -1,6 +1,6 @@
 """Who attends to whom: predicates over per-token integer streams.
 
-A mask is a small static tree of rules (`Band`, `KRange`, `Bits`, `Within` under `&`, `|`, `~`) over streams: int32
+A mask is a small static tree of rules (`Band`, `Same`, `KRange`, `Bits`, ... under `&`, `|`, `~`) over streams: int32
 arrays [B, T] of the queries and [B, S] of the keys. The same tree has two evaluators: `evaluate` gives the exact
 answer for every pair, `classify` bounds the answer for a whole block of pairs from the streams' (min, max, and, or) in
 it, so that a kernel can skip blocks without a T x S array ever existing.
@@ -122,6 +122,27 @@ class Band(Rule):
 
 
 @dataclasses.dataclass(frozen=True)
+class Same(Rule):
+    """query == key of one stream in which negative numbers are padding: no negative number is both a query's and a
+    key's. Unlike `Band(stream, 0, 0)` it knows that a block of one document and padding holds nothing between."""
+
+    stream: str
+
+    def streams(self):
+        return Reads(frozenset({self.stream}), frozenset({self.stream}))
+
+    def evaluate(self, query, key):
+        return query[self.stream] == key[self.stream]
+
+    def classify(self, query, key):
+        q, k = query[self.stream], key[self.stream]
+        # The bitwise and of numbers, some of them not negative, is at most the least of these.
+        least_q, least_k = (jnp.where(b.low < 0, b.all_bits, b.low) for b in (q, k))
+        some = (q.high >= 0) & (k.high >= 0) & (least_q <= k.high) & (least_k <= q.high)
+        return some, (q.low >= 0) & (q.low == k.high) & (q.high == k.low)
+
+
+@dataclasses.dataclass(frozen=True)
 class KRange(Rule):
     """low <= key <= high of one stream, whatever the query."""
 
@@ -231,7 +252,7 @@ class Not(Rule):
 
 
 CAUSAL = Band("rank", 0, INF)
-SAME_SEGMENT = Band("segment", 0, 0)
+SAME_SEGMENT = Same("segment")
 
 
 @struct.dataclass

@@ -1,8 +1,8 @@
 """The masks of the literature by name: each builder makes the streams of tokens [B, T] and the rule over them.
 
 segment, an argument of most: int32 [B, T], the document of every token of a packed row, PAD (-1) for padding; the
-tokens of a document stand together, and positions, windows and blocks are counted from its first. Every token sees
-tokens of its own document only, and padding neither sees nor is seen.
+tokens of a document stand together, and its blocks are counted from its first. Every token sees tokens of its own
+document only, and padding neither sees nor is seen.
 
 Sizes are static, arrays are data: with other arrays of the same shape a program is not compiled again. Nothing here
 is larger than the streams themselves.
@@ -40,7 +40,7 @@ def padded(valid: jax.Array) -> Mask:
 
 def packed(segment: jax.Array) -> Mask:
     """Causal within each document of a packed row."""
-    return Mask({"rank": _index(segment), "segment": segment.astype(jnp.int32)})
+    return Mask(_ranked(segment))
 
 
 def bidirectional(segment: jax.Array) -> Mask:
@@ -84,16 +84,16 @@ def window(segment: jax.Array, width: int) -> Mask:
     """A token sees itself and the `width` - 1 before it (Mistral: Jiang et al. 2023, arXiv 2310.06825, section 2; the
     banded layers of GPT-3). Raises ValueError for a width below 1."""
     _check(width=width)
-    return Mask(_placed(segment), rule=Band("position", 0, width - 1) & SAME_SEGMENT)
+    return Mask(_ranked(segment), rule=Band("rank", 0, width - 1) & SAME_SEGMENT)
 
 
 def strided(segment: jax.Array, width: int, stride: int) -> Mask:
     """`window`, and every token a multiple of `stride` back (Sparse Transformer, strided: Child et al. 2019, arXiv
     1904.10509, section 4.3; both of its patterns in one head). Raises ValueError for sizes below 1."""
     _check(width=width, stride=stride)
-    streams = _placed(segment)
-    near = Band("position", 0, width - 1) | Band("phase", 0, 0)
-    return Mask({**streams, "phase": streams["position"] % stride}, rule=Band("position", 0, INF) & SAME_SEGMENT & near)
+    streams = _ranked(segment)
+    near = Band("rank", 0, width - 1) | Band("phase", 0, 0)
+    return Mask({**streams, "phase": streams["rank"] % stride}, rule=CAUSAL & SAME_SEGMENT & near)
 
 
 def within(mask: Mask, reach: jax.Array | int, stride: int = 0) -> Mask:
@@ -132,8 +132,8 @@ def sinks_and_window(segment: jax.Array, sinks: int, width: int) -> Mask:
     """`window`, and the first `sinks` tokens of the document (StreamingLLM: Xiao et al. 2023, arXiv 2309.17453,
     section 3.2). Raises ValueError for sizes below 1."""
     _check(sinks=sinks, width=width)
-    near = Band("position", 0, width - 1) | KRange("position", 0, sinks - 1)
-    return Mask(_placed(segment), rule=Band("position", 0, INF) & SAME_SEGMENT & near)
+    near = Band("rank", 0, width - 1) | KRange("position", 0, sinks - 1)
+    return Mask({**_ranked(segment), "position": _position(segment)}, rule=CAUSAL & SAME_SEGMENT & near)
 
 
 def bigbird(segment: jax.Array, key: jax.Array, *, block: int, first: int = 1, near: int = 1, random: int = 3) -> Mask:
@@ -248,10 +248,6 @@ def _position(segment: jax.Array) -> jax.Array:
     index = _index(segment)
     begins = jnp.concatenate([jnp.ones_like(segment[:, :1], bool), segment[:, 1:] != segment[:, :-1]], axis=1)
     return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
-
-
-def _placed(segment: jax.Array) -> Streams:
-    return {"position": _position(segment), "segment": segment.astype(jnp.int32)}
 
 
 def _ranked(segment: jax.Array) -> Streams:

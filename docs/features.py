@@ -1,0 +1,159 @@
+"""The tables of docs/attention.md: what every implementation computes, as its own refusals say."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from gallery import MASKS
+
+from garrulax.kernels import Mask, attention, masks
+from garrulax.kernels.attention import IMPLEMENTATIONS, implementation_of
+from garrulax.kernels.mask import PAD
+from garrulax.kernels.relative import t5
+
+PAGE = Path(__file__).parent / "attention.md"
+T = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """In an implementation's place: notes what that refuses, and computes nothing."""
+
+    name: str
+    reasons: list[str | None] = dataclasses.field(hash=False)
+
+    def refusal(self, options: Any, operands: Any) -> None:
+        """Takes everything."""
+        self.reasons.append(implementation_of(self.name).refusal(options, operands))
+
+    def __call__(self, options: Any, operands: Any) -> jax.Array:
+        """Zeros."""
+        return jnp.zeros((*operands.query.shape[:3], operands.value.shape[3]), operands.query.dtype)
+
+
+def refusal(
+    name: str,
+    mask: Callable[[int], Mask | Sequence[Mask] | None] | None = None,
+    *,
+    length: int = T,
+    keys: int | None = None,
+    heads: int = 8,
+    kv_heads: int = 8,
+    width: int = 128,
+    values: int | None = None,
+    dtype: Any = jnp.bfloat16,
+    **options: Callable[[], Any],
+) -> str | None:
+    """Why the implementation of that name does not compute such a request, or None.
+
+    mask: of as many keys; causal where it is not given. options make what else `attention` is given.
+    """
+    asked = Asked(name, [])
+
+    def request(query, key, value):
+        own = (mask or causal)(key.shape[1])
+        given = {option: make() for option, make in options.items()}
+        return attention(query, key, value, mask=own, implementation=asked, **given)
+
+    keys = keys or length
+    shapes = (length, heads, width), (keys, kv_heads, width), (keys, kv_heads, values or width)
+    with jax.enable_x64(dtype == jnp.float64):
+        jax.eval_shape(request, *(jax.ShapeDtypeStruct((1, *shape), dtype) for shape in shapes))
+    return next((reason for reason in asked.reasons if reason), None)
+
+
+def causal(length: int) -> Mask:
+    """Causal, with positions for ALiBi and relative biases."""
+    mask = masks.causal(1, length)
+    return mask.replace(query={**mask.query, "position": mask.query["rank"]})
+
+
+def blind(length: int) -> Mask:
+    """The first half of the queries sees nothing."""
+    return masks.packed(jnp.where(jnp.arange(length) < length // 2, PAD, 0)[None])
+
+
+def outside(length: int) -> Mask:
+    """What `packed` does not let see."""
+    mask = MASKS["packed"](length)
+    return mask.replace(rule=~mask.rule)
+
+
+TRAINING: dict[str, dict[str, Any]] = {
+    "no mask": {"mask": lambda T: None},
+    **{f"`{name}`": {"mask": build} for name, build in MASKS.items() if name != "tree"},
+    "`tree`, 90 drafts over a cache": {"mask": MASKS["tree"], "length": 90, "keys": T},
+    "a rule of your own, with `~`": {"mask": outside},
+    "queries that see nothing": {"mask": blind},
+    "softcap": {"softcap": lambda: 30.0},
+    "ALiBi": {"alibi": lambda: jnp.ones(8)},
+    "relative (T5)": {"relative": lambda: t5(jnp.zeros((32, 8)), bidirectional=False)},
+    "sinks": {"sinks": lambda: jnp.zeros(8)},
+    "bias [B, H, T, S]": {"bias": lambda: jnp.zeros((1, 8, T, T))},
+    "bias [1, 1, T, S]": {"bias": lambda: jnp.zeros((1, 1, T, T))},
+    "bias [B, 1, 1, S]": {"bias": lambda: jnp.zeros((1, 1, 1, T))},
+    "dropout": {"dropout": lambda: 0.1, "dropout_key": lambda: jax.random.key(0)},
+    "bfloat16": {},
+    "float16": {"dtype": jnp.float16},
+    "float32": {"dtype": jnp.float32},
+    "float64": {"dtype": jnp.float64},
+    **{f"heads of width {width}": {"width": width} for width in (64, 80, 96, 128, 192, 256)},
+    "values of another width": {"width": 192, "values": 128},
+    "any length (1001)": {"length": 1001},
+    "more keys than queries": {"mask": lambda T: None, "keys": 2 * T},
+    "grouped queries (GQA)": {"kv_heads": 2},
+    "one key/value head (MQA)": {"kv_heads": 1},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """One table of the page, between two comments that name it.
+
+    names: of the implementations, its columns. rows: what to ask for by the name of the feature.
+    refusal: why the implementation of a name refuses what is asked for, or None.
+    """
+
+    title: str
+    names: Sequence[str]
+    rows: dict[str, dict[str, Any]]
+    refusal: Callable[..., str | None]
+
+    def text(self) -> str:
+        """The table, and below it the reasons, in Markdown."""
+        reasons: list[str] = []
+        lines = ["| | " + " | ".join(f"`{name}`" for name in self.names) + " |", "|---" * (len(self.names) + 1) + "|"]
+        for feature, asked in self.rows.items():
+            cells = []
+            for name in self.names:
+                reason = self.refusal(name, **asked)
+                if reason and reason not in reasons:
+                    reasons.append(reason)
+                cells.append(f"no ({reasons.index(reason) + 1})" if reason else "yes")
+            lines.append(f"| {feature} | {' | '.join(cells)} |")
+        notes = [f"{i}. {reason}".replace("*", r"\*") for i, reason in enumerate(reasons, 1)]
+        return "\n".join([*lines, "", *notes, "", ""])
+
+    def parts(self, page: str) -> tuple[str, str, str]:
+        """The page before this table, the table as it stands there, and the page after it."""
+        begin, end = f"<!-- {self.title}: written by `make pictures` -->\n", f"<!-- end of {self.title} -->\n"
+        before, found, rest = page.partition(begin)
+        text, closed, after = rest.partition(end)
+        if not found or not closed:
+            raise ValueError(f"the page has no lines {begin.strip()} and {end.strip()}")
+        return before + begin, text, end + after
+
+
+TABLES = (Table("table of implementations", tuple(IMPLEMENTATIONS), TRAINING, refusal),)
+
+
+def write() -> None:
+    """Puts the tables into the page."""
+    page = PAGE.read_text(encoding="utf-8")
+    for table in TABLES:
+        before, _, after = table.parts(page)
+        page = before + table.text() + after
+    PAGE.write_text(page, encoding="utf-8")

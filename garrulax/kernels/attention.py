@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from garrulax.kernels.call import Implementation, Operands, Options
 from garrulax.kernels.mask import All, Mask
 from garrulax.kernels.relative import Relative
+from garrulax.kernels.sharded import Sharded
 
 IMPLEMENTATIONS = {
     "xla": "garrulax.kernels.xla:Chunked",
@@ -137,17 +138,22 @@ def pick(name: str | Implementation | None, options: Options, operands: Operands
     What was passed over and why is logged once a reason. Raises ValueError as `attention` does.
     """
     if name is not None:
-        chosen = implementation_of(name)
+        chosen = on_mesh(implementation_of(name))
         if reason := chosen.refusal(options, operands):
             raise ValueError(f"attention implementation {name!r} cannot compute this: {reason}")
         return chosen
     for candidate in PICKED.get(platform(), ("xla",)):
-        chosen = implementation_of(candidate)
+        chosen = on_mesh(implementation_of(candidate))
         reason = chosen.refusal(options, operands)
         if reason is None:
             return chosen
         _passed_over(candidate, reason)
     raise RuntimeError("no implementation of attention computes this request")
+
+
+def on_mesh(implementation: Implementation) -> Implementation:
+    """The implementation, on every device of a mesh in Explicit mode where the operands are on one."""
+    return implementation if isinstance(implementation, Sharded) else Sharded(implementation)
 
 
 def implementation_of(name: str | Implementation) -> Implementation:

@@ -15,7 +15,7 @@ from garrulax.core import spec as specs_
 
 Rules = dict[str, str | tuple[str, ...] | None]
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 BATCH_AXES = ("data", "fsdp")  # the mesh axes that shard the examples of a batch
 #: Kept whole where the mesh does not divide them: published vocabularies are odd (50257), key/value heads few.
 MAY_STAY_WHOLE = ("vocab", "kv_heads")

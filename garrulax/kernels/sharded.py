@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from garrulax.kernels import dropout
 from garrulax.kernels import passes as two_passes
 from garrulax.kernels.call import Implementation, Operands, Options
 from garrulax.kernels.sequence import across, summed
@@ -126,7 +127,7 @@ class Sharded:
         own = _chooser(p, operands)
 
         def one(o):
-            return part(options, dataclasses.replace(o, key=own(o.key), value=own(o.value)))
+            return part(options, _in_place(p, o, own(o.key), own(o.value)))
 
         return p.map(one, (p.specs(operands),), p.outputs()[0])(operands)
 
@@ -145,7 +146,7 @@ def _run(part, p, options, operands):
     own = _chooser(p, operands)
 
     def one(o):
-        return two_passes.forward(part, options, dataclasses.replace(o, key=own(o.key), value=own(o.value)))
+        return two_passes.forward(part, options, _in_place(p, o, own(o.key), own(o.value)))
 
     return p.map(one, (p.specs(operands),), p.outputs())(operands)
 
@@ -163,9 +164,7 @@ def _backward(part, p, options, residuals, cotangent):
 
     def one(o, out, lse, cotangent):
         (key, value), back = jax.vjp(lambda *kv: tuple(own(x) for x in kv), o.key, o.value)
-        found = two_passes.backward(
-            part, options, dataclasses.replace(o, key=key, value=value), out, lse, cotangent
-        )
+        found = two_passes.backward(part, options, _in_place(p, o, key, value), out, lse, cotangent)
         key, value = back((found.key, found.value))
         found = dataclasses.replace(found, key=key, value=value)
         return {name: summed(getattr(found, name), p.sharing(spec)) for name, spec in learned.items()}
@@ -191,6 +190,14 @@ def _chooser(p: Plan, operands: Operands) -> Callable[[jax.Array], jax.Array]:
         return jnp.take(x, mine * K // every, axis=2)
 
     return own
+
+
+def _in_place(p: Plan, o: Operands, key: jax.Array, value: jax.Array) -> Operands:
+    """A device's part with these of its keys and values, and seeds that know where in the sequence its queries are."""
+    if o.seeds is None or not p.queries:
+        return dataclasses.replace(o, key=key, value=value)
+    seeds = dropout.moved(o.seeds, jax.lax.axis_index(p.queries) * o.query.shape[1])
+    return dataclasses.replace(o, key=key, value=value, seeds=seeds)
 
 
 def _local(p: Plan, o: Operands) -> Operands:

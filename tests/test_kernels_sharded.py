@@ -1,6 +1,6 @@
 """Attention on meshes of eight devices against one device: outputs and every gradient."""
 
-import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from garrulax.core.sharding import make_mesh
+from garrulax.kernels.attention import attention
 from garrulax.kernels.dense import Dense
 from garrulax.kernels.mask import Mask
 from garrulax.kernels.sharded import Sharded
@@ -27,10 +28,12 @@ def placed(mesh, x, *axes):
     return jax.device_put(x, NamedSharding(mesh, spec))
 
 
-def assert_same_on_mesh(mesh, layout, case, shape, implementation, *, extras=(), precision="float32", one=SMALL):
-    """layout: the mesh axes of (batch, length, query heads, key heads)."""
+def assert_same_on_mesh(mesh, layout, case, shape, implementation, *, extras=(), precision="float32"):
+    """As the dense formula on one device. layout: the mesh axes of (batch, length, query heads, key heads), and of
+    the keys' length where that is another."""
     T, S, H = shape[:3]
-    batch, length, heads, kv_heads = layout
+    batch, length, heads, kv_heads, *keys = layout
+    of_keys = keys[0] if keys else length
     mesh = make_mesh(mesh)
     with jax.enable_x64(precision == "float64"):
         mask = cases.CASES[case](T)
@@ -38,20 +41,46 @@ def assert_same_on_mesh(mesh, layout, case, shape, implementation, *, extras=(),
             mask = cases.with_positions(mask)
         *operands, cotangent = (jnp.asarray(x, precision) for x in cases.inputs(*shape))
         options = {name: x for e in extras for name, x in cases.extra(e, H, T, S).items()}
-        floating = lambda x: jnp.asarray(x, precision) if getattr(x, "dtype", None) == np.float64 else x  # noqa: E731
-        options = jax.tree.map(floating, options)
-        expected = cases.run(operands, cotangent, mask, options, one)
+        options = jax.tree.map(
+            lambda x: x if isinstance(x, float) or x.dtype != np.float64 else x.astype(precision), options
+        )
+        expected = cases.run(operands, cotangent, mask, options, Dense())
         with jax.set_mesh(mesh):
             query, cotangent = (placed(mesh, x, batch, length, heads) for x in (operands[0], cotangent))
-            key, value = (placed(mesh, x, batch, length, kv_heads) for x in operands[1:])
-            streams = Mask(
-                {name: placed(mesh, s, batch, length) for name, s in mask.query.items()},
-                None if mask.key is None else {name: placed(mesh, s, batch, length) for name, s in mask.key.items()},
-                mask.rule,
-            )
-            got = cases.run((query, key, value), cotangent, streams, options, implementation)
+            key, value = (placed(mesh, x, batch, of_keys, kv_heads) for x in operands[1:])
+            streams = {name: placed(mesh, s, batch, length) for name, s in mask.query.items()}
+            of_tokens = Mask(streams, None, mask.rule)
+            got = cases.run((query, key, value), cotangent, of_tokens, options, implementation)
     error = jax.tree.map(cases._relative_error, got, expected)
     assert max(jax.tree.leaves(error)) <= BOUNDS[precision], error
+
+
+@pytest.mark.parametrize(
+    "layout", [("data", "sequence", "tensor", None, None), (None, None, None, "tensor", "sequence")]
+)
+def test_keys_may_be_split_otherwise_than_queries(layout):
+    """Whole where queries are split, or split where they are whole: then they are gathered."""
+    mesh = "data=2,tensor=2,sequence=2"
+    assert_same_on_mesh(mesh, layout, "packed", (16, 16, 4, 2, 8), SMALL, extras=("bias",), precision="float64")
+
+
+def test_an_own_shard_map_around_it():
+    """Over all axes of the mesh, and over one of two: the others stay Explicit."""
+    mesh, mask = make_mesh("data=2,tensor=4"), cases.packed(16)
+    *operands, _ = (jnp.asarray(x, jnp.float32) for x in cases.inputs(16, 16, 4, 4, 8))
+    expected = attention(*operands, mask=mask, implementation=SMALL)
+    run = functools.partial(attention, implementation=SMALL)
+    for names in ({"data", "tensor"}, {"data"}):
+        spec = P("data", None, "tensor" if "tensor" in names else None)
+        with jax.set_mesh(mesh):
+            placed_ = [jax.device_put(x, NamedSharding(mesh, P("data", None, "tensor"))) for x in operands]
+            streams = jax.device_put(mask, NamedSharding(mesh, P("data")))
+            f = jax.shard_map(
+                lambda q, k, v, m: run(q, k, v, mask=m), in_specs=(spec, spec, spec, P("data")), out_specs=spec,
+                axis_names=names,
+            )  # fmt: skip
+            got = jax.jit(f)(*placed_, streams)
+        np.testing.assert_allclose(got, expected, atol=2e-6)
 
 
 BATCH_AND_HEADS = ("data", None, "tensor", "tensor")
@@ -64,7 +93,7 @@ ALONE = (None, "sequence", None, None)
 def test_batch_and_heads(implementation, extra):
     assert_same_on_mesh(
         "data=2,tensor=4", BATCH_AND_HEADS, "packed", (24, 24, 8, 4, 8), implementation, extras=(extra,),
-        precision="float64", one=Dense(),
+        precision="float64",
     )  # fmt: skip
 
 

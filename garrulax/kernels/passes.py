@@ -17,7 +17,11 @@ class TwoPasses:
 
     Residuals are the operands, the output and lse; the last two carry the checkpoint names `attention_out` and
     `attention_lse`, for remat policies that save them.
+
+    partitioned: whether XLA can split it over a mesh in Auto mode, which it can no Pallas kernel.
     """
+
+    partitioned = False
 
     def refusal(self, options: Options, operands: Operands) -> str | None:
         """Why it cannot compute this request (operands may be abstract), or None where it can."""

@@ -23,6 +23,9 @@ from garrulax.kernels.passes import TwoPasses
 Axes = tuple[str, ...]
 
 
+WAYS = ("gather", "ring")
+
+
 def way(options: Options, operands: Operands, parts: int) -> str:
     """ "gather" or "ring", for a sequence in that many parts.
 
@@ -38,12 +41,7 @@ def way(options: Options, operands: Operands, parts: int) -> str:
 def across(
     inner: Implementation, name: str | None, axes: Axes, parts: int, options: Options, operands: Operands
 ) -> Implementation:
-    """`inner` for queries that see the keys of all devices along the axes, by the way of that name or as `way` says.
-
-    Raises ValueError for an unknown name.
-    """
-    if name not in (None, "gather", "ring"):
-        raise ValueError(f"unknown way across a sequence {name!r}: choose from gather, ring")
+    """`inner` for queries that see the keys of all devices along the axes, by the way of that name or as `way` says."""
     if not isinstance(inner, TwoPasses):
         return Ring(inner, axes, parts) if name == "ring" else Whole(inner, axes, parts)
     chosen = name or way(options, operands, parts)

@@ -20,8 +20,8 @@ from jax.sharding import PartitionSpec as P
 from garrulax.kernels import dropout
 from garrulax.kernels import passes as two_passes
 from garrulax.kernels.call import Implementation, Operands, Options
-from garrulax.kernels.sequence import across, summed
 from garrulax.kernels.passes import TwoPasses
+from garrulax.kernels.sequence import WAYS, across, summed
 
 Axes = tuple[str, ...]
 LEARNED = ("query", "key", "value", "bias", "steps", "sinks")
@@ -31,7 +31,7 @@ LEARNED = ("query", "key", "value", "bias", "steps", "sinks")
 class Plan:
     """Which mesh axes split what.
 
-    mesh: with Explicit axes. batch, queries, heads: the axes of the query's dimensions B, T and H. keys: those of S,
+    mesh: the one in the query's type; its Explicit axes count. batch, queries, heads: the axes of the query's dimensions B, T and H. keys: those of S,
     the same as of T or none.
     """
 
@@ -40,6 +40,10 @@ class Plan:
     queries: Axes
     heads: Axes
     keys: Axes
+
+    def options(self, options: Options) -> Options:
+        """The options of a device's part: of split queries it is not known which is the first."""
+        return dataclasses.replace(options, causal=options.causal and not self.queries)
 
     def ways(self, axes: Axes) -> int:
         """How many parts the axes make."""
@@ -81,7 +85,7 @@ class Plan:
     def map(self, f: Any, in_specs: Any, out_specs: Any) -> Any:
         """f of every device's own parts. What f gives is not checked to be the same where it is shared: kernels do
         not say over which axes their outputs vary."""
-        names = frozenset(self.mesh.axis_names)
+        names = frozenset(self.mesh.explicit_axes)
         return jax.shard_map(
             f, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False
         )
@@ -90,7 +94,7 @@ class Plan:
 def plan(operands: Operands) -> Plan | None:
     """How the query's type and the keys' say that the request is split; None without a mesh in Explicit mode."""
     mesh = jax.typeof(operands.query).sharding.mesh
-    if mesh.empty or not mesh.are_all_axes_explicit:
+    if mesh.empty or not mesh.explicit_axes:
         return None
     batch, queries, heads, _ = map(_names, _spec(operands.query))
     same = _names(_spec(operands.key)[1]) == queries
@@ -109,11 +113,19 @@ class Sharded:
     inner: Implementation
     sequence: str | None = None
 
+    def __post_init__(self):
+        if self.sequence not in (None, *WAYS):
+            raise ValueError(f"unknown way across a sequence {self.sequence!r}: choose from {', '.join(WAYS)}")
+
     def refusal(self, options: Options, operands: Operands) -> str | None:
-        """What `inner` says to a device's part of the request."""
+        """What `inner` says to a device's part of the request; Auto axes, where XLA cannot split `inner`."""
+        mesh = jax.typeof(operands.query).sharding.mesh
+        if any(mesh.shape[name] > 1 for name in mesh.auto_axes) and not getattr(self.inner, "partitioned", True):
+            return f"a kernel cannot be split over mesh axes in Auto mode: make {', '.join(mesh.auto_axes)} Explicit"
         p = plan(operands)
         if p is None:
             return self.inner.refusal(options, operands)
+        options = p.options(options)
         return self._part(p, options, operands).refusal(options, _local(p, operands))
 
     def __call__(self, options: Options, operands: Operands) -> jax.Array:
@@ -121,6 +133,7 @@ class Sharded:
         p = plan(operands)
         if p is None:
             return self.inner(options, operands)
+        options = p.options(options)
         part, operands = self._part(p, options, operands), p.placed(operands)
         if isinstance(part, TwoPasses):
             return _attention(part, p, options, operands)

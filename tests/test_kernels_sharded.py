@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jaxprs
 import kernel_cases as cases
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from jax.sharding import PartitionSpec as P
 
 from garrulax.core.sharding import make_mesh
 from garrulax.kernels.attention import attention
+from garrulax.kernels.call import Operands, Options
 from garrulax.kernels.dense import Dense
-from garrulax.kernels.mask import Mask
+from garrulax.kernels.mask import All, Mask, causal
+from garrulax.kernels.sequence import way
 from garrulax.kernels.sharded import Sharded
 from garrulax.kernels.xla import Chunked
 
@@ -86,50 +89,104 @@ def test_an_own_shard_map_around_it():
 BATCH_AND_HEADS = ("data", None, "tensor", "tensor")
 SEQUENCE = ("data", "sequence", "tensor", "tensor")
 ALONE = (None, "sequence", None, None)
+WAYS = ("gather", "ring")
 
 
-@pytest.mark.parametrize("implementation", [SMALL, Dense()], ids=["two passes", "dense"])
-@pytest.mark.parametrize("extra", cases.EXTRAS)
-def test_batch_and_heads(implementation, extra):
+@pytest.mark.parametrize(
+    ("extra", "implementation"),
+    [(extra, SMALL) for extra in cases.EXTRAS] + [(extra, Dense()) for extra in ("bias", "sinks", "dropout")],
+    ids=lambda x: x if isinstance(x, str) else type(x).__name__,
+)
+def test_batch_and_heads(extra, implementation):
     assert_same_on_mesh(
         "data=2,tensor=4", BATCH_AND_HEADS, "packed", (24, 24, 8, 4, 8), implementation, extras=(extra,),
         precision="float64",
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("heads", [(8, 1), (8, 2), (12, 3), (12, 6), (4, 2)], ids=str)
+@pytest.mark.parametrize("heads", [(8, 1), (8, 2), (12, 3), (12, 6)], ids=str)
 def test_fewer_key_heads_than_devices(heads):
     """Each device reads the keys of its queries; the gradient of shared ones is summed."""
-    H, K = heads
     layout = ("data", None, "tensor", None)
-    assert_same_on_mesh("data=2,tensor=4", layout, "prefix", (12, 12, H, K, 8), SMALL, precision="float64")
+    assert_same_on_mesh("data=2,tensor=4", layout, "prefix", (12, 12, *heads, 8), SMALL, precision="float64")
 
 
-@pytest.mark.parametrize("way", ["gather", "ring"])
-@pytest.mark.parametrize("case", cases.CASES)
-def test_sequence(case, way):
-    assert_same_on_mesh("sequence=8", ALONE, case, (64, 64, 2, 1, 8), Sharded(SMALL, way))
+@pytest.mark.parametrize(
+    ("case", "implementation"),
+    [(case, Sharded(SMALL, "ring")) for case in cases.CASES]
+    + [(case, Sharded(SMALL, "gather")) for case in ("packed", "bigbird", "nothing")]
+    + [("packed", Dense())],
+    ids=lambda x: x if isinstance(x, str) else getattr(x, "sequence", "dense"),
+)
+def test_sequence(case, implementation):
+    assert_same_on_mesh("sequence=8", ALONE, case, (64, 64, 2, 1, 8), implementation)
 
 
-@pytest.mark.parametrize("way", ["gather", "ring"])
-@pytest.mark.parametrize("precision", BOUNDS)
-@pytest.mark.parametrize("case", ["packed", "infilling", "sinks_and_window"])
-@pytest.mark.parametrize("heads", [(4, 2), (4, 1)], ids=str)
-def test_sequence_with_batch_and_heads(heads, case, precision, way):
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("case", "heads", "precision"),
+    [
+        ("packed", (4, 2), "float32"),
+        ("packed", (4, 2), "float64"),
+        ("infilling", (4, 1), "float64"),
+        ("sinks_and_window", (4, 2), "float64"),
+    ],
+)
+def test_sequence_with_batch_and_heads(case, heads, precision, way):
     layout = SEQUENCE if heads[1] > 1 else (*SEQUENCE[:3], None)
     assert_same_on_mesh(
         "data=2,tensor=2,sequence=2", layout, case, (32, 32, *heads, 8, 12), Sharded(SMALL, way), precision=precision
     )
 
 
-@pytest.mark.parametrize("way", ["gather", "ring"])
-@pytest.mark.parametrize("extra", cases.EXTRAS)
+@pytest.mark.parametrize(
+    ("extra", "way"), [(e, w) for e in cases.EXTRAS for w in WAYS if (e, w) != ("dropout", "ring")]
+)
 def test_extras_with_sequence(extra, way):
-    if extra == "dropout" and way == "ring":
-        with pytest.raises(ValueError, match="a ring would drop other probabilities"):
-            assert_same_on_mesh("sequence=8", ALONE, "window", (32, 32, 4, 2, 8), Sharded(SMALL, way), extras=(extra,))
-        return
     assert_same_on_mesh(
         "tensor=2,sequence=4", (None, "sequence", "tensor", "tensor"), "window", (32, 32, 4, 2, 8), Sharded(SMALL, way),
         extras=(extra,), precision="float64",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("implementation", "extras", "reason"),
+    [(SMALL, ("dropout",), "a ring would drop other probabilities"), (Dense(), (), "only implementations of two")],
+)
+def test_what_a_ring_refuses(implementation, extras, reason):
+    with pytest.raises(ValueError, match=reason):
+        assert_same_on_mesh(
+            "sequence=8", ALONE, "window", (32, 32, 4, 2, 8), Sharded(implementation, "ring"), extras=extras
+        )
+
+
+@pytest.mark.parametrize(
+    ("heads", "parts", "dropout", "expected"),
+    [((8, 8), 2, 0.0, "gather"), ((8, 8), 4, 0.0, "ring"), ((8, 1), 16, 0.0, "gather"), ((8, 8), 4, 0.1, "gather")],
+)
+def test_the_way_across_a_sequence(heads, parts, dropout, expected):
+    """By the keys' bytes against those of a feed-forward layer."""
+    H, K = heads
+    options, operands = (
+        Options(All(), 1.0, dropout=dropout),
+        Operands(*(jnp.ones((1, 8, n, 4)) for n in (H, K, K)), {}, {}),
+    )
+    assert way(options, operands, parts) == expected
+
+
+@pytest.mark.parametrize(("kv_heads", "moved"), [(1, "all_gather"), (4, "ppermute")])
+def test_what_moves_between_devices(kv_heads, moved):
+    """Keys by the one way or the other, and the ring holds no array as long as the sequence."""
+    T, mesh = 64, make_mesh("sequence=8")
+    with jax.set_mesh(mesh):
+        query, key = (placed(mesh, jnp.ones((1, T, n, 4)), None, "sequence") for n in (4, kv_heads))
+        step = jax.grad(lambda q, k: attention(q, k, k, mask=causal(1, T), implementation=SMALL).sum(), (0, 1))
+        program = jax.make_jaxpr(step)(query, key).jaxpr
+    maps = [eqn for eqn in jaxprs.equations(program) if eqn.primitive.name == "shard_map"]
+    assert len(maps) == 2  # forward, backward
+    for eqn in maps:
+        inner = [e for body in jaxprs.inside(eqn) for e in jaxprs.equations(body)]
+        names = {e.primitive.name for e in inner}
+        assert names & {"all_gather", "ppermute"} == {moved}
+        longest = max(n for e in inner for v in e.outvars for n in v.aval.shape)
+        assert longest == (T if moved == "all_gather" else T // 8)

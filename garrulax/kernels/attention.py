@@ -51,7 +51,8 @@ def attention(
     stream `position` (Press et al. 2022, arXiv 2108.12409).
     relative: a learned bias in steps of that distance (`relative.t5`).
     sinks: [H], learned; exp(sink) is added to what a query's exponentials are divided by (gpt-oss).
-    scale: default 1 / sqrt(C); an array is multiplied into the query, in its dtype. softcap: scores become softcap * tanh(scores / softcap), before anything is added.
+    scale: default 1 / sqrt(C); an array is multiplied into the query, in its dtype.
+    softcap: scores become softcap * tanh(scores / softcap), before anything is added.
     dropout: rate on the attention probabilities; used only where dropout_key is given.
     implementation: a name in `IMPLEMENTATIONS` or an object like theirs; None picks the fastest that can.
 

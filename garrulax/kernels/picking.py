@@ -82,7 +82,8 @@ def target(request: Any) -> Any:
     context = jax.sharding.get_abstract_mesh()
     if not context.empty and context.abstract_device is not None:
         return context.abstract_device
-    default = jax.config.jax_default_device
+    config: Any = jax.config  # whose attributes are made at run time
+    default = config.jax_default_device
     if isinstance(default, str):
         return jax.devices(default)[0]
     return jax.devices()[0] if default is None else default

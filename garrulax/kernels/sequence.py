@@ -102,7 +102,7 @@ class Ring(TwoPasses):
     """Every device passes its part of keys and values to the next, `parts` times; outputs are merged by their lse, and
     the gradients of a part travel with it (Liu et al. 2023, arXiv 2310.01889). Fields as of `Whole`."""
 
-    inner: Implementation
+    inner: Any
     axes: Axes
     parts: int
 
@@ -179,7 +179,7 @@ class Ring(TwoPasses):
     def _placed(self, found: Gradients, o: Operands, i: Any) -> Gradients:
         """The gradients of step i, to be added up: in at least float32, that of the bias in its place."""
         found = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), found)
-        if found.bias is None:
+        if o.bias is None or found.bias is None:
             return found
         bias = jnp.zeros(o.bias.shape, found.bias.dtype)
         start = self._start(o.key, i)
@@ -234,5 +234,5 @@ def _lengthened(o: Operands, parts: int) -> Operands:
     return dataclasses.replace(o, key=_sized(o.key, 1, length), value=_sized(o.value, 1, length), key_streams=streams)
 
 
-def _sized(x: Any, axis: int, size: int) -> jax.ShapeDtypeStruct:
+def _sized(x: Any, axis: int, size: int) -> Any:
     return jax.ShapeDtypeStruct((*x.shape[:axis], size, *x.shape[axis + 1 :]), x.dtype)

@@ -31,8 +31,8 @@ LEARNED = ("query", "key", "value", "bias", "steps", "sinks")
 class Plan:
     """Which mesh axes split what.
 
-    mesh: the one in the query's type; its Explicit axes count. batch, queries, heads: the axes of the query's dimensions B, T and H. keys: those of S,
-    the same as of T or none.
+    mesh: the one in the query's type; its Explicit axes count. batch, queries, heads: the axes of the query's
+    dimensions B, T and H. keys: those of S, the same as of T or none.
     """
 
     mesh: AbstractMesh
@@ -49,24 +49,27 @@ class Plan:
         """How many parts the axes make."""
         return math.prod(self.mesh.shape[name] for name in axes)
 
-    def specs(self, o: Operands) -> Operands:
+    def specs(self, o: Operands) -> Any:
         """PartitionSpecs of the operands. A bias stays whole along the keys: its queries and heads are split. Keys of
         fewer heads than parts stay whole along the heads, of which every device takes those that its queries read."""
         b, t, s, h = (axes or None for axes in (self.batch, self.queries, self.keys, self.heads))
         kv = P(b, s, h if o.key.shape[2] % self.ways(self.heads) == 0 else None, None)
-        of_bias = None if o.bias is None else zip(o.bias.shape, (b, h, t, None), strict=True)
-        return Operands(
-            query=P(b, t, h, None),
-            key=kv,
-            value=kv,
-            query_streams={name: P(b, t) for name in o.query_streams},
-            key_streams={name: P(b, s) for name in o.key_streams},
-            bias=None if of_bias is None else P(*(axes if size > 1 else None for size, axes in of_bias)),
-            slopes=None if o.slopes is None else P(h),
-            steps=None if o.steps is None else P(None, h),
-            seeds=None if o.seeds is None else P(b, h),
-            sinks=None if o.sinks is None else P(h),
-        )
+        shape = (1, 1, 1, 1) if o.bias is None else o.bias.shape
+        of_bias = P(*(axes if size > 1 else None for size, axes in zip(shape, (b, h, t, None), strict=True)))
+        specs: dict[str, Any] = {
+            "query": P(b, t, h, None),
+            "key": kv,
+            "value": kv,
+            "query_streams": {name: P(b, t) for name in o.query_streams},
+            "key_streams": {name: P(b, s) for name in o.key_streams},
+            "bias": of_bias,
+            "slopes": P(h),
+            "steps": P(None, h),
+            "seeds": P(b, h),
+            "sinks": P(h),
+        }
+        given: dict[str, Any] = {name: spec for name, spec in specs.items() if getattr(o, name) is not None}
+        return Operands(**given)
 
     def outputs(self) -> tuple[P, P]:
         """PartitionSpecs of the output [B, T, H, Cv] and of lse [B, H, T]."""

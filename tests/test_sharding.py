@@ -43,13 +43,15 @@ MESHES = ["fsdp=8", "data=8", "data=2,fsdp=2,tensor=2", "fsdp=4,tensor=2"]
 BOUNDS = {"float32": 1e-5, "float64": 1e-10}
 CASES = [(*case, "float64") for case in itertools.product(FAMILIES, MESHES)]
 CASES += [(family, "data=2,fsdp=2,tensor=2", "float64") for family in ("alibi", "glm130b", "chatglm", "falcon")]
+CASES += [(family, "fsdp=2,tensor=2,sequence=2", "float64") for family in CONFIGS]
+CASES += [("gpt", "data=2,sequence=4", "float64"), ("llama", "data=2,sequence=4", "float64")]
 CASES += [(family, "data=2,fsdp=2,tensor=2", "float32") for family in FAMILIES]  # the bound of float64 says more
 
 
 def loss(params, tokens, config, remat="none"):
     options = {}
     if models.blanks(config) is not None:
-        context = jnp.full_like(tokens[:, 0], 7)
+        context = jnp.full_like(tokens.sum(axis=1), 7)  # sharded as the rows are
         options["mask"] = masks.prefix(context, tokens.shape[1])
     logits, _ = gx.forward(params, tokens, config, remat=remat, **options)
     top = jax.nn.logsumexp(logits, axis=-1)
@@ -80,7 +82,7 @@ def test_loss_and_gradients_equal_one_device(family, mesh, precision):
         places = sharding.shardings(models.family(config).parameters(config), m)
         with jax.set_mesh(m):
             sharded = jax.device_put(params, places)
-            batch = jax.device_put(tokens(config), NamedSharding(m, P(*sharding.batch_sharding(m), None)))
+            batch = jax.device_put(tokens(config), NamedSharding(m, sharding.token_sharding(m)))
             value, grads = jax.jit(jax.value_and_grad(loss), static_argnums=(2, 3))(sharded, batch, config, "dots")
         assert relative(value, expected) <= bound
         worst = jax.tree.map(relative, grads, gradients)

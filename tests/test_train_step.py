@@ -77,6 +77,16 @@ def test_metrics_of_a_step():
     assert one_step(steps=3)[1]["lr"] == pytest.approx(1e-3 * 0.8 + 1e-4 * 0.2)
 
 
+@pytest.mark.parametrize("mesh", ["fsdp=2,tensor=2,sequence=2"])
+def test_a_step_on_texts_in_parts_is_a_step(mesh):
+    expected, metrics = one_step(micro=2)
+    mesh = make_mesh(mesh)
+    with jax.set_mesh(mesh):
+        state, found = one_step(micro=2, mesh=mesh)
+    assert distance(state.params, expected.params) < 1e-6
+    np.testing.assert_allclose(found["loss"], metrics["loss"], rtol=1e-6)
+
+
 @pytest.mark.parametrize(("mesh", "micro"), [(None, 1), ("fsdp=4,tensor=2", 2)])
 def test_a_step_that_is_not_finite_changes_nothing(mesh, micro):
     bad = host_batch()

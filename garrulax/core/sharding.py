@@ -15,8 +15,9 @@ from garrulax.core import spec as specs_
 
 Rules = dict[str, str | tuple[str, ...] | None]
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "tensor", "sequence")  # neighbours in the last are neighbours on the machine
 BATCH_AXES = ("data", "fsdp")  # the mesh axes that shard the examples of a batch
+SEQUENCE_AXIS = "sequence"  # the mesh axis that shards the tokens of a text; attention sees across (`kernels.sequence`)
 #: Kept whole where the mesh does not divide them: published vocabularies are odd (50257), key/value heads few.
 MAY_STAY_WHOLE = ("vocab", "kv_heads")
 
@@ -107,3 +108,8 @@ def batch_sharding(mesh: Mesh) -> P:
     """PartitionSpec of a batch's leading axis: over `data` and `fsdp`, as far as the mesh has them."""
     names = tuple(a for a in BATCH_AXES if a in mesh.shape)
     return P(names if names else None)
+
+
+def token_sharding(mesh: Mesh) -> P:
+    """PartitionSpec of tokens [B, T]: examples as of `batch_sharding`, a text over `sequence` where the mesh has it."""
+    return P(*batch_sharding(mesh), SEQUENCE_AXIS if SEQUENCE_AXIS in mesh.shape else None)

@@ -1,9 +1,6 @@
 """Attention behind one function that picks the implementation."""
 
 import dataclasses
-import functools
-import importlib
-import logging
 from collections.abc import Sequence
 
 import jax
@@ -11,16 +8,21 @@ import jax.numpy as jnp
 
 from garrulax.kernels.call import Implementation, Operands, Options
 from garrulax.kernels.mask import All, Mask
+from garrulax.kernels.picking import Table
 from garrulax.kernels.relative import Relative
+from garrulax.kernels.sharded import Sharded
 
 IMPLEMENTATIONS = {
     "xla": "garrulax.kernels.xla:Chunked",
     "cudnn": "garrulax.kernels.cudnn:Cudnn",
     "dense": "garrulax.kernels.dense:Dense",
 }
-PICKED = {"cpu": ("xla",)}  # by platform, the best first; the last computes everything
-
-_log = logging.getLogger("garrulax")
+PICKED = {  # the best first
+    "cpu": ("xla",),
+    "tpu": ("xla",),
+    "gpu": ("cudnn", "xla"),
+    **{f"gpu sm_{older}": ("xla",) for older in (60, 61, 70, 75)},  # cuDNN's fused attention begins with sm_80
+}
 
 
 def attention(
@@ -49,13 +51,15 @@ def attention(
     stream `position` (Press et al. 2022, arXiv 2108.12409).
     relative: a learned bias in steps of that distance (`relative.t5`).
     sinks: [H], learned; exp(sink) is added to what a query's exponentials are divided by (gpt-oss).
-    scale: default 1 / sqrt(C). softcap: scores become softcap * tanh(scores / softcap), before anything is added.
+    scale: default 1 / sqrt(C); an array is multiplied into the query, in its dtype.
+    softcap: scores become softcap * tanh(scores / softcap), before anything is added.
     dropout: rate on the attention probabilities; used only where dropout_key is given.
     implementation: a name in `IMPLEMENTATIONS` or an object like theirs; None picks the fastest that can.
 
     Returns [B, T, H, Cv] in the dtype of the query. A query that may attend to nothing gets zeros, and zero gradients.
     Raises ValueError, naming the shapes, where they do not fit, for a stream that the mask reads and is not given, for
-    an unknown implementation, and for one that cannot compute the request, with the reason; TypeError for integers.
+    an unknown implementation, and for one that cannot compute the request, with the reason; TypeError for integers and
+    for queries, keys and values of different dtypes.
     """
     key, value = _unfolded(key, query), _unfolded(value, query)
     _check(query, key, value)
@@ -65,7 +69,7 @@ def attention(
     options, operands = request(
         query, key, value, mask, bias, alibi, relative, sinks, scale, softcap, dropout, dropout_key
     )
-    return pick(implementation, options, operands)(options, operands)
+    return TABLE.pick(implementation, options, operands)(options, operands)
 
 
 def request(
@@ -94,10 +98,16 @@ def request(
     for name, x in (("alibi", alibi), ("sinks", sinks), ("relative", None if relative is None else relative.steps[0])):
         if x is not None and x.shape != (H,):
             raise ValueError(f"{name} has shape {x.shape} for {H} heads")
+        if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"{name} is {x.dtype}, not floating-point")
     if bias is not None and (
         bias.ndim != 4 or any(n not in (1, m) for n, m in zip(bias.shape, (B, H, T, S), strict=True))
     ):
         raise ValueError(f"bias {bias.shape} does not broadcast to {(B, H, T, S)}")
+    if bias is not None and not jnp.issubdtype(bias.dtype, jnp.floating):
+        raise TypeError(f"bias is {bias.dtype}: it is added to the scores; who attends to whom is the mask's to say")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap must be positive, not {softcap}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is a rate in [0, 1), not {dropout}")
     if isinstance(scale, jax.Array):
@@ -127,43 +137,12 @@ def request(
     )
 
 
-def pick(name: str | Implementation | None, options: Options, operands: Operands) -> Implementation:
-    """The implementation of that name, or the first of the platform's that does not refuse the request.
-
-    What was passed over and why is logged once a reason. Raises ValueError as `attention` does.
-    """
-    if name is not None:
-        chosen = implementation_of(name)
-        if reason := chosen.refusal(options, operands):
-            raise ValueError(f"attention implementation {name!r} cannot compute this: {reason}")
-        return chosen
-    for candidate in PICKED.get(platform(), ("xla",)):
-        chosen = implementation_of(candidate)
-        reason = chosen.refusal(options, operands)
-        if reason is None:
-            return chosen
-        _passed_over(candidate, reason)
-    raise RuntimeError("no implementation of attention computes this request")
+def on_mesh(implementation: Implementation) -> Implementation:
+    """The implementation, on every device of a mesh in Explicit mode where the operands are on one."""
+    return implementation if isinstance(implementation, Sharded) else Sharded(implementation)
 
 
-def implementation_of(name: str | Implementation) -> Implementation:
-    """The implementation of a name. Raises ValueError for an unknown one."""
-    if not isinstance(name, str):
-        return name
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown attention implementation {name!r}: choose from {', '.join(IMPLEMENTATIONS)}")
-    module, kind = IMPLEMENTATIONS[name].split(":")
-    return getattr(importlib.import_module(module), kind)()
-
-
-def platform() -> str:
-    """What the program that is being traced will run on: "cpu", "tpu", "gpu"."""
-    return jax.default_backend()
-
-
-@functools.cache
-def _passed_over(name: str, reason: str) -> None:
-    _log.warning("attention: not %s, because %s", name, reason)
+TABLE = Table("attention", IMPLEMENTATIONS, PICKED, on_mesh)
 
 
 def _by_heads(query, key, value, masks, bias, alibi, relative, sinks, dropout_key, **options):
@@ -209,6 +188,8 @@ def _check(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
             raise ValueError(f"attention takes [batch, length, heads, width]: {shapes}")
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"attention takes floating-point arrays: {name} is {x.dtype}")
+    if not query.dtype == key.dtype == value.dtype:
+        raise TypeError(f"attention takes one dtype: query {query.dtype}, key {key.dtype}, value {value.dtype}")
     if 0 in query.shape or 0 in key.shape or 0 in value.shape:
         raise ValueError(f"attention over nothing: {shapes}")
     if key.shape[:-1] != value.shape[:-1] or query.shape[0] != key.shape[0] or query.shape[-1] != key.shape[-1]:

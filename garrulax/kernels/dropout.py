@@ -10,8 +10,13 @@ def kept(seed: jax.Array, query: jax.Array, key: jax.Array, rate: float) -> jax.
 
     seed: uint32, of a batch row and head. query, key: int32 indices of the two tokens. rate: the share to drop.
     """
-    row = mixed(seed + query.astype(jnp.uint32) * jnp.uint32(0x9E3779B1))
+    row = mixed(moved(seed, query))
     return mixed(row ^ (key.astype(jnp.uint32) * jnp.uint32(0x85EBCA77))) >= jnp.uint32(round(rate * 2**32))
+
+
+def moved(seed: jax.Array, start: jax.Array) -> jax.Array:
+    """The seed with which a part of the queries that begins at `start` drops what the whole drops with `seed`."""
+    return seed + start.astype(jnp.uint32) * jnp.uint32(0x9E3779B1)
 
 
 def mixed(x: jax.Array) -> jax.Array:

@@ -17,7 +17,11 @@ class TwoPasses:
 
     Residuals are the operands, the output and lse; the last two carry the checkpoint names `attention_out` and
     `attention_lse`, for remat policies that save them.
+
+    partitioned: whether XLA can split it over a mesh in Auto mode, which it can no Pallas kernel.
     """
+
+    partitioned = False
 
     def refusal(self, options: Options, operands: Operands) -> str | None:
         """Why it cannot compute this request (operands may be abstract), or None where it can."""
@@ -73,7 +77,7 @@ def backward(
 
     known = jnp.where(jnp.isneginf(lse), NOTHING, lse)
     gradients = _folding(run)(bare, known, delta, cotangent)
-    result = jax.tree.map(_no_gradient, operands)
+    result = jax.tree.map(no_gradient, operands)
     if sinks is not None:
         share = jnp.exp(sinks.astype(lse.dtype)[:, None] - lse)
         result = dataclasses.replace(result, sinks=-jnp.sum(share * delta, axis=(0, 2)).astype(sinks.dtype))
@@ -94,7 +98,8 @@ def _attention_backward(passes, options, residuals, cotangent):
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-def _no_gradient(x: jax.Array) -> Any:
+def no_gradient(x: jax.Array) -> Any:
+    """The cotangent of what no gradient is taken of."""
     if jnp.issubdtype(x.dtype, jnp.floating):
         return jnp.zeros_like(x)
     return np.zeros(x.shape, jax.dtypes.float0)

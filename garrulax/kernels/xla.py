@@ -20,6 +20,7 @@ class Chunked(TwoPasses):
 
     block_q: int = 512
     block_k: int = 512
+    partitioned = True
 
     def refusal(self, options: Options, operands: Operands) -> str | None:
         """It computes everything."""

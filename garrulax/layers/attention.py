@@ -1,7 +1,6 @@
 """Self-attention over the tokens of this call and those in the cache."""
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -29,25 +28,7 @@ def attend(
     if kv is not None and view.at is not None:
         kv, past = extend(kv, layer, key, value, view.at)
         key, value = past["key"].astype(query.dtype), past["value"].astype(query.dtype)
-    key, value = _spread(key, query), _spread(value, query)
     return attention(query, key, value, mask=view.mask, **options), kv
-
-
-def _spread(x: jax.Array, query: jax.Array) -> jax.Array:
-    """Keys or values [B, S, K, C], heads repeated where a mesh splits the query heads more ways than it can K: every
-    device then holds those that its queries read."""
-    sharding = jax.typeof(query).sharding
-    if sharding.mesh.empty or not sharding.mesh.are_all_axes_explicit or x.ndim != 4:
-        return x
-    (batch, _, axes, _), (_, _, own, _) = sharding.spec, jax.typeof(x).sharding.spec
-    if axes == own or x.shape[2] == 1:
-        return x
-    names = axes if isinstance(axes, tuple) else () if axes is None else (axes,)
-    ways = math.prod(sharding.mesh.shape[name] for name in names)
-    B, S, K, C = x.shape
-    heads = math.lcm(K, ways)
-    x = jnp.broadcast_to(x[:, :, :, None], (B, S, K, heads // K, C)).reshape(B, S, heads, C)
-    return jax.sharding.reshard(x, jax.P(batch, None, axes, None))
 
 
 def within(view: View, reach: jax.Array | int, stride: int = 0) -> View:

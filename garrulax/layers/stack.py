@@ -9,10 +9,14 @@ import jax.numpy as jnp
 
 from garrulax.layers.cache import Cache
 
-#: What the backward pass recomputes: nothing; everything but the products with weights; everything.
+_policies = jax.checkpoint_policies
+#: What the backward pass recomputes: nothing; everything but the products with weights and attention; everything.
 REMAT = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable,
+        _policies.save_only_these_names("attention_out", "attention_lse"),  # `kernels.passes`
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

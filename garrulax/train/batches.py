@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from garrulax.core.sharding import batch_sharding
+from garrulax.core.sharding import SEQUENCE_AXIS, token_sharding
 from garrulax.train.infill import InfillTokens, Mix, infill, source_window
 from garrulax.train.infill import causal as causal_batch
 from garrulax.train.objectives import Batch, objective_name
@@ -91,7 +91,7 @@ def infill_data(dataset: Dataset, settings: Any, tokenizer: Any, ids: InfillToke
 
 
 def on_devices(batch: HostBatch, mesh: Mesh | None, micro: int | None = None) -> Batch:
-    """A host batch on the devices, sharded over the mesh's batch axes.
+    """A host batch on the devices: rows sharded over the mesh's batch axes, tokens over its sequence axis.
 
     micro: cut the rows into this many micro-batches [A, B / A, ...]; None keeps [B, ...].
     """
@@ -99,9 +99,14 @@ def on_devices(batch: HostBatch, mesh: Mesh | None, micro: int | None = None) ->
         batch = {k: v.reshape(micro, v.shape[0] // micro, *v.shape[1:]) for k, v in batch.items()}
     if mesh is None:
         return jax.device_put(batch)
-    axes = (*([] if micro is None else [None]), *batch_sharding(mesh))
-    where = jax.NamedSharding(mesh, jax.P(*axes))
-    return {k: jax.make_array_from_process_local_data(where, v) for k, v in batch.items()}
+    rows, tokens = token_sharding(mesh)
+    before = () if micro is None else (None,)
+
+    def where(v):
+        columns = (None,) * (v.ndim - len(before) - 2) + (tokens,) if v.ndim > len(before) + 1 else ()
+        return jax.NamedSharding(mesh, jax.P(*before, rows, *columns))
+
+    return {k: jax.make_array_from_process_local_data(where(v), v) for k, v in batch.items()}
 
 
 def check_batch(settings: Any, mesh: Mesh | None) -> None:
@@ -112,6 +117,9 @@ def check_batch(settings: Any, mesh: Mesh | None) -> None:
         raise ValueError(f"batch={settings.batch} cannot be shared by {jax.process_count()} processes")
     if rows % ways:
         raise ValueError(f"micro-batches of {rows} rows cannot be shared by {ways} devices: choose another batch")
+    parts = 1 if mesh is None else mesh.shape.get(SEQUENCE_AXIS, 1)
+    if settings.window % parts:
+        raise ValueError(f"a window of {settings.window} tokens cannot be shared by {parts} devices: choose another")
 
 
 def _identity(dataset: Dataset) -> dict[str, str]:

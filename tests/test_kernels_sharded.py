@@ -1,0 +1,192 @@
+"""Attention on meshes of eight devices against one device: outputs and every gradient."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import jaxprs
+import kernel_cases as cases
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from garrulax.core.sharding import make_mesh
+from garrulax.kernels.attention import attention
+from garrulax.kernels.call import Operands, Options
+from garrulax.kernels.dense import Dense
+from garrulax.kernels.mask import All, Mask, causal
+from garrulax.kernels.sequence import way
+from garrulax.kernels.sharded import Sharded
+from garrulax.kernels.xla import Chunked
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+SMALL = Chunked(block_q=8, block_k=8)
+BOUNDS = {"float32": 2e-6, "float64": 1e-13}
+
+
+def placed(mesh, x, *axes):
+    """x with its first dimensions split over these axes, those of size 1 left whole."""
+    spec = P(*(axis if n > 1 else None for n, axis in zip(x.shape, axes, strict=False)))
+    return jax.device_put(x, NamedSharding(mesh, spec))
+
+
+def assert_same_on_mesh(mesh, layout, case, shape, implementation, *, extras=(), precision="float32"):
+    """As the dense formula on one device. layout: the mesh axes of (batch, length, query heads, key heads), and of
+    the keys' length where that is another."""
+    T, S, H = shape[:3]
+    batch, length, heads, kv_heads, *keys = layout
+    of_keys = keys[0] if keys else length
+    mesh = make_mesh(mesh)
+    with jax.enable_x64(precision == "float64"):
+        mask = cases.CASES[case](T)
+        if {"alibi", "relative"} & set(extras):
+            mask = cases.with_positions(mask)
+        *operands, cotangent = (jnp.asarray(x, precision) for x in cases.inputs(*shape))
+        options = {name: x for e in extras for name, x in cases.extra(e, H, T, S).items()}
+        options = jax.tree.map(
+            lambda x: x if isinstance(x, float) or x.dtype != np.float64 else x.astype(precision), options
+        )
+        expected = cases.run(operands, cotangent, mask, options, Dense())
+        with jax.set_mesh(mesh):
+            query, cotangent = (placed(mesh, x, batch, length, heads) for x in (operands[0], cotangent))
+            key, value = (placed(mesh, x, batch, of_keys, kv_heads) for x in operands[1:])
+            streams = {name: placed(mesh, s, batch, length) for name, s in mask.query.items()}
+            of_tokens = Mask(streams, None, mask.rule)
+            got = cases.run((query, key, value), cotangent, of_tokens, options, implementation)
+    error = jax.tree.map(cases._relative_error, got, expected)
+    assert max(jax.tree.leaves(error)) <= BOUNDS[precision], error
+
+
+@pytest.mark.parametrize(
+    "layout", [("data", "sequence", "tensor", None, None), (None, None, None, "tensor", "sequence")]
+)
+def test_keys_may_be_split_otherwise_than_queries(layout):
+    """Whole where queries are split, or split where they are whole: then they are gathered."""
+    mesh = "data=2,tensor=2,sequence=2"
+    assert_same_on_mesh(mesh, layout, "packed", (16, 16, 4, 2, 8), SMALL, extras=("bias",), precision="float64")
+
+
+def test_an_own_shard_map_around_it():
+    """Over all axes of the mesh, and over one of two: the others stay Explicit."""
+    mesh, mask = make_mesh("data=2,tensor=4"), cases.packed(16)
+    *operands, _ = (jnp.asarray(x, jnp.float32) for x in cases.inputs(16, 16, 4, 4, 8))
+    expected = attention(*operands, mask=mask, implementation=SMALL)
+    run = functools.partial(attention, implementation=SMALL)
+    for names in ({"data", "tensor"}, {"data"}):
+        spec = P("data", None, "tensor" if "tensor" in names else None)
+        with jax.set_mesh(mesh):
+            placed_ = [jax.device_put(x, NamedSharding(mesh, P("data", None, "tensor"))) for x in operands]
+            streams = jax.device_put(mask, NamedSharding(mesh, P("data")))
+            f = jax.shard_map(
+                lambda q, k, v, m: run(q, k, v, mask=m), in_specs=(spec, spec, spec, P("data")), out_specs=spec,
+                axis_names=names,
+            )  # fmt: skip
+            got = jax.jit(f)(*placed_, streams)
+        np.testing.assert_allclose(got, expected, atol=2e-6)
+
+
+BATCH_AND_HEADS = ("data", None, "tensor", "tensor")
+SEQUENCE = ("data", "sequence", "tensor", "tensor")
+ALONE = (None, "sequence", None, None)
+WAYS = ("gather", "ring")
+
+
+@pytest.mark.parametrize(
+    ("extra", "implementation"),
+    [(extra, SMALL) for extra in cases.EXTRAS] + [(extra, Dense()) for extra in ("bias", "sinks", "dropout")],
+    ids=lambda x: x if isinstance(x, str) else type(x).__name__,
+)
+def test_batch_and_heads(extra, implementation):
+    assert_same_on_mesh(
+        "data=2,tensor=4", BATCH_AND_HEADS, "packed", (24, 24, 8, 4, 8), implementation, extras=(extra,),
+        precision="float64",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("heads", [(8, 1), (8, 2), (12, 3), (12, 6)], ids=str)
+def test_fewer_key_heads_than_devices(heads):
+    """Each device reads the keys of its queries; the gradient of shared ones is summed."""
+    layout = ("data", None, "tensor", None)
+    assert_same_on_mesh("data=2,tensor=4", layout, "prefix", (12, 12, *heads, 8), SMALL, precision="float64")
+
+
+@pytest.mark.parametrize(
+    ("case", "implementation"),
+    [(case, Sharded(SMALL, "ring")) for case in cases.CASES]
+    + [(case, Sharded(SMALL, "gather")) for case in ("packed", "bigbird", "nothing")]
+    + [("packed", Dense())],
+    ids=lambda x: x if isinstance(x, str) else getattr(x, "sequence", "dense"),
+)
+def test_sequence(case, implementation):
+    assert_same_on_mesh("sequence=8", ALONE, case, (64, 64, 2, 1, 8), implementation)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("case", "heads", "precision"),
+    [
+        ("packed", (4, 2), "float32"),
+        ("packed", (4, 2), "float64"),
+        ("infilling", (4, 1), "float64"),
+        ("sinks_and_window", (4, 2), "float64"),
+    ],
+)
+def test_sequence_with_batch_and_heads(case, heads, precision, way):
+    layout = SEQUENCE if heads[1] > 1 else (*SEQUENCE[:3], None)
+    assert_same_on_mesh(
+        "data=2,tensor=2,sequence=2", layout, case, (32, 32, *heads, 8, 12), Sharded(SMALL, way), precision=precision
+    )
+
+
+@pytest.mark.parametrize(
+    ("extra", "way"), [(e, w) for e in cases.EXTRAS for w in WAYS if (e, w) != ("dropout", "ring")]
+)
+def test_extras_with_sequence(extra, way):
+    assert_same_on_mesh(
+        "tensor=2,sequence=4", (None, "sequence", "tensor", "tensor"), "window", (32, 32, 4, 2, 8), Sharded(SMALL, way),
+        extras=(extra,), precision="float64",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("implementation", "extras", "reason"),
+    [(SMALL, ("dropout",), "a ring would drop other probabilities"), (Dense(), (), "only implementations of two")],
+)
+def test_what_a_ring_refuses(implementation, extras, reason):
+    with pytest.raises(ValueError, match=reason):
+        assert_same_on_mesh(
+            "sequence=8", ALONE, "window", (32, 32, 4, 2, 8), Sharded(implementation, "ring"), extras=extras
+        )
+
+
+@pytest.mark.parametrize(
+    ("heads", "parts", "dropout", "expected"),
+    [((8, 8), 2, 0.0, "gather"), ((8, 8), 4, 0.0, "ring"), ((8, 1), 16, 0.0, "gather"), ((8, 8), 4, 0.1, "gather")],
+)
+def test_the_way_across_a_sequence(heads, parts, dropout, expected):
+    """By the keys' bytes against those of a feed-forward layer."""
+    H, K = heads
+    options, operands = (
+        Options(All(), 1.0, dropout=dropout),
+        Operands(*(jnp.ones((1, 8, n, 4)) for n in (H, K, K)), {}, {}),
+    )
+    assert way(options, operands, parts) == expected
+
+
+@pytest.mark.parametrize(("kv_heads", "moved"), [(1, "all_gather"), (4, "ppermute")])
+def test_what_moves_between_devices(kv_heads, moved):
+    """Keys by the one way or the other, and the ring holds no array as long as the sequence."""
+    T, mesh = 64, make_mesh("sequence=8")
+    with jax.set_mesh(mesh):
+        query, key = (placed(mesh, jnp.ones((1, T, n, 4)), None, "sequence") for n in (4, kv_heads))
+        step = jax.grad(lambda q, k: attention(q, k, k, mask=causal(1, T), implementation=SMALL).sum(), (0, 1))
+        program = jax.make_jaxpr(step)(query, key).jaxpr
+    maps = [eqn for eqn in jaxprs.equations(program) if eqn.primitive.name == "shard_map"]
+    assert len(maps) == 2  # forward, backward
+    for eqn in maps:
+        inner = [e for body in jaxprs.inside(eqn) for e in jaxprs.equations(body)]
+        names = {e.primitive.name for e in inner}
+        assert names & {"all_gather", "ppermute"} == {moved}
+        longest = max(n for e in inner for v in e.outvars for n in v.aval.shape)
+        assert longest == (T if moved == "all_gather" else T // 8)

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from garrulax.kernels import blocks, chunk
-from garrulax.kernels.call import Gradients, Operands, Options
-from garrulax.kernels.mask import Rule
+from garrulax.kernels.call import NOTHING, Gradients, Operands, Options
+from garrulax.kernels.mask import KRange
 from garrulax.kernels.passes import TwoPasses
 
 
@@ -33,81 +34,98 @@ class Chunked(TwoPasses):
     def forward(self, options: Options, operands: Operands) -> tuple[jax.Array, jax.Array]:
         """As `TwoPasses.forward`."""
         o = _indexed(operands)
-        B, T, H, _ = o.query.shape
-        grid = self._grid(o)
-        if grid is None:
+        if self._at_once(o):
             out, lse = chunk.finish(chunk.attend(options, _heads_first(o), masked=True))
             return out.swapaxes(1, 2).astype(o.query.dtype), lse
-        options, o = blocks.fill_up(options, o, grid.t, grid.s)
-        schedule = _schedule(options.rule, o, grid)
+        grid = _Grid.of(o, self.block_q, self.block_k)
+        options, o = grid.fit(options, o)
+        schedule = _schedule(options, o, grid)
 
-        def row(_, i):
+        put = jax.lax.dynamic_update_slice
+
+        def row(done, i):
             queries = grid.queries(o, i)
 
             def step(masked, column, state):
                 return chunk.join(state, chunk.attend(options, grid.keys(queries, i, column), masked))
 
             out, lse = chunk.finish(_fold(schedule, i, step, chunk.nothing(queries)))
-            return None, (out.swapaxes(1, 2).astype(o.query.dtype), lse)
+            out = out.swapaxes(1, 2).astype(o.query.dtype)
+            b, first = grid.row(i)
+            return (put(done[0], _bits(out), (b, first, 0, 0)), put(done[1], lse, (b, 0, first))), None
 
-        _, (out, lse) = jax.lax.scan(row, None, jnp.arange(B * grid.rows))
-        lse = lse.reshape(B, grid.rows, H, grid.t).swapaxes(1, 2).reshape(B, H, -1)
-        return out.reshape(B, -1, H, out.shape[-1])[:, :T], lse[..., :T]
+        (B, T, H, _), C = o.query.shape, o.value.shape[-1]
+        dtype = jnp.promote_types(o.query.dtype, jnp.float32)
+        empty = _bits(jnp.zeros((B, T, H, C), o.query.dtype)), jnp.zeros((B, H, T), dtype)
+        (out, lse), _ = jax.lax.scan(row, empty, jnp.arange(B * grid.rows))
+        return _floats(out, o.query.dtype), lse
 
     def backward(
         self, options: Options, operands: Operands, lse: jax.Array, delta: jax.Array, cotangent: jax.Array
     ) -> Gradients:
         """As `TwoPasses.backward`."""
-        o = _indexed(operands)
-        B, T, _, _ = o.query.shape
-        grid = self._grid(o)
-        if grid is None:
-            pull = chunk.Pull(lse, delta, cotangent.swapaxes(1, 2))
+        o, given = _indexed(operands), chunk.Pull(lse, delta, cotangent)
+        if self._at_once(o):
+            pull = given._replace(cotangent=cotangent.swapaxes(1, 2))
             sums = chunk.pull_back(options, _heads_first(o), pull, masked=True)
             query, key, value = (x.swapaxes(1, 2) for x in sums[:3])
-            return _gradients(sums._replace(query=query, key=key, value=value), operands)
-        options, o = blocks.fill_up(options, o, grid.t, grid.s)
-        schedule = _schedule(options.rule, o, grid)
-        more = -T % grid.t
-        given = blocks.fill(lse, more, 2), blocks.fill(delta, more, 2), blocks.fill(cotangent, more)
+            return _cast(sums._replace(query=query, key=key, value=value), operands)
+        grid = _Grid.of(o, self.block_q, self.block_k)
+        options, o = grid.fit(options, o)
+        schedule = _schedule(options, o, grid)
 
         def row(sums, i):
-            queries, pull = grid.queries(o, i), grid.pull(*given, i)
+            queries, pull = grid.queries(o, i), grid.pull(given, i)
 
             def step(masked, column, carry):
                 query, sums = carry
                 part = chunk.pull_back(options, grid.keys(queries, i, column), pull, masked)
                 return query + part.query, grid.add(sums, part, i, column)
 
-            query = jnp.zeros(queries.query.shape, lse.dtype)
-            query, sums = _fold(schedule, i, step, (query, sums))
-            return sums, query.swapaxes(1, 2).astype(o.query.dtype)
+            query, sums = _fold(schedule, i, step, (jnp.zeros(queries.query.shape, lse.dtype), sums))
+            return sums._replace(query=_add(sums.query, query.swapaxes(1, 2), (*grid.row(i), 0, 0))), None
 
-        zeros = (None if x is None else jnp.zeros(x.shape, lse.dtype) for x in (o.key, o.value, o.bias, o.steps))
-        sums, query = jax.lax.scan(row, Gradients(jnp.zeros(()), *zeros), jnp.arange(B * grid.rows))
-        return _gradients(sums._replace(query=query.reshape(o.query.shape)), operands)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, lse.dtype), _differentiated(o))
+        return _cast(jax.lax.scan(row, zeros, jnp.arange(o.query.shape[0] * grid.rows))[0], operands)
 
-    def _grid(self, o: Operands) -> "_Grid | None":
-        """The chunks of a request; None where it is one."""
-        T, S = o.query.shape[1], o.key.shape[1]
-        if self.block_q * self.block_k >= T * S:
-            return None
-        t, s = _even(T, self.block_q), _even(S, self.block_k)
-        return _Grid(t, s, -(-T // t), -(-S // s))
+    def _at_once(self, o: Operands) -> bool:
+        return o.query.shape[1] * o.key.shape[1] <= self.block_q * self.block_k
 
 
 class _Grid(NamedTuple):
     """The pairs of every batch row as `rows` x `columns` chunks of t queries and s keys. Rows are counted through:
-    row i is row i % rows of batch row i // rows."""
+    row i is row i % rows of batch row i // rows. Where a length is no multiple of the chunk, the last chunk ends with
+    the last token, and begins in the one before."""
 
     t: int
     s: int
     rows: int
     columns: int
 
+    @classmethod
+    def of(cls, o: Operands, block_q: int, block_k: int) -> "_Grid":
+        """The fewest chunks of at most block_q and block_k tokens, all about equally full."""
+        T, S = o.query.shape[1], o.key.shape[1]
+        t, s = _even(T, block_q), _even(S, block_k)
+        return cls(t, s, -(-T // t), -(-S // s))
+
+    def fit(self, options: Options, o: Operands) -> tuple[Options, Operands]:
+        """The request with streams in the chunks' places; a key that two chunks have is seen in the first only."""
+        (queries, _), (keys, again) = _places(o.query.shape[1], self.t), _places(o.key.shape[1], self.s)
+        query_streams = {name: x[:, queries] for name, x in o.query_streams.items()}
+        key_streams = {name: x[:, keys] for name, x in o.key_streams.items()}
+        if again.any():
+            key_streams[blocks.LIVE] = jnp.broadcast_to(jnp.asarray(~again, jnp.int32), (len(o.key), len(again)))
+            options = dataclasses.replace(options, rule=options.rule & KRange(blocks.LIVE, 1, 1))
+        return options, dataclasses.replace(o, query_streams=query_streams, key_streams=key_streams)
+
+    def row(self, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Batch row and first query of row i."""
+        return i // self.rows, i % self.rows * self.t
+
     def queries(self, o: Operands, i: jax.Array) -> Operands:
         """The operands with the queries of row i, heads first."""
-        at, n = self._row(i), self.t
+        at, n = self.row(i), self.t
         return dataclasses.replace(
             o,
             query=_cut(o.query, at, n).swapaxes(1, 2),
@@ -118,39 +136,37 @@ class _Grid(NamedTuple):
 
     def keys(self, o: Operands, i: jax.Array, column: jax.Array) -> Operands:
         """The operands of `queries` with the keys of a column, heads first."""
-        at, n = self._column(i, column), self.s
+        at, n = (i // self.rows, column * self.s), self.s
         return dataclasses.replace(
             o,
             key=_cut(o.key, at, n).swapaxes(1, 2),
             value=_cut(o.value, at, n).swapaxes(1, 2),
             key_streams={name: _cut(x, at, n) for name, x in o.key_streams.items()},
-            bias=None if o.bias is None else _cut(o.bias, at, n, axis=3),
+            bias=None if o.bias is None else _cut(o.bias, (0, at[1]), n, axis=3),
         )
 
-    def pull(self, lse: jax.Array, delta: jax.Array, cotangent: jax.Array, i: jax.Array) -> chunk.Pull:
-        """What the backward pass knows of the queries of row i."""
-        at, n = self._row(i), self.t
-        return chunk.Pull(_cut(lse, at, n, 2), _cut(delta, at, n, 2), _cut(cotangent, at, n).swapaxes(1, 2))
+    def pull(self, pull: chunk.Pull, i: jax.Array) -> chunk.Pull:
+        """Of all queries' that of row i; what two rows have is the first one's."""
+        at, n = self.row(i), self.t
+        _, again = _places(pull.lse.shape[2], n)
+        lse = _cut(pull.lse, at, n, axis=2)
+        if again.any():
+            lse = jnp.where(_cut(jnp.asarray(again)[None], at, n), NOTHING, lse)
+        return chunk.Pull(lse, _cut(pull.delta, at, n, axis=2), _cut(pull.cotangent, at, n).swapaxes(1, 2))
 
     def add(self, sums: Gradients, part: Gradients, i: jax.Array, column: jax.Array) -> Gradients:
-        """The sums, in the operands' shapes, with the gradients of a chunk of row i added in their place."""
-        keys, (b, first) = self._column(i, column), self._row(i)
-
-        def added(x, more, *start):
-            return jax.lax.dynamic_update_slice(x, jax.lax.dynamic_slice(x, start, more.shape) + more, start)
-
-        return sums._replace(
-            key=added(sums.key, part.key.swapaxes(1, 2), *keys, 0, 0),
-            value=added(sums.value, part.value.swapaxes(1, 2), *keys, 0, 0),
-            bias=None if sums.bias is None else added(sums.bias, part.bias, b, 0, first, keys[1]),
-            steps=jax.tree.map(jnp.add, sums.steps, part.steps),
+        """The sums with what a chunk of row i adds to the gradients of all but the queries."""
+        (b, query), key = self.row(i), column * self.s
+        bias = sums.bias
+        if bias is not None and part.bias is not None:
+            bias = _add(bias, part.bias, (b, 0, query, key))
+        return Gradients(
+            sums.query,
+            _add(sums.key, part.key.swapaxes(1, 2), (b, key, 0, 0)),
+            _add(sums.value, part.value.swapaxes(1, 2), (b, key, 0, 0)),
+            bias,
+            None if sums.steps is None or part.steps is None else sums.steps + part.steps,
         )
-
-    def _row(self, i):
-        return i // self.rows, i % self.rows * self.t
-
-    def _column(self, i, column):
-        return i // self.rows, column * self.s
 
 
 class _Schedule(NamedTuple):
@@ -165,9 +181,9 @@ class _Schedule(NamedTuple):
     some: jax.Array
 
 
-def _schedule(rule: Rule, o: Operands, grid: _Grid) -> _Schedule:
+def _schedule(options: Options, o: Operands, grid: _Grid) -> _Schedule:
     shape = (o.query.shape[0], grid.rows, grid.columns)
-    some, every = blocks.block_map(rule, o.query_streams, o.key_streams, grid.t, grid.s, shape)
+    some, every = blocks.block_map(options.rule, o.query_streams, o.key_streams, grid.t, grid.s, shape)
     some, every = (x.reshape(-1, grid.columns) for x in (some, some & every))
     order = jnp.argsort(2 - some.astype(jnp.int32) - every, axis=1, stable=True).astype(jnp.int32)
     return _Schedule(order, every.sum(axis=1, dtype=jnp.int32), some.sum(axis=1, dtype=jnp.int32))
@@ -184,18 +200,40 @@ def _fold(schedule: _Schedule, i: jax.Array, step: Callable[[bool, jax.Array, An
 
 
 def _even(length: int, most: int) -> int:
-    """The size of as few equal chunks as cover the length with at most `most` tokens each; a multiple of 16 where
-    they are several."""
     count = -(-length // most)
-    return length if count == 1 else -(-length // (16 * count)) * 16
+    return length if count == 1 else min(most, -(-length // (16 * count)) * 16)
+
+
+def _places(length: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which token stands in each place of the chunks, and whether the chunk before has it too."""
+    start = np.arange(0, length, size)[:, None]
+    index = np.minimum(start, length - size) + np.arange(size)
+    return index.ravel(), (index < start).ravel()
+
+
+# Starts of cuts are clamped by XLA: a last chunk ends with the last token, and the axes of size 1, over which a bias
+# is the same, stay whole.
 
 
 def _cut(x: jax.Array, at: tuple[Any, Any], size: int, axis: int = 1) -> jax.Array:
-    """`size` entries of an axis from at[1] on, of batch row at[0]. Starts are clamped, so that the axes of size 1,
-    over which a bias is the same, stay whole."""
+    """`size` entries of an axis from at[1] on, of batch row at[0]."""
     start, sizes = [at[0]] + [0] * (x.ndim - 1), [1, *x.shape[1:]]
     start[axis], sizes[axis] = at[1], min(size, x.shape[axis])
-    return jax.lax.dynamic_slice(x, start, sizes)
+    return _floats(jax.lax.dynamic_slice(_bits(x), start, sizes), x.dtype)
+
+
+def _add(x: jax.Array, more: jax.Array, start: tuple[Any, ...]) -> jax.Array:
+    """x with `more` added from `start` on."""
+    return jax.lax.dynamic_update_slice(x, jax.lax.dynamic_slice(x, start, more.shape) + more, start)
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    """16-bit floats as integers: XLA:CPU would make float32 of a whole array to cut a piece out of it."""
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
+
+
+def _floats(bits: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return jax.lax.bitcast_convert_type(bits, dtype) if bits.dtype != dtype else bits
 
 
 def _indexed(o: Operands) -> Operands:
@@ -214,10 +252,10 @@ def _heads_first(o: Operands) -> Operands:
     return dataclasses.replace(o, query=query, key=key, value=value)
 
 
-def _gradients(sums: Gradients, o: Operands) -> Gradients:
-    """The sums in the shapes, without what filled them up, and the dtypes of the operands."""
+def _cast(gradients: Gradients, o: Operands) -> Gradients:
+    """Gradients in the dtypes of the operands."""
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), gradients, _differentiated(o))
 
-    def cast(x, y):
-        return None if y is None else x[tuple(slice(n) for n in y.shape)].astype(y.dtype)
 
-    return jax.tree.map(cast, sums, Gradients(o.query, o.key, o.value, o.bias, o.steps))
+def _differentiated(o: Operands) -> Gradients:
+    return Gradients(o.query, o.key, o.value, o.bias, o.steps)

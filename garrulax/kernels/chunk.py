@@ -29,11 +29,13 @@ class State(NamedTuple):
 
 
 class Pull(NamedTuple):
-    """What the backward pass knows of the queries: lse and delta [b, H, t], cotangent of the output [b, H, t, Cv]."""
+    """What the backward pass knows of the queries: lse and delta [b, H, t], cotangent of the output [b, H, t, Cv];
+    and the queries and the cotangent turned, [b·K, C, G·t], as the gradients of the keys and values need them."""
 
     lse: jax.Array
     delta: jax.Array
     cotangent: jax.Array
+    turned: tuple[jax.Array, jax.Array]
 
 
 def nothing(operands: Operands) -> State:
@@ -50,7 +52,7 @@ def attend(options: Options, operands: Operands, masked: bool) -> State:
     x, _ = _scores(options, o, masked)
     top = x.max(axis=-1)
     p = jnp.exp(x - _finite(top)[..., None])
-    out = _product(_dropped(p, options, o).astype(o.value.dtype), o.value, (3, 2), o)
+    out = _product(_dropped(p, options, o).astype(o.value.dtype), o.value, 1)
     return State(out, p.sum(axis=-1), top)
 
 
@@ -66,26 +68,42 @@ def finish(state: State) -> tuple[jax.Array, jax.Array]:
     return state.out / jnp.where(state.total == 0, 1, state.total)[..., None], state.top + jnp.log(state.total)
 
 
+def pull(query: jax.Array, K: int, lse: jax.Array, delta: jax.Array, cotangent: jax.Array) -> Pull:
+    """What the backward pass knows of queries [b, H, t, C], for K heads of keys."""
+    turned = jax.lax.optimization_barrier(tuple(_merged(x, K).swapaxes(1, 2) for x in (query, cotangent)))
+    return Pull(lse, delta, cotangent, turned)
+
+
 def pull_back(options: Options, operands: Operands, pull: Pull, masked: bool) -> Gradients:
-    """What the chunk adds to the gradients of its operands, in their shapes and in at least float32."""
+    """What the chunk adds to the gradients of its operands, in at least float32 and in their shapes, but turned for
+    key and value: [b, K, C, s].
+
+    The product of a turned array of scores is several times slower on XLA:CPU than that of a turned query.
+    """
     o, cotangent = operands, pull.cotangent
     x, slope = _scores(options, o, masked)
     p = jnp.exp(x - pull.lse[..., None])
-    dp = _dropped(_product(cotangent, o.value, (3, 3), o), options, o)
+    dp = _dropped(_product(cotangent, o.value, 2), options, o)
     ds = p * (dp - pull.delta[..., None])
     raw = (ds * (slope * options.scale)).astype(o.query.dtype)
+    dropped = _dropped(p, options, o).astype(cotangent.dtype)
+    K = o.key.shape[1]
+    key, value = (
+        _batched(x, _merged(y, K), 1).reshape(len(y), K, -1, y.shape[-1])
+        for x, y in zip(pull.turned, (raw, dropped), strict=True)
+    )
     return Gradients(
-        query=_product(raw, o.key, (3, 2), o),
-        key=_product(raw, o.query, (2, 2), o),
-        value=_product(_dropped(p, options, o).astype(cotangent.dtype), cotangent, (2, 2), o),
-        bias=None if o.bias is None else _reduced(ds, o.bias.shape),
-        steps=None if o.steps is None else _of_steps(ds, options.starts, o),
+        _product(raw, o.key, 1),
+        key,
+        value,
+        None if o.bias is None else _reduced(ds, o.bias.shape),
+        None if o.steps is None else _of_steps(ds, options.starts, o),
     )
 
 
 def _scores(options: Options, o: Operands, masked: bool) -> tuple[jax.Array, jax.Array | float]:
     """Scores [b, H, t, s], -inf where the mask says no, and the derivative of the soft-cap at each."""
-    x = _product(o.query, o.key, (3, 3), o) * options.scale
+    x = _product(o.query, o.key, 2) * options.scale
     slope: jax.Array | float = 1.0
     if options.softcap is not None:
         x = jnp.tanh(x / options.softcap)
@@ -138,15 +156,21 @@ def _dropped(x: jax.Array, options: Options, o: Operands) -> jax.Array:
     return jnp.where(kept, x / (1 - options.dropout), 0)
 
 
-def _product(x: jax.Array, y: jax.Array, axes: tuple[int, int], o: Operands) -> jax.Array:
-    """x and y summed over an axis of each, for every group of heads: [b, H, t, .], or [b, K, s, .] where the summed
-    axis of x is that of the queries, and so over the group's heads too."""
-    (b, H), K = o.query.shape[:2], o.key.shape[1]
-    x, y = (z.reshape(b * K, -1, z.shape[-1]) for z in (x, y))
+def _product(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
+    """[b, H, t, .] of x [b, H, t, .], its last axis summed with an axis of y [b, K, s, .]: 1 or 2 of its matrices."""
+    out = _batched(_merged(x, y.shape[1]), y.reshape(-1, *y.shape[2:]), axis)
+    return out.reshape(*x.shape[:3], out.shape[-1])
+
+
+def _batched(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
+    """Products of matrices, in at least float32: the last axis of x with an axis of y."""
     dtype = jnp.promote_types(jnp.promote_types(x.dtype, y.dtype), jnp.float32)
-    dimensions = (((axes[0] - 1,), (axes[1] - 1,)), ((0,), (0,)))
-    out = jax.lax.dot_general(x, y, dimensions, preferred_element_type=dtype)
-    return out.reshape(b, H if axes[0] == 3 else K, -1, out.shape[-1])
+    return jax.lax.dot_general(x, y, (((2,), (axis,)), ((0,), (0,))), preferred_element_type=dtype)
+
+
+def _merged(x: jax.Array, K: int) -> jax.Array:
+    """[b·K, G·t, C] of x [b, H, t, C]."""
+    return x.reshape(x.shape[0] * K, -1, x.shape[-1])
 
 
 def _reduced(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:

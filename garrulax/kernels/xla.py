@@ -1,6 +1,7 @@
 """Attention that XLA compiles, on any platform: chunks of queries against chunks of keys, memory O(T)."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,14 +19,13 @@ from garrulax.kernels.passes import TwoPasses
 class Chunked(TwoPasses):
     """For any platform and request.
 
-    A request of at most block_q x block_k pairs a head is computed at once, without a loop. In a longer one, chunks
-    in which nobody attends are skipped, and where everybody does, no mask is evaluated.
+    A small request is computed at once, without a loop. In a longer one, chunks in which nobody attends are skipped,
+    and where everybody does, no mask is evaluated.
 
-    block_q, block_k: the most queries and keys of a chunk.
+    scores: of a chunk, over its batch rows and heads, at most: so many that they stay in a CPU's caches.
     """
 
-    block_q: int = 512
-    block_k: int = 512
+    scores: int = 2**19
 
     def refusal(self, options: Options, operands: Operands) -> str | None:
         """It computes everything."""
@@ -37,7 +37,7 @@ class Chunked(TwoPasses):
         if self._at_once(o):
             out, lse = chunk.finish(chunk.attend(options, _heads_first(o), masked=True))
             return out.swapaxes(1, 2).astype(o.query.dtype), lse
-        grid = _Grid.of(o, self.block_q, self.block_k)
+        grid = _Grid.of(o, self.scores // o.query.shape[2])
         options, o = grid.fit(options, o)
         schedule = _schedule(options, o, grid)
 
@@ -57,25 +57,26 @@ class Chunked(TwoPasses):
         (B, T, H, _), C = o.query.shape, o.value.shape[-1]
         dtype = jnp.promote_types(o.query.dtype, jnp.float32)
         empty = _bits(jnp.zeros((B, T, H, C), o.query.dtype)), jnp.zeros((B, H, T), dtype)
-        (out, lse), _ = jax.lax.scan(row, empty, jnp.arange(B * grid.rows))
+        (out, lse), _ = jax.lax.scan(row, empty, jnp.arange(grid.total))
         return _floats(out, o.query.dtype), lse
 
     def backward(
         self, options: Options, operands: Operands, lse: jax.Array, delta: jax.Array, cotangent: jax.Array
     ) -> Gradients:
         """As `TwoPasses.backward`."""
-        o, given = _indexed(operands), chunk.Pull(lse, delta, cotangent)
+        o = _indexed(operands)
         if self._at_once(o):
-            pull = given._replace(cotangent=cotangent.swapaxes(1, 2))
-            sums = chunk.pull_back(options, _heads_first(o), pull, masked=True)
-            query, key, value = (x.swapaxes(1, 2) for x in sums[:3])
-            return _cast(sums._replace(query=query, key=key, value=value), operands)
-        grid = _Grid.of(o, self.block_q, self.block_k)
+            first = _heads_first(o)
+            pull = chunk.pull(first.query, o.key.shape[2], lse, delta, cotangent.swapaxes(1, 2))
+            part = chunk.pull_back(options, first, pull, masked=True)
+            return _finished(part._replace(query=part.query.swapaxes(1, 2)), operands)
+        grid = _Grid.of(o, self.scores // o.query.shape[2])
         options, o = grid.fit(options, o)
         schedule = _schedule(options, o, grid)
 
         def row(sums, i):
-            queries, pull = grid.queries(o, i), grid.pull(given, i)
+            queries = grid.queries(o, i)
+            pull = grid.pull(queries, lse, delta, cotangent, i)
 
             def step(masked, column, carry):
                 query, sums = carry
@@ -86,28 +87,39 @@ class Chunked(TwoPasses):
             return sums._replace(query=_add(sums.query, query.swapaxes(1, 2), (*grid.row(i), 0, 0))), None
 
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, lse.dtype), _differentiated(o))
-        return _cast(jax.lax.scan(row, zeros, jnp.arange(o.query.shape[0] * grid.rows))[0], operands)
+        key, value = (x.transpose(0, 2, 3, 1) for x in (zeros.key, zeros.value))
+        return _finished(
+            jax.lax.scan(row, zeros._replace(key=key, value=value), jnp.arange(grid.total))[0],
+            operands,
+        )
 
     def _at_once(self, o: Operands) -> bool:
-        return o.query.shape[1] * o.key.shape[1] <= self.block_q * self.block_k
+        """Whether the scores are few, or take less memory than the keys, as those of a few queries do."""
+        scores = o.query.shape[0] * o.query.shape[2] * o.query.shape[1] * o.key.shape[1]
+        return scores <= max(self.scores, o.key.size // 4)
 
 
 class _Grid(NamedTuple):
-    """The pairs of every batch row as `rows` x `columns` chunks of t queries and s keys. Rows are counted through:
-    row i is row i % rows of batch row i // rows. Where a length is no multiple of the chunk, the last chunk ends with
-    the last token, and begins in the one before."""
+    """The pairs of a request as groups of b batch rows, and in each `rows` x `columns` chunks of t queries and s keys.
+    Rows are counted through the groups, `total` in all: row i is row i % rows of group i // rows. Where a length is no
+    multiple of the chunk, the last chunk ends with the last token, and begins in the one before."""
 
+    b: int
     t: int
     s: int
     rows: int
     columns: int
+    total: int
 
     @classmethod
-    def of(cls, o: Operands, block_q: int, block_k: int) -> "_Grid":
-        """The fewest chunks of at most block_q and block_k tokens, all about equally full."""
-        T, S = o.query.shape[1], o.key.shape[1]
-        t, s = _even(T, block_q), _even(S, block_k)
-        return cls(t, s, -(-T // t), -(-S // s))
+    def of(cls, o: Operands, pairs: int) -> "_Grid":
+        """Chunks of at most that many pairs: several batch rows where they are short, else about square ones."""
+        (B, T), S = o.query.shape[:2], o.key.shape[1]
+        b = max((n for n in range(1, B + 1) if B % n == 0 and n * T * S <= pairs), default=1)
+        t = _even(T, max(math.isqrt(pairs), pairs // S))
+        s = _even(S, pairs // t)
+        rows = -(-T // t)
+        return cls(b, t, s, rows, -(-S // s), B // b * rows)
 
     def fit(self, options: Options, o: Operands) -> tuple[Options, Operands]:
         """The request with streams in the chunks' places; a key that two chunks have is seen in the first only."""
@@ -120,39 +132,41 @@ class _Grid(NamedTuple):
         return options, dataclasses.replace(o, query_streams=query_streams, key_streams=key_streams)
 
     def row(self, i: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Batch row and first query of row i."""
-        return i // self.rows, i % self.rows * self.t
+        """First batch row and first query of row i."""
+        return i // self.rows * self.b, i % self.rows * self.t
 
     def queries(self, o: Operands, i: jax.Array) -> Operands:
         """The operands with the queries of row i, heads first."""
         at, n = self.row(i), self.t
         return dataclasses.replace(
             o,
-            query=_cut(o.query, at, n).swapaxes(1, 2),
-            query_streams={name: _cut(x, at, n) for name, x in o.query_streams.items()},
-            bias=None if o.bias is None else _cut(o.bias, at, n, axis=2),
-            seeds=None if o.seeds is None else _cut(o.seeds, (at[0], 0), o.seeds.shape[1]),
+            query=self._cut(o.query, at, n).swapaxes(1, 2),
+            query_streams={name: self._cut(x, at, n) for name, x in o.query_streams.items()},
+            bias=None if o.bias is None else self._cut(o.bias, at, n, axis=2),
+            seeds=None if o.seeds is None else self._cut(o.seeds, (at[0], 0), o.seeds.shape[1]),
         )
 
     def keys(self, o: Operands, i: jax.Array, column: jax.Array) -> Operands:
         """The operands of `queries` with the keys of a column, heads first."""
-        at, n = (i // self.rows, column * self.s), self.s
+        at, n = (self.row(i)[0], column * self.s), self.s
         return dataclasses.replace(
             o,
-            key=_cut(o.key, at, n).swapaxes(1, 2),
-            value=_cut(o.value, at, n).swapaxes(1, 2),
-            key_streams={name: _cut(x, at, n) for name, x in o.key_streams.items()},
-            bias=None if o.bias is None else _cut(o.bias, (0, at[1]), n, axis=3),
+            key=self._cut(o.key, at, n).swapaxes(1, 2),
+            value=self._cut(o.value, at, n).swapaxes(1, 2),
+            key_streams={name: self._cut(x, at, n) for name, x in o.key_streams.items()},
+            bias=None if o.bias is None else self._cut(o.bias, (0, at[1]), n, axis=3),
         )
 
-    def pull(self, pull: chunk.Pull, i: jax.Array) -> chunk.Pull:
-        """Of all queries' that of row i; what two rows have is the first one's."""
+    def pull(
+        self, queries: Operands, lse: jax.Array, delta: jax.Array, cotangent: jax.Array, i: jax.Array
+    ) -> chunk.Pull:
+        """What the backward pass knows of the queries of row i. A query that two rows have pulls in the first only."""
         at, n = self.row(i), self.t
-        _, again = _places(pull.lse.shape[2], n)
-        lse = _cut(pull.lse, at, n, axis=2)
+        _, again = _places(lse.shape[2], n)
+        lse, delta = self._cut(lse, at, n, axis=2), self._cut(delta, at, n, axis=2)
         if again.any():
-            lse = jnp.where(_cut(jnp.asarray(again)[None], at, n), NOTHING, lse)
-        return chunk.Pull(lse, _cut(pull.delta, at, n, axis=2), _cut(pull.cotangent, at, n).swapaxes(1, 2))
+            lse = jnp.where(self._cut(jnp.asarray(again)[None], (0, at[1]), n), NOTHING, lse)
+        return chunk.pull(queries.query, queries.key.shape[2], lse, delta, self._cut(cotangent, at, n).swapaxes(1, 2))
 
     def add(self, sums: Gradients, part: Gradients, i: jax.Array, column: jax.Array) -> Gradients:
         """The sums with what a chunk of row i adds to the gradients of all but the queries."""
@@ -162,11 +176,18 @@ class _Grid(NamedTuple):
             bias = _add(bias, part.bias, (b, 0, query, key))
         return Gradients(
             sums.query,
-            _add(sums.key, part.key.swapaxes(1, 2), (b, key, 0, 0)),
-            _add(sums.value, part.value.swapaxes(1, 2), (b, key, 0, 0)),
+            _add(sums.key, part.key, (b, 0, 0, key)),
+            _add(sums.value, part.value, (b, 0, 0, key)),
             bias,
             None if sums.steps is None or part.steps is None else sums.steps + part.steps,
         )
+
+    def _cut(self, x: jax.Array, at: tuple[Any, Any], size: int, axis: int = 1) -> jax.Array:
+        """A group's batch rows from at[0] on, and `size` entries of an axis from at[1] on. XLA clamps where a cut
+        starts, so that a last chunk ends with the last token and the axes of size 1 of a bias stay whole."""
+        start, sizes = [at[0]] + [0] * (x.ndim - 1), [min(self.b, len(x)), *x.shape[1:]]
+        start[axis], sizes[axis] = at[1], min(size, x.shape[axis])
+        return _floats(jax.lax.dynamic_slice(_bits(x), start, sizes), x.dtype)
 
 
 class _Schedule(NamedTuple):
@@ -184,7 +205,8 @@ class _Schedule(NamedTuple):
 def _schedule(options: Options, o: Operands, grid: _Grid) -> _Schedule:
     shape = (o.query.shape[0], grid.rows, grid.columns)
     some, every = blocks.block_map(options.rule, o.query_streams, o.key_streams, grid.t, grid.s, shape)
-    some, every = (x.reshape(-1, grid.columns) for x in (some, some & every))
+    some, every = (x.reshape(-1, grid.b, *shape[1:]) for x in (some, some & every))
+    some, every = (x.reshape(-1, grid.columns) for x in (some.any(axis=1), every.all(axis=1)))
     order = jnp.argsort(2 - some.astype(jnp.int32) - every, axis=1, stable=True).astype(jnp.int32)
     return _Schedule(order, every.sum(axis=1, dtype=jnp.int32), some.sum(axis=1, dtype=jnp.int32))
 
@@ -200,8 +222,9 @@ def _fold(schedule: _Schedule, i: jax.Array, step: Callable[[bool, jax.Array, An
 
 
 def _even(length: int, most: int) -> int:
-    count = -(-length // most)
-    return length if count == 1 else min(most, -(-length // (16 * count)) * 16)
+    """The size of the fewest equal chunks of at most that many tokens; a multiple of 16 where they are several."""
+    most = max(16, most // 16 * 16)
+    return length if length <= most else -(-length // (-(-length // most) * 16)) * 16
 
 
 def _places(length: int, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -209,17 +232,6 @@ def _places(length: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     start = np.arange(0, length, size)[:, None]
     index = np.minimum(start, length - size) + np.arange(size)
     return index.ravel(), (index < start).ravel()
-
-
-# Starts of cuts are clamped by XLA: a last chunk ends with the last token, and the axes of size 1, over which a bias
-# is the same, stay whole.
-
-
-def _cut(x: jax.Array, at: tuple[Any, Any], size: int, axis: int = 1) -> jax.Array:
-    """`size` entries of an axis from at[1] on, of batch row at[0]."""
-    start, sizes = [at[0]] + [0] * (x.ndim - 1), [1, *x.shape[1:]]
-    start[axis], sizes[axis] = at[1], min(size, x.shape[axis])
-    return _floats(jax.lax.dynamic_slice(_bits(x), start, sizes), x.dtype)
 
 
 def _add(x: jax.Array, more: jax.Array, start: tuple[Any, ...]) -> jax.Array:
@@ -252,10 +264,12 @@ def _heads_first(o: Operands) -> Operands:
     return dataclasses.replace(o, query=query, key=key, value=value)
 
 
-def _cast(gradients: Gradients, o: Operands) -> Gradients:
-    """Gradients in the dtypes of the operands."""
-    return jax.tree.map(lambda x, y: x.astype(y.dtype), gradients, _differentiated(o))
-
-
 def _differentiated(o: Operands) -> Gradients:
     return Gradients(o.query, o.key, o.value, o.bias, o.steps)
+
+
+def _finished(sums: Gradients, o: Operands) -> Gradients:
+    """Gradients as the operands are, of sums whose key and value are turned, [B, K, C, S]."""
+    back = jax.lax.optimization_barrier((sums.key, sums.value))
+    sums = sums._replace(key=back[0].transpose(0, 3, 1, 2), value=back[1].transpose(0, 3, 1, 2))
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), sums, _differentiated(o))

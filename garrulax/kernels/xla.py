@@ -146,7 +146,7 @@ class _Grid(NamedTuple):
             seeds=None if o.seeds is None else self._cut(o.seeds, (at[0], 0), o.seeds.shape[1]),
         )
 
-    def keys(self, o: Operands, i: jax.Array, column: jax.Array) -> Operands:
+    def keys(self, o: Operands, i: jax.Array, column: jax.Array | int) -> Operands:
         """The operands of `queries` with the keys of a column, heads first."""
         at, n = (self.row(i)[0], column * self.s), self.s
         return dataclasses.replace(
@@ -168,7 +168,7 @@ class _Grid(NamedTuple):
             lse = jnp.where(self._cut(jnp.asarray(again)[None], (0, at[1]), n), NOTHING, lse)
         return chunk.pull(queries.query, queries.key.shape[2], lse, delta, self._cut(cotangent, at, n).swapaxes(1, 2))
 
-    def add(self, sums: Gradients, part: Gradients, i: jax.Array, column: jax.Array) -> Gradients:
+    def add(self, sums: Gradients, part: Gradients, i: jax.Array, column: jax.Array | int) -> Gradients:
         """The sums with what a chunk of row i adds to the gradients of all but the queries."""
         (b, query), key = self.row(i), column * self.s
         bias = sums.bias
@@ -211,8 +211,10 @@ def _schedule(options: Options, o: Operands, grid: _Grid) -> _Schedule:
     return _Schedule(order, every.sum(axis=1, dtype=jnp.int32), some.sum(axis=1, dtype=jnp.int32))
 
 
-def _fold(schedule: _Schedule, i: jax.Array, step: Callable[[bool, jax.Array, Any], Any], state: Any) -> Any:
+def _fold(schedule: _Schedule, i: jax.Array, step: Callable[[bool, jax.Array | int, Any], Any], state: Any) -> Any:
     """step(masked, column, state) for each column that row i visits; whether one needs the mask is static."""
+    if schedule.order.shape[1] == 1:  # a loop's body that is the same each time, XLA would run even where no time is
+        return step(True, 0, state)
 
     def run(masked):
         return lambda j, state: step(masked, schedule.order[i, j], state)

@@ -5,7 +5,7 @@ import pytest
 
 from garrulax.kernels.xla import Chunked
 
-SMALL = Chunked(block_q=32, block_k=32)
+SMALL = Chunked(scores=4 * 32 * 32)
 
 
 @pytest.mark.parametrize("case", cases.CASES)

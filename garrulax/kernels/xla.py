@@ -1,13 +1,17 @@
 """Attention that XLA compiles, on any platform: chunks of queries against chunks of keys, memory O(T)."""
 
 import dataclasses
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from garrulax.kernels import dense, dropout
-from garrulax.kernels.call import Gradients, Operands, Options
+from garrulax.kernels import blocks, chunk
+from garrulax.kernels.call import NOTHING, Gradients, Operands, Options
+from garrulax.kernels.mask import KRange
 from garrulax.kernels.passes import TwoPasses
 
 
@@ -15,11 +19,13 @@ from garrulax.kernels.passes import TwoPasses
 class Chunked(TwoPasses):
     """For any platform and request.
 
-    block_q, block_k: tokens of a chunk of queries and of keys.
+    A small request is computed at once, without a loop. In a longer one, chunks in which nobody attends are skipped,
+    and where everybody does, no mask is evaluated.
+
+    scores: of a chunk, over its batch rows and heads, at most: so many that they stay in a CPU's caches.
     """
 
-    block_q: int = 512
-    block_k: int = 512
+    scores: int = 2**19
     partitioned = True
 
     def refusal(self, options: Options, operands: Operands) -> str | None:
@@ -28,71 +34,245 @@ class Chunked(TwoPasses):
 
     def forward(self, options: Options, operands: Operands) -> tuple[jax.Array, jax.Array]:
         """As `TwoPasses.forward`."""
-        o = operands
-        x, _, seen = _scores(options, o)
-        x = jnp.where(seen, x, -jnp.inf)
-        lse = jax.nn.logsumexp(x, axis=-1)
-        p = jnp.where(seen, jnp.exp(x - jnp.where(jnp.isneginf(lse), 0, lse)[..., None]), 0)
-        if o.seeds is not None:
-            p = jnp.where(_kept(options, o), p / (1 - options.dropout), 0)
-        out = jnp.einsum("BKGTS,BSKC->BTKGC", _grouped(p, o), o.value, preferred_element_type=x.dtype)
-        return out.reshape(*o.query.shape[:3], -1).astype(o.query.dtype), lse
+        o = _indexed(operands)
+        if self._at_once(o):
+            out, lse = chunk.finish(chunk.attend(options, _heads_first(o), masked=True))
+            return out.swapaxes(1, 2).astype(o.query.dtype), lse
+        grid = _Grid.of(o, self.scores // o.query.shape[2])
+        options, o = grid.fit(options, o)
+        schedule = _schedule(options, o, grid)
+
+        put = jax.lax.dynamic_update_slice
+
+        def row(done, i):
+            queries = grid.queries(o, i)
+
+            def step(masked, column, state):
+                return chunk.join(state, chunk.attend(options, grid.keys(queries, i, column), masked))
+
+            out, lse = chunk.finish(_fold(schedule, i, step, chunk.nothing(queries)))
+            out = out.swapaxes(1, 2).astype(o.query.dtype)
+            b, first = grid.row(i)
+            return (put(done[0], _bits(out), (b, first, 0, 0)), put(done[1], lse, (b, 0, first))), None
+
+        (B, T, H, _), C = o.query.shape, o.value.shape[-1]
+        dtype = jnp.promote_types(o.query.dtype, jnp.float32)
+        empty = _bits(jnp.zeros((B, T, H, C), o.query.dtype)), jnp.zeros((B, H, T), dtype)
+        (out, lse), _ = jax.lax.scan(row, empty, jnp.arange(grid.total))
+        return _floats(out, o.query.dtype), lse
 
     def backward(
         self, options: Options, operands: Operands, lse: jax.Array, delta: jax.Array, cotangent: jax.Array
     ) -> Gradients:
         """As `TwoPasses.backward`."""
-        o = operands
-        B, T, H, C = o.query.shape
-        K = o.key.shape[2]
-        x, slope, seen = _scores(options, o)
-        p = jnp.where(seen, jnp.exp(x - lse[..., None]), 0)
-        c = cotangent.reshape(B, T, K, H // K, -1)
-        dp = jnp.einsum("BTKGC,BSKC->BKGTS", c, o.value, preferred_element_type=x.dtype).reshape(p.shape)
-        dropped = p
-        if o.seeds is not None:
-            kept = _kept(options, o)
-            dropped, dp = (jnp.where(kept, y / (1 - options.dropout), 0) for y in (p, dp))
-        dv = jnp.einsum("BKGTS,BTKGC->BSKC", _grouped(dropped, o), c)
-        ds = p * (dp - delta[..., None])
-        dbias = None if o.bias is None else _reduced(ds, o.bias)
-        dsteps = None
-        if o.steps is not None:
-            distance = o.key_streams["position"][:, None, :] - o.query_streams["position"][:, :, None]
-            step = jnp.searchsorted(jnp.array(options.starts, jnp.int32), distance, side="right")
-            dsteps = jnp.einsum("BHTS,BTSN->NH", ds, jax.nn.one_hot(step, o.steps.shape[0])).astype(o.steps.dtype)
-        ds = _grouped(ds * slope * options.scale, o)
-        q = o.query.reshape(B, T, K, H // K, C)
-        dq = jnp.einsum("BKGTS,BSKC->BTKGC", ds, o.key).reshape(o.query.shape)
-        dk = jnp.einsum("BKGTS,BTKGC->BSKC", ds, q)
-        return Gradients(dq.astype(o.query.dtype), dk.astype(o.key.dtype), dv.astype(o.value.dtype), dbias, dsteps)
+        o = _indexed(operands)
+        if self._at_once(o):
+            first = _heads_first(o)
+            pull = chunk.pull(first.query, o.key.shape[2], lse, delta, cotangent.swapaxes(1, 2))
+            part = chunk.pull_back(options, first, pull, masked=True)
+            return _finished(part._replace(query=part.query.swapaxes(1, 2)), operands)
+        grid = _Grid.of(o, self.scores // o.query.shape[2])
+        options, o = grid.fit(options, o)
+        schedule = _schedule(options, o, grid)
+
+        def row(sums, i):
+            queries = grid.queries(o, i)
+            pull = grid.pull(queries, lse, delta, cotangent, i)
+
+            def step(masked, column, carry):
+                query, sums = carry
+                part = chunk.pull_back(options, grid.keys(queries, i, column), pull, masked)
+                return query + part.query, grid.add(sums, part, i, column)
+
+            query, sums = _fold(schedule, i, step, (jnp.zeros(queries.query.shape, lse.dtype), sums))
+            return sums._replace(query=_add(sums.query, query.swapaxes(1, 2), (*grid.row(i), 0, 0))), None
+
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, lse.dtype), _differentiated(o))
+        key, value = (x.transpose(0, 2, 3, 1) for x in (zeros.key, zeros.value))
+        return _finished(
+            jax.lax.scan(row, zeros._replace(key=key, value=value), jnp.arange(grid.total))[0],
+            operands,
+        )
+
+    def _at_once(self, o: Operands) -> bool:
+        """Whether the scores are few, or take less memory than the keys, as those of a few queries do."""
+        scores = o.query.shape[0] * o.query.shape[2] * o.query.shape[1] * o.key.shape[1]
+        return scores <= max(self.scores, o.key.size // 4)
 
 
-def _scores(options: Options, o: Operands) -> tuple[jax.Array, Any, jax.Array]:
-    B, T, H, C = o.query.shape
-    S, K = o.key.shape[1:3]
-    dtype = jnp.promote_types(o.query.dtype, jnp.float32)
-    q = o.query.reshape(B, T, K, H // K, C)
-    raw = jnp.einsum("BTKGC,BSKC->BKGTS", q, o.key, preferred_element_type=dtype).reshape(B, H, T, S) * options.scale
-    slope = 1 if options.softcap is None else 1 - jnp.tanh(raw / options.softcap) ** 2
-    seen = options.rule.evaluate(
-        {name: s[:, :, None] for name, s in o.query_streams.items()},
-        {name: s[:, None, :] for name, s in o.key_streams.items()},
+class _Grid(NamedTuple):
+    """The pairs of a request as groups of b batch rows, and in each `rows` x `columns` chunks of t queries and s keys.
+    Rows are counted through the groups, `total` in all: row i is row i % rows of group i // rows. Where a length is no
+    multiple of the chunk, the last chunk ends with the last token, and begins in the one before."""
+
+    b: int
+    t: int
+    s: int
+    rows: int
+    columns: int
+    total: int
+
+    @classmethod
+    def of(cls, o: Operands, pairs: int) -> "_Grid":
+        """Chunks of at most that many pairs: several batch rows where they are short, else about square ones."""
+        (B, T), S = o.query.shape[:2], o.key.shape[1]
+        b = max((n for n in range(1, B + 1) if B % n == 0 and n * T * S <= pairs), default=1)
+        t = _even(T, max(math.isqrt(pairs), pairs // S))
+        s = _even(S, pairs // t)
+        rows = -(-T // t)
+        return cls(b, t, s, rows, -(-S // s), B // b * rows)
+
+    def fit(self, options: Options, o: Operands) -> tuple[Options, Operands]:
+        """The request with streams in the chunks' places; a key that two chunks have is seen in the first only."""
+        (queries, _), (keys, again) = _places(o.query.shape[1], self.t), _places(o.key.shape[1], self.s)
+        query_streams = {name: x[:, queries] for name, x in o.query_streams.items()}
+        key_streams = {name: x[:, keys] for name, x in o.key_streams.items()}
+        if again.any():
+            key_streams[blocks.LIVE] = jnp.broadcast_to(jnp.asarray(~again, jnp.int32), (len(o.key), len(again)))
+            options = dataclasses.replace(options, rule=options.rule & KRange(blocks.LIVE, 1, 1))
+        return options, dataclasses.replace(o, query_streams=query_streams, key_streams=key_streams)
+
+    def row(self, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """First batch row and first query of row i."""
+        return i // self.rows * self.b, i % self.rows * self.t
+
+    def queries(self, o: Operands, i: jax.Array) -> Operands:
+        """The operands with the queries of row i, heads first."""
+        at, n = self.row(i), self.t
+        return dataclasses.replace(
+            o,
+            query=self._cut(o.query, at, n).swapaxes(1, 2),
+            query_streams={name: self._cut(x, at, n) for name, x in o.query_streams.items()},
+            bias=None if o.bias is None else self._cut(o.bias, at, n, axis=2),
+            seeds=None if o.seeds is None else self._cut(o.seeds, (at[0], 0), o.seeds.shape[1]),
+        )
+
+    def keys(self, o: Operands, i: jax.Array, column: jax.Array | int) -> Operands:
+        """The operands of `queries` with the keys of a column, heads first."""
+        at, n = (self.row(i)[0], column * self.s), self.s
+        return dataclasses.replace(
+            o,
+            key=self._cut(o.key, at, n).swapaxes(1, 2),
+            value=self._cut(o.value, at, n).swapaxes(1, 2),
+            key_streams={name: self._cut(x, at, n) for name, x in o.key_streams.items()},
+            bias=None if o.bias is None else self._cut(o.bias, (0, at[1]), n, axis=3),
+        )
+
+    def pull(
+        self, queries: Operands, lse: jax.Array, delta: jax.Array, cotangent: jax.Array, i: jax.Array
+    ) -> chunk.Pull:
+        """What the backward pass knows of the queries of row i. A query that two rows have pulls in the first only."""
+        at, n = self.row(i), self.t
+        _, again = _places(lse.shape[2], n)
+        lse, delta = self._cut(lse, at, n, axis=2), self._cut(delta, at, n, axis=2)
+        if again.any():
+            lse = jnp.where(self._cut(jnp.asarray(again)[None], (0, at[1]), n), NOTHING, lse)
+        return chunk.pull(queries.query, queries.key.shape[2], lse, delta, self._cut(cotangent, at, n).swapaxes(1, 2))
+
+    def add(self, sums: Gradients, part: Gradients, i: jax.Array, column: jax.Array | int) -> Gradients:
+        """The sums with what a chunk of row i adds to the gradients of all but the queries."""
+        (b, query), key = self.row(i), column * self.s
+        bias = sums.bias
+        if bias is not None and part.bias is not None:
+            bias = _add(bias, part.bias, (b, 0, query, key))
+        return Gradients(
+            sums.query,
+            _add(sums.key, part.key, (b, 0, 0, key)),
+            _add(sums.value, part.value, (b, 0, 0, key)),
+            bias,
+            None if sums.steps is None or part.steps is None else sums.steps + part.steps,
+        )
+
+    def _cut(self, x: jax.Array, at: tuple[Any, Any], size: int, axis: int = 1) -> jax.Array:
+        """A group's batch rows from at[0] on, and `size` entries of an axis from at[1] on. XLA clamps where a cut
+        starts, so that a last chunk ends with the last token and the axes of size 1 of a bias stay whole."""
+        start, sizes = [at[0]] + [0] * (x.ndim - 1), [min(self.b, len(x)), *x.shape[1:]]
+        start[axis], sizes[axis] = at[1], min(size, x.shape[axis])
+        return _floats(jax.lax.dynamic_slice(_bits(x), start, sizes), x.dtype)
+
+
+class _Schedule(NamedTuple):
+    """Which columns each row visits.
+
+    order: int32 [B·rows, columns]: first those where everybody attends, then those where some do.
+    full, some: int32 [B·rows]: how many of the first, and of both.
+    """
+
+    order: jax.Array
+    full: jax.Array
+    some: jax.Array
+
+
+def _schedule(options: Options, o: Operands, grid: _Grid) -> _Schedule:
+    shape = (o.query.shape[0], grid.rows, grid.columns)
+    some, every = blocks.block_map(options.rule, o.query_streams, o.key_streams, grid.t, grid.s, shape)
+    some, every = (x.reshape(-1, grid.b, *shape[1:]) for x in (some, some & every))
+    some, every = (x.reshape(-1, grid.columns) for x in (some.any(axis=1), every.all(axis=1)))
+    order = jnp.argsort(2 - some.astype(jnp.int32) - every, axis=1, stable=True).astype(jnp.int32)
+    return _Schedule(order, every.sum(axis=1, dtype=jnp.int32), some.sum(axis=1, dtype=jnp.int32))
+
+
+def _fold(schedule: _Schedule, i: jax.Array, step: Callable[[bool, jax.Array | int, Any], Any], state: Any) -> Any:
+    """step(masked, column, state) for each column that row i visits; whether one needs the mask is static."""
+    if schedule.order.shape[1] == 1:  # a loop's body that is the same each time, XLA would run even where no time is
+        return step(True, 0, state)
+
+    def run(masked):
+        return lambda j, state: step(masked, schedule.order[i, j], state)
+
+    state = jax.lax.fori_loop(0, schedule.full[i], run(False), state)
+    return jax.lax.fori_loop(schedule.full[i], schedule.some[i], run(True), state)
+
+
+def _even(length: int, most: int) -> int:
+    """The size of the fewest equal chunks of at most that many tokens; a multiple of 16 where they are several."""
+    most = max(16, most // 16 * 16)
+    return length if length <= most else -(-length // (-(-length // most) * 16)) * 16
+
+
+def _places(length: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which token stands in each place of the chunks, and whether the chunk before has it too."""
+    start = np.arange(0, length, size)[:, None]
+    index = np.minimum(start, length - size) + np.arange(size)
+    return index.ravel(), (index < start).ravel()
+
+
+def _add(x: jax.Array, more: jax.Array, start: tuple[Any, ...]) -> jax.Array:
+    """x with `more` added from `start` on."""
+    return jax.lax.dynamic_update_slice(x, jax.lax.dynamic_slice(x, start, more.shape) + more, start)
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    """16-bit floats as integers: XLA:CPU would make float32 of a whole array to cut a piece out of it."""
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
+
+
+def _floats(bits: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return jax.lax.bitcast_convert_type(bits, dtype) if bits.dtype != dtype else bits
+
+
+def _indexed(o: Operands) -> Operands:
+    """The operands with the tokens' indices as streams where dropout needs them."""
+    if o.seeds is None:
+        return o
+    query, key = (
+        {**streams, chunk.INDEX: jax.lax.broadcasted_iota(jnp.int32, x.shape[:2], 1)}
+        for streams, x in ((o.query_streams, o.query), (o.key_streams, o.key))
     )
-    return dense.scores(raw, options, o), slope, jnp.broadcast_to(seen, (B, T, S))[:, None]
+    return dataclasses.replace(o, query_streams=query, key_streams=key)
 
 
-def _kept(options, o):
-    index = (jnp.arange(n, dtype=jnp.int32) for n in (o.query.shape[1], o.key.shape[1]))
-    rows, columns = index
-    return dropout.kept(o.seeds[:, :, None, None], rows[:, None], columns, options.dropout)
+def _heads_first(o: Operands) -> Operands:
+    query, key, value = (x.swapaxes(1, 2) for x in (o.query, o.key, o.value))
+    return dataclasses.replace(o, query=query, key=key, value=value)
 
 
-def _grouped(x, o):
-    K = o.key.shape[2]
-    return x.reshape(x.shape[0], K, -1, *x.shape[2:]).astype(o.query.dtype)
+def _differentiated(o: Operands) -> Gradients:
+    return Gradients(o.query, o.key, o.value, o.bias, o.steps)
 
 
-def _reduced(x, bias):
-    axes = tuple(i for i in range(4) if bias.shape[i] == 1 != x.shape[i])
-    return x.sum(axis=axes, keepdims=True).astype(bias.dtype)
+def _finished(sums: Gradients, o: Operands) -> Gradients:
+    """Gradients as the operands are, of sums whose key and value are turned, [B, K, C, S]."""
+    back = jax.lax.optimization_barrier((sums.key, sums.value))
+    sums = sums._replace(key=back[0].transpose(0, 3, 1, 2), value=back[1].transpose(0, 3, 1, 2))
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), sums, _differentiated(o))

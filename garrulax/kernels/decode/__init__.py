@@ -24,6 +24,9 @@ TABLE = Table("decoding attention", IMPLEMENTATIONS, PICKED)
 QUANTISED = (jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)
 
 
+FEW = 64  # queries of a sequence: a token, a tree of drafts; more are a text to be read
+
+
 class Implementation(Protocol):
     """One way to compute decoding attention; hashable."""
 
@@ -76,6 +79,13 @@ def decode(
         query, key, value, mask, table, lengths, key_scales, value_scales, alibi, relative, sinks, scale, softcap
     )
     return computed(TABLE.pick(implementation, options, cached), options, cached)[0]
+
+
+def suits(query: jax.Array, key: jax.Array, value: jax.Array) -> bool:
+    """Whether this is for query [B, T, H, C] over key and value [B, S, K, C] of `kernels.attention`: few queries over
+    more keys, on one device."""
+    few = query.shape[1] <= FEW and query.shape[1] < key.shape[1]
+    return few and key.dtype == value.dtype and jax.typeof(query).sharding.mesh.empty
 
 
 def computed(implementation: Implementation, options: Options, cached: Cached) -> tuple[jax.Array, jax.Array]:

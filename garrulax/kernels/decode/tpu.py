@@ -43,7 +43,7 @@ class Kernel:
     def refusal(self, options: Options, cached: Cached) -> str | None:
         """As `decode.Implementation`."""
         c = cached
-        plan = self._plan(options, c)
+        plan = self.plan(c)
         dtypes = {x.dtype for x in (c.query, c.key)}
         page = c.key.shape[2]
         if c.steps is not None:
@@ -63,12 +63,13 @@ class Kernel:
 
     def __call__(self, options: Options, cached: Cached) -> tuple[jax.Array, jax.Array]:
         """As `decode.Implementation`."""
-        plan = self._plan(options, cached)
+        plan = self.plan(cached)
         rule, streams = work.in_order(options, cached, plan.size)
-        steps = self._steps(plan, rule, streams, cached)
+        steps = self.steps(plan, rule, streams, cached)
         return _call(plan, dataclasses.replace(options, rule=rule), streams, steps, cached)
 
-    def _steps(self, plan: "Plan", rule: Rule, streams: Streams, cached: Cached) -> work.Work:
+    def steps(self, plan: "Plan", rule: Rule, streams: Streams, cached: Cached) -> work.Work:
+        """The blocks that it goes through. rule, streams: as from `work.in_order`."""
         B, n = cached.query.shape[0], plan.pages
         shape = (B, plan.columns * max(n, 1))
         some, every = work.blocks_seen(rule, cached.query_streams, streams, plan.size // max(n, 1), shape)
@@ -78,7 +79,8 @@ class Kernel:
         some, every, table = (x.reshape(B, plan.columns, n) for x in (some, every, table))
         return work.listed(some, every, self.splits, table)
 
-    def _plan(self, options: Options, cached: Cached) -> "Plan":
+    def plan(self, cached: Cached) -> "Plan":
+        """The sizes of a call."""
         (_, T, H, C), (_, K, slots, Cv) = cached.query.shape, cached.value.shape
         wanted = self.step_bytes // (K * (C + Cv) * cached.key.dtype.itemsize)
         wanted = max(LANES, min(wanted, self.most_keys) // LANES * LANES)
@@ -254,9 +256,9 @@ def _kernel(
         q, k = streams(masked)
         seen = options.rule.evaluate(q, k) if masked else None
         distance = (k["position"] - q["position"]).astype(jnp.float32) if "slopes" in ref else None
-        inside = None
-        if masked and plan.edge:
-            inside = jnp.where(work.column_of(word) == plan.columns - 1, plan.edge, plan.size)
+        # What lies behind the cache's end may be anything, and 0 times anything need not be 0.
+        last = work.column_of(word) == plan.columns - 1
+        inside = jnp.where(last, plan.edge, plan.size)
         for h in range(K):
             x = _product(ref["query"][0, h], block("key", h).astype(dtype), 1)
             if "key_scales" in ref:
@@ -278,7 +280,7 @@ def _kernel(
             if "value_scales" in ref:
                 p = p * ref["value_scales"][0, h : h + 1]
             v = block("value", h)
-            if inside is not None:
+            if masked and plan.edge:
                 v = jnp.where(jax.lax.broadcasted_iota(jnp.int32, v.shape, 0) < inside, v, 0)
             sums[h] = sums[h] * _wide(fade, v.shape[1]) + _product(p.astype(dtype), v.astype(dtype), 0)
 

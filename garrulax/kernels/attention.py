@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from garrulax.kernels import decode
 from garrulax.kernels.call import Implementation, Operands, Options
 from garrulax.kernels.mask import All, Mask
 from garrulax.kernels.picking import Table
@@ -54,15 +55,29 @@ def attention(
     scale: default 1 / sqrt(C); an array is multiplied into the query, in its dtype.
     softcap: scores become softcap * tanh(scores / softcap), before anything is added.
     dropout: rate on the attention probabilities; used only where dropout_key is given.
-    implementation: a name in `IMPLEMENTATIONS` or an object like theirs; None picks the fastest that can.
+    implementation: a name in `IMPLEMENTATIONS` or an object like theirs; None picks the fastest that can, which is one
+    of `kernels.decode` for a few queries over more keys.
 
     Returns [B, T, H, Cv] in the dtype of the query. A query that may attend to nothing gets zeros, and zero gradients.
     Raises ValueError, naming the shapes, where they do not fit, for a stream that the mask reads and is not given, for
     an unknown implementation, and for one that cannot compute the request, with the reason; TypeError for integers and
     for queries, keys and values of different dtypes.
     """
+    cache = key, value
     key, value = _unfolded(key, query), _unfolded(value, query)
     _check(query, key, value)
+    plain = implementation is None and bias is None and dropout_key is None
+    if plain and not isinstance(mask, Sequence) and decode.suits(query, key, value):
+        return decode.decode(
+            query,
+            *(x if x.ndim == 3 else x.swapaxes(1, 2) for x in cache),
+            mask=mask,
+            alibi=alibi,
+            relative=relative,
+            sinks=sinks,
+            scale=scale,
+            softcap=softcap,
+        )
     if isinstance(mask, Sequence):
         arrays = (query, key, value, mask, bias, alibi, relative, sinks, dropout_key)
         return _by_heads(*arrays, scale=scale, softcap=softcap, dropout=dropout, implementation=implementation)

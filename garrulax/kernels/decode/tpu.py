@@ -1,0 +1,312 @@
+"""Decoding attention on TPUs: one pass over the blocks of the cache that are seen, all heads of a block at once."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from garrulax.kernels.call import Options
+from garrulax.kernels.decode import work
+from garrulax.kernels.decode.call import Cached
+from garrulax.kernels.mask import Rule, Streams
+from garrulax.kernels.parts import merge
+
+LOG2E = math.log2(math.e)
+NEVER = -0.7 * float(np.finfo(np.float32).max)  # score of a pair that does not attend; differences stay finite
+LANES, SUBLANES = 128, 8
+SCALARS = 1 << 17  # int32 words of scalar memory that a list of steps may take: half of it
+MOST_ROWS = 1024  # query rows a key/value head
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """For TPUs; scores in float32, with base-2 exponentials.
+
+    step_bytes: how many bytes of keys and values a step reads, about. most_keys: and at most of how many slots.
+    splits: parts of about as many blocks that each sequence is cut into, for chips whose cores share a grid.
+    vmem_bytes: what a program may use of a core's vector memory.
+    interpret: as of `pallas_call`.
+    """
+
+    step_bytes: int = 1 << 21
+    most_keys: int = 1024
+    splits: int = 1
+    vmem_bytes: int = 48 << 20
+    interpret: Any = False
+
+    def refusal(self, options: Options, cached: Cached) -> str | None:
+        """As `decode.Implementation`."""
+        c = cached
+        plan = self.plan(c)
+        dtypes = {x.dtype for x in (c.query, c.key)}
+        page = c.key.shape[2]
+        if c.steps is not None:
+            return "it has no relative bias in steps"
+        if not dtypes <= {jnp.dtype(x) for x in _TILES}:
+            return f"it has no {', '.join(sorted(map(str, dtypes)))}"
+        if c.table is not None and page % _TILES[c.key.dtype]:
+            return f"pages of {page} slots are no multiple of {_TILES[c.key.dtype]}, as {c.key.dtype} needs"
+        if plan.rows > MOST_ROWS:
+            return f"{c.query.shape[1]} queries of {c.query.shape[2]} heads make {plan.rows} rows, above {MOST_ROWS}"
+        if plan.columns >= work.MOST_COLUMNS or c.query.shape[0] >= work.MOST_ROWS:
+            return f"{c.query.shape[0]} sequences of {plan.columns} blocks are beyond what a step's word can say"
+        words = self.splits * c.query.shape[0] * plan.columns * (1 + plan.pages)
+        if words > SCALARS:
+            return f"the {words} words of its list of steps do not fit into scalar memory ({SCALARS})"
+        return None
+
+    def __call__(self, options: Options, cached: Cached) -> tuple[jax.Array, jax.Array]:
+        """As `decode.Implementation`."""
+        plan = self.plan(cached)
+        rule, streams = work.in_order(options, cached, plan.size)
+        steps = self.steps(plan, rule, streams, cached)
+        return _call(plan, dataclasses.replace(options, rule=rule), streams, steps, cached)
+
+    def steps(self, plan: "Plan", rule: Rule, streams: Streams, cached: Cached) -> work.Work:
+        """The blocks that it goes through. rule, streams: as from `work.in_order`."""
+        B, n = cached.query.shape[0], plan.pages
+        shape = (B, plan.columns * max(n, 1))
+        some, every = work.blocks_seen(rule, cached.query_streams, streams, plan.size // max(n, 1), shape)
+        if cached.table is None:
+            return work.listed(some, every, self.splits)
+        table = jnp.pad(cached.table, ((0, 0), (0, shape[1] - cached.table.shape[1])))
+        some, every, table = (x.reshape(B, plan.columns, n) for x in (some, every, table))
+        return work.listed(some, every, self.splits, table)
+
+    def plan(self, cached: Cached) -> "Plan":
+        """The sizes of a call."""
+        (_, T, H, C), (_, K, slots, Cv) = cached.query.shape, cached.value.shape
+        wanted = self.step_bytes // (K * (C + Cv) * cached.key.dtype.itemsize)
+        wanted = max(LANES, min(wanted, self.most_keys) // LANES * LANES)
+        if cached.table is None:
+            pages, total = 0, slots
+            size = total if total <= LANES else min(wanted, -(-total // LANES) * LANES)
+        else:
+            total = cached.table.shape[1] * slots
+            whole = LANES // math.gcd(slots, LANES)  # pages that fill lanes
+            pages = max(1, wanted // slots // whole) * whole
+            pages = min(pages, -(-cached.table.shape[1] // whole) * whole)
+            size = pages * slots
+        rows = H // K * T
+        tile = _TILES.get(cached.query.dtype, SUBLANES)
+        names = tuple(sorted({*cached.query_streams}))
+        return Plan(
+            rows=-(-rows // tile) * tile,
+            size=size,
+            columns=-(-total // size),
+            pages=pages,
+            edge=total % size if cached.table is None else 0,
+            queries=names,
+            splits=self.splits,
+            vmem_bytes=self.vmem_bytes,
+            interpret=self.interpret,
+        )
+
+
+_TILES = {
+    jnp.dtype(d): n
+    for d, n in ((jnp.float32, 8), (jnp.bfloat16, 16), (jnp.int8, 32), (jnp.float8_e4m3fn, 32), (jnp.float8_e5m2, 32))
+}  # rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Sizes of a call. rows: query rows a key/value head, filled up. size: slots a step. columns: steps a sequence, at
+    most. pages: pages a step, 0 without. edge: slots of the last block inside a contiguous cache, 0 where it is whole.
+    queries: names of the query streams."""
+
+    rows: int
+    size: int
+    columns: int
+    pages: int
+    edge: int
+    queries: tuple[str, ...]
+    splits: int
+    vmem_bytes: int
+    interpret: Any
+
+
+def _call(plan: Plan, options: Options, streams: Streams, steps: work.Work, c: Cached) -> tuple[jax.Array, jax.Array]:
+    (B, T, H, C), (K, Cv) = c.query.shape, (c.value.shape[1], c.value.shape[3])
+    G, L = H // K, B * plan.columns
+    more = plan.rows - G * T
+
+    def rows(x):  # [B, T, H, ...] as [B, K, rows, ...], the rows of a head's queries together
+        x = x.reshape(B, T, K, G, -1).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, -1)
+        return jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0)))
+
+    def index(of):
+        return lambda s, i, words, *pages: of(words[s * L + i], s, i, *pages)
+
+    def of_row(*shape):
+        return pl.BlockSpec((1, *shape), index(lambda w, *_: (work.row_of(w), *[0] * len(shape))))
+
+    def of_block(*shape):  # the last axis along the slots
+        return pl.BlockSpec(
+            (1, *shape), index(lambda w, *_: (work.row_of(w), *[0] * (len(shape) - 1), work.column_of(w)))
+        )
+
+    names = tuple(sorted(streams))
+    inputs = {"query": (rows(c.query), of_row(K, plan.rows, C))}
+    if plan.queries:
+        x = jnp.stack([c.query_streams[name] for name in plan.queries], axis=2)
+        x = jnp.pad(jnp.tile(x, (1, G, 1)), ((0, 0), (0, more), (0, 0)), mode="edge")
+        inputs["query_streams"] = x, of_row(*x.shape[1:])
+    if names:
+        x = jnp.stack([streams[name] for name in names], axis=1)
+        inputs["key_streams"] = x, of_block(len(names), plan.size)
+    if c.slopes is not None:
+        x = jnp.broadcast_to((c.slopes * LOG2E).reshape(K, G, 1, 1), (K, G, T, 1)).reshape(K, G * T, 1)
+        x = jnp.pad(x, ((0, 0), (0, more), (0, 0)))
+        inputs["slopes"] = x, pl.BlockSpec(x.shape, lambda *_: (0, 0, 0))
+    for name in ("key_scales", "value_scales"):
+        x = getattr(c, name)
+        if x is not None:
+            inputs[name] = _along(x, c, plan), of_block(K, plan.size)
+    for name, x in (("key", c.key), ("value", c.value)):
+        if plan.pages:
+            shape = (1, *x.shape[1:])
+            for j in range(plan.pages):
+                spec = pl.BlockSpec(shape, index(functools.partial(_page, plan.pages, L, j)))
+                inputs[f"{name}{j}"] = x, spec
+        else:
+            block = (1, K, plan.size, x.shape[3])
+            inputs[name] = x, pl.BlockSpec(block, index(lambda w, *_: (work.row_of(w), 0, work.column_of(w), 0)))
+
+    def of_part(*shape):
+        return pl.BlockSpec((1, 1, *shape), index(lambda w, s, *_: (s, work.row_of(w), *[0] * len(shape))))
+
+    out, lse = pl.pallas_call(
+        functools.partial(_kernel, plan, options, tuple(inputs), names, c.query.dtype),
+        out_shape=[jax.ShapeDtypeStruct((plan.splits, B, K, plan.rows, n), jnp.float32) for n in (Cv, LANES)],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(plan.splits, steps.most),
+            in_specs=[spec for _, spec in inputs.values()],
+            out_specs=[of_part(K, plan.rows, Cv), of_part(K, plan.rows, LANES)],
+            scratch_shapes=[pltpu.VMEM((K, plan.rows, n), jnp.float32) for n in (LANES, LANES, Cv)],
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=plan.vmem_bytes
+        ),
+        interpret=plan.interpret,
+        name="decode",
+    )(steps.words, steps.pages, *[x for x, _ in inputs.values()])
+    out = out[:, :, :, : G * T].reshape(-1, B, K, G, T, Cv).transpose(0, 1, 4, 2, 3, 5).reshape(-1, B, T, H, Cv)
+    lse = lse[:, :, :, : G * T, 0].reshape(-1, B, H, T)
+    if plan.splits == 1:
+        return out[0].astype(c.query.dtype), lse[0]
+    written = steps.shared > 0
+    out = jnp.where(written[:, :, None, None, None], out, 0)
+    out, lse = merge(out, jnp.where(written[:, :, None, None], lse, -jnp.inf))
+    return out.astype(c.query.dtype), lse
+
+
+def _page(n, L, j, word, split, i, pages):
+    return pages[(split * L + i) * n + j], 0, 0, 0
+
+
+def _along(scales: jax.Array, c: Cached, plan: Plan) -> jax.Array:
+    """Scales [B, K, slots] in the order of the sequences, zeros behind them."""
+    if c.table is not None:
+        scales = jnp.moveaxis(jnp.take(scales, c.table, axis=0, mode="clip"), 2, 1)
+        scales = scales.reshape(*scales.shape[:2], -1)
+    return jnp.pad(scales, ((0, 0), (0, 0), (0, plan.columns * plan.size - scales.shape[2])))
+
+
+def _kernel(
+    plan: Plan,
+    options: Options,
+    inputs: tuple[str, ...],
+    names: tuple[str, ...],
+    dtype: Any,
+    words: Any,
+    _pages: Any,
+    *refs: Any,
+) -> None:
+    ref = dict(zip(inputs, refs, strict=False))
+    out, lse, top, total, sums = refs[len(inputs) :]
+    K, rows = top.shape[:2]
+    word = words[pl.program_id(0) * (words.shape[0] // plan.splits) + pl.program_id(1)]
+
+    @pl.when((word & work.FIRST) != 0)
+    def _():
+        top[...] = jnp.full_like(top, NEVER)
+        total[...] = jnp.zeros_like(total)
+        sums[...] = jnp.zeros_like(sums)
+
+    def block(name, h):
+        if plan.pages:
+            x = [ref[f"{name}{j}"][0, h] for j in range(plan.pages)]
+            return jnp.concatenate(x) if len(x) > 1 else x[0]
+        return ref[name][0, h]
+
+    def streams(masked):
+        q = {name: ref["query_streams"][0, :, i : i + 1] for i, name in enumerate(plan.queries)}
+        k = {name: ref["key_streams"][0, i : i + 1] for i, name in enumerate(names)}
+        return q, {name: jnp.broadcast_to(x, (rows, plan.size)) for name, x in k.items()}
+
+    def step(masked):
+        q, k = streams(masked)
+        seen = options.rule.evaluate(q, k) if masked else None
+        distance = (k["position"] - q["position"]).astype(jnp.float32) if "slopes" in ref else None
+        # What lies behind the cache's end may be anything, and 0 times anything need not be 0.
+        last = work.column_of(word) == plan.columns - 1
+        inside = jnp.where(last, plan.edge, plan.size)
+        for h in range(K):
+            x = _product(ref["query"][0, h], block("key", h).astype(dtype), 1)
+            if "key_scales" in ref:
+                x = x * ref["key_scales"][0, h : h + 1]
+            if options.softcap is None:
+                x = x * (options.scale * LOG2E)
+            else:
+                x = jnp.tanh(x * (options.scale / options.softcap)) * (options.softcap * LOG2E)
+            if distance is not None:
+                x = x + ref["slopes"][h] * distance
+            if masked:
+                x = jnp.where(seen, x, NEVER)
+            before = top[h]
+            now = jnp.maximum(before, x.max(axis=1, keepdims=True))
+            top[h] = now
+            p = jnp.exp2(x - _wide(now, plan.size))
+            fade = jnp.exp2(before - now)
+            total[h] = fade * total[h] + p.sum(axis=1, keepdims=True)
+            if "value_scales" in ref:
+                p = p * ref["value_scales"][0, h : h + 1]
+            v = block("value", h)
+            if masked and plan.edge:
+                v = jnp.where(jax.lax.broadcasted_iota(jnp.int32, v.shape, 0) < inside, v, 0)
+            sums[h] = sums[h] * _wide(fade, v.shape[1]) + _product(p.astype(dtype), v.astype(dtype), 0)
+
+    partial = word & (work.PARTIAL | work.IDLE)
+    pl.when(partial == 0)(lambda: step(False))
+    pl.when(partial == work.PARTIAL)(lambda: step(True))
+
+    @pl.when((word & work.LAST) != 0)
+    def _():
+        for h in range(K):
+            empty = top[h] <= NEVER / 2
+            divisor = jnp.where(empty, 1, total[h])
+            out[0, 0, h] = jnp.where(_wide(empty, sums.shape[2]), 0, sums[h] / _wide(divisor, sums.shape[2]))
+            lse[0, 0, h] = jnp.where(empty, -jnp.inf, (top[h] + jnp.log2(divisor)) / LOG2E)
+
+
+def _product(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
+    """x times y over x's last axis and this one of y's, in float32."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        x, y, (((1,), (axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def _wide(x: jax.Array, width: int) -> jax.Array:
+    """x [rows, LANES], the same in every lane, as [rows, width]."""
+    if width > x.shape[1]:
+        x = jnp.tile(x, (1, -(-width // x.shape[1])))
+    return x[:, :width]

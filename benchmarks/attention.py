@@ -32,9 +32,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from garrulax.kernels import attention, decode, masks
+from garrulax.kernels import attention, masks
 from garrulax.kernels.attention import IMPLEMENTATIONS
-from garrulax.kernels.mask import INF, SAME_SEGMENT, Band, Mask
+from garrulax.kernels.decode import decode
+from garrulax.kernels.mask import INF, SAME_SEGMENT, Band, Bits, Mask
 
 WINDOW, DOCUMENT, SETS = 1024, 1500, 3
 PEER = Path(__file__).parent / "peers" / "torch_attention.py"
@@ -301,7 +302,7 @@ def _drafts(batch: int, slots: int, drafts: int) -> Mask:
     seen = [(1 << 30) | (2 << i) - 1 for i in range(drafts)]
     row = jnp.array([1 << 30] * (slots - drafts) + own, jnp.int32)
     query = jnp.broadcast_to(jnp.array(seen, jnp.int32), (batch, drafts))
-    return Mask({"tree": query}, {"tree": jnp.broadcast_to(row, (batch, slots))}, masks.Bits("tree"))
+    return Mask({"tree": query}, {"tree": jnp.broadcast_to(row, (batch, slots))}, Bits("tree"))
 
 
 def copied() -> float:

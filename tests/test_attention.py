@@ -192,7 +192,7 @@ RANK = zeros(2, 3, dtype=int)
         (QKV, {"mask": np.ones((3, 3), bool)}, TypeError, "mask is a kernels.Mask .* not ndarray"),
         (QKV, {"mask": masks.causal(2, 3), "alibi": zeros(4)}, ValueError, "need a mask with the stream 'position'"),
         (QKV, {"mask": [masks.causal(2, 3)] * 3}, ValueError, "3 masks do not divide 4 query heads"),
-        (QKV, {"implementation": "flash"}, ValueError, "'flash': choose from"),
+        (QKV, {"implementation": "flash"}, ValueError, "'flash' of attention: choose from"),
     ],
 )  # fmt: skip
 def test_misfits_are_named(operands, options, error, message):

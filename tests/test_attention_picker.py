@@ -17,7 +17,7 @@ import garrulax as gx
 from garrulax.kernels import picking
 from garrulax.kernels.attention import IMPLEMENTATIONS, PICKED, TABLE, attention, request
 from garrulax.kernels.dense import Dense
-from garrulax.kernels.mask import causal
+from garrulax.kernels.masks import causal
 from garrulax.kernels.passes import TwoPasses
 from garrulax.kernels.sharded import Sharded
 from garrulax.kernels.xla import Chunked

@@ -13,7 +13,7 @@ from garrulax.kernels.attention import attention
 from garrulax.kernels.decode import FEW, decode, request, work
 from garrulax.kernels.decode.tpu import Kernel
 from garrulax.kernels.decode.xla import Gathered
-from garrulax.kernels.mask import INF, PAD_KEY, SAME_SEGMENT, Band, Bits, KRange, Mask
+from garrulax.kernels.mask import INF, PAD_KEY, SAME_SEGMENT, Band, KRange, Mask
 from garrulax.kernels.parts import merge
 from garrulax.kernels.relative import t5
 

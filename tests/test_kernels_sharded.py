@@ -15,7 +15,8 @@ from garrulax.core.sharding import make_mesh
 from garrulax.kernels.attention import attention
 from garrulax.kernels.call import Operands, Options
 from garrulax.kernels.dense import Dense
-from garrulax.kernels.mask import All, Mask, causal
+from garrulax.kernels.mask import All, Mask
+from garrulax.kernels.masks import causal
 from garrulax.kernels.sequence import way
 from garrulax.kernels.sharded import Sharded
 from garrulax.kernels.xla import Chunked

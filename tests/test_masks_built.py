@@ -17,7 +17,7 @@ from garrulax.train.infill import InfillTokens, infill
 
 T = 12
 SEGMENT = jnp.zeros((1, 8), int)
-quick = settings(max_examples=25, deadline=None)
+quick = settings(max_examples=15, deadline=None)
 
 
 def seen(mask):

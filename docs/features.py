@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from gallery import MASKS
 
-from garrulax.kernels import Mask, attention, masks
-from garrulax.kernels.attention import IMPLEMENTATIONS, implementation_of
+from garrulax.kernels import Mask, attention, decode, masks
+from garrulax.kernels.attention import IMPLEMENTATIONS, TABLE
 from garrulax.kernels.mask import PAD
 from garrulax.kernels.relative import t5
 
@@ -18,20 +18,30 @@ PAGE = Path(__file__).parent / "attention.md"
 T = 1024
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Asked:
     """In an implementation's place: notes what that refuses, and computes nothing."""
 
-    name: str
-    reasons: list[str | None] = dataclasses.field(hash=False)
+    implementation: Any
+    reasons: list[str]
 
     def refusal(self, options: Any, operands: Any) -> None:
         """Takes everything."""
-        self.reasons.append(implementation_of(self.name).refusal(options, operands))
+        reason = self.implementation.refusal(options, operands)
+        self.reasons.extend([reason] if reason else [])
 
-    def __call__(self, options: Any, operands: Any) -> jax.Array:
+    def __call__(self, options: Any, operands: Any) -> Any:
         """Zeros."""
         return jnp.zeros((*operands.query.shape[:3], operands.value.shape[3]), operands.query.dtype)
+
+
+class AskedToDecode(Asked):
+    """The same for decoding attention, whose values are [B, K, S, Cv] and which gives lse too."""
+
+    def __call__(self, options: Any, operands: Any) -> Any:
+        """Zeros."""
+        out = super().__call__(options, operands)
+        return out, jnp.zeros(out.shape[:3], jnp.float32).swapaxes(1, 2)
 
 
 def refusal(
@@ -51,7 +61,7 @@ def refusal(
 
     mask: of as many keys; causal where it is not given. options make what else `attention` is given.
     """
-    asked = Asked(name, [])
+    asked = Asked(TABLE.implementation(name), [])
 
     def request(query, key, value):
         own = (mask or causal)(key.shape[1])
@@ -62,7 +72,46 @@ def refusal(
     shapes = (length, heads, width), (keys, kv_heads, width), (keys, kv_heads, values or width)
     with jax.enable_x64(dtype == jnp.float64):
         jax.eval_shape(request, *(jax.ShapeDtypeStruct((1, *shape), dtype) for shape in shapes))
-    return next((reason for reason in asked.reasons if reason), None)
+    return asked.reasons[0] if asked.reasons else None
+
+
+def refusal_to_decode(
+    name: str,
+    mask: Callable[[int], Mask] | None = None,
+    *,
+    queries: int = 1,
+    kv_heads: int = 2,
+    width: int = 128,
+    values: int | None = None,
+    dtype: Any = jnp.bfloat16,
+    cache: Any = None,
+    page: int | None = None,
+    **options: Callable[[], Any],
+) -> str | None:
+    """The same for `queries` queries of 4 sequences of 8 heads over `T` slots, in pages where `page` is given.
+
+    mask: of the slots; causal where it is not given. cache: dtype of keys and values, by default the query's.
+    """
+    asked = AskedToDecode(decode.TABLE.implementation(name), [])
+    cache = cache or dtype
+    rows, slots = (4, T) if page is None else (4 * T // page, page)
+
+    def request(query, key, value):
+        given = {option: make() for option, make in options.items()}
+        if page is not None:
+            given["table"] = jnp.zeros((4, T // page), jnp.int32)
+        if cache in decode.QUANTISED:
+            given |= dict.fromkeys(("key_scales", "value_scales"), jnp.ones(key.shape[:3]))
+        seen = (mask or causal)(T)
+        query_streams = {n: jnp.tile(s[:, :queries], (4, 1)) for n, s in seen.query.items()}
+        key_streams = {n: jnp.tile(s[:, :slots], (rows, 1)) for n, s in seen.key_streams().items()}
+        own = Mask(query_streams, key_streams, seen.rule)
+        return decode.decode(query, key, value, mask=own, implementation=asked, **given)
+
+    query = jax.ShapeDtypeStruct((4, queries, 8, width), dtype)
+    keys = (jax.ShapeDtypeStruct((rows, kv_heads, slots, size), cache) for size in (width, values or width))
+    jax.eval_shape(request, query, *keys)
+    return asked.reasons[0] if asked.reasons else None
 
 
 def causal(length: int) -> Mask:
@@ -109,6 +158,34 @@ TRAINING: dict[str, dict[str, Any]] = {
 }
 
 
+DECODING: dict[str, dict[str, Any]] = {
+    "one token": {},
+    "8 drafts": {"queries": 8},
+    "`tree`, 90 drafts": {"mask": MASKS["tree"], "queries": 90},
+    "`window`": {"mask": MASKS["window"]},
+    "`sinks_and_window`": {"mask": MASKS["sinks_and_window"]},
+    "a rule of your own, with `~`": {"mask": outside},
+    "sequences of different lengths": {"lengths": lambda: jnp.full(4, 9)},
+    "pages of 16": {"page": 16},
+    "pages of 128": {"page": 128},
+    "cache of int8": {"cache": jnp.int8},
+    "cache of float8_e4m3fn": {"cache": jnp.float8_e4m3fn},
+    "cache of float8_e5m2": {"cache": jnp.float8_e5m2},
+    "int8 in pages of 16": {"cache": jnp.int8, "page": 16},
+    "int8 in pages of 128": {"cache": jnp.int8, "page": 128},
+    "softcap": {"softcap": lambda: 30.0},
+    "ALiBi": {"alibi": lambda: jnp.ones(8)},
+    "relative (T5)": {"relative": lambda: t5(jnp.zeros((32, 8)), bidirectional=False)},
+    "sinks": {"sinks": lambda: jnp.zeros(8)},
+    "float16": {"dtype": jnp.float16},
+    "float32": {"dtype": jnp.float32},
+    **{f"heads of width {width}": {"width": width} for width in (64, 80, 96, 128, 192, 256)},
+    "values of another width": {"width": 192, "values": 128},
+    "as many key/value heads": {"kv_heads": 8},
+    "one key/value head (MQA)": {"kv_heads": 1},
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Table:
     """One table of the page, between two comments that name it.
@@ -147,7 +224,10 @@ class Table:
         return before + begin, text, end + after
 
 
-TABLES = (Table("table of implementations", tuple(IMPLEMENTATIONS), TRAINING, refusal),)
+TABLES = (
+    Table("table of implementations", tuple(IMPLEMENTATIONS), TRAINING, refusal),
+    Table("table of decoding", ("xla", "tpu"), DECODING, refusal_to_decode),
+)
 
 
 def write() -> None:

@@ -38,7 +38,7 @@ from garrulax.kernels.decode import decode
 from garrulax.kernels.mask import INF, SAME_SEGMENT, Band, Bits, Mask
 
 WINDOW, DOCUMENT, SETS = 1024, 1500, 3
-PEER = Path(__file__).parent / "peers" / "torch_attention.py"
+PEER = Path(__file__).parent / "peers" / "torch_attention_gpu.py"
 PEAK = {"H100": 989, "H200": 989, "A100": 312, "B200": 2250, "v5e": 197, "v5 lite": 197, "v5p": 459, "v6": 920}
 BANDWIDTH = {
     "H100": 3.35,

@@ -82,7 +82,7 @@ def pull_back(options: Options, operands: Operands, pull: Pull, masked: bool) ->
     """
     o, cotangent = operands, pull.cotangent
     x, slope = _scores(options, o, masked)
-    p = jnp.exp(x - pull.lse[..., None])
+    p = jnp.exp(jnp.minimum(x - pull.lse[..., None], 0))  # where scores are huge, their rounding is, too
     dp = _dropped(_product(cotangent, o.value, 2), options, o)
     ds = p * (dp - pull.delta[..., None])
     raw = (ds * (slope * options.scale)).astype(o.query.dtype)

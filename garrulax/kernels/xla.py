@@ -42,8 +42,6 @@ class Chunked(TwoPasses):
         options, o = grid.fit(options, o)
         schedule = _schedule(options, o, grid)
 
-        put = jax.lax.dynamic_update_slice
-
         def row(done, i):
             queries = grid.queries(o, i)
 
@@ -53,12 +51,12 @@ class Chunked(TwoPasses):
             out, lse = chunk.finish(_fold(schedule, i, step, chunk.nothing(queries)))
             out = out.swapaxes(1, 2).astype(o.query.dtype)
             b, first = grid.row(i)
-            return (put(done[0], _bits(out), (b, first, 0, 0)), put(done[1], lse, (b, 0, first))), None
+            return (_put(done[0], _bits(out), b, first, 0, 0), _put(done[1], lse, b, 0, first)), None
 
         (B, T, H, _), C = o.query.shape, o.value.shape[-1]
         dtype = jnp.promote_types(o.query.dtype, jnp.float32)
         empty = _bits(jnp.zeros((B, T, H, C), o.query.dtype)), jnp.zeros((B, H, T), dtype)
-        (out, lse), _ = jax.lax.scan(row, empty, jnp.arange(grid.total))
+        (out, lse), _ = jax.lax.scan(row, empty, jnp.arange(grid.total, dtype=jnp.int32))
         return _floats(out, o.query.dtype), lse
 
     def backward(
@@ -85,12 +83,12 @@ class Chunked(TwoPasses):
                 return query + part.query, grid.add(sums, part, i, column)
 
             query, sums = _fold(schedule, i, step, (jnp.zeros(queries.query.shape, lse.dtype), sums))
-            return sums._replace(query=_add(sums.query, query.swapaxes(1, 2), (*grid.row(i), 0, 0))), None
+            return sums._replace(query=_add(sums.query, query.swapaxes(1, 2), *grid.row(i), 0, 0)), None
 
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, lse.dtype), _differentiated(o))
         key, value = (x.transpose(0, 2, 3, 1) for x in (zeros.key, zeros.value))
         return _finished(
-            jax.lax.scan(row, zeros._replace(key=key, value=value), jnp.arange(grid.total))[0],
+            jax.lax.scan(row, zeros._replace(key=key, value=value), jnp.arange(grid.total, dtype=jnp.int32))[0],
             operands,
         )
 
@@ -174,11 +172,11 @@ class _Grid(NamedTuple):
         (b, query), key = self.row(i), column * self.s
         bias = sums.bias
         if bias is not None and part.bias is not None:
-            bias = _add(bias, part.bias, (b, 0, query, key))
+            bias = _add(bias, part.bias, b, 0, query, key)
         return Gradients(
             sums.query,
-            _add(sums.key, part.key, (b, 0, 0, key)),
-            _add(sums.value, part.value, (b, 0, 0, key)),
+            _add(sums.key, part.key, b, 0, 0, key),
+            _add(sums.value, part.value, b, 0, 0, key),
             bias,
             None if sums.steps is None or part.steps is None else sums.steps + part.steps,
         )
@@ -188,7 +186,7 @@ class _Grid(NamedTuple):
         starts, so that a last chunk ends with the last token and the axes of size 1 of a bias stay whole."""
         start, sizes = [at[0]] + [0] * (x.ndim - 1), [min(self.b, len(x)), *x.shape[1:]]
         start[axis], sizes[axis] = at[1], min(size, x.shape[axis])
-        return _floats(jax.lax.dynamic_slice(_bits(x), start, sizes), x.dtype)
+        return _floats(jax.lax.dynamic_slice(_bits(x), _index(*start), sizes), x.dtype)
 
 
 class _Schedule(NamedTuple):
@@ -237,9 +235,19 @@ def _places(length: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     return index.ravel(), (index < start).ravel()
 
 
-def _add(x: jax.Array, more: jax.Array, start: tuple[Any, ...]) -> jax.Array:
-    """x with `more` added from `start` on."""
-    return jax.lax.dynamic_update_slice(x, jax.lax.dynamic_slice(x, start, more.shape) + more, start)
+def _put(x: jax.Array, part: jax.Array, *start: jax.Array | int) -> jax.Array:
+    """x with a part of it replaced."""
+    return jax.lax.dynamic_update_slice(x, part, _index(*start))
+
+
+def _add(x: jax.Array, more: jax.Array, *start: jax.Array | int) -> jax.Array:
+    """x with `more` added to a part of it."""
+    return _put(x, jax.lax.dynamic_slice(x, _index(*start), more.shape) + more, *start)
+
+
+def _index(*start: jax.Array | int) -> tuple[jax.Array, ...]:
+    """Starts of one dtype, also where integers are int64 by default."""
+    return tuple(jnp.asarray(i, jnp.int32) for i in start)
 
 
 def _bits(x: jax.Array) -> jax.Array:

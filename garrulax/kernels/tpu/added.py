@@ -38,7 +38,7 @@ def bias_gradient(plan: Plan, operands: Operands, rows: Arrays) -> jax.Array:
 
     scalars = {"work": work, **plans.scalars(plan, operands)}
     out = {"dbias": jax.ShapeDtypeStruct(shape, jnp.float32)}
-    scratch = {"steps": pltpu.VMEM((plan.chunk, plan.block_q), jnp.float32)}
+    scratch = {"steps": pltpu.VMEM((plan.chunk, plan.strip), jnp.float32)}
     y = plans.launch(
         functools.partial(_bias_kernel, plan, place, range(len(kept), 4)),
         "attention_bias_gradient",
@@ -67,14 +67,14 @@ def _bias_kernel(
 
     def body(partial):
         def group(j):
-            for c in range(plan.block_k // plan.chunk):
+            for c in range(0, plan.block_k, plan.chunk):
                 _, ds = tile(plan, scalars, x, p, j, c, partial, carry["steps"], products=False)
                 for g in range(plan.group):
                     head = j * plan.group + g if out.shape[2] > 1 else 0
                     part = ds[:, g * plan.block_q : (g + 1) * plan.block_q].T
                     if out.shape[3] == 1:
                         part = part.sum(axis=0, keepdims=True)
-                    out[0, 0, head, :, pl.ds(c * plan.chunk, plan.chunk)] += part
+                    out[0, 0, head, :, pl.ds(c, plan.chunk)] += part
 
         each_group(plan, group)
 
@@ -101,7 +101,7 @@ def steps_gradient(plan: Plan, operands: Operands, rows: Arrays) -> jax.Array:
             {"dsteps": jax.ShapeDtypeStruct(shape, jnp.float32)},
             {"dsteps": pl.BlockSpec((1, *shape[1:]), lambda head, step, s: (head, 0, 0, 0))},
         ),
-        {"steps": pltpu.VMEM((plan.chunk, plan.block_q), jnp.float32)},
+        {"steps": pltpu.VMEM((plan.chunk, plan.strip), jnp.float32)},
     )
     return y["dsteps"].sum(axis=3).reshape(H, -1)[:, :N].T
 
@@ -118,21 +118,21 @@ def _steps_kernel(plan: Plan, scalars: Arrays, x: Arrays, y: Arrays, carry: Arra
 
     def add(head, i, ds):
         lanes = ds.sum(axis=0, keepdims=True)
-        parts = [lanes[:, n : n + LANES] for n in range(0, plan.block_q, LANES)]
+        parts = [lanes[:, n : n + LANES] for n in range(0, plan.strip, LANES)]
         out[0, head, pl.ds(i, 1)] += sum(parts[1:], parts[0])
 
     def body(partial):
         def group(j):
-            for c in range(plan.block_k // plan.chunk):
-                keys = pl.ds(c * plan.chunk, plan.chunk)
+            for c in range(0, plan.block_k, plan.chunk):
                 _, ds = tile(plan, scalars, x, place, j, c, partial, carry["steps"], products=False)
-                key = x["key_streams"][0, :, keys].T[:, plan.key_names.index("position")][:, None]
-                query = x["query_streams"][0, pl.ds(plan.query_names.index("position"), 1), :]
-                for g in range(plan.group):
-                    carry["steps"][...] = ds[:, g * plan.block_q : (g + 1) * plan.block_q]
+                key = x["key_streams"][0, :, pl.ds(c, plan.chunk)].T[:, plan.key_names.index("position")][:, None]
+                for r in range(0, plan.group * plan.block_q, plan.strip):
+                    carry["steps"][...] = ds[:, r : r + plan.strip]
+                    g, line = divmod(r, plan.block_q)
+                    query = x["query_streams"][0, pl.ds(plan.query_names.index("position"), 1), pl.ds(line, plan.strip)]
+                    distance = key - query
 
-                    def one(i, _, g=g):
-                        distance = key - query
+                    def one(i, _, g=g, distance=distance):
                         above = (i == low) | (distance >= starts[jnp.maximum(i - 1, 0)])
                         below = (i == high) | (distance < starts[jnp.minimum(i, starts.shape[0] - 1)])
                         add(j * plan.group + g, i, jnp.where(above & below, carry["steps"][...], 0.0))

@@ -44,7 +44,7 @@ def backward(
         "dvalue": pltpu.VMEM(x["value"].shape[2:], jnp.float32),
     }
     if "steps" in scalars:
-        scratch["steps"] = pltpu.VMEM((plan.chunk, plan.block_q), jnp.float32)
+        scratch["steps"] = pltpu.VMEM((plan.chunk, plan.strip), jnp.float32)
     y = plans.launch(
         functools.partial(_kernel, plan),
         "attention_backward",
@@ -90,13 +90,13 @@ def _block(plan: Plan, scalars: Arrays, x: Arrays, carry: Arrays, place: Place, 
     def group(j):
         rows = pl.ds(j * plan.group * plan.block_q, plan.group * plan.block_q)
         query, cotangent = (of_group(plan, x[name], j) for name in ("query", "cotangent"))
-        for c in range(plan.block_k // plan.chunk):
+        for c in range(0, plan.block_k, plan.chunk):
             p, ds = tile(plan, scalars, x, place, j, c, partial, carry.get("steps"))
             ds = ds.astype(query.dtype)
-            keys = pl.ds(place.column * plan.block_k + c * plan.chunk, plan.chunk)
+            keys = pl.ds(place.column * plan.block_k + c, plan.chunk)
             carry["dvalue"][keys] += plan.dot(p.astype(query.dtype), cotangent, (1, 0))
             carry["dkey"][keys] += plan.dot(ds, query, (1, 0))
-            carry["dquery"][rows] += plan.dot(ds, x["key"][0, 0, pl.ds(c * plan.chunk, plan.chunk)], (0, 0))
+            carry["dquery"][rows] += plan.dot(ds, x["key"][0, 0, pl.ds(c, plan.chunk)], (0, 0))
 
     each_group(plan, group)
 
@@ -106,35 +106,36 @@ def tile(
     products: bool = True,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Probabilities after dropout, times 1 - its rate, and the gradient of the scores (of the scaled products, if
-    `products`, else of what is added to them), float32 [chunk, group * block_q], of group j of heads and chunk c."""
-    keys = pl.ds(c * plan.chunk, plan.chunk)
-    q = {name: x["query_streams"][0, i : i + 1, :] for i, name in enumerate(plan.query_names)}
+    `products`, else of what is added to them), float32 [chunk, group * block_q], of group j of heads and the chunk of
+    keys from c on."""
+    keys = pl.ds(c, plan.chunk)
     columns = x["key_streams"][0, :, keys].T
     k = {name: columns[:, i : i + 1] for i, name in enumerate(plan.key_names)}
-    shape = (plan.chunk, plan.block_q)
     raw = plan.dot(x["key"][0, 0, keys], of_group(plan, x["query"], j), (1, 1))
     dp = plan.dot(x["value"][0, 0, keys], of_group(plan, x["cotangent"], j), (1, 1))
-    seen = scores.seen(plan, q, k, shape) if partial else None
-    dropped, gradients = [], []
-    for g in range(plan.group):
-        first = j * plan.group + g
-        head = place.head * plan.heads + first
-        part = slice(g * plan.block_q, (g + 1) * plan.block_q)
-        bias = scores.bias_tile(plan, x.get("bias"), first, c)
-        bias = None if bias is None else bias.astype(jnp.float32).T
-        s, slope = scores.scored(plan, scalars, place, head, raw[:, part], q, k, bias, buffer)
-        if seen is not None:
-            s = jnp.where(seen, s, scores.LOWEST)
-        lse, delta = (x[name][0, 0, pl.ds(first, 1)] for name in ("lse", "delta"))
-        p = jnp.exp2(s - (lse + scores.tilt(scalars, place, head, q)) * scores.LOG2_E)
-        d, kept_p = dp[:, part], p
-        if "seeds" in scalars:
-            kept = scores.kept(plan, scalars, place, head, c, shape, key_axis=0)
-            kept_p, d = jnp.where(kept, p, 0.0), jnp.where(kept, d * (1 / (1 - plan.options.dropout)), 0.0)
-        ds = p * (d - delta)
-        dropped.append(kept_p)
-        gradients.append(ds if slope is None or not products else ds * slope)
-    return jnp.concatenate(dropped, axis=1), jnp.concatenate(gradients, axis=1)
+    tiles = {}
+    for r in range(0, plan.block_q, plan.strip):
+        strip = pl.ds(r, plan.strip)
+        q = {name: x["query_streams"][0, i : i + 1, strip] for i, name in enumerate(plan.query_names)}
+        masked = scores.masking(plan, q, k, (plan.chunk, plan.strip)) if partial else None
+        for g in range(plan.group):
+            first = j * plan.group + g
+            head = place.head * plan.heads + first
+            part = slice(g * plan.block_q + r, g * plan.block_q + r + plan.strip)
+            bias = scores.bias_tile(plan, x.get("bias"), first, (r, c))
+            bias = None if bias is None else bias.astype(jnp.float32).T
+            s, slope = scores.scored(plan, scalars, place, head, raw[:, part], q, k, bias, buffer)
+            s = s if masked is None else masked(s)
+            lse, delta = (x[name][0, 0, pl.ds(first, 1), strip] for name in ("lse", "delta"))
+            p = jnp.exp2(s - (lse + scores.tilt(scalars, place, head, q)) * scores.LOG2_E)
+            d, dropped = dp[:, part], p
+            if "seeds" in scalars:
+                kept = scores.kept(plan, scalars, place, head, (r, c), s.shape, key_axis=0)
+                dropped, d = jnp.where(kept, p, 0.0), jnp.where(kept, d * (1 / (1 - plan.options.dropout)), 0.0)
+            ds = p * (d - delta)
+            tiles[g, r] = dropped, ds if slope is None or not products else ds * slope
+    dropped, ds = zip(*(tiles[i] for i in sorted(tiles)), strict=True)
+    return jnp.concatenate(dropped, axis=1), jnp.concatenate(ds, axis=1)
 
 
 def of_group(plan: Plan, x: Any, j: Any) -> jax.Array:

@@ -31,10 +31,11 @@ def forward(plan: Plan, operands: Operands) -> tuple[jax.Array, jax.Array]:
         "top": pltpu.VMEM((rows, LANES), jnp.float32),
         "total": pltpu.VMEM((rows, LANES), jnp.float32),
         "output": pltpu.VMEM((rows, width), jnp.float32),
-        "query_streams": pltpu.VMEM((plan.block_q, x["query_streams"].shape[1]), jnp.int32),
     }
+    if plan.query_names:
+        scratch["query_streams"] = pltpu.VMEM((len(plan.query_names), plan.block_q, LANES), jnp.int32)
     if "steps" in scalars:
-        scratch["steps"] = pltpu.VMEM((plan.block_q, plan.chunk), jnp.float32)
+        scratch["steps"] = pltpu.VMEM((plan.strip, plan.chunk), jnp.float32)
     y = plans.launch(
         functools.partial(_kernel, plan),
         "attention_forward",
@@ -57,7 +58,9 @@ def _kernel(plan: Plan, scalars: Arrays, x: Arrays, y: Arrays, carry: Arrays) ->
         carry["top"][...] = jnp.full_like(carry["top"], scores.LOWEST)
         carry["total"][...] = jnp.zeros_like(carry["total"])
         carry["output"][...] = jnp.zeros_like(carry["output"])
-        carry["query_streams"][...] = x["query_streams"][0].T
+        columns = x["query_streams"][0].T
+        for i in range(len(plan.query_names)):
+            carry["query_streams"][i] = jnp.broadcast_to(columns[:, i : i + 1], (plan.block_q, LANES))
 
     body = functools.partial(_block, plan, scalars, x, carry, place)
     pl.when((word & PARTIAL) == 0)(functools.partial(body, False))
@@ -67,42 +70,56 @@ def _kernel(plan: Plan, scalars: Arrays, x: Arrays, y: Arrays, carry: Arrays) ->
 
 def _block(plan: Plan, scalars: Arrays, x: Arrays, carry: Arrays, place: Place, partial: bool) -> None:
     """One block of pairs, a group of heads and a chunk of keys at a time."""
-    q = {name: carry["query_streams"][:, i : i + 1] for i, name in enumerate(plan.query_names)}
-    shape = (plan.block_q, plan.chunk)
 
     def group(j):
         first = j * plan.group
         rows = pl.ds(first * plan.block_q, plan.group * plan.block_q)
         query = x["query"][0, 0, pl.ds(first, plan.group)].reshape(plan.group * plan.block_q, -1)
-        for c in range(plan.block_k // plan.chunk):
-            keys = pl.ds(c * plan.chunk, plan.chunk)
-            k = {name: x["key_streams"][0, i : i + 1, keys] for i, name in enumerate(plan.key_names)}
+        for c in range(0, plan.block_k, plan.chunk):
+            keys = pl.ds(c, plan.chunk)
             products = plan.dot(query, x["key"][0, 0, keys], (1, 1))
-            seen = scores.seen(plan, q, k, shape) if partial else None
-            tiles, kept = [], []
-            for g in range(plan.group):
-                head = place.head * plan.heads + first + g
-                tile = products[g * plan.block_q : (g + 1) * plan.block_q]
-                bias = scores.bias_tile(plan, x.get("bias"), first + g, c)
-                tile, _ = scores.scored(plan, scalars, place, head, tile, q, k, bias, carry.get("steps"))
-                tiles.append(tile if seen is None else jnp.where(seen, tile, scores.LOWEST))
-                if "seeds" in scalars:
-                    kept.append(scores.kept(plan, scalars, place, head, c, shape, key_axis=1))
-            s = jnp.concatenate(tiles)
+            s, kept = _scores(plan, scalars, x, carry, place, partial, first, c, products)
             top = carry["top"][rows]
             new = jnp.maximum(top, s.max(axis=1, keepdims=True))
             p = jnp.exp2(s - _spread(new, plan.chunk))
             faded = jnp.exp2(top - new)
             carry["top"][rows] = new
             carry["total"][rows] = faded * carry["total"][rows] + p.sum(axis=1, keepdims=True)
-            if kept:
-                p = jnp.where(jnp.concatenate(kept), p, 0.0)
+            if kept is not None:
+                p = jnp.where(kept, p, 0.0)
             value = x["value"][0, 0, keys]
             output = carry["output"][rows]
             output = output * _spread(faded, output.shape[1]) + plan.dot(p.astype(value.dtype), value, (1, 0))
             carry["output"][rows] = output
 
     each_group(plan, group)
+
+
+def _scores(
+    plan: Plan, scalars: Arrays, x: Arrays, carry: Arrays, place: Place, partial: bool, first: Any, c: int,
+    products: jax.Array,
+) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
+    """Scores of a group of heads from `first` on, and which of their probabilities dropout keeps."""
+    k = {name: x["key_streams"][0, i : i + 1, pl.ds(c, plan.chunk)] for i, name in enumerate(plan.key_names)}
+    shape = (plan.strip, plan.chunk)
+    tiles, kept = {}, {}
+    for r in range(0, plan.block_q, plan.strip):
+        lines = pl.ds(r, plan.strip)
+        q = {name: _spread(carry["query_streams"][i, lines], plan.chunk) for i, name in enumerate(plan.query_names)}
+        masked = scores.masking(plan, q, k, shape) if partial else None
+        for g in range(plan.group):
+            head = place.head * plan.heads + first + g
+            tile = products[g * plan.block_q + r : g * plan.block_q + r + plan.strip]
+            bias = scores.bias_tile(plan, x.get("bias"), first + g, (r, c))
+            tile, _ = scores.scored(plan, scalars, place, head, tile, q, k, bias, carry.get("steps"))
+            tiles[g, r] = tile if masked is None else masked(tile)
+            if "seeds" in scalars:
+                kept[g, r] = scores.kept(plan, scalars, place, head, (r, c), shape, key_axis=1)
+    return _joined(tiles), _joined(kept) if kept else None
+
+
+def _joined(tiles: dict[tuple[int, int], jax.Array]) -> jax.Array:
+    return jnp.concatenate([tiles[i] for i in sorted(tiles)])
 
 
 def _finish(plan: Plan, scalars: Arrays, x: Arrays, y: Arrays, carry: Arrays, place: Place) -> None:

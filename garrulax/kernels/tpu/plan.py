@@ -16,6 +16,7 @@ from garrulax.kernels.tpu.schedule import Schedule, column, row, schedule
 
 LANES = 128
 SUBLANES = 8
+STRIP = 256
 VMEM = 56 << 20  # bytes that a kernel may use: the least of the chips has 64 MiB a core
 
 Arrays = dict[str, Any]
@@ -25,8 +26,8 @@ Arrays = dict[str, Any]
 class Plan:
     """The static part of a call of a kernel.
 
-    block_q, block_k: tokens of a block. chunk: keys that are computed at once. heads: query heads of a key/value
-    head. group: how many of them are computed at once. query_names, key_names: streams in the order of their rows.
+    block_q, block_k: tokens of a block. heads: query heads of a key/value head. group: how many of them are multiplied
+    at once, with a chunk of keys; strip: queries whose scores are then treated together. query_names, key_names: streams in the order of their rows.
     """
 
     options: Options
@@ -35,6 +36,7 @@ class Plan:
     chunk: int
     heads: int
     group: int
+    strip: int
     query_names: tuple[str, ...]
     key_names: tuple[str, ...]
     precision: jax.lax.Precision
@@ -70,6 +72,7 @@ def cut(
         chunk=chunk,
         heads=heads,
         group=group,
+        strip=math.gcd(STRIP, block_q),
         query_names=tuple(sorted(operands.query_streams)),
         key_names=tuple(sorted(operands.key_streams)),
         precision=jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT,

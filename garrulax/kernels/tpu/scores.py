@@ -2,6 +2,7 @@
 queries. Scores are in base 2, so that exponentials are powers of two."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,10 +18,14 @@ LOWEST = -0.7 * float(jnp.finfo(jnp.float32).max)  # of pairs that do not attend
 Streams = dict[str, jax.Array]
 
 
-def seen(plan: Plan, query: Streams, key: Streams, shape: tuple[int, int]) -> jax.Array:
-    """Which pairs of a tile attend; the streams broadcast to its shape."""
-    query, key = ({name: jnp.broadcast_to(s, shape) for name, s in side.items()} for side in (query, key))
-    return jnp.broadcast_to(plan.options.rule.evaluate(query, key), shape)
+def masking(plan: Plan, query: Streams, key: Streams, shape: tuple[int, int]) -> Callable[[jax.Array], jax.Array]:
+    """What turns the scores of a tile's pairs that do not attend into the lowest. Heads that share a tile's mask share
+    a float32 tile of the greatest scores that pairs may have, which costs each of them less than a choice."""
+    seen = jnp.broadcast_to(plan.options.rule.evaluate(query, key), shape)
+    if plan.group == 1:
+        return lambda scores: jnp.where(seen, scores, LOWEST)
+    ceiling = jnp.where(seen, jnp.inf, LOWEST)
+    return lambda scores: jnp.minimum(scores, ceiling)
 
 
 def scored(
@@ -77,17 +82,18 @@ def steps_met(scalars: Arrays, place: Place) -> tuple[jax.Array, jax.Array]:
 
 
 def kept(
-    plan: Plan, scalars: Arrays, place: Place, head: Any, chunk: int, shape: tuple[int, int], key_axis: int
+    plan: Plan, scalars: Arrays, place: Place, head: Any, corner: tuple[int, int], shape: tuple[int, int], key_axis: int
 ) -> jax.Array:
-    """Which probabilities of a tile dropout keeps. chunk: the tile's number in its block."""
+    """Which probabilities of a tile dropout keeps. corner: the tile's first query and key in its block."""
     q, k = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (1 - key_axis, key_axis))
-    q += place.row * plan.block_q
-    k += scalars["first_key"][0] + place.column * plan.block_k + chunk * plan.chunk
+    q += place.row * plan.block_q + corner[0]
+    k += scalars["first_key"][0] + place.column * plan.block_k + corner[1]
     return dropout.kept(scalars["seeds"][place.batch, head], q, k, plan.options.dropout)
 
 
-def bias_tile(plan: Plan, bias: Any, head: Any, chunk: int) -> jax.Array | None:
+def bias_tile(plan: Plan, bias: Any, head: Any, corner: tuple[int, int]) -> jax.Array | None:
     """Bias of a head's tile, queries by keys; bias: the reference to the block's, or None."""
     if bias is None:
         return None
-    return bias[0, 0, head if bias.shape[2] > 1 else 0, :, pl.ds(chunk * plan.chunk, plan.chunk)]
+    rows = pl.ds(corner[0], plan.strip) if bias.shape[3] > 1 else slice(None)
+    return bias[0, 0, head if bias.shape[2] > 1 else 0, rows, pl.ds(corner[1], plan.chunk)]

@@ -12,6 +12,7 @@ import kernel_cases as cases
 import numpy as np
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from garrulax.kernels.attention import attention, implementation_of, pick, request
@@ -74,13 +75,13 @@ def test_more_keys_than_queries(case):
 def test_blocks(kernel):
     """Several chunks of a block's keys and several strips of its queries; dropout and ALiBi count both."""
     extras = ("alibi", "relative", "shared_bias", "dropout")
-    cases.assert_agrees(kernel, cases.infilling(400), (400, 400, 2, 1, 16), extras=extras, bound=2 * BOUND)
+    cases.assert_agrees(kernel, cases.packed(400), (400, 400, 2, 1, 16), extras=extras, bound=2 * BOUND)
 
 
 def test_keys_in_several_spans():
-    """Gradients of keys that would not fit into VMEM: four blocks of keys in two spans, the second filled up."""
+    """Gradients of keys that would not fit into VMEM: three blocks of keys in two spans of two."""
     kernel = dataclasses.replace(SMALL, span_bytes=2 * 128 * 2 * 128 * 4)
-    cases.assert_agrees(kernel, cases.packed(400), (400, 400, 2, 1, 16), extras=("alibi", "dropout"), bound=BOUND)
+    cases.assert_agrees(kernel, cases.packed(300), (300, 300, 2, 1, 16), extras=("key_bias", "dropout"), bound=BOUND)
 
 
 def test_vmap():
@@ -168,13 +169,13 @@ def abstract(T, S=None, B=1, H=2, K=1, C=128, dtype=jnp.bfloat16):
 
 def test_refusals():
     kernel, options = implementation_of("pallas_tpu"), Options(Mask({}).rule, 1.0)
-    assert kernel.refusal(options, abstract(1 << 18)) is None
-    assert "blocks are more than its list holds" in kernel.refusal(options, abstract(1 << 18, B=2))
+    assert kernel.refusal(options, abstract(1 << 17, B=2)) is None
+    assert "blocks are more than its list holds" in kernel.refusal(options, abstract(1 << 17, B=3))
     assert "4097" in Kernel(block_q=128, block_k=128).refusal(options, abstract(4097 * 128, 128))
     with jax.enable_x64(True):
         wide = abstract(128, dtype=jnp.float64)
         assert "float64" in kernel.refusal(options, wide)
-        with pytest.raises(ValueError, match="pallas_tpu.*float64"):
+        with pytest.raises(ValueError, match=r"pallas_tpu.*float64"):
             pick("pallas_tpu", options, wide)
 
 
@@ -235,11 +236,8 @@ def test_control_a_race_is_found(states, monkeypatch):
             source[...] = jnp.zeros_like(source)
             copy.wait()
 
-        pltpu_run_scoped(run, semaphore=pltpu.SemaphoreType.DMA)
+        pl.run_scoped(run, semaphore=pltpu.SemaphoreType.DMA)
 
-    from jax.experimental import pallas as pl
-
-    pltpu_run_scoped = pl.run_scoped
     monkeypatch.setattr(pltpu, "sync_copy", hasty)
     with pytest.raises(AssertionError):
         cases.assert_agrees(checked(), cases.causal(128), (128, 128, 1, 1, 16), bound=BOUND)

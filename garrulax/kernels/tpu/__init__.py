@@ -7,12 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from garrulax.kernels.blocks import fill
+from garrulax.kernels.blocks import fill, fill_up
 from garrulax.kernels.call import NOTHING, Gradients, Operands, Options
 from garrulax.kernels.passes import TwoPasses
-from garrulax.kernels.tpu import added, plan
-from garrulax.kernels.tpu.backward import by_spans
-from garrulax.kernels.tpu.forward import forward
+from garrulax.kernels.tpu import added, backward, forward, plan
 from garrulax.kernels.tpu.plan import LANES
 from garrulax.kernels.tpu.schedule import ENTRIES, SIDE
 
@@ -42,6 +40,8 @@ class Kernel(TwoPasses):
             return f"it takes queries, keys and values of one of the dtypes {', '.join(DTYPES)}, not {sorted(dtypes)}"
         block_q, block_k = self.blocks(operands)
         rows, columns = math.ceil(o.query.shape[1] / block_q), math.ceil(o.key.shape[1] / block_k)
+        if o.steps is not None or o.bias is not None:
+            columns += -columns % LANES  # of these there is an array in scalar memory, which has whole lanes
         if max(rows, columns) > SIDE or o.query.shape[0] * rows * columns > ENTRIES:
             return (
                 f"{o.query.shape[0]} x {rows} x {columns} blocks are more than its list holds: "
@@ -59,7 +59,7 @@ class Kernel(TwoPasses):
     def forward(self, options: Options, operands: Operands) -> tuple[jax.Array, jax.Array]:
         """As `TwoPasses.forward`."""
         B, T, H, _ = operands.query.shape
-        out, lse = forward(*self._cut(options, operands))
+        out, lse = forward.forward(*self._cut(options, operands))
         out = plan.by_token(out, T, operands.value.shape[3]).astype(operands.query.dtype)
         return out, lse.reshape(B, H, -1)[:, :, :T]
 
@@ -70,30 +70,43 @@ class Kernel(TwoPasses):
         o = operands
         B, T, H, C = o.query.shape
         S, K = o.key.shape[1:3]
-        p, filled = self._cut(options, operands)
+        span = self._span(operands)
+        p, filled = self._cut(options, operands, span)
         more = filled.query.shape[1] - T
         rows = {
             "cotangent": plan.by_head(fill(cotangent.astype(filled.query.dtype), more), K),
             "lse": jnp.pad(lse, ((0, 0), (0, 0), (0, more)), constant_values=NOTHING).reshape(B, K, H // K, -1),
             "delta": fill(delta, more, 2).reshape(B, K, H // K, -1),
         }
-        width = sum(n + -n % LANES for n in (C, o.value.shape[3]))
-        span = plan.divided(filled.key.shape[1] // p.block_k, max(1, self.span_bytes // (4 * width * p.block_k)))
-        dq, dk, dv = by_spans(p, filled, rows, span * p.block_k)
+        dq, dk, dv = backward.by_spans(p, filled, rows, span)
         dbias = dsteps = None
-        if o.bias is not None:
-            dbias = added.bias_gradient(p, filled, rows)[:, :, : o.bias.shape[2], :S].astype(o.bias.dtype)
+        if o.bias is not None and filled.bias is not None:
+            dbias = added.bias_gradient(p, filled, filled.bias, rows)[:, :, : o.bias.shape[2], :S].astype(o.bias.dtype)
         if o.steps is not None:
-            dsteps = added.steps_gradient(p, filled, rows).astype(o.steps.dtype)
-        dq, dk, dv = plan.by_token(dq, T, C), *(plan.by_token(x[:, :, None], S, n) for x, n in ((dk, C), (dv, o.value.shape[3])))
+            dsteps = added.steps_gradient(p, filled, o.steps, rows).astype(o.steps.dtype)
+        dq, dk, dv = (
+            plan.by_token(dq, T, C),
+            *(plan.by_token(x[:, :, None], S, n) for x, n in ((dk, C), (dv, o.value.shape[3]))),
+        )
         return Gradients(dq.astype(o.query.dtype), dk.astype(o.key.dtype), dv.astype(o.value.dtype), dbias, dsteps)
 
-    def _cut(self, options: Options, operands: Operands) -> tuple[plan.Plan, Operands]:
+    def _span(self, operands: Operands) -> int:
+        """Keys whose gradients are computed together: whole blocks, as equally many as possible each time."""
+        _, block_k = self.blocks(operands)
+        bytes_of_block = 4 * block_k * sum(n + -n % LANES for n in (operands.key.shape[3], operands.value.shape[3]))
+        columns = math.ceil(operands.key.shape[1] / block_k)
+        times = math.ceil(columns / max(1, self.span_bytes // bytes_of_block))
+        return math.ceil(columns / times) * block_k
+
+    def _cut(self, options: Options, operands: Operands, keys: int | None = None) -> tuple[plan.Plan, Operands]:
+        """The plan and the request filled up to whole blocks, and to a multiple of so many keys."""
         if operands.query.dtype == jnp.float16:
             q, k, v = (x.astype(jnp.float32) for x in (operands.query, operands.key, operands.value))
             operands = dataclasses.replace(operands, query=q, key=k, value=v)
         block_q, block_k = self.blocks(operands)
-        return plan.cut(options, operands, block_q, block_k, math.gcd(self.chunk, block_k), 1024, self.interpret)
+        options, operands = fill_up(options, operands, block_q, keys or block_k)
+        chunk = math.gcd(self.chunk, block_k)
+        return plan.planned(options, operands, block_q, block_k, chunk, self.interpret), operands
 
 
 def _whole(length: int) -> int:

@@ -13,13 +13,13 @@ from garrulax.kernels.call import Operands
 from garrulax.kernels.tpu import plan as plans
 from garrulax.kernels.tpu import scores
 from garrulax.kernels.tpu.backward import tile
-from garrulax.kernels.tpu.forward import each_group
+from garrulax.kernels.tpu.forward import each_group, either
 from garrulax.kernels.tpu.plan import LANES, SUBLANES, Arrays, Place, Plan
 from garrulax.kernels.tpu.schedule import PARTIAL
 
 
-def bias_gradient(plan: Plan, operands: Operands, rows: Arrays) -> jax.Array:
-    """Gradient of the bias, float32 in its shape. rows: as of `backward.backward`.
+def bias_gradient(plan: Plan, operands: Operands, bias: jax.Array, rows: Arrays) -> jax.Array:
+    """Gradient of the operands' bias, float32 in its shape. rows: as of `backward.backward`.
 
     The grid has all blocks, those that share a block of the bias one after another: it is summed up in VMEM.
     """
@@ -49,17 +49,15 @@ def bias_gradient(plan: Plan, operands: Operands, rows: Arrays) -> jax.Array:
         (out, plans.specs(plan, out, place)),
         scratch,
     )
-    return y["dbias"].reshape(operands.bias.shape)
+    return y["dbias"].reshape(bias.shape)
 
 
-def _bias_kernel(
-    plan: Plan, place: Any, summed: range, scalars: Arrays, x: Arrays, y: Arrays, carry: Arrays
-) -> None:
+def _bias_kernel(plan: Plan, place: Any, summed: range, scalars: Arrays, x: Arrays, y: Arrays, carry: Arrays) -> None:
     p = place(*(pl.program_id(i) for i in range(4)))
     out = y["dbias"]
-    fresh = True
+    fresh = jnp.asarray(True)
     for axis in summed:
-        fresh = fresh & (pl.program_id(axis) == 0)
+        fresh &= pl.program_id(axis) == 0
 
     @pl.when(fresh)
     def start():
@@ -79,15 +77,14 @@ def _bias_kernel(
         each_group(plan, group)
 
     work = scalars["work"][p.batch, p.row, p.column]
-    pl.when(work == 1)(functools.partial(body, False))
-    pl.when(work > 1)(functools.partial(body, True))
+    pl.when(work != 0)(lambda: either(plan, work != 1, body))
 
 
-def steps_gradient(plan: Plan, operands: Operands, rows: Arrays) -> jax.Array:
-    """Gradient of the steps [N, H], float32. rows: as of `backward.backward`."""
+def steps_gradient(plan: Plan, operands: Operands, steps: jax.Array, rows: Arrays) -> jax.Array:
+    """Gradient of the operands' steps [N, H], float32. rows: as of `backward.backward`."""
     x = plans.arrays(plan, operands) | rows
     scalars, count = plans.scheduled(plan, operands, plans.scalars(plan, operands))
-    N, H = operands.steps.shape
+    N, H = steps.shape
     K = x["query"].shape[1]
     shape = (K, plan.heads, N + -N % SUBLANES, LANES)
     y = plans.launch(
@@ -141,6 +138,4 @@ def _steps_kernel(plan: Plan, scalars: Arrays, x: Arrays, y: Arrays, carry: Arra
 
         each_group(plan, group)
 
-    word = scalars["words"][step]
-    pl.when((word & PARTIAL) == 0)(functools.partial(body, False))
-    pl.when((word & PARTIAL) != 0)(functools.partial(body, True))
+    either(plan, (scalars["words"][step] & PARTIAL) != 0, body)

@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from garrulax.kernels.call import Operands
 from garrulax.kernels.tpu import plan as plans
 from garrulax.kernels.tpu import scores
-from garrulax.kernels.tpu.forward import each_group
+from garrulax.kernels.tpu.forward import each_group, either
 from garrulax.kernels.tpu.plan import Arrays, Place, Plan
 from garrulax.kernels.tpu.schedule import CLOSES, FIRST, LAST, OPENS, PARTIAL
 
@@ -71,9 +71,7 @@ def _kernel(plan: Plan, scalars: Arrays, x: Arrays, y: Arrays, carry: Arrays) ->
     def start():
         carry["dquery"][...] = jnp.zeros_like(carry["dquery"])
 
-    body = functools.partial(_block, plan, scalars, x, carry, place)
-    pl.when((word & PARTIAL) == 0)(functools.partial(body, False))
-    pl.when((word & PARTIAL) != 0)(functools.partial(body, True))
+    either(plan, (word & PARTIAL) != 0, functools.partial(_block, plan, scalars, x, carry, place))
 
     @pl.when((word & LAST) != 0)
     def finish():
@@ -111,13 +109,14 @@ def tile(
     keys = pl.ds(c, plan.chunk)
     columns = x["key_streams"][0, :, keys].T
     k = {name: columns[:, i : i + 1] for i, name in enumerate(plan.key_names)}
+    shape = (plan.chunk, plan.strip)
     raw = plan.dot(x["key"][0, 0, keys], of_group(plan, x["query"], j), (1, 1))
     dp = plan.dot(x["value"][0, 0, keys], of_group(plan, x["cotangent"], j), (1, 1))
-    tiles = {}
+    tiles: dict[tuple[int, int], tuple[jax.Array, jax.Array]] = {}
     for r in range(0, plan.block_q, plan.strip):
         strip = pl.ds(r, plan.strip)
         q = {name: x["query_streams"][0, i : i + 1, strip] for i, name in enumerate(plan.query_names)}
-        masked = scores.masking(plan, q, k, (plan.chunk, plan.strip)) if partial else None
+        masked = scores.masking(plan, q, k, shape) if partial else None
         for g in range(plan.group):
             first = j * plan.group + g
             head = place.head * plan.heads + first
@@ -130,12 +129,13 @@ def tile(
             p = jnp.exp2(s - (lse + scores.tilt(scalars, place, head, q)) * scores.LOG2_E)
             d, dropped = dp[:, part], p
             if "seeds" in scalars:
-                kept = scores.kept(plan, scalars, place, head, (r, c), s.shape, key_axis=0)
+                kept = scores.kept(plan, scalars, place, head, (r, c), shape, key_axis=0)
                 dropped, d = jnp.where(kept, p, 0.0), jnp.where(kept, d * (1 / (1 - plan.options.dropout)), 0.0)
             ds = p * (d - delta)
             tiles[g, r] = dropped, ds if slope is None or not products else ds * slope
-    dropped, ds = zip(*(tiles[i] for i in sorted(tiles)), strict=True)
-    return jnp.concatenate(dropped, axis=1), jnp.concatenate(ds, axis=1)
+    both = zip(*(tiles[i] for i in sorted(tiles)), strict=True)
+    dropped, ds = (jnp.concatenate(parts, axis=1) for parts in both)
+    return dropped, ds
 
 
 def of_group(plan: Plan, x: Any, j: Any) -> jax.Array:
@@ -146,7 +146,7 @@ def of_group(plan: Plan, x: Any, j: Any) -> jax.Array:
 def by_spans(plan: Plan, operands: Operands, rows: Arrays, span: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `backward`, `span` keys at a time: gradients of all keys would not fit into VMEM."""
     S = operands.key.shape[1]
-    if S <= span:
+    if span >= S:
         return backward(plan, operands, rows, 0, operands.query.dtype)
 
     def part(x, first):
@@ -163,7 +163,7 @@ def by_spans(plan: Plan, operands: Operands, rows: Arrays, span: int) -> tuple[j
         more, dkey, dvalue = backward(plan, o, rows, first, jnp.float32)
         return dquery + more, (dkey, dvalue)
 
-    none = jnp.zeros((*rows["cotangent"].shape[:4], -operands.query.shape[3] % 128 + operands.query.shape[3]))
+    none = jnp.zeros(plans.by_head(operands.query, operands.key.shape[2]).shape, jnp.float32)
     dquery, parts = jax.lax.scan(one, none, jnp.arange(0, S, span))
     dkey, dvalue = (jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], S, -1) for x in parts)
     return dquery, dkey, dvalue

@@ -1,6 +1,7 @@
 """The forward pass: a row of blocks after another, with the softmax carried along in base 2."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from garrulax.kernels.call import Operands
+from garrulax.kernels.mask import All
 from garrulax.kernels.tpu import plan as plans
 from garrulax.kernels.tpu import scores
 from garrulax.kernels.tpu.plan import LANES, Arrays, Place, Plan
@@ -62,9 +64,7 @@ def _kernel(plan: Plan, scalars: Arrays, x: Arrays, y: Arrays, carry: Arrays) ->
         for i in range(len(plan.query_names)):
             carry["query_streams"][i] = jnp.broadcast_to(columns[:, i : i + 1], (plan.block_q, LANES))
 
-    body = functools.partial(_block, plan, scalars, x, carry, place)
-    pl.when((word & PARTIAL) == 0)(functools.partial(body, False))
-    pl.when((word & PARTIAL) != 0)(functools.partial(body, True))
+    either(plan, (word & PARTIAL) != 0, functools.partial(_block, plan, scalars, x, carry, place))
     pl.when((word & LAST) != 0)(functools.partial(_finish, plan, scalars, x, y, carry, place))
 
 
@@ -138,6 +138,15 @@ def _finish(plan: Plan, scalars: Arrays, x: Arrays, y: Arrays, carry: Arrays, pl
         y["lse"][0, 0, pl.ds(g, 1)] = lse - scores.tilt(scalars, place, head, q)
 
     each(plan.heads, one)
+
+
+def either(plan: Plan, partial: jax.Array, body: Callable[[bool], None]) -> None:
+    """body(False), or where the block is partial body(True); where everybody attends there is no such body."""
+    if plan.options.rule == All():
+        body(False)
+    else:
+        pl.when(~partial)(functools.partial(body, False))
+        pl.when(partial)(functools.partial(body, True))
 
 
 def each_group(plan: Plan, body: Any) -> None:

@@ -3,20 +3,21 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from garrulax.kernels.blocks import block_map, bounds, fill, fill_up
+from garrulax.kernels.blocks import block_map, bounds, fill
 from garrulax.kernels.call import Operands, Options
 from garrulax.kernels.tpu.schedule import Schedule, column, row, schedule
 
 LANES = 128
 SUBLANES = 8
 STRIP = 256
+ROWS = 1024  # of all heads of a group
 VMEM = 56 << 20  # bytes that a kernel may use: the least of the chips has 64 MiB a core
 
 Arrays = dict[str, Any]
@@ -27,7 +28,8 @@ class Plan:
     """The static part of a call of a kernel.
 
     block_q, block_k: tokens of a block. heads: query heads of a key/value head. group: how many of them are multiplied
-    at once, with a chunk of keys; strip: queries whose scores are then treated together. query_names, key_names: streams in the order of their rows.
+    at once, with a chunk of keys; strip: queries whose scores are then treated together.
+    query_names, key_names: streams in the order of their rows.
     """
 
     options: Options
@@ -57,15 +59,12 @@ class Place(NamedTuple):
     column: Any
 
 
-def cut(
-    options: Options, operands: Operands, block_q: int, block_k: int, chunk: int, rows: int, interpret: Any
-) -> tuple[Plan, Operands]:
-    """The plan, and the request filled up to whole blocks. rows: the most that are computed at once."""
-    options, operands = fill_up(options, operands, block_q, block_k)
+def planned(options: Options, operands: Operands, block_q: int, block_k: int, chunk: int, interpret: Any) -> Plan:
+    """The plan of a request of whole blocks."""
     heads = operands.query.shape[2] // operands.key.shape[2]
-    group = max(g for g in range(1, heads + 1) if heads % g == 0 and (g == 1 or g * block_q <= rows))
+    group = max(g for g in range(1, heads + 1) if heads % g == 0 and (g == 1 or g * block_q <= ROWS))
     exact = operands.query.dtype == jnp.float32
-    plan = Plan(
+    return Plan(
         options=options,
         block_q=block_q,
         block_k=block_k,
@@ -78,7 +77,6 @@ def cut(
         precision=jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT,
         interpret=interpret,
     )
-    return plan, operands
 
 
 def by_head(x: jax.Array, heads: int) -> jax.Array:
@@ -150,7 +148,7 @@ def scalars(plan: Plan, operands: Operands, first_key: Any = 0) -> Arrays:
 def scheduled(plan: Plan, operands: Operands, more: Arrays) -> tuple[Arrays, jax.Array]:
     """Scalars of a kernel that walks along the schedule, and the length of its walk."""
     s: Schedule = schedule(*activity(plan, operands))
-    return {"words": s.words, "batch": s.batch, **more}, s.count
+    return {"words": s.words, "batch": s.batch, **more}, s.length
 
 
 def listed(head: Any, step: Any, s: Arrays) -> Place:
@@ -205,7 +203,8 @@ def launch(
     parallel: how many leading axes of the grid may be computed in any order. inputs: scalars, arrays and the specs of
     the arrays. outputs: shapes and specs.
     """
-    order = ("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel)
+    order: list[Literal["parallel", "arbitrary"]] = ["parallel"] * parallel
+    order += ["arbitrary"] * (len(grid) - parallel)
     return pl.pallas_call(
         body,
         out_shape=outputs[0],
@@ -216,8 +215,3 @@ def launch(
         interpret=plan.interpret,
         name=name,
     )(inputs[0], inputs[1])
-
-
-def divided(length: int, most: int) -> int:
-    """The size of the fewest equal parts of `length` blocks that have at most `most`."""
-    return math.ceil(length / math.ceil(length / most))

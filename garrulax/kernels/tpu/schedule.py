@@ -15,12 +15,12 @@ _COLUMN, _ROW = 5, 17
 class Schedule(NamedTuple):
     """Active blocks in the order of (batch row, row, column).
 
-    words: int32 [n]: column << 5 | row << 17 | bits. batch: int32 [n]. count: how many of them are meant.
+    words: int32 [n]: column << 5 | row << 17 | bits. batch: int32 [n]. length: how many of them are meant.
     """
 
     words: jax.Array
     batch: jax.Array
-    count: jax.Array
+    length: jax.Array
 
 
 def row(word: jax.Array) -> jax.Array:

@@ -13,10 +13,12 @@ _TABLE = "*final_hlo-static-per-bundle-utilization.txt"
 
 class Schedule(NamedTuple):
     """A kernel's bundles: all, those from the first to the last matrix product ("hot": the work on a block of each of
-    its bodies), and the share of the units of each kind that the hot ones keep busy."""
+    its bodies), the longest stretch of them without one (what lies between two bodies), and the share of the units of
+    each kind that the hot ones keep busy."""
 
     total: int
     hot: int
+    pause: int
     used: dict[str, float]
 
 
@@ -43,6 +45,7 @@ def schedule(table: str) -> Schedule:
     rows = [[int(n) for n in line.split()] for line in lines[4:] if line[:1].isdigit()]
     products = [i for i, row in enumerate(rows) if row[kinds.index("MXU")]]
     hot = rows[products[0] : products[-1] + 1] if products else []
+    pause = max((b - a - 1 for a, b in zip(products, products[1:], strict=False)), default=0)
     sums = [sum(column) for column in zip(*hot, strict=True)]
     used = {k: round(n / (len(hot) * u), 3) for k, n, u in zip(kinds, sums, units, strict=False) if u}
-    return Schedule(len(rows), len(hot), used)
+    return Schedule(len(rows), len(hot), pause, used)

@@ -4,6 +4,7 @@ A schedule is static: a bundle is a cycle, but for waiting on memory. The table 
 column a kind of unit (MXU: matrix products); its third line says how many units of each kind there are.
 """
 
+import itertools
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -45,7 +46,7 @@ def schedule(table: str) -> Schedule:
     rows = [[int(n) for n in line.split()] for line in lines[4:] if line[:1].isdigit()]
     products = [i for i, row in enumerate(rows) if row[kinds.index("MXU")]]
     hot = rows[products[0] : products[-1] + 1] if products else []
-    pause = max((b - a - 1 for a, b in zip(products, products[1:], strict=False)), default=0)
+    pause = max((b - a - 1 for a, b in itertools.pairwise(products)), default=0)
     sums = [sum(column) for column in zip(*hot, strict=True)]
     used = {k: round(n / (len(hot) * u), 3) for k, n, u in zip(kinds, sums, units, strict=False) if u}
     return Schedule(len(rows), len(hot), pause, used)

@@ -17,10 +17,11 @@ IMPLEMENTATIONS = {
     "xla": "garrulax.kernels.xla:Chunked",
     "cudnn": "garrulax.kernels.cudnn:Cudnn",
     "dense": "garrulax.kernels.dense:Dense",
+    "pallas_tpu": "garrulax.kernels.tpu:Kernel",
 }
 PICKED = {  # the best first
     "cpu": ("xla",),
-    "tpu": ("xla",),
+    "tpu": ("pallas_tpu", "xla"),
     "gpu": ("cudnn", "xla"),
     **{f"gpu sm_{older}": ("xla",) for older in (60, 61, 70, 75)},  # cuDNN's fused attention begins with sm_80
 }

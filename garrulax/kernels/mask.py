@@ -109,11 +109,12 @@ class Band(Rule):
         q, k = query[self.stream], key[self.of or self.stream]
         if self.low == self.high == 0:
             return q == k
+        # The bounds are taken off the queries alone, not off every pair.
         if self.high >= INF:
-            return q - k >= self.low
+            return q - self.low >= k
         if self.low <= -INF:
-            return q - k <= self.high
-        return (q - k >= self.low) & (q - k <= self.high)
+            return q - self.high <= k
+        return (q - self.low >= k) & (q - self.high <= k)
 
     def classify(self, query, key):
         q, k = query[self.stream], key[self.of or self.stream]

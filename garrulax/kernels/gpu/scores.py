@@ -1,0 +1,166 @@
+"""What both passes do to a block of products in the registers of a warpgroup: everything between query·key and the
+exponential. Scores are in base 2, that is, times log2(e), because the hardware's exponential is 2^x."""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from garrulax.kernels import dropout
+from garrulax.kernels.call import Operands, Options
+from garrulax.kernels.mask import Streams
+
+LOG2E = math.log2(math.e)
+
+
+class Added(NamedTuple):
+    """References to what enters scores beside the products; None where it was not given. As of `Operands`, but
+    that a bias of a tile whose rows are keys is [B or 1, H or 1, S, T or 1]."""
+
+    bias: Any = None
+    slopes: Any = None
+    steps: Any = None
+    seeds: Any = None
+
+
+def added(operands: Operands, query_axis: int = 0) -> Added:
+    """Arrays of the request for `Added`; query_axis as of `Tile`."""
+    bias = operands.bias
+    if bias is not None and query_axis == 1:
+        bias = bias.swapaxes(2, 3)
+    steps = None if operands.steps is None else operands.steps.astype(jnp.float32)
+    return Added(bias, operands.slopes, steps, operands.seeds)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """How scores lie in registers.
+
+    shape: of the tile, (rows, columns). query_axis: 0 where rows are queries and columns keys, 1 the other way round.
+    """
+
+    shape: tuple[int, int]
+    query_axis: int = 0
+
+    def query_layout(self) -> Any:
+        """Of a vector with one entry a query."""
+        return plgpu.Layout.WGMMA.reduce(1 - self.query_axis)
+
+    def key_layout(self) -> Any:
+        """Of a vector with one entry a key."""
+        return plgpu.Layout.WGMMA.reduce(self.query_axis)
+
+    def by_query(self, x: jax.Array) -> jax.Array:
+        """A tile of a vector with one entry a query."""
+        return jax.lax.broadcast_in_dim(x, self.shape, [self.query_axis])
+
+    def by_key(self, x: jax.Array) -> jax.Array:
+        """A tile of a vector with one entry a key."""
+        return jax.lax.broadcast_in_dim(x, self.shape, [1 - self.query_axis])
+
+    def load_queries(self, ref: Any) -> jax.Array:
+        """A vector, one entry a query, of a reference [queries of the tile]."""
+        return plgpu.load(ref, layout=self.query_layout(), optimized=False)
+
+    def load_keys(self, ref: Any) -> jax.Array:
+        """A vector, one entry a key, of a reference [keys of the tile]."""
+        return plgpu.load(ref, layout=self.key_layout(), optimized=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One block of pairs.
+
+    batch, head: int32 scalars. query_start, key_start: int32 scalars, index of its first query and key.
+    query, key: streams as vectors in the tile's layouts.
+    """
+
+    tile: Tile
+    batch: Any
+    head: Any
+    query_start: Any
+    key_start: Any
+    query: Streams
+    key: Streams
+
+
+def plain(options: Options, operands: Operands) -> bool:
+    """Whether scores in base 2 are just products times a positive `unit`, which the exponential's multiply-add takes
+    care of."""
+    rest = (operands.bias, operands.slopes, operands.steps)
+    return options.softcap is None and options.scale > 0 and all(x is None for x in rest)
+
+
+def unit(options: Options) -> float:
+    """What products are multiplied by to be scores in base 2."""
+    return options.scale * LOG2E
+
+
+def seen(options: Options, block: Block) -> jax.Array:
+    """Which pairs attend: a bool tile."""
+    query = {name: block.tile.by_query(x) for name, x in block.query.items()}
+    key = {name: block.tile.by_key(x) for name, x in block.key.items()}
+    return options.rule.evaluate(query, key)
+
+
+def scores(options: Options, block: Block, extra: Added, products: jax.Array) -> jax.Array:
+    """Scores in base 2 of the products, a float32 tile; not masked. Softcap comes first, then what is added."""
+    x = products * unit(options) if options.softcap is None else _tanh(options, products) * (options.softcap * LOG2E)
+    if extra.bias is not None:
+        x = x + _bias(block, extra.bias) * LOG2E
+    if extra.slopes is not None or extra.steps is not None:
+        distance = block.tile.by_key(block.key["position"]) - block.tile.by_query(block.query["position"])
+    if extra.slopes is not None:
+        x = x + distance.astype(jnp.float32) * (extra.slopes[block.head] * LOG2E)
+    if extra.steps is not None:
+        step = jnp.full(block.tile.shape, extra.steps[0, block.head])
+        for i, start in enumerate(options.starts):
+            step = jnp.where(distance >= start, extra.steps[i + 1, block.head], step)
+        x = x + step * LOG2E
+    return x
+
+
+def slope(options: Options, products: jax.Array) -> jax.Array | None:
+    """Derivative of the softcap at the products (that of tanh alone, without the scale); None where it is 1."""
+    if options.softcap is None:
+        return None
+    t = _tanh(options, products)
+    return 1.0 - t * t
+
+
+def kept(options: Options, block: Block, extra: Added) -> jax.Array:
+    """Which probabilities dropout leaves: a bool tile."""
+    tile = block.tile
+    shape = tile.shape if tile.query_axis == 0 else tile.shape[::-1]
+    query = _indices(shape[0], tile.query_layout()) + block.query_start
+    key = _indices(shape[1], tile.key_layout()) + block.key_start
+    row = dropout.row(extra.seeds[block.batch, block.head], query)
+    return dropout.kept_in(tile.by_query(row), tile.by_key(key), options.dropout)
+
+
+def _tanh(options: Options, products: jax.Array) -> jax.Array:
+    """tanh(scale * products / softcap). The hardware's own is good to 11 bits, too few for a cap of 50: an exponential
+    and a reciprocal are good to float32's."""
+    power = jnp.exp2(products * (2.0 * unit(options) / options.softcap))
+    return 1.0 - 2.0 / (power + 1.0)
+
+
+def _bias(block: Block, ref: Any) -> jax.Array:
+    """The block of a bias, whose dimensions may be 1 (not that of keys), in float32."""
+    tile = block.tile
+    batch, head = (i if n > 1 else 0 for i, n in zip((block.batch, block.head), ref.shape[:2], strict=True))
+    starts = (block.query_start, block.key_start) if tile.query_axis == 0 else (block.key_start, block.query_start)
+    spans = [pl.ds(start, size) for start, size in zip(starts, tile.shape, strict=True)]
+    if ref.shape[2 + tile.query_axis] > 1:
+        x = plgpu.load(ref.at[batch, head, spans[0], spans[1]], layout=plgpu.Layout.WGMMA, optimized=False)
+        return x.astype(jnp.float32)
+    spans[tile.query_axis] = 0
+    return tile.by_key(tile.load_keys(ref.at[batch, head, spans[0], spans[1]]).astype(jnp.float32))
+
+
+def _indices(size: int, layout: Any) -> jax.Array:
+    return plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout)

@@ -15,6 +15,7 @@ from garrulax.kernels.relative import Relative
 
 IMPLEMENTATIONS = {
     "xla": "garrulax.kernels.xla:Chunked",
+    "pallas_gpu": "garrulax.kernels.gpu:Kernel",
     "dense": "garrulax.kernels.dense:Dense",
 }
 PICKED = {"cpu": ("xla",)}  # by platform, the best first; the last computes everything

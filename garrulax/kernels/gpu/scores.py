@@ -15,6 +15,7 @@ from garrulax.kernels.call import Operands, Options
 from garrulax.kernels.mask import Streams
 
 LOG2E = math.log2(math.e)
+_INDEX = {"idx": ()} if jax.__version_info__ < (0, 11) else {}  # `load` took an index beside the reference's own
 
 
 class Added(NamedTuple):
@@ -64,11 +65,11 @@ class Tile:
 
     def load_queries(self, ref: Any) -> jax.Array:
         """A vector, one entry a query, of a reference [queries of the tile]."""
-        return plgpu.load(ref, layout=self.query_layout(), optimized=False)
+        return load(ref, self.query_layout())
 
     def load_keys(self, ref: Any) -> jax.Array:
         """A vector, one entry a key, of a reference [keys of the tile]."""
-        return plgpu.load(ref, layout=self.key_layout(), optimized=False)
+        return load(ref, self.key_layout())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +87,11 @@ class Block:
     key_start: Any
     query: Streams
     key: Streams
+
+
+def load(ref: Any, layout: Any) -> jax.Array:
+    """What a reference in global or shared memory holds, in registers of that layout."""
+    return plgpu.load(ref, layout=layout, optimized=False, **_INDEX)
 
 
 def plain(options: Options, operands: Operands) -> bool:
@@ -144,9 +150,10 @@ def kept(options: Options, block: Block, extra: Added) -> jax.Array:
 
 def _tanh(options: Options, products: jax.Array) -> jax.Array:
     """tanh(scale * products / softcap). The hardware's own is good to 11 bits, too few for a cap of 50: an exponential
-    and a reciprocal are good to float32's."""
+    and a reciprocal, as the square of the one of the root, are good to float32's."""
     power = jnp.exp2(products * (2.0 * unit(options) / options.softcap))
-    return 1.0 - 2.0 / (power + 1.0)
+    root = jax.lax.rsqrt(power + 1.0)
+    return 1.0 - 2.0 * (root * root)
 
 
 def _bias(block: Block, ref: Any) -> jax.Array:
@@ -156,8 +163,7 @@ def _bias(block: Block, ref: Any) -> jax.Array:
     starts = (block.query_start, block.key_start) if tile.query_axis == 0 else (block.key_start, block.query_start)
     spans = [pl.ds(start, size) for start, size in zip(starts, tile.shape, strict=True)]
     if ref.shape[2 + tile.query_axis] > 1:
-        x = plgpu.load(ref.at[batch, head, spans[0], spans[1]], layout=plgpu.Layout.WGMMA, optimized=False)
-        return x.astype(jnp.float32)
+        return load(ref.at[batch, head, spans[0], spans[1]], plgpu.Layout.WGMMA).astype(jnp.float32)
     spans[tile.query_axis] = 0
     return tile.by_key(tile.load_keys(ref.at[batch, head, spans[0], spans[1]]).astype(jnp.float32))
 

@@ -348,7 +348,7 @@ def _scratch(sizes: Sizes, o: Operands, streams: int) -> Scratch:
         key=pieces.operand(dtype, stages, block_k, C),
         value=pieces.operand(dtype, stages, block_k, Cv),
         streams=plgpu.SMEM((stages, streams, block_k), jnp.int32) if streams else None,
-        out=None if C == Cv else pieces.operand(dtype, groups, QUERIES, Cv),
+        out=None if Cv == C else pieces.operand(dtype, groups, QUERIES, Cv),
         lse=plgpu.SMEM((groups, QUERIES), jnp.float32),
         ready_query=plgpu.Barrier(num_barriers=groups),
         ready_key=plgpu.Barrier(num_barriers=stages),

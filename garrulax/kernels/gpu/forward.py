@@ -81,9 +81,7 @@ def forward(
     streams = jnp.stack([o.key_streams[name] for name in names], axis=1) if names else None
     inputs = Inputs(o.query, o.key, o.value, dict(o.query_streams), streams, rows, scores.added(o))
     leaves, tree = jax.tree.flatten(inputs)
-    call = functools.partial(
-        Warpgroup, options=options, sizes=sizes, names=names, plain=scores.plain(options, o), interpret=interpret
-    )
+    call = functools.partial(Warpgroup, options=options, sizes=sizes, names=names, interpret=interpret)
 
     def attention_forward(*refs):
         inputs, (out, lse, scratch) = tree.unflatten(refs[: len(leaves)]), refs[len(leaves) :]
@@ -109,8 +107,8 @@ def forward(
             jax.ShapeDtypeStruct((B, T, H, o.value.shape[3]), o.query.dtype),
             jax.ShapeDtypeStruct((B, H, T), jnp.float32),
         ),
-        grid=(H, B, T // sizes.block_q),
-        grid_names=("head", "batch", "row"),
+        grid=(T // sizes.block_q, B, H),  # longest rows first; heads that share keys next to one another
+        grid_names=("row", "batch", "head"),
         num_threads=sizes.warpgroups + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
@@ -126,7 +124,6 @@ class Warpgroup:
     options: Options
     sizes: Sizes
     names: tuple[str, ...]
-    plain: bool
     interpret: bool
     inputs: Inputs
     out: Any
@@ -218,10 +215,10 @@ class Warpgroup:
             }
             carry = self._products(jnp.int32(0)), empty, low, nothing
             last = count - 1
-            carry = jax.lax.fori_loop(0, jnp.minimum(whole, last), self._step(query, masked=False), carry)
-            carry = jax.lax.fori_loop(jnp.minimum(whole, last), last, self._step(query, masked=True), carry)
-            # The last block is masked always: one that is whole is so seldom last that code of its own is not worth it.
-            p, out, top, total = self._softmax(last, query, carry, masked=True)
+            carry = jax.lax.fori_loop(0, jnp.minimum(whole, last), self._step(query, False), carry)
+            carry = jax.lax.fori_loop(jnp.minimum(whole, last), last, self._step(query, True), carry)
+            # The last block is always masked: one that is whole comes last so seldom that it is not worth its own code.
+            p, out, top, total = self._softmax(last, query, carry, True)
             self._finish(self._last(last, p, out), top, total)
 
             @pl.when(self.index == 0)
@@ -242,7 +239,7 @@ class Warpgroup:
         plgpu.barrier_arrive(s.free_key.at[slot])
         return x
 
-    def _step(self, query, *, masked):
+    def _step(self, query, masked):
         def step(i, carry):
             p, out, top, total = self._softmax(i, query, carry, masked)
             s, slot, following = self.scratch, self.slot(i), self.slot(i + 1)
@@ -278,21 +275,21 @@ class Warpgroup:
         the block have come when it returns."""
         x, out, top, total = carry
         masked = masked and not isinstance(self.options.rule, All)
-        needs_block = masked or not self.plain or self.inputs.extra.seeds is not None
+        extra = self.inputs.extra
+        needs_block = masked or any(x is not None for x in extra)
+        block = None
         if needs_block:
             plgpu.barrier_wait(self.scratch.ready_value.at[self.slot(i)])
             block = self._block(i, query, masked)
-        unit = scores.unit(self.options) if self.plain else 1.0
-        if not self.plain:
-            x = scores.scores(self.options, block, self.inputs.extra, x)
+        x, unit = scores.unscaled(self.options, block, extra, x)
         if masked:
             x = jnp.where(scores.seen(self.options, block), x, -jnp.inf)
         new = jnp.maximum(top, x.max(axis=1) * unit)
         decay = jnp.exp2(top - new)
         p = jnp.exp2(x * unit - self.tile.by_query(new))
         total = total * decay + p.sum(axis=1)
-        if self.inputs.extra.seeds is not None:
-            p = jnp.where(scores.kept(self.options, block, self.inputs.extra), p, 0.0)
+        if extra.seeds is not None:
+            p = jnp.where(scores.kept(self.options, block, extra), p, 0.0)
         out = out * jax.lax.broadcast_in_dim(decay, out.shape, [0])
         if not needs_block:
             plgpu.barrier_wait(self.scratch.ready_value.at[self.slot(i)])

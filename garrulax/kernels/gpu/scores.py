@@ -114,28 +114,42 @@ def seen(options: Options, block: Block) -> jax.Array:
 
 
 def scores(options: Options, block: Block, extra: Added, products: jax.Array) -> jax.Array:
-    """Scores in base 2 of the products, a float32 tile; not masked. Softcap comes first, then what is added."""
-    x = products * unit(options) if options.softcap is None else _tanh(options, products) * (options.softcap * LOG2E)
+    """Scores in base 2 of the products, a float32 tile; not masked."""
+    x, factor = unscaled(options, block, extra, products)
+    return x * factor
+
+
+def unscaled(options: Options, block: Block, extra: Added, products: jax.Array) -> tuple[jax.Array, float]:
+    """A float32 tile and a positive number, whose product is the scores in base 2, not masked: exp2(x * factor - y) is
+    one instruction less than exp2(x - y) of an x that was multiplied before. Softcap first, then what is added."""
+    if options.softcap is not None:
+        x, factor = _half_tanh(options, products), 2.0 * options.softcap * LOG2E
+    elif options.scale > 0:
+        x, factor = products, unit(options)
+    else:
+        x, factor = products * options.scale, LOG2E
+    one = LOG2E / factor  # what 1 in the units of scores is in those of x
     if extra.bias is not None:
-        x = x + _bias(block, extra.bias) * LOG2E
-    if extra.slopes is not None or extra.steps is not None:
-        distance = block.tile.by_key(block.key["position"]) - block.tile.by_query(block.query["position"])
+        x = x + _bias(block, extra.bias) * one
     if extra.slopes is not None:
-        x = x + distance.astype(jnp.float32) * (extra.slopes[block.head] * LOG2E)
+        # Differences of float32 are exact for positions below 2^24, and far cheaper than converting every integer.
+        key, query = (s["position"].astype(jnp.float32) for s in (block.key, block.query))
+        x = x + (block.tile.by_key(key) - block.tile.by_query(query)) * (extra.slopes[block.head] * one)
     if extra.steps is not None:
-        step = jnp.full(block.tile.shape, extra.steps[0, block.head])
+        distance = block.tile.by_key(block.key["position"]) - block.tile.by_query(block.query["position"])
+        step = jnp.full(block.tile.shape, extra.steps[0, block.head] * one)
         for i, start in enumerate(options.starts):
-            step = jnp.where(distance >= start, extra.steps[i + 1, block.head], step)
-        x = x + step * LOG2E
-    return x
+            step = jnp.where(distance >= start, extra.steps[i + 1, block.head] * one, step)
+        x = x + step
+    return x, factor
 
 
 def slope(options: Options, products: jax.Array) -> jax.Array | None:
     """Derivative of the softcap at the products (that of tanh alone, without the scale); None where it is 1."""
     if options.softcap is None:
         return None
-    t = _tanh(options, products)
-    return 1.0 - t * t
+    t = _half_tanh(options, products)
+    return 1.0 - 4.0 * (t * t)
 
 
 def kept(options: Options, block: Block, extra: Added) -> jax.Array:
@@ -148,12 +162,12 @@ def kept(options: Options, block: Block, extra: Added) -> jax.Array:
     return dropout.kept_in(tile.by_query(row), tile.by_key(key), options.dropout)
 
 
-def _tanh(options: Options, products: jax.Array) -> jax.Array:
-    """tanh(scale * products / softcap). The hardware's own is good to 11 bits, too few for a cap of 50: an exponential
-    and a reciprocal, as the square of the one of the root, are good to float32's."""
+def _half_tanh(options: Options, products: jax.Array) -> jax.Array:
+    """tanh(scale * products / softcap) / 2. The hardware's own is good to 11 bits, too few for a cap of 50: an
+    exponential and a reciprocal, as the square of the one of the root, are good to float32's."""
     power = jnp.exp2(products * (2.0 * unit(options) / options.softcap))
     root = jax.lax.rsqrt(power + 1.0)
-    return 1.0 - 2.0 * (root * root)
+    return 0.5 - root * root
 
 
 def _bias(block: Block, ref: Any) -> jax.Array:

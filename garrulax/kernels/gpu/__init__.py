@@ -27,7 +27,9 @@ class Kernel(TwoPasses):
     interpret: bool = False
 
     def refusal(self, options: Options, operands: Operands) -> str | None:
-        """Names what it cannot compute: other dtypes, wider heads, biases that are learned, other devices."""
+        """What it cannot compute: other dtypes, wider heads, learned biases, on other GPUs, with an older jax."""
+        if jax.__version_info__ < (0, 11):
+            return f"it needs the Mosaic GPU of jax 0.11 or newer, and this is jax {jax.__version__}"
         o = operands
         dtypes = {x.dtype for x in (o.query, o.key, o.value)}
         if len(dtypes) > 1 or not dtypes <= {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)}:

@@ -15,7 +15,6 @@ from garrulax.kernels.call import Operands, Options
 from garrulax.kernels.mask import Streams
 
 LOG2E = math.log2(math.e)
-_INDEX = {"idx": ()} if jax.__version_info__ < (0, 11) else {}  # `load` took an index beside the reference's own
 
 
 class Added(NamedTuple):
@@ -91,7 +90,7 @@ class Block:
 
 def load(ref: Any, layout: Any) -> jax.Array:
     """What a reference in global or shared memory holds, in registers of that layout."""
-    return plgpu.load(ref, layout=layout, optimized=False, **_INDEX)
+    return plgpu.load(ref, layout=layout, optimized=False)
 
 
 def plain(options: Options, operands: Operands) -> bool:

@@ -1,0 +1,86 @@
+"""The forward pass for Hopper, interpreted, against the dense formula in float64."""
+
+import functools
+
+import gpu_interpreter
+import jax
+import jax.numpy as jnp
+import kernel_cases as cases
+import numpy as np
+import pytest
+
+from garrulax.kernels.attention import attention
+from garrulax.kernels.gpu import Kernel
+from garrulax.kernels.gpu.forward import Sizes
+
+SMALL = Kernel(sizes=Sizes(block_k=64, stages=2), interpret=True)
+BOUND = {jnp.bfloat16: 8e-3, jnp.float16: 1.5e-3}  # of an output that was rounded, of probabilities that were
+
+
+def assert_output_agrees(mask, shape, *, extras=(), dtype=jnp.bfloat16, kernel=SMALL):
+    T, S, H = shape[:3]
+    if "alibi" in extras:
+        mask = cases.with_positions(mask)
+    with jax.enable_x64(True):
+        options = {name: x for e in extras for name, x in cases.extra(e, H, T, S).items()}
+        rounded = [np.asarray(jnp.asarray(x, dtype), np.float64) for x in cases.inputs(*shape)[:3]]
+        dense = functools.partial(attention, mask=mask, implementation="dense", **options)
+        expected = np.asarray(dense(*map(jnp.asarray, rounded)))
+    options = {name: np.float32(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+    with gpu_interpreter.interpreted():
+        ours = jax.jit(functools.partial(attention, implementation=kernel, **options))
+        got = np.asarray(ours(*(jnp.asarray(x, dtype) for x in rounded), mask=mask), np.float64)
+    assert got.shape == expected.shape
+    assert np.isfinite(got).all()
+    assert np.abs(got - expected).max() <= BOUND[dtype] * max(np.abs(expected).max(), 1e-3)
+
+
+@pytest.mark.parametrize("case", cases.CASES)
+def test_masks(case):
+    assert_output_agrees(cases.CASES[case](150), (150, 150, 2, 1, 16))
+
+
+REQUESTS = {
+    "softcap": (cases.causal(100), (100, 100, 2, 2, 16), ("softcap", "scale"), jnp.float16),
+    "alibi": (cases.window(100), (100, 100, 4, 1, 32), ("alibi", "softcap"), jnp.bfloat16),
+    "sinks and dropout": (cases.nothing(100), (100, 100, 2, 1, 16), ("sinks", "dropout"), jnp.bfloat16),
+    "cache, values of another width": (cases.cached(70, 200), (70, 200, 4, 2, 32, 48), (), jnp.float16),
+    "tree, width that is filled up": (cases.tree(40, 170), (40, 170, 2, 1, 20, 12), (), jnp.bfloat16),
+}
+
+
+@pytest.mark.parametrize("request_", REQUESTS.values(), ids=REQUESTS)
+def test_requests(request_):
+    mask, shape, extras, dtype = request_
+    assert_output_agrees(mask, shape, extras=extras, dtype=dtype)
+
+
+def test_sizes_of_every_width():
+    kernel = Kernel(interpret=True)
+    for width in (80, 128):
+        assert_output_agrees(cases.packed(130), (130, 130, 1, 1, width), kernel=kernel)
+
+
+def request_of(dtype, width, **more):
+    x = jnp.zeros((1, 64, 2, width), dtype)
+    return functools.partial(attention, x, x, x, implementation=Kernel(interpret=True), **more)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="older jax is refused as a whole")
+@pytest.mark.parametrize(
+    ("dtype", "width", "more", "reason"),
+    [
+        (jnp.float32, 64, {}, "float32"),
+        (jnp.bfloat16, 320, {}, "320 wide"),
+        (jnp.bfloat16, 64, {"bias": jnp.zeros((1, 1, 64, 64))}, "bias"),
+    ],
+)
+def test_refusals(dtype, width, more, reason):
+    with pytest.raises(ValueError, match=reason):
+        request_of(dtype, width, **more)()
+
+
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="only older jax is refused")
+def test_older_jax_is_refused():
+    with pytest.raises(ValueError, match=r"jax 0\.11"):
+        request_of(jnp.bfloat16, 64)()

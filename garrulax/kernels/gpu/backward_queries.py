@@ -13,14 +13,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from garrulax.kernels.call import Operands, Options
-from garrulax.kernels.gpu import scores
-from garrulax.kernels.gpu.pieces import (
-    ROWS, SHARED_MEMORY, Arrays, at, before, centred, drain, kept, names, operand, probabilities, sloped, store,
-    vectors, visit, wait_again,
-)  # fmt: skip
+from garrulax.kernels.gpu import pieces, scores
+from garrulax.kernels.gpu.pieces import ROWS, Arrays
 from garrulax.kernels.gpu.products import accumulate, multiply, value, zeros
 from garrulax.kernels.gpu.rows import Rows
-from garrulax.kernels.gpu.scores import Added, Block, Tile
+from garrulax.kernels.gpu.scores import Block, Tile
 from garrulax.kernels.mask import Streams
 
 
@@ -38,7 +35,7 @@ class Plan:
 def plan(width: int, value_width: int) -> Plan:
     """For heads of these widths, multiples of 16."""
     keys = 64
-    left = SHARED_MEMORY - 1024 - 4 * ROWS * (width + value_width)
+    left = pieces.SHARED_MEMORY - 1024 - 4 * ROWS * (width + value_width)
     values = min(3, left // (2 * keys * (width + value_width)))
     more = left - values * 2 * keys * value_width
     return Plan(keys, min(3, more // (2 * keys * width)), values)
@@ -61,18 +58,21 @@ def gradients(
     """
     o = operands
     (B, T, H, C), Cv, dtype = o.query.shape, o.value.shape[3], o.query.dtype
-    ring = {"key": plan.key_stages, "value": plan.value_stages}
     scratch = {
-        "query": operand(dtype, 2, ROWS, C),
-        "cotangent": operand(dtype, 2, ROWS, Cv),
+        "query": pieces.operand(dtype, 2, ROWS, C),
+        "cotangent": pieces.operand(dtype, 2, ROWS, Cv),
         "tile_ready": plgpu.Barrier(num_arrivals=2, num_barriers=2),
-        "key": operand(dtype, plan.key_stages, plan.keys, C),
-        "value": operand(dtype, plan.value_stages, plan.keys, Cv),
-        **{f"{name}_ready": plgpu.Barrier(num_barriers=n) for name, n in ring.items()},
-        **{f"{name}_read": plgpu.Barrier(num_arrivals=2, num_barriers=n) for name, n in ring.items()},
+        "key": pieces.operand(dtype, plan.key_stages, plan.keys, C),
+        "value": pieces.operand(dtype, plan.value_stages, plan.keys, Cv),
+        "key_ready": plgpu.Barrier(num_arrivals=2 if o.key_streams else 1, num_barriers=plan.key_stages),
+        "value_ready": plgpu.Barrier(num_barriers=plan.value_stages),
+        "key_read": plgpu.Barrier(num_arrivals=2, num_barriers=plan.key_stages),
+        "value_read": plgpu.Barrier(num_arrivals=2, num_barriers=plan.value_stages),
     }
+    if o.key_streams:
+        scratch["streams"] = plgpu.SMEM((plan.key_stages, len(o.key_streams), plan.keys), jnp.int32)
     kernel = plgpu.kernel(
-        functools.partial(_program, options, plan, H // o.key.shape[2], interpret),
+        functools.partial(_program, options, plan, sorted(o.key_streams), H // o.key.shape[2], interpret),
         out_type=jax.ShapeDtypeStruct(o.query.shape, dtype),
         scratch_types=scratch,
         grid=(T // plan.queries, B, H),
@@ -81,74 +81,128 @@ def gradients(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
-    arrays = o.query, o.key, o.value, cotangent, lse, delta, o.query_streams, o.key_streams, scores.added(o), rows
-    return kernel(Arrays(*arrays))
+    streams = o.query_streams, pieces.stacked(o.key_streams)
+    return kernel(Arrays(o.query, o.key, o.value, cotangent, lse, delta, *streams, scores.added(o), rows))
 
 
-def _program(options: Options, plan: Plan, group: int, interpret: bool, x: Arrays, out: Any, **scratch: Any) -> None:
+def _program(
+    options: Options,
+    plan: Plan,
+    names: list[str],
+    group: int,
+    interpret: bool,
+    x: Arrays,
+    out: Any,
+    **scratch: Any,
+) -> None:
     batch, head, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
-    s = SimpleNamespace(**scratch)
     row = x.rows.order[batch, lax.axis_index("tile")]
     whole, count = (x.rows.counts[batch, row, i] for i in range(2))
     start = row * plan.queries + warpgroup * ROWS
+    p = _Program(options, plan, names, interpret, x, SimpleNamespace(**scratch), batch, head, row, start)
 
     @pl.when(warpgroup == 2)
     def _() -> None:
-        plgpu.set_max_registers(24, action="decrease")
-        shared_head = lax.div(head, jnp.int32(group))
-
-        def load(i: Any, _: None) -> None:
-            span = pl.ds(x.rows.columns[batch, row, i] * plan.keys, plan.keys)
-            _bring(s, "key", x.key.at[batch, span, shared_head], i, plan.key_stages)
-            _bring(s, "value", x.value.at[batch, span, shared_head], i, plan.value_stages)
-
-        lax.fori_loop(0, count, load, None)
-        drain(s.key_read, count, plan.key_stages)
-        drain(s.value_read, count, plan.value_stages)
+        plgpu.set_max_registers(40, action="decrease")
+        _fetch(p, lax.div(head, jnp.int32(group)), count)
 
     @pl.when(warpgroup < 2)
     def _() -> None:
-        plgpu.set_max_registers(240, action="increase")
-        place = batch, pl.ds(start, ROWS), head
-        query, cotangent = s.query.at[warpgroup], s.cotangent.at[warpgroup]
-        plgpu.copy_gmem_to_smem(x.query.at[place], query, s.tile_ready.at[warpgroup])
-        plgpu.copy_gmem_to_smem(x.cotangent.at[place], cotangent, s.tile_ready.at[warpgroup])
-
-        tile, span = Tile((ROWS, plan.keys)), pl.ds(start, ROWS)
-        lse, delta = (tile.load_queries(ref.at[batch, head, span]) for ref in (x.lse, x.delta))
-        queries = vectors(x.query_streams, names(options, x.extra, True)[0], tile.load_queries, batch, span)
-        plgpu.barrier_wait(s.tile_ready.at[warpgroup])
-
-        def step(masked: bool, i: Any, dq: jax.Array) -> jax.Array:
-            key_start = x.rows.columns[batch, row, i] * plan.keys
-            wanted = names(options, x.extra, masked)[1]
-            keys = vectors(x.key_streams, wanted, tile.load_keys, batch, pl.ds(key_start, plan.keys))
-            block = Block(tile, batch, head, start, key_start, queries, keys)
-            key_slot, value_slot = at(i, plan.key_stages), at(i, plan.value_stages)
-            key, values = s.key.at[key_slot], s.value.at[value_slot]
-            plgpu.barrier_wait(s.key_ready.at[key_slot])
-            plgpu.barrier_wait(s.value_ready.at[value_slot])
-
-            def products(dq: Any, scores: Any, dp: Any) -> None:
-                multiply(scores, query, key, transposed=True)
-                multiply(dp, cotangent, values, transposed=True)
-                raw = value(scores, unfinished=1)
-                weight = sloped(options, raw, probabilities(options, block, x.extra, raw, lse, masked))
-                gradient = centred(options, block, kept(options, block, x.extra), value(dp), delta)
-                plgpu.barrier_arrive(s.value_read.at[value_slot])
-                multiply(dq, (weight * gradient).astype(query.dtype), key)
-
-            starts = zeros(*tile.shape), before(options, tile, delta)
-            dq, _, _ = accumulate(products, dq, *starts, interpret=interpret)
-            plgpu.barrier_arrive(s.key_read.at[key_slot])
-            return dq
-
-        dq = visit(step, whole, count, zeros(ROWS, x.query.shape[-1]))
-        store(query, dq * options.scale, out.at[place])
+        plgpu.set_max_registers(232, action="increase")
+        _gradient(p, warpgroup, whole, count, out)
 
 
-def _bring(s: Any, name: str, source: Any, i: Any, size: int) -> None:
-    """Brings the i-th block into the ring of that name."""
-    slot = at(i, size)
-    wait_again(getattr(s, f"{name}_read"), i, size)
-    plgpu.copy_gmem_to_smem(source, getattr(s, name).at[slot], getattr(s, f"{name}_ready").at[slot])
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """What its warpgroups know. names: of the keys' streams. shared: references in shared memory. start: of the
+    queries of a warpgroup."""
+
+    options: Options
+    plan: Plan
+    names: list[str]
+    interpret: bool
+    arrays: Arrays
+    shared: Any
+    batch: Any
+    head: Any
+    row: Any
+    start: Any
+
+    @property
+    def tile(self) -> Tile:
+        """64 queries by the keys of a block."""
+        return Tile((ROWS, self.plan.keys))
+
+    def key_start(self, i: Any) -> Any:
+        """First key of the i-th block."""
+        return self.arrays.rows.columns[self.batch, self.row, i] * self.plan.keys
+
+    def streams_of_queries(self) -> Streams:
+        """Every stream of the warpgroup's queries, in registers."""
+        wanted, span = pieces.needed(self.options, self.arrays.extra, True).query, pl.ds(self.start, ROWS)
+        own = self.arrays.own_streams
+        return {name: self.tile.load_queries(own[name].at[self.batch, span]) for name in sorted(wanted)}
+
+    def block(self, i: Any, queries: Streams, slot: Any, masked: bool) -> Block:
+        """The i-th block, with what its scores read; its keys must be ready."""
+        wanted, ref = pieces.needed(self.options, self.arrays.extra, masked).key, self.shared
+        keys = {name: self.tile.load_keys(ref.streams.at[slot, self.names.index(name)]) for name in sorted(wanted)}
+        return Block(self.tile, self.batch, self.head, self.start, self.key_start(i), queries, keys)
+
+
+def _fetch(p: _Program, head: Any, count: Any) -> None:
+    """Brings blocks of keys and values of the key/value head into shared memory."""
+    x, s, plan = p.arrays, p.shared, p.plan
+
+    def load(i: Any, _: None) -> None:
+        span, slot = pl.ds(p.key_start(i), plan.keys), pieces.at(i, plan.key_stages)
+        pieces.wait_again(s.key_read, i, plan.key_stages)
+        plgpu.copy_gmem_to_smem(x.key.at[p.batch, span, head], s.key.at[slot], s.key_ready.at[slot])
+        if p.names:
+            plgpu.copy_gmem_to_smem(x.other_streams.at[p.batch, :, span], s.streams.at[slot], s.key_ready.at[slot])
+        slot = pieces.at(i, plan.value_stages)
+        pieces.wait_again(s.value_read, i, plan.value_stages)
+        plgpu.copy_gmem_to_smem(x.value.at[p.batch, span, head], s.value.at[slot], s.value_ready.at[slot])
+
+    lax.fori_loop(0, count, load, None)
+    pieces.drain(s.key_read, count, plan.key_stages)
+    pieces.drain(s.value_read, count, plan.value_stages)
+
+
+def _gradient(p: _Program, own: Any, whole: Any, count: Any, out: Any) -> None:
+    """The gradient of a warpgroup's queries."""
+    x, s, o, tile = p.arrays, p.shared, p.options, p.tile
+    query, cotangent, span = s.query.at[own], s.cotangent.at[own], pl.ds(p.start, ROWS)
+    plgpu.copy_gmem_to_smem(x.query.at[p.batch, span, p.head], query, s.tile_ready.at[own])
+    plgpu.copy_gmem_to_smem(x.cotangent.at[p.batch, span, p.head], cotangent, s.tile_ready.at[own])
+    lse, delta = (tile.load_queries(ref.at[p.batch, p.head, span]) for ref in (x.lse, x.delta))
+    streams = p.streams_of_queries()
+    plgpu.barrier_wait(s.tile_ready.at[own])
+
+    def step(masked: bool, i: Any, dq: jax.Array) -> jax.Array:
+        key_slot, value_slot = pieces.at(i, p.plan.key_stages), pieces.at(i, p.plan.value_stages)
+        key, values = s.key.at[key_slot], s.value.at[value_slot]
+        plgpu.barrier_wait(s.key_ready.at[key_slot])
+        plgpu.barrier_wait(s.value_ready.at[value_slot])
+
+        def products(dq: Any, scores: Any, dp: Any) -> None:
+            multiply(scores, query, key, transposed=True)
+            multiply(dp, cotangent, values, transposed=True)
+            raw = value(scores, unfinished=1)
+            weight = pieces.probabilities(o, block, x.extra, raw, lambda: lse, masked)
+            keep = pieces.kept(o, block, x.extra)
+            ds = pieces.sloped(o, raw, weight) * pieces.centred(o, block, keep, value(dp), lambda: delta)
+            plgpu.barrier_arrive(s.value_read.at[value_slot])
+            multiply(dq, ds.astype(query.dtype), key)
+
+        block = p.block(i, streams, key_slot, masked)
+        starts = (
+            pieces.start_of_scores(o, block, x.extra, lambda: lse, masked),
+            pieces.start_of_dp(o, tile, lambda: delta),
+        )
+        dq, _, _ = accumulate(products, dq, *starts, interpret=p.interpret)
+        plgpu.barrier_arrive(s.key_read.at[key_slot])
+        return dq
+
+    dq = pieces.visit(o, step, whole, count, zeros(ROWS, query.shape[-1]))
+    pieces.store(query, dq * o.scale, out.at[p.batch, span, p.head])

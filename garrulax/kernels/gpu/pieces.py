@@ -1,5 +1,6 @@
 """What the two backward kernels share: operands in shared memory, streams of a block, probabilities."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,14 +16,16 @@ from garrulax.kernels.gpu import scores
 from garrulax.kernels.gpu.products import zeros
 from garrulax.kernels.gpu.rows import Rows
 from garrulax.kernels.gpu.scores import Added, Block, Tile
-from garrulax.kernels.mask import Reads, Streams
+from garrulax.kernels.mask import All, Reads, Streams
 
 ROWS = 64  # rows of a warpgroup's tile: what one instruction of the tensor cores takes
 SHARED_MEMORY = 227 * 1024  # bytes that a program may have on sm_90
 
 
 class Arrays(NamedTuple):
-    """References in global memory; lse and delta float32 [B, H, T], lse in base 2."""
+    """References in global memory. lse and delta: float32 [B, H, T], lse in base 2. own_streams: int32 [B, tokens] of
+    the side of which a program has a tile. other_streams: int32 [B, streams, tokens] of the other side, whose blocks
+    it visits, sorted by name; None where there are none."""
 
     query: Any
     key: Any
@@ -30,8 +33,8 @@ class Arrays(NamedTuple):
     cotangent: Any
     lse: Any
     delta: Any
-    query_streams: Streams
-    key_streams: Streams
+    own_streams: Streams
+    other_streams: Any
     extra: Added
     rows: Rows
 
@@ -43,25 +46,53 @@ def operand(dtype: Any, *shape: int) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, wide)), plgpu.SwizzleTransform(2 * wide)))
 
 
-def names(options: Options, extra: Added, masked: bool) -> tuple[list[str], list[str]]:
-    """Streams of queries and of keys that a block needs; `masked`: where not every pair attends."""
+def stacked(streams: Streams) -> jax.Array | None:
+    """int32 [B, streams, tokens], sorted by name; None of none."""
+    return jnp.stack([streams[name] for name in sorted(streams)], axis=1) if streams else None
+
+
+def needed(options: Options, extra: Added, masked: bool) -> Reads:
+    """Streams that a block needs; `masked`: where not every pair attends."""
     reads = options.rule.streams() if masked else Reads(frozenset(), frozenset())
     if extra.slopes is not None or extra.steps is not None:
         reads = reads | Reads(frozenset({"position"}), frozenset({"position"}))
-    return sorted(reads.query), sorted(reads.key)
+    return reads
 
 
-def vectors(streams: Streams, wanted: list[str], load: Callable[[Any], jax.Array], batch: Any, span: Any) -> Streams:
-    """The wanted streams' entries of a span of tokens, in registers."""
-    return {name: load(streams[name].at[batch, span]) for name in wanted}
+def start_of_scores(
+    options: Options, block: Block, extra: Added, lse: Callable[[], jax.Array], masked: bool
+) -> jax.Array:
+    """What the products of queries and keys begin at: what is added to scores, less lse, in the products' unit; where
+    a pair does not attend, so far below everything that the exponential is 0. So that none of it takes registers
+    while products run. A softcap (and a scale of 0) leaves only the last. lse: gives one entry a query, in base 2."""
+    tile, unit = block.tile, scores.unit(options)
+    if not _begins_at_lse(options):
+        start = zeros(*tile.shape)
+    elif extra.bias is extra.slopes is extra.steps is None:
+        start = tile.by_query(lse() * (-1 / unit))
+    else:
+        start = (scores.scores(options, block, extra, zeros(*tile.shape)) - tile.by_query(lse())) * (1 / unit)
+    if masked:
+        start = jnp.where(scores.seen(options, block), start, -_far(options))
+    return plgpu.layout_cast(start, plgpu.Layout.WGMMA)
 
 
 def probabilities(
-    options: Options, block: Block, extra: Added, products: jax.Array, lse: jax.Array, masked: bool
+    options: Options, block: Block, extra: Added, products: jax.Array, lse: Callable[[], jax.Array], masked: bool
 ) -> jax.Array:
-    """exp(score - lse), a float32 tile; lse in base 2, one entry a query, in the tile's layout."""
-    p = jnp.exp2(scores.scores(options, block, extra, products) - block.tile.by_query(lse))
-    return jnp.where(scores.seen(options, block), p, 0.0) if masked else p
+    """exp(score - lse), a float32 tile, of products that began at `start_of_scores`."""
+    if _begins_at_lse(options):
+        return jnp.exp2(products * scores.unit(options))
+    x = scores.scores(options, block, extra, products) - block.tile.by_query(lse())
+    return jnp.exp2(jnp.where(products * (1 / _far(options)) < -0.5, -jnp.inf, x) if masked else x)
+
+
+def _begins_at_lse(options: Options) -> bool:
+    return options.softcap is None and options.scale != 0
+
+
+def _far(options: Options) -> float:
+    return math.copysign(2.0**100, options.scale)
 
 
 def sloped(options: Options, products: jax.Array, weights: jax.Array) -> jax.Array:
@@ -80,22 +111,25 @@ def dropped(options: Options, keep: jax.Array | None, x: jax.Array) -> jax.Array
     return x if keep is None else jnp.where(keep, x * (1 / (1 - options.dropout)), 0.0)
 
 
-def centred(options: Options, block: Block, keep: jax.Array | None, dp: jax.Array, delta: jax.Array) -> jax.Array:
-    """Gradients of probabilities less their mean delta, of products that began at `before`."""
-    return dp if keep is None else dropped(options, keep, dp) - block.tile.by_query(delta)
+def start_of_dp(options: Options, tile: Tile, delta: Callable[[], jax.Array]) -> jax.Array:
+    """What the products of cotangents and values begin at: -delta, which saves a subtraction, but zeros where they are
+    dropped before it. delta: gives one entry a query, in the tile's layout."""
+    if options.dropout:
+        return zeros(*tile.shape)
+    return plgpu.layout_cast(tile.by_query(-delta()), plgpu.Layout.WGMMA)
 
 
-def before(options: Options, tile: Tile, delta: jax.Array) -> jax.Array:
-    """What the products of cotangents and values begin at: -delta, which saves a subtraction, but not where they are
-    dropped before it."""
-    return zeros(*tile.shape) if options.dropout else plgpu.layout_cast(tile.by_query(-delta), plgpu.Layout.WGMMA)
+def centred(
+    options: Options, block: Block, keep: jax.Array | None, products: jax.Array, delta: Callable[[], jax.Array]
+) -> jax.Array:
+    """Gradients of probabilities less delta, of products that began at `start_of_dp`."""
+    return products if keep is None else dropped(options, keep, products) - block.tile.by_query(delta())
 
 
-def visit(step: Callable[[bool, Any, Any], Any], whole: Any, count: Any, carry: Any) -> Any:
+def visit(options: Options, step: Callable[[bool, Any, Any], Any], whole: Any, count: Any, carry: Any) -> Any:
     """carry after step(masked, i, carry) for all i below count, of which those below `whole` need no mask."""
-    for masked, low, high in ((False, 0, whole), (True, whole, count)):
-        carry = lax.fori_loop(low, high, lambda i, x, masked=masked: step(masked, i, x), carry)
-    return carry
+    carry = lax.fori_loop(0, whole, functools.partial(step, False), carry)
+    return carry if isinstance(options.rule, All) else lax.fori_loop(whole, count, functools.partial(step, True), carry)
 
 
 def at(i: Any, size: int) -> Any:

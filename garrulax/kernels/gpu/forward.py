@@ -327,14 +327,10 @@ class Warpgroup:
 def sizes(width: int, value_width: int, streams: int) -> Sizes:
     """Of heads of these widths and a mask of that many key streams: blocks of 128 keys where two of them fit into
     shared memory, else of 64."""
-    for block_k in (128, 64):
-        left = (
-            pieces.SHARED_MEMORY - 2048 - 2 * QUERIES * (2 * width + (2 * value_width if width != value_width else 0))
-        )
-        stages = left // (block_k * (2 * (width + value_width) + 4 * streams))
-        if stages >= 2:
-            break
-    return Sizes(block_k, min(stages, 4))
+    tiles = 2 * QUERIES * 2 * (width + (value_width if value_width != width else 0))
+    left = pieces.SHARED_MEMORY - 4096 - tiles  # barriers, lse, and what Mosaic GPU keeps for itself
+    wanted = (Sizes(k, min(4, left // (k * (2 * (width + value_width) + 4 * streams)))) for k in (128, 64))
+    return next(s for s in wanted if s.stages >= 2 or s.block_k == 64)
 
 
 def _scratch(sizes: Sizes, o: Operands, streams: int) -> Scratch:

@@ -21,7 +21,7 @@ from garrulax.kernels.gpu.scores import LOG2E, Added, Block, Tile
 from garrulax.kernels.mask import All
 
 LOW = -(2.0**100)  # maximum of a row before its first key: finite, so that exp2(-inf - LOW) is 0
-QUERIES = 64  # of a warpgroup: rows of its matrix instructions
+QUERIES = pieces.ROWS  # of a warpgroup
 REGISTERS = {2: (232, 40), 3: (160, 32)}  # of a thread that computes and of one that fetches, by warpgroups
 
 
@@ -52,7 +52,7 @@ class Inputs(NamedTuple):
 
 class Scratch(NamedTuple):
     """Shared memory, and barriers: `ready_*` when a slot is filled, `free_*` when all have read it, `turn` when a
-    warpgroup may use the tensor cores."""
+    warpgroup may use the tensor cores. out: None where it fits into the query's place."""
 
     query: Any
     key: Any
@@ -78,13 +78,13 @@ def forward(
     o = operands
     B, T, H, _ = o.query.shape
     names = tuple(sorted(o.key_streams))
-    streams = jnp.stack([o.key_streams[name] for name in names], axis=1) if names else None
+    streams = pieces.stacked(o.key_streams)
     inputs = Inputs(o.query, o.key, o.value, dict(o.query_streams), streams, rows, scores.added(o))
     leaves, tree = jax.tree.flatten(inputs)
     call = functools.partial(Warpgroup, options=options, sizes=sizes, names=names, interpret=interpret)
 
     def attention_forward(*refs):
-        inputs, (out, lse, scratch) = tree.unflatten(refs[: len(leaves)]), refs[len(leaves) :]
+        inputs, (out, lse, scratch) = jax.tree.unflatten(tree, refs[: len(leaves)]), refs[len(leaves) :]
         index = jax.lax.axis_index("warpgroup")
         head, batch = jax.lax.axis_index("head"), jax.lax.axis_index("batch")
         row = inputs.rows.order[batch, jax.lax.axis_index("row")]
@@ -92,12 +92,12 @@ def forward(
         computing, fetching = REGISTERS[sizes.warpgroups]
 
         @pl.when(index < sizes.warpgroups)
-        def _():
+        def compute():
             plgpu.set_max_registers(computing, action="increase")
             group.compute()
 
         @pl.when(index == sizes.warpgroups)
-        def _():
+        def fetch():
             plgpu.set_max_registers(fetching, action="decrease")
             group.fetch()
 
@@ -152,7 +152,7 @@ class Warpgroup:
 
     def slot(self, i: Any) -> Any:
         """Where block i of the row lies in the ring."""
-        return jax.lax.rem(i, jnp.int32(self.sizes.stages))
+        return pieces.at(i, self.sizes.stages)
 
     def key_start(self, i: Any) -> Any:
         """Index of the first key of block i of the row."""
@@ -165,30 +165,20 @@ class Warpgroup:
         kv_head = jax.lax.div(self.head, jnp.int32(group))
 
         @pl.loop(0, count)
-        def _(i):
+        def load(i):
             keys, slot = pl.ds(self.key_start(i), self.sizes.block_k), self.slot(i)
-
-            @pl.when(i >= stages)
-            def _():
-                plgpu.barrier_wait(s.free_key.at[slot])
-
+            pieces.wait_again(s.free_key, i, stages)
             source = self.inputs.key.at[self.batch, keys, kv_head]
             plgpu.copy_gmem_to_smem(source, s.key.at[slot], s.ready_key.at[slot])
-
-            @pl.when(i >= stages)
-            def _():
-                plgpu.barrier_wait(s.free_value.at[slot])
-
+            pieces.wait_again(s.free_value, i, stages)
             source = self.inputs.value.at[self.batch, keys, kv_head]
             plgpu.copy_gmem_to_smem(source, s.value.at[slot], s.ready_value.at[slot])
             if self.names:
                 source = self.inputs.key_streams.at[self.batch, :, keys]
                 plgpu.copy_gmem_to_smem(source, s.streams.at[slot], s.ready_value.at[slot])
 
-        @pl.loop(jnp.maximum(count - stages, 0), count)
-        def _(i):
-            plgpu.barrier_wait(s.free_key.at[self.slot(i)])
-            plgpu.barrier_wait(s.free_value.at[self.slot(i)])
+        for barrier in (s.free_key, s.free_value):
+            pieces.drain(barrier, count, stages)
 
     def compute(self) -> None:
         """Output and lse of the warpgroup's queries."""
@@ -200,13 +190,13 @@ class Warpgroup:
         empty = products.zeros(QUERIES, s.value.shape[2])
 
         @pl.when(count == 0)
-        def _():
+        def unseen():
             self._finish(empty, low, nothing)
 
         @pl.when(count > 0)
-        def _():
+        def attend():
             @pl.when(self.index == self.sizes.warpgroups - 1)
-            def _():
+            def first():
                 plgpu.barrier_arrive(s.turn.at[0])
 
             query = {
@@ -222,7 +212,7 @@ class Warpgroup:
             self._finish(self._last(last, p, out), top, total)
 
             @pl.when(self.index == 0)
-            def _():
+            def after_last():
                 plgpu.barrier_wait(s.turn.at[0])
 
     def _products(self, i):
@@ -276,11 +266,10 @@ class Warpgroup:
         x, out, top, total = carry
         masked = masked and not isinstance(self.options.rule, All)
         extra = self.inputs.extra
-        needs_block = masked or any(x is not None for x in extra)
-        block = None
-        if needs_block:
+        early = masked or any(x is not None for x in extra)  # key streams come with the values
+        if early:
             plgpu.barrier_wait(self.scratch.ready_value.at[self.slot(i)])
-            block = self._block(i, query, masked)
+        block = self._block(i, query, masked)
         x, unit = scores.unscaled(self.options, block, extra, x)
         if masked:
             x = jnp.where(scores.seen(self.options, block), x, -jnp.inf)
@@ -291,14 +280,14 @@ class Warpgroup:
         if extra.seeds is not None:
             p = jnp.where(scores.kept(self.options, block, extra), p, 0.0)
         out = out * jax.lax.broadcast_in_dim(decay, out.shape, [0])
-        if not needs_block:
+        if not early:
             plgpu.barrier_wait(self.scratch.ready_value.at[self.slot(i)])
         return p.astype(self.inputs.value.dtype), out, new, total
 
     def _block(self, i, query, masked):
-        wanted = self.names if masked else tuple(name for name in self.names if name == "position")
-        streams = self.scratch.streams
-        key = {name: self.tile.load_keys(streams.at[self.slot(i), self.names.index(name)]) for name in wanted}
+        wanted = pieces.needed(self.options, self.inputs.extra, masked).key
+        places = {name: self.scratch.streams.at[self.slot(i), self.names.index(name)] for name in wanted}
+        key = {name: self.tile.load_keys(place) for name, place in places.items()}
         return Block(self.tile, self.batch, self.head, self.start, self.key_start(i), query, key)
 
     def _finish(self, out, top, total):
@@ -318,7 +307,7 @@ class Warpgroup:
         plgpu.barrier_wait(self.scratch.turn.at[self.index])
 
     def _pass_turn(self):
-        plgpu.barrier_arrive(self.scratch.turn.at[jax.lax.rem(self.index + 1, jnp.int32(self.sizes.warpgroups))])
+        plgpu.barrier_arrive(self.scratch.turn.at[pieces.at(self.index + 1, self.sizes.warpgroups)])
 
     def _vector(self, x):
         return plgpu.layout_cast(jnp.full((QUERIES,), x, jnp.float32), self.tile.query_layout())

@@ -15,6 +15,7 @@ from garrulax.kernels.call import Operands, Options
 from garrulax.kernels.mask import Streams
 
 LOG2E = math.log2(math.e)
+_load: Any = plgpu.load  # whose arguments changed with jax 0.11
 
 
 class Added(NamedTuple):
@@ -90,7 +91,7 @@ class Block:
 
 def load(ref: Any, layout: Any) -> jax.Array:
     """What a reference in global or shared memory holds, in registers of that layout."""
-    return plgpu.load(ref, layout=layout, optimized=False)
+    return _load(ref, layout=layout, optimized=False)
 
 
 def plain(options: Options, operands: Operands) -> bool:
@@ -122,7 +123,7 @@ def unscaled(options: Options, block: Block, extra: Added, products: jax.Array) 
     """A float32 tile and a positive number, whose product is the scores in base 2, not masked: exp2(x * factor - y) is
     one instruction less than exp2(x - y) of an x that was multiplied before. Softcap first, then what is added."""
     if options.softcap is not None:
-        x, factor = _half_tanh(options, products), 2.0 * options.softcap * LOG2E
+        x, factor = _half_tanh(options, options.softcap, products), 2.0 * options.softcap * LOG2E
     elif options.scale > 0:
         x, factor = products, unit(options)
     else:
@@ -147,7 +148,7 @@ def slope(options: Options, products: jax.Array) -> jax.Array | None:
     """Derivative of the softcap at the products (that of tanh alone, without the scale); None where it is 1."""
     if options.softcap is None:
         return None
-    t = _half_tanh(options, products)
+    t = _half_tanh(options, options.softcap, products)
     return 1.0 - 4.0 * (t * t)
 
 
@@ -161,10 +162,10 @@ def kept(options: Options, block: Block, extra: Added) -> jax.Array:
     return dropout.kept_in(tile.by_query(row), tile.by_key(key), options.dropout)
 
 
-def _half_tanh(options: Options, products: jax.Array) -> jax.Array:
+def _half_tanh(options: Options, softcap: float, products: jax.Array) -> jax.Array:
     """tanh(scale * products / softcap) / 2. The hardware's own is good to 11 bits, too few for a cap of 50: an
     exponential and a reciprocal, as the square of the one of the root, are good to float32's."""
-    power = jnp.exp2(products * (2.0 * unit(options) / options.softcap))
+    power = jnp.exp2(products * (2.0 * unit(options) / softcap))
     root = jax.lax.rsqrt(power + 1.0)
     return 0.5 - root * root
 
@@ -174,7 +175,7 @@ def _bias(block: Block, ref: Any) -> jax.Array:
     tile = block.tile
     batch, head = (i if n > 1 else 0 for i, n in zip((block.batch, block.head), ref.shape[:2], strict=True))
     starts = (block.query_start, block.key_start) if tile.query_axis == 0 else (block.key_start, block.query_start)
-    spans = [pl.ds(start, size) for start, size in zip(starts, tile.shape, strict=True)]
+    spans: list[Any] = [pl.ds(start, size) for start, size in zip(starts, tile.shape, strict=True)]
     if ref.shape[2 + tile.query_axis] > 1:
         return load(ref.at[batch, head, spans[0], spans[1]], plgpu.Layout.WGMMA).astype(jnp.float32)
     spans[tile.query_axis] = 0

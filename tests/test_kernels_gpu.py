@@ -12,6 +12,7 @@ import pytest
 from garrulax.kernels.attention import attention
 from garrulax.kernels.gpu import Kernel
 from garrulax.kernels.gpu.forward import Sizes
+from garrulax.kernels.gpu.rows import rows
 
 SMALL = Kernel(sizes=Sizes(block_k=64, stages=2), interpret=True)
 BOUND = {jnp.bfloat16: 8e-3, jnp.float16: 1.5e-3}  # of an output that was rounded, of probabilities that were
@@ -55,10 +56,40 @@ def test_requests(request_):
     assert_output_agrees(mask, shape, extras=extras, dtype=dtype)
 
 
-def test_sizes_of_every_width():
-    kernel = Kernel(interpret=True)
-    for width in (80, 128):
-        assert_output_agrees(cases.packed(130), (130, 130, 1, 1, width), kernel=kernel)
+@pytest.mark.parametrize("width", [64, 80])
+def test_sizes_that_are_chosen(width):
+    """192 queries of narrow heads are a row of three warpgroups."""
+    assert_output_agrees(cases.packed(192), (192, 192, 1, 1, width), kernel=Kernel(interpret=True))
+
+
+@pytest.mark.parametrize("case", cases.CASES)
+@pytest.mark.parametrize("by_key", [False, True])
+def test_rows(case, by_key):
+    """Blocks, counts and order against the mask itself, cut into blocks."""
+    mask = cases.CASES[case](96)
+    shape = cases.B, 3, 6
+    dense = np.broadcast_to(mask.dense(), (cases.B, 96, 96)).reshape(cases.B, 3, 32, 6, 16)
+    some, every = dense.any(axis=(2, 4)), dense.all(axis=(2, 4))
+    if by_key:
+        some, every = some.swapaxes(1, 2), every.swapaxes(1, 2)
+    query, key = mask.read()
+    columns, counts, order = map(np.asarray, rows(mask.rule, query, key, 32, 16, shape, by_key=by_key))
+    for b, r in np.ndindex(some.shape[:2]):
+        whole, count = counts[b, r]
+        assert set(np.flatnonzero(some[b, r])) <= set(columns[b, r, :count])
+        assert every[b, r, columns[b, r, :whole]].all()
+        assert len(set(columns[b, r, :count])) == count
+    assert (np.sort(order) == np.arange(order.shape[1])).all()
+    assert (np.diff(np.take_along_axis(counts[..., 1], order, 1)) <= 0).all()
+
+
+def test_rows_of_causal_attention():
+    """Nothing is visited that need not be, nothing masked but the diagonal."""
+    mask = cases.causal(128)
+    query, key = mask.read()
+    _, counts, order = rows(mask.rule, query, key, 32, 32, (cases.B, 4, 4))
+    assert (counts == np.stack([np.arange(4), np.arange(1, 5)], axis=1)).all()
+    assert (order == np.arange(4)[::-1]).all()
 
 
 def request_of(dtype, width, **more):

@@ -313,12 +313,16 @@ class Warpgroup:
         return plgpu.layout_cast(jnp.full((QUERIES,), x, jnp.float32), self.tile.query_layout())
 
 
-def sizes(width: int, value_width: int, streams: int) -> Sizes:
-    """Of heads of these widths and a mask of that many key streams: blocks of 128 keys where two of them fit into
-    shared memory, else of 64."""
-    tiles = 2 * QUERIES * 2 * (width + (value_width if value_width != width else 0))
+def sizes(width: int, value_width: int, streams: int, length: int) -> Sizes:
+    """Of heads of these widths, a mask of that many key streams, and that many queries.
+
+    Blocks of 128 keys where two of them fit into shared memory, else of 64. Exponentials take as long as the products
+    of narrow heads: a third warpgroup has work while two wait, but its rows of 192 queries must be worth filling up.
+    """
+    groups = 3 if max(width, value_width) <= 64 and (length % (3 * QUERIES) == 0 or length >= 2**14) else 2
+    tiles = groups * QUERIES * 2 * (width + (value_width if value_width != width else 0))
     left = pieces.SHARED_MEMORY - 4096 - tiles  # barriers, lse, and what Mosaic GPU keeps for itself
-    wanted = (Sizes(k, min(4, left // (k * (2 * (width + value_width) + 4 * streams)))) for k in (128, 64))
+    wanted = (Sizes(k, min(4, left // (k * (2 * (width + value_width) + 4 * streams))), groups) for k in (128, 64))
     return next(s for s in wanted if s.stages >= 2 or s.block_k == 64)
 
 

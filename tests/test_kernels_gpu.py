@@ -9,6 +9,7 @@ import kernel_cases as cases
 import numpy as np
 import pytest
 
+from garrulax.kernels import gpu
 from garrulax.kernels.attention import attention
 from garrulax.kernels.gpu import Kernel
 from garrulax.kernels.gpu.forward import Sizes
@@ -20,14 +21,14 @@ BOUND = {jnp.bfloat16: 8e-3, jnp.float16: 1.5e-3}  # of an output that was round
 
 def assert_output_agrees(mask, shape, *, extras=(), dtype=jnp.bfloat16, kernel=SMALL):
     T, S, H = shape[:3]
-    if "alibi" in extras:
+    if {"alibi", "relative"} & set(extras):
         mask = cases.with_positions(mask)
     with jax.enable_x64(True):
         options = {name: x for e in extras for name, x in cases.extra(e, H, T, S).items()}
         rounded = [np.asarray(jnp.asarray(x, dtype), np.float64) for x in cases.inputs(*shape)[:3]]
         dense = functools.partial(attention, mask=mask, implementation="dense", **options)
         expected = np.asarray(dense(*map(jnp.asarray, rounded)))
-    options = {name: np.float32(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+    options = jax.tree.map(lambda x: np.float32(x) if getattr(x, "dtype", None) == np.float64 else x, options)
     with gpu_interpreter.interpreted():
         ours = jax.jit(functools.partial(attention, implementation=kernel, **options))
         got = np.asarray(ours(*(jnp.asarray(x, dtype) for x in rounded), mask=mask), np.float64)
@@ -45,6 +46,11 @@ REQUESTS = {
     "softcap": (cases.causal(100), (100, 100, 2, 2, 16), ("softcap", "scale"), jnp.float16),
     "alibi": (cases.window(100), (100, 100, 4, 1, 32), ("alibi", "softcap"), jnp.bfloat16),
     "sinks and dropout": (cases.nothing(100), (100, 100, 2, 1, 16), ("sinks", "dropout"), jnp.bfloat16),
+    "bias": (cases.window(100), (100, 100, 2, 1, 16), ("bias",), jnp.float16),
+    "a bias for all": (cases.causal(100), (100, 100, 2, 1, 16), ("shared_bias", "softcap"), jnp.bfloat16),
+    "a bias of keys": (cases.causal(100), (100, 100, 2, 1, 16), ("key_bias",), jnp.bfloat16),
+    "relative positions": (cases.bidirectional(100), (100, 100, 2, 1, 16), ("relative",), jnp.bfloat16),
+    "many blocks": (cases.causal(400), (400, 400, 1, 1, 16), (), jnp.bfloat16),
     "cache, values of another width": (cases.cached(70, 200), (70, 200, 4, 2, 32, 48), (), jnp.float16),
     "tree, width that is filled up": (cases.tree(40, 170), (40, 170, 2, 1, 20, 12), (), jnp.bfloat16),
 }
@@ -92,26 +98,33 @@ def test_rows_of_causal_attention():
     assert (order == np.arange(4)[::-1]).all()
 
 
-def request_of(dtype, width, **more):
+def test_gradients_with_a_bias_are_those_of_xla():
+    with gpu_interpreter.interpreted():
+        shape, extras = (100, 100, 2, 1, 16), ("bias", "relative")
+        cases.assert_agrees(SMALL, cases.window(100), shape, extras=extras, dtype=jnp.bfloat16, bound=2e-2)
+
+
+def call_of(dtype, width, interpret):
     x = jnp.zeros((1, 64, 2, width), dtype)
-    return functools.partial(attention, x, x, x, implementation=Kernel(interpret=True), **more)
+    return attention(x, x, x, implementation=Kernel(interpret=interpret))
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="older jax is refused as a whole")
 @pytest.mark.parametrize(
-    ("dtype", "width", "more", "reason"),
+    ("dtype", "width", "interpret", "reason"),
     [
-        (jnp.float32, 64, {}, "float32"),
-        (jnp.bfloat16, 320, {}, "320 wide"),
-        (jnp.bfloat16, 64, {"bias": jnp.zeros((1, 1, 64, 64))}, "bias"),
+        (jnp.float32, 64, True, "float32"),
+        (jnp.bfloat16, 320, True, "320 wide"),
+        (jnp.bfloat16, 64, False, "capability 9.0, not 10.0"),
     ],
 )
-def test_refusals(dtype, width, more, reason):
+def test_refusals(dtype, width, interpret, reason, monkeypatch):
+    monkeypatch.setattr(gpu, "_capability", lambda: "10.0")
     with pytest.raises(ValueError, match=reason):
-        request_of(dtype, width, **more)()
+        call_of(dtype, width, interpret)
 
 
 @pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="only older jax is refused")
 def test_older_jax_is_refused():
     with pytest.raises(ValueError, match=r"jax 0\.11"):
-        request_of(jnp.bfloat16, 64)()
+        call_of(jnp.bfloat16, 64, True)

@@ -11,6 +11,7 @@ from garrulax.kernels.gpu.backward import backward
 from garrulax.kernels.gpu.forward import Sizes, forward, sizes
 from garrulax.kernels.gpu.rows import rows
 from garrulax.kernels.passes import TwoPasses
+from garrulax.kernels.xla import Chunked
 
 WIDEST = 256  # columns of one matrix instruction
 
@@ -18,6 +19,9 @@ WIDEST = 256  # columns of one matrix instruction
 @dataclasses.dataclass(frozen=True)
 class Kernel(TwoPasses):
     """For bfloat16 and float16, heads up to 256 wide, any lengths and masks; deterministic.
+
+    Gradients of a request with a bias or relative positions are XLA's: sums over rows and heads of what the kernels
+    keep in registers would cost them more than they gain.
 
     sizes: of the forward pass; None: by the widths of the heads.
     interpret: matrix products are JAX's own, so that Mosaic GPU's interpreter can run the kernels without a GPU.
@@ -27,7 +31,7 @@ class Kernel(TwoPasses):
     interpret: bool = False
 
     def refusal(self, options: Options, operands: Operands) -> str | None:
-        """What it cannot compute: other dtypes, wider heads, learned biases, on other GPUs, with an older jax."""
+        """What it cannot compute: other dtypes, wider heads, on other GPUs, with an older jax."""
         if jax.__version_info__ < (0, 11):
             return f"it needs the Mosaic GPU of jax 0.11 or newer, and this is jax {jax.__version__}"
         o = operands
@@ -37,8 +41,6 @@ class Kernel(TwoPasses):
         widths = o.query.shape[3], o.value.shape[3]
         if max(widths) > WIDEST:
             return f"heads {max(widths)} wide; {WIDEST} is the widest"
-        if o.bias is not None or o.steps is not None:
-            return "it has no gradient of a bias or of relative positions"
         if not self.interpret and (capability := _capability()) not in (None, "9.0"):
             return f"it is written for GPUs of compute capability 9.0, not {capability}"
         return None
@@ -58,6 +60,8 @@ class Kernel(TwoPasses):
         self, options: Options, operands: Operands, lse: jax.Array, delta: jax.Array, cotangent: jax.Array
     ) -> Gradients:
         """As `TwoPasses.backward`."""
+        if operands.bias is not None or operands.steps is not None:
+            return Chunked().backward(options, operands, lse, delta, cotangent)
         return backward(self, options, operands, lse, delta, cotangent)
 
 

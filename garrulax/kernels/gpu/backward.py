@@ -23,7 +23,8 @@ def backward(
     interpreted."""
     (T, C), (S, Cv) = operands.query.shape[1::2], operands.value.shape[1::2]
     wide = _padded(operands, -C % 16, -Cv % 16)
-    plans = [module.plan(wide.query.shape[3], wide.value.shape[3]) for module in (backward_keys, backward_queries)]
+    widths = wide.query.shape[3], wide.value.shape[3]
+    plans = [module.plan(options, *widths) for module in (backward_keys, backward_queries)]
     options, full = fill_up(
         options, wide, *(math.lcm(*(getattr(p, side) for p in plans)) for side in ("queries", "keys"))
     )

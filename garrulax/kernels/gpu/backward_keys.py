@@ -37,12 +37,13 @@ class Plan:
     together: bool
 
 
-def plan(width: int, value_width: int) -> Plan:
-    """For heads of these widths, multiples of 16."""
-    together = width + value_width > 256
+def plan(options: Options, width: int, value_width: int) -> Plan:
+    """For heads of these widths, multiples of 16. A softcap and dropout take registers, too."""
+    streams = len(options.rule.streams().query | {"position"})
+    together = width + value_width > (256 if options.softcap is None and not options.dropout else 192)
     keys, queries, row = (ROWS if together else 2 * ROWS), 64, 2 * (width + value_width)
     left = pieces.SHARED_MEMORY - 1024 - keys * row - (4 * keys * queries if together else 0)
-    return Plan(keys, queries, min(4, left // (queries * (row + 8))), together)
+    return Plan(keys, queries, min(4, left // (queries * (row + 8 + 4 * streams))), together)
 
 
 def gradients(
@@ -92,6 +93,7 @@ def gradients(
         grid_names=("tile", "batch", "head"),
         num_threads=3,
         thread_name="warpgroup",
+        kernel_name="attention_backward_keys",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
     streams = o.key_streams, pieces.stacked(o.query_streams)
@@ -207,7 +209,7 @@ def _fetch(p: _Program, count: Any) -> None:
 def _both(p: _Program, own: Any, whole: Any, count: Any, key_gradient: Any, value_gradient: Any) -> None:
     """Both gradients of 64 keys."""
     s, o, extra, dtype = p.shared, p.options, p.arrays.extra, p.arrays.key.dtype
-    key, values, start = s.key.at[own], s.value.at[own], p.start + own * ROWS
+    start = p.start + own * ROWS
     streams = p.streams_of_keys(start)
     plgpu.barrier_wait(s.tile_ready)
 
@@ -215,6 +217,7 @@ def _both(p: _Program, own: Any, whole: Any, count: Any, key_gradient: Any, valu
         slot = pieces.at(i, p.plan.stages)
         lse, delta = (functools.partial(p.tile.load_queries, ref.at[slot]) for ref in (s.lse, s.delta))
         query, cotangent = s.query.at[slot], s.cotangent.at[slot]
+        key, values = (ref.at[own + pieces.nought(i)] for ref in (s.key, s.value))
         plgpu.barrier_wait(s.query_ready.at[slot])
         plgpu.barrier_wait(s.cotangent_ready.at[slot])
         block = p.block(i, start, streams, slot, masked)
@@ -235,11 +238,11 @@ def _both(p: _Program, own: Any, whole: Any, count: Any, key_gradient: Any, valu
         plgpu.barrier_arrive(s.cotangent_read.at[slot])
         return dk, dv
 
-    sums = tuple(zeros(ROWS, ref.shape[-1]) for ref in (key, values))
+    sums = tuple(zeros(ROWS, ref.shape[-1]) for ref in (key_gradient, value_gradient))
     dk, dv = pieces.visit(o, step, whole, count, sums)
     target = p.batch, pl.ds(start, ROWS), p.head
-    pieces.store(key, dk * o.scale, key_gradient.at[target])
-    pieces.store(values, dv, value_gradient.at[target])
+    pieces.store(s.key.at[own], dk * o.scale, key_gradient.at[target])
+    pieces.store(s.value.at[own], dv, value_gradient.at[target])
 
 
 def _values(p: _Program, whole: Any, count: Any, gradient: Any) -> None:
@@ -254,7 +257,7 @@ def _values(p: _Program, whole: Any, count: Any, gradient: Any) -> None:
         block = p.block(i, p.start, streams, slot, masked)
         lse = functools.partial(p.tile.load_queries, s.lse.at[slot])
         (raw,) = accumulate(
-            lambda x: multiply(x, s.key.at[0], s.query.at[slot], transposed=True),
+            lambda x: multiply(x, s.key.at[pieces.nought(i)], s.query.at[slot], transposed=True),
             pieces.start_of_scores(o, block, extra, lse, masked),
             interpret=p.interpret,
         )
@@ -281,11 +284,12 @@ def _keys(p: _Program, whole: Any, count: Any, gradient: Any) -> None:
 
     def step(masked: bool, i: Any, dk: jax.Array) -> jax.Array:
         slot, hand = pieces.at(i, p.plan.stages), pieces.at(i, 2)
-        block = Block(p.tile, p.batch, *p.place(i), p.start, {}, {})
+        head, start = p.place(i)
+        block = Block(p.tile, p.batch, head, start, p.start, {}, {})
         delta = functools.partial(p.tile.load_queries, s.delta.at[slot])
         plgpu.barrier_wait(s.cotangent_ready.at[slot])
         (dp,) = accumulate(
-            lambda x: multiply(x, s.value.at[0], s.cotangent.at[slot], transposed=True),
+            lambda x: multiply(x, s.value.at[pieces.nought(i)], s.cotangent.at[slot], transposed=True),
             pieces.start_of_dp(o, p.tile, delta),
             interpret=p.interpret,
         )

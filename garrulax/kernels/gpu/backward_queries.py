@@ -12,6 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from garrulax.kernels.blocks import LIVE
 from garrulax.kernels.call import Operands, Options
 from garrulax.kernels.gpu import pieces, scores
 from garrulax.kernels.gpu.pieces import ROWS, Arrays
@@ -32,13 +33,13 @@ class Plan:
     queries: int = 2 * ROWS
 
 
-def plan(width: int, value_width: int) -> Plan:
+def plan(options: Options, width: int, value_width: int) -> Plan:
     """For heads of these widths, multiples of 16."""
-    keys = 64
+    keys, streams = 64, len(options.rule.streams().key | {"position", LIVE})
     left = pieces.SHARED_MEMORY - 1024 - 4 * ROWS * (width + value_width)
-    values = min(3, left // (2 * keys * (width + value_width)))
-    more = left - values * 2 * keys * value_width
-    return Plan(keys, min(3, more // (2 * keys * width)), values)
+    value_bytes, key_bytes = 2 * keys * value_width, 2 * keys * width + 4 * keys * streams
+    value_stages = min(3, left // (key_bytes + value_bytes))
+    return Plan(keys, min(3, (left - value_stages * value_bytes) // key_bytes), value_stages)
 
 
 def gradients(
@@ -79,6 +80,7 @@ def gradients(
         grid_names=("tile", "batch", "head"),
         num_threads=3,
         thread_name="warpgroup",
+        kernel_name="attention_backward_queries",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
     streams = o.query_streams, pieces.stacked(o.key_streams)
@@ -172,9 +174,9 @@ def _fetch(p: _Program, head: Any, count: Any) -> None:
 def _gradient(p: _Program, own: Any, whole: Any, count: Any, out: Any) -> None:
     """The gradient of a warpgroup's queries."""
     x, s, o, tile = p.arrays, p.shared, p.options, p.tile
-    query, cotangent, span = s.query.at[own], s.cotangent.at[own], pl.ds(p.start, ROWS)
-    plgpu.copy_gmem_to_smem(x.query.at[p.batch, span, p.head], query, s.tile_ready.at[own])
-    plgpu.copy_gmem_to_smem(x.cotangent.at[p.batch, span, p.head], cotangent, s.tile_ready.at[own])
+    span = pl.ds(p.start, ROWS)
+    plgpu.copy_gmem_to_smem(x.query.at[p.batch, span, p.head], s.query.at[own], s.tile_ready.at[own])
+    plgpu.copy_gmem_to_smem(x.cotangent.at[p.batch, span, p.head], s.cotangent.at[own], s.tile_ready.at[own])
     lse, delta = (tile.load_queries(ref.at[p.batch, p.head, span]) for ref in (x.lse, x.delta))
     streams = p.streams_of_queries()
     plgpu.barrier_wait(s.tile_ready.at[own])
@@ -182,6 +184,7 @@ def _gradient(p: _Program, own: Any, whole: Any, count: Any, out: Any) -> None:
     def step(masked: bool, i: Any, dq: jax.Array) -> jax.Array:
         key_slot, value_slot = pieces.at(i, p.plan.key_stages), pieces.at(i, p.plan.value_stages)
         key, values = s.key.at[key_slot], s.value.at[value_slot]
+        query, cotangent = (ref.at[own + pieces.nought(i)] for ref in (s.query, s.cotangent))
         plgpu.barrier_wait(s.key_ready.at[key_slot])
         plgpu.barrier_wait(s.value_ready.at[value_slot])
 
@@ -193,7 +196,7 @@ def _gradient(p: _Program, own: Any, whole: Any, count: Any, out: Any) -> None:
             keep = pieces.kept(o, block, x.extra)
             ds = pieces.sloped(o, raw, weight) * pieces.centred(o, block, keep, value(dp), lambda: delta)
             plgpu.barrier_arrive(s.value_read.at[value_slot])
-            multiply(dq, ds.astype(query.dtype), key)
+            multiply(dq, ds.astype(x.query.dtype), key)
 
         block = p.block(i, streams, key_slot, masked)
         starts = (
@@ -204,5 +207,5 @@ def _gradient(p: _Program, own: Any, whole: Any, count: Any, out: Any) -> None:
         plgpu.barrier_arrive(s.key_read.at[key_slot])
         return dq
 
-    dq = pieces.visit(o, step, whole, count, zeros(ROWS, query.shape[-1]))
-    pieces.store(query, dq * o.scale, out.at[p.batch, span, p.head])
+    dq = pieces.visit(o, step, whole, count, zeros(ROWS, x.query.shape[-1]))
+    pieces.store(s.query.at[own], dq * o.scale, out.at[p.batch, span, p.head])

@@ -64,14 +64,13 @@ def start_of_scores(
 ) -> jax.Array:
     """What the products of queries and keys begin at: what is added to scores, less lse, in the products' unit; where
     a pair does not attend, so far below everything that the exponential is 0. So that none of it takes registers
-    while products run. A softcap (and a scale of 0) leaves only the last. lse: gives one entry a query, in base 2."""
-    tile, unit = block.tile, scores.unit(options)
-    if not _begins_at_lse(options):
-        start = zeros(*tile.shape)
-    elif extra.bias is extra.slopes is extra.steps is None:
-        start = tile.by_query(lse() * (-1 / unit))
-    else:
-        start = (scores.scores(options, block, extra, zeros(*tile.shape)) - tile.by_query(lse())) * (1 / unit)
+    while products run. With a softcap, or a scale not above 0, only the last is so.
+
+    lse: gives one entry a query, in base 2."""
+    start = zeros(*block.tile.shape)
+    if _begins_at_lse(options):
+        start = block.tile.by_query(lse() * (-1 / scores.unit(options)))
+        start, _ = scores.unscaled(options, block, extra, start)
     if masked:
         start = jnp.where(scores.seen(options, block), start, -_far(options))
     return plgpu.layout_cast(start, plgpu.Layout.WGMMA)
@@ -88,7 +87,7 @@ def probabilities(
 
 
 def _begins_at_lse(options: Options) -> bool:
-    return options.softcap is None and options.scale != 0
+    return options.softcap is None and options.scale > 0
 
 
 def _far(options: Options) -> float:
@@ -130,6 +129,12 @@ def visit(options: Options, step: Callable[[bool, Any, Any], Any], whole: Any, c
     """carry after step(masked, i, carry) for all i below count, of which those below `whole` need no mask."""
     carry = lax.fori_loop(0, whole, functools.partial(step, False), carry)
     return carry if isinstance(options.rule, All) else lax.fori_loop(whole, count, functools.partial(step, True), carry)
+
+
+def nought(i: Any) -> Any:
+    """0, though the compiler cannot tell, of the number of a block. Added to a place in shared memory it keeps the
+    compiler from computing the descriptors of a tile for all blocks at once, which takes up to 64 registers."""
+    return lax.shift_right_logical(i, jnp.int32(30))
 
 
 def at(i: Any, size: int) -> Any:

@@ -37,6 +37,8 @@ REQUESTS = {
     "window of packed documents": {"width": 128, "mask": "window"},
     "three streams": {"width": 128, "mask": "banded_and_strided"},
     "ALiBi": {"width": 128, "mask": "causal", "alibi": True},
+    "relative positions": {"width": 64, "mask": "bidirectional", "relative": True},
+    "bias": {"width": 128, "mask": "causal", "bias": True, "length": 512},
     "softcap": {"width": 256, "mask": "window", "softcap": 50.0},
     "dropout": {"width": 64, "mask": "packed", "dropout": 0.1},
 }

@@ -1,8 +1,8 @@
 """Compiles a request for attention for a GPU that is not there, and prints what its kernels need as JSON.
 
 python compile_gpu.py TARGET REQUEST: a target's text in this folder ("h100") and a JSON object: width, mask (a name of
-`kernel_cases.CASES`), and, as they are wanted, value_width, length, heads, kv_heads, dtype, softcap, alibi, dropout,
-gradients. Prints a list with an object a kernel.
+`kernel_cases.CASES`), and, as they are wanted, value_width, length, heads, kv_heads, dtype, softcap, dropout, gradients,
+and alibi, relative, bias (true). Prints a list with an object a kernel.
 
 A process a program: the compiler reads where to write from the environment once, and aborts when it fails.
 """
@@ -20,7 +20,6 @@ HERE = pathlib.Path(__file__).parent
 def compile_request(target, request):
     """Lowers and compiles attention in this process."""
     import jax
-    import jax.numpy as jnp
     import kernel_cases as cases
     from jax.experimental import topologies
     from jax.sharding import NamedSharding, PartitionSpec
@@ -34,8 +33,10 @@ def compile_request(target, request):
     K, dtype = request.get("kv_heads", 4), request.get("dtype", "bfloat16")
     mask = cases.CASES[request["mask"]](T)
     options = {name: request[name] for name in ("softcap", "dropout") if name in request}
-    if request.get("alibi"):
-        options["alibi"], mask = jnp.ones(H), cases.with_positions(mask)
+    extras = [name for name in ("alibi", "relative", "bias") if request.get(name)]
+    for name in extras:
+        options |= cases.extra(name, H, T, T)
+    mask = cases.with_positions(mask) if extras else mask
     if "dropout" in options:
         options["dropout_key"] = jax.random.key(0)
 

@@ -49,7 +49,7 @@ class Kernel(TwoPasses):
         """As `TwoPasses.forward`."""
         T, Cv = operands.query.shape[1], operands.value.shape[3]
         wide = _wide(operands)
-        size = self.sizes or sizes(wide.query.shape[3], wide.value.shape[3], len(operands.key_streams), T)
+        size = self.sizes or sizes(wide)
         options, o = blocks.fill_up(options, wide, size.block_q, size.block_k)
         shape = o.query.shape[0], o.query.shape[1] // size.block_q, o.key.shape[1] // size.block_k
         lists = rows(options.rule, o.query_streams, o.key_streams, size.block_q, size.block_k, shape)

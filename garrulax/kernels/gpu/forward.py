@@ -313,17 +313,24 @@ class Warpgroup:
         return plgpu.layout_cast(jnp.full((QUERIES,), x, jnp.float32), self.tile.query_layout())
 
 
-def sizes(width: int, value_width: int, streams: int, length: int) -> Sizes:
-    """Of heads of these widths, a mask of that many key streams, and that many queries.
+def sizes(operands: Operands) -> Sizes:
+    """Of a request whose heads have widths that are multiples of 16.
 
-    Blocks of 128 keys where two of them fit into shared memory, else of 64. Exponentials take as long as the products
-    of narrow heads: a third warpgroup has work while two wait, but its rows of 192 queries must be worth filling up.
+    Blocks of 128 keys where two of them fit into shared memory, and what is added to scores into registers; else of 64.
+    Exponentials take as long as the products of narrow heads: a third warpgroup has work while two wait, but its rows
+    of 192 queries must be worth filling up.
     """
+    o = operands
+    length, width, value_width = o.query.shape[1], o.query.shape[3], o.value.shape[3]
     groups = 3 if max(width, value_width) <= 64 and (length % (3 * QUERIES) == 0 or length >= 2**14) else 2
     tiles = groups * QUERIES * 2 * (width + (value_width if value_width != width else 0))
     left = pieces.SHARED_MEMORY - 4096 - tiles  # barriers, lse, and what Mosaic GPU keeps for itself
-    wanted = (Sizes(k, min(4, left // (k * (2 * (width + value_width) + 4 * streams))), groups) for k in (128, 64))
-    return next(s for s in wanted if s.stages >= 2 or s.block_k == 64)
+    slot = 2 * (width + value_width) + 4 * (
+        len(o.key_streams) + 1
+    )  # of a key; one stream more where lengths are ragged
+    light = o.bias is None and o.steps is None and o.seeds is None
+    wanted = [Sizes(k, min(4, left // (k * slot)), groups) for k in (128, 64)]
+    return next(s for s in wanted if s.block_k == 64 or (light and s.stages >= 2))
 
 
 def _scratch(sizes: Sizes, o: Operands, streams: int) -> Scratch:

@@ -1,8 +1,8 @@
 """Compiles a request for attention for a GPU that is not there, and prints what its kernels need as JSON.
 
 python compile_gpu.py TARGET REQUEST: a target's text in this folder ("h100") and a JSON object: width, mask (a name of
-`kernel_cases.CASES`), and, as they are wanted, value_width, length, heads, kv_heads, dtype, softcap, dropout, gradients,
-and alibi, relative, bias (true). Prints a list with an object a kernel.
+`kernel_cases.CASES`), and, as they are wanted, value_width, length, heads, kv_heads, dtype, softcap, dropout,
+gradients, and alibi, relative, bias (true). Prints a list with an object a kernel.
 
 A process a program: the compiler reads where to write from the environment once, and aborts when it fails.
 """

@@ -105,12 +105,12 @@ def _program(
 
     @pl.when(warpgroup == 2)
     def _() -> None:
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(24, action="decrease")
         _fetch(p, lax.div(head, jnp.int32(group)), count)
 
     @pl.when(warpgroup < 2)
     def _() -> None:
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(240, action="increase")
         _gradient(p, warpgroup, whole, count, out)
 
 

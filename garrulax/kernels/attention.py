@@ -14,15 +14,17 @@ from garrulax.kernels.relative import Relative
 from garrulax.kernels.sharded import Sharded
 
 IMPLEMENTATIONS = {
-    "xla": "garrulax.kernels.xla:Chunked",
-    "cudnn": "garrulax.kernels.cudnn:Cudnn",
-    "dense": "garrulax.kernels.dense:Dense",
     "pallas_tpu": "garrulax.kernels.tpu:Kernel",
+    "pallas_gpu": "garrulax.kernels.gpu:Kernel",
+    "cudnn": "garrulax.kernels.cudnn:Cudnn",
+    "xla": "garrulax.kernels.xla:Chunked",
+    "dense": "garrulax.kernels.dense:Dense",
 }
 PICKED = {  # the best first
     "cpu": ("xla",),
     "tpu": ("pallas_tpu", "xla"),
     "gpu": ("cudnn", "xla"),
+    "gpu sm_90": ("cudnn", "pallas_gpu", "xla"),
     **{f"gpu sm_{older}": ("xla",) for older in (60, 61, 70, 75)},  # cuDNN's fused attention begins with sm_80
 }
 

@@ -10,7 +10,16 @@ def kept(seed: jax.Array, query: jax.Array, key: jax.Array, rate: float) -> jax.
 
     seed: uint32, of a batch row and head. query, key: int32 indices of the two tokens. rate: the share to drop.
     """
-    row = mixed(moved(seed, query))
+    return kept_in(row(seed, query), key, rate)
+
+
+def row(seed: jax.Array, query: jax.Array) -> jax.Array:
+    """What `kept` needs of a query: uint32. Arguments as of `kept`."""
+    return mixed(moved(seed, query))
+
+
+def kept_in(row: jax.Array, key: jax.Array, rate: float) -> jax.Array:
+    """`kept` of what `row` gave for the queries."""
     return mixed(row ^ (key.astype(jnp.uint32) * jnp.uint32(0x85EBCA77))) >= jnp.uint32(round(rate * 2**32))
 
 

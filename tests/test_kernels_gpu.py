@@ -1,0 +1,130 @@
+"""The forward pass for Hopper, interpreted, against the dense formula in float64."""
+
+import functools
+
+import gpu_interpreter
+import jax
+import jax.numpy as jnp
+import kernel_cases as cases
+import numpy as np
+import pytest
+
+from garrulax.kernels import gpu
+from garrulax.kernels.attention import attention
+from garrulax.kernels.gpu import Kernel
+from garrulax.kernels.gpu.forward import Sizes
+from garrulax.kernels.gpu.rows import rows
+
+SMALL = Kernel(sizes=Sizes(block_k=64, stages=2), interpret=True)
+BOUND = {jnp.bfloat16: 8e-3, jnp.float16: 1.5e-3}  # of an output that was rounded, of probabilities that were
+
+
+def assert_output_agrees(mask, shape, *, extras=(), dtype=jnp.bfloat16, kernel=SMALL):
+    T, S, H = shape[:3]
+    if {"alibi", "relative"} & set(extras):
+        mask = cases.with_positions(mask)
+    with jax.enable_x64(True):
+        options = {name: x for e in extras for name, x in cases.extra(e, H, T, S).items()}
+        rounded = [np.asarray(jnp.asarray(x, dtype), np.float64) for x in cases.inputs(*shape)[:3]]
+        dense = functools.partial(attention, mask=mask, implementation="dense", **options)
+        expected = np.asarray(dense(*map(jnp.asarray, rounded)))
+    options = jax.tree.map(lambda x: np.float32(x) if getattr(x, "dtype", None) == np.float64 else x, options)
+    with gpu_interpreter.interpreted():
+        ours = jax.jit(functools.partial(attention, implementation=kernel, **options))
+        got = np.asarray(ours(*(jnp.asarray(x, dtype) for x in rounded), mask=mask), np.float64)
+    assert got.shape == expected.shape
+    assert np.isfinite(got).all()
+    assert np.abs(got - expected).max() <= BOUND[dtype] * max(np.abs(expected).max(), 1e-3)
+
+
+@pytest.mark.parametrize("case", cases.CASES)
+def test_masks(case):
+    assert_output_agrees(cases.CASES[case](150), (150, 150, 2, 1, 16))
+
+
+REQUESTS = {
+    "softcap": (cases.causal(100), (100, 100, 2, 2, 16), ("softcap", "scale"), jnp.float16),
+    "alibi": (cases.window(100), (100, 100, 4, 1, 32), ("alibi", "softcap"), jnp.bfloat16),
+    "sinks and dropout": (cases.nothing(100), (100, 100, 2, 1, 16), ("sinks", "dropout"), jnp.bfloat16),
+    "bias": (cases.window(100), (100, 100, 2, 1, 16), ("bias",), jnp.float16),
+    "a bias for all": (cases.causal(100), (100, 100, 2, 1, 16), ("shared_bias", "softcap"), jnp.bfloat16),
+    "a bias of keys": (cases.causal(100), (100, 100, 2, 1, 16), ("key_bias",), jnp.bfloat16),
+    "relative positions": (cases.bidirectional(100), (100, 100, 2, 1, 16), ("relative",), jnp.bfloat16),
+    "many blocks": (cases.causal(400), (400, 400, 1, 1, 16), (), jnp.bfloat16),
+    "cache, values of another width": (cases.cached(70, 200), (70, 200, 4, 2, 32, 48), (), jnp.float16),
+    "tree, width that is filled up": (cases.tree(40, 170), (40, 170, 2, 1, 20, 12), (), jnp.bfloat16),
+}
+
+
+@pytest.mark.parametrize("request_", REQUESTS.values(), ids=REQUESTS)
+def test_requests(request_):
+    mask, shape, extras, dtype = request_
+    assert_output_agrees(mask, shape, extras=extras, dtype=dtype)
+
+
+@pytest.mark.parametrize("width", [64, 80])
+def test_sizes_that_are_chosen(width):
+    """192 queries of narrow heads are a row of three warpgroups."""
+    assert_output_agrees(cases.packed(192), (192, 192, 1, 1, width), kernel=Kernel(interpret=True))
+
+
+@pytest.mark.parametrize("case", cases.CASES)
+@pytest.mark.parametrize("by_key", [False, True])
+def test_rows(case, by_key):
+    """Blocks, counts and order against the mask itself, cut into blocks."""
+    mask = cases.CASES[case](96)
+    shape = cases.B, 3, 6
+    dense = np.broadcast_to(mask.dense(), (cases.B, 96, 96)).reshape(cases.B, 3, 32, 6, 16)
+    some, every = dense.any(axis=(2, 4)), dense.all(axis=(2, 4))
+    if by_key:
+        some, every = some.swapaxes(1, 2), every.swapaxes(1, 2)
+    query, key = mask.read()
+    columns, counts, order = map(np.asarray, rows(mask.rule, query, key, 32, 16, shape, by_key=by_key))
+    for b, r in np.ndindex(some.shape[:2]):
+        whole, count = counts[b, r]
+        assert set(np.flatnonzero(some[b, r])) <= set(columns[b, r, :count])
+        assert every[b, r, columns[b, r, :whole]].all()
+        assert len(set(columns[b, r, :count])) == count
+    assert (np.sort(order) == np.arange(order.shape[1])).all()
+    assert (np.diff(np.take_along_axis(counts[..., 1], order, 1)) <= 0).all()
+
+
+def test_rows_of_causal_attention():
+    """Nothing is visited that need not be, nothing masked but the diagonal."""
+    mask = cases.causal(128)
+    query, key = mask.read()
+    _, counts, order = rows(mask.rule, query, key, 32, 32, (cases.B, 4, 4))
+    assert (counts == np.stack([np.arange(4), np.arange(1, 5)], axis=1)).all()
+    assert (order == np.arange(4)[::-1]).all()
+
+
+def test_gradients_with_a_bias_are_those_of_xla():
+    with gpu_interpreter.interpreted():
+        shape, extras = (100, 100, 2, 1, 16), ("bias", "relative")
+        cases.assert_agrees(SMALL, cases.window(100), shape, extras=extras, dtype=jnp.bfloat16, bound=2e-2)
+
+
+def call_of(dtype, width, interpret):
+    x = jnp.zeros((1, 64, 2, width), dtype)
+    return attention(x, x, x, implementation=Kernel(interpret=interpret))
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="older jax is refused as a whole")
+@pytest.mark.parametrize(
+    ("dtype", "width", "interpret", "reason"),
+    [
+        (jnp.float32, 64, True, "float32"),
+        (jnp.bfloat16, 320, True, "320 wide"),
+        (jnp.bfloat16, 64, False, "capability 9.0, not 10.0"),
+    ],
+)
+def test_refusals(dtype, width, interpret, reason, monkeypatch):
+    monkeypatch.setattr(gpu, "_capability", lambda: "10.0")
+    with pytest.raises(ValueError, match=reason):
+        call_of(dtype, width, interpret)
+
+
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="only older jax is refused")
+def test_older_jax_is_refused():
+    with pytest.raises(ValueError, match=r"jax 0\.11"):
+        call_of(jnp.bfloat16, 64, True)

@@ -1,0 +1,67 @@
+"""The backward pass for Hopper, interpreted, against the dense formula in float64."""
+
+import dataclasses
+
+import gpu_interpreter
+import jax.numpy as jnp
+import kernel_cases as cases
+import pytest
+
+from garrulax.kernels.call import Options
+from garrulax.kernels.gpu import Kernel, backward_keys, backward_queries
+from garrulax.kernels.mask import All
+from garrulax.kernels.xla import Chunked
+
+BOUND = {jnp.bfloat16: 1.2e-2, jnp.float16: 2e-3}  # probabilities and gradients of scores are rounded
+
+
+@dataclasses.dataclass(frozen=True)
+class Backward(Kernel):
+    """The forward pass of another implementation, so that only this one's gradients are in question."""
+
+    def forward(self, options, operands):
+        return Chunked().forward(options, operands)
+
+
+def assert_gradients_agree(mask, shape, *, extras=(), dtype=jnp.bfloat16, kernel=Backward):
+    with gpu_interpreter.interpreted():
+        cases.assert_agrees(kernel(interpret=True), mask, shape, extras=extras, dtype=dtype, bound=BOUND[dtype])
+
+
+@pytest.mark.parametrize("case", cases.CASES)
+def test_masks(case):
+    assert_gradients_agree(cases.CASES[case](150), (150, 150, 2, 1, 16))
+
+
+WIDE = (144, 128)  # of which one warpgroup's registers hold only one gradient
+REQUESTS = {
+    "softcap": (cases.causal(100), (100, 100, 2, 2, 16), ("softcap", "scale"), jnp.float16),
+    "softcap, alibi": (cases.window(100), (100, 100, 4, 1, 32), ("alibi", "softcap"), jnp.bfloat16),
+    "alibi": (cases.packed(150), (150, 150, 4, 2, 16), ("alibi",), jnp.float16),
+    "sinks and dropout": (cases.nothing(100), (100, 100, 2, 1, 16), ("sinks", "dropout"), jnp.bfloat16),
+    "cache, values of another width": (cases.cached(70, 150), (70, 150, 4, 2, 32, 48), (), jnp.float16),
+    "tree, width that is filled up": (cases.tree(40, 170), (40, 170, 2, 1, 20, 12), (), jnp.bfloat16),
+    "wide": (cases.sinks_and_window(150), (150, 150, 3, 1, *WIDE), (), jnp.bfloat16),
+    "wide, all of it": (cases.infilling(130), (130, 130, 2, 1, *WIDE), ("alibi", "softcap", "dropout"), jnp.bfloat16),
+    "wide, nothing": (cases.nothing(130), (130, 130, 2, 2, *WIDE), (), jnp.float16),
+}
+
+
+@pytest.mark.parametrize("request_", REQUESTS.values(), ids=REQUESTS)
+def test_requests(request_):
+    mask, shape, extras, dtype = request_
+    assert_gradients_agree(mask, shape, extras=extras, dtype=dtype)
+
+
+def test_both_passes():
+    assert_gradients_agree(cases.packed(130), (130, 130, 4, 1, 64), kernel=Kernel)
+
+
+@pytest.mark.parametrize("width", range(16, 257, 16))
+def test_every_width_has_a_ring(width):
+    options = Options(All(), 1.0)
+    for value_width in range(16, 257, 16):
+        keys, queries = (module.plan(options, width, value_width) for module in (backward_keys, backward_queries))
+        assert keys.stages >= 2
+        assert queries.key_stages >= 2
+        assert queries.value_stages >= 1

@@ -16,10 +16,14 @@ from garrulax.kernels.relative import Relative
 
 IMPLEMENTATIONS = {
     "xla": "garrulax.kernels.decode.xla:Gathered",
-    "tpu": "garrulax.kernels.decode.tpu:Kernel",
-    "gpu": "garrulax.kernels.decode.gpu:Kernel",
+    "pallas_tpu": "garrulax.kernels.decode.tpu:Kernel",
+    "pallas_gpu": "garrulax.kernels.decode.gpu:Kernel",
 }
-PICKED = {"cpu": ("xla",), "tpu": ("tpu", "xla"), "gpu": ("gpu", "xla")}  # the best first; the last computes everything
+PICKED = {
+    "cpu": ("xla",),
+    "tpu": ("pallas_tpu", "xla"),
+    "gpu": ("pallas_gpu", "xla"),
+}  # the best first; the last computes everything
 TABLE = Table("decoding attention", IMPLEMENTATIONS, PICKED)
 QUANTISED = (jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)
 

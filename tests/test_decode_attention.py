@@ -345,6 +345,15 @@ def test_gradients_are_those_of_the_formula():
             assert_close(x, y, 1e-5)
 
 
+def test_vmap():
+    q, k, v = arrays(1, 130)
+    mask = causal(1, 130, [130, 60])
+    many = jnp.stack([q, 2 * q])
+    got = jax.jit(jax.vmap(lambda x: decode(x, k, v, mask=mask, implementation=SMALL)))(many)
+    for x, y in zip(got, many, strict=True):
+        assert_close(x, exact(y, k, v, mask.dense())[0])
+
+
 def test_relative_bias():
     q, k, v = arrays(2, 100)
     mask = causal(2, 100, [100, 60])

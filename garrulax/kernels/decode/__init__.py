@@ -108,11 +108,12 @@ def computed(implementation: Implementation, options: Options, cached: Cached) -
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _differentiable(implementation: Implementation, options: Options, cached: Cached) -> tuple[jax.Array, jax.Array]:
-    return implementation(options, cached)
+    # A kernel has a list of steps a call, which JAX's own rule for `vmap` cannot batch: one call after another.
+    return jax.custom_batching.sequential_vmap(lambda x: implementation(options, x))(cached)
 
 
 def _forward(implementation, options, cached):
-    return implementation(options, cached), cached
+    return _differentiable(implementation, options, cached), cached
 
 
 def _backward(implementation, options, cached, cotangents):

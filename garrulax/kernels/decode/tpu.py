@@ -58,6 +58,12 @@ class Kernel:
             return f"{c.query.shape[1]} queries of {c.query.shape[2]} heads make {plan.rows} rows, above {MOST_ROWS}"
         if plan.columns >= work.MOST_COLUMNS or c.query.shape[0] >= work.MOST_ROWS:
             return f"{c.query.shape[0]} sequences of {plan.columns} blocks are beyond what a step's word can say"
+        heads, widths = c.key.shape[1], c.key.shape[3] + c.value.shape[3]
+        vmem = (
+            2 * heads * plan.size * widths * c.key.dtype.itemsize
+        )  # of which one is read while the other is waited for
+        if vmem > self.vmem_bytes // 2:
+            return f"{plan.size} slots of {heads} heads of widths {widths} in all do not fit into vector memory"
         words = self.splits * c.query.shape[0] * plan.columns * (1 + plan.pages)
         if words > SCALARS:
             return f"the {words} words of its list of steps do not fit into scalar memory ({SCALARS})"
@@ -268,13 +274,13 @@ def _kernel(
             return jnp.concatenate(x, axis=int(name in plan.turned)) if len(x) > 1 else x[0]
         return ref[name][0, h]
 
-    def streams(masked):
+    def streams():
         q = {name: ref["query_streams"][0, :, i : i + 1] for i, name in enumerate(plan.queries)}
         k = {name: ref["key_streams"][0, i : i + 1] for i, name in enumerate(names)}
         return q, {name: jnp.broadcast_to(x, (rows, plan.size)) for name, x in k.items()}
 
     def step(masked):
-        q, k = streams(masked)
+        q, k = streams()
         seen = options.rule.evaluate(q, k) if masked else None
         distance = (k["position"] - q["position"]).astype(jnp.float32) if "slopes" in ref else None
         # What lies behind the cache's end may be anything, and 0 times anything need not be 0.

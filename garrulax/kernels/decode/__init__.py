@@ -16,10 +16,14 @@ from garrulax.kernels.relative import Relative
 
 IMPLEMENTATIONS = {
     "xla": "garrulax.kernels.decode.xla:Gathered",
-    "tpu": "garrulax.kernels.decode.tpu:Kernel",
-    "gpu": "garrulax.kernels.decode.gpu:Kernel",
+    "pallas_tpu": "garrulax.kernels.decode.tpu:Kernel",
+    "pallas_gpu": "garrulax.kernels.decode.gpu:Kernel",
 }
-PICKED = {"cpu": ("xla",), "tpu": ("tpu", "xla"), "gpu": ("gpu", "xla")}  # the best first; the last computes everything
+PICKED = {
+    "cpu": ("xla",),
+    "tpu": ("pallas_tpu", "xla"),
+    "gpu": ("pallas_gpu", "xla"),
+}  # the best first; the last computes everything
 TABLE = Table("decoding attention", IMPLEMENTATIONS, PICKED)
 QUANTISED = (jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)
 
@@ -104,11 +108,12 @@ def computed(implementation: Implementation, options: Options, cached: Cached) -
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _differentiable(implementation: Implementation, options: Options, cached: Cached) -> tuple[jax.Array, jax.Array]:
-    return implementation(options, cached)
+    # A kernel has a list of steps a call, which JAX's own rule for `vmap` cannot batch: one call after another.
+    return jax.custom_batching.sequential_vmap(lambda x: implementation(options, x))(cached)
 
 
 def _forward(implementation, options, cached):
-    return implementation(options, cached), cached
+    return _differentiable(implementation, options, cached), cached
 
 
 def _backward(implementation, options, cached, cotangents):

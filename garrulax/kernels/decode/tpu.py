@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from garrulax.kernels.blocks import fill
 from garrulax.kernels.call import Options
 from garrulax.kernels.decode import work
 from garrulax.kernels.decode.call import Cached
@@ -21,6 +22,7 @@ LOG2E = math.log2(math.e)
 NEVER = -0.7 * float(np.finfo(np.float32).max)  # score of a pair that does not attend; differences stay finite
 LANES, SUBLANES = 128, 8
 SCALARS = 1 << 17  # int32 words of scalar memory that a list of steps may take: half of it
+AHEAD = 4  # heads whose scores are begun before a head's softmax, so that the matrix unit has something to do
 MOST_ROWS = 1024  # query rows a key/value head
 
 
@@ -56,6 +58,12 @@ class Kernel:
             return f"{c.query.shape[1]} queries of {c.query.shape[2]} heads make {plan.rows} rows, above {MOST_ROWS}"
         if plan.columns >= work.MOST_COLUMNS or c.query.shape[0] >= work.MOST_ROWS:
             return f"{c.query.shape[0]} sequences of {plan.columns} blocks are beyond what a step's word can say"
+        heads, widths = c.key.shape[1], c.key.shape[3] + c.value.shape[3]
+        vmem = (
+            2 * heads * plan.size * widths * c.key.dtype.itemsize
+        )  # of which one is read while the other is waited for
+        if vmem > self.vmem_bytes // 2:
+            return f"{plan.size} slots of {heads} heads of widths {widths} in all do not fit into vector memory"
         words = self.splits * c.query.shape[0] * plan.columns * (1 + plan.pages)
         if words > SCALARS:
             return f"the {words} words of its list of steps do not fit into scalar memory ({SCALARS})"
@@ -85,7 +93,7 @@ class Kernel:
         wanted = self.step_bytes // (K * (C + Cv) * cached.key.dtype.itemsize)
         wanted = max(LANES, min(wanted, self.most_keys) // LANES * LANES)
         if cached.table is None:
-            pages, total = 0, slots
+            pages, total, whole = 0, slots, 1
             size = total if total <= LANES else min(wanted, -(-total // LANES) * LANES)
         else:
             total = cached.table.shape[1] * slots
@@ -95,14 +103,14 @@ class Kernel:
             size = pages * slots
         rows = H // K * T
         tile = _TILES.get(cached.query.dtype, SUBLANES)
-        names = tuple(sorted({*cached.query_streams}))
         return Plan(
             rows=-(-rows // tile) * tile,
             size=size,
             columns=-(-total // size),
             pages=pages,
             edge=total % size if cached.table is None else 0,
-            queries=names,
+            turned=frozenset(name for name, n in (("key", C), ("value", Cv)) if n % LANES and whole == 1),
+            queries=tuple(sorted(cached.query_streams)),
             splits=self.splits,
             vmem_bytes=self.vmem_bytes,
             interpret=self.interpret,
@@ -119,69 +127,61 @@ _TILES = {
 class Plan:
     """Sizes of a call. rows: query rows a key/value head, filled up. size: slots a step. columns: steps a sequence, at
     most. pages: pages a step, 0 without. edge: slots of the last block inside a contiguous cache, 0 where it is whole.
-    queries: names of the query streams."""
+    turned: those of "key" and "value" that are read as [.., width, slots], which is how XLA keeps arrays whose width
+    does not fill lanes. queries: names of the query streams."""
 
     rows: int
     size: int
     columns: int
     pages: int
     edge: int
+    turned: frozenset[str]
     queries: tuple[str, ...]
     splits: int
     vmem_bytes: int
     interpret: Any
 
 
+class Specs:
+    """Block specs of a call's arrays: which block of an array a step has in vector memory."""
+
+    def __init__(self, plan: Plan, batch: int) -> None:
+        self.plan, self.steps = plan, batch * plan.columns
+
+    def _at(self, shape: tuple[int, ...], place: Any) -> pl.BlockSpec:
+        """A block, at place(word, split) of the array."""
+        return pl.BlockSpec(shape, lambda s, i, words, _: place(words[s * self.steps + i], s))
+
+    def of_row(self, *shape: int) -> pl.BlockSpec:
+        """What there is of each sequence."""
+        return self._at((1, *shape), lambda word, _: (work.row_of(word), *[0] * len(shape)))
+
+    def of_part(self, *shape: int) -> pl.BlockSpec:
+        """What there is of each split of each sequence."""
+        return self._at((1, 1, *shape), lambda word, split: (split, work.row_of(word), *[0] * len(shape)))
+
+    def of_slots(self, axis: int, *shape: int) -> pl.BlockSpec:
+        """What there is of each slot of each sequence, with the slots along this axis of the shape."""
+
+        def place(word: Any, _: Any) -> tuple:
+            return (work.row_of(word), *(work.column_of(word) if a == axis else 0 for a in range(len(shape))))
+
+        return self._at((1, *shape), place)
+
+    def of_page(self, j: int, *shape: int) -> pl.BlockSpec:
+        """The j-th page of a step."""
+        n = self.plan.pages
+
+        def place(s: Any, i: Any, _: Any, pages: Any) -> tuple:
+            return (pages[(s * self.steps + i) * n + j], *[0] * len(shape))
+
+        return pl.BlockSpec((1, *shape), place)
+
+
 def _call(plan: Plan, options: Options, streams: Streams, steps: work.Work, c: Cached) -> tuple[jax.Array, jax.Array]:
-    (B, T, H, C), (K, Cv) = c.query.shape, (c.value.shape[1], c.value.shape[3])
-    G, L = H // K, B * plan.columns
-    more = plan.rows - G * T
-
-    def rows(x):  # [B, T, H, ...] as [B, K, rows, ...], the rows of a head's queries together
-        x = x.reshape(B, T, K, G, -1).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, -1)
-        return jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0)))
-
-    def index(of):
-        return lambda s, i, words, *pages: of(words[s * L + i], s, i, *pages)
-
-    def of_row(*shape):
-        return pl.BlockSpec((1, *shape), index(lambda w, *_: (work.row_of(w), *[0] * len(shape))))
-
-    def of_block(*shape):  # the last axis along the slots
-        return pl.BlockSpec(
-            (1, *shape), index(lambda w, *_: (work.row_of(w), *[0] * (len(shape) - 1), work.column_of(w)))
-        )
-
-    names = tuple(sorted(streams))
-    inputs = {"query": (rows(c.query), of_row(K, plan.rows, C))}
-    if plan.queries:
-        x = jnp.stack([c.query_streams[name] for name in plan.queries], axis=2)
-        x = jnp.pad(jnp.tile(x, (1, G, 1)), ((0, 0), (0, more), (0, 0)), mode="edge")
-        inputs["query_streams"] = x, of_row(*x.shape[1:])
-    if names:
-        x = jnp.stack([streams[name] for name in names], axis=1)
-        inputs["key_streams"] = x, of_block(len(names), plan.size)
-    if c.slopes is not None:
-        x = jnp.broadcast_to((c.slopes * LOG2E).reshape(K, G, 1, 1), (K, G, T, 1)).reshape(K, G * T, 1)
-        x = jnp.pad(x, ((0, 0), (0, more), (0, 0)))
-        inputs["slopes"] = x, pl.BlockSpec(x.shape, lambda *_: (0, 0, 0))
-    for name in ("key_scales", "value_scales"):
-        x = getattr(c, name)
-        if x is not None:
-            inputs[name] = _along(x, c, plan), of_block(K, plan.size)
-    for name, x in (("key", c.key), ("value", c.value)):
-        if plan.pages:
-            shape = (1, *x.shape[1:])
-            for j in range(plan.pages):
-                spec = pl.BlockSpec(shape, index(functools.partial(_page, plan.pages, L, j)))
-                inputs[f"{name}{j}"] = x, spec
-        else:
-            block = (1, K, plan.size, x.shape[3])
-            inputs[name] = x, pl.BlockSpec(block, index(lambda w, *_: (work.row_of(w), 0, work.column_of(w), 0)))
-
-    def of_part(*shape):
-        return pl.BlockSpec((1, 1, *shape), index(lambda w, s, *_: (s, work.row_of(w), *[0] * len(shape))))
-
+    (B, T, H, _), (_, K, _, Cv) = c.query.shape, c.value.shape
+    specs, names = Specs(plan, B), tuple(sorted(streams))
+    inputs = _inputs(plan, specs, streams, c)
     out, lse = pl.pallas_call(
         functools.partial(_kernel, plan, options, tuple(inputs), names, c.query.dtype),
         out_shape=[jax.ShapeDtypeStruct((plan.splits, B, K, plan.rows, n), jnp.float32) for n in (Cv, LANES)],
@@ -189,7 +189,7 @@ def _call(plan: Plan, options: Options, streams: Streams, steps: work.Work, c: C
             num_scalar_prefetch=2,
             grid=(plan.splits, steps.most),
             in_specs=[spec for _, spec in inputs.values()],
-            out_specs=[of_part(K, plan.rows, Cv), of_part(K, plan.rows, LANES)],
+            out_specs=[specs.of_part(K, plan.rows, n) for n in (Cv, LANES)],
             scratch_shapes=[pltpu.VMEM((K, plan.rows, n), jnp.float32) for n in (LANES, LANES, Cv)],
         ),
         compiler_params=pltpu.CompilerParams(
@@ -198,8 +198,8 @@ def _call(plan: Plan, options: Options, streams: Streams, steps: work.Work, c: C
         interpret=plan.interpret,
         name="decode",
     )(steps.words, steps.pages, *[x for x, _ in inputs.values()])
-    out = out[:, :, :, : G * T].reshape(-1, B, K, G, T, Cv).transpose(0, 1, 4, 2, 3, 5).reshape(-1, B, T, H, Cv)
-    lse = lse[:, :, :, : G * T, 0].reshape(-1, B, H, T)
+    out = out[:, :, :, : H // K * T].reshape(-1, B, H, T, Cv).swapaxes(2, 3)
+    lse = lse[:, :, :, : H // K * T, 0].reshape(-1, B, H, T)
     if plan.splits == 1:
         return out[0].astype(c.query.dtype), lse[0]
     written = steps.shared > 0
@@ -208,8 +208,35 @@ def _call(plan: Plan, options: Options, streams: Streams, steps: work.Work, c: C
     return out.astype(c.query.dtype), lse
 
 
-def _page(n, L, j, word, split, i, pages):
-    return pages[(split * L + i) * n + j], 0, 0, 0
+def _inputs(plan: Plan, specs: Specs, streams: Streams, c: Cached) -> dict[str, tuple[jax.Array, pl.BlockSpec]]:
+    """The arrays that the kernel reads and their blocks, by name. Query heads of one key/value head are rows g·T + t of
+    it, filled up; pages are arrays of their own, "key0", "key1", ..."""
+    (B, T, H, C), K = c.query.shape, c.value.shape[1]
+    G = H // K
+    more = plan.rows - G * T
+    x = c.query.reshape(B, T, K, G, C).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, C)
+    inputs = {"query": (fill(x, more, 2), specs.of_row(K, plan.rows, C))}
+    if plan.queries:
+        x = jnp.stack([c.query_streams[name] for name in plan.queries], axis=2)
+        inputs["query_streams"] = fill(jnp.tile(x, (1, G, 1)), more, 1, "edge"), specs.of_row(plan.rows, x.shape[2])
+    if streams:
+        x = jnp.stack([streams[name] for name in sorted(streams)], axis=1)
+        inputs["key_streams"] = x, specs.of_slots(1, x.shape[1], plan.size)
+    if c.slopes is not None:
+        x = fill(jnp.repeat(c.slopes.reshape(K, G, 1) * LOG2E, T, axis=1), more, 1)
+        inputs["slopes"] = x, pl.BlockSpec(x.shape, lambda *_: (0, 0, 0))
+    for name, scales in (("key_scales", c.key_scales), ("value_scales", c.value_scales)):
+        if scales is not None:
+            inputs[name] = _along(scales, c, plan), specs.of_slots(1, K, plan.size)
+    for name, x in (("key", c.key), ("value", c.value)):
+        x = x.swapaxes(2, 3) if name in plan.turned else x
+        if plan.pages:
+            inputs |= {f"{name}{j}": (x, specs.of_page(j, *x.shape[1:])) for j in range(plan.pages)}
+        else:
+            turned = name in plan.turned
+            shape = (x.shape[2], plan.size) if turned else (plan.size, x.shape[3])
+            inputs[name] = x, specs.of_slots(1 + turned, K, *shape)
+    return inputs
 
 
 def _along(scales: jax.Array, c: Cached, plan: Plan) -> jax.Array:
@@ -244,23 +271,24 @@ def _kernel(
     def block(name, h):
         if plan.pages:
             x = [ref[f"{name}{j}"][0, h] for j in range(plan.pages)]
-            return jnp.concatenate(x) if len(x) > 1 else x[0]
+            return jnp.concatenate(x, axis=int(name in plan.turned)) if len(x) > 1 else x[0]
         return ref[name][0, h]
 
-    def streams(masked):
+    def streams():
         q = {name: ref["query_streams"][0, :, i : i + 1] for i, name in enumerate(plan.queries)}
         k = {name: ref["key_streams"][0, i : i + 1] for i, name in enumerate(names)}
         return q, {name: jnp.broadcast_to(x, (rows, plan.size)) for name, x in k.items()}
 
     def step(masked):
-        q, k = streams(masked)
+        q, k = streams()
         seen = options.rule.evaluate(q, k) if masked else None
         distance = (k["position"] - q["position"]).astype(jnp.float32) if "slopes" in ref else None
         # What lies behind the cache's end may be anything, and 0 times anything need not be 0.
         last = work.column_of(word) == plan.columns - 1
         inside = jnp.where(last, plan.edge, plan.size)
-        for h in range(K):
-            x = _product(ref["query"][0, h], block("key", h).astype(dtype), 1)
+
+        def scores(h):
+            x = _product(ref["query"][0, h], block("key", h).astype(dtype), int("key" not in plan.turned))
             if "key_scales" in ref:
                 x = x * ref["key_scales"][0, h : h + 1]
             if options.softcap is None:
@@ -269,8 +297,13 @@ def _kernel(
                 x = jnp.tanh(x * (options.scale / options.softcap)) * (options.softcap * LOG2E)
             if distance is not None:
                 x = x + ref["slopes"][h] * distance
-            if masked:
-                x = jnp.where(seen, x, NEVER)
+            return x if seen is None else jnp.where(seen, x, NEVER)
+
+        waiting = [scores(h) for h in range(min(AHEAD, K))]
+        for h in range(K):
+            if h + AHEAD < K:
+                waiting.append(scores(h + AHEAD))
+            x = waiting[h]
             before = top[h]
             now = jnp.maximum(before, x.max(axis=1, keepdims=True))
             top[h] = now
@@ -280,9 +313,10 @@ def _kernel(
             if "value_scales" in ref:
                 p = p * ref["value_scales"][0, h : h + 1]
             v = block("value", h)
+            turned = int("value" in plan.turned)
             if masked and plan.edge:
-                v = jnp.where(jax.lax.broadcasted_iota(jnp.int32, v.shape, 0) < inside, v, 0)
-            sums[h] = sums[h] * _wide(fade, v.shape[1]) + _product(p.astype(dtype), v.astype(dtype), 0)
+                v = jnp.where(jax.lax.broadcasted_iota(jnp.int32, v.shape, turned) < inside, v, 0)
+            sums[h] = sums[h] * _wide(fade, sums.shape[2]) + _product(p.astype(dtype), v.astype(dtype), turned)
 
     partial = word & (work.PARTIAL | work.IDLE)
     pl.when(partial == 0)(lambda: step(False))

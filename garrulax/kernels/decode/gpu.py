@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from garrulax.kernels.blocks import fill
 from garrulax.kernels.call import Options
 from garrulax.kernels.decode.call import Cached
-from garrulax.kernels.decode.gpu_program import ROWS, Sizes, program, scratch
+from garrulax.kernels.decode.gpu_program import ROWS, Plain, Sizes, Tensor, program, scratch
 from garrulax.kernels.decode.splits import active, merged, pieces
 from garrulax.kernels.mask import Streams
 
@@ -70,7 +70,7 @@ class Kernel:
         fewest = max(1, self.programs // (K * s.tiles))
         cut = pieces(counts, aim=self.waves * fewest, fewest=fewest, least=self.least)
         schedule = {"blocks": blocks, "pages": pages, "lengths": lengths, **cut._asdict()}
-        out, lse = _call(s, options, self.interpret, cached, streams, schedule)
+        out, lse = _call(s, options, Plain if self.interpret else Tensor, cached, streams, schedule)
         out = out.reshape(-1, K, s.tiles * s.rows, Cv)[:, :, : H // K * T]
         lse = lse.reshape(-1, K, s.tiles * ROWS)[:, :, : H // K * T]
         out, lse = merged(out, lse, cut.sequence, B)
@@ -134,7 +134,7 @@ def _rows(x: jax.Array, s: Sizes) -> jax.Array:
 
 
 def _call(
-    s: Sizes, options: Options, interpret: bool, cached: Cached, streams: Streams, schedule: dict[str, jax.Array]
+    s: Sizes, options: Options, on: type[Tensor], cached: Cached, streams: Streams, schedule: dict[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
     """Output [I·K·tiles, rows, Cv] and lse [I·K·tiles, ROWS] of I pieces, float32."""
     (B, T, H, C), K, c = cached.query.shape, s.heads, cached
@@ -152,7 +152,7 @@ def _call(
     names, places = (*operands, "out", "lse"), count * K * s.tiles
 
     def body(*refs, **scratch):
-        program(s, options, interpret, dict(zip(names, refs, strict=True)), scratch)
+        program(s, options, on, dict(zip(names, refs, strict=True)), scratch)
 
     return plgpu.kernel(
         body,

@@ -43,14 +43,14 @@ class Sizes(NamedTuple):
 def scratch(s: Sizes, dtype: Any) -> dict[str, Any]:
     """Shared memory and barriers, by the names that `program` gives them."""
     return {
-        "q": _operand((ROWS, s.width), dtype),
-        "k": _operand((s.stages, s.block, s.width), dtype),
-        "v": _operand((s.stages, s.block, s.value_width), dtype),
-        "o": _operand((ROWS, s.chunk), jnp.dtype(jnp.float32)),
-        "l": plgpu.SMEM((ROWS,), jnp.float32),
-        "q_ready": plgpu.Barrier(),
-        "k_ready": plgpu.Barrier(num_arrivals=s.copies, num_barriers=s.stages),
-        "v_ready": plgpu.Barrier(num_arrivals=s.copies, num_barriers=s.stages),
+        "query": _operand((ROWS, s.width), dtype),
+        "key": _operand((s.stages, s.block, s.width), dtype),
+        "value": _operand((s.stages, s.block, s.value_width), dtype),
+        "out": _operand((ROWS, s.chunk), jnp.dtype(jnp.float32)),
+        "lse": plgpu.SMEM((ROWS,), jnp.float32),
+        "query ready": plgpu.Barrier(),
+        "key ready": plgpu.Barrier(num_arrivals=s.copies, num_barriers=s.stages),
+        "value ready": plgpu.Barrier(num_arrivals=s.copies, num_barriers=s.stages),
     }
 
 
@@ -64,7 +64,60 @@ def _operand(shape: tuple[int, ...], dtype: Any) -> Any:
     )
 
 
-def program(s: Sizes, options: Options, interpret: bool, given: dict[str, Any], own: dict[str, Any]) -> None:
+class Tensor:
+    """What a warpgroup does with registers and tensor cores."""
+
+    @staticmethod
+    def place(x: jax.Array, layout: Any) -> jax.Array:
+        """x in that layout of registers."""
+        return plgpu.layout_cast(x, layout)
+
+    @staticmethod
+    def load(ref: Any, layout: Any) -> jax.Array:
+        """A vector of global memory."""
+        return plgpu.load(ref, layout=layout, optimized=False)
+
+    @staticmethod
+    def scores(q: Any, k: Any) -> jax.Array:
+        """q [ROWS, C] times k [block, C], transposed: float32 [ROWS, block]."""
+
+        def product(acc):
+            plgpu.wgmma(acc, q, k.T)
+            return acc[...]
+
+        return pl.run_scoped(product, plgpu.ACC((ROWS, k.shape[0]), jnp.float32))
+
+    @staticmethod
+    def add(acc: jax.Array, p: jax.Array, v: Any) -> jax.Array:
+        """acc [ROWS, Cv] plus p [ROWS, block] times v [block, Cv]."""
+        return pl.run_state(lambda ref: plgpu.wgmma(ref, p, v))(plgpu.ACC.init(acc))
+
+
+class Plain(Tensor):
+    """The same for the interpreter, which knows no layouts and no `run_state`."""
+
+    @staticmethod
+    def place(x: jax.Array, layout: Any) -> jax.Array:
+        """x."""
+        return x
+
+    @staticmethod
+    def load(ref: Any, layout: Any) -> jax.Array:
+        """A vector."""
+        return ref[...]
+
+    @staticmethod
+    def scores(q: Any, k: Any) -> jax.Array:
+        """As `Tensor.scores`."""
+        return jnp.dot(q[...].astype(jnp.float32), k[...].astype(jnp.float32).T)
+
+    @staticmethod
+    def add(acc: jax.Array, p: jax.Array, v: Any) -> jax.Array:
+        """As `Tensor.add`."""
+        return acc + jnp.dot(p.astype(jnp.float32), v[...].astype(jnp.float32))
+
+
+def program(s: Sizes, options: Options, on: type[Tensor], given: dict[str, Any], own: dict[str, Any]) -> None:
     """Attends from ROWS queries to the keys of one piece and writes the result and its lse.
 
     given: operands and results in global memory: query [B·K, tiles·ROWS, C]; key [P·K, page, C]; value; blocks
@@ -79,14 +132,22 @@ def program(s: Sizes, options: Options, interpret: bool, given: dict[str, Any], 
     def _():
         sequence = given["sequence"][piece]
         rows = pl.ds(tile * ROWS, ROWS)
-        plgpu.copy_gmem_to_smem(given["query"].at[sequence * s.heads + head, rows], own["q"], own["q_ready"])
+        plgpu.copy_gmem_to_smem(given["query"].at[sequence * s.heads + head, rows], own["query"], own["query ready"])
+
+        def fetch(name, i):
+            @pl.when(start + i < stop)
+            def _():
+                slot, index = lax.rem(i, jnp.int32(s.stages)), given["blocks"][sequence, start + i] >> 1
+                heads = [given["pages"][sequence, start + i, j] * s.heads + head for j in range(s.copies)]
+                _copy(s, given[name], own[name].at[slot], own[f"{name} ready"].at[slot], index, heads)
+
         for i in range(s.stages):
-            for name in ("key", "value"):
-                _fetch(s, given, own, name, sequence, head, start, stop, jnp.int32(i))
+            fetch("key", jnp.int32(i))
+            fetch("value", jnp.int32(i))
         length = given["lengths"][sequence]
-        queries = {name[6:]: _load(x.at[sequence, rows], _ROW) for name, x in given.items() if name[:6] == "query "}
-        slopes = _load(given["slopes"].at[head, rows], _ROW) * LOG2E if "slopes" in given else None
-        plgpu.barrier_wait(own["q_ready"])
+        queries = {name[6:]: on.load(x.at[sequence, rows], _ROW) for name, x in given.items() if name[:6] == "query "}
+        slopes = on.load(given["slopes"].at[head, rows], _ROW) * LOG2E if "slopes" in given else None
+        plgpu.barrier_wait(own["query ready"])
 
         def step(i, carry):
             acc, top, total = carry
@@ -96,10 +157,10 @@ def program(s: Sizes, options: Options, interpret: bool, given: dict[str, Any], 
             keys = pl.ds(begin, s.block)
 
             def cut(x):
-                index = begin + plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=_SCORES)
+                index = begin + on.place(lax.broadcasted_iota(jnp.int32, x.shape, 1), _SCORES)
                 seen = (index >= first) & (index < length)
                 if not isinstance(options.rule, All):
-                    k = {n[4:]: _load(r.at[sequence, keys], _COLUMN) for n, r in given.items() if n[:4] == "key "}
+                    k = {n[4:]: on.load(r.at[sequence, keys], _COLUMN) for n, r in given.items() if n[:4] == "key "}
                     seen &= options.rule.evaluate(
                         {name: _spread(q, x.shape, 0) for name, q in queries.items()},
                         {name: _spread(y, x.shape, 1) for name, y in k.items()},
@@ -107,10 +168,11 @@ def program(s: Sizes, options: Options, interpret: bool, given: dict[str, Any], 
                 return jnp.where(seen, x, NEVER)
 
             if slopes is not None:
-                position = _load(given["key position"].at[sequence, keys], _COLUMN)
-            plgpu.barrier_wait(own["k_ready"].at[slot])
-            x = _scores(own["q"], own["k"].at[slot], interpret)
-            _fetch(s, given, own, "key", sequence, head, start, stop, i + s.stages)
+                position = on.load(given["key position"].at[sequence, keys], _COLUMN)
+            plgpu.barrier_wait(own["key ready"].at[slot])
+            x = on.scores(own["query"], own["key"].at[slot])
+            plgpu.commit_smem()
+            fetch("key", i + s.stages)
             if options.softcap is None:
                 x = x * (options.scale * LOG2E)
             else:
@@ -122,37 +184,29 @@ def program(s: Sizes, options: Options, interpret: bool, given: dict[str, Any], 
             above = jnp.maximum(top, x.max(axis=1))
             shrink, p = jnp.exp2(top - above), jnp.exp2(x - _spread(above, x.shape, 0))
             total, acc = total * shrink + p.sum(axis=1), acc * _spread(shrink, acc.shape, 0)
-            plgpu.barrier_wait(own["v_ready"].at[slot])
-            acc = _add_product(acc, p.astype(own["q"].dtype), own["v"].at[slot], interpret)
-            _fetch(s, given, own, "value", sequence, head, start, stop, i + s.stages)
+            plgpu.barrier_wait(own["value ready"].at[slot])
+            acc = on.add(acc, p.astype(own["query"].dtype), own["value"].at[slot])
+            plgpu.commit_smem()
+            fetch("value", i + s.stages)
             return acc, above, total
 
-        nothing = plgpu.layout_cast(jnp.zeros((ROWS, s.value_width), jnp.float32), _SCORES)
-        lowest = plgpu.layout_cast(jnp.full((ROWS,), NEVER, jnp.float32), _ROW)
-        none = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), _ROW)
+        nothing = on.place(jnp.zeros((ROWS, s.value_width), jnp.float32), _SCORES)
+        lowest = on.place(jnp.full((ROWS,), NEVER, jnp.float32), _ROW)
+        none = on.place(jnp.zeros((ROWS,), jnp.float32), _ROW)
         acc, top, total = lax.fori_loop(0, stop - start, step, (nothing, lowest, none))
         _write(s, given, own, (piece * s.heads + head) * s.tiles + tile, acc, top, total)
 
 
-def _fetch(
-    s: Sizes, given: dict[str, Any], own: dict[str, Any], name: str, sequence: Any, head: Any, start: Any, stop: Any, i: Any
-) -> None:
-    """Starts the copy of the i-th block of the piece into its slot of the ring, if there is one; what the slot held
-    has been read by then."""
-    plgpu.commit_smem()
-
-    @pl.when(start + i < stop)
-    def _():
-        slot, source = lax.rem(i, jnp.int32(s.stages)), given[name]
-        ring, ready = own[name[0]], own[name[0] + "_ready"]
-        index = given["blocks"][sequence, start + i] >> 1
-        for j in range(s.copies):
-            page, into, at = given["pages"][sequence, start + i, j] * s.heads + head, ring.at[slot], 0
-            if s.copies > 1:
-                into = ring.at[slot, pl.ds(j * s.page, s.page)]
-            elif s.page > s.block:
-                at = lax.rem(index, jnp.int32(-(-s.page // s.block))) * s.block - _overlap(s, index)
-            plgpu.copy_gmem_to_smem(source.at[page, pl.ds(at, min(s.page, s.block))], into, ready.at[slot])
+def _copy(s: Sizes, source: Any, ring: Any, ready: Any, index: Any, heads: list[Any]) -> None:
+    """Starts the copy of block `index` of a sequence into a slot of the ring; heads: where its pages are in `source`
+    [P·K, page, ...]."""
+    for j, head in enumerate(heads):
+        into, at = ring, 0
+        if s.copies > 1:
+            into = ring.at[pl.ds(j * s.page, s.page)]
+        elif s.page > s.block:
+            at = lax.rem(index, jnp.int32(-(-s.page // s.block))) * s.block - _overlap(s, index)
+        plgpu.copy_gmem_to_smem(source.at[head, pl.ds(at, min(s.page, s.block))], into, ready)
 
 
 def _overlap(s: Sizes, index: Any) -> Any:
@@ -163,31 +217,8 @@ def _overlap(s: Sizes, index: Any) -> Any:
     return jnp.where(lax.rem(index, jnp.int32(per)) == per - 1, over, 0)
 
 
-def _load(x: Any, layout: Any) -> jax.Array:
-    return plgpu.load(x, layout=layout, optimized=False)
-
-
 def _spread(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
     return lax.broadcast_in_dim(x, shape, [axis])
-
-
-def _scores(q: Any, k: Any, interpret: bool) -> jax.Array:
-    """q [ROWS, C] times k [block, C], transposed: float32 [ROWS, block]."""
-    if interpret:
-        return jnp.dot(q[...].astype(jnp.float32), k[...].astype(jnp.float32).T)
-
-    def product(acc):
-        plgpu.wgmma(acc, q, k.T)
-        return acc[...]
-
-    return pl.run_scoped(product, plgpu.ACC((ROWS, k.shape[0]), jnp.float32))
-
-
-def _add_product(acc: jax.Array, p: jax.Array, v: Any, interpret: bool) -> jax.Array:
-    """acc [ROWS, Cv] plus p [ROWS, block] times v [block, Cv]."""
-    if interpret:
-        return acc + jnp.dot(p.astype(jnp.float32), v[...].astype(jnp.float32))
-    return pl.run_state(lambda ref: plgpu.wgmma(ref, p, v))(plgpu.ACC.init(acc))
 
 
 def _write(
@@ -196,13 +227,13 @@ def _write(
     """The piece's result and its lse, in natural logarithm."""
     empty = top <= NEVER / 2
     total = jnp.where(empty, 1.0, total)
-    own["l"][...] = jnp.where(empty, -jnp.inf, (top + jnp.log2(total)) / LOG2E)
+    own["lse"][...] = jnp.where(empty, -jnp.inf, (top + jnp.log2(total)) / LOG2E)
     acc = acc * _spread(jnp.where(empty, 0.0, 1.0 / total), acc.shape, 0)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(own["l"], given["lse"].at[place])
+    plgpu.copy_smem_to_gmem(own["lse"], given["lse"].at[place])
     for at in range(0, s.value_width, s.chunk):
-        own["o"][...] = acc[:, at : at + s.chunk]
+        own["out"][...] = acc[:, at : at + s.chunk]
         plgpu.commit_smem()
         rows = pl.ds(0, s.rows)
-        plgpu.copy_smem_to_gmem(own["o"].at[rows], given["out"].at[place, rows, pl.ds(at, s.chunk)])
+        plgpu.copy_smem_to_gmem(own["out"].at[rows], given["out"].at[place, rows, pl.ds(at, s.chunk)])
         plgpu.wait_smem_to_gmem(0)

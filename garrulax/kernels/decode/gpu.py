@@ -100,7 +100,7 @@ def _filled(cached: Cached, block: int) -> Cached:
     c = cached
     slots = c.key.shape[2]
     whole = slots if c.table is None else slots * c.table.shape[1]
-    lengths = jnp.full(c.query.shape[0], whole, jnp.int32) if c.lengths is None else c.lengths
+    lengths = jnp.full(c.query.shape[0], whole, jnp.int32) if c.lengths is None else jnp.minimum(c.lengths, whole)
     more = max(0, block - slots) if c.table is None else 0
     return dataclasses.replace(
         c,

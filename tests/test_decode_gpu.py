@@ -40,9 +40,22 @@ def request(lengths, T=1, H=2, K=1, S=200, C=32, Cv=None, dtype=jnp.bfloat16, se
     )
 
 
+def quantised(cached, dtype):
+    """The cache in 8 bits an entry, every slot of a head with scales of its own."""
+    r, changed = np.random.default_rng(9), {}
+    for name in ("key", "value"):
+        scales = r.uniform(0.5, 2, cached.key.shape[:3]) / (40 if dtype == jnp.int8 else 1)
+        x = np.asarray(getattr(cached, name), np.float32) / scales[..., None]
+        changed[name] = jnp.asarray(np.clip(np.round(x), -127, 127) if dtype == jnp.int8 else x, dtype)
+        changed[f"{name}_scales"] = jnp.asarray(scales, jnp.float32)
+    return dataclasses.replace(cached, **changed)
+
+
 def dense(options, cached):
     """The formula: output [B, T, H, Cv] and lse [B, H, T], float64."""
-    q, k, v = (np.asarray(x, np.float64) for x in (cached.query, cached.key, cached.value))
+    q, k, v = (np.asarray(x).astype(np.float64) for x in (cached.query, cached.key, cached.value))
+    if cached.key_scales is not None:
+        k, v = k * np.asarray(cached.key_scales)[..., None], v * np.asarray(cached.value_scales)[..., None]
     (B, T, H, _), S = q.shape, k.shape[2]
     k, v = (np.repeat(x, H // x.shape[1], axis=1) for x in (k, v))
     x = options.scale * np.einsum("bthc,bhsc->bhts", q, k)
@@ -85,7 +98,7 @@ def options(rule=CAUSAL, **more):
 def paged(cached, page, seed=3):
     """The cache in pages that lie in any order, some of them nobody's; entries behind the lengths name no page."""
     r = np.random.default_rng(seed)
-    B, K, S, C = cached.key.shape
+    B, S = cached.key.shape[0], cached.key.shape[2]
     n = -(-S // page)
     table = r.permutation(B * n + 3)[: B * n].reshape(B, n)
 
@@ -102,6 +115,8 @@ def paged(cached, page, seed=3):
         key=put(cached.key, 2),
         value=put(cached.value, 2),
         key_streams={name: put(s, 1) for name, s in cached.key_streams.items()},
+        key_scales=None if cached.key_scales is None else put(cached.key_scales, 2),
+        value_scales=None if cached.value_scales is None else put(cached.value_scales, 2),
         table=jnp.asarray(np.where(used, table, -1), jnp.int32),
     )
 
@@ -212,6 +227,14 @@ def test_softcap_and_alibi():
     assert_agrees(options(softcap=2.0), cached)
 
 
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2])
+def test_quantised(dtype):
+    """With the scales in the kernel, also of pages: those of one block side by side."""
+    cached = quantised(request([200, 70], H=4, K=2), dtype)
+    assert_agrees(options(), cached)
+    assert_agrees(options(), paged(cached, 16), contiguous=cached)
+
+
 def test_other_rules():
     """A rule that reads no query, one with All in it, and one of two streams."""
     cached = request([150, 100])
@@ -257,6 +280,8 @@ def test_merged_leaves_out_what_is_not_there():
         (lambda c: {"key": c.key.astype(jnp.float16)}, "a cache of float16 and bfloat16"),
         (lambda c: {"key": c.key[..., :24]}, "head width of 24"),
         (lambda c: {"table": jnp.zeros((2, 1), jnp.int32)}, "pages of 200 slots"),
+        (lambda c: {n: getattr(c, n).astype(jnp.int8)[..., :16] for n in ("key", "value")}, "head width of 16"),
+        (lambda c: {"key": c.key.astype(jnp.int8)}, "a cache of int8 and bfloat16"),
         (lambda c: {"steps": jnp.zeros((2, 2))}, "bias in steps"),
     ],
 )

@@ -21,6 +21,8 @@ from garrulax.kernels.decode.gpu_program import ROWS, Plain, Sizes, Tensor, prog
 from garrulax.kernels.decode.splits import active, merged, pieces
 from garrulax.kernels.mask import Streams
 
+QUANTISED = (jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)
+
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
@@ -46,11 +48,17 @@ class Kernel:
         c = cached
         if c.query.dtype not in (jnp.bfloat16, jnp.float16):
             return f"queries of {c.query.dtype}: the tensor cores take bfloat16 and float16"
-        if c.key.dtype != c.query.dtype or c.value.dtype != c.query.dtype:
+        quantised = c.key.dtype in QUANTISED
+        if c.key.dtype != c.value.dtype or not (quantised or c.key.dtype == c.query.dtype):
             return f"a cache of {c.key.dtype} and {c.value.dtype} under queries of {c.query.dtype}"
+        if quantised and c.query.dtype != jnp.bfloat16:
+            return (
+                f"a quantised cache under queries of {c.query.dtype}: probabilities times scales need bfloat16's range"
+            )
         for width in (c.key.shape[3], c.value.shape[3]):
-            if width % 16 or width > 256:
-                return f"a head width of {width}: not a multiple of 16 up to 256"
+            step = 32 if quantised else 16
+            if width % step or width > 256:
+                return f"a head width of {width}: not a multiple of {step} up to 256"
         page = c.key.shape[2]
         if c.table is not None and page % self.block and (page % 8 or self.block % page):
             return f"pages of {page} slots, neither a multiple of {self.block} nor 8, 16 or 32"
@@ -80,10 +88,11 @@ class Kernel:
 def _sizes(kernel: Kernel, cached: Cached) -> Sizes:
     (_, T, H, C), (_, K, page, Cv) = cached.query.shape, cached.value.shape
     rows, block = H // K * T, kernel.block
-    bytes_of_block = block * (C + Cv) * cached.key.dtype.itemsize
+    quantised = cached.key.dtype.itemsize == 1
+    bytes_of_block, ring = block * (C + Cv) * cached.key.dtype.itemsize, 49152 if quantised else 65536
     return Sizes(
         block=block,
-        stages=kernel.stages or max(2, -(-65536 // bytes_of_block)),
+        stages=kernel.stages or max(2, -(-ring // bytes_of_block)),
         heads=K,
         width=C,
         value_width=Cv,
@@ -92,6 +101,7 @@ def _sizes(kernel: Kernel, cached: Cached) -> Sizes:
         page=max(page, block) if cached.table is None else page,
         copies=1 if cached.table is None else max(1, block // page),
         chunk=math.gcd(Cv, 32),
+        quantised=quantised,
     )
 
 
@@ -144,11 +154,14 @@ def _call(
         "key": c.key.reshape(-1, *c.key.shape[2:]),
         "value": c.value.reshape(-1, *c.value.shape[2:]),
         **schedule,
-        **{f"query {name}": _rows(jnp.tile(x, (1, G))[:, None], s) for name, x in c.query_streams.items()},
-        **{f"key {name}": x for name, x in streams.items()},
+        **{f"queries' {name}": _rows(jnp.tile(x, (1, G))[:, None], s) for name, x in c.query_streams.items()},
+        **{f"keys' {name}": x for name, x in streams.items()},
     }
     if c.slopes is not None:
         operands["slopes"] = _rows(jnp.repeat(c.slopes.astype(jnp.float32), T).reshape(1, K, G * T), s)
+    if s.quantised:
+        operands["key scales"] = c.key_scales.reshape(-1, c.key.shape[2])
+        operands["value scales"] = c.value_scales.reshape(-1, c.key.shape[2])
     names, places = (*operands, "out", "lse"), count * K * s.tiles
 
     def body(*refs, **scratch):
@@ -160,7 +173,7 @@ def _call(
             jax.ShapeDtypeStruct((places, s.rows, s.value_width), jnp.float32),
             jax.ShapeDtypeStruct((places, ROWS), jnp.float32),
         ],
-        scratch_types=scratch(s, c.query.dtype),
+        scratch_types=scratch(s, c.query.dtype, c.key.dtype),
         grid=(count, K, s.tiles),
         grid_names=("piece", "head", "tile"),
         compiler_params=plgpu.CompilerParams(approx_math=True),

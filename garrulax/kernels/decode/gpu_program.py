@@ -26,6 +26,7 @@ class Sizes(NamedTuple):
     block: keys a step. stages: blocks in the ring. heads: K. width, value_width: C, Cv.
     tiles: programs a piece and head, of ROWS queries each. rows: how many of these are written.
     page: slots of a page. copies: pages of a block, 1 if pages are larger. chunk: columns written at a time.
+    quantised: whether the cache has 8 bits an entry, and scales.
     """
 
     block: int
@@ -38,20 +39,29 @@ class Sizes(NamedTuple):
     page: int
     copies: int
     chunk: int
+    quantised: bool
 
 
-def scratch(s: Sizes, dtype: Any) -> dict[str, Any]:
-    """Shared memory and barriers, by the names that `program` gives them."""
-    return {
+def scratch(s: Sizes, dtype: Any, cache: Any) -> dict[str, Any]:
+    """Shared memory and barriers, by the names that `program` gives them: tiles of the queries' dtype, rings of the
+    cache's."""
+    memory = {
         "query": _operand((ROWS, s.width), dtype),
-        "key": _operand((s.stages, s.block, s.width), dtype),
-        "value": _operand((s.stages, s.block, s.value_width), dtype),
+        "key": _operand((s.stages, s.block, s.width), cache),
+        "value": _operand((s.stages, s.block, s.value_width), cache),
         "out": _operand((ROWS, s.chunk), jnp.dtype(jnp.float32)),
         "lse": plgpu.SMEM((ROWS,), jnp.float32),
         "query ready": plgpu.Barrier(),
-        "key ready": plgpu.Barrier(num_arrivals=s.copies, num_barriers=s.stages),
-        "value ready": plgpu.Barrier(num_arrivals=s.copies, num_barriers=s.stages),
     }
+    for name in ("key", "value"):
+        arrivals = s.copies * (2 if s.quantised else 1)
+        memory[f"{name} ready"] = plgpu.Barrier(num_arrivals=arrivals, num_barriers=s.stages)
+    if s.quantised:
+        memory["wide key"] = _operand((s.block, s.width), dtype)
+        memory["wide value"] = _operand((s.block, s.value_width), dtype)
+        memory["key scales"] = plgpu.SMEM((s.stages, s.block), jnp.float32)
+        memory["value scales"] = plgpu.SMEM((s.stages, s.block), jnp.float32)
+    return memory
 
 
 def _operand(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -76,6 +86,14 @@ class Tensor:
     def load(ref: Any, layout: Any) -> jax.Array:
         """A vector of global memory."""
         return plgpu.load(ref, layout=layout, optimized=False)
+
+    @staticmethod
+    def widened(ref: Any, dtype: Any) -> jax.Array:
+        """A block of 8 bits an entry in shared memory, in a wider dtype; exactly."""
+        x = plgpu.load(ref, layout=plgpu.Layout.WGMMA_UPCAST_2X)
+        if x.dtype != jnp.int8:  # there is no instruction from 8 bits of floating point to bfloat16
+            x = x.astype(jnp.float32)
+        return x.astype(dtype)
 
     @staticmethod
     def scores(q: Any, k: Any) -> jax.Array:
@@ -105,6 +123,11 @@ class Plain(Tensor):
     def load(ref: Any, layout: Any) -> jax.Array:
         """A vector."""
         return ref[...]
+
+    @staticmethod
+    def widened(ref: Any, dtype: Any) -> jax.Array:
+        """As `Tensor.widened`."""
+        return ref[...].astype(dtype)
 
     @staticmethod
     def scores(q: Any, k: Any) -> jax.Array:
@@ -139,13 +162,32 @@ def program(s: Sizes, options: Options, on: type[Tensor], given: dict[str, Any],
             def _():
                 slot, index = lax.rem(i, jnp.int32(s.stages)), given["blocks"][sequence, start + i] >> 1
                 heads = [given["pages"][sequence, start + i, j] * s.heads + head for j in range(s.copies)]
-                _copy(s, given[name], own[name].at[slot], own[f"{name} ready"].at[slot], index, heads)
+                for part in (name, f"{name} scales") if s.quantised else (name,):
+                    _copy(s, given[part], own[part].at[slot], own[f"{name} ready"].at[slot], index, heads)
+
+        def ready(name, i, slot):
+            """The block in that slot as an operand, and its scales."""
+            plgpu.barrier_wait(own[f"{name} ready"].at[slot])
+            if not s.quantised:
+                return own[name].at[slot], None
+            scales = on.load(own[f"{name} scales"].at[slot], _COLUMN)
+            wide = own[f"wide {name}"]
+            wide[...] = on.widened(own[name].at[slot], wide.dtype)
+            plgpu.commit_smem()
+            fetch(name, i + s.stages)
+            return wide, scales
+
+        def used(name, i):
+            """The block's slot is free, but where it has been copied already."""
+            if not s.quantised:
+                plgpu.commit_smem()
+                fetch(name, i + s.stages)
 
         for i in range(s.stages):
             fetch("key", jnp.int32(i))
             fetch("value", jnp.int32(i))
         length = given["lengths"][sequence]
-        queries = {name[6:]: on.load(x.at[sequence, rows], _ROW) for name, x in given.items() if name[:6] == "query "}
+        queries = {name: on.load(x.at[sequence, rows], _ROW) for name, x in _streams(given, "queries' ").items()}
         slopes = on.load(given["slopes"].at[head, rows], _ROW) * LOG2E if "slopes" in given else None
         plgpu.barrier_wait(own["query ready"])
 
@@ -160,19 +202,20 @@ def program(s: Sizes, options: Options, on: type[Tensor], given: dict[str, Any],
                 index = begin + on.place(lax.broadcasted_iota(jnp.int32, x.shape, 1), _SCORES)
                 seen = (index >= first) & (index < length)
                 if not isinstance(options.rule, All):
-                    k = {n[4:]: on.load(r.at[sequence, keys], _COLUMN) for n, r in given.items() if n[:4] == "key "}
+                    columns = {n: on.load(k.at[sequence, keys], _COLUMN) for n, k in _streams(given, "keys' ").items()}
                     seen &= options.rule.evaluate(
                         {name: _spread(q, x.shape, 0) for name, q in queries.items()},
-                        {name: _spread(y, x.shape, 1) for name, y in k.items()},
+                        {name: _spread(y, x.shape, 1) for name, y in columns.items()},
                     )
                 return jnp.where(seen, x, NEVER)
 
             if slopes is not None:
-                position = on.load(given["key position"].at[sequence, keys], _COLUMN)
-            plgpu.barrier_wait(own["key ready"].at[slot])
-            x = on.scores(own["query"], own["key"].at[slot])
-            plgpu.commit_smem()
-            fetch("key", i + s.stages)
+                position = on.load(given["keys' position"].at[sequence, keys], _COLUMN)
+            key, scales = ready("key", i, slot)
+            x = on.scores(own["query"], key)
+            used("key", i)
+            if scales is not None:
+                x = x * _spread(scales, x.shape, 1)
             if options.softcap is None:
                 x = x * (options.scale * LOG2E)
             else:
@@ -184,10 +227,11 @@ def program(s: Sizes, options: Options, on: type[Tensor], given: dict[str, Any],
             above = jnp.maximum(top, x.max(axis=1))
             shrink, p = jnp.exp2(top - above), jnp.exp2(x - _spread(above, x.shape, 0))
             total, acc = total * shrink + p.sum(axis=1), acc * _spread(shrink, acc.shape, 0)
-            plgpu.barrier_wait(own["value ready"].at[slot])
-            acc = on.add(acc, p.astype(own["query"].dtype), own["value"].at[slot])
-            plgpu.commit_smem()
-            fetch("value", i + s.stages)
+            value, scales = ready("value", i, slot)
+            if scales is not None:
+                p = p * _spread(scales, p.shape, 1)
+            acc = on.add(acc, p.astype(own["query"].dtype), value)
+            used("value", i)
             return acc, above, total
 
         nothing = on.place(jnp.zeros((ROWS, s.value_width), jnp.float32), _SCORES)
@@ -215,6 +259,10 @@ def _overlap(s: Sizes, index: Any) -> Any:
     if s.copies > 1 or not over:
         return 0
     return jnp.where(lax.rem(index, jnp.int32(per)) == per - 1, over, 0)
+
+
+def _streams(given: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): x for name, x in given.items() if name.startswith(prefix)}
 
 
 def _spread(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:

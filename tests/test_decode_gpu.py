@@ -13,10 +13,10 @@ from jax._src.pallas.mosaic_gpu.interpret import params as interpreter
 from garrulax.kernels.call import Options
 from garrulax.kernels.decode.call import Cached
 from garrulax.kernels.decode.gpu import Kernel
-from garrulax.kernels.decode.splits import active, merged, pieces
+from garrulax.kernels.decode.splits import active, pieces
 from garrulax.kernels.mask import CAUSAL, INF, SAME_SEGMENT, All, Band, Bits, KRange
 
-KERNEL = Kernel(programs=2, waves=1, least=1, interpret=True)
+KERNEL = Kernel(stages=2, programs=2, waves=1, least=1, interpret=True)
 
 
 def request(lengths, T=1, H=2, K=1, S=200, C=32, Cv=None, dtype=jnp.bfloat16, seed=0, **more):
@@ -254,23 +254,17 @@ def test_pieces_are_whole():
     r = np.random.default_rng(5)
     for counts in ([0, 0, 0], [1, 900, 3], r.integers(0, 300, 17)):
         for aim, fewest, least in ((4, 1, 1), (132, 33, 8)):
-            cut = jax.tree.map(np.asarray, pieces(jnp.asarray(counts, jnp.int32), aim, fewest, least))
+            cut, first, parts = jax.tree.map(np.asarray, pieces(jnp.asarray(counts, jnp.int32), aim, fewest, least))
             sizes = cut.stop - cut.start
             assert len(sizes) == aim + len(counts)
             found = [(int(s), i) for s, a, b in zip(*cut, strict=True) for i in range(a, b)]
             assert found == [(s, i) for s, n in enumerate(counts) for i in range(n)]
-            assert (sizes[cut.sequence == len(counts)] == 0).all()
-            assert (sizes[cut.sequence < len(counts)] > 0).all()
+            assert (sizes[: parts.sum()] > 0).all()
+            assert (sizes[parts.sum() :] == 0).all()
+            for b, n in enumerate(parts):
+                assert (cut.sequence[first[b] : first[b] + n] == b).all()
             most = max(-(-sum(counts) // aim), min(least, -(-sum(counts) // fewest)), 1)
             assert sizes.max() <= most
-
-
-def test_merged_leaves_out_what_is_not_there():
-    lse = jnp.asarray([0.0, jnp.nan, -jnp.inf, jnp.log(3.0)])[:, None]
-    out = jnp.asarray([4.0, jnp.nan, 0.0, 8.0])[:, None, None]
-    got, total = merged(out, lse, jnp.asarray([0, 2, 1, 0]), 2)
-    np.testing.assert_allclose(got[:, 0, 0], [7.0, 0.0], rtol=1e-6)
-    np.testing.assert_allclose(total[:, 0], [np.log(4.0), -np.inf], rtol=1e-6)
 
 
 @pytest.mark.parametrize(

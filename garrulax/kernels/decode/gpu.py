@@ -17,8 +17,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from garrulax.kernels.blocks import fill
 from garrulax.kernels.call import Options
 from garrulax.kernels.decode.call import Cached
+from garrulax.kernels.decode.gpu_merge import merged
 from garrulax.kernels.decode.gpu_program import ROWS, Plain, Sizes, Tensor, program, scratch
-from garrulax.kernels.decode.splits import active, merged, pieces
+from garrulax.kernels.decode.splits import active, pieces
 from garrulax.kernels.mask import Streams
 
 QUANTISED = (jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)
@@ -76,13 +77,15 @@ class Kernel:
         blocks, counts = active(options.rule, cached.query_streams, streams, lengths, s.block, pages.shape[:2])
         pages = jnp.take_along_axis(pages, blocks[..., None] >> 1, axis=1)
         fewest = max(1, self.programs // (K * s.tiles))
-        cut = pieces(counts, aim=self.waves * fewest, fewest=fewest, least=self.least)
+        cut, first, parts = pieces(counts, aim=self.waves * fewest, fewest=fewest, least=self.least)
         schedule = {"blocks": blocks, "pages": pages, "lengths": lengths, **cut._asdict()}
-        out, lse = _call(s, options, Plain if self.interpret else Tensor, cached, streams, schedule)
-        out = out.reshape(-1, K, s.tiles * s.rows, Cv)[:, :, : H // K * T]
-        lse = lse.reshape(-1, K, s.tiles * ROWS)[:, :, : H // K * T]
-        out, lse = merged(out, lse, cut.sequence, B)
-        return out.reshape(B, H, T, Cv).swapaxes(1, 2).astype(cached.query.dtype), lse.reshape(B, H, T)
+        on = Plain if self.interpret else Tensor
+        out, lse = _call(s, options, on, cached, streams, schedule)
+        out, lse = merged(on, out, lse, first, parts, cached.query.dtype)
+        rows, G = K * s.tiles * s.rows, H // K
+        out = out[:, :rows].reshape(B, K, -1, Cv)[:, :, : G * T].reshape(B, H, T, Cv)
+        lse = lse[:, :rows].reshape(B, K, -1)[:, :, : G * T].reshape(B, H, T)
+        return out.swapaxes(1, 2), lse
 
 
 def _sizes(kernel: Kernel, cached: Cached) -> Sizes:
@@ -146,7 +149,7 @@ def _rows(x: jax.Array, s: Sizes) -> jax.Array:
 def _call(
     s: Sizes, options: Options, on: type[Tensor], cached: Cached, streams: Streams, schedule: dict[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    """Output [I·K·tiles, rows, Cv] and lse [I·K·tiles, ROWS] of I pieces, float32."""
+    """Of I pieces: output [I, R, Cv] and lse [I, R] in base 2, float32. R is K·tiles·rows filled up."""
     (B, T, H, C), K, c = cached.query.shape, s.heads, cached
     G, count = H // K, schedule["start"].shape[0]
     operands = {
@@ -162,7 +165,7 @@ def _call(
     if s.quantised:
         operands["key scales"] = c.key_scales.reshape(-1, c.key.shape[2])
         operands["value scales"] = c.value_scales.reshape(-1, c.key.shape[2])
-    names, places = (*operands, "out", "lse"), count * K * s.tiles
+    names, rows = (*operands, "out", "lse"), -(-K * s.tiles * s.rows // ROWS) * ROWS
 
     def body(*refs, **scratch):
         program(s, options, on, dict(zip(names, refs, strict=True)), scratch)
@@ -170,8 +173,8 @@ def _call(
     return plgpu.kernel(
         body,
         out_type=[
-            jax.ShapeDtypeStruct((places, s.rows, s.value_width), jnp.float32),
-            jax.ShapeDtypeStruct((places, ROWS), jnp.float32),
+            jax.ShapeDtypeStruct((count, rows, s.value_width), jnp.float32),
+            jax.ShapeDtypeStruct((count, rows), jnp.float32),
         ],
         scratch_types=scratch(s, c.query.dtype, c.key.dtype),
         grid=(count, K, s.tiles),

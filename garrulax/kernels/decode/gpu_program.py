@@ -16,8 +16,8 @@ ROWS = 64  # of the products of a warpgroup
 NEVER = -1e30  # score of what is not seen: finite, so that the difference of two is 0
 LOG2E = math.log2(math.e)
 
-_SCORES = plgpu.Layout.WGMMA
-_ROW, _COLUMN = _SCORES.reduce(1), _SCORES.reduce(0)
+TILE = plgpu.Layout.WGMMA
+ROW, COLUMN = TILE.reduce(1), TILE.reduce(0)
 
 
 class Sizes(NamedTuple):
@@ -46,10 +46,10 @@ def scratch(s: Sizes, dtype: Any, cache: Any) -> dict[str, Any]:
     """Shared memory and barriers, by the names that `program` gives them: tiles of the queries' dtype, rings of the
     cache's."""
     memory = {
-        "query": _operand((ROWS, s.width), dtype),
-        "key": _operand((s.stages, s.block, s.width), cache),
-        "value": _operand((s.stages, s.block, s.value_width), cache),
-        "out": _operand((ROWS, s.chunk), jnp.dtype(jnp.float32)),
+        "query": operand((ROWS, s.width), dtype),
+        "key": operand((s.stages, s.block, s.width), cache),
+        "value": operand((s.stages, s.block, s.value_width), cache),
+        "out": operand((ROWS, s.chunk), jnp.dtype(jnp.float32)),
         "lse": plgpu.SMEM((ROWS,), jnp.float32),
         "query ready": plgpu.Barrier(),
     }
@@ -57,14 +57,14 @@ def scratch(s: Sizes, dtype: Any, cache: Any) -> dict[str, Any]:
         arrivals = s.copies * (2 if s.quantised else 1)
         memory[f"{name} ready"] = plgpu.Barrier(num_arrivals=arrivals, num_barriers=s.stages)
     if s.quantised:
-        memory["wide key"] = _operand((s.block, s.width), dtype)
-        memory["wide value"] = _operand((s.block, s.value_width), dtype)
+        memory["wide key"] = operand((s.block, s.width), dtype)
+        memory["wide value"] = operand((s.block, s.value_width), dtype)
         memory["key scales"] = plgpu.SMEM((s.stages, s.block), jnp.float32)
         memory["value scales"] = plgpu.SMEM((s.stages, s.block), jnp.float32)
     return memory
 
 
-def _operand(shape: tuple[int, ...], dtype: Any) -> Any:
+def operand(shape: tuple[int, ...], dtype: Any) -> Any:
     """Shared memory in the widest layout that `wgmma` reads rows of this width in."""
     swizzle = next(n for n in (128, 64, 32) if shape[-1] * dtype.itemsize % n == 0)
     return plgpu.SMEM(
@@ -89,7 +89,7 @@ class Tensor:
 
     @staticmethod
     def widened(ref: Any, dtype: Any) -> jax.Array:
-        """A block of 8 bits an entry in shared memory, in a wider dtype; exactly."""
+        """Entries of 8 bits in shared memory in a wider dtype, exactly."""
         x = plgpu.load(ref, layout=plgpu.Layout.WGMMA_UPCAST_2X)
         if x.dtype != jnp.int8:  # there is no instruction from 8 bits of floating point to bfloat16
             x = x.astype(jnp.float32)
@@ -145,7 +145,8 @@ def program(s: Sizes, options: Options, on: type[Tensor], given: dict[str, Any],
 
     given: operands and results in global memory: query [B·K, tiles·ROWS, C]; key [P·K, page, C]; value; blocks
     [B, N]; pages [B, N, copies], of each block of the list; lengths [B]; sequence, start, stop [I]; each stream of
-    queries [B, tiles·ROWS] and of keys [B, N·block]; slopes [K, tiles·ROWS] or none; out, lse [I·K·tiles, ...].
+    queries [B, tiles·ROWS] and of keys [B, N·block]; slopes [K, tiles·ROWS] or none; out, lse
+    [I, at least K·tiles·rows, ...].
     own: as of `scratch`.
     """
     piece, head, tile = (lax.axis_index(name) for name in ("piece", "head", "tile"))
@@ -170,9 +171,11 @@ def program(s: Sizes, options: Options, on: type[Tensor], given: dict[str, Any],
             plgpu.barrier_wait(own[f"{name} ready"].at[slot])
             if not s.quantised:
                 return own[name].at[slot], None
-            scales = on.load(own[f"{name} scales"].at[slot], _COLUMN)
+            scales = on.load(own[f"{name} scales"].at[slot], COLUMN)
             wide = own[f"wide {name}"]
-            wide[...] = on.widened(own[name].at[slot], wide.dtype)
+            for at in range(0, wide.shape[1], 128):  # so many as there are registers for
+                columns = pl.ds(at, min(128, wide.shape[1] - at))
+                wide[:, columns] = on.widened(own[name].at[slot, :, columns], wide.dtype)
             plgpu.commit_smem()
             fetch(name, i + s.stages)
             return wide, scales
@@ -183,12 +186,14 @@ def program(s: Sizes, options: Options, on: type[Tensor], given: dict[str, Any],
                 plgpu.commit_smem()
                 fetch(name, i + s.stages)
 
-        for i in range(s.stages):
-            fetch("key", jnp.int32(i))
-            fetch("value", jnp.int32(i))
+        @pl.loop(0, s.stages)
+        def _(i):
+            fetch("key", i)
+            fetch("value", i)
+
         length = given["lengths"][sequence]
-        queries = {name: on.load(x.at[sequence, rows], _ROW) for name, x in _streams(given, "queries' ").items()}
-        slopes = on.load(given["slopes"].at[head, rows], _ROW) * LOG2E if "slopes" in given else None
+        queries = {name: on.load(x.at[sequence, rows], ROW) for name, x in _streams(given, "queries' ").items()}
+        slopes = on.load(given["slopes"].at[head, rows], ROW) * LOG2E if "slopes" in given else None
         plgpu.barrier_wait(own["query ready"])
 
         def step(i, carry):
@@ -199,46 +204,43 @@ def program(s: Sizes, options: Options, on: type[Tensor], given: dict[str, Any],
             keys = pl.ds(begin, s.block)
 
             def cut(x):
-                index = begin + on.place(lax.broadcasted_iota(jnp.int32, x.shape, 1), _SCORES)
+                index = begin + on.place(lax.broadcasted_iota(jnp.int32, x.shape, 1), TILE)
                 seen = (index >= first) & (index < length)
                 if not isinstance(options.rule, All):
-                    columns = {n: on.load(k.at[sequence, keys], _COLUMN) for n, k in _streams(given, "keys' ").items()}
+                    columns = {n: on.load(k.at[sequence, keys], COLUMN) for n, k in _streams(given, "keys' ").items()}
                     seen &= options.rule.evaluate(
-                        {name: _spread(q, x.shape, 0) for name, q in queries.items()},
-                        {name: _spread(y, x.shape, 1) for name, y in columns.items()},
+                        {name: spread(q, x.shape, 0) for name, q in queries.items()},
+                        {name: spread(y, x.shape, 1) for name, y in columns.items()},
                     )
                 return jnp.where(seen, x, NEVER)
 
             if slopes is not None:
-                position = on.load(given["keys' position"].at[sequence, keys], _COLUMN)
+                position = on.load(given["keys' position"].at[sequence, keys], COLUMN)
             key, scales = ready("key", i, slot)
             x = on.scores(own["query"], key)
             used("key", i)
             if scales is not None:
-                x = x * _spread(scales, x.shape, 1)
+                x = x * spread(scales, x.shape, 1)
             if options.softcap is None:
                 x = x * (options.scale * LOG2E)
             else:
                 x = jnp.tanh(x * (options.scale / options.softcap)) * (options.softcap * LOG2E)
             if slopes is not None:
-                distance = _spread(position, x.shape, 1) - _spread(queries["position"], x.shape, 0)
-                x = x + _spread(slopes, x.shape, 0) * distance.astype(jnp.float32)
+                distance = spread(position, x.shape, 1) - spread(queries["position"], x.shape, 0)
+                x = x + spread(slopes, x.shape, 0) * distance.astype(jnp.float32)
             x = lax.cond((word & 1) == 0, cut, lambda x: x, x)
             above = jnp.maximum(top, x.max(axis=1))
-            shrink, p = jnp.exp2(top - above), jnp.exp2(x - _spread(above, x.shape, 0))
-            total, acc = total * shrink + p.sum(axis=1), acc * _spread(shrink, acc.shape, 0)
+            shrink, p = jnp.exp2(top - above), jnp.exp2(x - spread(above, x.shape, 0))
+            total, acc = total * shrink + p.sum(axis=1), acc * spread(shrink, acc.shape, 0)
             value, scales = ready("value", i, slot)
             if scales is not None:
-                p = p * _spread(scales, p.shape, 1)
+                p = p * spread(scales, p.shape, 1)
             acc = on.add(acc, p.astype(own["query"].dtype), value)
             used("value", i)
             return acc, above, total
 
-        nothing = on.place(jnp.zeros((ROWS, s.value_width), jnp.float32), _SCORES)
-        lowest = on.place(jnp.full((ROWS,), NEVER, jnp.float32), _ROW)
-        none = on.place(jnp.zeros((ROWS,), jnp.float32), _ROW)
-        acc, top, total = lax.fori_loop(0, stop - start, step, (nothing, lowest, none))
-        _write(s, given, own, (piece * s.heads + head) * s.tiles + tile, acc, top, total)
+        sums, lse = finished(*lax.fori_loop(0, stop - start, step, empty_rows(on, s.value_width)), NEVER)
+        _write(s, given, own, (piece, (head * s.tiles + tile) * s.rows), sums, lse)
 
 
 def _copy(s: Sizes, source: Any, ring: Any, ready: Any, index: Any, heads: list[Any]) -> None:
@@ -265,23 +267,34 @@ def _streams(given: dict[str, Any], prefix: str) -> dict[str, Any]:
     return {name.removeprefix(prefix): x for name, x in given.items() if name.startswith(prefix)}
 
 
-def _spread(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
+def spread(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
+    """A vector along that axis of a tile."""
     return lax.broadcast_in_dim(x, shape, [axis])
 
 
-def _write(
-    s: Sizes, given: dict[str, Any], own: dict[str, Any], place: Any, acc: jax.Array, top: jax.Array, total: jax.Array
-) -> None:
-    """The piece's result and its lse, in natural logarithm."""
+def empty_rows(on: type[Tensor], columns: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What a softmax begins with: sums [ROWS, columns], scores' greatest and exponentials' sum [ROWS]."""
+    sums = on.place(jnp.zeros((ROWS, columns), jnp.float32), TILE)
+    return sums, on.place(jnp.full((ROWS,), NEVER, jnp.float32), ROW), on.place(jnp.zeros((ROWS,), jnp.float32), ROW)
+
+
+def finished(sums: jax.Array, top: jax.Array, total: jax.Array, nothing: float) -> tuple[jax.Array, jax.Array]:
+    """Averages and lse in base 2; 0 and `nothing` where a row saw nothing."""
     empty = top <= NEVER / 2
     total = jnp.where(empty, 1.0, total)
-    own["lse"][...] = jnp.where(empty, -jnp.inf, (top + jnp.log2(total)) / LOG2E)
-    acc = acc * _spread(jnp.where(empty, 0.0, 1.0 / total), acc.shape, 0)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(own["lse"], given["lse"].at[place])
+    share = jnp.where(empty, 0.0, 1.0 / total)
+    return sums * spread(share, sums.shape, 0), jnp.where(empty, nothing, top + jnp.log2(total))
+
+
+def _write(s: Sizes, given: dict[str, Any], own: dict[str, Any], place: Any, sums: jax.Array, lse: jax.Array) -> None:
+    """The rows that are queries, and their lse, from row place[1] on of piece place[0]."""
+    here = pl.ds(0, s.rows)
+    own["lse"][...] = lse
     for at in range(0, s.value_width, s.chunk):
-        own["out"][...] = acc[:, at : at + s.chunk]
+        own["out"][...] = sums[:, at : at + s.chunk]
         plgpu.commit_smem()
-        rows = pl.ds(0, s.rows)
-        plgpu.copy_smem_to_gmem(own["out"].at[rows], given["out"].at[place, rows, pl.ds(at, s.chunk)])
+        there = given["out"].at[place[0], pl.ds(place[1], s.rows), pl.ds(at, s.chunk)]
+        plgpu.copy_smem_to_gmem(own["out"].at[here], there)
         plgpu.wait_smem_to_gmem(0)
+    plgpu.copy_smem_to_gmem(own["lse"].at[here], given["lse"].at[place[0], pl.ds(place[1], s.rows)])
+    plgpu.wait_smem_to_gmem(0)

@@ -1,7 +1,7 @@
-"""Splitting the keys: the blocks that each sequence sees, cut into pieces of about one size, and put together again.
+"""Splitting the keys: the blocks that each sequence sees, cut into pieces of about one size.
 
 A GPU has more processors than there are sequences, and sequences differ in length: every piece is a program of its
-own, and `merged` weighs their results. All of it is traced: lengths and streams may change without a new program.
+own. All of this is traced: lengths and streams may change without a new program.
 """
 
 from typing import NamedTuple
@@ -16,8 +16,8 @@ from garrulax.kernels.mask import Rule, Streams
 class Pieces(NamedTuple):
     """How the lists of active blocks are cut.
 
-    sequence: int32 [I], whose piece it is; B where there is none.
-    start, stop: int32 [I], from which entry of its list to which (exclusive).
+    sequence: int32 [I], whose piece it is. start, stop: int32 [I], from which entry of its list to which (exclusive);
+    equal where there is no piece.
     """
 
     sequence: jax.Array
@@ -44,35 +44,21 @@ def active(
     return blocks.astype(jnp.int32), some.sum(axis=1, dtype=jnp.int32)
 
 
-def pieces(counts: jax.Array, aim: int, fewest: int, least: int) -> Pieces:
+def pieces(counts: jax.Array, aim: int, fewest: int, least: int) -> tuple[Pieces, jax.Array, jax.Array]:
     """Cuts lists of `counts` blocks, int32 [B], into equal pieces: about `aim` of them in all, each of `least` blocks
-    or more, unless that makes fewer than `fewest`. There are I = aim + B places."""
+    or more, unless that makes fewer than `fewest`. There are I = aim + B places.
+
+    Returns them, and of each sequence the first and their number, int32 [B]."""
     B, total = counts.shape[0], counts.sum()
     size = jnp.maximum(jnp.maximum(-(-total // aim), jnp.minimum(least, -(-total // fewest))), 1)
     parts = -(-counts // size)
     ends = jnp.cumsum(parts)
+    first = ends - parts
     index = jnp.arange(aim + B, dtype=jnp.int32)
-    sequence = jnp.searchsorted(ends, index, side="right", method="compare_all").astype(jnp.int32)
-    own = jnp.minimum(sequence, B - 1)
-    part, n = index - (ends - parts)[own], jnp.maximum(parts[own], 1)
-    even, more = counts[own] // n, counts[own] % n
+    sequence = jnp.minimum(jnp.searchsorted(ends, index, side="right", method="compare_all"), B - 1)
+    part, n = index - first[sequence], jnp.maximum(parts[sequence], 1)
+    even, more = counts[sequence] // n, counts[sequence] % n
     start = part * even + jnp.minimum(part, more)
-    stop = start + even + (part < more)
-    return Pieces(sequence, *(jnp.where(sequence == B, 0, x).astype(jnp.int32) for x in (start, stop)))
-
-
-def merged(out: jax.Array, lse: jax.Array, sequence: jax.Array, batch: int) -> tuple[jax.Array, jax.Array]:
-    """Results [B, ..., C] and lse [B, ...] of pieces' results [I, ..., C] and lse [I, ...], float32.
-
-    Places without a piece (sequence B) hold anything. What no piece saw is 0 and -inf."""
-    mine = sequence == jnp.arange(batch, dtype=jnp.int32)[:, None]
-    spread = mine.reshape(*mine.shape, *(1,) * (lse.ndim - 1))
-    top = jnp.where(spread, lse, -jnp.inf).max(axis=1)
-    own = jnp.minimum(sequence, batch - 1)
-    weights = jnp.exp(lse - jnp.where(jnp.isneginf(top), 0, top)[own])
-    there = (sequence < batch).reshape(-1, *(1,) * (lse.ndim - 1))
-    weights, out = jnp.where(there, weights, 0), jnp.where(there[..., None], out, 0)
-    both = jnp.concatenate([weights[..., None] * out, weights[..., None]], axis=-1)
-    both = jnp.einsum("BI,I...->B...", mine.astype(jnp.float32), both, precision=jax.lax.Precision.HIGHEST)
-    total = both[..., -1]
-    return both[..., :-1] / jnp.where(total == 0, 1, total)[..., None], jnp.log(total) + top
+    stop = jnp.where(index < ends[-1], start + even + (part < more), start)
+    cut = Pieces(*(x.astype(jnp.int32) for x in (sequence, start, stop)))
+    return cut, first.astype(jnp.int32), parts.astype(jnp.int32)

@@ -13,8 +13,10 @@ from jax._src.pallas.mosaic_gpu.interpret import params as interpreter
 from garrulax.kernels.call import Options
 from garrulax.kernels.decode.call import Cached
 from garrulax.kernels.decode.gpu import Kernel
-from garrulax.kernels.decode.splits import active, pieces
+from garrulax.kernels.decode.gpu.pieces import active, pieces
 from garrulax.kernels.mask import CAUSAL, INF, SAME_SEGMENT, All, Band, Bits, KRange
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 KERNEL = Kernel(stages=2, programs=2, waves=1, least=1, interpret=True)
 
@@ -135,6 +137,7 @@ def test_no_lengths_and_no_rule():
     """Everything is seen; the cache is shorter than a block."""
     cached = dataclasses.replace(request([40, 40], S=40), lengths=None, query_streams={}, key_streams={})
     assert_agrees(options(All()), cached)
+    assert_agrees(options(All()), quantised(cached, jnp.int8))
 
 
 def test_drafts_and_empty_rows():
@@ -254,7 +257,8 @@ def test_pieces_are_whole():
     r = np.random.default_rng(5)
     for counts in ([0, 0, 0], [1, 900, 3], r.integers(0, 300, 17)):
         for aim, fewest, least in ((4, 1, 1), (132, 33, 8)):
-            cut, first, parts = jax.tree.map(np.asarray, pieces(jnp.asarray(counts, jnp.int32), aim, fewest, least))
+            got = jax.jit(pieces, static_argnums=(1, 2, 3))(jnp.asarray(counts, jnp.int32), aim, fewest, least)
+            cut, first, parts = jax.tree.map(np.asarray, got)
             sizes = cut.stop - cut.start
             assert len(sizes) == aim + len(counts)
             found = [(int(s), i) for s, a, b in zip(*cut, strict=True) for i in range(a, b)]

@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from garrulax.kernels.decode.gpu_program import LOG2E, ROW, ROWS, Tensor, empty_rows, finished, operand, spread
+from garrulax.kernels.decode.gpu.registers import LOG2E, ROW, ROWS, Tensor, empty_rows, finished, operand, spread
 
 STAGES = 8
 
@@ -24,18 +24,18 @@ def merged(
     (_, R, width), B = out.shape, first.shape[0]
     chunk = min(width, 32 if width % 32 == 0 else 16)
 
-    def body(*refs, **own):
-        _program(on, *refs, own)
+    def decode_merge(out, lse, first, parts, result, result_lse, **own):
+        _program(on, out, lse, first, parts, result, result_lse, own)
 
     return plgpu.kernel(
-        body,
+        decode_merge,
         out_type=[jax.ShapeDtypeStruct((B, R, width), dtype), jax.ShapeDtypeStruct((B, R), jnp.float32)],
         scratch_types={
-            "out": operand((STAGES, ROWS, chunk), out.dtype),
-            "lse": plgpu.SMEM((STAGES, ROWS), jnp.float32),
+            "part": operand((STAGES, ROWS, chunk), out.dtype),
+            "part lse": plgpu.SMEM((STAGES, ROWS), jnp.float32),
             "ready": plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
-            "result": operand((ROWS, chunk), jnp.dtype(dtype)),
-            "result lse": plgpu.SMEM((ROWS,), jnp.float32),
+            "whole": operand((ROWS, chunk), jnp.dtype(dtype)),
+            "whole lse": plgpu.SMEM((ROWS,), jnp.float32),
         },
         grid=(B, R // ROWS, width // chunk),
         grid_names=("sequence", "tile", "column"),
@@ -49,15 +49,15 @@ def _program(
     """One tile of one sequence: its pieces in turn, weighed by their lse. Arrays as of `merged`."""
     sequence, tile, column = (lax.axis_index(name) for name in ("sequence", "tile", "column"))
     begin, count = first[sequence], parts[sequence]
-    chunk = own["result"].shape[1]
+    chunk = own["whole"].shape[1]
     rows, columns = pl.ds(tile * ROWS, ROWS), pl.ds(column * chunk, chunk)
 
     def fetch(i):
         @pl.when(i < count)
         def _():
             slot = lax.rem(i, jnp.int32(STAGES))
-            plgpu.copy_gmem_to_smem(out.at[begin + i, rows, columns], own["out"].at[slot], own["ready"].at[slot])
-            plgpu.copy_gmem_to_smem(lse.at[begin + i, rows], own["lse"].at[slot], own["ready"].at[slot])
+            plgpu.copy_gmem_to_smem(out.at[begin + i, rows, columns], own["part"].at[slot], own["ready"].at[slot])
+            plgpu.copy_gmem_to_smem(lse.at[begin + i, rows], own["part lse"].at[slot], own["ready"].at[slot])
 
     pl.loop(0, STAGES)(fetch)
 
@@ -65,7 +65,7 @@ def _program(
         sums, top, total = carry
         slot = lax.rem(i, jnp.int32(STAGES))
         plgpu.barrier_wait(own["ready"].at[slot])
-        x, weight = own["out"][slot], on.load(own["lse"].at[slot], ROW)
+        x, weight = own["part"][slot], on.load(own["part lse"].at[slot], ROW)
         plgpu.commit_smem()
         fetch(i + STAGES)
         above = jnp.maximum(top, weight)
@@ -73,14 +73,15 @@ def _program(
         sums = sums * spread(shrink, sums.shape, 0) + x * spread(weight, sums.shape, 0)
         return sums, above, total * shrink + weight
 
-    sums, bits = finished(*lax.fori_loop(0, count, step, empty_rows(on, chunk)), -jnp.inf)
-    own["result"][...] = sums.astype(own["result"].dtype)
-    own["result lse"][...] = bits / LOG2E
+    sums, top, total = lax.fori_loop(0, count, step, empty_rows(on, chunk))
+    sums, bits = finished(sums, top, total, -jnp.inf)
+    own["whole"][...] = sums.astype(own["whole"].dtype)
+    own["whole lse"][...] = bits / LOG2E
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(own["result"], result.at[sequence, rows, columns])
+    plgpu.copy_smem_to_gmem(own["whole"], result.at[sequence, rows, columns])
 
     @pl.when(column == 0)
     def _():
-        plgpu.copy_smem_to_gmem(own["result lse"], result_lse.at[sequence, rows])
+        plgpu.copy_smem_to_gmem(own["whole lse"], result_lse.at[sequence, rows])
 
     plgpu.wait_smem_to_gmem(0)

@@ -9,6 +9,7 @@ bytes take. Blocks that nobody sees are not read, and masks are evaluated only i
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from garrulax.kernels.blocks import fill
 from garrulax.kernels.call import Options
 from garrulax.kernels.decode.call import Cached
-from garrulax.kernels.decode.gpu_merge import merged
-from garrulax.kernels.decode.gpu_program import ROWS, Plain, Sizes, Tensor, program, scratch
-from garrulax.kernels.decode.splits import active, pieces
+from garrulax.kernels.decode.gpu.merge import merged
+from garrulax.kernels.decode.gpu.pieces import active, pieces
+from garrulax.kernels.decode.gpu.program import Sizes, program, scratch
+from garrulax.kernels.decode.gpu.registers import ROWS, Plain, Tensor
 from garrulax.kernels.mask import Streams
 
 QUANTISED = (jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)
@@ -29,9 +31,9 @@ QUANTISED = (jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)
 class Kernel:
     """Decoding attention for NVIDIA GPUs of compute capability 9.0 (H100, H200).
 
-    block: keys a step. stages: blocks in the ring; None makes it 64 KiB. programs: how many run at once. waves: how
-    many times as many pieces all sequences are cut into, so that few programs are left alone at the end. least: blocks
-    of a piece, unless too few pieces are left for all programs.
+    block: keys a step, a multiple of 64. stages: blocks in the ring; None makes it 64 KiB, or 48 KiB of a quantised
+    cache. programs: how many run at once. waves: how many times as many pieces all sequences are cut into, so that few
+    programs are left alone at the end. least: blocks of a piece, unless too few pieces are left for all programs.
     interpret: products as XLA's, for the interpreter, which has no `wgmma` of registers.
 
     Entries of the cache that no query sees must be finite.
@@ -72,9 +74,9 @@ class Kernel:
         query sees nothing. Sinks are not in them."""
         (B, T, H, _), K, Cv = cached.query.shape, cached.key.shape[1], cached.value.shape[3]
         s = _sizes(self, cached)
-        cached = _filled(cached, self.block)
-        pages, streams, lengths = _in_order(cached, s)
-        blocks, counts = active(options.rule, cached.query_streams, streams, lengths, s.block, pages.shape[:2])
+        cached, lengths = _filled(cached, self.block)
+        pages, streams = _in_order(cached, lengths, s)
+        blocks, counts = active(options.rule, cached.query_streams, streams, lengths, s.block, (B, pages.shape[1]))
         pages = jnp.take_along_axis(pages, blocks[..., None] >> 1, axis=1)
         fewest = max(1, self.programs // (K * s.tiles))
         cut, first, parts = pieces(counts, aim=self.waves * fewest, fewest=fewest, least=self.least)
@@ -108,36 +110,32 @@ def _sizes(kernel: Kernel, cached: Cached) -> Sizes:
     )
 
 
-def _filled(cached: Cached, block: int) -> Cached:
-    """The request with a contiguous cache of at least one block, and lengths."""
-    c = cached
-    slots = c.key.shape[2]
+def _filled(cached: Cached, block: int) -> tuple[Cached, jax.Array]:
+    """The request with a contiguous cache of at least one block, and lengths int32 [B]."""
+    c, slots = cached, cached.key.shape[2]
     whole = slots if c.table is None else slots * c.table.shape[1]
     lengths = jnp.full(c.query.shape[0], whole, jnp.int32) if c.lengths is None else jnp.minimum(c.lengths, whole)
     more = max(0, block - slots) if c.table is None else 0
-    return dataclasses.replace(
-        c,
-        key=fill(c.key, more, 2),
-        value=fill(c.value, more, 2),
-        key_streams={name: fill(x, more) for name, x in c.key_streams.items()},
-        lengths=lengths,
-    )
+    filled: dict[str, Any] = {name: fill(getattr(c, name), more, 2) for name in ("key", "value")}
+    if c.key_scales is not None and c.value_scales is not None:
+        filled |= {"key_scales": fill(c.key_scales, more, 2), "value_scales": fill(c.value_scales, more, 2)}
+    streams = {name: fill(x, more) for name, x in c.key_streams.items()}
+    return dataclasses.replace(c, key_streams=streams, **filled), lengths
 
 
-def _in_order(cached: Cached, s: Sizes) -> tuple[jax.Array, Streams, jax.Array]:
-    """Of B sequences of N blocks: pages int32 [B, N, copies], their slots' streams int32 [B, N·block], lengths.
+def _in_order(cached: Cached, lengths: jax.Array, s: Sizes) -> tuple[jax.Array, Streams]:
+    """Of B sequences of N blocks: pages int32 [B, N, copies], and their slots' streams int32 [B, N·block].
 
     A contiguous cache is one of B pages."""
     B, per = cached.query.shape[0], -(-s.page // s.block)
     if cached.table is None:
         pages = jnp.broadcast_to(jnp.arange(B, dtype=jnp.int32)[:, None, None], (B, per, 1))
-        streams = {name: fill(x, -s.page % s.block, mode="edge") for name, x in cached.key_streams.items()}
-        return pages, streams, cached.lengths
+        return pages, {name: fill(x, -s.page % s.block, mode="edge") for name, x in cached.key_streams.items()}
     table = fill(cached.table, -cached.table.shape[1] % s.copies)
-    used = jnp.arange(table.shape[1], dtype=jnp.int32) * s.page < cached.lengths[:, None]
+    used = jnp.arange(table.shape[1], dtype=jnp.int32) * s.page < lengths[:, None]
     table = jnp.where(used, table, 0)
     streams = {name: x[table].reshape(B, -1) for name, x in cached.key_streams.items()}
-    return jnp.repeat(table, per, axis=1).reshape(B, -1, s.copies), streams, cached.lengths
+    return jnp.repeat(table, per, axis=1).reshape(B, -1, s.copies), streams
 
 
 def _rows(x: jax.Array, s: Sizes) -> jax.Array:
@@ -162,16 +160,16 @@ def _call(
     }
     if c.slopes is not None:
         operands["slopes"] = _rows(jnp.repeat(c.slopes.astype(jnp.float32), T).reshape(1, K, G * T), s)
-    if s.quantised:
+    if c.key_scales is not None and c.value_scales is not None:
         operands["key scales"] = c.key_scales.reshape(-1, c.key.shape[2])
         operands["value scales"] = c.value_scales.reshape(-1, c.key.shape[2])
     names, rows = (*operands, "out", "lse"), -(-K * s.tiles * s.rows // ROWS) * ROWS
 
-    def body(*refs, **scratch):
+    def decode_attention(*refs, **scratch):
         program(s, options, on, dict(zip(names, refs, strict=True)), scratch)
 
     return plgpu.kernel(
-        body,
+        decode_attention,
         out_type=[
             jax.ShapeDtypeStruct((count, rows, s.value_width), jnp.float32),
             jax.ShapeDtypeStruct((count, rows), jnp.float32),

@@ -11,10 +11,11 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import params as interpreter
 
 from garrulax.kernels.call import Options
+from garrulax.kernels.decode import decode
 from garrulax.kernels.decode.call import Cached
 from garrulax.kernels.decode.gpu import Kernel
 from garrulax.kernels.decode.gpu.pieces import active, pieces
-from garrulax.kernels.mask import CAUSAL, INF, SAME_SEGMENT, All, Band, Bits, KRange
+from garrulax.kernels.mask import CAUSAL, INF, SAME_SEGMENT, All, Band, Bits, KRange, Mask
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -236,6 +237,24 @@ def test_quantised(dtype):
     cached = quantised(request([200, 70], H=4, K=2), dtype)
     assert_agrees(options(), cached)
     assert_agrees(options(), paged(cached, 16), contiguous=cached)
+
+
+def test_as_an_implementation():
+    """Behind `decode`, with learned sinks."""
+    cached = request([150, 100], H=4, K=2, C=64)
+    arrays = cached.query, cached.key, cached.value
+
+    def call(implementation, query, key, value, streams, lengths):
+        mask = Mask(*streams, CAUSAL)
+        sinks = jnp.asarray([1.0, 0.0, -1.0, 2.0])
+        return decode(query, key, value, mask=mask, lengths=lengths, sinks=sinks, implementation=implementation)
+
+    streams = {"rank": cached.query_streams["rank"]}, {"rank": cached.key_streams["rank"]}
+    rest = (*arrays, streams, cached.lengths)
+    expected = call("xla", *rest)
+    with interpreter.force_gpu_interpret_mode(interpreter.InterpretGPUParams()):
+        got = jax.block_until_ready(jax.jit(functools.partial(call, KERNEL))(*rest))
+    np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(expected, np.float32), atol=0.02, rtol=0.01)
 
 
 def test_other_rules():

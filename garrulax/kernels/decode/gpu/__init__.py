@@ -17,14 +17,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from garrulax.kernels.blocks import fill
 from garrulax.kernels.call import Options
+from garrulax.kernels.decode import QUANTISED
 from garrulax.kernels.decode.call import Cached
 from garrulax.kernels.decode.gpu.merge import merged
 from garrulax.kernels.decode.gpu.pieces import active, pieces
 from garrulax.kernels.decode.gpu.program import Sizes, program, scratch
 from garrulax.kernels.decode.gpu.registers import ROWS, Plain, Tensor
 from garrulax.kernels.mask import Streams
-
-QUANTISED = (jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,7 +59,7 @@ def causal(T, S, used):
 
 def paged(key, value, mask, page, seed=3):
     """The same cache in shuffled pages, twice as many as are needed; the spare ones hold something else, and what
-    lies behind the last slot repeats it."""
+    lies behind the last slot repeats it, for lengths to leave out."""
     r = np.random.default_rng(seed)
     S = key.shape[2]
     N = -(-S // page)
@@ -264,7 +264,7 @@ def test_what_is_not_seen_is_not_read(page):
     mask = Mask(mask.query, mask.key, WINDOW & SAME_SEGMENT)
     expected = exact(q, k, v, mask.dense())
     slots = [{*range(4), *range(u - 100, u)} for u in used]
-    more = {}
+    more = {"lengths": jnp.asarray(used, jnp.int32)}
     if page:
         k, v, mask, more["table"] = paged(k, v, mask, page)
         spared = np.ones(k.shape[0], bool)
@@ -284,8 +284,8 @@ def test_what_is_not_seen_is_not_read(page):
     assert steps(SMALL, q, k, v, mask, **more) == len(blocks)
 
 
-def steps(kernel, query, key, value, mask, table=None):
-    options, cached = request(query, key, value, mask, table, *(None,) * 8)
+def steps(kernel, query, key, value, mask, lengths, table=None):
+    options, cached = request(query, key, value, mask, table, lengths, *(None,) * 7)
     plan = kernel.plan(cached)
     return int(jax.jit(lambda x: kernel.steps(plan, *work.in_order(options, x, plan.size), x).most)(cached))
 
@@ -389,7 +389,8 @@ def test_races_and_unwritten_memory():
             assert_close(x, y)
         assert not races_found()
     key, value, mask, table = paged(k, v, mask, page)
-    for x, y in zip(both(kernel, q, key, value, mask=mask, table=table), expected, strict=True):
+    got = both(kernel, q, key, value, mask=mask, table=table, lengths=jnp.array([S, 60], jnp.int32))
+    for x, y in zip(got, expected, strict=True):
         assert_close(x, y)
     assert not races_found()
 

@@ -12,11 +12,10 @@ REQUESTS = {
     "all pairs": {"width": 128, "mask": "everything"},
     **{f"window of packed documents, {width}": {"width": width, "mask": "window"} for width in (64, 128, 256)},
     "five streams": {"width": 256, "mask": "bigbird"},
+    "a rule that is inverted": {"width": 64, "mask": "outside"},
     **{f"ALiBi, {width}": {"width": width, "mask": "causal", "alibi": True} for width in (64, 128, 256)},
     **{f"softcap, {width}": {"width": width, "mask": "window", "softcap": 50.0} for width in (64, 128, 256)},
 }
-#: Bytes stored and loaded again, of addresses that stay the same: one load of each a block.
-SPILLED = {"softcap, 256": 52}
 
 
 @pytest.mark.parametrize("name", REQUESTS)
@@ -24,7 +23,7 @@ def test_backward_on_hopper(name):
     kernels = compiled("h100", gradients=True, **REQUESTS[name])
     for side in ("keys", "queries"):
         kernel = kernels[f"attention_backward_{side}"]
-        assert kernel["spilled_bytes"] <= SPILLED.get(name, 0)
+        assert kernel["spilled_bytes"] == 0
         assert not kernel["serialized"]
         assert kernel["shared_bytes"] <= SHARED_MEMORY
         assert kernel["matrix_instructions"] > 0

@@ -245,7 +245,7 @@ class Not(Rule):
         return self.rule.streams()
 
     def evaluate(self, query, key):
-        return ~self.rule.evaluate(query, key)
+        return self.rule.evaluate(query, key) ^ True  # not ~, which Mosaic GPU cannot compile for a bool
 
     def classify(self, query, key):
         some, every = self.rule.classify(query, key)

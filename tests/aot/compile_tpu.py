@@ -1,8 +1,8 @@
 """Compiles a request of attention for a TPU that is not there: `python compile_tpu.py v5p:2x2x1 causal128 backward`.
 
-Prints a line of JSON: the length of the text, bytes of the program's temporaries, and the bundles of its kernels (see bundles.py). libtpu reads
-its flags once a process and may abort it, so that every compilation is a process of its own. An error of the
-compiler's, such as more VMEM than there is, ends it with a traceback.
+Prints a line of JSON: the length of the text, the bytes of the program's temporaries, and the bundles of its kernels
+(see bundles.py). libtpu reads its flags once a process and may abort it, so that every compilation is a process of its
+own. An error of the compiler's, such as more VMEM than there is, ends it with a traceback.
 """
 
 import json

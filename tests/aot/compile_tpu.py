@@ -1,8 +1,8 @@
 """Compiles a request of attention for a TPU that is not there: `python compile_tpu.py v5p:2x2x1 causal128 backward`.
 
-Prints a line of JSON: bytes of the program's temporaries, and the bundles of its kernels (see bundles.py). libtpu reads
-its flags once a process and may abort it, so that every compilation is a process of its own. An error of the
-compiler's, such as more VMEM than there is, ends it with a traceback.
+Prints a line of JSON: the length of the text, the bytes of the program's temporaries, and the bundles of its kernels
+(see bundles.py). libtpu reads its flags once a process and may abort it, so that every compilation is a process of its
+own. An error of the compiler's, such as more VMEM than there is, ends it with a traceback.
 """
 
 import json
@@ -33,7 +33,7 @@ CASES = {
     "causal80": (MHA, 80, 1000, "bfloat16", "causal"),
     "multiquery64": (MQA, 64, 2048, "bfloat16", "causal"),
     "float32": (GQA, 128, 8192, "float32", "causal"),
-    "float32_256": (GQA, 256, 8192, "float32", "causal"),
+    "float32_256": (GQA, 256, 16384, "float32", "causal"),
     "float16": (GQA, 128, 8192, "float16", "causal"),
     "long128": (MHA, 128, 65536, "bfloat16", "causal"),
     "full64": (MHA, 64, 8192, "bfloat16", "full"),
@@ -99,7 +99,8 @@ def main(chip, case, direction):
         compiled = function.trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
     kernels = {name: schedule._asdict() for name, schedule in bundles.read(folder.name, KERNELS).items()}
     folder.cleanup()
-    print(json.dumps({"temporary": compiled.memory_analysis().temp_size_in_bytes, "kernels": kernels}))
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    print(json.dumps({"length": CASES[case][2], "temporary": temporary, "kernels": kernels}))
 
 
 if __name__ == "__main__":

@@ -226,7 +226,7 @@ class Table:
 
 TABLES = (
     Table("table of implementations", tuple(IMPLEMENTATIONS), TRAINING, refusal),
-    Table("table of decoding", ("xla", "tpu"), DECODING, refusal_to_decode),
+    Table("table of decoding", tuple(decode.IMPLEMENTATIONS), DECODING, refusal_to_decode),
 )
 
 

@@ -26,7 +26,7 @@ from garrulax.kernels.xla import Chunked
 from garrulax.layers.attention import within
 from garrulax.layers.cache import View
 
-SMALL = Chunked(block_q=8, block_k=8)
+SMALL = Chunked(scores=4 * 8 * 8)  # chunks of 8 x 8 for four heads
 N = 3
 
 

@@ -22,7 +22,7 @@ from garrulax.kernels.sharded import Sharded
 from garrulax.kernels.xla import Chunked
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-SMALL = Chunked(block_q=8, block_k=8)
+SMALL = Chunked(scores=4 * 8 * 8)  # chunks of 8 x 8 for four heads
 BOUNDS = {"float32": 2e-6, "float64": 1e-13}
 
 

@@ -8,9 +8,8 @@ import kernel_cases as cases
 import numpy as np
 import pytest
 
-from garrulax.kernels import attention
+from garrulax.kernels import attention, causal
 from garrulax.kernels.mask import Mask
-from garrulax.kernels.mask import causal as causal_mask
 from garrulax.kernels.xla import Chunked
 
 SMALL = Chunked(scores=4 * 32 * 32)  # chunks of 32 x 32 for four heads
@@ -148,7 +147,7 @@ def test_memory_is_linear(dtype):
 
     def mebibytes(T):
         shapes = [jax.ShapeDtypeStruct((1, T, H, 128), dtype) for H in (8, 2, 2, 8)]
-        mask = jax.eval_shape(lambda: causal_mask(1, T))
+        mask = jax.eval_shape(lambda: causal(1, T))
         plan = jax.jit(both).lower(*shapes, mask).compile().memory_analysis()
         return plan.temp_size_in_bytes / 2**20
 

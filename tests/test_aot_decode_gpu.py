@@ -37,6 +37,7 @@ SHARING = {
     "pages": {"width": 128, "page": 64},
     "tree in small pages": {"width": 64, "drafts": 8, "page": 16, "mask": "tree"},
     "softcap, window, ALiBi": {"width": 128, "mask": "window", "softcap": 30.0, "alibi": True},
+    "a rule with a not and an all": {"width": 64, "mask": "other"},
     "a length that is no multiple": {"width": 96, "length": 8200},
 }
 ALONE = {

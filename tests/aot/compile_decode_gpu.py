@@ -1,8 +1,8 @@
 """Compiles a request for decoding attention for a GPU that is not there, and prints what its kernels need as JSON.
 
 python compile_decode_gpu.py TARGET REQUEST: a target's text in this folder ("h100") and a JSON object: width, and, as
-they are wanted, value_width, batch, length, drafts, heads, kv_heads, page, dtype, cache, mask ("causal", "window" or
-"tree"), softcap, alibi. Prints a list with an object a kernel, as `compile_gpu` does.
+they are wanted, value_width, batch, length, drafts, heads, kv_heads, page, dtype, cache, mask (a name in `MASKS`),
+softcap, alibi. Prints a list with an object a kernel, as `compile_gpu` does.
 """
 
 import json
@@ -13,7 +13,7 @@ import tempfile
 
 from compile_gpu import HERE, kernels
 
-MASKS = {"causal": ("rank",), "window": ("position",), "tree": ("bits0", "bits1")}
+MASKS = {"causal": ("rank",), "window": ("position",), "tree": ("bits0", "bits1"), "other": ("rank", "segment")}
 
 
 def compile_request(target, request):
@@ -26,7 +26,7 @@ def compile_request(target, request):
     from garrulax.kernels.call import Options
     from garrulax.kernels.decode.call import Cached
     from garrulax.kernels.decode.gpu import Kernel
-    from garrulax.kernels.mask import CAUSAL, Band, Bits
+    from garrulax.kernels.mask import CAUSAL, SAME_SEGMENT, All, Band, Bits
 
     text = (HERE / f"{target}.txtpb").read_text()
     topology = topologies.get_topology_desc(platform="cuda", target_config=text, topology="1x1x1")
@@ -55,8 +55,13 @@ def compile_request(target, request):
         value_scales=scales,
         slopes=abstract((H,), jnp.float32) if request.get("alibi") else None,
     )
-    rule = {"causal": CAUSAL, "window": Band("position", 0, 4095), "tree": Bits("bits0") | Bits("bits1")}[mask]
-    options = Options(rule, C**-0.5, request.get("softcap"))
+    rules = {
+        "causal": CAUSAL,
+        "window": Band("position", 0, 4095),
+        "tree": Bits("bits0") | Bits("bits1"),
+        "other": CAUSAL & ~SAME_SEGMENT & All(),
+    }
+    options = Options(rules[mask], C**-0.5, request.get("softcap"))
     assert Kernel().refusal(options, cached) is None
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         traced = jax.jit(lambda cached: Kernel()(options, cached)).trace(cached)

@@ -26,7 +26,7 @@ parity: $(PARITY)/.parity
 # Compiles the GPU kernels for Hopper and Blackwell, without a GPU: registers, spills, shared memory. Installs the CUDA
 # build of jax, several gigabytes. (The TPU kernels are compiled by `make test` where libtpu is installed.)
 aot-gpu: $(CUDA)/.aot_gpu
-	$(CUDA)/bin/python -m pytest -m slow tests/test_aot_gpu.py
+	$(CUDA)/bin/python -m pytest -m slow tests/test_aot_gpu.py tests/test_aot_gpu_backward.py tests/test_aot_decode_gpu.py
 
 # Runs the tests that fill README's table of families, those of parity among them, and writes it.
 table: $(PARITY)/.parity

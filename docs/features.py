@@ -44,6 +44,12 @@ class AskedToDecode(Asked):
         return out, jnp.zeros(out.shape[:3], jnp.float32).swapaxes(1, 2)
 
 
+def anywhere(implementation: Any) -> Any:
+    """The implementation as it is interpreted, so that the machine and the jax at hand have no say."""
+    names = {field.name for field in dataclasses.fields(implementation)}
+    return dataclasses.replace(implementation, interpret=True) if "interpret" in names else implementation
+
+
 def refusal(
     name: str,
     mask: Callable[[int], Mask | Sequence[Mask] | None] | None = None,
@@ -61,7 +67,7 @@ def refusal(
 
     mask: of as many keys; causal where it is not given. options make what else `attention` is given.
     """
-    asked = Asked(TABLE.implementation(name), [])
+    asked = Asked(anywhere(TABLE.implementation(name)), [])
 
     def request(query, key, value):
         own = (mask or causal)(key.shape[1])
@@ -92,7 +98,7 @@ def refusal_to_decode(
 
     mask: of the slots; causal where it is not given. cache: dtype of keys and values, by default the query's.
     """
-    asked = AskedToDecode(decode.TABLE.implementation(name), [])
+    asked = AskedToDecode(anywhere(decode.TABLE.implementation(name)), [])
     cache = cache or dtype
     rows, slots = (4, T) if page is None else (4 * T // page, page)
 

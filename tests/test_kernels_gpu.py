@@ -127,4 +127,4 @@ def test_refusals(dtype, width, interpret, reason, monkeypatch):
 @pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="only older jax is refused")
 def test_older_jax_is_refused():
     with pytest.raises(ValueError, match=r"jax 0\.11"):
-        call_of(jnp.bfloat16, 64, True)
+        call_of(jnp.bfloat16, 64, False)

@@ -73,9 +73,10 @@ def test_more_keys_than_queries(case):
     ids=["chunks", "strips", "default"],
 )
 def test_blocks(kernel):
-    """Several chunks of a block's keys and several strips of its queries; dropout and ALiBi count both."""
+    """Several chunks of a block's keys and several strips of its queries; dropout and ALiBi count both. ALiBi's distances
+    count from a block's first query: scores round as numbers of slope x block_q do, 256 here."""
     extras = ("alibi", "relative", "shared_bias", "dropout")
-    cases.assert_agrees(kernel, cases.packed(400), (400, 400, 2, 1, 16), extras=extras, bound=2 * BOUND)
+    cases.assert_agrees(kernel, cases.packed(400), (400, 400, 2, 1, 16), extras=extras, bound=4 * BOUND)
 
 
 def test_keys_in_several_spans():
@@ -112,7 +113,7 @@ def test_scan_and_remat():
 
         return jnp.sum(c * jax.lax.scan(layer, q, jnp.array([0.5, 1.5]))[0])
 
-    got, expected = (jax.jit(jax.grad(loss), static_argnums=1)(q, i) for i in (SMALL, Chunked(64, 64)))
+    got, expected = (jax.jit(jax.grad(loss), static_argnums=1)(q, i) for i in (SMALL, Chunked()))
     np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5)
 
 

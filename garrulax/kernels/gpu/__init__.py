@@ -32,8 +32,6 @@ class Kernel(TwoPasses):
 
     def refusal(self, options: Options, operands: Operands) -> str | None:
         """What it cannot compute: other dtypes, wider heads, on other GPUs, with an older jax."""
-        if jax.__version_info__ < (0, 11):
-            return f"it needs the Mosaic GPU of jax 0.11 or newer, and this is jax {jax.__version__}"
         o = operands
         dtypes = {x.dtype for x in (o.query, o.key, o.value)}
         if len(dtypes) > 1 or not dtypes <= {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)}:
@@ -41,7 +39,11 @@ class Kernel(TwoPasses):
         widths = o.query.shape[3], o.value.shape[3]
         if max(widths) > WIDEST:
             return f"heads {max(widths)} wide; {WIDEST} is the widest"
-        if not self.interpret and (capability := _capability()) not in (None, "9.0"):
+        if self.interpret:
+            return None
+        if jax.__version_info__ < (0, 11):
+            return f"it needs the Mosaic GPU of jax 0.11 or newer, and this is jax {jax.__version__}"
+        if (capability := _capability()) not in (None, "9.0"):
             return f"it is written for GPUs of compute capability 9.0, not {capability}"
         return None
 

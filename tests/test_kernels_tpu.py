@@ -73,8 +73,8 @@ def test_more_keys_than_queries(case):
     ids=["chunks", "strips", "default"],
 )
 def test_blocks(kernel):
-    """Several chunks of a block's keys and several strips of its queries; dropout and ALiBi count both. ALiBi's distances
-    count from a block's first query: scores round as numbers of slope x block_q do, 256 here."""
+    """Several chunks of a block's keys and several strips of its queries; dropout and ALiBi count both. ALiBi counts
+    from a block's first query: scores round as numbers of slope x block_q do, 256 here."""
     extras = ("alibi", "relative", "shared_bias", "dropout")
     cases.assert_agrees(kernel, cases.packed(400), (400, 400, 2, 1, 16), extras=extras, bound=4 * BOUND)
 

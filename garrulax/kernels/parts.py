@@ -1,4 +1,4 @@
-"""Attention over parts of the keys, put together."""
+"""Attention over parts of the keys, put together; learned sinks are such a part, with values of 0."""
 
 from collections.abc import Sequence
 
@@ -25,3 +25,13 @@ def merge(outs: jax.Array | Sequence[jax.Array], lses: jax.Array | Sequence[jax.
     shares = (weights / total).swapaxes(2, 3)[..., None]
     out = jnp.sum(outs * shares, axis=0).astype(outs.dtype)
     return out, jnp.where(empty, -jnp.inf, top + jnp.log(total))
+
+
+def with_sinks(out: jax.Array, lse: jax.Array, sinks: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Output [B, T, H, Cv] and lse [B, H, T] once exp(sinks), [H], is in what each query's exponentials are divided by;
+    as they are where sinks is None."""
+    if sinks is None:
+        return out, lse
+    sinks = sinks.astype(lse.dtype)[:, None]
+    kept = jax.nn.sigmoid(lse - sinks).swapaxes(1, 2)[..., None]
+    return (out * kept).astype(out.dtype), jnp.logaddexp(lse, sinks)

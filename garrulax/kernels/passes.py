@@ -10,6 +10,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from garrulax.kernels.call import NOTHING, Gradients, Operands, Options
+from garrulax.kernels.parts import with_sinks
 
 
 class TwoPasses:
@@ -57,11 +58,7 @@ def forward(passes: TwoPasses, options: Options, operands: Operands) -> tuple[ja
     """Output and lse as of `TwoPasses.forward`, with the sinks in both."""
     sinks, operands = operands.sinks, dataclasses.replace(operands, sinks=None)
     out, lse = _folding(lambda x: passes.forward(options, x))(operands)
-    if sinks is None:
-        return out, lse
-    sinks = sinks.astype(lse.dtype)[:, None]
-    kept = jax.nn.sigmoid(lse - sinks).swapaxes(1, 2)[..., None]
-    return (out * kept).astype(out.dtype), jnp.logaddexp(lse, sinks)
+    return with_sinks(out, lse, sinks)
 
 
 def backward(

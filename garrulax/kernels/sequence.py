@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from garrulax.kernels.blocks import block_map
 from garrulax.kernels.call import Gradients, Implementation, Operands, Options
+from garrulax.kernels.parts import merge
 from garrulax.kernels.passes import TwoPasses
 
 Axes = tuple[str, ...]
@@ -126,7 +127,9 @@ class Ring(TwoPasses):
         def step(carry, i):
             whole, travelling = carry
             coming = self._passed_on(travelling)  # under way while this part is computed
-            return (_merged(whole, run(travelling, i)), coming), None
+            part = run(travelling, i)
+            merged = merge((whole[0], part[0].astype(whole[0].dtype)), (whole[1], part[1]))
+            return (merged, coming), None
 
         carry = (whole, self._passed_on(travelling))
         ((out, lse), _), _ = jax.lax.scan(step, carry, jnp.arange(1, self.parts))
@@ -204,15 +207,6 @@ def summed(x: jax.Array, axes: Axes) -> jax.Array:
     if not axes:
         return x
     return jax.lax.psum(x.astype(jnp.promote_types(x.dtype, jnp.float32)), axes).astype(x.dtype)
-
-
-def _merged(whole: tuple[jax.Array, jax.Array], part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Output and lse over the keys of both."""
-    (a, lse_a), (b, lse_b) = whole, part
-    lse = jnp.logaddexp(lse_a, lse_b)
-    known = jnp.where(jnp.isneginf(lse), 0, lse)
-    share_a, share_b = (jnp.exp(x - known).swapaxes(1, 2)[..., None].astype(a.dtype) for x in (lse_a, lse_b))
-    return a * share_a + b * share_b, lse
 
 
 def _zeros(shapes: Any) -> Any:

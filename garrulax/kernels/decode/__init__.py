@@ -11,6 +11,7 @@ from garrulax.kernels.call import Options
 from garrulax.kernels.decode.call import Cached
 from garrulax.kernels.decode.xla import Gathered
 from garrulax.kernels.mask import All, Mask, Streams
+from garrulax.kernels.parts import with_sinks
 from garrulax.kernels.picking import Table
 from garrulax.kernels.relative import Relative
 
@@ -100,11 +101,7 @@ def computed(implementation: Implementation, options: Options, cached: Cached) -
         out, lse = implementation(options, cached)
     else:
         out, lse = _differentiable(implementation, options, cached)
-    if sinks is None:
-        return out, lse
-    sinks = sinks.astype(lse.dtype)[:, None]
-    kept = jax.nn.sigmoid(lse - sinks).swapaxes(1, 2)[..., None]
-    return (out * kept).astype(out.dtype), jnp.logaddexp(lse, sinks)
+    return with_sinks(out, lse, sinks)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -9,7 +9,8 @@ import sys
 import pytest
 
 SCRIPT = pathlib.Path(__file__).parent / "aot" / "compile_gpu.py"
-SHARED_MEMORY = 232448  # bytes that a program may have on sm_90
+SHARED_MEMORY = 232448  # bytes that a program may have on sm_90 and sm_100
+TENSOR_COLUMNS = 512  # of the tensor memory of sm_100
 
 pytestmark = pytest.mark.slow
 
@@ -51,3 +52,22 @@ def test_forward_on_hopper(request_):
     assert not kernel["serialized"]
     assert kernel["shared_bytes"] <= SHARED_MEMORY
     assert kernel["matrix_instructions"] > 0
+
+
+ON_BLACKWELL = {
+    **{f"width {width}": {"width": width, "mask": "causal"} for width in (64, 128)},
+    "values of another width, float16": {"width": 64, "value_width": 128, "mask": "window", "dtype": "float16"},
+    **{name: REQUESTS[name] for name in ("all pairs", "three streams", "ALiBi", "dropout")},
+    "softcap": {"width": 128, "mask": "window", "softcap": 50.0},
+}
+
+
+@pytest.mark.parametrize("request_", ON_BLACKWELL.values(), ids=ON_BLACKWELL)
+def test_forward_on_blackwell(request_):
+    """Products: of 16 columns or keys an instruction; two tiles of scores before the first block, two of both in it."""
+    kernel = compiled("b200", **request_)["attention_forward"]
+    assert kernel["spilled_bytes"] == 0
+    assert not kernel["serialized"]
+    assert kernel["shared_bytes"] <= SHARED_MEMORY
+    assert kernel["tensor_columns"] <= TENSOR_COLUMNS
+    assert kernel["matrix_instructions"] == 2 * (8 + 2 * request_["width"] // 16)

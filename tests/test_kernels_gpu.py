@@ -1,4 +1,4 @@
-"""The forward pass for Hopper, interpreted, against the dense formula in float64."""
+"""The forward passes for Hopper and Blackwell, interpreted, against the dense formula in float64."""
 
 import functools
 
@@ -16,6 +16,7 @@ from garrulax.kernels.gpu.forward import Sizes
 from garrulax.kernels.gpu.rows import rows
 
 SMALL = Kernel(sizes=Sizes(block_k=64, stages=2), interpret=True)
+BLACKWELL = Kernel(interpret=True, architecture="sm_100")
 BOUND = {jnp.bfloat16: 8e-3, jnp.float16: 1.5e-3}  # of an output that was rounded, of probabilities that were
 
 
@@ -68,6 +69,32 @@ def test_sizes_that_are_chosen(width):
     assert_output_agrees(cases.packed(192), (192, 192, 1, 1, width), kernel=Kernel(interpret=True))
 
 
+ON_BLACKWELL = {
+    "rows of many blocks": (cases.causal(500), (500, 500, 1, 1, 64), (), jnp.bfloat16),
+    "three streams": (cases.banded_and_strided(150), (150, 150, 1, 1, 128), (), jnp.bfloat16),
+    "all pairs": (None, (256, 384, 1, 1, 64), ("scale",), jnp.float16),
+    "ALiBi, values of another width": (
+        cases.window(200),
+        (200, 200, 2, 1, 128, 64),
+        ("alibi", "softcap"),
+        jnp.bfloat16,
+    ),
+    "queries without keys": (cases.nothing(200), (200, 200, 1, 1, 64), ("sinks", "dropout"), jnp.bfloat16),
+}
+
+
+@pytest.mark.parametrize("request_", ON_BLACKWELL.values(), ids=ON_BLACKWELL)
+def test_requests_on_blackwell(request_):
+    mask, shape, extras, dtype = request_
+    assert_output_agrees(mask, shape, extras=extras, dtype=dtype, kernel=BLACKWELL)
+
+
+def test_gradients_on_blackwell_are_those_of_xla():
+    """From the lse that the kernel gives."""
+    with gpu_interpreter.interpreted():
+        cases.assert_agrees(BLACKWELL, cases.packed(150), (150, 150, 2, 1, 64), dtype=jnp.bfloat16, bound=2e-2)
+
+
 @pytest.mark.parametrize("case", cases.CASES)
 @pytest.mark.parametrize("by_key", [False, True])
 def test_rows(case, by_key):
@@ -104,9 +131,9 @@ def test_gradients_with_a_bias_are_those_of_xla():
         cases.assert_agrees(SMALL, cases.window(100), shape, extras=extras, dtype=jnp.bfloat16, bound=2e-2)
 
 
-def call_of(dtype, width, interpret):
-    x = jnp.zeros((1, 64, 2, width), dtype)
-    return attention(x, x, x, implementation=Kernel(interpret=interpret))
+def call_of(dtype, width, interpret, architecture=None, **options):
+    x = jnp.zeros((cases.B, 64, 2, width), dtype)
+    return attention(x, x, x, implementation=Kernel(interpret=interpret, architecture=architecture), **options)
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="older jax is refused as a whole")
@@ -115,13 +142,25 @@ def call_of(dtype, width, interpret):
     [
         (jnp.float32, 64, True, "float32"),
         (jnp.bfloat16, 320, True, "320 wide"),
-        (jnp.bfloat16, 64, False, "capability 9.0, not 10.0"),
+        (jnp.bfloat16, 64, False, "capability 9.0 and 10.0, not 12.0"),
     ],
 )
 def test_refusals(dtype, width, interpret, reason, monkeypatch):
-    monkeypatch.setattr(gpu, "_capability", lambda: "10.0")
+    monkeypatch.setattr(gpu, "_capability", lambda: "12.0")
     with pytest.raises(ValueError, match=reason):
         call_of(dtype, width, interpret)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="older jax is refused as a whole")
+def test_refusals_on_blackwell(monkeypatch):
+    monkeypatch.setattr(gpu, "_capability", lambda: "10.0")
+    with pytest.raises(ValueError, match=r"capability 9\.0, not 10\.0"):
+        call_of(jnp.bfloat16, 64, False, "sm_90")
+    with pytest.raises(ValueError, match=r"heads \[80\] wide"):
+        call_of(jnp.bfloat16, 80, False, "sm_100")
+    for options in ({"bias": jnp.zeros((1, 1, 64, 64))}, cases.extra("relative", 2, 64, 64)):
+        with pytest.raises(ValueError, match="a bias and relative positions"):
+            call_of(jnp.bfloat16, 64, False, "sm_100", mask=cases.with_positions(cases.causal(64)), **options)
 
 
 @pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="only older jax is refused")

@@ -95,11 +95,12 @@ def platform(device: Any) -> str:
 
 
 def generation(device: Any) -> str:
-    """Of a GPU of NVIDIA's, its architecture: "sm_90" is Hopper; "" where that is not known."""
+    """Of a GPU of NVIDIA's, its architecture: "sm_90" is Hopper, "sm_100" Blackwell; "" where that is not known."""
     capability = getattr(device, "compute_capability", None)  # which abstract devices lack
     if capability is not None:
         return f"sm_{str(capability).replace('.', '')}"
-    return "sm_90" if re.search(r"\bG?H\d", device.device_kind) else ""
+    names = {r"\bG?H\d": "sm_90", r"\bG?B[12]00\b": "sm_100"}
+    return next((known for name, known in names.items() if re.search(name, device.device_kind)), "")
 
 
 @functools.cache

@@ -64,14 +64,14 @@ def kernels(folder):
     """What the compiler wrote of every kernel."""
     for assembled in sorted(folder.glob("*.ptxas")):
         report, code = assembled.read_text(), assembled.with_suffix(".ptx").read_text()
+        resources = assembled.with_suffix(".resources.txt").read_text()
         yield {
             "kernel": re.sub(r"_\d+$", "", assembled.stem),
             "registers": int(re.search(r"Used (\d+) registers", report)[1]),
             "spilled_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", report))),
             "serialized": "serialized" in report,
-            "shared_bytes": int(
-                re.search(r"smem_scratch_bytes=(\d+)", assembled.with_suffix(".resources.txt").read_text())[1]
-            ),
+            "shared_bytes": int(re.search(r"smem_scratch_bytes=(\d+)", resources)[1]),
+            "tensor_columns": int(re.search(r"tmem_scratch_cols=(\d+)", resources)[1]),
             "matrix_instructions": len(re.findall(r"wgmma\.mma_async|tcgen05\.mma", code)),
             "exponentials": code.count("ex2.approx"),
         }

@@ -42,18 +42,20 @@ class Tile:
     """How scores lie in registers.
 
     shape: of the tile, (rows, columns). query_axis: 0 where rows are queries and columns keys, 1 the other way round.
+    layout: of the tile.
     """
 
     shape: tuple[int, int]
     query_axis: int = 0
+    layout: Any = plgpu.Layout.WGMMA
 
     def query_layout(self) -> Any:
         """Of a vector with one entry a query."""
-        return plgpu.Layout.WGMMA.reduce(1 - self.query_axis)
+        return self.layout.reduce(1 - self.query_axis)
 
     def key_layout(self) -> Any:
         """Of a vector with one entry a key."""
-        return plgpu.Layout.WGMMA.reduce(self.query_axis)
+        return self.layout.reduce(self.query_axis)
 
     def by_query(self, x: jax.Array) -> jax.Array:
         """A tile of a vector with one entry a query."""
@@ -177,7 +179,7 @@ def _bias(block: Block, ref: Any) -> jax.Array:
     starts = (block.query_start, block.key_start) if tile.query_axis == 0 else (block.key_start, block.query_start)
     spans: list[Any] = [pl.ds(start, size) for start, size in zip(starts, tile.shape, strict=True)]
     if ref.shape[2 + tile.query_axis] > 1:
-        return load(ref.at[batch, head, spans[0], spans[1]], plgpu.Layout.WGMMA).astype(jnp.float32)
+        return load(ref.at[batch, head, spans[0], spans[1]], tile.layout).astype(jnp.float32)
     spans[tile.query_axis] = 0
     return tile.by_key(tile.load_keys(ref.at[batch, head, spans[0], spans[1]]).astype(jnp.float32))
 

@@ -46,10 +46,17 @@ def nothing(operands: Operands) -> State:
     return State(out, jnp.zeros(shape, dtype), jnp.full(shape, -jnp.inf, dtype))
 
 
-def attend(options: Options, operands: Operands, masked: bool) -> State:
-    """Attention over the chunk's keys. masked: False where every query sees every key."""
+def seen(options: Options, operands: Operands) -> jax.Array:
+    """Which query sees which key: bool, broadcastable to [b, 1, t, s]."""
+    query = {name: stream[:, None, :, None] for name, stream in operands.query_streams.items()}
+    key = {name: stream[:, None, None, :] for name, stream in operands.key_streams.items()}
+    return options.rule.evaluate(query, key)
+
+
+def attend(options: Options, operands: Operands, seen: jax.Array | None) -> State:
+    """Attention over the chunk's keys. seen: as of `seen`; None where every query sees every key."""
     o = operands
-    x, _ = _scores(options, o, masked)
+    x, _ = _scores(options, o, seen)
     top = x.max(axis=-1)
     p = jnp.exp(x - _finite(top)[..., None])
     out = _product(_dropped(p, options, o).astype(o.value.dtype), o.value, 1)
@@ -74,14 +81,14 @@ def pull(query: jax.Array, K: int, lse: jax.Array, delta: jax.Array, cotangent: 
     return Pull(lse, delta, cotangent, turned)
 
 
-def pull_back(options: Options, operands: Operands, pull: Pull, masked: bool) -> Gradients:
+def pull_back(options: Options, operands: Operands, pull: Pull, seen: jax.Array | None) -> Gradients:
     """What the chunk adds to the gradients of its operands, in at least float32 and in their shapes, but turned for
     key and value: [b, K, C, s].
 
     The product of a turned array of scores is several times slower on XLA:CPU than that of a turned query.
     """
     o, cotangent = operands, pull.cotangent
-    x, slope = _scores(options, o, masked)
+    x, slope = _scores(options, o, seen)
     p = jnp.exp(jnp.minimum(x - pull.lse[..., None], 0))  # where scores are huge, their rounding is, too
     dp = _dropped(_product(cotangent, o.value, 2), options, o)
     ds = p * (dp - pull.delta[..., None])
@@ -101,7 +108,7 @@ def pull_back(options: Options, operands: Operands, pull: Pull, masked: bool) ->
     )
 
 
-def _scores(options: Options, o: Operands, masked: bool) -> tuple[jax.Array, jax.Array | float]:
+def _scores(options: Options, o: Operands, seen: jax.Array | None) -> tuple[jax.Array, jax.Array | float]:
     """Scores [b, H, t, s], -inf where the mask says no, and the derivative of the soft-cap at each."""
     x = _product(o.query, o.key, 2) * options.scale
     slope: jax.Array | float = 1.0
@@ -114,11 +121,7 @@ def _scores(options: Options, o: Operands, masked: bool) -> tuple[jax.Array, jax
         x += o.slopes.astype(x.dtype)[:, None, None] * _distance(o).astype(x.dtype)
     if o.steps is not None:
         x += _step(o.steps.astype(x.dtype), options.starts, _distance(o))
-    if masked:
-        q = {name: stream[:, None, :, None] for name, stream in o.query_streams.items()}
-        k = {name: stream[:, None, None, :] for name, stream in o.key_streams.items()}
-        x = jnp.where(options.rule.evaluate(q, k), x, -jnp.inf)
-    return x, slope
+    return x if seen is None else jnp.where(seen, x, -jnp.inf), slope
 
 
 def _distance(o: Operands) -> jax.Array:

@@ -36,7 +36,7 @@ class Chunked(TwoPasses):
         """As `TwoPasses.forward`."""
         o = _indexed(operands)
         if self._at_once(o):
-            out, lse = chunk.finish(chunk.attend(options, _heads_first(o), masked=True))
+            out, lse = chunk.finish(chunk.attend(options, _heads_first(o), chunk.seen(options, o)))
             return out.swapaxes(1, 2).astype(o.query.dtype), lse
         grid = _Grid.of(o, self.scores // o.query.shape[2])
         options, o = grid.fit(options, o)
@@ -46,7 +46,9 @@ class Chunked(TwoPasses):
             queries = grid.queries(o, i)
 
             def step(masked, column, state):
-                return chunk.join(state, chunk.attend(options, grid.keys(queries, i, column), masked))
+                part = grid.keys(queries, i, column)
+                seen = _held(chunk.seen(options, part), i) if masked else None
+                return chunk.join(state, chunk.attend(options, part, seen))
 
             out, lse = chunk.finish(_fold(schedule, i, step, chunk.nothing(queries)))
             out = out.swapaxes(1, 2).astype(o.query.dtype)
@@ -67,7 +69,7 @@ class Chunked(TwoPasses):
         if self._at_once(o):
             first = _heads_first(o)
             pull = chunk.pull(first.query, o.key.shape[2], lse, delta, cotangent.swapaxes(1, 2))
-            part = chunk.pull_back(options, first, pull, masked=True)
+            part = chunk.pull_back(options, first, pull, chunk.seen(options, o))
             return _finished(part._replace(query=part.query.swapaxes(1, 2)), operands)
         grid = _Grid.of(o, self.scores // o.query.shape[2])
         options, o = grid.fit(options, o)
@@ -78,9 +80,10 @@ class Chunked(TwoPasses):
             pull = grid.pull(queries, lse, delta, cotangent, i)
 
             def step(masked, column, carry):
-                query, sums = carry
-                part = chunk.pull_back(options, grid.keys(queries, i, column), pull, masked)
-                return query + part.query, grid.add(sums, part, i, column)
+                part = grid.keys(queries, i, column)
+                seen = _held(chunk.seen(options, part), i) if masked else None
+                more = chunk.pull_back(options, part, pull, seen)
+                return carry[0] + more.query, grid.add(carry[1], more, i, column)
 
             query, sums = _fold(schedule, i, step, (jnp.zeros(queries.query.shape, lse.dtype), sums))
             return sums._replace(query=_add(sums.query, query.swapaxes(1, 2), *grid.row(i), 0, 0)), None
@@ -137,24 +140,26 @@ class _Grid(NamedTuple):
     def queries(self, o: Operands, i: jax.Array) -> Operands:
         """The operands with the queries of row i, heads first."""
         at, n = self.row(i), self.t
-        return dataclasses.replace(
-            o,
-            query=self._cut(o.query, at, n).swapaxes(1, 2),
-            query_streams={name: self._cut(x, at, n) for name, x in o.query_streams.items()},
-            bias=None if o.bias is None else self._cut(o.bias, at, n, axis=2),
-            seeds=None if o.seeds is None else self._cut(o.seeds, (at[0], 0), o.seeds.shape[1]),
+        small = (
+            {name: self._cut(x, at, n) for name, x in o.query_streams.items()},
+            None if o.seeds is None else self._cut(o.seeds, (at[0], 0), o.seeds.shape[1]),
         )
+        streams, seeds = _held(small, i)
+        query = self._cut(o.query, at, n).swapaxes(1, 2)
+        return dataclasses.replace(o, query=query, query_streams=streams, seeds=seeds)
 
     def keys(self, o: Operands, i: jax.Array, column: jax.Array | int) -> Operands:
         """The operands of `queries` with the keys of a column, heads first."""
         at, n = (self.row(i)[0], column * self.s), self.s
-        return dataclasses.replace(
-            o,
-            key=self._cut(o.key, at, n).swapaxes(1, 2),
-            value=self._cut(o.value, at, n).swapaxes(1, 2),
-            key_streams={name: self._cut(x, at, n) for name, x in o.key_streams.items()},
-            bias=None if o.bias is None else self._cut(o.bias, (0, at[1]), n, axis=3),
+        small = (
+            {name: self._cut(x, at, n) for name, x in o.key_streams.items()},
+            None
+            if o.bias is None
+            else self._cut(self._cut(o.bias, self.row(i), self.t, axis=2), (0, at[1]), n, axis=3),
         )
+        streams, bias = _held(small, i)
+        key, value = (self._cut(x, at, n).swapaxes(1, 2) for x in (o.key, o.value))
+        return dataclasses.replace(o, key=key, value=value, key_streams=streams, bias=bias)
 
     def pull(
         self, queries: Operands, lse: jax.Array, delta: jax.Array, cotangent: jax.Array, i: jax.Array
@@ -165,6 +170,7 @@ class _Grid(NamedTuple):
         lse, delta = self._cut(lse, at, n, axis=2), self._cut(delta, at, n, axis=2)
         if again.any():
             lse = jnp.where(self._cut(jnp.asarray(again)[None], (0, at[1]), n), NOTHING, lse)
+        lse, delta = _held((lse, delta), i)
         return chunk.pull(queries.query, queries.key.shape[2], lse, delta, self._cut(cotangent, at, n).swapaxes(1, 2))
 
     def add(self, sums: Gradients, part: Gradients, i: jax.Array, column: jax.Array | int) -> Gradients:
@@ -248,6 +254,13 @@ def _add(x: jax.Array, more: jax.Array, *start: jax.Array | int) -> jax.Array:
 def _index(*start: jax.Array | int) -> tuple[jax.Array, ...]:
     """Starts of one dtype, also where integers are int64 by default."""
     return tuple(jnp.asarray(i, jnp.int32) for i in start)
+
+
+def _held(x: Any, i: jax.Array) -> Any:
+    """x, in memory: where a loop over scores reads small arrays in the middle of large ones, by an index like i, LLVM
+    does not vectorise it, and its exponentials take seven times as long. (A barrier does not outlive XLA:CPU's passes
+    before fusion in jax 0.10.)"""
+    return jax.lax.cond(i >= 0, lambda: x, lambda: jax.tree.map(jnp.zeros_like, x))
 
 
 def _bits(x: jax.Array) -> jax.Array:

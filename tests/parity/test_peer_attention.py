@@ -7,7 +7,8 @@ import pytest
 from garrulax.kernels import masks
 from garrulax.kernels.relative import t5
 
-torch = pytest.importorskip("torch", reason="`make parity` installs torch and transformers")
+pytest.importorskip("torch", reason="`make parity` installs torch and transformers")
+import torch
 from transformers import masking_utils
 from transformers.models.t5.configuration_t5 import T5Config
 from transformers.models.t5.modeling_t5 import T5Attention

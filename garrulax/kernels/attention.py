@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from garrulax.kernels import decode
+from garrulax.kernels import asked, decode
 from garrulax.kernels.call import Implementation, Operands, Options
-from garrulax.kernels.mask import All, Mask
+from garrulax.kernels.mask import Mask
 from garrulax.kernels.picking import Table
 from garrulax.kernels.relative import Relative
 from garrulax.kernels.sharded import Sharded
@@ -105,40 +105,20 @@ def request(
     dropout_key: jax.Array | None,
 ) -> tuple[Options, Operands]:
     """The request in the form that implementations take; arguments as of `attention`, and checked."""
-    B, T, H, C = query.shape
+    B, T, H, _ = query.shape
     S = key.shape[1]
-    if mask is not None and not isinstance(mask, Mask):
-        raise TypeError(f"mask is a kernels.Mask or a sequence of them, not {type(mask).__name__}")
-    distances = ("position",) if alibi is not None or relative is not None else ()
-    if distances and (mask is None or any("position" not in s for s in (mask.query, mask.key_streams()))):
-        raise ValueError("alibi and relative need a mask with the stream 'position' of queries and keys")
-    reads = ({}, {}) if mask is None else mask.read(*distances, query=(B, T), key=(B, S))
-    for name, x in (("alibi", alibi), ("sinks", sinks), ("relative", None if relative is None else relative.steps[0])):
-        if x is not None and x.shape != (H,):
-            raise ValueError(f"{name} has shape {x.shape} for {H} heads")
-        if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"{name} is {x.dtype}, not floating-point")
+    reads = asked.streams(mask, (B, T), (B, S), alibi is not None or relative is not None)
+    asked.check_heads(H, alibi, relative, sinks)
     if bias is not None and (
         bias.ndim != 4 or any(n not in (1, m) for n, m in zip(bias.shape, (B, H, T, S), strict=True))
     ):
         raise ValueError(f"bias {bias.shape} does not broadcast to {(B, H, T, S)}")
     if bias is not None and not jnp.issubdtype(bias.dtype, jnp.floating):
         raise TypeError(f"bias is {bias.dtype}: it is added to the scores; who attends to whom is the mask's to say")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap must be positive, not {softcap}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is a rate in [0, 1), not {dropout}")
-    if isinstance(scale, jax.Array):
-        query, scale = (query * scale).astype(query.dtype), 1.0
     seeds = jax.random.bits(dropout_key, (B, H), jnp.uint32) if dropout and dropout_key is not None else None
-    options = Options(
-        rule=All() if mask is None else mask.rule,
-        scale=C**-0.5 if scale is None else float(scale),
-        softcap=softcap,
-        dropout=0.0 if seeds is None else dropout,
-        starts=() if relative is None else relative.starts,
-        causal=mask is not None and mask.causal,
-    )
+    query, options = asked.scaled(query, mask, relative, scale, softcap, 0.0 if seeds is None else dropout)
     if bias is not None and bias.shape[3] != S:
         bias = jnp.broadcast_to(bias, (*bias.shape[:3], S))
     return options, Operands(
@@ -148,7 +128,7 @@ def request(
         query_streams=reads[0],
         key_streams=reads[1],
         bias=bias,
-        slopes=None if alibi is None else jax.lax.stop_gradient(alibi.astype(jnp.float32)),
+        slopes=asked.slopes(alibi),
         steps=None if relative is None else relative.steps,
         seeds=seeds,
         sinks=sinks,

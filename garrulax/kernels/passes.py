@@ -76,7 +76,7 @@ def backward(
     gradients = _folding(run)(bare, known, delta, cotangent)
     result = jax.tree.map(no_gradient, operands)
     if sinks is not None:
-        share = jnp.exp(sinks.astype(lse.dtype)[:, None] - lse)
+        share = jnp.exp(sinks.astype(lse.dtype)[:, None] - known)
         result = dataclasses.replace(result, sinks=-jnp.sum(share * delta, axis=(0, 2)).astype(sinks.dtype))
     return dataclasses.replace(result, **{name: x for name, x in gradients._asdict().items() if x is not None})
 

@@ -7,10 +7,11 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
+from garrulax.kernels import asked
 from garrulax.kernels.call import Options
 from garrulax.kernels.decode.call import Cached
 from garrulax.kernels.decode.xla import Gathered
-from garrulax.kernels.mask import All, Mask, Streams
+from garrulax.kernels.mask import Mask
 from garrulax.kernels.parts import with_sinks
 from garrulax.kernels.picking import Table
 from garrulax.kernels.relative import Relative
@@ -140,7 +141,7 @@ def request(
     if table is None:
         key, value = _unfolded(key, query), _unfolded(value, query)
     _check_arrays(query, key, value, table)
-    (B, T, H, C), (rows, K, S) = query.shape, key.shape[:3]
+    (B, T, H, _), (rows, K, S) = query.shape, key.shape[:3]
     for name, x, shape in (("table", table, (B, None)), ("lengths", lengths, (B,))):
         if x is not None and (x.ndim != len(shape) or x.shape[0] != B or 0 in x.shape):
             raise ValueError(f"{name} has shape {x.shape} for {B} sequences")
@@ -151,18 +152,9 @@ def request(
             raise ValueError(f"a cache of {key.dtype} {'needs' if x is None else 'takes no'} {name}")
         if x is not None and (x.shape != (rows, K, S) or x.dtype != jnp.float32):
             raise ValueError(f"{name} is {x.dtype} {x.shape}, not float32 {(rows, K, S)}")
-    for name, x in (("alibi", alibi), ("sinks", sinks), ("relative", None if relative is None else relative.steps[0])):
-        if x is not None and x.shape != (H,):
-            raise ValueError(f"{name} has shape {x.shape} for {H} heads")
-    reads = _streams(mask, (B, T), (rows, S), alibi is not None or relative is not None)
-    if isinstance(scale, jax.Array):
-        query, scale = (query * scale).astype(query.dtype), 1.0
-    options = Options(
-        rule=All() if mask is None else mask.rule,
-        scale=C**-0.5 if scale is None else float(scale),
-        softcap=softcap,
-        starts=() if relative is None else relative.starts,
-    )
+    reads = asked.streams(mask, (B, T), (rows, S), alibi is not None or relative is not None)
+    asked.check_heads(H, alibi, relative, sinks)
+    query, options = asked.scaled(query, mask, relative, scale, softcap)
     return options, Cached(
         query=query,
         key=key,
@@ -173,7 +165,7 @@ def request(
         lengths=lengths,
         key_scales=key_scales,
         value_scales=value_scales,
-        slopes=None if alibi is None else jax.lax.stop_gradient(alibi.astype(jnp.float32)),
+        slopes=asked.slopes(alibi),
         steps=None if relative is None else relative.steps,
         sinks=sinks,
     )
@@ -205,17 +197,3 @@ def _check_arrays(query: jax.Array, key: jax.Array, value: jax.Array, table: jax
         raise ValueError(f"decoding attention shapes disagree: {shapes}")
     if query.shape[2] % key.shape[1]:
         raise ValueError(f"{query.shape[2]} query heads are not a multiple of {key.shape[1]} key/value heads")
-
-
-def _streams(mask: Mask | None, query: tuple, key: tuple, distances: bool) -> tuple[Streams, Streams]:
-    """The streams that the rule reads, and `position` for distances, of the shapes query and key; int32."""
-    if distances and (mask is None or any("position" not in s for s in (mask.query, mask.key_streams()))):
-        raise ValueError("alibi and relative need a mask with the stream 'position' of queries and keys")
-    reads = ({}, {}) if mask is None else mask.read(*(("position",) if distances else ()))
-    for side, streams, shape in (("query", reads[0], query), ("key", reads[1], key)):
-        for name, s in streams.items():
-            if s.shape != shape:
-                raise ValueError(f"{side} stream {name!r} has shape {s.shape}, not {shape}")
-            if s.dtype != jnp.int32:
-                raise TypeError(f"{side} stream {name!r} is {s.dtype}, not int32")
-    return reads

@@ -87,7 +87,7 @@ def config(case):
 
 @functools.cache
 def params(case, dtype=jnp.float32):
-    """Parameters of a case, read through the Spec tree; every stored tensor must be used."""
+    """Parameters of a case, read through the ParamSpec tree; every stored tensor must be used."""
     c, stored = config(case), tensors(case)
     family = models.family(c)
     layout = family.layout(c)

@@ -1,4 +1,4 @@
-"""The Spec tree: layouts there and back, initial values, roles; the product with weight leaves."""
+"""The ParamSpec tree: layouts there and back, initial values, roles; the product with weight leaves."""
 
 import itertools
 import math
@@ -15,7 +15,7 @@ import garrulax as gx
 from garrulax import models
 from garrulax.core import spec
 from garrulax.core.einsum import einsum, lookup
-from garrulax.core.spec import Spec, Stored, normal, ones, stacked, zeros
+from garrulax.core.spec import ParamSpec, Stored, normal, ones, stacked, zeros
 
 NAMES = ("gpt2-tiny", "glm-tiny", "llama-tiny", "glm130b", "chatglm", "falcon")
 
@@ -105,8 +105,8 @@ def named_arrays(tree):
 
 
 def test_initial_values_depend_on_key_and_path_alone():
-    one = {"a": Spec((3,), (None,), normal(1.0), Stored("a"))}
-    two = {"0": Spec((7,), (None,), normal(1.0), Stored("0")), **one}
+    one = {"a": ParamSpec((3,), (None,), normal(1.0), Stored("a"))}
+    two = {"0": ParamSpec((7,), (None,), normal(1.0), Stored("0")), **one}
     key = jax.random.key(3)
     np.testing.assert_array_equal(spec.init(one, key)["a"], spec.init(two, key)["a"])
     assert not np.array_equal(spec.init(one, key)["a"], spec.init(one, jax.random.key(4))["a"])
@@ -114,7 +114,7 @@ def test_initial_values_depend_on_key_and_path_alone():
 
 
 def test_stacking_adds_an_axis_and_names():
-    tree = stacked(3, {"w": Spec((2, 4), ("embed", "mlp"), ones, Stored("h.{}.w"))})
+    tree = stacked(3, {"w": ParamSpec((2, 4), ("embed", "mlp"), ones, Stored("h.{}.w"))})
     s = tree["w"]
     assert (s.shape, s.axes, s.layer_shape, s.names) == (
         (3, 2, 4), ("layers", "embed", "mlp"), (2, 4), ("h.0.w", "h.1.w", "h.2.w"),
@@ -135,9 +135,9 @@ def test_weight_decay_spares_vectors(name):
 
 def test_misfits_are_named():
     with pytest.raises(ValueError, match=r"h\.w: shape \(2, 3\) and axes \('embed',\)"):
-        Spec((2, 3), ("embed",), zeros, Stored("h.w"))
+        ParamSpec((2, 3), ("embed",), zeros, Stored("h.w"))
     with pytest.raises(ValueError, match=r"h\.w: role 'tensor'"):
-        Spec((2,), ("embed",), zeros, Stored("h.w"), role="tensor")
+        ParamSpec((2,), ("embed",), zeros, Stored("h.w"), role="tensor")
     with pytest.raises(ValueError, match=r"D is 4 in \(2, 3, 4\) and 5 in \(5, 6\)"):
         einsum("BTD,DF->BTF", jnp.ones((2, 3, 4)), jnp.ones((5, 6)))
     with pytest.raises(ValueError, match="does not fit shapes"):

@@ -1,1 +1,1 @@
-"""Floor 0: Spec trees, products with weight leaves, logical axes and meshes. Imports nothing of Garrulax."""
+"""Floor 0: ParamSpec trees, products with weight leaves, logical axes and meshes. Imports nothing of Garrulax."""

@@ -1,7 +1,56 @@
-"""Checks that every family's Config makes."""
+"""What the Config of every family offers, and the checks that it makes."""
 
 import sys
-from typing import Any
+from typing import Any, ClassVar, Protocol
+
+
+class ModelConfig(Protocol):
+    """What every package may ask of a model's configuration, whatever its family: a frozen dataclass with these names.
+
+    Fields or properties, as the family likes. Each family has more fields of its own, which only its own files read.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def vocab(self) -> int:
+        """Number of token ids."""
+
+    @property
+    def context(self) -> int:
+        """Tokens of a text that the model was trained on."""
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that a text may have: the context, unless rotary positions are stretched."""
+
+    @property
+    def width(self) -> int:
+        """D: width of the hidden states."""
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+
+    @property
+    def heads(self) -> int:
+        """H: query heads of a layer."""
+
+    @property
+    def kv_heads(self) -> int:
+        """K: key/value heads of a layer."""
+
+    @property
+    def head_dim(self) -> int:
+        """C: width of a head."""
+
+    @property
+    def tied(self) -> bool:
+        """Whether the token embedding is the output head too."""
+
+    @property
+    def eos(self) -> int | tuple[int, ...] | None:
+        """Ids of the tokens that end a text; None where there is no such token."""
 
 
 def _number(value: Any) -> bool:

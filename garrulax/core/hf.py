@@ -106,7 +106,7 @@ def claimant(dialects: Sequence[HFConfig], raw: dict[str, Any]) -> HFConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Tensor names in a checkpoint beyond those of the Spec tree.
+    """Tensor names in a checkpoint beyond those of the ParamSpec tree.
 
     prefix: what bare checkpoints (without a language-model head) leave out of every name.
     extra_prefix: what some checkpoints put before every name.

@@ -1,6 +1,6 @@
 """Meshes of named axes and short rule tables from logical axes to mesh axes.
 
-A family names the logical axes of its parameters (`Spec.axes`); a rule table says which mesh axes shard them. The
+A family names the logical axes of its parameters (`ParamSpec.axes`); a rule table says which mesh axes shard them. The
 activations need no table: their shardings follow from those of the tokens and the weights (`core.einsum`). The same
 program runs on one device, on fake CPU devices, on several processes, and on a pod.
 """
@@ -68,7 +68,7 @@ def _parse(text: str) -> dict[str, int]:
 
 
 def shardings(specs: specs_.Tree, mesh: Mesh, rules: str | Rules = "fsdp+tp") -> specs_.Tree:
-    """NamedSharding of every parameter of a Spec tree.
+    """NamedSharding of every parameter of a ParamSpec tree.
 
     rules: a name in `RULES` or a table of your own; mesh axes that the mesh lacks are left out.
     Raises ValueError for a logical axis without a rule, and for a dimension that its mesh axes do not divide (those
@@ -76,7 +76,7 @@ def shardings(specs: specs_.Tree, mesh: Mesh, rules: str | Rules = "fsdp+tp") ->
     """
     table = rules if isinstance(rules, dict) else _table(rules)
 
-    def one(s: specs_.Spec) -> NamedSharding:
+    def one(s: specs_.ParamSpec) -> NamedSharding:
         return NamedSharding(mesh, P(*(_axis(s, i, mesh, table) for i in range(len(s.axes)))))
 
     return specs_.map_specs(one, specs)
@@ -88,7 +88,7 @@ def _table(name: str) -> Rules:
     return RULES[name]
 
 
-def _axis(s: specs_.Spec, i: int, mesh: Mesh, table: Rules) -> str | tuple[str, ...] | None:
+def _axis(s: specs_.ParamSpec, i: int, mesh: Mesh, table: Rules) -> str | tuple[str, ...] | None:
     logical = s.axes[i]
     if logical is None:
         return None

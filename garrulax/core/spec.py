@@ -1,4 +1,4 @@
-"""One tree of `Spec`s describes the parameters of a family; everything else about them is derived from it.
+"""One tree of `ParamSpec`s describes the parameters of a family; everything else about them is derived from it.
 
 From the tree come initial values, abstract shapes, shardings (`core.sharding`), counts, the weight-decay and Muon
 masks, and the names and layouts of the tensors in a Hugging Face checkpoint (`hub`). Nothing is described twice.
@@ -53,7 +53,7 @@ class Stored:
 
 
 @dataclasses.dataclass(frozen=True)
-class Spec:
+class ParamSpec:
     """One parameter: shape, logical axis of every dimension, initial values, place in a checkpoint, role.
 
     axes: names that a rule table of `core.sharding` maps to mesh axes; None is never sharded.
@@ -104,25 +104,25 @@ def zeros(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 
 def is_spec(x: Any) -> bool:
-    """Whether `x` is a leaf of a Spec tree."""
-    return isinstance(x, Spec)
+    """Whether `x` is a leaf of a ParamSpec tree."""
+    return isinstance(x, ParamSpec)
 
 
 def map_specs(f: Callable, specs: Tree, *rest: Tree) -> Tree:
-    """`jax.tree.map` over the Specs of a tree."""
+    """`jax.tree.map` over the ParamSpecs of a tree."""
     return jax.tree.map(f, specs, *rest, is_leaf=is_spec)
 
 
-def named_specs(specs: Tree) -> dict[str, Spec]:
-    """Specs by path, such as `blocks/attention/query`."""
+def named_specs(specs: Tree) -> dict[str, ParamSpec]:
+    """ParamSpecs by path, such as `blocks/attention/query`."""
     leaves = jax.tree_util.tree_leaves_with_path(specs, is_leaf=is_spec)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): spec for path, spec in leaves}
 
 
 def stacked(layers: int, tree: Tree) -> Tree:
-    """The Specs of one layer, for `layers` layers on a new leading axis."""
+    """The ParamSpecs of one layer, for `layers` layers on a new leading axis."""
 
-    def lift(s: Spec) -> Spec:
+    def lift(s: ParamSpec) -> ParamSpec:
         def init(key, shape, dtype):
             return jax.vmap(lambda k: s.init(k, s.shape, dtype))(jax.random.split(key, layers))
 
@@ -159,7 +159,7 @@ def decay_mask(specs: Tree) -> Tree:
 
 
 def check_parts(specs: Tree, params: Tree) -> None:
-    """Raises ValueError that names the top-level parts of `params` that the Spec tree lacks, or the other way round."""
+    """Raises ValueError naming the top-level parts that only one of the ParamSpec tree and `params` has."""
     odd = {"missing": specs.keys() - params.keys(), "unknown": params.keys() - specs.keys()}
     if any(odd.values()):
         named = "; ".join(f"{', '.join(sorted(names))} {what}" for what, names in odd.items() if names)

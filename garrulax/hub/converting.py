@@ -63,7 +63,7 @@ def _dtype(name: Any) -> np.dtype | None:
 
 
 def _entries(source: spec.Tree, target: spec.Tree, tensors: dict[str, StoredTensor], dtype: np.dtype | None) -> Entries:
-    """What to write for the Spec tree `target`, from the tensors of the tree `source` of the same model."""
+    """What to write for the ParamSpec tree `target`, from the tensors of the tree `source` of the same model."""
     ours, theirs = spec.named_specs(source), spec.named_specs(target)
     differing = [path for path in theirs if path not in ours or ours[path].shape != theirs[path].shape]
     if differing or len(ours) != len(theirs):
@@ -77,7 +77,7 @@ def _entries(source: spec.Tree, target: spec.Tree, tensors: dict[str, StoredTens
     return entries
 
 
-def _put(source: spec.Spec, tensor: StoredTensor, s: spec.Spec, target: np.ndarray | None) -> None:
+def _put(source: spec.ParamSpec, tensor: StoredTensor, s: spec.ParamSpec, target: np.ndarray | None) -> None:
     if target is not None:  # what the parameter is in memory does not matter: from one stored form to the other
         place = s.stored.read(target, s.layer_shape)
         streaming.fill([streaming.window(tensor, source.stored, place, source.layer_shape)])

@@ -55,7 +55,7 @@ def load(
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A folder whose config.json and tensors fit each other. tensors: by the names of the Spec tree."""
+    """A folder whose config.json and tensors fit each other. tensors: by the names of the ParamSpec tree."""
 
     folder: Path
     config: Any
@@ -111,7 +111,7 @@ def family_of(raw: dict[str, Any]) -> ModuleType:
 def match(
     found: dict[str, StoredTensor], specs: spec.Tree, layout: Layout, folder: Path | str
 ) -> dict[str, StoredTensor]:
-    """The tensors of a checkpoint by the names of the Spec tree.
+    """The tensors of a checkpoint by the names of the ParamSpec tree.
 
     Prefixes that a checkpoint has too few or too many of are put right, buffers left out, the two names of a tied
     tensor made one. Raises ValueError that names every kind of misfit.
@@ -185,7 +185,7 @@ def _check_equal(name: str, tensor: StoredTensor, other_name: str, other: Stored
     )
 
 
-def stored_dtype(s: spec.Spec, tensors: dict[str, StoredTensor], dtype: Any = None) -> np.dtype:
+def stored_dtype(s: spec.ParamSpec, tensors: dict[str, StoredTensor], dtype: Any = None) -> np.dtype:
     """`dtype`, or that of a parameter's tensors. Raises ValueError where these have several."""
     if dtype is not None:
         return np.dtype(dtype)
@@ -195,16 +195,16 @@ def stored_dtype(s: spec.Spec, tensors: dict[str, StoredTensor], dtype: Any = No
     return kinds.pop()
 
 
-def _jax_dtype(s: spec.Spec, kind: np.dtype) -> np.dtype:
+def _jax_dtype(s: spec.ParamSpec, kind: np.dtype) -> np.dtype:
     if jax.dtypes.canonicalize_dtype(kind) != kind:
         raise ValueError(f"{s.stored.name} would be {kind}, which JAX has only with jax_enable_x64: give another dtype")
     return kind
 
 
 def _parameter(
-    s: spec.Spec, tensors: dict[str, StoredTensor], dtype: np.dtype, place: NamedSharding | None
+    s: spec.ParamSpec, tensors: dict[str, StoredTensor], dtype: np.dtype, place: NamedSharding | None
 ) -> jax.Array:
-    """The array of one Spec. JAX on CPUs takes over the memory that it was read into; elsewhere a stacked one is
+    """The array of one ParamSpec. JAX on CPUs takes over the memory that it was read into; elsewhere a stacked one is
     filled layer by layer in place."""
     parts = [tensors[name] for name in s.names]
     if _platform(place) == "cpu" or not s.layers:
@@ -243,7 +243,7 @@ def _placed(
     return jax.make_array_from_callback(shape, place, part)
 
 
-def _read(s: spec.Spec, parts: list[StoredTensor], dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:
+def _read(s: spec.ParamSpec, parts: list[StoredTensor], dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:
     """`parameter[index]`, of a stacked parameter or, where there is no axis of layers in the index, of one layer."""
     stacked = len(index) > len(s.layer_shape)
     inner = index[1:] if stacked else index

@@ -43,7 +43,7 @@ class Part:
     put: writes it to where it belongs in that tensor; every process must call it, those that write nothing with None.
     """
 
-    spec: spec.Spec
+    spec: spec.ParamSpec
     dtype: np.dtype
     put: Callable[[np.ndarray | None], None]
 
@@ -138,7 +138,7 @@ def _entries(specs: spec.Tree, params: spec.Tree) -> Entries:
     return entries
 
 
-def _put(s: spec.Spec, leaf: Any, i: int | None, target: np.ndarray | None) -> None:
+def _put(s: spec.ParamSpec, leaf: Any, i: int | None, target: np.ndarray | None) -> None:
     x = _on_host(leaf if i is None else leaf[i])
     if target is not None:
         s.stored.write(x, target)

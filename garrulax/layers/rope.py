@@ -82,6 +82,10 @@ class Rope:
             if any(not isinstance(x, int | float) or not 0 < x < math.inf for x in getattr(self, name)):
                 raise ValueError(f"RoPE {name} must be numbers above 0: {getattr(self, name)}")
 
+    def max_length(self, context: int) -> int:
+        """Tokens that a text may have: the original context (by default `context`) times the factor, or `context`."""
+        return max(context, int((self.original_context or context) * self.factor))
+
 
 def frequencies(rope: Rope, width: int, length: jax.Array | None = None) -> np.ndarray | jax.Array:
     """Angle per position of each pair, float64 [width / 2], or [B, width / 2] where they depend on the length.

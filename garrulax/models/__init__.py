@@ -3,7 +3,7 @@
 Every family file has the same names:
 
 Config        frozen dataclass
-parameters    Config -> Spec tree
+parameters    Config -> ParamSpec tree
 hidden        (params, tokens, config, ...) -> (hidden states, cache)
 logits        (params, hidden states, config) -> logits
 blanks        Config -> core.blanks.Blanks; only in families that are trained on blanks

@@ -14,7 +14,7 @@ import jax
 from garrulax.core.config import check_flags, check_ids, check_positive, check_rates, check_sizes
 from garrulax.core.einsum import einsum, lookup
 from garrulax.core.hf import Layout
-from garrulax.core.spec import Spec, Stored, Tree, normal, ones, stacked, zeros
+from garrulax.core.spec import ParamSpec, Stored, Tree, normal, ones, stacked, zeros
 from garrulax.kernels.mask import Mask
 from garrulax.layers import rope
 from garrulax.layers.attention import attend, default_positions
@@ -84,41 +84,46 @@ class Config:
         chatglm_hf.check_dialect(self)
 
     @property
+    def max_length(self) -> int:
+        """Tokens that a text may have: the context, or more where the rotary positions are stretched."""
+        return self.rope.max_length(self.context)
+
+    @property
     def rotary_width(self) -> int:
         """Entries of a head that rotary positions turn."""
         return int(self.head_dim * self.rotary)
 
 
 def parameters(c: Config) -> Tree:
-    """The Spec tree: as LLaMA's, whatever the dialect fuses."""
+    """The ParamSpec tree: as LLaMA's, whatever the dialect fuses."""
     D, H, K, C, F = c.width, c.heads, c.kv_heads, c.head_dim, c.mlp_width
     weight, names = normal(c.init_std), chatglm_hf.NAMES[c.dialect]
     h = names["layer"]
 
     def norm(name):
-        return {"scale": Spec((D,), ("embed",), ones, Stored(f"{name}.weight"), role="vector")}
+        return {"scale": ParamSpec((D,), ("embed",), ones, Stored(f"{name}.weight"), role="vector")}
 
     def table(name):
-        return Spec((c.vocab, D), ("vocab", "embed"), weight, Stored(name), role="embedding")
+        return ParamSpec((c.vocab, D), ("vocab", "embed"), weight, Stored(name), role="embedding")
 
     def half(i):  # of the rows of gate and up together
         stored = Stored(h + names["gate_up"], (2, F, D), (1, 0), (i,))
-        return Spec((D, F), ("embed", "mlp"), weight, stored, (2 * F, D))
+        return ParamSpec((D, F), ("embed", "mlp"), weight, stored, (2 * F, D))
 
     attention = {
-        "out": Spec(
+        "out": ParamSpec(
             (H, C, D), ("heads", "head", "embed"), weight, Stored(h + names["out"], (D, H, C), (1, 2, 0)), (D, H * C),
             inputs=2,
         ),
     }  # fmt: skip
     for name, (stored, rows, take) in chatglm_hf.projections(c).items():
         count, axis = (H, "heads") if name == "query" else (K, "kv_heads")
-        attention[name] = Spec(
+        attention[name] = ParamSpec(
             (D, count, C), ("embed", axis, "head"), weight, Stored(f"{h}{stored}.weight", (*rows, D), (2, 0, 1), take),
             (math.prod(rows), D),
         )  # fmt: skip
         if c.qkv_bias:
-            attention[f"{name}_bias"] = Spec(
+            attention[f"{name}_bias"] = ParamSpec(
                 (count, C), (axis, "head"), zeros, Stored(f"{h}{stored}.bias", rows, None, take), (math.prod(rows),),
                 role="vector",
             )  # fmt: skip
@@ -129,7 +134,7 @@ def parameters(c: Config) -> Tree:
         "mlp": {
             "gate": half(0),
             "up": half(1),
-            "down": Spec((F, D), ("mlp", "embed"), weight, Stored(h + names["down"], (D, F), (1, 0)), (D, F)),
+            "down": ParamSpec((F, D), ("mlp", "embed"), weight, Stored(h + names["down"], (D, F), (1, 0)), (D, F)),
         },
     }
     if c.output_norms:
@@ -207,7 +212,7 @@ def to_hf(c: Config) -> dict:
 
 
 def layout(c: Config) -> Layout:
-    """Names in a checkpoint beyond the Spec tree's."""
+    """Names in a checkpoint beyond the ParamSpec tree's."""
     names = chatglm_hf.NAMES[c.dialect]
     tied = {names["head"]: names["tokens"]} if c.tied else {}
     return Layout(prefix=names["prefix"], tied=tied, buffers=("rotary_pos_emb.inv_freq", ".rotary_emb.inv_freq"))

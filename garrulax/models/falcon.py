@@ -18,7 +18,7 @@ import ml_dtypes
 from garrulax.core.config import check_flags, check_ids, check_positive, check_rates, check_sizes
 from garrulax.core.einsum import einsum, lookup
 from garrulax.core.hf import HFConfig, Layout, claimant
-from garrulax.core.spec import Spec, Stored, Tree, normal, ones, stacked, zeros
+from garrulax.core.spec import ParamSpec, Stored, Tree, normal, ones, stacked, zeros
 from garrulax.kernels.mask import Mask
 from garrulax.layers import rope
 from garrulax.layers.attention import alibi_slopes, attend, default_positions
@@ -89,13 +89,18 @@ class Config:
             raise ValueError(f"head_dim {self.head_dim} must be even: rotary positions turn pairs")
 
     @property
+    def max_length(self) -> int:
+        """Tokens that a text may have: the context, or more where the rotary positions are stretched."""
+        return self.rope.max_length(self.context)
+
+    @property
     def head_dim(self) -> int:
         """C: width of a head."""
         return self.width // self.heads
 
 
 def parameters(c: Config) -> Tree:
-    """The Spec tree. Checkpoints fuse query, key and value as [K, G + 2, C, D]: for each key its queries first."""
+    """The ParamSpec tree. Checkpoints fuse query, key and value as [K, G + 2, C, D]: for each key its queries first."""
     D, K, C, F = c.width, c.kv_heads, c.head_dim, c.mlp_width or 4 * c.width
     G = c.heads // K
     weight = normal(c.init_std)
@@ -103,33 +108,37 @@ def parameters(c: Config) -> Tree:
 
     def norm(name):
         return {
-            "scale": Spec((D,), ("embed",), ones, Stored(f"{name}.weight"), role="vector"),
-            "bias": Spec((D,), ("embed",), zeros, Stored(f"{name}.bias"), role="vector"),
+            "scale": ParamSpec((D,), ("embed",), ones, Stored(f"{name}.weight"), role="vector"),
+            "bias": ParamSpec((D,), ("embed",), zeros, Stored(f"{name}.bias"), role="vector"),
         }
 
     def table(name):
-        return Spec((c.vocab, D), ("vocab", "embed"), weight, Stored(name), role="embedding")
+        return ParamSpec((c.vocab, D), ("vocab", "embed"), weight, Stored(name), role="embedding")
 
     def bias(shape, axes, name, stored_shape, split=None, take=None):
-        return Spec(shape, axes, zeros, Stored(f"{h}{name}.bias", split, None, take), stored_shape, role="vector")
+        return ParamSpec(shape, axes, zeros, Stored(f"{h}{name}.bias", split, None, take), stored_shape, role="vector")
 
     fused, rows = "self_attention.query_key_value", ((G + 2) * K * C,)
     attention = {
-        "out": Spec(
+        "out": ParamSpec(
             (K, G, C, D), ("kv_heads", None, "head", "embed"), weight,
             Stored(h + "self_attention.dense.weight", (D, K, G, C), (1, 2, 3, 0)), (D, D), inputs=3,
         ),
     }  # fmt: skip
     feed_forward = {
-        "up": Spec((D, F), ("embed", "mlp"), weight, Stored(h + "mlp.dense_h_to_4h.weight", (F, D), (1, 0)), (F, D)),
-        "down": Spec((F, D), ("mlp", "embed"), weight, Stored(h + "mlp.dense_4h_to_h.weight", (D, F), (1, 0)), (D, F)),
+        "up": ParamSpec(
+            (D, F), ("embed", "mlp"), weight, Stored(h + "mlp.dense_h_to_4h.weight", (F, D), (1, 0)), (F, D)
+        ),
+        "down": ParamSpec(
+            (F, D), ("mlp", "embed"), weight, Stored(h + "mlp.dense_4h_to_h.weight", (D, F), (1, 0)), (D, F)
+        ),
     }
     parts: dict[str, int | tuple[int, int]] = {"query": (0, G), "key": G, "value": G + 1}
     for name, part in parts.items():
         shape, axes = ((K, G, C), ("kv_heads", None, "head")) if name == "query" else ((K, C), ("kv_heads", "head"))
         order = (len(shape), *range(len(shape)))
         stored = Stored(f"{h}{fused}.weight", (K, G + 2, C, D), order, (None, part))
-        attention[name] = Spec((D, *shape), ("embed", *axes), weight, stored, (*rows, D))
+        attention[name] = ParamSpec((D, *shape), ("embed", *axes), weight, stored, (*rows, D))
         if c.bias:
             attention[f"{name}_bias"] = bias(shape, axes, fused, rows, (K, G + 2, C), (None, part))
     if c.bias:
@@ -317,7 +326,7 @@ def to_hf(c: Config) -> dict:
 
 
 def layout(c: Config) -> Layout:
-    """Names in a checkpoint beyond the Spec tree's."""
+    """Names in a checkpoint beyond the ParamSpec tree's."""
     tied = {"lm_head.weight": "transformer.word_embeddings.weight"} if c.tied else {}
     return Layout(prefix="transformer.", tied=tied, buffers=(".rotary_emb.inv_freq", ".maybe_rotary.inv_freq"))
 

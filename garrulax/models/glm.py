@@ -17,7 +17,7 @@ from garrulax.core.blanks import Blanks, masks
 from garrulax.core.config import check_ids, check_positive, check_rates, check_sizes
 from garrulax.core.einsum import einsum, lookup
 from garrulax.core.hf import HFConfig, Layout
-from garrulax.core.spec import Spec, Stored, Tree, normal, ones, stacked, zeros
+from garrulax.core.spec import ParamSpec, Stored, Tree, normal, ones, stacked, zeros
 from garrulax.kernels.mask import Mask
 from garrulax.layers.attention import attend, default_positions
 from garrulax.layers.cache import Cache, admit
@@ -65,6 +65,16 @@ class Config:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
 
     @property
+    def max_length(self) -> int:
+        """Tokens that a text may have."""
+        return self.context
+
+    @property
+    def tied(self) -> bool:
+        """The token embedding is the output head."""
+        return True
+
+    @property
     def head_dim(self) -> int:
         """C: width of a head."""
         return self.width // self.heads
@@ -76,25 +86,25 @@ class Config:
 
 
 def parameters(c: Config) -> Tree:
-    """The Spec tree: query, key and value fused as [D, 3, H, C]; the output is the token embedding."""
+    """The ParamSpec tree: query, key and value fused as [D, 3, H, C]; the output is the token embedding."""
     D, H, C, F = c.width, c.heads, c.head_dim, 4 * c.width
     weight, residual = normal(c.init_std), normal(c.init_std / (2 * c.layers) ** 0.5)
     h = "transformer.layers.{}."
 
     def norm(name):
         return {
-            "scale": Spec((D,), ("embed",), ones, Stored(f"{name}.weight"), role="vector"),
-            "bias": Spec((D,), ("embed",), zeros, Stored(f"{name}.bias"), role="vector"),
+            "scale": ParamSpec((D,), ("embed",), ones, Stored(f"{name}.weight"), role="vector"),
+            "bias": ParamSpec((D,), ("embed",), zeros, Stored(f"{name}.bias"), role="vector"),
         }
 
     def bias(shape, axes, name, stored_shape=None):
-        return Spec(shape, axes, zeros, Stored(name), stored_shape, role="vector")
+        return ParamSpec(shape, axes, zeros, Stored(name), stored_shape, role="vector")
 
     def dense(rows, columns, axes, init, name):  # stored [columns, rows]
-        return Spec((rows, columns), axes, init, Stored(name, (columns, rows), (1, 0)), (columns, rows))
+        return ParamSpec((rows, columns), axes, init, Stored(name, (columns, rows), (1, 0)), (columns, rows))
 
     def table(rows, axis, name):
-        return Spec((rows, D), (axis, "embed"), weight, Stored(name), role="embedding")
+        return ParamSpec((rows, D), (axis, "embed"), weight, Stored(name), role="embedding")
 
     return {
         "tokens": table(c.vocab, "vocab", "word_embeddings.weight"),
@@ -105,14 +115,14 @@ def parameters(c: Config) -> Tree:
             {
                 "attention_norm": norm(h + "input_layernorm"),
                 "attention": {
-                    "qkv": Spec(
+                    "qkv": ParamSpec(
                         (D, 3, H, C), ("embed", None, "heads", "head"), weight,
                         Stored(h + "attention.query_key_value.weight", (3, H, C, D), (3, 0, 1, 2)), (3 * D, D),
                     ),
                     "qkv_bias": bias(
                         (3, H, C), (None, "heads", "head"), h + "attention.query_key_value.bias", (3 * D,)
                     ),
-                    "out": Spec(
+                    "out": ParamSpec(
                         (H, C, D), ("heads", "head", "embed"), residual,
                         Stored(h + "attention.dense.weight", (D, H, C), (1, 2, 0)), (D, D), inputs=2,
                     ),
@@ -291,5 +301,5 @@ def to_hf(c: Config) -> dict:
 
 
 def layout(c: Config) -> Layout:
-    """Names in a checkpoint beyond the Spec tree's: the Hugging Face class puts `glm.` before all of them."""
+    """Names in a checkpoint beyond the ParamSpec tree's: the Hugging Face class puts `glm.` before all of them."""
     return Layout(extra_prefix="glm.")

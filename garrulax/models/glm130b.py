@@ -20,7 +20,7 @@ from garrulax.core.blanks import Blanks, masks
 from garrulax.core.config import check_flags, check_ids, check_positive, check_sizes
 from garrulax.core.einsum import einsum, lookup
 from garrulax.core.hf import HFConfig, Layout, claimant
-from garrulax.core.spec import Spec, Stored, Tree, normal, ones, stacked, zeros
+from garrulax.core.spec import ParamSpec, Stored, Tree, normal, ones, stacked, zeros
 from garrulax.kernels.mask import Mask
 from garrulax.layers import rope
 from garrulax.layers.attention import attend, default_positions
@@ -96,6 +96,11 @@ class Config:
                 )
 
     @property
+    def max_length(self) -> int:
+        """Tokens that a text may have."""
+        return self.context
+
+    @property
     def head_dim(self) -> int:
         """C: width of a head."""
         return self.width // self.heads
@@ -112,7 +117,7 @@ class Config:
 
 
 def parameters(c: Config) -> Tree:
-    """The Spec tree.
+    """The ParamSpec tree.
 
     Initial values: Xavier normal, with gain 1 / alpha for values, outputs and feed-forward layers (DeepNorm as section
     2.3 of the GLM-130B paper describes it; its initialisation code is not public, so this is unverified).
@@ -125,18 +130,18 @@ def parameters(c: Config) -> Tree:
 
     def norm(name):
         return {
-            "scale": Spec((D,), ("embed",), ones, Stored(f"{name}.weight"), role="vector"),
-            "bias": Spec((D,), ("embed",), zeros, Stored(f"{name}.bias"), role="vector"),
+            "scale": ParamSpec((D,), ("embed",), ones, Stored(f"{name}.weight"), role="vector"),
+            "bias": ParamSpec((D,), ("embed",), zeros, Stored(f"{name}.bias"), role="vector"),
         }
 
     def heads(name, part, gain=1.0):  # stored [H * 3 * C, D]: query, key and value of a head side by side
         stored, of_head = h + "attention.query_key_value.", (None, part, None)
         return {
-            name: Spec(
+            name: ParamSpec(
                 (D, H, C), ("embed", "heads", "head"), xavier(D, D, gain),
                 Stored(f"{stored}weight", (H, 3, C, D), (2, 0, 1), (*of_head, None)), (3 * D, D),
             ),
-            f"{name}_bias": Spec(
+            f"{name}_bias": ParamSpec(
                 (H, C), ("heads", "head"), zeros, Stored(f"{stored}bias", (H, 3, C), None, of_head), (3 * D,),
                 role="vector",
             ),
@@ -145,21 +150,21 @@ def parameters(c: Config) -> Tree:
     def up(name, part, parts):  # stored [parts * F, D]
         stored = h + "mlp.dense_h_to_4h."
         return {
-            name: Spec(
+            name: ParamSpec(
                 (D, F), ("embed", "mlp"), xavier(D, F, 1 / c.alpha),
                 Stored(f"{stored}weight", (parts, F, D), (1, 0), (part, None, None)), (parts * F, D),
             ),
-            f"{name}_bias": Spec(
+            f"{name}_bias": ParamSpec(
                 (F,), ("mlp",), zeros, Stored(f"{stored}bias", (parts, F), None, (part, None)), (parts * F,),
                 role="vector",
             ),
         }  # fmt: skip
 
     def bias(name):
-        return Spec((D,), ("embed",), zeros, Stored(f"{h}{name}.bias"), role="vector")
+        return ParamSpec((D,), ("embed",), zeros, Stored(f"{h}{name}.bias"), role="vector")
 
     def table(name):
-        return Spec((c.vocab, D), ("vocab", "embed"), normal(0.02), Stored(name), role="embedding")
+        return ParamSpec((c.vocab, D), ("vocab", "embed"), normal(0.02), Stored(name), role="embedding")
 
     tree = {
         "tokens": table("transformer.word_embeddings.weight"),
@@ -171,7 +176,7 @@ def parameters(c: Config) -> Tree:
                     **heads("query", 0),
                     **heads("key", 1),
                     **heads("value", 2, 1 / c.alpha),
-                    "out": Spec(
+                    "out": ParamSpec(
                         (H, C, D), ("heads", "head", "embed"), xavier(D, D, 1 / c.alpha),
                         Stored(h + "attention.dense.weight", (D, H, C), (1, 2, 0)), (D, D), inputs=2,
                     ),
@@ -180,7 +185,7 @@ def parameters(c: Config) -> Tree:
                 "mlp_norm": norm(h + "post_attention_layernorm"),
                 "mlp": {
                     **(up("up", 0, 2) | up("gate", 1, 2) if c.gated else up("up", 0, 1)),
-                    "down": Spec(
+                    "down": ParamSpec(
                         (F, D), ("mlp", "embed"), xavier(F, D, 1 / c.alpha),
                         Stored(h + "mlp.dense_4h_to_h.weight", (D, F), (1, 0)), (D, F),
                     ),
@@ -343,7 +348,7 @@ def to_hf(c: Config) -> dict:
 
 
 def layout(c: Config) -> Layout:
-    """Names in a checkpoint beyond the Spec tree's."""
+    """Names in a checkpoint beyond the ParamSpec tree's."""
     tied = {"lm_head.weight": "transformer.word_embeddings.weight"} if c.tied else {}
     return Layout(prefix="transformer.", tied=tied, buffers=("rotary_emb.inv_freq",))
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from garrulax.core.config import check_flags, check_ids, check_positive, check_rates, check_sizes
 from garrulax.core.einsum import einsum, lookup
 from garrulax.core.hf import Layout
-from garrulax.core.spec import Spec, Stored, Tree, normal, ones, stacked, zeros
+from garrulax.core.spec import ParamSpec, Stored, Tree, normal, ones, stacked, zeros
 from garrulax.kernels.mask import INF, Mask
 from garrulax.layers.attention import attend, default_positions, within
 from garrulax.layers.cache import Cache, admit
@@ -96,6 +96,11 @@ class Config:
         return "gpt3" if self.band else "gpt2"
 
     @property
+    def max_length(self) -> int:
+        """Tokens that a text may have."""
+        return self.context
+
+    @property
     def head_dim(self) -> int:
         """C: width of a head."""
         return self.width // self.heads
@@ -107,7 +112,7 @@ class Config:
 
 
 def parameters(c: Config) -> Tree:
-    """The Spec tree: query, key and value fused as [D, 3, H, C], or without biases three of [D, H, C]."""
+    """The ParamSpec tree: query, key and value fused as [D, 3, H, C], or without biases three of [D, H, C]."""
     D, H, C, F = c.width, c.heads, c.head_dim, c.mlp_width or 4 * c.width
     normals = normal(c.init_std)
     residual = normals if c.post_norm else normal(c.init_std / (2 * c.layers) ** 0.5)
@@ -117,14 +122,14 @@ def parameters(c: Config) -> Tree:
     def weight(name, shape, axes, init=normals, inputs=1):  # stored [inputs, outputs], by GPT-Neo the other way round
         ins, outs = shape[:inputs], shape[inputs:]
         if c.dialect != "gpt_neo":
-            return Spec(shape, axes, init, Stored(name), (math.prod(ins), math.prod(outs)), inputs=inputs)
+            return ParamSpec(shape, axes, init, Stored(name), (math.prod(ins), math.prod(outs)), inputs=inputs)
         order = (*range(len(outs), len(shape)), *range(len(outs)))
-        return Spec(
+        return ParamSpec(
             shape, axes, init, Stored(name, outs + ins, order), (math.prod(outs), math.prod(ins)), inputs=inputs
         )
 
     def vector(name, shape, axes, init=zeros):
-        return Spec(shape, axes, init, Stored(name), (math.prod(shape),), role="vector")
+        return ParamSpec(shape, axes, init, Stored(name), (math.prod(shape),), role="vector")
 
     def norm(name):
         return {
@@ -133,7 +138,7 @@ def parameters(c: Config) -> Tree:
         }
 
     def table(name, rows, axis):
-        return Spec((rows, D), (axis, "embed"), normals, Stored(name), role="embedding")
+        return ParamSpec((rows, D), (axis, "embed"), normals, Stored(name), role="embedding")
 
     heads = ("heads", "head")
     if c.qkv_bias:
@@ -250,7 +255,7 @@ def to_hf(c: Config) -> dict:
 
 
 def layout(c: Config) -> Layout:
-    """Names in a checkpoint beyond the Spec tree's."""
+    """Names in a checkpoint beyond the ParamSpec tree's."""
     return Layout(
         prefix="transformer.",
         tied={"lm_head.weight": f"transformer.{_tables(c)[0]}.weight"} if c.tied else {},

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from garrulax.core.einsum import einsum, gather
-from garrulax.core.spec import Spec, Stored, Tree, normal, zeros
+from garrulax.core.spec import ParamSpec, Stored, Tree, normal, zeros
 from garrulax.layers.dropout import dropout
 from garrulax.models import family
 
@@ -31,13 +31,15 @@ def add_tokens(params: Tree, config: Any, count: int, key: jax.Array) -> tuple[T
 
 
 def classifier(config: Any, outputs: int) -> Tree:
-    """The Spec tree of a linear head, to stand beside a model's parameters as `classifier`. Hugging Face's
+    """The ParamSpec tree of a linear head, to stand beside a model's parameters as `classifier`. Hugging Face's
     OpenAIGPTDoubleHeadsModel has it under these names."""
     name, D = "multiple_choice_head.summary", config.width
     weight = Stored(f"{name}.weight", (outputs, D), (1, 0))
     return {
-        "weight": Spec((D, outputs), ("embed", None), normal(config.init_std), weight, (outputs, D), role="embedding"),
-        "bias": Spec((outputs,), (None,), zeros, Stored(f"{name}.bias"), role="vector"),
+        "weight": ParamSpec(
+            (D, outputs), ("embed", None), normal(config.init_std), weight, (outputs, D), role="embedding"
+        ),
+        "bias": ParamSpec((outputs,), (None,), zeros, Stored(f"{name}.bias"), role="vector"),
     }
 
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from garrulax.core.config import check_flags, check_ids, check_positive, check_rates, check_sizes
 from garrulax.core.einsum import einsum, lookup
 from garrulax.core.hf import Layout
-from garrulax.core.spec import Spec, Stored, Tree, normal, ones, stacked, zeros
+from garrulax.core.spec import ParamSpec, Stored, Tree, normal, ones, stacked, zeros
 from garrulax.kernels.mask import INF, Mask
 from garrulax.layers import rope
 from garrulax.layers.attention import alibi_slopes, attend, default_positions, within
@@ -98,6 +98,11 @@ class Config:
             raise ValueError("normalized_head and tied: a normalised head cannot be the token embedding")
         llama_hf.check_dialect(self)
 
+    @property
+    def max_length(self) -> int:
+        """Tokens that a text may have: the context, or more where the rotary positions are stretched."""
+        return self.rope.max_length(self.context)
+
     def _check_positions(self):
         if self.positions not in ("rope", "alibi"):
             raise ValueError(f"unknown positions {self.positions!r}: choose from rope, alibi")
@@ -108,13 +113,13 @@ class Config:
 
 
 def parameters(c: Config) -> Tree:
-    """The Spec tree."""
+    """The ParamSpec tree."""
     D, H, K, C, F = c.width, c.heads, c.kv_heads, c.head_dim, c.mlp_width
     weight = normal(c.init_std)
     h = "model.layers.{}."
 
     def norm(name):
-        return {"scale": Spec((D,), ("embed",), ones, Stored(f"{name}.weight"), role="vector")}
+        return {"scale": ParamSpec((D,), ("embed",), ones, Stored(f"{name}.weight"), role="vector")}
 
     def heads(name, count, axis):  # stored [count * C, D], or as one of three parts of Baichuan's W_pack
         if c.dialect == "baichuan":
@@ -122,23 +127,23 @@ def parameters(c: Config) -> Tree:
             stored, rows = Stored(h + "self_attn.W_pack.weight", (3, count, C, D), (2, 0, 1), (part,)), 3 * count * C
         else:
             stored, rows = Stored(h + f"self_attn.{name}.weight", (count, C, D), (2, 0, 1)), count * C
-        return Spec((D, count, C), ("embed", axis, "head"), weight, stored, (rows, D))
+        return ParamSpec((D, count, C), ("embed", axis, "head"), weight, stored, (rows, D))
 
     def dense(name, rows, columns, axes):  # stored [columns, rows]
         stored = Stored(h + f"mlp.{name}.weight", (columns, rows), (1, 0))
-        return Spec((rows, columns), axes, weight, stored, (columns, rows))
+        return ParamSpec((rows, columns), axes, weight, stored, (columns, rows))
 
     def bias(name, shape, axes):
-        return Spec(shape, axes, zeros, Stored(h + f"{name}.bias"), (math.prod(shape),), role="vector")
+        return ParamSpec(shape, axes, zeros, Stored(h + f"{name}.bias"), (math.prod(shape),), role="vector")
 
     def table(name):
-        return Spec((c.vocab, D), ("vocab", "embed"), weight, Stored(name), role="embedding")
+        return ParamSpec((c.vocab, D), ("vocab", "embed"), weight, Stored(name), role="embedding")
 
     attention = {
         "query": heads("q_proj", H, "heads"),
         "key": heads("k_proj", K, "kv_heads"),
         "value": heads("v_proj", K, "kv_heads"),
-        "out": Spec(
+        "out": ParamSpec(
             (H, C, D), ("heads", "head", "embed"), weight,
             Stored(h + "self_attn.o_proj.weight", (D, H, C), (1, 2, 0)), (D, H * C), inputs=2,
         ),
@@ -256,7 +261,7 @@ def to_hf(c: Config) -> dict:
 
 
 def layout(c: Config) -> Layout:
-    """Names in a checkpoint beyond the Spec tree's."""
+    """Names in a checkpoint beyond the ParamSpec tree's."""
     tied = {"lm_head.weight": "model.embed_tokens.weight"} if c.tied else {}
     return Layout(prefix="model.", tied=tied, buffers=(".rotary_emb.inv_freq",))
 

@@ -1,4 +1,4 @@
-"""What a configuration costs: parameters by part, FLOPs a token, bytes. Arithmetic on the Spec tree; no arrays."""
+"""What a configuration costs: parameters by part, FLOPs a token, bytes. Arithmetic on the ParamSpec tree; no arrays."""
 
 import dataclasses
 import math

@@ -99,14 +99,6 @@ def check_ids(ids: list[int], config: Any, name: str) -> None:
         raise ValueError(f"{name} has token id {wrong[0]}: this model's ids are 0 to {config.vocab - 1}")
 
 
-def reach(config: Any) -> int:
-    """Tokens that a text may have: the context, times what rotary positions are stretched by."""
-    rope = getattr(config, "rope", None)
-    if rope is None:
-        return config.context
-    return max(config.context, int((rope.original_context or config.context) * rope.factor))
-
-
 def continuation(ids: list[int], limit: int, config: Any, name: str) -> Text:
     """A text that is read causally, as `garrulax.forward` does by default. ValueError where it would not fit."""
     check_ids(ids, config, name)
@@ -120,10 +112,10 @@ def continuation(ids: list[int], limit: int, config: Any, name: str) -> Text:
 
 def check_room(size: int, limit: int, config: Any, name: str) -> None:
     """ValueError where a text of `size` tokens and `limit` new ones do not fit into the model's context."""
-    if size + limit > reach(config):
+    if size + limit > config.max_length:
         raise ValueError(
             f"{name} has {size} tokens and {limit} new ones are asked for, but the model's context is "
-            f"{reach(config)}: shorten the prompt or lower max_new_tokens"
+            f"{config.max_length}: shorten the prompt or lower max_new_tokens"
         )
 
 

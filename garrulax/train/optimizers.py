@@ -1,4 +1,4 @@
-"""Optimizers from the settings and the Spec tree, which says what is a matrix, an embedding or a vector."""
+"""Optimizers from the settings and the ParamSpec tree, which says what is a matrix, an embedding or a vector."""
 
 import math
 from typing import Any
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-from garrulax.core.spec import Spec, Tree, decay_mask, map_specs
+from garrulax.core.spec import ParamSpec, Tree, decay_mask, map_specs
 from garrulax.train.schedules import Schedule, make_schedule
 
 OPTIMIZERS = ("muon", "adamw")
@@ -63,7 +63,7 @@ def _muon(settings: Any, schedule: Schedule, specs: Tree) -> optax.GradientTrans
     )
 
 
-def muon_dimensions(s: Spec) -> MuonDimensionNumbers:
+def muon_dimensions(s: ParamSpec) -> MuonDimensionNumbers:
     """Which axes of a matrix are its inputs and its outputs; the layers of a stack are matrices of their own."""
     first = 1 if s.layers else 0
     return MuonDimensionNumbers(tuple(range(first, first + s.inputs)), tuple(range(first + s.inputs, len(s.shape))))

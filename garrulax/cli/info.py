@@ -39,7 +39,7 @@ def describe(name: str, config: Any) -> str:
     s = summarize(config)
     sections = [("configuration", _fields(config)), ("parameters", _parts(s)), ("memory", _memory(config, s)),
                 ("FLOPs per token", _flops(config, s))]  # fmt: skip
-    lines = [f"{name}: {models.family(config).__name__.rsplit('.', 1)[-1]} family, {s.parameters:,} parameters"]
+    lines = [f"{name}: {models.family(config).__name__} family, {s.parameters:,} parameters"]
     return "\n\n".join([*lines, *(_section(title, rows) for title, rows in sections)])
 
 

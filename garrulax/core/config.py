@@ -1,7 +1,10 @@
-"""What the Config of every family offers, and the checks that it makes."""
+"""What the Config of every family offers, and the types that say which values its fields may hold."""
 
+import dataclasses
+import functools
 import sys
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Protocol, get_args, get_type_hints
 
 
 class ModelConfig(Protocol):
@@ -11,6 +14,8 @@ class ModelConfig(Protocol):
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def __hash__(self) -> int: ...
 
     @property
     def vocab(self) -> int:
@@ -53,46 +58,104 @@ class ModelConfig(Protocol):
         """Ids of the tokens that end a text; None where there is no such token."""
 
 
-def _number(value: Any) -> bool:
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """What a field of a Config may hold: the annotation of a type such as `Size`.
+
+    Attributes:
+        allowed: Whether a value is right.
+        wanted: The end of the sentence "field=value must be ...".
+    """
+
+    allowed: Callable[[Any], bool]
+    wanted: str
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
-def check_sizes(config: Any, *names: str, least: int = 1) -> None:
-    """Raises ValueError for a field that is not a whole number of at least `least`."""
-    for name in names:
-        value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+_ID = "a token id of at least 0"
+
+Size = Annotated[int, Check(lambda x: _is_whole(x, 1), "a whole number of at least 1")]
+Count = Annotated[int, Check(lambda x: _is_whole(x, 0), "a whole number of at least 0")]
+Rate = Annotated[float, Check(lambda x: _is_number(x) and 0 <= x < 1, "at least 0 and below 1")]
+Positive = Annotated[float, Check(lambda x: _is_number(x) and x > 0, "a number above 0")]
+Flag = Annotated[bool, Check(lambda x: isinstance(x, bool), "true or false")]
+TokenId = Annotated[int, Check(lambda x: _is_whole(x, 0), _ID)]
+OptionalTokenId = Annotated[int | None, Check(lambda x: x is None or _is_whole(x, 0), _ID)]
+TokenIds = Annotated[
+    int | tuple[int, ...] | None,
+    Check(
+        lambda x: all(_is_whole(i, 0) for i in x) if isinstance(x, tuple) else x is None or _is_whole(x, 0),
+        f"{_ID}, or several",
+    ),
+]
 
 
-def check_rates(config: Any, *names: str) -> None:
-    """Raises ValueError for a dropout rate outside 0 <= rate < 1."""
-    for name in names:
-        value = getattr(config, name)
-        if not _number(value) or not 0 <= value < 1:
-            raise ValueError(f"{name}={value!r} must be at least 0 and below 1")
+def check_fields(config: Any) -> None:
+    """Checks every field of a dataclass whose type is one of the above, in their order.
+
+    Raises:
+        ValueError: A field has a value that its type does not allow.
+    """
+    for name, check in _checks(type(config)):  # type: ignore[arg-type]
+        check_value(name, getattr(config, name), check)
 
 
-def check_positive(config: Any, *names: str) -> None:
-    """Raises ValueError for a field that is not a finite number above 0."""
-    for name in names:
-        value = getattr(config, name)
-        if not _number(value) or value <= 0:
-            raise ValueError(f"{name}={value!r} must be a number above 0")
+def check_value(name: str, value: Any, kind: Any) -> None:
+    """Checks one value.
+
+    Args:
+        name: Name of the value in the message.
+        value: The value.
+        kind: A `Check`, or a type such as `Size`.
+
+    Raises:
+        ValueError: The value is not allowed.
+    """
+    check = kind if isinstance(kind, Check) else get_args(kind)[1]
+    if not check.allowed(value):
+        raise ValueError(f"{name}={value!r} must be {check.wanted}")
 
 
-def check_flags(config: Any, *names: str) -> None:
-    """Raises ValueError for a field that is not True or False."""
-    for name in names:
-        if not isinstance(getattr(config, name), bool):
-            raise ValueError(f"{name}={getattr(config, name)!r} must be true or false")
+@functools.cache
+def _checks(kind: Any) -> tuple[tuple[str, Check], ...]:
+    hints = get_type_hints(kind, include_extras=True)
+    found = ((name, extra) for name, hint in hints.items() for extra in getattr(hint, "__metadata__", ()))
+    return tuple((name, extra) for name, extra in found if isinstance(extra, Check))
 
 
-def check_ids(config: Any, *names: str, several: tuple[str, ...] = ()) -> None:
-    """Raises ValueError for a token id that is neither None nor a whole number of at least 0; for those of the names
-    that are in `several`, it may be a tuple of such numbers."""
-    for name in names:
-        value = getattr(config, name)
-        ids = value if isinstance(value, tuple) and name in several else () if value is None else (value,)
-        if any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in ids):
-            raise ValueError(f"{name}={value!r} must be a token id of at least 0{', or several' * (name in several)}")
+def fill_head_dim(config: Any) -> None:
+    """Sets a `head_dim` of 0 to width / heads.
+
+    Raises:
+        ValueError: heads does not divide width.
+    """
+    if config.head_dim == 0:
+        check_heads(config.width, config.heads, "; give head_dim")
+        object.__setattr__(config, "head_dim", config.width // config.heads)
+
+
+def check_heads(width: int, heads: int, hint: str = "") -> None:
+    """Checks that the heads divide the width.
+
+    Raises:
+        ValueError: They do not; the message ends with `hint`.
+    """
+    if width % heads:
+        raise ValueError(f"width {width} is not a multiple of heads {heads}{hint}")
+
+
+def check_groups(heads: int, kv_heads: int) -> None:
+    """Checks that each key/value head serves the same number of query heads.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if heads % kv_heads:
+        raise ValueError(f"heads {heads} is not a multiple of kv_heads {kv_heads}")

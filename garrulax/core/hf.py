@@ -1,8 +1,8 @@
-"""Reading and writing the config.json of a Hugging Face checkpoint, by one table a family."""
+"""Reading and writing the config.json of a Hugging Face checkpoint, by one table a format."""
 
 import dataclasses
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 #: Keys that change nothing in what a decoder computes: bookkeeping, heads of other tasks, defaults of generation.
@@ -23,60 +23,78 @@ IRRELEVANT = frozenset(
 )
 
 
+_REQUIRED = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """A field of a Config as a key of config.json. Made by `key`.
+
+    Attributes:
+        names: Names of the key: the first is written, all are read.
+        default: Value where the key is absent, as the reference code has it (which may differ from the Config's own
+            default); `_REQUIRED` where a file must have the key.
+        null: Whether null stands for None; otherwise it stands for the default.
+    """
+
+    names: tuple[str, ...]
+    default: Any = _REQUIRED
+    null: bool = False
+
+
+def key(*names: str, default: Any = _REQUIRED, null: bool = False) -> Key:
+    """A `Key` from its names."""
+    return Key(names, default, null)
+
+
 @dataclasses.dataclass(frozen=True)
 class HFConfig:
-    """How a family's Config stands in config.json.
+    """A format of config.json: how the fields of a family's Config are written there.
 
-    model_type, architecture: their values there.
-    fields: field of ours -> key there (the first of a tuple is written, all are read).
-    defaults: field -> value that the reference code takes where the key is absent; a field not listed is required.
-    optional: fields for which null means none; for the others it means the default.
-    fixed: key -> the one value that this family implements; anything else is refused. Absent is fine.
-    ignored: further keys that change nothing.
-    marker: a key that tells this family's files from another's of the same model_type.
+    Attributes:
+        model_type: Value of the key `model_type`.
+        architecture: Value of the key `architectures`.
+        fields: Field of the Config -> key of config.json.
+        fixed: Key -> the one value that is implemented; anything else is refused. The key may be absent.
+        ignored: Further keys that do not change what the model computes.
+        marker: A key that tells the files of this format from others of the same model_type.
     """
 
     model_type: str
     architecture: str
-    fields: dict[str, str | tuple[str, ...]]
-    defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
-    optional: frozenset[str] = frozenset()
-    fixed: dict[str, Any] = dataclasses.field(default_factory=dict)
+    fields: Mapping[str, Key]
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
     marker: str | None = None
 
-    def claims(self, raw: dict[str, Any]) -> bool:
-        """Whether the parsed config.json is one of this family's; by its architecture where it has no model_type."""
+    def claims(self, raw: Mapping[str, Any]) -> bool:
+        """Whether a parsed config.json is of this format; by its architecture where it has no model_type."""
         if self.marker is not None and self.marker not in raw:
             return False
         if "model_type" in raw:
             return raw["model_type"] == self.model_type
         return self.architecture in (raw.get("architectures") or [])
 
-    def read(self, raw: dict[str, Any]) -> dict[str, Any]:
-        """Fields of ours from the parsed config.json; lists become tuples.
+    def read(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """Reads a parsed config.json.
 
-        Raises ValueError naming the keys that are missing, unknown, contradict each other, or have a value that is
-        not implemented.
+        Args:
+            raw: The parsed file.
+
+        Returns:
+            Values of the Config's fields by name; lists become tuples.
+
+        Raises:
+            ValueError: Keys are missing or unknown, contradict each other, or have a value that is not implemented.
         """
-        values, known = {}, {"model_type", *self.fixed, *self.ignored, *IRRELEVANT}
-        for field, keys in self.fields.items():
-            names = (keys,) if isinstance(keys, str) else keys
-            known.update(names)
-            found = {k: raw[k] for k in names if raw.get(k) is not None}
-            first = next(iter(found.values()), None)
-            if any(value is not first and value != first for value in found.values()):
-                raise ValueError(
-                    f"config.json: {' and '.join(f'{k}={reprlib.repr(v)}' for k, v in found.items())} disagree"
-                )
-            if found:
-                values[field] = tuple(first) if isinstance(first, list) else first
-            elif field in self.optional and any(k in raw for k in names):
-                values[field] = None
-            elif field in self.defaults:
-                values[field] = self.defaults[field]
-            else:
-                raise ValueError(f"config.json of a {self.model_type} lacks {names[0]!r}")
+        values = {field: self._value(key, raw) for field, key in self.fields.items()}
+        known = {
+            "model_type",
+            *self.fixed,
+            *self.ignored,
+            *IRRELEVANT,
+            *(n for k in self.fields.values() for n in k.names),
+        }
         for key, value in self.fixed.items():
             if key in raw and raw[key] != value:
                 raise ValueError(f"config.json: {key}={reprlib.repr(raw[key])} is not implemented (only {value!r})")
@@ -86,35 +104,61 @@ class HFConfig:
             raise ValueError(f"config.json of a {self.model_type} has unknown keys {named}")
         return values
 
-    def write(self, config: Any) -> dict[str, Any]:
-        """The config.json of `config`, which `read` turns back into it."""
+    def _value(self, key: Key, raw: Mapping[str, Any]) -> Any:
+        found = {name: raw[name] for name in key.names if raw.get(name) is not None}
+        first = next(iter(found.values()), None)
+        if any(value is not first and value != first for value in found.values()):
+            raise ValueError(
+                f"config.json: {' and '.join(f'{k}={reprlib.repr(v)}' for k, v in found.items())} disagree"
+            )
+        if found:
+            return tuple(first) if isinstance(first, list) else first
+        if key.null and any(name in raw for name in key.names):
+            return None
+        if key.default is _REQUIRED:
+            raise ValueError(f"config.json of a {self.model_type} lacks {key.names[0]!r}")
+        return key.default
+
+    def write(self, config: Any, **more: Any) -> dict[str, Any]:
+        """The config.json of a Config, which `read` turns back into its fields.
+
+        Args:
+            config: The Config.
+            **more: Values of fields that the Config does not have, or has in another form.
+        """
         out: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.model_type}
-        for field, keys in self.fields.items():
-            value = getattr(config, field)
-            out[keys if isinstance(keys, str) else keys[0]] = list(value) if isinstance(value, tuple) else value
+        for field, key in self.fields.items():
+            value = more[field] if field in more else getattr(config, field)
+            out[key.names[0]] = list(value) if isinstance(value, tuple) else value
         return {**out, **self.fixed}
 
 
-def claimant(dialects: Sequence[HFConfig], raw: dict[str, Any]) -> HFConfig:
-    """The first of a family's dialects that claims the parsed config.json. Raises ValueError where none does."""
-    for dialect in dialects:
-        if dialect.claims(raw):
-            return dialect
-    known = ", ".join(dict.fromkeys(dialect.model_type for dialect in dialects))
+def find_format(formats: Sequence[HFConfig], raw: Mapping[str, Any]) -> HFConfig:
+    """The first of a family's formats that claims a parsed config.json.
+
+    Raises:
+        ValueError: None of them does.
+    """
+    for found in formats:
+        if found.claims(raw):
+            return found
+    known = ", ".join(dict.fromkeys(found.model_type for found in formats))
     raise ValueError(f"config.json: model_type={reprlib.repr(raw.get('model_type'))} is not of this family ({known})")
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """Tensor names in a checkpoint beyond those of the ParamSpec tree.
+class TensorNames:
+    """Names of tensors in a checkpoint that do not follow from the ParamSpec tree.
 
-    prefix: what bare checkpoints (without a language-model head) leave out of every name.
-    extra_prefix: what some checkpoints put before every name.
-    tied: tensor -> the tensor it equals; either may stand in a file, only the second is written.
-    buffers: endings of the names of constants, which are skipped.
+    Attributes:
+        prefix: Beginning of every name, which checkpoints without a language-model head leave out.
+        extra_prefix: Beginning that some checkpoints put before every name.
+        head: Name of the output head. Where the Config ties it to the token embedding it may stand in a file, must then
+            equal the embedding, and is not written.
+        buffers: Endings of the names of constants, which are skipped.
     """
 
     prefix: str = ""
     extra_prefix: str = ""
-    tied: dict[str, str] = dataclasses.field(default_factory=dict)
+    head: str | None = None
     buffers: tuple[str, ...] = ()

@@ -93,14 +93,14 @@ def _axis(s: specs_.ParamSpec, i: int, mesh: Mesh, table: Rules) -> str | tuple[
     if logical is None:
         return None
     if logical not in table:
-        raise ValueError(f"{s.stored.name}: no sharding rule for logical axis {logical!r}")
+        raise ValueError(f"{s.name}: no sharding rule for logical axis {logical!r}")
     wanted = table[logical]
     names = tuple(a for a in ((wanted,) if isinstance(wanted, str) else wanted or ()) if a in mesh.shape)
     ways = math.prod(mesh.shape[a] for a in names)
     if s.shape[i] % ways and logical in MAY_STAY_WHOLE:
         return None
     if s.shape[i] % ways:
-        raise ValueError(f"{s.stored.name}: {logical}={s.shape[i]} cannot be split {ways} ways over {'+'.join(names)}")
+        raise ValueError(f"{s.name}: {logical}={s.shape[i]} cannot be split {ways} ways over {'+'.join(names)}")
     return names[0] if len(names) == 1 else names or None
 
 

@@ -1,91 +1,71 @@
-"""One tree of `ParamSpec`s describes the parameters of a family; everything else about them is derived from it.
+"""Declarations of parameters: one tree of `ParamSpec`s a family, from which everything else about them is derived.
 
-From the tree come initial values, abstract shapes, shardings (`core.sharding`), counts, the weight-decay and Muon
-masks, and the names and layouts of the tensors in a Hugging Face checkpoint (`hub`). Nothing is described twice.
+From the tree come initial values, abstract shapes, shardings (`core.sharding`), counts, the weight-decay mask, Muon's
+dimension numbers, and the names and layouts of the tensors in a Hugging Face checkpoint (`hub`). Each fact is said
+once.
 """
 
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from garrulax.core.layout import Part, TensorLayout, bias_pattern, parse_layout
 
 Tree = Any  # nested dicts (and tuples) of leaves
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]  # (key, shape, dtype) -> array
+Role = Literal["matrix", "embedding", "vector"]
 
-ROLES = ("matrix", "embedding", "vector")
-
-
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """Where a parameter lies in a checkpoint and how it is laid out there.
-
-    parameter = stored.reshape(split)[take].transpose(order).reshape(spec.shape); each step may be None (nothing to do).
-    A `{}` in the name is the layer number. take: for each dimension of `split` all of it (None), a part (start, stop)
-    or one entry (an int, which drops the dimension): for tensors that hold several parameters, such as query, key and
-    value fused.
-    """
-
-    name: str
-    split: tuple[int, ...] | None = None
-    order: tuple[int, ...] | None = None
-    take: tuple[int | tuple[int, int] | None, ...] | None = None
-
-    @property
-    def index(self) -> tuple[int | slice, ...]:
-        """`take` as numpy indexes by it."""
-        return tuple(i if isinstance(i, int) else slice(*(i or (None,))) for i in self.take or ())
-
-    def read(self, stored: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """The parameter of `shape` from the stored tensor (a view where numpy allows)."""
-        x = (stored.reshape(self.split) if self.split else stored)[self.index]
-        return (x.transpose(self.order) if self.order else x).reshape(shape)
-
-    def write(self, x: np.ndarray, target: np.ndarray) -> None:
-        """The inverse of `read`: puts the parameter x where it belongs in the tensor to store."""
-        place = target.reshape(self.split or target.shape)[self.index]
-        order = self.order or tuple(range(place.ndim))
-        place[...] = x.reshape([place.shape[i] for i in order]).transpose(np.argsort(order))
+#: The logical axis of a dimension, by its letter; `core.sharding` maps it to mesh axes. Other letters are not sharded.
+AXES = {"D": "embed", "H": "heads", "K": "kv_heads", "C": "head", "F": "mlp", "V": "vocab", "P": "position"}
 
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-    """One parameter: shape, logical axis of every dimension, initial values, place in a checkpoint, role.
+    """One parameter.
 
-    axes: names that a rule table of `core.sharding` maps to mesh axes; None is never sharded.
-    inputs: how many leading dimensions (after `layers`) are contracted with the activations.
-    role: "matrix" (decayed; Muon), "embedding" (decayed; never Muon), "vector" (norms and biases: never decayed).
-    stored_shape: shape in the checkpoint of one layer's tensor; None means the parameter's own.
+    Attributes:
+        layout: Its shape, and its place in a checkpoint.
+        layer_axes: Logical axis of every dimension of one layer's parameter; None is never sharded.
+        init: Initial values of one layer's parameter.
+        role: "matrix" (decayed; Muon), "embedding" (decayed; never Muon) or "vector" (norms and biases: never decayed).
+        layers: Number of layers stacked on a leading axis; 0 where there is no such axis.
     """
 
-    shape: tuple[int, ...]
-    axes: tuple[str | None, ...]
+    layout: TensorLayout
+    layer_axes: tuple[str | None, ...]
     init: Initializer
-    stored: Stored
-    stored_shape: tuple[int, ...] | None = None
-    role: str = "matrix"
-    inputs: int = 1
+    role: Role
     layers: int = 0
 
-    def __post_init__(self):
-        if len(self.shape) != len(self.axes):
-            raise ValueError(f"{self.stored.name}: shape {self.shape} and axes {self.axes} differ in length")
-        if self.role not in ROLES:
-            raise ValueError(f"{self.stored.name}: role {self.role!r} is none of {ROLES}")
-
     @property
-    def layer_shape(self) -> tuple[int, ...]:
-        """Shape of one layer's parameter: `shape` without the stacked axis."""
-        return self.shape[1:] if self.layers else self.shape
+    def name(self) -> str:
+        """Name of the stored tensor; `{}` stands for the number of the layer."""
+        return self.layout.name
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the stored tensors: one, or one a layer."""
-        return tuple(self.stored.name.format(i) for i in range(self.layers)) if self.layers else (self.stored.name,)
+        return tuple(self.name.format(i) for i in range(self.layers)) if self.layers else (self.name,)
+
+    @property
+    def layer_shape(self) -> tuple[int, ...]:
+        """Shape of one layer's parameter."""
+        return self.layout.shape
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape, with the axis of the layers first where there is one."""
+        return (self.layers, *self.layout.shape) if self.layers else self.layout.shape
+
+    @property
+    def axes(self) -> tuple[str | None, ...]:
+        """Logical axis of every dimension of `shape`."""
+        return ("layers", *self.layer_axes) if self.layers else self.layer_axes
 
 
 def normal(std: float) -> Initializer:
@@ -101,6 +81,79 @@ def ones(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 def zeros(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """All zeros."""
     return jnp.zeros(shape, dtype)
+
+
+class Declare:
+    """Declares the parameters of one model: what a family's `parameters` is written with.
+
+    Dimensions are letters; the same letter has the same size and the same logical axis (`AXES`) everywhere.
+
+        declare = Declare(normal(0.02), D=64, H=4, C=16, V=1000)
+        declare.embedding("wte.weight")                                       # [V, D]
+        declare.linear("query", "h.{}.q", "(H C) D -> D H C", bias=True)      # {"query": ..., "query_bias": ...}
+    """
+
+    def __init__(self, init: Initializer, **sizes: int):
+        """Keeps what the parameters have in common.
+
+        Args:
+            init: Initial values of matrices and embeddings.
+            **sizes: Size of every letter.
+        """
+        self.init, self.sizes = init, sizes
+
+    def param(
+        self, name: str, pattern: str, role: Role, init: Initializer, parts: Mapping[str, Part] | None = None
+    ) -> ParamSpec:
+        """Any parameter.
+
+        Args:
+            name: Name of the stored tensor; `{}` stands for the number of the layer.
+            pattern: Layout, as in `core.layout.parse_layout`.
+            role: As in `ParamSpec`.
+            init: Initial values.
+            parts: Parts of letters that are taken, as in `core.layout.parse_layout`.
+
+        Raises:
+            ValueError: The pattern does not fit the sizes.
+        """
+        layout = parse_layout(name, pattern, self.sizes, parts or {})
+        axes = tuple(AXES.get(letter) for letter in pattern.partition("->")[2].split())
+        return ParamSpec(layout, axes, init, role)
+
+    def linear(
+        self, key: str, name: str, pattern: str, *, bias: bool = False, init: Initializer | None = None, **parts: Any
+    ) -> dict[str, ParamSpec]:
+        """The weight of a linear layer under `key`, and its bias under `{key}_bias` where it has one.
+
+        `layers.mlp.linear` computes with both.
+
+        Args:
+            key: Name in the tree of parameters.
+            name: Name in the checkpoint, without `.weight` and `.bias`.
+            pattern: Layout of the weight, inputs first on the right side; that of the bias follows.
+            bias: Whether there is a bias; it begins at zero.
+            init: Initial values of the weight, if not the model's.
+            **parts: Parts of letters that are taken, as in `core.layout.parse_layout`.
+        """
+        weight = {key: self.param(f"{name}.weight", pattern, "matrix", init or self.init, parts)}
+        if not bias:
+            return weight
+        outputs = bias_pattern(pattern)
+        return weight | {f"{key}_bias": self.param(f"{name}.bias", outputs, "vector", zeros, parts)}
+
+    def embedding(self, name: str, pattern: str = "V D -> V D") -> ParamSpec:
+        """A table with one row a token, position, ...; an output head too."""
+        return self.param(name, pattern, "embedding", self.init)
+
+    def layer_norm(self, name: str) -> dict[str, ParamSpec]:
+        """Scale and bias of a LayerNorm over the width."""
+        bias = self.param(f"{name}.bias", "D -> D", "vector", zeros)
+        return self.rms_norm(name) | {"bias": bias}
+
+    def rms_norm(self, name: str) -> dict[str, ParamSpec]:
+        """Scale of an RMSNorm over the width."""
+        return {"scale": self.param(f"{name}.weight", "D -> D", "vector", ones)}
 
 
 def is_spec(x: Any) -> bool:
@@ -121,22 +174,18 @@ def named_specs(specs: Tree) -> dict[str, ParamSpec]:
 
 def stacked(layers: int, tree: Tree) -> Tree:
     """The ParamSpecs of one layer, for `layers` layers on a new leading axis."""
-
-    def lift(s: ParamSpec) -> ParamSpec:
-        def init(key, shape, dtype):
-            return jax.vmap(lambda k: s.init(k, s.shape, dtype))(jax.random.split(key, layers))
-
-        return dataclasses.replace(s, shape=(layers, *s.shape), axes=("layers", *s.axes), init=init, layers=layers)
-
-    return map_specs(lift, tree)
+    return map_specs(lambda s: dataclasses.replace(s, layers=layers), tree)
 
 
 def init(specs: Tree, key: jax.Array, dtype: Any = jnp.float32) -> Tree:
-    """Initial parameters. A leaf's values depend on the key and its own path alone, so a new leaf moves no other."""
+    """Initial parameters. A leaf's values depend on the key and its own path alone, so a new leaf changes no other."""
 
     def one(path, s):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return s.init(jax.random.fold_in(key, zlib.crc32(name.encode())), s.shape, dtype)
+        own = jax.random.fold_in(key, zlib.crc32(name.encode()))
+        if not s.layers:
+            return s.init(own, s.shape, dtype)
+        return jax.vmap(lambda k: s.init(k, s.layer_shape, dtype))(jax.random.split(own, s.layers))
 
     return jax.tree_util.tree_map_with_path(one, specs, is_leaf=is_spec)
 
@@ -158,9 +207,35 @@ def decay_mask(specs: Tree) -> Tree:
     return map_specs(lambda s: s.role != "vector", specs)
 
 
-def check_parts(specs: Tree, params: Tree) -> None:
-    """Raises ValueError naming the top-level parts that only one of the ParamSpec tree and `params` has."""
-    odd = {"missing": specs.keys() - params.keys(), "unknown": params.keys() - specs.keys()}
-    if any(odd.values()):
-        named = "; ".join(f"{', '.join(sorted(names))} {what}" for what, names in odd.items() if names)
-        raise ValueError(f"the parameters do not fit the config: {named}")
+def check_names(specs: Tree, params: Tree) -> None:
+    """Checks that parameters have the names of their ParamSpec tree.
+
+    Args:
+        specs: The ParamSpec tree.
+        params: Parameters, stacked or unstacked (`models.unstack`). Leaves may be of any kind.
+
+    Raises:
+        ValueError: Names are missing or unknown.
+    """
+    missing, unknown = _differing_names(specs, params, "")
+    if missing or unknown:
+        shown = [
+            f"{', '.join(names[:4])} {what}" for what, names in (("missing", missing), ("unknown", unknown)) if names
+        ]
+        raise ValueError(f"the parameters do not fit the config: {'; '.join(shown)}")
+
+
+def _differing_names(specs: Tree, params: Tree, path: str) -> tuple[list[str], list[str]]:
+    if is_spec(specs):
+        return [], []
+    if isinstance(params, tuple):  # unstacked: one tree a layer
+        found = [_differing_names(specs, layer, path) for layer in params]
+        return next((names for names in found if any(names)), ([], []))
+    if not isinstance(params, Mapping):
+        return [path.removesuffix("/") or "all"], []
+    missing = [f"{path}{name}" for name in specs if name not in params]
+    unknown = [f"{path}{name}" for name in params if name not in specs]
+    for name in specs.keys() & params.keys():
+        below = _differing_names(specs[name], params[name], f"{path}{name}/")
+        missing, unknown = missing + below[0], unknown + below[1]
+    return missing, unknown

@@ -22,7 +22,7 @@ class LinenModel(linen.Module):
     def setup(self):
         """Declares the parameters, for `init`."""
         if self.is_initializing():
-            for name, tree in models.family(self.config).parameters(self.config).items():
+            for name, tree in models.parameters(self.config).items():
                 self.param(name, lambda key, tree=tree: spec.init(tree, key, self.dtype))
 
     def __call__(self, tokens: jax.Array, **options: Any) -> tuple[jax.Array, Any]:
@@ -35,13 +35,12 @@ class LinenModel(linen.Module):
 
     def hidden(self, tokens: jax.Array, **options: Any) -> tuple[jax.Array, Any]:
         """(hidden states [B, T, D] after the last norm, cache or None), for heads of your own; options as above."""
-        family = models.family(self.config)
-        return family.hidden(self._params(), tokens, self.config, key=self._dropout_key(), **options)
+        return models.hidden(self._params(), tokens, self.config, key=self._dropout_key(), **options)
 
     def _params(self) -> spec.Tree:
         # Not self.param, which wants the leaves as `init` made them: they may be unstacked, or boxed with metadata.
         params = linen.unbox(self.variables.get("params", {}))
-        spec.check_parts(models.family(self.config).parameters(self.config), params)
+        spec.check_names(models.parameters(self.config), params)
         return params
 
     def _dropout_key(self) -> jax.Array | None:
@@ -66,4 +65,4 @@ def logical_axes(config: Any) -> spec.Tree:
     `flax.linen.logical_to_mesh_sharding(logical_axes(config), mesh, rules)` makes NamedShardings of them by rules of
     yours; by those of Garrulax, `core.sharding.shardings` does.
     """
-    return spec.map_specs(lambda s: jax.P(*s.axes), models.family(config).parameters(config))
+    return spec.map_specs(lambda s: jax.P(*s.axes), models.parameters(config))

@@ -36,7 +36,7 @@ class NNXModel(nnx.Module):
         self, tokens: jax.Array, *, rngs: nnx.Rngs | jax.Array | None = None, **options: Any
     ) -> tuple[jax.Array, Any]:
         """(hidden states [B, T, D] after the last norm, cache or None), for heads of your own; options as above."""
-        return models.family(self.config).hidden(params_of(self), tokens, self.config, key=_key(rngs), **options)
+        return models.hidden(params_of(self), tokens, self.config, key=_key(rngs), **options)
 
 
 def nnx_module(
@@ -50,12 +50,12 @@ def nnx_module(
 
     Raises ValueError unless exactly one of rngs and params is given, and where the parameters do not fit the config.
     """
-    family = models.family(config)
+    models.family(config)
     if rngs is not None and params is None:
         params = models.init(config, rngs.params(), dtype=dtype)
     elif rngs is not None or params is None:
         raise ValueError("give rngs, for new parameters, or params, for those you have")
-    spec.check_parts(family.parameters(config), params)
+    spec.check_names(models.parameters(config), params)
     return NNXModel(config, params)
 
 

@@ -14,7 +14,7 @@ from garrulax.hub.download import find
 from garrulax.hub.reading import open_checkpoint, stored_dtype
 from garrulax.hub.tensors import DTYPES, StoredTensor, contained
 from garrulax.hub.writing import COMPANIONS, Entries, Part, Progress, write_folder
-from garrulax.models import family
+from garrulax.models import family, parameters
 
 
 def convert(
@@ -45,7 +45,7 @@ def convert(
         if "dialect" not in {field.name for field in dataclasses.fields(config)}:
             raise ValueError(f"dialect={dialect!r}: a {family(config).DIALECTS[0].model_type} has only one")
         config = dataclasses.replace(config, dialect=dialect)
-    entries = _entries(checkpoint.specs, family(config).parameters(config), checkpoint.tensors, kind)
+    entries = _entries(checkpoint.specs, parameters(config), checkpoint.tensors, kind)
 
     def finish(temporary: Path) -> None:
         for pattern in COMPANIONS:
@@ -79,5 +79,5 @@ def _entries(source: spec.Tree, target: spec.Tree, tensors: dict[str, StoredTens
 
 def _put(source: spec.ParamSpec, tensor: StoredTensor, s: spec.ParamSpec, target: np.ndarray | None) -> None:
     if target is not None:  # what the parameter is in memory does not matter: from one stored form to the other
-        place = s.stored.read(target, s.layer_shape)
-        streaming.fill([streaming.window(tensor, source.stored, place, source.layer_shape)])
+        place = s.layout.read(target)
+        streaming.fill([streaming.window(tensor, source.layout, place)])

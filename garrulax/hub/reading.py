@@ -6,7 +6,6 @@ import functools
 import reprlib
 from collections.abc import Callable, Collection
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -15,14 +14,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from garrulax.core import sharding, spec
-from garrulax.core.hf import Layout
+from garrulax.core.config import ModelConfig
+from garrulax.core.hf import TensorNames
 from garrulax.hub import streaming
 from garrulax.hub.download import find
 from garrulax.hub.json_files import read_object
 from garrulax.hub.model import Model
 from garrulax.hub.tensors import DTYPES, StoredTensor, open_tensors
 from garrulax.hub.tokenizers import Tokenizer, find_tokenizer, load_tokenizer
-from garrulax.models import FAMILIES, family
+from garrulax.models import FAMILIES, Family, family, parameters
 
 
 def load(
@@ -66,9 +66,8 @@ class Checkpoint:
 def open_checkpoint(folder: Path) -> Checkpoint:
     """What a folder holds, checked from config.json and the headers alone. Raises as `load` does."""
     config = config_in(folder)
-    module = family(config)
-    specs = module.parameters(config)
-    return Checkpoint(folder, config, specs, match(open_tensors(folder), specs, module.layout(config), folder))
+    specs = parameters(config)
+    return Checkpoint(folder, config, specs, match(open_tensors(folder), specs, config, folder))
 
 
 def load_config(path: str | Path) -> Any:
@@ -94,7 +93,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_object(path)
 
 
-def family_of(raw: dict[str, Any]) -> ModuleType:
+def family_of(raw: dict[str, Any]) -> Family:
     """The family module that a parsed config.json belongs to. Raises ValueError with the nearest known model_type."""
     for module in FAMILIES:
         if any(dialect.claims(raw) for dialect in module.DIALECTS):
@@ -109,7 +108,7 @@ def family_of(raw: dict[str, Any]) -> ModuleType:
 
 
 def match(
-    found: dict[str, StoredTensor], specs: spec.Tree, layout: Layout, folder: Path | str
+    found: dict[str, StoredTensor], specs: spec.Tree, config: ModelConfig, folder: Path | str
 ) -> dict[str, StoredTensor]:
     """The tensors of a checkpoint by the names of the ParamSpec tree.
 
@@ -117,24 +116,26 @@ def match(
     tensor made one. Raises ValueError that names every kind of misfit.
     """
     _check_amounts(found, specs, folder)
+    more = family(config).tensor_names(config)
+    ties = {more.head: specs["tokens"].name} if config.tied and more.head else {}
     wanted = {name: s for s in jax.tree.leaves(specs, is_leaf=spec.is_spec) for name in s.names}
     tensors, unknown, twice = {}, [], []
     for stored, tensor in found.items():
-        name = _canonical(stored, wanted.keys() | layout.tied.keys(), layout)
+        name = _canonical(stored, wanted.keys() | ties.keys(), more)
         if name is None:
-            if not (layout.buffers and stored.endswith(layout.buffers)):
+            if not (more.buffers and stored.endswith(more.buffers)):
                 unknown.append(stored)
         elif name in tensors:
             twice.append(stored)
         else:
             tensors[name] = tensor
-    tied = {name: tensors.pop(name) for name in layout.tied if name in tensors}
+    tied = {name: tensors.pop(name) for name in ties if name in tensors}
     for name, tensor in tied.items():
-        tensors.setdefault(layout.tied[name], tensor)
+        tensors.setdefault(ties[name], tensor)
     missing = [name for name in wanted if name not in tensors]
     shapes, kinds = [], []
     for name, tensor in tensors.items():
-        expected = wanted[name].stored_shape or wanted[name].layer_shape
+        expected = wanted[name].layout.stored_shape
         if tensor.shape != expected:
             shapes.append(f"{name} is {tensor.shape}, not {expected}")
         if tensor.dtype not in DTYPES:
@@ -149,13 +150,13 @@ def match(
     if any(problems):
         raise ValueError(f"the tensors in {folder} do not fit its config.json: {'; '.join(filter(None, problems))}")
     for name, tensor in tied.items():
-        _check_equal(name, tensor, layout.tied[name], tensors[layout.tied[name]])
+        _check_equal(name, tensor, ties[name], tensors[ties[name]])
     return tensors
 
 
-def _canonical(stored: str, known: set[str], layout: Layout) -> str | None:
-    short = stored.removeprefix(layout.extra_prefix)
-    return next((name for name in (stored, short, layout.prefix + short) if name in known), None)
+def _canonical(stored: str, known: set[str], more: TensorNames) -> str | None:
+    short = stored.removeprefix(more.extra_prefix)
+    return next((name for name in (stored, short, more.prefix + short) if name in known), None)
 
 
 def _listed(what: str, names: list[str], shown: int = 4) -> str:
@@ -168,7 +169,7 @@ def _listed(what: str, names: list[str], shown: int = 4) -> str:
 def _check_amounts(found: dict[str, StoredTensor], specs: spec.Tree, folder: Path | str, spare: int = 1000) -> None:
     """Raises ValueError where config.json asks for far more than the files hold, before that many names are made."""
     leaves = jax.tree.leaves(specs, is_leaf=spec.is_spec)
-    names = sum({s.stored.name: max(s.layers, 1) for s in leaves}.values())
+    names = sum({s.name: max(s.layers, 1) for s in leaves}.values())
     if names > len(found) + spare:
         raise ValueError(f"config.json asks for {names:,} tensors, but {folder} holds {len(found):,}")
 
@@ -191,13 +192,13 @@ def stored_dtype(s: spec.ParamSpec, tensors: dict[str, StoredTensor], dtype: Any
         return np.dtype(dtype)
     kinds = {tensors[name].kind for name in s.names}
     if len(kinds) > 1:
-        raise ValueError(f"the layers of {s.stored.name} are stored as {', '.join(map(str, kinds))}: give a dtype")
+        raise ValueError(f"the layers of {s.name} are stored as {', '.join(map(str, kinds))}: give a dtype")
     return kinds.pop()
 
 
 def _jax_dtype(s: spec.ParamSpec, kind: np.dtype) -> np.dtype:
     if jax.dtypes.canonicalize_dtype(kind) != kind:
-        raise ValueError(f"{s.stored.name} would be {kind}, which JAX has only with jax_enable_x64: give another dtype")
+        raise ValueError(f"{s.name} would be {kind}, which JAX has only with jax_enable_x64: give another dtype")
     return kind
 
 
@@ -250,9 +251,7 @@ def _read(s: spec.ParamSpec, parts: list[StoredTensor], dtype: np.dtype, index: 
     shape = tuple(len(range(n)[i]) for n, i in zip(s.layer_shape, inner, strict=True))
     chosen = parts[index[0]] if stacked else parts
     out = streaming.empty((len(chosen), *shape), dtype)
-    streaming.fill(
-        streaming.window(part, s.stored, target, s.layer_shape, inner) for part, target in zip(chosen, out, strict=True)
-    )
+    streaming.fill(streaming.window(part, s.layout, target, inner) for part, target in zip(chosen, out, strict=True))
     return out if stacked else out[0]
 
 

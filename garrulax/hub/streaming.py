@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from garrulax.core.spec import Stored
+from garrulax.core.layout import TensorLayout
 from garrulax.hub.tensors import StoredTensor
 
 ALIGNMENT = 64  # bytes: of arrays that JAX takes over without a copy, and of a cache line
@@ -50,24 +50,18 @@ def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def window(
-    tensor: StoredTensor, stored: Stored, target: np.ndarray, shape: tuple[int, ...], index: tuple[slice, ...] = ()
-) -> Window:
-    """What to read for `target` to become `parameter[index]`, of the parameter of `shape` that lies in `tensor` as
-    `stored` says; all of it by default. Raises ValueError where these do not fit each other."""
-    split = stored.split or (tensor.shape if stored.order or stored.take else shape)
+def window(tensor: StoredTensor, layout: TensorLayout, target: np.ndarray, index: tuple[slice, ...] = ()) -> Window:
+    """What to read for `target` to become `parameter[index]`, of the parameter that lies in `tensor` by `layout`; all
+    of it by default. Raises ValueError for a tensor of another size."""
+    split = layout.split
     if math.prod(split) != math.prod(tensor.shape):
         raise ValueError(f"a tensor of shape {tensor.shape} does not split into {split}")
-    chosen = (*stored.index, *(slice(None),) * (len(split) - len(stored.index)))
-    taken = [range(i, i + 1) if isinstance(i, int) else range(n)[i] for n, i in zip(split, chosen, strict=True)]
-    kept = [at for at, i in enumerate(chosen) if not isinstance(i, int)]
-    order = stored.order or tuple(range(len(kept)))
-    if tuple(len(taken[kept[i]]) for i in order) != shape:
-        raise ValueError(f"{stored.name}: {split} taken {stored.take} in order {order} is not the shape {shape}")
-    for i, here in zip(order, index, strict=bool(index)):
+    taken = [range(i, i + 1) if isinstance(i, int) else range(n)[i] for n, i in zip(split, layout.index, strict=True)]
+    kept = [at for at, i in enumerate(layout.index) if not isinstance(i, int)]
+    for i, here in zip(layout.order, index, strict=bool(index)):
         taken[kept[i]] = taken[kept[i]][here]
-    placed = target.transpose(np.argsort(order))
-    placed = np.expand_dims(placed, tuple(at for at, i in enumerate(chosen) if isinstance(i, int)))
+    placed = target.transpose(np.argsort(layout.order))
+    placed = np.expand_dims(placed, tuple(at for at, i in enumerate(layout.index) if isinstance(i, int)))
     steps = tuple(math.prod(split[at + 1 :]) for at in range(len(split)))
     return Window(tensor, placed, sum(part.start * step for part, step in zip(taken, steps, strict=True)), steps)
 

@@ -22,7 +22,7 @@ from garrulax.core import spec
 from garrulax.hub.card import CARD, card, write_card
 from garrulax.hub.model import Model
 from garrulax.hub.tensors import FILE, INDEX, write_tensors
-from garrulax.models import family
+from garrulax.models import family, parameters
 
 #: Files beside the model's own, which belong to its folder.
 COMPANIONS = (
@@ -65,7 +65,7 @@ def save(model: Model, path: str | Path, max_shard_size: int | str = "5GB", prog
     stays for good. Raises ValueError where the parameters do not fit the config, and where `path` holds anything but a
     model.
     """
-    entries = _entries(family(model.config).parameters(model.config), model.params)
+    entries = _entries(parameters(model.config), model.params)
 
     def finish(folder: Path) -> None:
         if model.tokenizer is not None:
@@ -141,7 +141,7 @@ def _entries(specs: spec.Tree, params: spec.Tree) -> Entries:
 def _put(s: spec.ParamSpec, leaf: Any, i: int | None, target: np.ndarray | None) -> None:
     x = _on_host(leaf if i is None else leaf[i])
     if target is not None:
-        s.stored.write(x, target)
+        s.layout.write(x, target)
 
 
 def _named(tree: spec.Tree) -> dict[str, Any]:
@@ -183,7 +183,7 @@ def _write_shards(entries: Entries, folder: Path | None, limit: int, progress: P
 
 def _layout(name: str, parts: list[Part]) -> tuple[np.dtype, tuple[int, ...]]:
     """dtype and shape of a tensor to store. ValueError where its parts do not fill it."""
-    shape = parts[0].spec.stored_shape or parts[0].spec.layer_shape
+    shape = parts[0].spec.layout.stored_shape
     if sum(math.prod(part.spec.layer_shape) for part in parts) != math.prod(shape):
         raise ValueError(f"the parameters that {name} holds do not fill its shape {shape}")
     if len({part.dtype for part in parts}) > 1:

@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 
 from garrulax.core.einsum import einsum, gather
+from garrulax.core.spec import Tree
 
 #: Activations by their name in Hugging Face configurations.
 ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_fast": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -19,25 +21,43 @@ ACTIVATIONS = {
 
 
 def check_activation(name: str) -> None:
-    """Raises ValueError for an activation that is not in `ACTIVATIONS`."""
+    """Checks the name of an activation.
+
+    Raises:
+        ValueError: It is not in `ACTIVATIONS`.
+    """
     if name not in ACTIVATIONS:
         raise ValueError(f"unknown activation {name!r}: choose from {', '.join(sorted(ACTIVATIONS))}")
 
 
-def mlp(x: jax.Array, p: dict, activation: str) -> jax.Array:
+def mlp(x: jax.Array, p: Tree, activation: str) -> jax.Array:
     """activation(x up + up_bias) down + down_bias. x: [B, T, D]; up: [D, F]; down: [F, D]; biases optional."""
     hidden = ACTIVATIONS[activation](linear("BTD,DF->BTF", x, p, "up"))
     return linear("BTF,FD->BTD", hidden, p, "down")
 
 
-def gated_mlp(x: jax.Array, p: dict, activation: str) -> jax.Array:
+def gated_mlp(x: jax.Array, p: Tree, activation: str) -> jax.Array:
     """(activation(x gate) * x up) down (Shazeer 2020). x: [B, T, D]; gate, up: [D, F]; down: [F, D]."""
     gate = ACTIVATIONS[activation](linear("BTD,DF->BTF", x, p, "gate"))
     return linear("BTF,FD->BTD", gate * linear("BTD,DF->BTF", x, p, "up"), p, "down")
 
 
-def linear(spec: str, x: jax.Array, p: dict, name: str) -> jax.Array:
-    """einsum of x with p[name], plus p[name + "_bias"] where there is one (its axes are the last of the output)."""
-    y = einsum(spec, x, p[name])
+def linear(pattern: str, x: jax.Array, p: Tree, name: str) -> jax.Array:
+    """A linear layer, as `core.spec.Declare.linear` declares it.
+
+    Args:
+        pattern: Letters of x, weight and result, such as "BTD,DHC->BTHC".
+        x: Activations.
+        p: Parameters: the weight under `name`, and its bias under `{name}_bias` where it has one, whose axes are the
+            last of the result.
+        name: Name of the layer in p.
+    """
+    y = einsum(pattern, x, p[name])
     bias = p.get(f"{name}_bias")
     return y if bias is None else y + gather(bias, y.dtype)
+
+
+def split_heads(pattern: str, x: jax.Array, p: Tree, name: str) -> tuple[jax.Array, ...]:
+    """The parts of a linear layer that are fused on axis 2: query, key and value of "BTD,DnHC->BTnHC"."""
+    y = linear(pattern, x, p, name)
+    return tuple(y[:, :, i] for i in range(y.shape[2]))

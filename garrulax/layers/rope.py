@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from garrulax.core.config import check_flags, check_positive, check_sizes
+from garrulax.core.config import Flag, Positive, Size, check_fields, check_value
 
 #: Fields that each kind uses, besides theta.
 USED = {
@@ -27,23 +27,32 @@ KINDS = tuple(USED)
 class Rope:
     """Rotary settings; a field that the kind does not use must keep its default.
 
-    theta: base of the frequencies. factor: how many times the context is stretched.
-    original_context: length the model was trained on (yarn, longrope, llama3) or its context (dynamic), in tokens.
-    low, high: llama3's limits, in wavelengths per original context. beta_fast, beta_slow: yarn's, in rotations.
-    truncate: yarn rounds the limits to whole frequencies. attention_factor: of cosine and sine; None derives it.
-    mscale, mscale_all_dim: yarn's other way to give the attention factor.
-    short_factors, long_factors: longrope's divisors of each frequency, below and above the original context.
+    Attributes:
+        theta: Base of the frequencies.
+        kind: Scaling of the frequencies for long texts, one of `KINDS`.
+        factor: How many times the context is stretched.
+        original_context: Tokens that the model was trained on (yarn, longrope, llama3), or its context (dynamic).
+        low: llama3's lower limit, in wavelengths per original context.
+        high: llama3's upper limit.
+        beta_fast: yarn's upper limit, in rotations over the original context.
+        beta_slow: yarn's lower limit.
+        truncate: Whether yarn rounds the limits to whole frequencies.
+        attention_factor: Factor of cosine and sine; None derives it.
+        mscale: yarn's other way to give the attention factor, together with the next.
+        mscale_all_dim: See mscale.
+        short_factors: longrope's divisor of each frequency, in texts up to the original context.
+        long_factors: longrope's divisor of each frequency, in longer texts.
     """
 
-    theta: float = 10_000.0
+    theta: Positive = 10_000.0
     kind: str = "default"
-    factor: float = 1.0
+    factor: Positive = 1.0
     original_context: int = 0
-    low: float = 1.0
-    high: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
+    low: Positive = 1.0
+    high: Positive = 4.0
+    beta_fast: Positive = 32.0
+    beta_slow: Positive = 1.0
+    truncate: Flag = True
     attention_factor: float | None = None
     mscale: float | None = None
     mscale_all_dim: float | None = None
@@ -60,10 +69,11 @@ class Rope:
         if "original_context" in used:
             if self.original_context == 0:
                 raise ValueError(f"RoPE kind {self.kind!r} needs original_context")
-            check_sizes(self, "original_context")
-        check_flags(self, "truncate")
-        given = [name for name in ("attention_factor", "mscale", "mscale_all_dim") if getattr(self, name) is not None]
-        check_positive(self, "theta", "factor", "low", "high", "beta_fast", "beta_slow", *given)
+            check_value("original_context", self.original_context, Size)
+        check_fields(self)
+        for name in ("attention_factor", "mscale", "mscale_all_dim"):
+            if getattr(self, name) is not None:
+                check_value(name, getattr(self, name), Positive)
         for name in ("theta", "factor"):
             if getattr(self, name) < 1:
                 raise ValueError(f"RoPE {name}={getattr(self, name)} must be a number of at least 1")
@@ -88,9 +98,18 @@ class Rope:
 
 
 def frequencies(rope: Rope, width: int, length: jax.Array | None = None) -> np.ndarray | jax.Array:
-    """Angle per position of each pair, float64 [width / 2], or [B, width / 2] where they depend on the length.
+    """The angle by which each pair of entries turns from one position to the next.
 
-    length: int32 [B], tokens of the whole text; dynamic and longrope read it.
+    Args:
+        rope: Rotary settings.
+        width: Number of entries of a head that are rotated.
+        length: int32 [B], length of each row's whole text, which the kinds dynamic and longrope read.
+
+    Returns:
+        float64 [width / 2] radians, or [B, width / 2] where they depend on the length.
+
+    Raises:
+        ValueError: There is no length, or longrope has another number of factors.
     """
     exponent = np.arange(0, width, 2) / width
     plain = rope.theta**-exponent
@@ -119,7 +138,7 @@ def _yarn(rope: Rope, plain: np.ndarray) -> np.ndarray:
     """Peng et al. 2023 (arXiv 2309.00071), section 3.2: fast frequencies stay, slow ones are divided by the factor."""
     width = 2 * len(plain)
 
-    def index(rotations):  # the (fractional) frequency that turns so often in the original context
+    def index(rotations):  # fractional index of the frequency that makes so many rotations in the original context
         return width * math.log(rope.original_context / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = index(rope.beta_fast), index(rope.beta_slow)
@@ -132,13 +151,13 @@ def _yarn(rope: Rope, plain: np.ndarray) -> np.ndarray:
 
 def _llama3(rope: Rope, plain: np.ndarray) -> np.ndarray:
     """meta-llama/llama-models, apply_scaling: wavelengths beyond the original context are stretched, short ones not."""
-    turns = rope.original_context * plain / (2 * math.pi)
-    smooth = np.clip((turns - rope.low) / (rope.high - rope.low), 0, 1)
+    rotations = rope.original_context * plain / (2 * math.pi)
+    smooth = np.clip((rotations - rope.low) / (rope.high - rope.low), 0, 1)
     return plain / rope.factor * (1 - smooth) + plain * smooth
 
 
 def amplitude(rope: Rope) -> float:
-    """What cosine and sine are multiplied by, so that scores are multiplied by its square."""
+    """Factor of cosine and sine; scores are thereby multiplied by its square."""
     if rope.attention_factor is not None:
         return rope.attention_factor
 
@@ -152,34 +171,58 @@ def amplitude(rope: Rope) -> float:
     return 1.0
 
 
-def table(
+def cos_sin(
     rope: Rope, positions: jax.Array, width: int, length: jax.Array | None, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """(cosine, sine), each [B, T, 1, width / 2], of positions int32 [B, T], in at least float32."""
-    cosine, sine = turns(frequencies(rope, width, length), positions, dtype)
+    """Cosine and sine of the angle of each pair of entries at each position.
+
+    Args:
+        rope: Rotary settings.
+        positions: int32 [B, T].
+        width: Number of entries of a head that are rotated.
+        length: int32 [B], length of each row's whole text, for kinds that depend on it.
+        dtype: Of the result, at least float32.
+
+    Returns:
+        Two arrays [B, T, 1, width / 2].
+    """
+    cosine, sine = cos_sin_of(frequencies(rope, width, length), positions, dtype)
     return amplitude(rope) * cosine, amplitude(rope) * sine
 
 
-def turns(inverse: np.ndarray | jax.Array, positions: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """(cosine, sine), each [B, T, 1, F], of positions int32 [B, T] times the frequencies `inverse` [F] or [B, F]."""
+def cos_sin_of(angles: np.ndarray | jax.Array, positions: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine [B, T, 1, F] of positions int32 [B, T] times the angles a position, [F] or [B, F]."""
     dtype = jnp.promote_types(dtype, jnp.float32)
-    inverse = jnp.asarray(inverse, dtype)
-    inverse = inverse[:, None] if inverse.ndim == 2 else inverse
-    angle = (positions.astype(dtype)[..., None] * inverse)[:, :, None]
+    angles = jnp.asarray(angles, dtype)
+    angles = angles[:, None] if angles.ndim == 2 else angles  # [F] or [B, 1, F]
+    angle = (positions.astype(dtype)[..., None] * angles)[:, :, None]  # [B, T, 1, F]
     return jnp.cos(angle), jnp.sin(angle)
 
 
 def rotate_halves(x: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:
-    """x [B, T, H, C] with entry i paired with entry i + C/2 and each pair turned (the layout of Hugging Face)."""
-    a, b = jnp.split(x.astype(cosine.dtype), 2, axis=-1)
-    return jnp.concatenate([a * cosine - b * sine, b * cosine + a * sine], axis=-1).astype(x.dtype)
+    """Rotates pairs of entries i and i + F (the layout of Hugging Face's LLaMA and of GPT-NeoX).
+
+    Args:
+        x: [B, T, H, C].
+        cosine: [B, T, 1, F]. The first 2F entries of each head are rotated, the others stay.
+        sine: [B, T, 1, F].
+    """
+    width = 2 * cosine.shape[-1]
+    a, b = jnp.split(x[..., :width].astype(cosine.dtype), 2, axis=-1)
+    rotated = jnp.concatenate([a * cosine - b * sine, b * cosine + a * sine], axis=-1).astype(x.dtype)
+    return rotated if width == x.shape[-1] else jnp.concatenate([rotated, x[..., width:]], axis=-1)
 
 
 def rotate_pairs(x: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:
-    """x [B, T, H, C] with entries 2i and 2i + 1 paired and each pair turned, as far as there are angles; the entries
-    after those stay (the layout of the paper, of GPT-J, and of ChatGLM2, which turns half of each head)."""
+    """Rotates pairs of entries 2i and 2i + 1 (the layout of the paper, of GPT-J and of ChatGLM2).
+
+    Args:
+        x: [B, T, H, C].
+        cosine: [B, T, 1, F]. The first 2F entries of each head are rotated, the others stay.
+        sine: [B, T, 1, F].
+    """
     width = 2 * cosine.shape[-1]
     pairs = x[..., :width].astype(cosine.dtype).reshape(*x.shape[:-1], -1, 2)
     a, b = pairs[..., 0], pairs[..., 1]
-    turned = jnp.stack([a * cosine - b * sine, b * cosine + a * sine], axis=-1)
-    return jnp.concatenate([turned.reshape(*x.shape[:-1], width).astype(x.dtype), x[..., width:]], axis=-1)
+    rotated = jnp.stack([a * cosine - b * sine, b * cosine + a * sine], axis=-1)
+    return jnp.concatenate([rotated.reshape(*x.shape[:-1], width).astype(x.dtype), x[..., width:]], axis=-1)

@@ -1,5 +1,6 @@
-"""RoPE settings in config.json: `rope_parameters` (transformers 5), and `rope_theta` with `rope_scaling` (before)."""
+"""RoPE settings in config.json: in `rope_parameters` (transformers 5), or in `rope_theta` and `rope_scaling`."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from garrulax.layers.rope import KINDS, USED, Rope
@@ -29,11 +30,15 @@ _REQUIRED = {
 }
 
 
-def rope_from_hf(raw: dict, context: int) -> Rope:
-    """Rope of a parsed config.json; `context` is its max_position_embeddings.
+def rope_from_hf(raw: Mapping[str, Any], context: int) -> Rope:
+    """The rotary settings in a parsed config.json.
 
-    Raises ValueError for an unknown kind or key, for one that is missing, and where the two dialects stand side by
-    side and disagree.
+    Args:
+        raw: The parsed file.
+        context: Its max_position_embeddings.
+
+    Raises:
+        ValueError: A kind or key is unknown or missing, or the two notations are both there and disagree.
     """
     found = []
     if raw.get("rope_parameters") is not None:
@@ -47,7 +52,7 @@ def rope_from_hf(raw: dict, context: int) -> Rope:
     return found[0]
 
 
-def _read(settings: dict, theta: float | None, context: int) -> Rope:
+def _read(settings: Any, theta: float | None, context: int) -> Rope:
     if not isinstance(settings, dict):
         raise ValueError(f"config.json: the RoPE settings must be an object, not {settings!r}")
     kind = settings.get("rope_type", settings.get("type", "default"))
@@ -83,10 +88,39 @@ def _theta(value: Any) -> float:
     return float(value)
 
 
-def rope_to_hf(rope: Rope, context: int) -> dict:
-    """The config.json entries of `rope`, in both dialects.
+def partial_rope_from_hf(raw: Mapping[str, Any], context: int, default: float) -> tuple[Rope, float]:
+    """The rotary settings in a parsed config.json, and the share of each head that is rotated.
 
-    Raises ValueError for a dynamic RoPE whose original context is not `context`: config.json cannot say that.
+    Args:
+        raw: The parsed file. `partial_rotary_factor` is at the top, or among the rotary settings.
+        context: Its max_position_embeddings.
+        default: The share where the file does not say it.
+
+    Raises:
+        ValueError: As `rope_from_hf`, and where the file gives two shares.
+    """
+    key, cleaned = "partial_rotary_factor", dict(raw)
+    found = [raw.get(key)]
+    for name in ("rope_parameters", "rope_scaling"):
+        if isinstance(raw.get(name), dict):
+            cleaned[name] = {k: v for k, v in raw[name].items() if k != key}
+            found.append(raw[name].get(key))
+    shares = [share for share in found if share is not None] or [default]
+    if any(share != shares[0] for share in shares):
+        raise ValueError(f"config.json gives two values of {key}: {', '.join(map(str, shares))}")
+    return rope_from_hf(cleaned, context), shares[0]
+
+
+def rope_to_hf(rope: Rope, context: int, share: float | None = None) -> dict[str, Any]:
+    """The config.json entries of rotary settings, in both notations.
+
+    Args:
+        rope: The settings.
+        context: max_position_embeddings of the file.
+        share: Share of each head that is rotated, for families where it is a setting.
+
+    Raises:
+        ValueError: A dynamic RoPE has another original context than `context`: config.json cannot say that.
     """
     settings: dict[str, Any] = {"rope_type": rope.kind}
     for ours, key in _FIELDS.items():
@@ -96,4 +130,7 @@ def rope_to_hf(rope: Rope, context: int) -> dict:
     if rope.kind == "dynamic" and settings.pop("original_max_position_embeddings") != context:
         raise ValueError(f"dynamic RoPE is stored with original_context = context = {context}")
     old = {"rope_theta": rope.theta, "rope_scaling": None if rope.kind == "default" else settings}
-    return {**old, "rope_parameters": {**settings, "rope_theta": rope.theta}}
+    if share is None:
+        return {**old, "rope_parameters": {**settings, "rope_theta": rope.theta}}
+    partial = {"partial_rotary_factor": share}
+    return {**old, **partial, "rope_parameters": {**settings, "rope_theta": rope.theta, **partial}}

@@ -1,16 +1,17 @@
-"""Running the layers of a model one after another."""
+"""The loop over the layers of a model."""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from garrulax.core.spec import Tree
 from garrulax.layers.cache import Cache
+from garrulax.layers.call import Call
 
 _policies = jax.checkpoint_policies
-#: What the backward pass recomputes: nothing; everything but the products with weights and attention; everything.
+#: Policies of what the backward pass recomputes: nothing; all but products with weights and attention; everything.
 REMAT = {
     "none": None,
     "dots": _policies.save_from_both_policies(
@@ -21,27 +22,29 @@ REMAT = {
 }
 
 
-def run(
-    block: Callable,
-    x: jax.Array,
-    blocks: Any,
-    *,
-    cache: Cache | None,
-    key: jax.Array | None,
-    remat: str = "none",
-    unroll: bool = False,
+def scan_layers(
+    block: Callable, x: jax.Array, blocks: Tree, call: Call, key: jax.Array | None = None
 ) -> tuple[jax.Array, Cache | None]:
-    """x after all layers, and the cache.
+    """Runs the layers one after another.
 
-    block: (x, p, kv, layer, key) -> (x, kv) with the layer's parameters p, the cache arrays kv (None without a
-    cache), its number (int32) and its dropout key (None without dropout).
-    blocks: parameters stacked on a leading axis, which run as `lax.scan` (compile time does not grow with depth), or
-    a tuple with one tree a layer, which run unrolled (a decoding step reads each weight where it lies: on CPU twice
-    as fast as slicing it out of the stack). The cache must have the same form.
-    remat: what the backward pass recomputes, a name in `REMAT`.
-    unroll: lay the scan out as straight code: compile time grows with depth, and on CPU a small model trains a
-    quarter faster, since nothing is copied into and out of the stack.
+    Args:
+        block: One layer, (x, p, kv, layer, key) -> (x, kv), with the layer's parameters p, the cache's arrays kv (None
+            without a cache), the layer's number (int32) and its dropout key (None without dropout).
+        x: [B, T, D], input of the first layer.
+        blocks: Parameters stacked on a leading axis, which run as `lax.scan` (compile time does not grow with depth),
+            or a tuple with one tree a layer, which run as straight code: a decoding step then reads each weight where
+            it lies (on CPU twice as fast as slicing it out of the stack). The cache must have the same form.
+        call: The forward pass. With `unroll` the scan becomes straight code: compile time grows with depth, and on CPU
+            a small model trains a quarter faster, since nothing is copied into and out of the stack.
+        key: PRNG key for dropout in the layers.
+
+    Returns:
+        x after the last layer, and the cache with the new keys and values.
+
+    Raises:
+        ValueError: An unknown `remat`, or parameters and cache of different forms.
     """
+    cache, remat = call.cache, call.remat
     if remat not in REMAT:
         raise ValueError(f"unknown remat {remat!r}: choose from {', '.join(REMAT)}")
     if cache is not None and isinstance(blocks, tuple) != isinstance(cache.layers, tuple):
@@ -50,7 +53,7 @@ def run(
         block = jax.checkpoint(block, policy=REMAT[remat])
     if isinstance(blocks, tuple):
         return _unrolled(block, x, blocks, cache, key)
-    return _scanned(block, x, blocks, cache, key, unroll)
+    return _scanned(block, x, blocks, cache, key, call.unroll)
 
 
 def _unrolled(block, x, blocks, cache, key):

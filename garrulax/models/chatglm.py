@@ -7,23 +7,24 @@ modeling_chatglm.py of THUDM/chatglm2-6b, chatglm3-6b and glm-4-9b; transformers
 """
 
 import dataclasses
-import math
+from typing import Any
 
 import jax
 
-from garrulax.core.config import check_flags, check_ids, check_positive, check_rates, check_sizes
-from garrulax.core.einsum import einsum, lookup
-from garrulax.core.hf import Layout
-from garrulax.core.spec import ParamSpec, Stored, Tree, normal, ones, stacked, zeros
-from garrulax.kernels.mask import Mask
+from garrulax.core import config as fields
+from garrulax.core.config import Count, Flag, OptionalTokenId, Positive, Rate, Size, TokenIds
+from garrulax.core.einsum import lookup
+from garrulax.core.hf import TensorNames
+from garrulax.core.spec import Declare, Tree, normal, stacked
 from garrulax.layers import rope
-from garrulax.layers.attention import attend, default_positions
-from garrulax.layers.cache import Cache, admit, whole_length
+from garrulax.layers.attention import cached_attention
+from garrulax.layers.cache import Cache
+from garrulax.layers.call import Call
 from garrulax.layers.dropout import dropout, split
 from garrulax.layers.mlp import check_activation, gated_mlp, linear
 from garrulax.layers.norms import rms_norm
 from garrulax.layers.rope import Rope
-from garrulax.layers.stack import run
+from garrulax.layers.stack import scan_layers
 from garrulax.models import chatglm_hf
 
 
@@ -31,56 +32,40 @@ from garrulax.models import chatglm_hf
 class Config:
     """ChatGLM2 and after. Defaults are ChatGLM2-6B.
 
-    vocab, context: tokens (the context is advice: rotary positions go on). width, layers, heads, kv_heads,
-    head_dim, mlp_width: sizes; head_dim 0 stands for width / heads. activation: of the gate. norm_eps: of the norms.
-    rope: rotary settings. rotary: share of a head's width that is turned. *_dropout: rates, used where forward is
-    given a key. qkv_bias: whether query, key and value have biases. output_norms: whether what attention and
-    MLP give is normalised too. residual_after_norm: whether it is added to their normalised input, not to the input.
-    tied: the output is the token embedding. init_std: of the initial weights. bos, eos, pad: token ids; eos may be
-    several. dialect: the format of checkpoints, "chatglm" (of the remote code), "glm" or "glm4" (transformers'
-    classes); parameters do not depend on it, so that replacing it exports a model in another format.
+    The parameters do not depend on the dialect, so that replacing it exports a model in another format.
     """
 
-    vocab: int = 65024
-    context: int = 32768
-    width: int = 4096
-    layers: int = 28
-    heads: int = 32
-    kv_heads: int = 2
-    head_dim: int = 0
-    mlp_width: int = 13696
-    activation: str = "silu"
-    norm_eps: float = 1e-5
+    vocab: Size = 65024  # token ids
+    context: Size = 32768  # tokens that it was trained on; rotary positions go on
+    width: Size = 4096
+    layers: Size = 28
+    heads: Size = 32
+    kv_heads: Size = 2
+    head_dim: Count = 0  # 0 stands for width / heads
+    mlp_width: Size = 13696
+    activation: str = "silu"  # of the gate
+    norm_eps: Positive = 1e-5
     rope: Rope = Rope()
-    rotary: float = 0.5
-    attention_dropout: float = 0.0
-    residual_dropout: float = 0.0
-    qkv_bias: bool = True
-    output_norms: bool = False
-    residual_after_norm: bool = False
-    tied: bool = False
-    init_std: float = 0.02
-    bos: int | None = None
-    eos: int | tuple[int, ...] | None = 2
-    pad: int | None = 0
-    dialect: str = "chatglm"
+    rotary: Positive = 0.5  # share of a head's entries that are rotated
+    attention_dropout: Rate = 0.0
+    residual_dropout: Rate = 0.0
+    qkv_bias: Flag = True
+    output_norms: Flag = False  # the outputs of attention and MLP are normalised too
+    residual_after_norm: Flag = False  # they are added to their normalised input, not to the input
+    tied: Flag = False  # the output head is the token embedding
+    init_std: Positive = 0.02  # of the initial weights
+    bos: OptionalTokenId = None
+    eos: TokenIds = 2
+    pad: OptionalTokenId = 0
+    dialect: str = "chatglm"  # format of checkpoints: of the remote code, or transformers' "glm" and "glm4"
 
     def __post_init__(self):
-        check_sizes(self, "vocab", "context", "width", "layers", "heads", "kv_heads", "mlp_width")
-        if self.head_dim == 0:
-            if self.width % self.heads:
-                raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}; give head_dim")
-            object.__setattr__(self, "head_dim", self.width // self.heads)
-        check_sizes(self, "head_dim")
-        if self.heads % self.kv_heads:
-            raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+        fields.check_fields(self)
+        fields.fill_head_dim(self)
+        fields.check_groups(self.heads, self.kv_heads)
         check_activation(self.activation)
-        check_rates(self, "attention_dropout", "residual_dropout")
-        check_positive(self, "norm_eps", "init_std", "rotary")
         if self.rotary > 1 or self.rotary_width % 2 or not self.rotary_width:
             raise ValueError(f"rotary={self.rotary} must turn an even part of head_dim {self.head_dim}")
-        check_flags(self, "qkv_bias", "output_norms", "residual_after_norm", "tied")
-        check_ids(self, "bos", "eos", "pad", several=("eos",))
         chatglm_hf.check_dialect(self)
 
     @property
@@ -90,115 +75,80 @@ class Config:
 
     @property
     def rotary_width(self) -> int:
-        """Entries of a head that rotary positions turn."""
+        """Entries of a head that are rotated."""
         return int(self.head_dim * self.rotary)
 
 
 def parameters(c: Config) -> Tree:
-    """The ParamSpec tree: as LLaMA's, whatever the dialect fuses."""
-    D, H, K, C, F = c.width, c.heads, c.kv_heads, c.head_dim, c.mlp_width
-    weight, names = normal(c.init_std), chatglm_hf.NAMES[c.dialect]
+    """The ParamSpec tree: the same in all dialects, whatever their tensors fuse."""
+    sizes = {"D": c.width, "H": c.heads, "K": c.kv_heads, "C": c.head_dim, "F": c.mlp_width, "V": c.vocab}
+    declare = Declare(normal(c.init_std), N=c.heads + 2 * c.kv_heads, **sizes)
+    names = chatglm_hf.NAMES[c.dialect]
     h = names["layer"]
-
-    def norm(name):
-        return {"scale": ParamSpec((D,), ("embed",), ones, Stored(f"{name}.weight"), role="vector")}
-
-    def table(name):
-        return ParamSpec((c.vocab, D), ("vocab", "embed"), weight, Stored(name), role="embedding")
-
-    def half(i):  # of the rows of gate and up together
-        stored = Stored(h + names["gate_up"], (2, F, D), (1, 0), (i,))
-        return ParamSpec((D, F), ("embed", "mlp"), weight, stored, (2 * F, D))
-
-    attention = {
-        "out": ParamSpec(
-            (H, C, D), ("heads", "head", "embed"), weight, Stored(h + names["out"], (D, H, C), (1, 2, 0)), (D, H * C),
-            inputs=2,
-        ),
-    }  # fmt: skip
-    for name, (stored, rows, take) in chatglm_hf.projections(c).items():
-        count, axis = (H, "heads") if name == "query" else (K, "kv_heads")
-        attention[name] = ParamSpec(
-            (D, count, C), ("embed", axis, "head"), weight, Stored(f"{h}{stored}.weight", (*rows, D), (2, 0, 1), take),
-            (math.prod(rows), D),
-        )  # fmt: skip
-        if c.qkv_bias:
-            attention[f"{name}_bias"] = ParamSpec(
-                (count, C), (axis, "head"), zeros, Stored(f"{h}{stored}.bias", rows, None, take), (math.prod(rows),),
-                role="vector",
-            )  # fmt: skip
+    projections = [
+        declare.linear(key, h + name, pattern, bias=c.qkv_bias, **parts)
+        for key, (name, pattern, parts) in chatglm_hf.projections(c).items()
+    ]
     layer = {
-        "attention_norm": norm(h + "input_layernorm"),
-        "attention": attention,
-        "mlp_norm": norm(h + "post_attention_layernorm"),
+        "attention_norm": declare.rms_norm(h + "input_layernorm"),
+        "attention": {
+            **{key: weight for projection in projections for key, weight in projection.items()},
+            **declare.linear("out", h + names["out"], "D (H C) -> H C D"),
+        },
+        "mlp_norm": declare.rms_norm(h + "post_attention_layernorm"),
         "mlp": {
-            "gate": half(0),
-            "up": half(1),
-            "down": ParamSpec((F, D), ("mlp", "embed"), weight, Stored(h + names["down"], (D, F), (1, 0)), (D, F)),
+            **declare.linear("gate", h + names["gate_up"], "(two F) D -> D F", two=0),
+            **declare.linear("up", h + names["gate_up"], "(two F) D -> D F", two=1),
+            **declare.linear("down", h + names["down"], "D F -> F D"),
         },
     }
     if c.output_norms:
-        layer["attention_output_norm"] = norm(h + "post_self_attn_layernorm")
-        layer["mlp_output_norm"] = norm(h + "post_mlp_layernorm")
-    tree = {"tokens": table(names["tokens"]), "blocks": stacked(c.layers, layer), "norm": norm(names["norm"])}
-    if not c.tied:
-        tree["head"] = table(names["head"])
-    return tree
+        layer["attention_output_norm"] = declare.rms_norm(h + "post_self_attn_layernorm")
+        layer["mlp_output_norm"] = declare.rms_norm(h + "post_mlp_layernorm")
+    return {
+        "tokens": declare.embedding(names["tokens"]),
+        "blocks": stacked(c.layers, layer),
+        "norm": declare.rms_norm(names["norm"]),
+        **({} if c.tied else {"head": declare.embedding(names["head"])}),
+    }
 
 
-def hidden(
-    params: Tree,
-    tokens: jax.Array,
-    c: Config,
-    *,
-    positions: jax.Array | None = None,
-    mask: Mask | None = None,
-    cache: Cache | None = None,
-    key: jax.Array | None = None,
-    remat: str = "none",
-    unroll: bool = False,
-) -> tuple[jax.Array, Cache | None]:
-    """Hidden states [B, T, D] after the last norm, and the cache. Arguments as in `garrulax.forward`."""
-    positions = default_positions(tokens, cache) if positions is None else positions
-    view, cache = admit(tokens, positions, mask, cache)
-    x = lookup(params["tokens"], tokens)
-    turn = rope.table(c.rope, positions, c.rotary_width, whole_length(positions, cache), x.dtype)
+def hidden(params: Tree, call: Call, c: Config) -> tuple[jax.Array, Cache | None]:
+    """Hidden states [B, T, D] before the last norm, and the cache."""
+    x = lookup(params["tokens"], call.tokens)  # [B, T, D]
+    angles = rope.cos_sin(c.rope, call.positions, c.rotary_width, call.text_length, x.dtype)
 
     def block(x, p, kv, layer, key):
         keys = split(key, 3)
-        y = norm(x, p["attention_norm"])
+        y = norm(x, p["attention_norm"], c)
         z, kv = attention(y, p["attention"], kv, layer, keys[0])
         x = add(x, y, z, p.get("attention_output_norm"), keys[1])
-        y = norm(x, p["mlp_norm"])
+        y = norm(x, p["mlp_norm"], c)
         return add(x, y, gated_mlp(y, p["mlp"], c.activation), p.get("mlp_output_norm"), keys[2]), kv
 
     def attention(x, p, kv, layer, key):
-        q = rope.rotate_pairs(linear("BTD,DHC->BTHC", x, p, "query"), *turn)
-        k = rope.rotate_pairs(linear("BTD,DKC->BTKC", x, p, "key"), *turn)
+        q = rope.rotate_pairs(linear("BTD,DHC->BTHC", x, p, "query"), *angles)
+        k = rope.rotate_pairs(linear("BTD,DKC->BTKC", x, p, "key"), *angles)
         v = linear("BTD,DKC->BTKC", x, p, "value")
-        y, kv = attend(q, k, v, view, kv, layer, dropout=c.attention_dropout, dropout_key=key)
+        y, kv = cached_attention(q, k, v, call, kv, layer, dropout=c.attention_dropout, dropout_key=key)
         return linear("BTHC,HCD->BTD", y, p, "out"), kv
 
     def add(x, normed, y, output_norm, key):
-        y = y if output_norm is None else norm(y, output_norm)
+        y = y if output_norm is None else norm(y, output_norm, c)
         return (normed if c.residual_after_norm else x) + dropout(y, c.residual_dropout, key)
 
-    def norm(x, p):
-        return rms_norm(x, **p, eps=c.norm_eps)
-
-    x, cache = run(block, x, params["blocks"], cache=cache, key=key, remat=remat, unroll=unroll)
-    return norm(x, params["norm"]), cache
+    return scan_layers(block, x, params["blocks"], call, call.key)
 
 
-def logits(params: Tree, x: jax.Array, c: Config) -> jax.Array:
-    """Logits [B, T, V] of hidden states [B, T, D]."""
-    return einsum("BTD,VD->BTV", x, params["tokens" if c.tied else "head"])
+def norm(x: jax.Array, p: Tree, c: Config) -> jax.Array:
+    """RMSNorm."""
+    return rms_norm(x, **p, eps=c.norm_eps)
 
 
 DIALECTS = chatglm_hf.DIALECTS
 
 
-def from_hf(raw: dict) -> Config:
+def from_hf(raw: dict[str, Any]) -> Config:
     """The Config of a parsed config.json with model_type chatglm (ChatGLM2 and after), glm or glm4.
 
     Raises ValueError as `models.chatglm_hf.read` does.
@@ -206,16 +156,16 @@ def from_hf(raw: dict) -> Config:
     return Config(**chatglm_hf.read(raw))
 
 
-def to_hf(c: Config) -> dict:
-    """The config.json of `c` in its dialect."""
+def to_hf(c: Config) -> dict[str, Any]:
+    """The config.json of a Config, in its dialect."""
     return chatglm_hf.write(c)
 
 
-def layout(c: Config) -> Layout:
-    """Names in a checkpoint beyond the ParamSpec tree's."""
+def tensor_names(c: Config) -> TensorNames:
+    """Names in a checkpoint beyond those of the ParamSpec tree."""
     names = chatglm_hf.NAMES[c.dialect]
-    tied = {names["head"]: names["tokens"]} if c.tied else {}
-    return Layout(prefix=names["prefix"], tied=tied, buffers=("rotary_pos_emb.inv_freq", ".rotary_emb.inv_freq"))
+    buffers = ("rotary_pos_emb.inv_freq", ".rotary_emb.inv_freq")
+    return TensorNames(prefix=names["prefix"], head=names["head"], buffers=buffers)
 
 
 _CHATGLM3 = Config(context=8192, eos=chatglm_hf.CHATGLM3_EOS)

@@ -5,13 +5,12 @@ Sources: configuration_chatglm.py beside the published checkpoints; transformers
 
 import dataclasses
 import math
-import types
 from typing import Any
 
-from garrulax.core.config import check_flags, check_positive, check_sizes
-from garrulax.core.hf import HFConfig, claimant
+from garrulax.core.config import Flag, Positive, Size, check_value
+from garrulax.core.hf import HFConfig, find_format, key
 from garrulax.layers.rope import Rope
-from garrulax.layers.rope_hf import rope_from_hf, rope_to_hf
+from garrulax.layers.rope_hf import partial_rope_from_hf, rope_from_hf, rope_to_hf
 
 #: The one value that a dialect's config.json can say of settings that others leave open.
 FIXED: dict[str, dict[str, Any]] = {
@@ -24,13 +23,12 @@ FIXED: dict[str, dict[str, Any]] = {
 _CHATGLM_NAMES = {
     "prefix": "transformer.", "layer": "transformer.encoder.layers.{}.",
     "tokens": "transformer.embedding.word_embeddings.weight", "norm": "transformer.encoder.final_layernorm",
-    "head": "transformer.output_layer.weight", "out": "self_attention.dense.weight",
-    "gate_up": "mlp.dense_h_to_4h.weight", "down": "mlp.dense_4h_to_h.weight",
+    "head": "transformer.output_layer.weight", "out": "self_attention.dense",
+    "gate_up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h",
 }  # fmt: skip
 _GLM_NAMES = {
     "prefix": "model.", "layer": "model.layers.{}.", "tokens": "model.embed_tokens.weight", "norm": "model.norm",
-    "head": "lm_head.weight", "out": "self_attn.o_proj.weight", "gate_up": "mlp.gate_up_proj.weight",
-    "down": "mlp.down_proj.weight",
+    "head": "lm_head.weight", "out": "self_attn.o_proj", "gate_up": "mlp.gate_up_proj", "down": "mlp.down_proj",
 }  # fmt: skip
 NAMES = {"chatglm": _CHATGLM_NAMES, "glm": _GLM_NAMES, "glm4": _GLM_NAMES}
 
@@ -48,59 +46,50 @@ def check_dialect(c: Any) -> None:
         raise ValueError(f"dialect {c.dialect!r} cannot say eos=None: there it stands for GLM-4's three")
 
 
-def projections(c: Any) -> dict[str, tuple[str, tuple[int, ...], tuple | None]]:
-    """Where query, key and value of a Config lie: the stored tensor, how its rows are split, what of them to take."""
-    H, K, C = c.heads, c.kv_heads, c.head_dim
+def projections(c: Any) -> dict[str, tuple[str, str, dict[str, Any]]]:
+    """Name, layout and part of the tensors of query, key and value, as `core.spec.Declare.linear` takes them.
+
+    The letter N stands for all heads of a tensor that holds query, key and value one after another.
+    """
+    H, K = c.heads, c.kv_heads
     if c.dialect != "chatglm":
-        counts = {"query": H, "key": K, "value": K}
-        return {name: (f"self_attn.{name[0]}_proj", (count, C), None) for name, count in counts.items()}
+        letters = {"query": "H", "key": "K", "value": "K"}
+        return {key: (f"self_attn.{key[0]}_proj", f"({n} C) D -> D {n} C", {}) for key, n in letters.items()}
     fused = "self_attention.query_key_value"
-    if K == H:  # head by head, each with its query, key and value
-        return {name: (fused, (H, 3, C), (None, i)) for i, name in enumerate(("query", "key", "value"))}
-    parts = {"query": (0, H), "key": (H, H + K), "value": (H + K, H + 2 * K)}
-    return {name: (fused, (H + 2 * K, C), (part,)) for name, part in parts.items()}
+    if K == H:  # query, key and value of a head lie side by side
+        letters = {"query": "H", "key": "K", "value": "K"}
+        return {key: (fused, f"({n} three C) D -> D {n} C", {"three": i}) for i, (key, n) in enumerate(letters.items())}
+    return {
+        "query": (fused, "(N C) D -> D H C", {"N": slice(0, H)}),
+        "key": (fused, "(N C) D -> D K C", {"N": slice(H, H + K)}),
+        "value": (fused, "(N C) D -> D K C", {"N": slice(H + K, H + 2 * K)}),
+    }
 
 
 CHATGLM = HFConfig(
     model_type="chatglm",
     architecture="ChatGLMModel",
     fields={
-        "vocab": ("padded_vocab_size", "vocab_size"),
-        "context": "seq_length",
-        "width": "hidden_size",
-        "layers": ("num_layers", "num_hidden_layers"),
-        "heads": "num_attention_heads",
-        "kv_heads": "multi_query_group_num",
-        "head_dim": "kv_channels",
-        "mlp_width": "ffn_hidden_size",
-        "norm_eps": "layernorm_epsilon",
-        "attention_dropout": "attention_dropout",
-        "residual_dropout": "hidden_dropout",
-        "qkv_bias": "add_qkv_bias",
-        "residual_after_norm": "apply_residual_connection_post_layernorm",
-        "init_std": "initializer_range",
-        "bos": "bos_token_id",
-        "eos": "eos_token_id",
-        "pad": "pad_token_id",
-        "multi_query_attention": "multi_query_attention",
-        "rope_ratio": "rope_ratio",
+        "vocab": key("padded_vocab_size", "vocab_size"),
+        "context": key("seq_length", default=2048),
+        "width": key("hidden_size"),
+        "layers": key("num_layers", "num_hidden_layers"),
+        "heads": key("num_attention_heads"),
+        "kv_heads": key("multi_query_group_num", default=1),
+        "head_dim": key("kv_channels"),
+        "mlp_width": key("ffn_hidden_size"),
+        "norm_eps": key("layernorm_epsilon", default=1e-5),
+        "attention_dropout": key("attention_dropout", default=0.0),
+        "residual_dropout": key("hidden_dropout", default=0.0),
+        "qkv_bias": key("add_qkv_bias", default=False),
+        "residual_after_norm": key("apply_residual_connection_post_layernorm", default=False),
+        "init_std": key("initializer_range", default=0.02),
+        "bos": key("bos_token_id", default=None, null=True),
+        "eos": key("eos_token_id", default=None, null=True),
+        "pad": key("pad_token_id", default=None, null=True),
+        "multi_query_attention": key("multi_query_attention", default=False),
+        "rope_ratio": key("rope_ratio", default=1.0),
     },
-    defaults={
-        "context": 2048,
-        "kv_heads": 1,
-        "norm_eps": 1e-5,
-        "attention_dropout": 0.0,
-        "residual_dropout": 0.0,
-        "qkv_bias": False,
-        "residual_after_norm": False,
-        "init_std": 0.02,
-        "bos": None,
-        "eos": None,
-        "pad": None,
-        "multi_query_attention": False,
-        "rope_ratio": 1.0,
-    },
-    optional=frozenset({"bos", "eos", "pad"}),
     fixed={
         "add_bias_linear": False, "fp32_residual_connection": False, "original_rope": True, "post_layer_norm": True,
         "pre_seq_len": None, "quantization_bit": 0, "rmsnorm": True,
@@ -118,40 +107,25 @@ GLM = HFConfig(
     model_type="glm",
     architecture="GlmForCausalLM",
     fields={
-        "vocab": "vocab_size",
-        "context": "max_position_embeddings",
-        "width": "hidden_size",
-        "layers": "num_hidden_layers",
-        "heads": "num_attention_heads",
-        "kv_heads": "num_key_value_heads",
-        "head_dim": "head_dim",
-        "mlp_width": "intermediate_size",
-        "activation": "hidden_act",
-        "norm_eps": "rms_norm_eps",
-        "attention_dropout": "attention_dropout",
-        "qkv_bias": "attention_bias",
-        "tied": "tie_word_embeddings",
-        "init_std": "initializer_range",
-        "bos": "bos_token_id",
-        "eos": "eos_token_id",
-        "pad": "pad_token_id",
+        "vocab": key("vocab_size"),
+        "context": key("max_position_embeddings", default=131072),
+        "width": key("hidden_size"),
+        "layers": key("num_hidden_layers"),
+        "heads": key("num_attention_heads"),
+        "kv_heads": key("num_key_value_heads", default=2),
+        "head_dim": key("head_dim", default=128),
+        "mlp_width": key("intermediate_size"),
+        "activation": key("hidden_act", default="silu"),
+        "norm_eps": key("rms_norm_eps", default=1.5625e-7),
+        "attention_dropout": key("attention_dropout", default=0.0),
+        "qkv_bias": key("attention_bias", default=True),
+        "tied": key("tie_word_embeddings", default=False),
+        "init_std": key("initializer_range", default=0.02),
+        "bos": key("bos_token_id", default=None, null=True),
+        "eos": key("eos_token_id", default=(151329, 151336, 151338)),
+        "pad": key("pad_token_id", default=151329, null=True),
     },
-    defaults={
-        "context": 131072,
-        "kv_heads": 2,
-        "head_dim": 128,
-        "activation": "silu",
-        "norm_eps": 1.5625e-7,
-        "attention_dropout": 0.0,
-        "qkv_bias": True,
-        "tied": False,
-        "init_std": 0.02,
-        "bos": None,
-        "eos": (151329, 151336, 151338),
-        "pad": 151329,
-    },
-    optional=frozenset({"bos", "pad"}),
-    ignored=frozenset({"partial_rotary_factor", "rope_parameters", "rope_scaling", "rope_theta"}),  # by `_glm_rope`
+    ignored=frozenset({"partial_rotary_factor", "rope_parameters", "rope_scaling", "rope_theta"}),
     marker="num_key_value_heads",  # the original GLM says model_type glm as well
 )
 
@@ -165,14 +139,14 @@ def read(raw: dict) -> dict[str, Any]:
     Raises ValueError as `core.hf.HFConfig.read` and `layers.rope_hf.rope_from_hf` do, and where rope_ratio may mean
     two things.
     """
-    dialect = claimant(DIALECTS, raw)
+    dialect = find_format(DIALECTS, raw)
     fields = dialect.read(raw) | {"dialect": dialect.model_type}
-    check_sizes(types.SimpleNamespace(**fields), "head_dim")  # in a Config 0 stands for width / heads
+    check_value("head_dim", fields["head_dim"], Size)  # in a Config 0 stands for width / heads
     if dialect is not CHATGLM:
-        settings, rotary = _glm_rope(raw, fields["context"])
+        settings, rotary = partial_rope_from_hf(raw, fields["context"], default=0.5)
         return fields | {"rope": settings, "rotary": rotary, "output_norms": dialect.model_type == "glm4"}
     grouped, ratio = fields.pop("multi_query_attention"), fields.pop("rope_ratio")
-    check_flags(types.SimpleNamespace(multi_query_attention=grouped), "multi_query_attention")
+    check_value("multi_query_attention", grouped, Flag)
     if grouped and fields["kv_heads"] == fields["heads"]:  # laid out as no published file is, nor is it written
         raise ValueError("config.json: multi_query_attention with a multi_query_group_num for every head")
     if not grouped:
@@ -183,15 +157,13 @@ def read(raw: dict) -> dict[str, Any]:
 
 
 def write(c: Any) -> dict[str, Any]:
-    """The config.json of `c` in its dialect, with the RoPE settings of transformers in both their formats."""
+    """The config.json of a `chatglm.Config` in its dialect, with the RoPE settings in both notations."""
     if c.dialect != "chatglm":
-        out = next(d for d in DIALECTS if d.model_type == c.dialect).write(c) | rope_to_hf(c.rope, c.context)
-        out["rope_parameters"] |= {"partial_rotary_factor": c.rotary}
-        return out | {"partial_rotary_factor": c.rotary}
-    more = {"multi_query_attention": c.kv_heads != c.heads, "rope_ratio": rope_ratio(c.rope)}
-    out = CHATGLM.write(types.SimpleNamespace(**vars(c), **more)) | {"tie_word_embeddings": False}
-    which = rope_to_hf(c.rope, c.context)
-    return out | {key: which[key] for key in ("rope_theta", "rope_scaling")}
+        found = next(d for d in DIALECTS if d.model_type == c.dialect)
+        return found.write(c) | rope_to_hf(c.rope, c.context, share=c.rotary)
+    out = CHATGLM.write(c, multi_query_attention=c.kv_heads != c.heads, rope_ratio=rope_ratio(c.rope))
+    settings = rope_to_hf(c.rope, c.context)
+    return out | {"tie_word_embeddings": False} | {name: settings[name] for name in ("rope_theta", "rope_scaling")}
 
 
 def _name(raw: dict) -> str:
@@ -210,7 +182,7 @@ def rope_ratio(settings: Rope) -> float:
 def _chatglm_rope(raw: dict, ratio: Any, context: int) -> Rope:
     """What rope_ratio means: ChatGLM3's and GLM-4's code multiplies the base by it, ChatGLM2-6B-32k's divides the
     positions. Their keys are the same: the name tells, or rope_theta and rope_scaling, which the code does not read."""
-    check_positive(types.SimpleNamespace(rope_ratio=ratio), "rope_ratio")
+    check_value("rope_ratio", ratio, Positive)
     if raw.get("rope_theta") or raw.get("rope_scaling"):
         settings = rope_from_hf(raw, context)
         if not math.isclose(rope_ratio(settings), ratio):
@@ -226,17 +198,3 @@ def _chatglm_rope(raw: dict, ratio: Any, context: int) -> Rope:
             'add "rope_scaling": {"type": "linear", "factor": 16} or "rope_theta": 160000'
         )
     return Rope(theta=10_000.0 * ratio)
-
-
-def _glm_rope(raw: dict, context: int) -> tuple[Rope, float]:
-    """Rotary settings and the share of a head that they turn, which stands in one of them or at the top."""
-    key, cleaned = "partial_rotary_factor", dict(raw)
-    found = [raw.get(key)]
-    for name in ("rope_parameters", "rope_scaling"):
-        if isinstance(raw.get(name), dict):
-            cleaned[name] = {k: v for k, v in raw[name].items() if k != key}
-            found.append(raw[name].get(key))
-    shares = [share for share in found if share is not None] or [0.5]
-    if any(share != shares[0] for share in shares):
-        raise ValueError(f"config.json gives two values of {key}: {', '.join(map(str, shares))}")
-    return rope_from_hf(cleaned, context), shares[0]

@@ -9,76 +9,62 @@ queries, and leaves Falcon-7B's attention whole (it has one, and 71 query heads)
 """
 
 import dataclasses
-import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 
-from garrulax.core.config import check_flags, check_ids, check_positive, check_rates, check_sizes
-from garrulax.core.einsum import einsum, lookup
-from garrulax.core.hf import HFConfig, Layout, claimant
-from garrulax.core.spec import ParamSpec, Stored, Tree, normal, ones, stacked, zeros
+from garrulax.core import config as fields
+from garrulax.core.config import Flag, OptionalTokenId, Positive, Rate, Size, TokenIds
+from garrulax.core.einsum import lookup
+from garrulax.core.hf import HFConfig, TensorNames, find_format, key
+from garrulax.core.spec import Declare, Tree, normal, stacked
 from garrulax.kernels.mask import Mask
 from garrulax.layers import rope
-from garrulax.layers.attention import alibi_slopes, attend, default_positions
-from garrulax.layers.cache import Cache, View, admit, whole_length
+from garrulax.layers.attention import alibi_slopes, cached_attention
+from garrulax.layers.cache import Cache
+from garrulax.layers.call import Call
 from garrulax.layers.dropout import dropout, split
 from garrulax.layers.mlp import check_activation, linear, mlp
 from garrulax.layers.norms import layer_norm
 from garrulax.layers.rope import Rope
 from garrulax.layers.rope_hf import rope_from_hf, rope_to_hf
-from garrulax.layers.stack import run
+from garrulax.layers.stack import scan_layers
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Falcon. Defaults are Falcon-7B.
+    """Falcon. Defaults are Falcon-7B."""
 
-    vocab, context: tokens (the context is advice: positions go on). width, layers, heads, kv_heads, mlp_width: sizes.
-    activation: a name in `layers.mlp.ACTIVATIONS`. norm_eps: of the norms. parallel: attention and MLP both read the
-    block's input; otherwise one follows the other. norms: 2 where the MLP has a norm of its own (always, where it
-    follows), 1 where it shares that of attention. alibi: biases by distance in place of rotary positions. rope: rotary
-    settings. *_dropout: rates of attention's probabilities and of what is added to the residual, used where forward is
-    given a key (transformers drops a sequential block's attention output at the former). bias: whether linear layers
-    have biases. tied: the output is the token embedding. init_std: of the initial weights. bos, eos: token ids; eos
-    may be several.
-    """
-
-    vocab: int = 65024
-    context: int = 2048
-    width: int = 4544
-    layers: int = 32
-    heads: int = 71
-    kv_heads: int = 1
-    mlp_width: int | None = None  # 4 width
+    vocab: Size = 65024  # token ids
+    context: Size = 2048  # tokens that it was trained on; positions go on
+    width: Size = 4544
+    layers: Size = 32
+    heads: Size = 71
+    kv_heads: Size = 1
+    mlp_width: int | None = None  # None stands for 4 width
     activation: str = "gelu"
-    norm_eps: float = 1e-5
-    parallel: bool = True
-    norms: int = 1
-    alibi: bool = False
+    norm_eps: Positive = 1e-5
+    parallel: Flag = True  # attention and MLP both read the block's input; otherwise one follows the other
+    norms: Size = 1  # 2 where the MLP has a norm of its own (always, where it follows), 1 where it shares attention's
+    alibi: Flag = False  # biases by distance in place of rotary positions
     rope: Rope = Rope()
-    attention_dropout: float = 0.0
-    residual_dropout: float = 0.0
-    bias: bool = False
-    tied: bool = True
-    init_std: float = 0.02
-    bos: int | None = 11
-    eos: int | tuple[int, ...] | None = 11
+    attention_dropout: Rate = 0.0
+    residual_dropout: Rate = 0.0  # transformers drops a sequential block's attention output at the rate before
+    bias: Flag = False  # linear layers have biases
+    tied: Flag = True  # the output head is the token embedding
+    init_std: Positive = 0.02  # of the initial weights
+    bos: OptionalTokenId = 11
+    eos: TokenIds = 11
 
     def __post_init__(self):
-        check_sizes(self, "vocab", "context", "width", "layers", "heads", "kv_heads", "norms")
+        fields.check_fields(self)
         if self.mlp_width is not None:
-            check_sizes(self, "mlp_width")
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        if self.heads % self.kv_heads:
-            raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+            fields.check_value("mlp_width", self.mlp_width, Size)
+        fields.check_heads(self.width, self.heads)
+        fields.check_groups(self.heads, self.kv_heads)
         check_activation(self.activation)
-        check_rates(self, "attention_dropout", "residual_dropout")
-        check_positive(self, "norm_eps", "init_std")
-        check_flags(self, "parallel", "alibi", "bias", "tied")
-        check_ids(self, "bos", "eos", several=("eos",))
         if self.norms > 2 or (self.norms == 1 and not self.parallel):
             raise ValueError(f"norms={self.norms}: a block has 2, or 1 where attention and MLP are parallel")
         if not self.parallel and 1 < self.kv_heads < self.heads:
@@ -100,178 +86,108 @@ class Config:
 
 
 def parameters(c: Config) -> Tree:
-    """The ParamSpec tree. Checkpoints fuse query, key and value as [K, G + 2, C, D]: for each key its queries first."""
-    D, K, C, F = c.width, c.kv_heads, c.head_dim, c.mlp_width or 4 * c.width
-    G = c.heads // K
-    weight = normal(c.init_std)
-    h = "transformer.h.{}."
-
-    def norm(name):
-        return {
-            "scale": ParamSpec((D,), ("embed",), ones, Stored(f"{name}.weight"), role="vector"),
-            "bias": ParamSpec((D,), ("embed",), zeros, Stored(f"{name}.bias"), role="vector"),
-        }
-
-    def table(name):
-        return ParamSpec((c.vocab, D), ("vocab", "embed"), weight, Stored(name), role="embedding")
-
-    def bias(shape, axes, name, stored_shape, split=None, take=None):
-        return ParamSpec(shape, axes, zeros, Stored(f"{h}{name}.bias", split, None, take), stored_shape, role="vector")
-
-    fused, rows = "self_attention.query_key_value", ((G + 2) * K * C,)
-    attention = {
-        "out": ParamSpec(
-            (K, G, C, D), ("kv_heads", None, "head", "embed"), weight,
-            Stored(h + "self_attention.dense.weight", (D, K, G, C), (1, 2, 3, 0)), (D, D), inputs=3,
-        ),
-    }  # fmt: skip
-    feed_forward = {
-        "up": ParamSpec(
-            (D, F), ("embed", "mlp"), weight, Stored(h + "mlp.dense_h_to_4h.weight", (F, D), (1, 0)), (F, D)
-        ),
-        "down": ParamSpec(
-            (F, D), ("mlp", "embed"), weight, Stored(h + "mlp.dense_4h_to_h.weight", (D, F), (1, 0)), (D, F)
-        ),
-    }
-    parts: dict[str, int | tuple[int, int]] = {"query": (0, G), "key": G, "value": G + 1}
-    for name, part in parts.items():
-        shape, axes = ((K, G, C), ("kv_heads", None, "head")) if name == "query" else ((K, C), ("kv_heads", "head"))
-        order = (len(shape), *range(len(shape)))
-        stored = Stored(f"{h}{fused}.weight", (K, G + 2, C, D), order, (None, part))
-        attention[name] = ParamSpec((D, *shape), ("embed", *axes), weight, stored, (*rows, D))
-        if c.bias:
-            attention[f"{name}_bias"] = bias(shape, axes, fused, rows, (K, G + 2, C), (None, part))
-    if c.bias:
-        attention["out_bias"] = bias((D,), ("embed",), "self_attention.dense", (D,))
-        feed_forward["up_bias"] = bias((F,), ("mlp",), "mlp.dense_h_to_4h", (F,))
-        feed_forward["down_bias"] = bias((D,), ("embed",), "mlp.dense_4h_to_h", (D,))
+    """The ParamSpec tree. Checkpoints fuse query, key and value as [K, N, C, D], N = G + 2: G queries, key, value."""
+    F, G = c.mlp_width or 4 * c.width, c.heads // c.kv_heads
+    declare = Declare(normal(c.init_std), D=c.width, K=c.kv_heads, G=G, N=G + 2, C=c.head_dim, F=F, V=c.vocab)
+    h, fused = "transformer.h.{}.", "transformer.h.{}.self_attention.query_key_value"
     first, second = ("ln_attn", "ln_mlp") if c.parallel else ("input_layernorm", "post_attention_layernorm")
     layer = {
-        "attention_norm": norm(h + (first if c.norms == 2 else "input_layernorm")),
-        "attention": attention,
-        "mlp": feed_forward,
+        "attention_norm": declare.layer_norm(h + (first if c.norms == 2 else "input_layernorm")),
+        "attention": {
+            **declare.linear("query", fused, "(K N C) D -> D K G C", bias=c.bias, N=slice(0, G)),
+            **declare.linear("key", fused, "(K N C) D -> D K C", bias=c.bias, N=G),
+            **declare.linear("value", fused, "(K N C) D -> D K C", bias=c.bias, N=G + 1),
+            **declare.linear("out", h + "self_attention.dense", "D (K G C) -> K G C D", bias=c.bias),
+        },
+        "mlp": {
+            **declare.linear("up", h + "mlp.dense_h_to_4h", "F D -> D F", bias=c.bias),
+            **declare.linear("down", h + "mlp.dense_4h_to_h", "D F -> F D", bias=c.bias),
+        },
+        **({"mlp_norm": declare.layer_norm(h + second)} if c.norms == 2 else {}),
     }
-    if c.norms == 2:
-        layer["mlp_norm"] = norm(h + second)
-    tree = {
-        "tokens": table("transformer.word_embeddings.weight"),
+    return {
+        "tokens": declare.embedding("transformer.word_embeddings.weight"),
         "blocks": stacked(c.layers, layer),
-        "norm": norm("transformer.ln_f"),
+        "norm": declare.layer_norm("transformer.ln_f"),
+        **({} if c.tied else {"head": declare.embedding("lm_head.weight")}),
     }
-    if not c.tied:
-        tree["head"] = table("lm_head.weight")
-    return tree
 
 
-def hidden(
-    params: Tree,
-    tokens: jax.Array,
-    c: Config,
-    *,
-    positions: jax.Array | None = None,
-    mask: Mask | None = None,
-    cache: Cache | None = None,
-    key: jax.Array | None = None,
-    remat: str = "none",
-    unroll: bool = False,
-) -> tuple[jax.Array, Cache | None]:
-    """Hidden states [B, T, D] after the last norm, and the cache. Arguments as in `garrulax.forward`."""
-    positions = default_positions(tokens, cache) if positions is None else positions
-    view, cache = admit(tokens, positions, mask, cache)
-    x = lookup(params["tokens"], tokens)
-    bias = alibi(view, c, x.dtype) if c.alibi else None
-    turn = None if c.alibi else rope.table(c.rope, positions, c.head_dim, whole_length(positions, cache), x.dtype)
+def hidden(params: Tree, call: Call, c: Config) -> tuple[jax.Array, Cache | None]:
+    """Hidden states [B, T, D] before the last norm, and the cache."""
+    x = lookup(params["tokens"], call.tokens)  # [B, T, D]
+    bias = alibi(call.mask, c, x.dtype) if c.alibi else None
+    angles = None if c.alibi else rope.cos_sin(c.rope, call.positions, c.head_dim, call.text_length, x.dtype)
 
     def block(x, p, kv, layer, key):
         keys = split(key, 3)
-        y = norm(x, p["attention_norm"])
+        y = norm(x, p["attention_norm"], c)
         z, kv = attention(y, p["attention"], kv, layer, keys[0])
         if not c.parallel:
             x, z = x + dropout(z, c.residual_dropout, keys[1]), 0
-        y = norm(x, p["mlp_norm"]) if c.norms == 2 else y
+        y = norm(x, p["mlp_norm"], c) if c.norms == 2 else y
         return x + dropout(mlp(y, p["mlp"], c.activation) + z, c.residual_dropout, keys[2]), kv
 
     def attention(x, p, kv, layer, key):
-        q = linear("BTD,DKGC->BTKGC", x, p, "query").reshape(*x.shape[:2], c.heads, c.head_dim)
+        q = linear("BTD,DKGC->BTKGC", x, p, "query").reshape(*x.shape[:2], c.heads, c.head_dim)  # [B, T, H, C]
         k = linear("BTD,DKC->BTKC", x, p, "key")
         v = linear("BTD,DKC->BTKC", x, p, "value")
-        if turn is not None:
-            q, k = rope.rotate_halves(q, *turn), rope.rotate_halves(k, *turn)
-        y, kv = attend(q, k, v, view, kv, layer, bias=bias, dropout=c.attention_dropout, dropout_key=key)
-        y = y.reshape(*x.shape[:2], c.kv_heads, -1, c.head_dim)
+        if angles is not None:
+            q, k = rope.rotate_halves(q, *angles), rope.rotate_halves(k, *angles)
+        y, kv = cached_attention(q, k, v, call, kv, layer, bias=bias, dropout=c.attention_dropout, dropout_key=key)
+        y = y.reshape(*x.shape[:2], c.kv_heads, -1, c.head_dim)  # [B, T, K, G, C]
         return linear("BTKGC,KGCD->BTD", y, p, "out"), kv
 
-    def norm(x, p):
-        return layer_norm(x, **p, eps=c.norm_eps)
-
-    x, cache = run(block, x, params["blocks"], cache=cache, key=key, remat=remat, unroll=unroll)
-    return norm(x, params["norm"]), cache
+    return scan_layers(block, x, params["blocks"], call, call.key)
 
 
-def alibi(view: View, c: Config, dtype: jnp.dtype) -> jax.Array:
-    """Bias [B, H, 1, S] of the scores: slope x position of the key / sqrt(C). As Falcon was trained, slope, position
-    and their product are rounded to bfloat16, and the product is divided with the scores (build_alibi_tensor)."""
+def norm(x: jax.Array, p: Tree, c: Config) -> jax.Array:
+    """LayerNorm."""
+    return layer_norm(x, **p, eps=c.norm_eps)
+
+
+def alibi(mask: Mask, c: Config, dtype: jnp.dtype) -> jax.Array:
+    """Bias [B, H, 1, S] of the scores: slope x position of the key / sqrt(C).
+
+    As Falcon was trained, slope, position and their product are rounded to bfloat16, and the product is divided with
+    the scores (build_alibi_tensor).
+    """
     dtype = jnp.promote_types(dtype, jnp.float32)
 
-    def rounded(x):  # to bfloat16; a mere cast there and back would be optimised away
+    def rounded(x):  # to bfloat16; XLA would remove a cast there and back
         return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
     slopes = alibi_slopes(c.heads).astype(ml_dtypes.bfloat16).astype(dtype)
-    position = rounded(view.mask.key_streams()["position"].astype(dtype))
+    position = rounded(mask.key_streams()["position"].astype(dtype))
     return rounded(slopes[:, None, None] * position[:, None, None, :]) * c.head_dim**-0.5
-
-
-def logits(params: Tree, x: jax.Array, c: Config) -> jax.Array:
-    """Logits [B, T, V] of hidden states [B, T, D]."""
-    return einsum("BTD,VD->BTV", x, params["tokens" if c.tied else "head"])
 
 
 HF = HFConfig(
     model_type="falcon",
     architecture="FalconForCausalLM",
     fields={
-        "vocab": "vocab_size",
-        "context": "max_position_embeddings",
-        "width": ("hidden_size", "n_embed"),
-        "layers": ("num_hidden_layers", "n_layer"),
-        "heads": ("num_attention_heads", "n_head"),
-        "kv_heads": ("num_kv_heads", "n_head_kv"),
-        "mlp_width": "ffn_hidden_size",
-        "activation": "activation",
-        "norm_eps": "layer_norm_epsilon",
-        "parallel": "parallel_attn",
-        "norms": "num_ln_in_parallel_attn",
-        "alibi": "alibi",
-        "attention_dropout": "attention_dropout",
-        "residual_dropout": "hidden_dropout",
-        "bias": "bias",
-        "tied": "tie_word_embeddings",
-        "init_std": "initializer_range",
-        "bos": "bos_token_id",
-        "eos": "eos_token_id",
-        "new_decoder_architecture": "new_decoder_architecture",
-        "multi_query": "multi_query",
+        "vocab": key("vocab_size"),
+        "context": key("max_position_embeddings", default=2048),
+        "width": key("hidden_size", "n_embed"),
+        "layers": key("num_hidden_layers", "n_layer"),
+        "heads": key("num_attention_heads", "n_head"),
+        "kv_heads": key("num_kv_heads", "n_head_kv", default=None),
+        "mlp_width": key("ffn_hidden_size", default=None),
+        "activation": key("activation", default="gelu"),
+        "norm_eps": key("layer_norm_epsilon", default=1e-5),
+        "parallel": key("parallel_attn", default=True),
+        "norms": key("num_ln_in_parallel_attn", default=None),
+        "alibi": key("alibi", default=False),
+        "attention_dropout": key("attention_dropout", default=0.0),
+        "residual_dropout": key("hidden_dropout", default=0.0),
+        "bias": key("bias", default=False),
+        "tied": key("tie_word_embeddings", default=True),
+        "init_std": key("initializer_range", default=0.02),
+        "bos": key("bos_token_id", default=11, null=True),
+        "eos": key("eos_token_id", default=11, null=True),
+        "new_decoder_architecture": key("new_decoder_architecture", default=False),
+        "multi_query": key("multi_query", default=True),
     },
-    defaults={
-        "context": 2048,
-        "kv_heads": None,
-        "mlp_width": None,
-        "activation": "gelu",
-        "norm_eps": 1e-5,
-        "parallel": True,
-        "norms": None,
-        "alibi": False,
-        "attention_dropout": 0.0,
-        "residual_dropout": 0.0,
-        "bias": False,
-        "tied": True,
-        "init_std": 0.02,
-        "bos": 11,
-        "eos": 11,
-        "new_decoder_architecture": False,
-        "multi_query": True,
-    },
-    optional=frozenset({"bos", "eos"}),
     fixed={"apply_residual_connection_post_layernorm": False},
     ignored=frozenset({
         "ff_factor",  # of Falcon-11B, beside ffn_hidden_size
@@ -280,55 +196,54 @@ HF = HFConfig(
 )  # fmt: skip
 
 
-def _first(model_type: str, **defaults: bool) -> HFConfig:
-    """The format of the first releases, read only."""
-    return dataclasses.replace(
-        HF, model_type=model_type, architecture="RWForCausalLM", defaults={**HF.defaults, **defaults}
-    )
+def _first_release(model_type: str, **defaults: bool) -> HFConfig:
+    """The format of the first releases, which is read only."""
+    fields = {name: dataclasses.replace(HF.fields[name], default=default) for name, default in defaults.items()}
+    return dataclasses.replace(HF, model_type=model_type, architecture="RWForCausalLM", fields={**HF.fields, **fields})
 
 
 DIALECTS = (
     HF,
-    _first("RefinedWebModel", parallel=False, multi_query=False),  # 7B and RW
-    _first("RefinedWeb", new_decoder_architecture=True),  # 40B, whose code knows no other
+    _first_release("RefinedWebModel", parallel=False, multi_query=False),  # 7B and RW
+    _first_release("RefinedWeb", new_decoder_architecture=True),  # 40B, whose code knows no other
 )
 
 
-def from_hf(raw: dict) -> Config:
+def from_hf(raw: dict[str, Any]) -> Config:
     """The Config of a parsed config.json with model_type falcon, RefinedWeb or RefinedWebModel.
 
     Raises ValueError as `core.hf.HFConfig.read` and `layers.rope_hf.rope_from_hf` do, and for combinations of the
     architecture's flags with which the reference code cannot run.
     """
-    fields = claimant(DIALECTS, raw).read(raw)
-    new, single = fields.pop("new_decoder_architecture"), fields.pop("multi_query")
-    flags = types.SimpleNamespace(new_decoder_architecture=new, multi_query=single)
-    check_flags(flags, "new_decoder_architecture", "multi_query")
-    kv_heads, norms, heads = fields["kv_heads"], fields["norms"], fields["heads"]
-    if new and not fields["parallel"]:
+    values = find_format(DIALECTS, raw).read(raw)
+    new, single = values.pop("new_decoder_architecture"), values.pop("multi_query")
+    fields.check_value("new_decoder_architecture", new, Flag)
+    fields.check_value("multi_query", single, Flag)
+    kv_heads, norms, heads = values["kv_heads"], values["norms"], values["heads"]
+    if new and not values["parallel"]:
         raise ValueError("config.json: new_decoder_architecture with parallel_attn=False is not implemented")
-    if not new and fields["parallel"] and norms not in (None, 1):
+    if not new and values["parallel"] and norms not in (None, 1):
         raise ValueError(f"config.json: num_ln_in_parallel_attn={norms} needs new_decoder_architecture")
     if not new and not single and kv_heads not in (None, heads):
         raise ValueError(f"config.json: num_kv_heads={kv_heads} needs new_decoder_architecture")
     if new:
-        fields |= {"kv_heads": heads if kv_heads is None else kv_heads, "norms": 2 if norms is None else norms}
+        values |= {"kv_heads": heads if kv_heads is None else kv_heads, "norms": 2 if norms is None else norms}
     else:
-        fields |= {"kv_heads": 1 if single else heads, "norms": 1 if fields["parallel"] else 2}
-    return Config(**fields, rope=rope_from_hf(raw, fields["context"]))
+        values |= {"kv_heads": 1 if single else heads, "norms": 1 if values["parallel"] else 2}
+    return Config(**values, rope=rope_from_hf(raw, values["context"]))
 
 
-def to_hf(c: Config) -> dict:
-    """The config.json of `c`, of model_type falcon, with the RoPE settings in both dialects."""
+def to_hf(c: Config) -> dict[str, Any]:
+    """The config.json of a Config, of model_type falcon, with the RoPE settings in both notations."""
     new = c.parallel and (c.norms == 2 or 1 < c.kv_heads < c.heads)
     flags = {"new_decoder_architecture": new, "multi_query": c.kv_heads == 1, "norms": c.norms if new else None}
-    return HF.write(types.SimpleNamespace(**(vars(c) | flags))) | rope_to_hf(c.rope, c.context)
+    return HF.write(c, **flags) | rope_to_hf(c.rope, c.context)
 
 
-def layout(c: Config) -> Layout:
-    """Names in a checkpoint beyond the ParamSpec tree's."""
-    tied = {"lm_head.weight": "transformer.word_embeddings.weight"} if c.tied else {}
-    return Layout(prefix="transformer.", tied=tied, buffers=(".rotary_emb.inv_freq", ".maybe_rotary.inv_freq"))
+def tensor_names(c: Config) -> TensorNames:
+    """Names in a checkpoint beyond those of the ParamSpec tree."""
+    buffers = (".rotary_emb.inv_freq", ".maybe_rotary.inv_freq")
+    return TensorNames(prefix="transformer.", head="lm_head.weight", buffers=buffers)
 
 
 #: As published, all with tied embeddings (what 40B and 11B say was not checked against the checkpoints).

@@ -9,60 +9,52 @@ its span (0 in part A, 1, 2, ... in a span). `kernels.masks.prefix` is the mask.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from garrulax.core.blanks import Blanks, masks
-from garrulax.core.config import check_ids, check_positive, check_rates, check_sizes
-from garrulax.core.einsum import einsum, lookup
-from garrulax.core.hf import HFConfig, Layout
-from garrulax.core.spec import ParamSpec, Stored, Tree, normal, ones, stacked, zeros
-from garrulax.kernels.mask import Mask
-from garrulax.layers.attention import attend, default_positions
-from garrulax.layers.cache import Cache, admit
+from garrulax.core import config as fields
+from garrulax.core.blanks import Blanks
+from garrulax.core.blanks import masks as mask_ids
+from garrulax.core.config import OptionalTokenId, Positive, Rate, Size, TokenId
+from garrulax.core.einsum import lookup
+from garrulax.core.hf import HFConfig, TensorNames, key
+from garrulax.core.spec import Declare, Tree, normal, stacked
+from garrulax.layers.attention import cached_attention
+from garrulax.layers.cache import Cache
+from garrulax.layers.call import Call
 from garrulax.layers.dropout import dropout, split
-from garrulax.layers.mlp import linear, mlp
+from garrulax.layers.mlp import linear, mlp, split_heads
 from garrulax.layers.norms import layer_norm
-from garrulax.layers.stack import run
+from garrulax.layers.stack import scan_layers
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """GLM. Defaults are GLM-base.
+    """GLM. Defaults are GLM-base."""
 
-    vocab: rows of the embedding, padded to a multiple of 128 in the published models. context: greatest position;
-    both position tables have one row more. width, layers, heads: sizes. norm_eps: of the norms. *_dropout: rates,
-    used where forward is given a key. init_std: of the initial weights. eos, pad, cls, mask, sentence_mask,
-    generation_mask, sop, eop: ids of the control tokens; the two masks are None where [MASK] serves for all.
-    """
-
-    vocab: int = 30592
-    context: int = 512
-    width: int = 768
-    layers: int = 12
-    heads: int = 12
-    norm_eps: float = 1e-5
-    embedding_dropout: float = 0.1
-    attention_dropout: float = 0.1
-    residual_dropout: float = 0.1
-    init_std: float = 0.02
-    eos: int = 0
-    pad: int = 0
-    cls: int = 101
-    mask: int = 103
-    sentence_mask: int | None = None
-    generation_mask: int | None = None
-    sop: int = 30522
-    eop: int = 30523
+    vocab: Size = 30592  # rows of the embedding, padded to a multiple of 128 in the published models
+    context: Size = 512  # greatest position; both position tables have one row more
+    width: Size = 768
+    layers: Size = 12
+    heads: Size = 12
+    norm_eps: Positive = 1e-5
+    embedding_dropout: Rate = 0.1
+    attention_dropout: Rate = 0.1
+    residual_dropout: Rate = 0.1
+    init_std: Positive = 0.02  # of the initial weights
+    eos: TokenId = 0
+    pad: TokenId = 0
+    cls: TokenId = 101
+    mask: TokenId = 103  # [MASK], a blank of a few words
+    sentence_mask: OptionalTokenId = None  # [sMASK], a blank of sentences; None where [MASK] serves
+    generation_mask: OptionalTokenId = None  # [gMASK], the rest of a text; None where [MASK] serves
+    sop: TokenId = 30522  # begins an answer
+    eop: TokenId = 30523  # ends an answer
 
     def __post_init__(self):
-        check_sizes(self, "vocab", "context", "width", "layers", "heads")
-        check_rates(self, "embedding_dropout", "attention_dropout", "residual_dropout")
-        check_positive(self, "norm_eps", "init_std")
-        check_ids(self, *_IDS)
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        fields.check_fields(self)
+        fields.check_heads(self.width, self.heads)
 
     @property
     def max_length(self) -> int:
@@ -71,7 +63,7 @@ class Config:
 
     @property
     def tied(self) -> bool:
-        """The token embedding is the output head."""
+        """The output head is the token embedding."""
         return True
 
     @property
@@ -86,116 +78,74 @@ class Config:
 
 
 def parameters(c: Config) -> Tree:
-    """The ParamSpec tree: query, key and value fused as [D, 3, H, C]; the output is the token embedding."""
-    D, H, C, F = c.width, c.heads, c.head_dim, 4 * c.width
-    weight, residual = normal(c.init_std), normal(c.init_std / (2 * c.layers) ** 0.5)
-    h = "transformer.layers.{}."
-
-    def norm(name):
-        return {
-            "scale": ParamSpec((D,), ("embed",), ones, Stored(f"{name}.weight"), role="vector"),
-            "bias": ParamSpec((D,), ("embed",), zeros, Stored(f"{name}.bias"), role="vector"),
-        }
-
-    def bias(shape, axes, name, stored_shape=None):
-        return ParamSpec(shape, axes, zeros, Stored(name), stored_shape, role="vector")
-
-    def dense(rows, columns, axes, init, name):  # stored [columns, rows]
-        return ParamSpec((rows, columns), axes, init, Stored(name, (columns, rows), (1, 0)), (columns, rows))
-
-    def table(rows, axis, name):
-        return ParamSpec((rows, D), (axis, "embed"), weight, Stored(name), role="embedding")
-
+    """The ParamSpec tree: query, key and value fused as [D, 3, H, C]; the output head is the token embedding."""
+    sizes = {"D": c.width, "H": c.heads, "C": c.head_dim, "F": 4 * c.width, "V": c.vocab, "P": c.context + 1}
+    declare = Declare(normal(c.init_std), **sizes)
+    residual = normal(c.init_std / (2 * c.layers) ** 0.5)
+    h, qkv = "transformer.layers.{}.", "(three H C) D -> D three H C"
+    layer = {
+        "attention_norm": declare.layer_norm(h + "input_layernorm"),
+        "attention": {
+            **declare.linear("qkv", h + "attention.query_key_value", qkv, bias=True),
+            **declare.linear("out", h + "attention.dense", "D (H C) -> H C D", bias=True, init=residual),
+        },
+        "mlp_norm": declare.layer_norm(h + "post_attention_layernorm"),
+        "mlp": {
+            **declare.linear("up", h + "mlp.dense_h_to_4h", "F D -> D F", bias=True),
+            **declare.linear("down", h + "mlp.dense_4h_to_h", "D F -> F D", bias=True, init=residual),
+        },
+    }
     return {
-        "tokens": table(c.vocab, "vocab", "word_embeddings.weight"),
-        "positions": table(c.context + 1, "position", "transformer.position_embeddings.weight"),
-        "span_positions": table(c.context + 1, "position", "transformer.block_position_embeddings.weight"),
-        "blocks": stacked(
-            c.layers,
-            {
-                "attention_norm": norm(h + "input_layernorm"),
-                "attention": {
-                    "qkv": ParamSpec(
-                        (D, 3, H, C), ("embed", None, "heads", "head"), weight,
-                        Stored(h + "attention.query_key_value.weight", (3, H, C, D), (3, 0, 1, 2)), (3 * D, D),
-                    ),
-                    "qkv_bias": bias(
-                        (3, H, C), (None, "heads", "head"), h + "attention.query_key_value.bias", (3 * D,)
-                    ),
-                    "out": ParamSpec(
-                        (H, C, D), ("heads", "head", "embed"), residual,
-                        Stored(h + "attention.dense.weight", (D, H, C), (1, 2, 0)), (D, D), inputs=2,
-                    ),
-                    "out_bias": bias((D,), ("embed",), h + "attention.dense.bias"),
-                },
-                "mlp_norm": norm(h + "post_attention_layernorm"),
-                "mlp": {
-                    "up": dense(D, F, ("embed", "mlp"), weight, h + "mlp.dense_h_to_4h.weight"),
-                    "up_bias": bias((F,), ("mlp",), h + "mlp.dense_h_to_4h.bias"),
-                    "down": dense(F, D, ("mlp", "embed"), residual, h + "mlp.dense_4h_to_h.weight"),
-                    "down_bias": bias((D,), ("embed",), h + "mlp.dense_4h_to_h.bias"),
-                },
-            },
-        ),
-        "norm": norm("transformer.final_layernorm"),
-    }  # fmt: skip
+        "tokens": declare.embedding("word_embeddings.weight"),
+        "positions": declare.embedding("transformer.position_embeddings.weight", "P D -> P D"),
+        "span_positions": declare.embedding("transformer.block_position_embeddings.weight", "P D -> P D"),
+        "blocks": stacked(c.layers, layer),
+        "norm": declare.layer_norm("transformer.final_layernorm"),
+    }
 
 
-def hidden(
-    params: Tree,
-    tokens: jax.Array,
-    c: Config,
-    *,
-    positions: jax.Array | None = None,
-    mask: Mask | None = None,
-    cache: Cache | None = None,
-    key: jax.Array | None = None,
-    remat: str = "none",
-    unroll: bool = False,
-) -> tuple[jax.Array, Cache | None]:
-    """Hidden states [B, T, D] after the last norm, and the cache. Arguments as in `garrulax.forward`.
-
-    positions: int32 [B, 2, T]; the default is those of a text without blanks.
-    """
-    if positions is None:
-        first = default_positions(tokens, cache)
-        positions = jnp.stack([first, jnp.zeros_like(first)], axis=1)
-    if positions.shape != (tokens.shape[0], 2, tokens.shape[1]):
-        raise ValueError(f"GLM positions must be [batch, 2, length], not {positions.shape} for tokens {tokens.shape}")
-    view, cache = admit(tokens, positions[:, 0], mask, cache)
-    embedding_key, layers_key = split(key, 2)
-    x = lookup(params["tokens"], tokens)
-    x = x + lookup(params["positions"], positions[:, 0]) + lookup(params["span_positions"], positions[:, 1])
+def hidden(params: Tree, call: Call, c: Config) -> tuple[jax.Array, Cache | None]:
+    """Hidden states [B, T, D] before the last norm, and the cache."""
+    embedding_key, layers_key = split(call.key, 2)
+    text, span = call.positions[:, 0], call.positions[:, 1]  # [B, T] each
+    x = lookup(params["tokens"], call.tokens)  # [B, T, D]
+    x = x + lookup(params["positions"], text) + lookup(params["span_positions"], span)
     x = dropout(x, c.embedding_dropout, embedding_key)
 
     def block(x, p, kv, layer, key):
         keys = split(key, 3)
-        y, kv = attention(layer_norm(x, **p["attention_norm"], eps=c.norm_eps), p["attention"], kv, layer, keys[0])
+        y, kv = attention(norm(x, p["attention_norm"], c), p["attention"], kv, layer, keys[0])
         x = x + dropout(y, c.residual_dropout, keys[1])
-        y = mlp(layer_norm(x, **p["mlp_norm"], eps=c.norm_eps), p["mlp"], "gelu_new")
+        y = mlp(norm(x, p["mlp_norm"], c), p["mlp"], "gelu_new")
         return x + dropout(y, c.residual_dropout, keys[2]), kv
 
     def attention(x, p, kv, layer, key):
-        qkv = linear("BTD,DnHC->BTnHC", x, p, "qkv")
-        y, kv = attend(
-            qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], view, kv, layer, dropout=c.attention_dropout, dropout_key=key
-        )
+        q, k, v = split_heads("BTD,DnHC->BTnHC", x, p, "qkv")  # [B, T, H, C] each
+        y, kv = cached_attention(q, k, v, call, kv, layer, dropout=c.attention_dropout, dropout_key=key)
         return linear("BTHC,HCD->BTD", y, p, "out"), kv
 
-    x, cache = run(block, x, params["blocks"], cache=cache, key=layers_key, remat=remat, unroll=unroll)
-    return layer_norm(x, **params["norm"], eps=c.norm_eps), cache
+    return scan_layers(block, x, params["blocks"], call, layers_key)
 
 
-def logits(params: Tree, x: jax.Array, c: Config) -> jax.Array:
-    """Logits [B, T, V] of hidden states [B, T, D]."""
-    return einsum("BTD,VD->BTV", x, params["tokens"])
+def norm(x: jax.Array, p: Tree, c: Config) -> jax.Array:
+    """LayerNorm."""
+    return layer_norm(x, **p, eps=c.norm_eps)
+
+
+OBJECTIVE = "infill"
+
+#: Field of the Config -> name of the control token in the tokenizers that `garrulax train` makes.
+CONTROL_TOKENS = {
+    "cls": "[CLS]", "mask": "[MASK]", "sentence_mask": "[sMASK]", "generation_mask": "[gMASK]",
+    "sop": "<|startofpiece|>", "eop": "<|endofpiece|>",
+}  # fmt: skip
 
 
 def blanks(c: Config) -> Blanks:
     """How the family reads blanks: [CLS] and end of text around it; the answers stand behind, in the order of their
     masks (THUDM/GLM generate_samples.py)."""
     return Blanks(
-        masks=masks(c.mask, c.sentence_mask, c.generation_mask),
+        masks=mask_ids(c.mask, c.sentence_mask, c.generation_mask),
         sop=c.sop,
         ends=(c.eop, c.eos),
         before=(c.cls,),
@@ -221,25 +171,17 @@ HF = HFConfig(
     model_type="glm",
     architecture="GLMForConditionalGeneration",
     fields={
-        "vocab": "vocab_size",
-        "context": "max_sequence_length",
-        "width": "hidden_size",
-        "layers": "num_layers",
-        "heads": "num_attention_heads",
-        "norm_eps": "layernorm_epsilon",
-        "embedding_dropout": "embedding_dropout_prob",
-        "attention_dropout": "attention_dropout_prob",
-        "residual_dropout": "output_dropout_prob",
-        "init_std": "initializer_range",
-        **_IDS,
-    },
-    defaults={
-        "norm_eps": 1e-5,
-        "embedding_dropout": 0.1,
-        "attention_dropout": 0.1,
-        "residual_dropout": 0.1,
-        "init_std": 0.02,
-        **dict.fromkeys(_IDS),
+        "vocab": key("vocab_size"),
+        "context": key("max_sequence_length"),
+        "width": key("hidden_size"),
+        "layers": key("num_layers"),
+        "heads": key("num_attention_heads"),
+        "norm_eps": key("layernorm_epsilon", default=1e-5),
+        "embedding_dropout": key("embedding_dropout_prob", default=0.1),
+        "attention_dropout": key("attention_dropout_prob", default=0.1),
+        "residual_dropout": key("output_dropout_prob", default=0.1),
+        "init_std": key("initializer_range", default=0.02),
+        **{field: key(name, default=None) for field, name in _IDS.items()},
     },
     fixed={"relative_encoding": False, "block_position_encoding": True, "spell_length": None},
     ignored=frozenset({
@@ -278,28 +220,28 @@ PRESETS = {
 }
 
 
-def from_hf(raw: dict) -> Config:
+def from_hf(raw: dict[str, Any]) -> Config:
     """The Config of a parsed config.json with model_type glm (the original GLM's remote code).
 
     Published files leave the control tokens to the tokenizer; they are taken from the preset of the same size.
     Raises ValueError as `core.hf.HFConfig.read` does, and where neither the file nor a preset tells the tokens.
     """
-    fields = HF.read(raw)
-    sizes = {k: fields[k] for k in ("vocab", "context", "width", "layers", "heads")}
+    values = HF.read(raw)
+    sizes = {k: values[k] for k in ("vocab", "context", "width", "layers", "heads")}
     same = [p for p in PRESETS.values() if all(getattr(p, k) == v for k, v in sizes.items())]
-    for name, key in _IDS.items():
-        if fields[name] is None and same:
-            fields[name] = getattr(same[0], name)
-        if fields[name] is None and name not in ("sentence_mask", "generation_mask"):
-            raise ValueError(f"config.json of a glm of unpublished size must give {key}")
-    return Config(**fields)
+    for name, stored in _IDS.items():
+        if values[name] is None and same:
+            values[name] = getattr(same[0], name)
+        if values[name] is None and name not in ("sentence_mask", "generation_mask"):
+            raise ValueError(f"config.json of a glm of unpublished size must give {stored}")
+    return Config(**values)
 
 
-def to_hf(c: Config) -> dict:
+def to_hf(c: Config) -> dict[str, Any]:
     """The config.json of `c`."""
     return HF.write(c)
 
 
-def layout(c: Config) -> Layout:
-    """Names in a checkpoint beyond the ParamSpec tree's: the Hugging Face class puts `glm.` before all of them."""
-    return Layout(extra_prefix="glm.")
+def tensor_names(c: Config) -> TensorNames:
+    """Names in a checkpoint beyond those of the ParamSpec tree: the Hugging Face class puts `glm.` before all names."""
+    return TensorNames(extra_prefix="glm.")

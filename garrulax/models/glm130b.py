@@ -16,21 +16,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from garrulax.core.blanks import Blanks, masks
-from garrulax.core.config import check_flags, check_ids, check_positive, check_sizes
-from garrulax.core.einsum import einsum, lookup
-from garrulax.core.hf import HFConfig, Layout, claimant
-from garrulax.core.spec import ParamSpec, Stored, Tree, normal, ones, stacked, zeros
-from garrulax.kernels.mask import Mask
+from garrulax.core import config as fields
+from garrulax.core.blanks import Blanks
+from garrulax.core.blanks import masks as mask_ids
+from garrulax.core.config import Flag, OptionalTokenId, Positive, Size, TokenId
+from garrulax.core.einsum import lookup
+from garrulax.core.hf import HFConfig, TensorNames, find_format, key
+from garrulax.core.spec import Declare, Initializer, Tree, normal, stacked
 from garrulax.layers import rope
-from garrulax.layers.attention import attend, default_positions
-from garrulax.layers.cache import Cache, admit
+from garrulax.layers.attention import cached_attention
+from garrulax.layers.cache import Cache
+from garrulax.layers.call import Call
 from garrulax.layers.mlp import gated_mlp, linear, mlp
 from garrulax.layers.norms import layer_norm
 from garrulax.layers.rope import Rope
-from garrulax.layers.stack import run
+from garrulax.layers.stack import scan_layers
 
-#: What the code of ChatGLM-6B has hard-wired: its config.json cannot say otherwise.
+#: Settings that the code of ChatGLM-6B fixes: its config.json cannot say otherwise.
 _CHATGLM: dict[str, Any] = {
     "gated": False,
     "half_frequencies": True,
@@ -42,47 +44,32 @@ _CHATGLM: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """GLM-130B and ChatGLM-6B. Defaults are ChatGLM-6B (the release of April 2023).
+    """GLM-130B and ChatGLM-6B. Defaults are ChatGLM-6B (the release of April 2023)."""
 
-    vocab, context: tokens (the context is advice: rotary positions go on). width, layers, heads, mlp_width: sizes.
-    gated: GEGLU (exact GELU) in place of a plain MLP (tanh GELU). positions_2d: the first half of a head turns by the
-    place in the text, the second by the place in the answer; otherwise the whole head by one position.
-    half_frequencies: the rotary frequencies are rounded to float16, as ChatGLM-6B's code does. alpha_layers: residuals
-    are scaled by alpha = sqrt(2 alpha_layers); ChatGLM-6B's code takes 28 whatever the depth. norm_eps: of the norms.
-    tied: the output is the token embedding. mask, sentence_mask, generation_mask: ids of the blanks; None where [MASK]
-    serves. sop, eop: ids that begin and end an answer. eos: id that ends a text, None where texts have no such end.
-    pad: id for padding. dialect: config.json format of the checkpoints, "chatglm" (which says nothing of gated,
-    half_frequencies, alpha_layers, sentence_mask and eos) or "glm-130b" (ours: GLM-130B itself has none).
-    """
-
-    vocab: int = 130528
-    context: int = 2048
-    width: int = 4096
-    layers: int = 28
-    heads: int = 32
-    mlp_width: int = 16384
-    gated: bool = False
-    positions_2d: bool = True
-    half_frequencies: bool = True
-    alpha_layers: int = 28
-    norm_eps: float = 1e-5
-    tied: bool = True
-    mask: int = 130000
-    sentence_mask: int | None = None
-    generation_mask: int | None = 130001
-    sop: int = 130004
-    eop: int = 130005
-    eos: int | None = None
-    pad: int = 3
-    dialect: str = "chatglm"
+    vocab: Size = 130528  # token ids
+    context: Size = 2048  # tokens that it was trained on; rotary positions go on
+    width: Size = 4096
+    layers: Size = 28
+    heads: Size = 32
+    mlp_width: Size = 16384
+    gated: Flag = False  # GEGLU (exact GELU) in place of a plain MLP (tanh GELU)
+    positions_2d: Flag = True  # half a head is rotated by the place in the text, half by that in the answer
+    half_frequencies: Flag = True  # rotary frequencies are rounded to float16, as ChatGLM-6B's code does
+    alpha_layers: Size = 28  # residuals are multiplied by sqrt(2 alpha_layers); ChatGLM-6B has 28 whatever the depth
+    norm_eps: Positive = 1e-5
+    tied: Flag = True  # the output head is the token embedding
+    mask: TokenId = 130000  # [MASK], a blank of a few words
+    sentence_mask: OptionalTokenId = None  # [sMASK], a blank of sentences; None where [MASK] serves
+    generation_mask: OptionalTokenId = 130001  # [gMASK], the rest of a text; None where [MASK] serves
+    sop: TokenId = 130004  # begins an answer
+    eop: TokenId = 130005  # ends an answer
+    eos: OptionalTokenId = None  # ends a text; None where texts have no such token
+    pad: TokenId = 3
+    dialect: str = "chatglm"  # format of checkpoints; or "glm-130b", which is ours: GLM-130B itself has none
 
     def __post_init__(self):
-        check_sizes(self, "vocab", "context", "width", "layers", "heads", "mlp_width", "alpha_layers")
-        check_flags(self, "gated", "positions_2d", "half_frequencies", "tied")
-        check_positive(self, "norm_eps")
-        check_ids(self, "mask", "sentence_mask", "generation_mask", "sop", "eop", "eos", "pad")
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        fields.check_fields(self)
+        fields.check_heads(self.width, self.heads)
         pairs = 4 if self.positions_2d else 2
         if self.head_dim % pairs:
             raise ValueError(f"head width {self.head_dim} must be a multiple of {pairs}: rotary positions turn pairs")
@@ -112,7 +99,7 @@ class Config:
 
     @property
     def alpha(self) -> float:
-        """What multiplies the residuals."""
+        """Factor of the residuals."""
         return (2 * self.alpha_layers) ** 0.5
 
 
@@ -122,144 +109,82 @@ def parameters(c: Config) -> Tree:
     Initial values: Xavier normal, with gain 1 / alpha for values, outputs and feed-forward layers (DeepNorm as section
     2.3 of the GLM-130B paper describes it; its initialisation code is not public, so this is unverified).
     """
-    D, H, C, F = c.width, c.heads, c.head_dim, c.mlp_width
+    D, F = c.width, c.mlp_width
+    declare = Declare(normal(0.02), D=D, H=c.heads, C=c.head_dim, F=F, V=c.vocab)
     h = "transformer.layers.{}."
 
-    def xavier(inputs, outputs, gain=1.0):
+    def xavier(inputs: int, outputs: int, gain: float = 1 / c.alpha) -> Initializer:
         return normal(gain * (2 / (inputs + outputs)) ** 0.5)
 
-    def norm(name):
-        return {
-            "scale": ParamSpec((D,), ("embed",), ones, Stored(f"{name}.weight"), role="vector"),
-            "bias": ParamSpec((D,), ("embed",), zeros, Stored(f"{name}.bias"), role="vector"),
-        }
+    def projection(key: str, part: int, gain: float) -> Tree:  # query, key and value of a head lie side by side
+        name, pattern = h + "attention.query_key_value", "(H three C) D -> D H C"
+        return declare.linear(key, name, pattern, bias=True, init=xavier(D, D, gain), three=part)
 
-    def heads(name, part, gain=1.0):  # stored [H * 3 * C, D]: query, key and value of a head side by side
-        stored, of_head = h + "attention.query_key_value.", (None, part, None)
-        return {
-            name: ParamSpec(
-                (D, H, C), ("embed", "heads", "head"), xavier(D, D, gain),
-                Stored(f"{stored}weight", (H, 3, C, D), (2, 0, 1), (*of_head, None)), (3 * D, D),
-            ),
-            f"{name}_bias": ParamSpec(
-                (H, C), ("heads", "head"), zeros, Stored(f"{stored}bias", (H, 3, C), None, of_head), (3 * D,),
-                role="vector",
-            ),
-        }  # fmt: skip
+    def up(key: str, **part: int) -> Tree:
+        pattern = "(two F) D -> D F" if part else "F D -> D F"
+        return declare.linear(key, h + "mlp.dense_h_to_4h", pattern, bias=True, init=xavier(D, F), **part)
 
-    def up(name, part, parts):  # stored [parts * F, D]
-        stored = h + "mlp.dense_h_to_4h."
-        return {
-            name: ParamSpec(
-                (D, F), ("embed", "mlp"), xavier(D, F, 1 / c.alpha),
-                Stored(f"{stored}weight", (parts, F, D), (1, 0), (part, None, None)), (parts * F, D),
-            ),
-            f"{name}_bias": ParamSpec(
-                (F,), ("mlp",), zeros, Stored(f"{stored}bias", (parts, F), None, (part, None)), (parts * F,),
-                role="vector",
-            ),
-        }  # fmt: skip
-
-    def bias(name):
-        return ParamSpec((D,), ("embed",), zeros, Stored(f"{h}{name}.bias"), role="vector")
-
-    def table(name):
-        return ParamSpec((c.vocab, D), ("vocab", "embed"), normal(0.02), Stored(name), role="embedding")
-
-    tree = {
-        "tokens": table("transformer.word_embeddings.weight"),
-        "blocks": stacked(
-            c.layers,
-            {
-                "attention_norm": norm(h + "input_layernorm"),
-                "attention": {
-                    **heads("query", 0),
-                    **heads("key", 1),
-                    **heads("value", 2, 1 / c.alpha),
-                    "out": ParamSpec(
-                        (H, C, D), ("heads", "head", "embed"), xavier(D, D, 1 / c.alpha),
-                        Stored(h + "attention.dense.weight", (D, H, C), (1, 2, 0)), (D, D), inputs=2,
-                    ),
-                    "out_bias": bias("attention.dense"),
-                },
-                "mlp_norm": norm(h + "post_attention_layernorm"),
-                "mlp": {
-                    **(up("up", 0, 2) | up("gate", 1, 2) if c.gated else up("up", 0, 1)),
-                    "down": ParamSpec(
-                        (F, D), ("mlp", "embed"), xavier(F, D, 1 / c.alpha),
-                        Stored(h + "mlp.dense_4h_to_h.weight", (D, F), (1, 0)), (D, F),
-                    ),
-                    "down_bias": bias("mlp.dense_4h_to_h"),
-                },
-            },
-        ),
-        "norm": norm("transformer.final_layernorm"),
-    }  # fmt: skip
-    if not c.tied:
-        tree["head"] = table("lm_head.weight")
-    return tree
+    layer = {
+        "attention_norm": declare.layer_norm(h + "input_layernorm"),
+        "attention": {
+            **projection("query", 0, 1.0),
+            **projection("key", 1, 1.0),
+            **projection("value", 2, 1 / c.alpha),
+            **declare.linear("out", h + "attention.dense", "D (H C) -> H C D", bias=True, init=xavier(D, D)),
+        },
+        "mlp_norm": declare.layer_norm(h + "post_attention_layernorm"),
+        "mlp": {
+            **(up("up", two=0) | up("gate", two=1) if c.gated else up("up")),
+            **declare.linear("down", h + "mlp.dense_4h_to_h", "D F -> F D", bias=True, init=xavier(F, D)),
+        },
+    }
+    return {
+        "tokens": declare.embedding("transformer.word_embeddings.weight"),
+        "blocks": stacked(c.layers, layer),
+        "norm": declare.layer_norm("transformer.final_layernorm"),
+        **({} if c.tied else {"head": declare.embedding("lm_head.weight")}),
+    }
 
 
-def hidden(
-    params: Tree,
-    tokens: jax.Array,
-    c: Config,
-    *,
-    positions: jax.Array | None = None,
-    mask: Mask | None = None,
-    cache: Cache | None = None,
-    key: jax.Array | None = None,
-    remat: str = "none",
-    unroll: bool = False,
-) -> tuple[jax.Array, Cache | None]:
-    """Hidden states [B, T, D] after the last norm, and the cache. Arguments as in `garrulax.forward`.
-
-    positions: int32 [B, T], with `positions_2d` [B, 2, T] (place in the text, place in the answer); the default is
-    those of a text without blanks. There is no dropout.
-    """
-    rows = (2,) if c.positions_2d else ()
-    if positions is None:
-        first = default_positions(tokens, cache)
-        positions = jnp.stack([first, jnp.zeros_like(first)], axis=1) if c.positions_2d else first
-    if positions.shape != (tokens.shape[0], *rows, tokens.shape[1]):
-        wanted = "[batch, 2, length]" if c.positions_2d else "[batch, length]"
-        raise ValueError(f"positions must be {wanted}, not {positions.shape} for tokens {tokens.shape}")
-    places = [positions[:, row] for row in range(2)] if c.positions_2d else [positions]
-    view, cache = admit(tokens, places[0], mask, cache)
-    x = lookup(params["tokens"], tokens)
-    angles = [rope.turns(_frequencies(c), place, x.dtype) for place in places]
+def hidden(params: Tree, call: Call, c: Config) -> tuple[jax.Array, Cache | None]:
+    """Hidden states [B, T, D] before the last norm, and the cache. There is no dropout."""
+    x = lookup(params["tokens"], call.tokens)  # [B, T, D]
+    places = [call.positions[:, row] for row in range(2)] if c.positions_2d else [call.positions]  # [B, T] each
+    angles = [rope.cos_sin_of(_frequencies(c), place, x.dtype) for place in places]
 
     def block(x, p, kv, layer, key):
-        x = layer_norm(x, **p["attention_norm"], eps=c.norm_eps)
+        x = norm(x, p["attention_norm"], c)
         y, kv = attention(x, p["attention"], kv, layer)
-        x = layer_norm(c.alpha * x + y, **p["mlp_norm"], eps=c.norm_eps)
+        x = norm(c.alpha * x + y, p["mlp_norm"], c)
         y = gated_mlp(x, p["mlp"], "gelu") if c.gated else mlp(x, p["mlp"], "gelu_new")
         return c.alpha * x + y, kv
 
     def attention(x, p, kv, layer):
-        q, k = (_turned(linear("BTD,DHC->BTHC", x, p, name), angles) for name in ("query", "key"))
-        y, kv = attend(q, k, linear("BTD,DHC->BTHC", x, p, "value"), view, kv, layer)
+        q, k = (_rotated(linear("BTD,DHC->BTHC", x, p, name), angles) for name in ("query", "key"))
+        y, kv = cached_attention(q, k, linear("BTD,DHC->BTHC", x, p, "value"), call, kv, layer)  # [B, T, H, C]
         return linear("BTHC,HCD->BTD", y, p, "out"), kv
 
-    x, cache = run(block, x, params["blocks"], cache=cache, key=key, remat=remat, unroll=unroll)
-    return layer_norm(x, **params["norm"], eps=c.norm_eps), cache
+    return scan_layers(block, x, params["blocks"], call)
+
+
+def norm(x: jax.Array, p: Tree, c: Config) -> jax.Array:
+    """LayerNorm."""
+    return layer_norm(x, **p, eps=c.norm_eps)
 
 
 def _frequencies(c: Config) -> np.ndarray:
-    """Of each pair of entries that turn together, half a head's or a whole one's."""
+    """Angle a position of each pair of entries, of half a head or of a whole one."""
     exact = rope.frequencies(Rope(), c.head_dim // 2 if c.positions_2d else c.head_dim)
     return np.asarray(exact, np.float16 if c.half_frequencies else np.float64)
 
 
-def _turned(x: jax.Array, angles: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
-    """x [B, T, H, C] in as many parts along C as there are angles, each turned by its own."""
+def _rotated(x: jax.Array, angles: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
+    """x [B, T, H, C] in as many parts along C as there are angles, each rotated by its own."""
     parts = zip(jnp.split(x, len(angles), axis=-1), angles, strict=True)
     return jnp.concatenate([rope.rotate_halves(part, *angle) for part, angle in parts], axis=-1)
 
 
-def logits(params: Tree, x: jax.Array, c: Config) -> jax.Array:
-    """Logits [B, T, V] of hidden states [B, T, D]."""
-    return einsum("BTD,VD->BTV", x, params["tokens" if c.tied else "head"])
+OBJECTIVE = None  # the batches of blanks that `garrulax train` makes are those of the original GLM
 
 
 def blanks(c: Config) -> Blanks:
@@ -272,7 +197,7 @@ def blanks(c: Config) -> Blanks:
     """
     counting = () if c.positions_2d or c.generation_mask is None else (c.generation_mask,)
     return Blanks(
-        masks=masks(c.mask, c.sentence_mask, c.generation_mask),
+        masks=mask_ids(c.mask, c.sentence_mask, c.generation_mask),
         sop=c.sop,
         ends=(c.eop,) if c.eos is None else (c.eop, c.eos),
         after=() if c.eos is None else (c.eos,),
@@ -283,31 +208,29 @@ def blanks(c: Config) -> Blanks:
 
 
 _FIELDS = {
-    "vocab": "vocab_size",
-    "context": "max_sequence_length",
-    "width": "hidden_size",
-    "layers": "num_layers",
-    "heads": "num_attention_heads",
-    "mlp_width": "inner_hidden_size",
-    "positions_2d": "position_encoding_2d",
-    "norm_eps": "layernorm_epsilon",
-    "tied": "tie_word_embeddings",
-    "mask": "mask_token_id",
-    "generation_mask": "gmask_token_id",
-    "sop": "bos_token_id",
-    "pad": "pad_token_id",
+    "vocab": key("vocab_size"),
+    "width": key("hidden_size"),
+    "layers": key("num_layers"),
+    "heads": key("num_attention_heads"),
+    "mlp_width": key("inner_hidden_size"),
 }
 
 _FORMATS = {
     "chatglm": HFConfig(
         model_type="chatglm",
         architecture="ChatGLMModel",
-        fields={**_FIELDS, "eop": "eos_token_id"},
-        defaults={  # of the class; the first release's files leave the masks out
-            "context": 2048, "positions_2d": True, "norm_eps": 1e-5, "tied": True, "mask": 150000,
-            "generation_mask": 150001, "sop": 150004, "eop": 150005, "pad": 0,
+        fields={  # with the defaults of the class; the first release's files leave the masks out
+            **_FIELDS,
+            "context": key("max_sequence_length", default=2048),
+            "positions_2d": key("position_encoding_2d", default=True),
+            "norm_eps": key("layernorm_epsilon", default=1e-5),
+            "tied": key("tie_word_embeddings", default=True),
+            "mask": key("mask_token_id", default=150000),
+            "generation_mask": key("gmask_token_id", default=150001, null=True),
+            "sop": key("bos_token_id", default=150004),
+            "eop": key("eos_token_id", default=150005),
+            "pad": key("pad_token_id", default=0),
         },
-        optional=frozenset({"generation_mask"}),
         fixed={"quantization_bit": 0, "pre_seq_len": None, "add_cross_attention": False},
         ignored=frozenset({"prefix_projection", "cross_attention_hidden_size", "tie_encoder_decoder"}),
         marker="inner_hidden_size",  # ChatGLM2 and 3 say model_type chatglm as well
@@ -317,40 +240,46 @@ _FORMATS = {
         architecture="GLM130B",
         fields={
             **_FIELDS,
-            "gated": "glu",
-            "half_frequencies": "half_frequencies",
-            "alpha_layers": "alpha_layers",
-            "sentence_mask": "smask_token_id",
-            "eop": "eop_token_id",
-            "eos": "eos_token_id",
+            "context": key("max_sequence_length"),
+            "positions_2d": key("position_encoding_2d"),
+            "norm_eps": key("layernorm_epsilon"),
+            "tied": key("tie_word_embeddings"),
+            "mask": key("mask_token_id"),
+            "generation_mask": key("gmask_token_id", null=True),
+            "sop": key("bos_token_id"),
+            "pad": key("pad_token_id"),
+            "gated": key("glu"),
+            "half_frequencies": key("half_frequencies"),
+            "alpha_layers": key("alpha_layers"),
+            "sentence_mask": key("smask_token_id", null=True),
+            "eop": key("eop_token_id"),
+            "eos": key("eos_token_id", null=True),
         },
-        optional=frozenset({"sentence_mask", "generation_mask", "eos"}),
     ),
-}  # fmt: skip
+}
 
 DIALECTS = tuple(_FORMATS.values())
 
 
-def from_hf(raw: dict) -> Config:
+def from_hf(raw: dict[str, Any]) -> Config:
     """The Config of a parsed config.json of ChatGLM-6B, or in our own format.
 
     Raises ValueError as `core.hf.HFConfig.read` does: among others for quantized (quantization_bit) and P-tuned
     (pre_seq_len) checkpoints.
     """
-    hf = claimant(DIALECTS, raw)
-    hard_wired = _CHATGLM if hf.model_type == "chatglm" else {}
-    return Config(**hf.read(raw), **hard_wired, dialect=hf.model_type)
+    hf = find_format(DIALECTS, raw)
+    fixed = _CHATGLM if hf.model_type == "chatglm" else {}
+    return Config(**hf.read(raw), **fixed, dialect=hf.model_type)
 
 
-def to_hf(c: Config) -> dict:
-    """The config.json of `c`, in its dialect."""
+def to_hf(c: Config) -> dict[str, Any]:
+    """The config.json of a Config, in its dialect."""
     return _FORMATS[c.dialect].write(c)
 
 
-def layout(c: Config) -> Layout:
-    """Names in a checkpoint beyond the ParamSpec tree's."""
-    tied = {"lm_head.weight": "transformer.word_embeddings.weight"} if c.tied else {}
-    return Layout(prefix="transformer.", tied=tied, buffers=("rotary_emb.inv_freq",))
+def tensor_names(c: Config) -> TensorNames:
+    """Names in a checkpoint beyond those of the ParamSpec tree."""
+    return TensorNames(prefix="transformer.", head="lm_head.weight", buffers=("rotary_emb.inv_freq",))
 
 
 _FIRST_IDS: dict[str, Any] = {"vocab": 150528, "mask": 150000, "generation_mask": 150001, "sop": 150004, "eop": 150005}

@@ -7,84 +7,66 @@ residual projections is the GPT-2 paper's; its released code leaves it out, and 
 """
 
 import dataclasses
-import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from garrulax.core.config import check_flags, check_ids, check_positive, check_rates, check_sizes
-from garrulax.core.einsum import einsum, lookup
-from garrulax.core.hf import Layout
-from garrulax.core.spec import ParamSpec, Stored, Tree, normal, ones, stacked, zeros
-from garrulax.kernels.mask import INF, Mask
-from garrulax.layers.attention import attend, default_positions, within
-from garrulax.layers.cache import Cache, admit
+from garrulax.core import config as fields
+from garrulax.core.config import Count, Flag, OptionalTokenId, Positive, Rate, Size, TokenIds
+from garrulax.core.einsum import lookup
+from garrulax.core.hf import TensorNames
+from garrulax.core.spec import Declare, Tree, normal, stacked
+from garrulax.kernels import masks
+from garrulax.kernels.mask import INF
+from garrulax.layers.attention import cached_attention
+from garrulax.layers.cache import Cache
+from garrulax.layers.call import Call
 from garrulax.layers.dropout import dropout, split
-from garrulax.layers.mlp import check_activation, linear, mlp
+from garrulax.layers.mlp import check_activation, linear, mlp, split_heads
 from garrulax.layers.norms import layer_norm
-from garrulax.layers.stack import run
+from garrulax.layers.stack import scan_layers
 from garrulax.models import gpt_hf
-
-DIALECTS = gpt_hf.DIALECTS
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A GPT. Defaults are the smallest GPT-2.
+    """A GPT. Defaults are the smallest GPT-2."""
 
-    vocab, context: tokens. width, layers, heads, mlp_width: sizes. activation: a name in `layers.mlp.ACTIVATIONS`.
-    norm_eps: epsilon of the norms. *_dropout: rates, used where forward is given a key. tied: the output is the
-    token embedding. scale_attention: divide scores by sqrt(C); scale_by_layer: and by the layer's number from 1.
-    post_norm: GPT-1's blocks, with the norms after the residual sums and none at the end. qkv_bias: biases of query,
-    key and value; GPT-Neo has none. band: tokens that a banded layer sees, itself included, 0 where all layers are
-    dense; band_stride: unless 0, it also sees every token a multiple of this back (Child et al. 2019, arXiv
-    1904.10509); band_parity: layers 0, 2, ... (0) or 1, 3, ... (1) are the banded ones.
-    init_std: of the initial weights. bos, eos: token ids, None where the tokenizer has none; eos may be several.
-    """
-
-    vocab: int = 50257
-    context: int = 1024
-    width: int = 768
-    layers: int = 12
-    heads: int = 12
-    mlp_width: int | None = None  # 4 width
+    vocab: Size = 50257  # token ids
+    context: Size = 1024  # rows of the position table
+    width: Size = 768
+    layers: Size = 12
+    heads: Size = 12
+    mlp_width: int | None = None  # None stands for 4 width
     activation: str = "gelu_new"
-    norm_eps: float = 1e-5
-    embedding_dropout: float = 0.1
-    attention_dropout: float = 0.1
-    residual_dropout: float = 0.1
-    tied: bool = True
-    scale_attention: bool = True
-    scale_by_layer: bool = False
-    post_norm: bool = False
-    qkv_bias: bool = True
-    band: int = 0
-    band_stride: int = 0
-    band_parity: int = 1
-    init_std: float = 0.02
-    bos: int | None = 50256
-    eos: int | tuple[int, ...] | None = 50256
+    norm_eps: Positive = 1e-5
+    embedding_dropout: Rate = 0.1
+    attention_dropout: Rate = 0.1
+    residual_dropout: Rate = 0.1
+    tied: Flag = True  # the output head is the token embedding
+    scale_attention: Flag = True  # scores are divided by sqrt(C)
+    scale_by_layer: Flag = False  # and by the number of the layer, from 1
+    post_norm: Flag = False  # norms after the residual sums and none at the end (GPT-1)
+    qkv_bias: Flag = True  # biases of query, key and value; GPT-Neo has none
+    band: Count = 0  # tokens that a token attends to in a banded layer, itself included; 0 where no layer is banded
+    band_stride: Count = 0  # unless 0, also every token a multiple of this back (Child et al. 2019, arXiv 1904.10509)
+    band_parity: int = 1  # which layers are banded: 0, 2, ... (0) or 1, 3, ... (1)
+    init_std: Positive = 0.02  # of the initial weights
+    bos: OptionalTokenId = 50256
+    eos: TokenIds = 50256
 
     def __post_init__(self):
-        check_sizes(self, "vocab", "context", "width", "layers", "heads")
+        fields.check_fields(self)
         if self.mlp_width is not None:
-            check_sizes(self, "mlp_width")
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+            fields.check_value("mlp_width", self.mlp_width, Size)
+        fields.check_heads(self.width, self.heads)
         check_activation(self.activation)
-        check_rates(self, "embedding_dropout", "attention_dropout", "residual_dropout")
-        check_positive(self, "norm_eps", "init_std")
-        check_flags(self, "tied", "scale_attention", "scale_by_layer", "post_norm", "qkv_bias")
-        check_ids(self, "bos", "eos", several=("eos",))
-        self._check_band()
-        gpt_hf.check_dialect(self)
-
-    def _check_band(self):
-        check_sizes(self, "band", "band_stride", least=0)
         if self.band_parity not in (0, 1) or isinstance(self.band_parity, bool):
             raise ValueError(f"band_parity={self.band_parity!r} must be 0 or 1")
         if not self.band and (self.band_stride or not self.band_parity):
             raise ValueError("band_stride and band_parity describe banded layers: give their band")
+        gpt_hf.check_dialect(self)
 
     @property
     def dialect(self) -> str:
@@ -113,104 +95,54 @@ class Config:
 
 def parameters(c: Config) -> Tree:
     """The ParamSpec tree: query, key and value fused as [D, 3, H, C], or without biases three of [D, H, C]."""
-    D, H, C, F = c.width, c.heads, c.head_dim, c.mlp_width or 4 * c.width
-    normals = normal(c.init_std)
-    residual = normals if c.post_norm else normal(c.init_std / (2 * c.layers) ** 0.5)
+    F = c.mlp_width or 4 * c.width
+    declare = Declare(normal(c.init_std), D=c.width, H=c.heads, C=c.head_dim, F=F, V=c.vocab, P=c.context)
+    residual = normal(c.init_std if c.post_norm else c.init_std / (2 * c.layers) ** 0.5)
     h = "transformer.h.{}."
-    tokens, positions = _tables(c)
+    tokens, positions = ("tokens_embed", "positions_embed") if c.post_norm else ("wte", "wpe")
 
-    def weight(name, shape, axes, init=normals, inputs=1):  # stored [inputs, outputs], by GPT-Neo the other way round
-        ins, outs = shape[:inputs], shape[inputs:]
-        if c.dialect != "gpt_neo":
-            return ParamSpec(shape, axes, init, Stored(name), (math.prod(ins), math.prod(outs)), inputs=inputs)
-        order = (*range(len(outs), len(shape)), *range(len(outs)))
-        return ParamSpec(
-            shape, axes, init, Stored(name, outs + ins, order), (math.prod(outs), math.prod(ins)), inputs=inputs
-        )
+    def linear(key, name, inputs, outputs, **options):  # stored [inputs, outputs], by GPT-Neo the other way round
+        stored = f"({outputs}) ({inputs})" if c.dialect == "gpt_neo" else f"({inputs}) ({outputs})"
+        return declare.linear(key, h + name, f"{stored} -> {inputs} {outputs}", **options)
 
-    def vector(name, shape, axes, init=zeros):
-        return ParamSpec(shape, axes, init, Stored(name), (math.prod(shape),), role="vector")
-
-    def norm(name):
-        return {
-            "scale": vector(f"{name}.weight", (D,), ("embed",), ones),
-            "bias": vector(f"{name}.bias", (D,), ("embed",)),
-        }
-
-    def table(name, rows, axis):
-        return ParamSpec((rows, D), (axis, "embed"), normals, Stored(name), role="embedding")
-
-    heads = ("heads", "head")
     if c.qkv_bias:
-        out = h + "attn.c_proj"
-        projections = {
-            "qkv": weight(h + "attn.c_attn.weight", (D, 3, H, C), ("embed", None, *heads)),
-            "qkv_bias": vector(h + "attn.c_attn.bias", (3, H, C), (None, *heads)),
-        }
+        out = "attn.c_proj"
+        projections = linear("qkv", "attn.c_attn", "D", "three H C", bias=True)
     else:
-        out = h + "attn.attention.out_proj"
+        out = "attn.attention.out_proj"
+        keys = ("query", "key", "value")
         projections = {
-            name: weight(h + f"attn.attention.{name[0]}_proj.weight", (D, H, C), ("embed", *heads))
-            for name in ("query", "key", "value")
+            k: w for key in keys for k, w in linear(key, f"attn.attention.{key[0]}_proj", "D", "H C").items()
         }
-    tree = {
-        "tokens": table(f"transformer.{tokens}.weight", c.vocab, "vocab"),
-        "positions": table(f"transformer.{positions}.weight", c.context, "position"),
-        "blocks": stacked(
-            c.layers,
-            {
-                "attention_norm": norm(h + "ln_1"),
-                "attention": projections | {
-                    "out": weight(f"{out}.weight", (H, C, D), (*heads, "embed"), residual, inputs=2),
-                    "out_bias": vector(f"{out}.bias", (D,), ("embed",)),
-                },
-                "mlp_norm": norm(h + "ln_2"),
-                "mlp": {
-                    "up": weight(h + "mlp.c_fc.weight", (D, F), ("embed", "mlp")),
-                    "up_bias": vector(h + "mlp.c_fc.bias", (F,), ("mlp",)),
-                    "down": weight(h + "mlp.c_proj.weight", (F, D), ("mlp", "embed"), residual),
-                    "down_bias": vector(h + "mlp.c_proj.bias", (D,), ("embed",)),
-                },
-            },
-        ),
-    }  # fmt: skip
-    if not c.post_norm:
-        tree["norm"] = norm("transformer.ln_f")
-    if not c.tied:
-        tree["head"] = table("lm_head.weight", c.vocab, "vocab")
-    return tree
+    layer = {
+        "attention_norm": declare.layer_norm(h + "ln_1"),
+        "attention": projections | linear("out", out, "H C", "D", bias=True, init=residual),
+        "mlp_norm": declare.layer_norm(h + "ln_2"),
+        "mlp": {
+            **linear("up", "mlp.c_fc", "D", "F", bias=True),
+            **linear("down", "mlp.c_proj", "F", "D", bias=True, init=residual),
+        },
+    }
+    return {
+        "tokens": declare.embedding(f"transformer.{tokens}.weight"),
+        "positions": declare.embedding(f"transformer.{positions}.weight", "P D -> P D"),
+        "blocks": stacked(c.layers, layer),
+        **({} if c.post_norm else {"norm": declare.layer_norm("transformer.ln_f")}),
+        **({} if c.tied else {"head": declare.embedding("lm_head.weight")}),
+    }
 
 
-def _tables(c: Config) -> tuple[str, str]:
-    return ("tokens_embed", "positions_embed") if c.post_norm else ("wte", "wpe")
-
-
-def hidden(
-    params: Tree,
-    tokens: jax.Array,
-    c: Config,
-    *,
-    positions: jax.Array | None = None,
-    mask: Mask | None = None,
-    cache: Cache | None = None,
-    key: jax.Array | None = None,
-    remat: str = "none",
-    unroll: bool = False,
-) -> tuple[jax.Array, Cache | None]:
-    """Hidden states [B, T, D] that give the logits, and the cache. Arguments as in `garrulax.forward`."""
-    positions = default_positions(tokens, cache) if positions is None else positions
-    view, cache = admit(tokens, positions, mask, cache)
-    embedding_key, layers_key = split(key, 2)
-    x = lookup(params["tokens"], tokens) + lookup(params["positions"], positions)
+def hidden(params: Tree, call: Call, c: Config) -> tuple[jax.Array, Cache | None]:
+    """Hidden states [B, T, D] before the last norm, which GPT-1 does not have, and the cache."""
+    embedding_key, layers_key = split(call.key, 2)
+    x = lookup(params["tokens"], call.tokens) + lookup(params["positions"], call.positions)  # [B, T, D]
     x = dropout(x, c.embedding_dropout, embedding_key)
 
-    def norm(x, p):
-        return layer_norm(x, **p, eps=c.norm_eps)
+    def before(x, p):
+        return x if c.post_norm else norm(x, p, c)
 
-    def same(x, p):
-        return x
-
-    before, after = (same, norm) if c.post_norm else (norm, same)
+    def after(x, p):
+        return norm(x, p, c) if c.post_norm else x
 
     def block(x, p, kv, layer, key):
         keys = split(key, 3)
@@ -221,46 +153,53 @@ def hidden(
 
     def attention(x, p, kv, layer, key):
         if c.qkv_bias:
-            qkv = linear("BTD,DnHC->BTnHC", x, p, "qkv")
-            q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+            q, k, v = split_heads("BTD,DnHC->BTnHC", x, p, "qkv")  # [B, T, H, C] each
         else:
             q, k, v = (linear("BTD,DHC->BTHC", x, p, name) for name in ("query", "key", "value"))
         scale = c.head_dim**-0.5 if c.scale_attention else 1.0
         scale = scale / (layer + 1) if c.scale_by_layer else scale
-        y, kv = attend(q, k, v, seen(layer), kv, layer, scale=scale, dropout=c.attention_dropout, dropout_key=key)
+        options = {"mask": mask(layer), "scale": scale, "dropout": c.attention_dropout, "dropout_key": key}
+        y, kv = cached_attention(q, k, v, call, kv, layer, **options)
         return linear("BTHC,HCD->BTD", y, p, "out"), kv
 
-    def seen(layer):
+    def mask(layer):
         if not c.band:
-            return view
-        return within(view, jnp.where(layer % 2 == c.band_parity, c.band, INF), c.band_stride)
+            return call.mask
+        return masks.within(call.mask, jnp.where(layer % 2 == c.band_parity, c.band, INF), c.band_stride)
 
-    x, cache = run(block, x, params["blocks"], cache=cache, key=layers_key, remat=remat, unroll=unroll)
-    return x if c.post_norm else norm(x, params["norm"]), cache
-
-
-def logits(params: Tree, x: jax.Array, c: Config) -> jax.Array:
-    """Logits [B, T, V] of hidden states [B, T, D]."""
-    return einsum("BTD,VD->BTV", x, params["tokens" if c.tied else "head"])
+    return scan_layers(block, x, params["blocks"], call, layers_key)
 
 
-def from_hf(raw: dict) -> Config:
+def norm(x: jax.Array, p: Tree, c: Config) -> jax.Array:
+    """LayerNorm."""
+    return layer_norm(x, **p, eps=c.norm_eps)
+
+
+def keys_attended(c: Config, layer: int, length: int) -> int:
+    """The band and, with a stride, every so many tokens before it, in banded layers."""
+    if not c.band or layer % 2 != c.band_parity:
+        return length
+    near = min(c.band, length)
+    return near + ((length - near) // c.band_stride if c.band_stride else 0)
+
+
+DIALECTS = gpt_hf.DIALECTS
+
+
+def from_hf(raw: dict[str, Any]) -> Config:
     """The Config of a parsed config.json of one of `DIALECTS`; raises ValueError as `models.gpt_hf.read` does."""
     return Config(**gpt_hf.read(raw))
 
 
-def to_hf(c: Config) -> dict:
-    """The config.json of `c`, in its dialect."""
+def to_hf(c: Config) -> dict[str, Any]:
+    """The config.json of a Config, in its dialect."""
     return gpt_hf.write(c)
 
 
-def layout(c: Config) -> Layout:
-    """Names in a checkpoint beyond the ParamSpec tree's."""
-    return Layout(
-        prefix="transformer.",
-        tied={"lm_head.weight": f"transformer.{_tables(c)[0]}.weight"} if c.tied else {},
-        buffers=(".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", "position_ids"),
-    )
+def tensor_names(c: Config) -> TensorNames:
+    """Names in a checkpoint beyond those of the ParamSpec tree."""
+    buffers = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", "position_ids")
+    return TensorNames(prefix="transformer.", head="lm_head.weight", buffers=buffers)
 
 
 #: Layers, width and heads. 13B is 5140 wide in the paper, which 40 heads do not divide; 1.3B has 24 heads there, which

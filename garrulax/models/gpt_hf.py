@@ -4,47 +4,33 @@ Source: transformers 5.23.0, configuration_{gpt2,openai,gpt_neo}.py, for keys an
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
-from garrulax.core.hf import HFConfig, claimant
+from garrulax.core.hf import HFConfig, Key, find_format, key
 
 GPT2 = HFConfig(
     model_type="gpt2",
     architecture="GPT2LMHeadModel",
     fields={
-        "vocab": "vocab_size",
-        "context": ("n_positions", "max_position_embeddings"),
-        "width": ("n_embd", "hidden_size"),
-        "layers": ("n_layer", "num_hidden_layers"),
-        "heads": ("n_head", "num_attention_heads"),
-        "mlp_width": "n_inner",
-        "activation": "activation_function",
-        "norm_eps": "layer_norm_epsilon",
-        "embedding_dropout": "embd_pdrop",
-        "attention_dropout": "attn_pdrop",
-        "residual_dropout": "resid_pdrop",
-        "tied": "tie_word_embeddings",
-        "scale_attention": "scale_attn_weights",
-        "scale_by_layer": "scale_attn_by_inverse_layer_idx",
-        "init_std": "initializer_range",
-        "bos": "bos_token_id",
-        "eos": "eos_token_id",
+        "vocab": key("vocab_size"),
+        "context": key("n_positions", "max_position_embeddings"),
+        "width": key("n_embd", "hidden_size"),
+        "layers": key("n_layer", "num_hidden_layers"),
+        "heads": key("n_head", "num_attention_heads"),
+        "mlp_width": key("n_inner", default=None),
+        "activation": key("activation_function", default="gelu_new"),
+        "norm_eps": key("layer_norm_epsilon", default=1e-5),
+        "embedding_dropout": key("embd_pdrop", default=0.1),
+        "attention_dropout": key("attn_pdrop", default=0.1),
+        "residual_dropout": key("resid_pdrop", default=0.1),
+        "tied": key("tie_word_embeddings", default=True),
+        "scale_attention": key("scale_attn_weights", default=True),
+        "scale_by_layer": key("scale_attn_by_inverse_layer_idx", default=False),
+        "init_std": key("initializer_range", default=0.02),
+        "bos": key("bos_token_id", default=50256, null=True),
+        "eos": key("eos_token_id", default=50256, null=True),
     },
-    defaults={
-        "mlp_width": None,
-        "activation": "gelu_new",
-        "norm_eps": 1e-5,
-        "embedding_dropout": 0.1,
-        "attention_dropout": 0.1,
-        "residual_dropout": 0.1,
-        "tied": True,
-        "scale_attention": True,
-        "scale_by_layer": False,
-        "init_std": 0.02,
-        "bos": 50256,
-        "eos": 50256,
-    },
-    optional=frozenset({"bos", "eos"}),
     fixed={"add_cross_attention": False},
     ignored=frozenset({
         "n_ctx", "n_special", "reorder_and_upcast_attn", "summary_activation", "summary_first_dropout",
@@ -54,49 +40,49 @@ GPT2 = HFConfig(
 
 
 def _like_gpt2(
-    model_type: str, architecture: str, fields: dict[str, Any], defaults: dict[str, Any], without: tuple[str, ...] = ()
+    model_type: str, architecture: str, fields: Mapping[str, Key], without: tuple[str, ...] = ()
 ) -> HFConfig:
-    """GPT-2's table with other keys and defaults for some fields, and `without` some."""
-    return dataclasses.replace(
-        GPT2,
-        model_type=model_type,
-        architecture=architecture,
-        fields={k: v for k, v in GPT2.fields.items() if k not in without} | fields,
-        defaults={k: v for k, v in GPT2.defaults.items() if k not in without} | defaults,
-    )
+    """GPT-2's format with other keys for some fields, and without some."""
+    kept = {name: k for name, k in GPT2.fields.items() if name not in without}
+    return dataclasses.replace(GPT2, model_type=model_type, architecture=architecture, fields={**kept, **fields})
 
 
 GPT1 = _like_gpt2(
     "openai-gpt",
     "OpenAIGPTLMHeadModel",
-    {"activation": "afn"},
-    {"activation": "gelu", "bos": None, "eos": None},
+    {
+        "activation": key("afn", default="gelu"),
+        "bos": key("bos_token_id", default=None, null=True),
+        "eos": key("eos_token_id", default=None, null=True),
+    },
     without=("mlp_width", "scale_attention", "scale_by_layer"),
 )
 
-#: Ours: no GPT-3 was published. With tensors as a GPT-2 has them.
+#: Our own format, since no GPT-3 was published. The tensors are those of a GPT-2.
 GPT3 = _like_gpt2(
     "gpt3",
     "GPT3LMHeadModel",
-    {"band": "attention_band", "band_stride": "attention_band_stride", "band_parity": "attention_band_parity"},
-    {},
+    {
+        "band": key("attention_band"),
+        "band_stride": key("attention_band_stride"),
+        "band_parity": key("attention_band_parity"),
+    },
 )
 
 NEO = _like_gpt2(
     "gpt_neo",
     "GPTNeoForCausalLM",
     {
-        "context": "max_position_embeddings",
-        "width": "hidden_size",
-        "layers": ("num_layers", "num_hidden_layers"),
-        "heads": ("num_heads", "num_attention_heads"),
-        "mlp_width": "intermediate_size",
-        "embedding_dropout": "embed_dropout",
-        "attention_dropout": "attention_dropout",
-        "residual_dropout": "resid_dropout",
-        "band": "window_size",
+        "context": key("max_position_embeddings"),
+        "width": key("hidden_size"),
+        "layers": key("num_layers", "num_hidden_layers"),
+        "heads": key("num_heads", "num_attention_heads"),
+        "mlp_width": key("intermediate_size", default=None),
+        "embedding_dropout": key("embed_dropout", default=0.0),
+        "attention_dropout": key("attention_dropout", default=0.0),
+        "residual_dropout": key("resid_dropout", default=0.0),
+        "band": key("window_size", default=256),
     },
-    {"embedding_dropout": 0.0, "attention_dropout": 0.0, "residual_dropout": 0.0, "band": 256},
     without=("scale_attention", "scale_by_layer"),
 )
 NEO = dataclasses.replace(NEO, ignored=NEO.ignored | {"attention_types", "attention_layers"})  # read by `_bands`
@@ -132,7 +118,7 @@ def read(raw: dict[str, Any]) -> dict[str, Any]:
     Raises ValueError as `core.hf.HFConfig.read` does, and for GPT-Neo layers that are neither all global nor global
     and local by turns.
     """
-    dialect = claimant(DIALECTS, raw)
+    dialect = find_format(DIALECTS, raw)
     fields = dialect.read(raw)
     if dialect is GPT1:
         if fields["activation"] not in _AFN:

@@ -11,16 +11,16 @@ import jax
 import jax.numpy as jnp
 
 from garrulax.core.einsum import einsum, gather
-from garrulax.core.spec import ParamSpec, Stored, Tree, normal, zeros
+from garrulax.core.spec import Declare, Tree, normal
 from garrulax.layers.dropout import dropout
-from garrulax.models import family
+from garrulax.models import parameters
 
 
 def add_tokens(params: Tree, config: Any, count: int, key: jax.Array) -> tuple[Tree, Any]:
     """Parameters and config with `count` more tokens, whose ids follow the vocabulary's; their rows in the embedding
     (and in an output of its own) are drawn as at initialisation. params: of `config`; the other leaves are shared."""
     wider = dataclasses.replace(config, vocab=config.vocab + count)
-    specs = family(wider).parameters(wider)
+    specs = parameters(wider)
     rows: dict[str, jax.Array] = {}
     for name in ("tokens", "head"):
         if name in specs:
@@ -33,14 +33,9 @@ def add_tokens(params: Tree, config: Any, count: int, key: jax.Array) -> tuple[T
 def classifier(config: Any, outputs: int) -> Tree:
     """The ParamSpec tree of a linear head, to stand beside a model's parameters as `classifier`. Hugging Face's
     OpenAIGPTDoubleHeadsModel has it under these names."""
-    name, D = "multiple_choice_head.summary", config.width
-    weight = Stored(f"{name}.weight", (outputs, D), (1, 0))
-    return {
-        "weight": ParamSpec(
-            (D, outputs), ("embed", None), normal(config.init_std), weight, (outputs, D), role="embedding"
-        ),
-        "bias": ParamSpec((outputs,), (None,), zeros, Stored(f"{name}.bias"), role="vector"),
-    }
+    declare = Declare(normal(config.init_std), D=config.width, N=outputs)
+    head = declare.linear("weight", "multiple_choice_head.summary", "N D -> D N", bias=True)
+    return {"weight": dataclasses.replace(head["weight"], role="embedding"), "bias": head["weight_bias"]}
 
 
 def state_at(x: jax.Array, at: jax.Array) -> jax.Array:

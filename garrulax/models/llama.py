@@ -11,89 +11,76 @@ al. 2023 (2309.10305), modeling_baichuan.py of the Baichuan checkpoints. Weights
 """
 
 import dataclasses
-import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from garrulax.core.config import check_flags, check_ids, check_positive, check_rates, check_sizes
+from garrulax.core import config as fields
+from garrulax.core.config import Count, Flag, OptionalTokenId, Positive, Rate, Size, TokenIds
 from garrulax.core.einsum import einsum, lookup
-from garrulax.core.hf import Layout
-from garrulax.core.spec import ParamSpec, Stored, Tree, normal, ones, stacked, zeros
-from garrulax.kernels.mask import INF, Mask
+from garrulax.core.hf import TensorNames
+from garrulax.core.spec import Declare, Tree, normal, stacked
+from garrulax.kernels import masks
+from garrulax.kernels.mask import INF
 from garrulax.layers import rope
-from garrulax.layers.attention import alibi_slopes, attend, default_positions, within
-from garrulax.layers.cache import Cache, admit, whole_length
+from garrulax.layers.attention import alibi_slopes, cached_attention
+from garrulax.layers.cache import Cache
+from garrulax.layers.call import Call
 from garrulax.layers.mlp import check_activation, gated_mlp, linear
 from garrulax.layers.norms import rms_norm, unit_norm
 from garrulax.layers.rope import Rope
-from garrulax.layers.stack import run
+from garrulax.layers.stack import scan_layers
 from garrulax.models import llama_hf
+from garrulax.models.contract import logits as usual_logits
 
 HEAD_EPS = 1e-12  # least length by which a row of the head is divided (modeling_baichuan.py, NormHead)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """LLaMA and its kin. Defaults are LLaMA 7B.
+    """LLaMA and its kin. Defaults are LLaMA 7B."""
 
-    vocab, context: tokens (the context is advice: rotary positions go on). width, layers, heads, kv_heads,
-    head_dim, mlp_width: sizes; head_dim 0 stands for width / heads. activation: of the gate. norm_eps: of the norms.
-    positions: "rope" or "alibi". rope: rotary settings. window: how many tokens back one sees, itself included; 0 for
-    all. window_from: the first layer with the window. attention_dropout: used where forward is given a key. qkv_bias,
-    out_bias, mlp_bias: whether these linear layers have biases. tied: the output is the token embedding.
-    normalized_head: the rows of the output head are divided by their length when they are used. init_std: of the
-    initial weights. bos, eos: token ids; eos may be several. dialect: the format of its checkpoints, "llama",
-    "mistral", "qwen2" or "baichuan"; what their config.json cannot say is refused.
-    """
-
-    vocab: int = 32000
-    context: int = 2048
-    width: int = 4096
-    layers: int = 32
-    heads: int = 32
-    kv_heads: int = 32
-    head_dim: int = 0
-    mlp_width: int = 11008
-    activation: str = "silu"
-    norm_eps: float = 1e-6
-    positions: str = "rope"
+    vocab: Size = 32000  # token ids
+    context: Size = 2048  # tokens that it was trained on; rotary positions go on
+    width: Size = 4096
+    layers: Size = 32
+    heads: Size = 32
+    kv_heads: Size = 32
+    head_dim: Count = 0  # 0 stands for width / heads
+    mlp_width: Size = 11008
+    activation: str = "silu"  # of the gate
+    norm_eps: Positive = 1e-6
+    positions: str = "rope"  # or "alibi"
     rope: Rope = Rope()
-    window: int = 0
-    window_from: int = 0
-    attention_dropout: float = 0.0
-    qkv_bias: bool = False
-    out_bias: bool = False
-    mlp_bias: bool = False
-    tied: bool = False
-    normalized_head: bool = False
-    init_std: float = 0.02
-    bos: int | None = 1
-    eos: int | tuple[int, ...] | None = 2
-    dialect: str = "llama"
+    window: Count = 0  # tokens that a token attends to, itself included; 0 for all
+    window_from: Count = 0  # first layer with the window
+    attention_dropout: Rate = 0.0
+    qkv_bias: Flag = False
+    out_bias: Flag = False  # of the output projection of attention
+    mlp_bias: Flag = False
+    tied: Flag = False  # the output head is the token embedding
+    normalized_head: Flag = False  # the rows of the output head are divided by their length when used (Baichuan 2)
+    init_std: Positive = 0.02  # of the initial weights
+    bos: OptionalTokenId = 1
+    eos: TokenIds = 2
+    dialect: str = "llama"  # format of checkpoints: llama, mistral, qwen2 or baichuan
 
     def __post_init__(self):
-        check_sizes(self, "vocab", "context", "width", "layers", "heads", "kv_heads", "mlp_width")
-        if self.head_dim == 0:
-            if self.width % self.heads:
-                raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}; give head_dim")
-            object.__setattr__(self, "head_dim", self.width // self.heads)
-        check_sizes(self, "head_dim")
-        if self.heads % self.kv_heads:
-            raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
-        check_sizes(self, "window", "window_from", least=0)
+        fields.check_fields(self)
+        fields.fill_head_dim(self)
+        fields.check_groups(self.heads, self.kv_heads)
         if self.window_from and not self.window:
             raise ValueError(f"window_from={self.window_from} does nothing without a window")
         if self.window_from >= self.layers:
             raise ValueError(f"window_from={self.window_from} leaves none of {self.layers} layers with the window")
         check_activation(self.activation)
-        check_rates(self, "attention_dropout")
-        check_positive(self, "norm_eps", "init_std")
-        check_flags(self, "qkv_bias", "out_bias", "mlp_bias", "tied", "normalized_head")
-        check_ids(self, "bos", "eos", several=("eos",))
-        self._check_positions()
+        if self.positions not in ("rope", "alibi"):
+            raise ValueError(f"unknown positions {self.positions!r}: choose from rope, alibi")
+        if self.positions == "rope" and self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} must be even: rotary positions turn pairs")
+        if self.positions == "alibi" and self.rope != Rope():
+            raise ValueError(f"positions 'alibi' turn nothing: {self.rope} would do nothing")
         if self.normalized_head and self.tied:
             raise ValueError("normalized_head and tied: a normalised head cannot be the token embedding")
         llama_hf.check_dialect(self)
@@ -103,139 +90,80 @@ class Config:
         """Tokens that a text may have: the context, or more where the rotary positions are stretched."""
         return self.rope.max_length(self.context)
 
-    def _check_positions(self):
-        if self.positions not in ("rope", "alibi"):
-            raise ValueError(f"unknown positions {self.positions!r}: choose from rope, alibi")
-        if self.positions == "rope" and self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} must be even: rotary positions turn pairs")
-        if self.positions == "alibi" and self.rope != Rope():
-            raise ValueError(f"positions 'alibi' turn nothing: {self.rope} would do nothing")
-
 
 def parameters(c: Config) -> Tree:
     """The ParamSpec tree."""
-    D, H, K, C, F = c.width, c.heads, c.kv_heads, c.head_dim, c.mlp_width
-    weight = normal(c.init_std)
+    declare = Declare(normal(c.init_std), D=c.width, H=c.heads, K=c.kv_heads, C=c.head_dim, F=c.mlp_width, V=c.vocab)
     h = "model.layers.{}."
 
-    def norm(name):
-        return {"scale": ParamSpec((D,), ("embed",), ones, Stored(f"{name}.weight"), role="vector")}
+    def projection(key: str, part: int, letter: str) -> Tree:
+        if c.dialect == "baichuan":  # one tensor with query, key and value one after another
+            return declare.linear(key, h + "self_attn.W_pack", f"(three {letter} C) D -> D {letter} C", three=part)
+        return declare.linear(key, f"{h}self_attn.{key[0]}_proj", f"({letter} C) D -> D {letter} C", bias=c.qkv_bias)
 
-    def heads(name, count, axis):  # stored [count * C, D], or as one of three parts of Baichuan's W_pack
-        if c.dialect == "baichuan":
-            part = ("q_proj", "k_proj", "v_proj").index(name)
-            stored, rows = Stored(h + "self_attn.W_pack.weight", (3, count, C, D), (2, 0, 1), (part,)), 3 * count * C
-        else:
-            stored, rows = Stored(h + f"self_attn.{name}.weight", (count, C, D), (2, 0, 1)), count * C
-        return ParamSpec((D, count, C), ("embed", axis, "head"), weight, stored, (rows, D))
-
-    def dense(name, rows, columns, axes):  # stored [columns, rows]
-        stored = Stored(h + f"mlp.{name}.weight", (columns, rows), (1, 0))
-        return ParamSpec((rows, columns), axes, weight, stored, (columns, rows))
-
-    def bias(name, shape, axes):
-        return ParamSpec(shape, axes, zeros, Stored(h + f"{name}.bias"), (math.prod(shape),), role="vector")
-
-    def table(name):
-        return ParamSpec((c.vocab, D), ("vocab", "embed"), weight, Stored(name), role="embedding")
-
-    attention = {
-        "query": heads("q_proj", H, "heads"),
-        "key": heads("k_proj", K, "kv_heads"),
-        "value": heads("v_proj", K, "kv_heads"),
-        "out": ParamSpec(
-            (H, C, D), ("heads", "head", "embed"), weight,
-            Stored(h + "self_attn.o_proj.weight", (D, H, C), (1, 2, 0)), (D, H * C), inputs=2,
-        ),
-    }  # fmt: skip
-    if c.qkv_bias:
-        attention |= {
-            "query_bias": bias("self_attn.q_proj", (H, C), ("heads", "head")),
-            "key_bias": bias("self_attn.k_proj", (K, C), ("kv_heads", "head")),
-            "value_bias": bias("self_attn.v_proj", (K, C), ("kv_heads", "head")),
-        }
-    if c.out_bias:
-        attention["out_bias"] = bias("self_attn.o_proj", (D,), ("embed",))
-    mlp = {
-        "gate": dense("gate_proj", D, F, ("embed", "mlp")),
-        "up": dense("up_proj", D, F, ("embed", "mlp")),
-        "down": dense("down_proj", F, D, ("mlp", "embed")),
+    layer = {
+        "attention_norm": declare.rms_norm(h + "input_layernorm"),
+        "attention": {
+            **projection("query", 0, "H"),
+            **projection("key", 1, "K"),
+            **projection("value", 2, "K"),
+            **declare.linear("out", h + "self_attn.o_proj", "D (H C) -> H C D", bias=c.out_bias),
+        },
+        "mlp_norm": declare.rms_norm(h + "post_attention_layernorm"),
+        "mlp": {
+            **declare.linear("gate", h + "mlp.gate_proj", "F D -> D F", bias=c.mlp_bias),
+            **declare.linear("up", h + "mlp.up_proj", "F D -> D F", bias=c.mlp_bias),
+            **declare.linear("down", h + "mlp.down_proj", "D F -> F D", bias=c.mlp_bias),
+        },
     }
-    if c.mlp_bias:
-        mlp |= {
-            "gate_bias": bias("mlp.gate_proj", (F,), ("mlp",)),
-            "up_bias": bias("mlp.up_proj", (F,), ("mlp",)),
-            "down_bias": bias("mlp.down_proj", (D,), ("embed",)),
-        }
-    tree = {
-        "tokens": table("model.embed_tokens.weight"),
-        "blocks": stacked(
-            c.layers,
-            {
-                "attention_norm": norm(h + "input_layernorm"),
-                "attention": attention,
-                "mlp_norm": norm(h + "post_attention_layernorm"),
-                "mlp": mlp,
-            },
-        ),
-        "norm": norm("model.norm"),
+    return {
+        "tokens": declare.embedding("model.embed_tokens.weight"),
+        "blocks": stacked(c.layers, layer),
+        "norm": declare.rms_norm("model.norm"),
+        **({} if c.tied else {"head": declare.embedding("lm_head.weight")}),
     }
-    if not c.tied:
-        tree["head"] = table("lm_head.weight")
-    return tree
 
 
-def hidden(
-    params: Tree,
-    tokens: jax.Array,
-    c: Config,
-    *,
-    positions: jax.Array | None = None,
-    mask: Mask | None = None,
-    cache: Cache | None = None,
-    key: jax.Array | None = None,
-    remat: str = "none",
-    unroll: bool = False,
-) -> tuple[jax.Array, Cache | None]:
-    """Hidden states [B, T, D] after the last norm, and the cache. Arguments as in `garrulax.forward`."""
-    positions = default_positions(tokens, cache) if positions is None else positions
-    view, cache = admit(tokens, positions, mask, cache)
-    x = lookup(params["tokens"], tokens)
-    turn, slopes = _positions(c, positions, cache, x.dtype)
+def hidden(params: Tree, call: Call, c: Config) -> tuple[jax.Array, Cache | None]:
+    """Hidden states [B, T, D] before the last norm, and the cache."""
+    x = lookup(params["tokens"], call.tokens)  # [B, T, D]
+    slopes = alibi_slopes(c.heads) if c.positions == "alibi" else None
+    angles = None if slopes is not None else rope.cos_sin(c.rope, call.positions, c.head_dim, call.text_length, x.dtype)
 
     def block(x, p, kv, layer, key):
-        y, kv = attention(rms_norm(x, **p["attention_norm"], eps=c.norm_eps), p["attention"], kv, layer, key)
+        y, kv = attention(norm(x, p["attention_norm"], c), p["attention"], kv, layer, key)
         x = x + y
-        return x + gated_mlp(rms_norm(x, **p["mlp_norm"], eps=c.norm_eps), p["mlp"], c.activation), kv
+        return x + gated_mlp(norm(x, p["mlp_norm"], c), p["mlp"], c.activation), kv
 
     def attention(x, p, kv, layer, key):
-        q = turn(linear("BTD,DHC->BTHC", x, p, "query"))
-        k = turn(linear("BTD,DKC->BTKC", x, p, "key"))
+        q = rotate(linear("BTD,DHC->BTHC", x, p, "query"))
+        k = rotate(linear("BTD,DKC->BTKC", x, p, "key"))
         v = linear("BTD,DKC->BTKC", x, p, "value")
-        y, kv = attend(q, k, v, seen(layer), kv, layer, alibi=slopes, dropout=c.attention_dropout, dropout_key=key)
+        options = {"mask": mask(layer), "alibi": slopes, "dropout": c.attention_dropout, "dropout_key": key}
+        y, kv = cached_attention(q, k, v, call, kv, layer, **options)  # [B, T, H, C]
         return linear("BTHC,HCD->BTD", y, p, "out"), kv
 
-    def seen(layer):
+    def rotate(x):
+        return x if angles is None else rope.rotate_halves(x, *angles)
+
+    def mask(layer):
         if not c.window_from:  # the same in all layers: a scan computes the mask once
-            return within(view, c.window) if c.window else view
-        return within(view, jnp.where(layer >= c.window_from, c.window, INF))
+            return masks.within(call.mask, c.window) if c.window else call.mask
+        return masks.within(call.mask, jnp.where(layer >= c.window_from, c.window, INF))
 
-    x, cache = run(block, x, params["blocks"], cache=cache, key=key, remat=remat, unroll=unroll)
-    return rms_norm(x, **params["norm"], eps=c.norm_eps), cache
+    return scan_layers(block, x, params["blocks"], call, call.key)
 
 
-def _positions(c: Config, positions: jax.Array, cache: Cache | None, dtype: Any) -> tuple[Callable, Any]:
-    """How queries and keys are turned, and the slopes of ALiBi or None."""
-    if c.positions == "alibi":
-        return lambda x: x, alibi_slopes(c.heads)
-    cosine, sine = rope.table(c.rope, positions, c.head_dim, whole_length(positions, cache), dtype)
-    return lambda x: rope.rotate_halves(x, cosine, sine), None
+def norm(x: jax.Array, p: Tree, c: Config) -> jax.Array:
+    """RMSNorm."""
+    return rms_norm(x, **p, eps=c.norm_eps)
 
 
 def logits(params: Tree, x: jax.Array, c: Config) -> jax.Array:
     """Logits [B, T, V] of hidden states [B, T, D]."""
-    head = params["tokens" if c.tied else "head"]
-    return einsum("BTD,VD->BTV", x, unit_norm(head, HEAD_EPS) if c.normalized_head else head)
+    if c.normalized_head:
+        return einsum("BTD,VD->BTV", x, unit_norm(params["head"], HEAD_EPS))
+    return usual_logits(params, x, c)
 
 
 def fold_head(params: Tree, c: Config) -> tuple[Tree, Config]:
@@ -247,23 +175,27 @@ def fold_head(params: Tree, c: Config) -> tuple[Tree, Config]:
     return {**params, "head": head}, dataclasses.replace(c, normalized_head=False)
 
 
+def keys_attended(c: Config, layer: int, length: int) -> int:
+    """The window, in layers that have one."""
+    return min(c.window, length) if c.window and layer >= c.window_from else length
+
+
 DIALECTS = llama_hf.DIALECTS
 
 
-def from_hf(raw: dict) -> Config:
+def from_hf(raw: dict[str, Any]) -> Config:
     """The Config of a parsed config.json in any of the dialects. Raises ValueError as `llama_hf.read` does."""
     return Config(**llama_hf.read(raw))
 
 
-def to_hf(c: Config) -> dict:
-    """The config.json of `c` in its dialect."""
+def to_hf(c: Config) -> dict[str, Any]:
+    """The config.json of a Config, in its dialect."""
     return llama_hf.write(c)
 
 
-def layout(c: Config) -> Layout:
-    """Names in a checkpoint beyond the ParamSpec tree's."""
-    tied = {"lm_head.weight": "model.embed_tokens.weight"} if c.tied else {}
-    return Layout(prefix="model.", tied=tied, buffers=(".rotary_emb.inv_freq",))
+def tensor_names(c: Config) -> TensorNames:
+    """Names in a checkpoint beyond those of the ParamSpec tree."""
+    return TensorNames(prefix="model.", head="lm_head.weight", buffers=(".rotary_emb.inv_freq",))
 
 
 _LLAMA2 = Config(context=4096, norm_eps=1e-5)

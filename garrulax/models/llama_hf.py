@@ -7,58 +7,68 @@ those of `garrulax.models.llama.Config`.
 
 from typing import Any
 
-from garrulax.core.hf import HFConfig, claimant
+from garrulax.core.config import Count, Size, check_value
+from garrulax.core.hf import HFConfig, find_format, key
 from garrulax.layers.rope import Rope
 from garrulax.layers.rope_hf import rope_from_hf, rope_to_hf
 
-_FIELDS: dict[str, str | tuple[str, ...]] = {
-    "vocab": "vocab_size",
-    "context": "max_position_embeddings",
-    "width": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "mlp_width": "intermediate_size",
-    "activation": "hidden_act",
-    "norm_eps": "rms_norm_eps",
-    "tied": "tie_word_embeddings",
-    "init_std": "initializer_range",
-    "bos": "bos_token_id",
-    "eos": "eos_token_id",
+_FIELDS = {
+    "vocab": key("vocab_size"),
+    "context": key("max_position_embeddings"),
+    "width": key("hidden_size"),
+    "layers": key("num_hidden_layers"),
+    "heads": key("num_attention_heads"),
+    "mlp_width": key("intermediate_size"),
+    "activation": key("hidden_act", default="silu"),
+    "norm_eps": key("rms_norm_eps", default=1e-6),
+    "tied": key("tie_word_embeddings", default=False),
+    "init_std": key("initializer_range", default=0.02),
+    "bos": key("bos_token_id", default=1, null=True),
+    "eos": key("eos_token_id", default=2, null=True),
 }
-_GROUPED: dict[str, str | tuple[str, ...]] = {
-    "kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "attention_dropout": "attention_dropout",
+_GROUPED = {
+    **_FIELDS,
+    "kv_heads": key("num_key_value_heads", default=None),  # as many as heads
+    "head_dim": key("head_dim", default=0),
+    "attention_dropout": key("attention_dropout", default=0.0),
 }
-_DEFAULTS = {"activation": "silu", "norm_eps": 1e-6, "tied": False, "init_std": 0.02, "bos": 1, "eos": 2}
-_GROUPED_DEFAULTS = {"kv_heads": None, "head_dim": 0, "attention_dropout": 0.0}  # kv_heads None: as many as heads
 _ROPE = {"rope_theta", "rope_scaling", "rope_parameters"}  # read by `rope_from_hf`
 
 LLAMA = HFConfig(
     model_type="llama",
     architecture="LlamaForCausalLM",
-    fields=_FIELDS | _GROUPED | {"qkv_bias": "attention_bias", "mlp_bias": "mlp_bias"},
-    defaults=_DEFAULTS | _GROUPED_DEFAULTS | {"context": 2048, "qkv_bias": False, "mlp_bias": False},
-    optional=frozenset({"bos", "eos"}),
+    fields={
+        **_GROUPED,
+        "context": key("max_position_embeddings", default=2048),
+        "qkv_bias": key("attention_bias", default=False),
+        "mlp_bias": key("mlp_bias", default=False),
+    },
     # max_sequence_length: beside max_position_embeddings in early conversions of LLaMA-1
     ignored=frozenset({"max_sequence_length", *_ROPE}),
 )
 MISTRAL = HFConfig(
     model_type="mistral",
     architecture="MistralForCausalLM",
-    fields=_FIELDS | _GROUPED | {"window": "sliding_window"},
-    defaults=_DEFAULTS | _GROUPED_DEFAULTS | {"context": 131072, "kv_heads": 8, "window": 4096},
-    optional=frozenset({"bos", "eos", "kv_heads", "window"}),
+    fields={
+        **_GROUPED,
+        "context": key("max_position_embeddings", default=131072),
+        "kv_heads": key("num_key_value_heads", default=8, null=True),
+        "window": key("sliding_window", default=4096, null=True),
+    },
     ignored=frozenset(_ROPE),
 )
 QWEN2 = HFConfig(
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
-    fields=_FIELDS | _GROUPED | {"window": "sliding_window", "window_from": "max_window_layers"},
-    defaults=_DEFAULTS
-    | _GROUPED_DEFAULTS
-    | {"context": 32768, "kv_heads": 32, "window": 4096, "window_from": 28, "bos": None, "eos": None},
-    optional=frozenset({"bos", "eos", "kv_heads", "window"}),
+    fields={
+        **_GROUPED,
+        "context": key("max_position_embeddings", default=32768),
+        "kv_heads": key("num_key_value_heads", default=32, null=True),
+        "window": key("sliding_window", default=4096, null=True),
+        "window_from": key("max_window_layers", default=28),
+        "bos": key("bos_token_id", default=None, null=True),
+        "eos": key("eos_token_id", default=None, null=True),
+    },
     fixed={"use_mrope": False},
     ignored=frozenset({"use_sliding_window", "layer_types", *_ROPE}),  # the first two are read by `_qwen2_window`
 )
@@ -70,9 +80,7 @@ _BAICHUAN_IGNORED = frozenset(
 BAICHUAN_ROPE = HFConfig(
     model_type="baichuan",
     architecture="BaiChuanForCausalLM",
-    fields=_FIELDS | {"normalized_head": "normalized_head"},
-    defaults=_DEFAULTS | {"normalized_head": None},
-    optional=frozenset({"bos", "eos"}),
+    fields={**_FIELDS, "normalized_head": key("normalized_head", default=None)},
     ignored=_BAICHUAN_IGNORED | {"model_max_length"},
     marker="max_position_embeddings",
 )
@@ -80,9 +88,7 @@ BAICHUAN_ROPE = HFConfig(
 BAICHUAN_ALIBI = HFConfig(
     model_type="baichuan",
     architecture="BaichuanForCausalLM",
-    fields=_FIELDS | {"context": "model_max_length", "normalized_head": "normalized_head"},
-    defaults=_DEFAULTS | {"normalized_head": None},
-    optional=frozenset({"bos", "eos"}),
+    fields={**BAICHUAN_ROPE.fields, "context": key("model_max_length")},
     ignored=_BAICHUAN_IGNORED,
 )
 
@@ -124,16 +130,16 @@ def read(raw: dict[str, Any]) -> dict[str, Any]:
     Raises ValueError as `core.hf.HFConfig.read` and `layers.rope_hf.rope_from_hf` do, and for layer_types other than
     full attention first and then a sliding window.
     """
-    hf = claimant(DIALECTS, raw)
+    hf = find_format(DIALECTS, raw)
     fields: dict[str, Any] = {**hf.read(raw), "dialect": hf.model_type}
     if raw.get("head_dim") is not None:
-        _whole("head_dim", raw["head_dim"], 1)  # in a Config 0 stands for width / heads
+        check_value("config.json: head_dim", raw["head_dim"], Size)  # in a Config 0 stands for width / heads
     if fields.get("kv_heads") is None:
         fields["kv_heads"] = fields["heads"]
     if hf is LLAMA:
         fields["out_bias"] = fields["qkv_bias"]
     elif hf is MISTRAL:
-        fields["window"] = 0 if fields["window"] is None else _whole("sliding_window", fields["window"], 1)
+        fields["window"] = 0 if fields["window"] is None else _checked("sliding_window", fields["window"], Size)
     elif hf is QWEN2:
         fields |= {"qkv_bias": True, **_qwen2_window(raw, fields)}
     else:
@@ -160,18 +166,18 @@ def write(c: Any) -> dict[str, Any]:
 def _qwen2_window(raw: dict[str, Any], fields: dict[str, Any]) -> dict[str, int]:
     """window and window_from as Qwen2Config decides: by layer_types where given, else by max_window_layers; a
     sliding_window counts only with use_sliding_window."""
-    layers = _whole("num_hidden_layers", fields["layers"], 1)
+    layers = _checked("num_hidden_layers", fields["layers"], Size)
     window = fields["window"] if raw.get("use_sliding_window") else None
     kinds = raw.get("layer_types")
     if kinds is None:
-        first = layers if window is None else _whole("max_window_layers", fields["window_from"], 0)
+        first = layers if window is None else _checked("max_window_layers", fields["window_from"], Count)
     else:
         first = _full_layers(kinds, layers)
     if first >= layers:
         return {"window": 0, "window_from": 0}
     if window is None:
         raise ValueError("config.json: layer_types has sliding_attention, but no use_sliding_window and sliding_window")
-    return {"window": _whole("sliding_window", window, 1), "window_from": first}
+    return {"window": _checked("sliding_window", window, Size), "window_from": first}
 
 
 def _full_layers(kinds: Any, layers: int) -> int:
@@ -191,10 +197,9 @@ def _normalized_head(raw: dict[str, Any], fields: dict[str, Any]) -> Any:
     have none, by z_loss_weight, a key of Baichuan 2's configuration class alone, or by its vocabulary (or a larger)."""
     if fields["normalized_head"] is not None:
         return fields["normalized_head"]
-    return "z_loss_weight" in raw or _whole("vocab_size", fields["vocab"], 1) >= BAICHUAN2_VOCAB
+    return "z_loss_weight" in raw or _checked("vocab_size", fields["vocab"], Size) >= BAICHUAN2_VOCAB
 
 
-def _whole(key: str, value: Any, least: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"config.json: {key}={value!r} must be a whole number of at least {least}")
+def _checked(key: str, value: Any, kind: Any) -> Any:
+    check_value(f"config.json: {key}", value, kind)
     return value

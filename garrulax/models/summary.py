@@ -2,12 +2,12 @@
 
 import dataclasses
 import math
-from typing import Any
 
 import numpy as np
 
 from garrulax import models
 from garrulax.core import spec
+from garrulax.core.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Summary:
     cache_values: int
 
 
-def summarize(config: Any) -> Summary:
+def summarize(config: ModelConfig) -> Summary:
     """The `Summary` of a configuration."""
-    specs = spec.named_specs(models.family(config).parameters(config))
+    specs = spec.named_specs(models.parameters(config))
     sizes = {name: math.prod(s.shape) for name, s in specs.items()}
     parts: dict[str, int] = {}
     for name, size in sizes.items():
@@ -55,32 +55,23 @@ def _part(name: str) -> str:
     return names.get(first, "norms")
 
 
-def matmul_parameters(config: Any) -> int:
+def matmul_parameters(config: ModelConfig) -> int:
     """Parameters that multiply every token: all matrices, and the embedding that gives the logits."""
-    specs = spec.named_specs(models.family(config).parameters(config))
+    specs = spec.named_specs(models.parameters(config))
     matrices = sum(math.prod(s.shape) for s in specs.values() if s.role == "matrix")
     return matrices + config.vocab * config.width
 
 
-def flops_per_token(config: Any, length: int) -> int:
+def flops_per_token(config: ModelConfig, length: int) -> int:
     """Floating-point operations of the forward pass a token, in a text of `length` tokens.
 
     2 a parameter that multiplies it, and in each layer 4 H C keys for scores and their product with the values; causal
     masks are not halved (Chowdhery et al. 2022, appendix B), windows and bands do leave keys out. The backward pass
     costs twice as much again.
     """
-    keys = sum(_keys(config, layer, length) for layer in range(config.layers))
+    family = models.family(config)
+    keys = sum(family.keys_attended(config, layer, length) for layer in range(config.layers))
     return 2 * matmul_parameters(config) + 4 * config.heads * config.head_dim * keys
-
-
-def _keys(config: Any, layer: int, length: int) -> int:
-    """How many keys a query of this layer is compared with, far into a text of `length` tokens."""
-    if getattr(config, "window", 0) and layer >= config.window_from:
-        return min(config.window, length)
-    if getattr(config, "band", 0) and layer % 2 == config.band_parity:
-        near = min(config.band, length)
-        return near + ((length - near) // config.band_stride if config.band_stride else 0)
-    return length
 
 
 def bytes_of(count: int, dtype: str) -> int:

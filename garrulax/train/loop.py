@@ -127,7 +127,7 @@ class _Loop:
         s, c = run.settings, run.config
         objective = run.objective or OBJECTIVES[objective_name(s.objective, c)]
         self.run, self.mesh, self.saves, self.progress = run, mesh, saves, progress
-        self.optimizer = make_optimizer(s, models.family(c).parameters(c))
+        self.optimizer = make_optimizer(s, models.parameters(c))
         self.train_step = make_train_step(c, s, self.optimizer, objective)
         self.evaluate = make_evaluate(c, objective, mesh=mesh, precision=s.precision)
         self.speed = Speed()

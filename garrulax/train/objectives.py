@@ -49,7 +49,7 @@ OBJECTIVES: dict[str, Objective] = {"causal": causal_lm, "infill": blank_infilli
 
 def objective_name(wanted: str | None, config: Any) -> str:
     """`wanted`, or where that is None what the family of `config` was made for."""
-    return wanted or ("infill" if models.family(config) is models.glm else "causal")
+    return wanted or models.family(config).OBJECTIVE or "causal"
 
 
 def mask_of(batch: Batch) -> Mask | None:

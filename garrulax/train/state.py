@@ -46,7 +46,7 @@ def init_state(
     else:
         params = jax.tree.map(lambda p: jnp.array(p, dtype, copy=True), params)
         if mesh is not None:
-            specs = models.family(config).parameters(config) if specs is None else specs
+            specs = models.parameters(config) if specs is None else specs
             params = jax.device_put(params, sharding.shardings(specs, mesh, rules))
     step = jnp.zeros((), jnp.int32)
     if mesh is not None:
@@ -64,7 +64,7 @@ def abstract_state(
     specs: spec.Tree | None = None,
 ) -> TrainState:
     """Shapes, dtypes and shardings of `init_state`'s result: the target of a restore. Nothing is allocated."""
-    specs = models.family(config).parameters(config) if specs is None else specs
+    specs = models.parameters(config) if specs is None else specs
     params = spec.abstract(specs, dtype, None if mesh is None else sharding.shardings(specs, mesh, rules))
     opt_state = jax.eval_shape(optimizer.init, params)
     key = jax.eval_shape(lambda: jax.random.key(0))

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from garrulax import models
 from garrulax.core.einsum import einsum
 from garrulax.core.spec import Tree
 from garrulax.layers.dropout import dropout, split
@@ -158,12 +159,13 @@ def predict(params: Tree, batch: Batch, config: gpt.Config, task: str) -> jax.Ar
 def hidden_states(
     params: Tree, batch: Batch, config: gpt.Config, key: jax.Array | None = None, **options: Any
 ) -> jax.Array:
-    """Hidden states [B, S, T, D] of a batch; options go to `gpt.hidden`. Raises ValueError where it is too long."""
+    """Hidden states [B, S, T, D] of a batch; options go to `models.hidden`. Raises ValueError where it is too long."""
     tokens = batch["tokens"]
     examples, sequences, length = tokens.shape
     if length > config.context:
         raise ValueError(f"rows of {length} tokens are longer than the model's context={config.context}")
-    x, _ = gpt.hidden(params, tokens.reshape(-1, length), config, key=key, **options)
+    model = {name: part for name, part in params.items() if name != "classifier"}
+    x, _ = models.hidden(model, tokens.reshape(-1, length), config, key=key, **options)
     return x.reshape(examples, sequences, length, -1)
 
 
@@ -191,7 +193,7 @@ def lm_losses(params: Tree, x: jax.Array, batch: Batch, config: gpt.Config, outp
     tokens, weights = batch["tokens"][:, :, 1:], batch["weights"][:, :, 1:]
     examples, sequences, length = tokens.shape
     states = x[:, :, :-1].reshape(examples * sequences, length, -1)
-    logits = gpt.logits(params, states, config)
+    logits = models.family(config).logits(params, states, config)
     nll = negative_log_likelihood(logits, tokens.reshape(-1, length))
     if outputs == "matrix":
         places = einsum("BTD,VD->BTV", states, params["positions"])

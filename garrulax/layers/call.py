@@ -1,0 +1,93 @@
+"""The arguments of one forward pass that every layer reads: positions, mask, cache."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from garrulax.kernels.mask import Mask, as_keys
+from garrulax.kernels.masks import causal_from
+from garrulax.layers.cache import Cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One forward pass, prepared: what `models.forward` hands to the function `hidden` of a family.
+
+    Attributes:
+        tokens: int32 [B, T].
+        positions: int32 [B, T], or [B, 2, T] for families whose tokens have a place in the text and one in an answer.
+        mask: Who attends to whom: the streams of these tokens as queries, and of everything cached as keys.
+        cache: The cache, with the streams of these tokens in it but not yet their keys and values; None without one.
+        slot: int32 scalar, the slot of the first token in the cache; None without a cache.
+        key: PRNG key for dropout; None for no dropout.
+        remat: What the backward pass recomputes, a name in `layers.stack.REMAT`.
+        unroll: Whether the loop over layers becomes straight code.
+    """
+
+    tokens: jax.Array
+    positions: jax.Array
+    mask: Mask
+    cache: Cache | None = None
+    slot: jax.Array | None = None
+    key: jax.Array | None = None
+    remat: str = "none"
+    unroll: bool = False
+
+    @property
+    def text_length(self) -> jax.Array:
+        """int32 [B], the length of each row's whole text: the one its cache plans, or up to its last position.
+
+        Rotary positions that depend on the length take this one, so that they do not change while a text grows.
+        """
+        return self.positions.max(axis=1) + 1 if self.cache is None else self.cache.planned
+
+
+def default_positions(tokens: jax.Array, cache: Cache | None, rows: int) -> jax.Array:
+    """Positions of a text that continues what is in the cache.
+
+    Args:
+        tokens: int32 [B, T].
+        cache: The cache, or None.
+        rows: Rows of positions; the second, the place in an answer, is 0.
+
+    Returns:
+        int32 [B, T], or [B, 2, T] for two rows.
+    """
+    start = 0 if cache is None else cache.used
+    first = jnp.zeros_like(tokens, jnp.int32) + jnp.arange(tokens.shape[1], dtype=jnp.int32) + start
+    return first if rows == 1 else jnp.stack([first, jnp.zeros_like(first)], axis=1)
+
+
+def mask_and_cache(
+    tokens: jax.Array, positions: jax.Array, mask: Mask | None, cache: Cache | None
+) -> tuple[Mask, Cache | None]:
+    """The mask over these tokens and the cache, and the cache with the streams of these tokens in it.
+
+    Args:
+        tokens: int32 [B, T].
+        positions: int32 [B, T], where each token stands in its own text; they become the stream `position`.
+        mask: Who attends to whom; None is causal, continued from the cache.
+        cache: The cache, or None.
+
+    Raises:
+        ValueError: The cache is too small (checked where its fill is known, so not under jit), or the mask has streams
+            of keys although the cache holds them, or lacks streams that the cache keeps.
+    """
+    if mask is None:
+        mask = causal_from(tokens, 0 if cache is None else cache.used)
+    query = {**mask.query, "position": jnp.zeros_like(tokens, jnp.int32) + positions.astype(jnp.int32)}
+    if cache is None:
+        return dataclasses.replace(mask, query=query), None
+    count = tokens.shape[1]
+    if not isinstance(cache.used, jax.core.Tracer) and int(cache.used) + count > cache.size:
+        raise ValueError(f"the cache has {cache.size} slots: {int(cache.used)} used, no room for {count} more")
+    if mask.key is not None:
+        raise ValueError("with a cache, give the mask streams of the new tokens only: the cache holds the keys'")
+    new = as_keys(query)
+    missing = sorted(cache.streams.keys() - new.keys())
+    if missing:
+        raise ValueError(f"the cache keeps streams {missing}, which the mask does not give")
+    at = (0, cache.used)
+    streams = {name: jax.lax.dynamic_update_slice(s, new[name], at) for name, s in cache.streams.items()}
+    return Mask(query, streams, mask.rule), dataclasses.replace(cache, streams=streams, used=cache.used + count)

@@ -1,0 +1,147 @@
+"""The contract between a family file and the rest of the library: which names the file must have, and what they mean.
+
+    Config          frozen dataclass; its `__post_init__` refuses what the family cannot compute
+    PRESETS         name of a published model -> Config
+    parameters      Config -> ParamSpec tree with the parts `tokens`, `blocks`, usually `norm`, and `head` unless tied
+    hidden          (params, call, Config) -> (hidden states before the last norm, cache)
+    norm            (x, parameters of a norm, Config) -> x; `models.forward` applies it to `params["norm"]` at the end
+    DIALECTS        formats of config.json that the family reads (`core.hf.HFConfig`)
+    from_hf, to_hf  parsed config.json -> Config, and back
+    tensor_names    Config -> names of tensors in a checkpoint that do not follow from the ParamSpec tree
+
+A file may have these too; otherwise the functions of the same name below stand for them:
+
+    logits, blanks, keys_attended, OBJECTIVE, CONTROL_TOKENS
+"""
+
+import types
+from collections.abc import Mapping
+from typing import Any, Protocol, cast
+
+import jax
+
+from garrulax.core.blanks import Blanks
+from garrulax.core.config import ModelConfig
+from garrulax.core.einsum import einsum
+from garrulax.core.hf import HFConfig, TensorNames
+from garrulax.core.spec import Tree
+from garrulax.layers.cache import Cache
+from garrulax.layers.call import Call
+
+
+class FamilyFile(Protocol):
+    """The names that a family file must have. Its functions take the file's own Config."""
+
+    __name__: str
+
+    @property
+    def Config(self) -> type[Any]:
+        """A frozen dataclass that offers what `ModelConfig` says."""
+
+    @property
+    def PRESETS(self) -> Mapping[str, Any]:
+        """Config of each published model, by name."""
+
+    @property
+    def DIALECTS(self) -> tuple[HFConfig, ...]:
+        """The formats of config.json that `from_hf` reads."""
+
+    def parameters(self, c: Any, /) -> Tree:
+        """The ParamSpec tree of a Config."""
+
+    def hidden(self, params: Tree, call: Call, c: Any, /) -> tuple[jax.Array, Cache | None]:
+        """Hidden states [B, T, D] before the last norm, and the cache."""
+
+    def norm(self, x: jax.Array, p: Tree, c: Any, /) -> jax.Array:
+        """The family's normalisation of x [B, T, D] with the parameters p."""
+
+    def from_hf(self, raw: dict[str, Any], /) -> Any:
+        """The Config of a parsed config.json; ValueError for one that the family cannot compute."""
+
+    def to_hf(self, c: Any, /) -> dict[str, Any]:
+        """The config.json of a Config, which `from_hf` turns back into it."""
+
+    def tensor_names(self, c: Any, /) -> TensorNames:
+        """Names of tensors in a checkpoint that do not follow from the ParamSpec tree."""
+
+
+class Family(FamilyFile, Protocol):
+    """A registered family, as other packages see it: a family file, with the defaults below where it says nothing."""
+
+    @property
+    def OBJECTIVE(self) -> str | None:
+        """Name of the training objective that the family was made for; None where `garrulax train` has none for it."""
+
+    @property
+    def CONTROL_TOKENS(self) -> Mapping[str, str]:
+        """Field of the Config -> the tokenizer's name of the control token whose id it holds."""
+
+    def logits(self, params: Tree, x: jax.Array, c: Any, /) -> jax.Array:
+        """Logits [B, T, V] of normalised hidden states x [B, T, D]."""
+
+    def blanks(self, c: Any, /) -> Blanks | None:
+        """How the models of a Config read and fill blanks; None where they only continue texts."""
+
+    def keys_attended(self, c: Any, layer: int, length: int, /) -> int:
+        """Number of keys that a late query of a layer attends to, in a text of `length` tokens."""
+
+
+def logits(params: Tree, x: jax.Array, c: ModelConfig) -> jax.Array:
+    """Logits by the output head, which is the token embedding where the Config ties them."""
+    return einsum("BTD,VD->BTV", x, params["tokens" if c.tied else "head"])
+
+
+def blanks(c: ModelConfig) -> Blanks | None:
+    """None: a family that only continues texts."""
+    return None
+
+
+def keys_attended(c: ModelConfig, layer: int, length: int) -> int:
+    """All of the text: causal masks are not halved (Chowdhery et al. 2022, appendix B)."""
+    return length
+
+
+DEFAULTS: dict[str, Any] = {
+    "logits": logits,
+    "blanks": blanks,
+    "keys_attended": keys_attended,
+    "OBJECTIVE": "causal",
+    "CONTROL_TOKENS": types.MappingProxyType({}),
+}
+_REQUIRED = ("Config", "PRESETS", "DIALECTS", "parameters", "hidden", "norm", "from_hf", "to_hf", "tensor_names")
+_CONFIG = tuple(name for name in vars(ModelConfig) if isinstance(vars(ModelConfig)[name], property))
+
+
+def register(file: FamilyFile) -> Family:
+    """A family from its file.
+
+    Raises:
+        TypeError: The file, its Config or a preset lacks something; the message says what.
+    """
+    name = file.__name__.rpartition(".")[2]
+    if missing := [required for required in _REQUIRED if not hasattr(file, required)]:
+        raise TypeError(f"the family {name} lacks {', '.join(missing)}: see garrulax/models/contract.py")
+    check_config_class(file.Config, name)
+    if odd := [preset for preset, c in file.PRESETS.items() if not isinstance(c, file.Config)]:
+        raise TypeError(f"presets of the family {name} are not of its Config: {', '.join(odd)}")
+    given = {required: getattr(file, required) for required in _REQUIRED}
+    optional = {option: getattr(file, option, default) for option, default in DEFAULTS.items()}
+    return cast(Family, types.SimpleNamespace(__name__=name, **given, **optional))
+
+
+def check_config_class(kind: type, family: str) -> None:
+    """Checks that a class can be the Config of a family.
+
+    Raises:
+        TypeError: It is not a frozen dataclass, or lacks a field or property of `ModelConfig`.
+    """
+    options = getattr(kind, "__dataclass_params__", None)
+    if options is None or not options.frozen:
+        raise TypeError(
+            f"Config of the family {family} must be a dataclass(frozen=True): jit takes it as a static argument"
+        )
+    fields = kind.__dataclass_fields__  # type: ignore[attr-defined]
+    if missing := [name for name in _CONFIG if name not in fields and not hasattr(kind, name)]:
+        raise TypeError(
+            f"Config of the family {family} lacks {', '.join(missing)}: see ModelConfig in garrulax/core/config.py"
+        )

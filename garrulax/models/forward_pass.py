@@ -1,0 +1,226 @@
+"""Initial parameters and the forward pass of every family."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from garrulax.core import sharding, spec
+from garrulax.core.blanks import Blanks
+from garrulax.core.config import ModelConfig
+from garrulax.kernels.mask import Mask
+from garrulax.layers.cache import Cache, make_cache
+from garrulax.layers.call import Call, default_positions, mask_and_cache
+from garrulax.models.registry import family
+
+
+@functools.lru_cache(maxsize=256)
+def parameters(config: ModelConfig) -> spec.Tree:
+    """The ParamSpec tree of a Config."""
+    return family(config).parameters(config)
+
+
+def blanks(config: ModelConfig) -> Blanks | None:
+    """How the models of a Config read and fill blanks; None for families that only continue texts."""
+    return family(config).blanks(config)
+
+
+def count(config: ModelConfig) -> int:
+    """Number of parameters; tied tensors count once. Nothing is allocated.
+
+    Example:
+        >>> import garrulax as gx
+        >>> gx.count(gx.preset("gpt2"))
+        124439808
+    """
+    return spec.count(parameters(config))
+
+
+def init(
+    config: ModelConfig,
+    key: jax.Array,
+    mesh: Mesh | None = None,
+    dtype: Any = jnp.float32,
+    rules: str | sharding.Rules = "fsdp+tp",
+) -> spec.Tree:
+    """Initial parameters.
+
+    Args:
+        config: The configuration of a model.
+        key: PRNG key.
+        mesh: Mesh over which the parameters are sharded from the start; None is one device.
+        dtype: Of the parameters.
+        rules: Sharding rules, a name in `core.sharding.RULES` or a table of your own.
+
+    Returns:
+        Nested dicts of arrays; the layers are stacked on the leading axis of everything under `blocks`.
+
+    Raises:
+        ValueError: The mesh does not divide a dimension.
+
+    Example:
+        >>> import jax, garrulax as gx
+        >>> params = gx.init(gx.preset("gpt2-tiny"), jax.random.key(0))
+        >>> params["tokens"].shape, params["blocks"]["mlp"]["up"].shape
+        ((4096, 128), (4, 128, 512))
+    """
+    dtype = jnp.dtype(dtype)
+    if mesh is None:
+        return _init_on_one_device(key, config, dtype)
+    places = sharding.shardings(parameters(config), mesh, rules)
+    return jax.jit(_init, static_argnums=(1, 2), out_shardings=places)(key, config, dtype)
+
+
+def _init(key: jax.Array, config: ModelConfig, dtype: Any) -> spec.Tree:
+    return spec.init(parameters(config), key, dtype)
+
+
+_init_on_one_device = jax.jit(_init, static_argnums=(1, 2))  # compiled once a configuration
+
+
+def forward(
+    params: spec.Tree,
+    tokens: jax.Array,
+    config: ModelConfig,
+    *,
+    positions: jax.Array | None = None,
+    mask: Mask | None = None,
+    cache: Cache | None = None,
+    key: jax.Array | None = None,
+    remat: str = "none",
+    unroll: bool = False,
+) -> tuple[jax.Array, Cache | None]:
+    """Logits of tokens, and the cache with the tokens in it. Works under jit, grad and vmap with `config` static.
+
+    Args:
+        params: Parameters as from `init` or `load`, or their `unstack`ed form.
+        tokens: int32 [B, T]; an id outside the vocabulary gives NaN.
+        config: The configuration of the model.
+        positions: int32 [B, T]; for the original GLM and ChatGLM-6B [B, 2, T], place in the text and place in the
+            answer. Default 0, 1, 2, ..., continued from the cache.
+        mask: Who attends to whom (`garrulax.kernels.masks`); default causal. With a cache, it has the streams of the
+            new tokens.
+        cache: From `cache_for`, or returned by an earlier call; None for a pass without a cache.
+        key: PRNG key for dropout; None for no dropout.
+        remat: What the backward pass recomputes: "none", "dots" or "full".
+        unroll: Whether the loop over layers becomes straight code.
+
+    Returns:
+        Logits [B, T, V] in the dtype of the parameters, and the cache (None without one).
+
+    Raises:
+        TypeError: `config` is not a Config, or `mask` not a Mask.
+        ValueError: Parameters, shapes, cache or remat do not fit.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, garrulax as gx
+        >>> config = gx.preset("gpt2-tiny")
+        >>> params = gx.init(config, jax.random.key(0))
+        >>> logits, _ = gx.forward(params, jnp.array([[1, 2, 3]]), config)
+        >>> logits.shape
+        (1, 3, 4096)
+    """
+    x, cache = hidden(
+        params, tokens, config, positions=positions, mask=mask, cache=cache, key=key, remat=remat, unroll=unroll
+    )
+    return family(config).logits(params, x, config), cache
+
+
+def hidden(
+    params: spec.Tree,
+    tokens: jax.Array,
+    config: ModelConfig,
+    *,
+    positions: jax.Array | None = None,
+    mask: Mask | None = None,
+    cache: Cache | None = None,
+    key: jax.Array | None = None,
+    remat: str = "none",
+    unroll: bool = False,
+) -> tuple[jax.Array, Cache | None]:
+    """Hidden states [B, T, D] after the last norm, and the cache. Arguments and errors as in `forward`."""
+    module = family(config)
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"tokens must be integers [batch, length], not {tokens.dtype} {tokens.shape}")
+    spec.check_names(parameters(config), params)
+    _check_mask(mask)
+    rows = _position_rows(config)
+    positions = default_positions(tokens, cache, rows) if positions is None else positions
+    _check_positions(positions, tokens, rows)
+    mask, cache_now = mask_and_cache(tokens, positions[:, 0] if rows == 2 else positions, mask, cache)
+    slot = None if cache is None else cache.used
+    x, cache_now = module.hidden(params, Call(tokens, positions, mask, cache_now, slot, key, remat, unroll), config)
+    return (module.norm(x, params["norm"], config) if "norm" in params else x), cache_now
+
+
+def _position_rows(config: ModelConfig) -> int:
+    conventions = blanks(config)
+    return 1 if conventions is None else conventions.rows
+
+
+def _check_mask(mask: Any) -> None:
+    if mask is not None and not isinstance(mask, Mask):
+        raise TypeError(
+            f"mask must be a garrulax.Mask, not {type(mask).__name__}: for an array that is true where tokens are "
+            "real, give garrulax.kernels.masks.padded(array)"
+        )
+
+
+def _check_positions(positions: jax.Array, tokens: jax.Array, rows: int) -> None:
+    batch, length = tokens.shape
+    inner = (2, length) if rows == 2 else (length,)
+    if positions.shape not in ((batch, *inner), (1, *inner)):
+        wanted = "[batch, 2, length]" if rows == 2 else "[batch, length]"
+        raise ValueError(f"positions must be {wanted}, not {positions.shape} for tokens {tokens.shape}")
+    if not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise ValueError(f"positions must be integers, not {positions.dtype}")
+
+
+def cache_for(params: spec.Tree, config: ModelConfig, batch: int, size: int, *, like: jax.Array | None = None) -> Cache:
+    """An empty cache in the form (stacked or not) and dtype of the parameters.
+
+    Args:
+        params: Parameters of the model.
+        config: Its configuration.
+        batch: Number of rows.
+        size: Number of slots, one a token.
+        like: On a mesh, tokens [B, T] whose batch sharding the cache takes.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, garrulax as gx
+        >>> config = gx.preset("gpt2-tiny")
+        >>> params = gx.init(config, jax.random.key(0))
+        >>> cache = gx.cache_for(params, config, batch=1, size=16)
+        >>> logits, cache = gx.forward(params, jnp.array([[1, 2, 3]]), config, cache=cache)
+        >>> int(cache.used)
+        3
+    """
+    blocks = params["blocks"]
+    return make_cache(
+        config.layers,
+        batch,
+        size,
+        config.kv_heads,
+        config.head_dim,
+        jax.tree.leaves(blocks)[0].dtype,
+        stacked=not isinstance(blocks, tuple),
+        like=like,
+    )
+
+
+def unstack(params: spec.Tree) -> spec.Tree:
+    """Parameters with the stacked layers as a tuple of one tree a layer: the faster form to decode in.
+
+    Example:
+        >>> import jax, garrulax as gx
+        >>> params = gx.unstack(gx.init(gx.preset("gpt2-tiny"), jax.random.key(0)))
+        >>> len(params["blocks"])
+        4
+    """
+    blocks = params["blocks"]
+    if isinstance(blocks, tuple):
+        return params
+    layers = jax.tree.leaves(blocks)[0].shape[0]
+    return {**params, "blocks": tuple(jax.tree.map(lambda a, i=i: a[i], blocks) for i in range(layers))}

@@ -164,3 +164,9 @@ def check_parts(specs: Tree, params: Tree) -> None:
     if any(odd.values()):
         named = "; ".join(f"{', '.join(sorted(names))} {what}" for what, names in odd.items() if names)
         raise ValueError(f"the parameters do not fit the config: {named}")
+
+
+def named_leaves(tree: Tree, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    """The leaves of any tree by path, such as `blocks/attention/query`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

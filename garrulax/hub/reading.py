@@ -56,8 +56,8 @@ def load(
         shape. The message names the keys or tensors.
 
     Example:
-      >>> import tempfile
       >>> import jax, garrulax as gx
+      >>> import tempfile
       >>> config = gx.preset("gpt2-tiny", layers=1, width=32, heads=2)
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     gx.save(gx.Model(config, gx.init(config, jax.random.key(0))), folder)

@@ -34,7 +34,7 @@ COMPANIONS = (
 #: All files of a model folder. A folder with any other file is not replaced.
 KNOWN_FILES = ("config.json", "*.safetensors", INDEX, CARD, *COMPANIONS)
 
-Progress = Callable[[int, int], None]  # bytes written, of how many
+Progress = Callable[[int, int], None]  # (bytes written so far, bytes of all tensors)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +78,8 @@ def save(model: Model, path: str | Path, max_shard_size: int | str = "5GB", prog
       ValueError: the parameters do not fit the config, or `path` holds other files than a model's.
 
     Example:
-      >>> import pathlib, tempfile
       >>> import jax, garrulax as gx
+      >>> import pathlib, tempfile
       >>> config = gx.preset("gpt2-tiny", layers=1, width=32, heads=2)
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     gx.save(gx.Model(config, gx.init(config, jax.random.key(0))), folder)

@@ -2,7 +2,7 @@
 
 Published folders often leave control tokens, prefixes and chat formats to Python code beside the files. That code is
 never run; the table `TOKENIZER_FAMILIES` states the same facts. `recognise` finds the family of a folder by six tests.
-The first that succeeds decides. They are ordered from what was written down on purpose to what is only typical:
+The first that succeeds decides. They are ordered from explicit statements to mere indications:
 
 1. `garrulax_family` in tokenizer_config.json. Our own `save` writes it, so a saved tokenizer is always read as what it
    was, even if its files were converted to another format.

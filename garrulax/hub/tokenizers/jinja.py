@@ -138,6 +138,7 @@ def _can_overlap(a: str, b: str) -> bool:
 
 
 def _render(source: str, variables: dict[str, Any]) -> str:
+    """The output of a template. Raises ValueError of one line for whatever goes wrong in it."""
     environment = _Sandbox()
     try:
         tree = _LimitInserter().visit(environment.parse(source))
@@ -233,9 +234,9 @@ class _LimitInserter(visitor.NodeTransformer):
 
     def visit_Filter(self, node: nodes.Filter) -> nodes.Node:
         self.generic_visit(node)
-        return (
-            node if node.node is None else _call("checked", node)
-        )  # no node: a filter block, whose output `concat` checks
+        if node.node is None:  # a filter block, whose output `concat` checks
+            return node
+        return _call("checked", node)
 
 
 def _call(name: str, *arguments: nodes.Expr) -> nodes.Call:

@@ -49,25 +49,19 @@ class JsonTokenizer(Tokenizer):
 
         settings = _settings(tokenizer)
         self.prefix = tuple(_prefix_ids(settings["post_processor"]))
-        parts = {part["type"]: part for part in _steps(settings["decoder"], "decoders")}
-        if "CTC" in parts:
+        steps = {step["type"]: step for step in _steps(settings["decoder"], "decoders")}
+        if "CTC" in steps:
             raise ValueError("tokenizer.json has a decoder of type CTC, which Garrulax cannot stream")
-        self._word_end = parts["BPEDecoder"]["suffix"] if "BPEDecoder" in parts else None
+        self._word_end = steps["BPEDecoder"]["suffix"] if "BPEDecoder" in steps else None
         self.spaces_words = self._word_end is not None
-        self._byte_of = byte_alphabet() if "ByteLevel" in parts else None
-        self._byte_fallback = "ByteFallback" in parts
-        # Other decoders may treat the first token of a text differently. So the text of a token is measured behind the
-        # `anchor`, an ordinary token: the text of both, without that of the anchor.
+        self._byte_of = byte_alphabet() if "ByteLevel" in steps else None
+        self._byte_fallback = "ByteFallback" in steps
+        # Other decoders may treat the first token of a text differently. So `_decoded` decodes a token together with an
+        # ordinary token before it, the anchor, and removes the text of the anchor.
         ordinary = (i for i in sorted(contents) if i not in self._controls and tokenizer.decode([i]).strip().isalpha())
         self._anchor = None if self._byte_of or self._word_end else next(ordinary, None)
-        spaced = next(
-            (
-                i
-                for i in sorted(contents)
-                if self._text_behind_anchor(i).startswith(b" ") and self._text_behind_anchor(i).strip()
-            ),
-            None,
-        )
+        decoded = ((i, self._decoded(i)) for i in sorted(contents))
+        spaced = next((i for i, text in decoded if text.startswith(b" ") and text.strip()), None)
         self.strips_space = spaced is not None and not tokenizer.decode([spaced]).startswith(" ")
 
     @functools.cached_property
@@ -135,9 +129,10 @@ class JsonTokenizer(Tokenizer):
             return content.replace(self._word_end, " ").encode()
         if self._byte_fallback and len(content) == 6 and content.startswith("<0x"):
             return bytes([int(content[3:5], 16)])
-        return self._text_behind_anchor(token)
+        return self._decoded(token)
 
-    def _text_behind_anchor(self, token: int) -> bytes:
+    def _decoded(self, token: int) -> bytes:
+        """The bytes of a token that follows another one, by the decoder in the file."""
         if self._anchor is None or token in self._controls:
             return b""
         before = self._tokenizer.decode([self._anchor])
@@ -226,24 +221,24 @@ def _steps(step: dict[str, Any] | None, many: str) -> list[dict[str, Any]]:
 
 def _prefix_ids(post_processor: dict[str, Any] | None) -> Iterator[int]:
     """The ids that the post-processor puts before a text."""
-    for part in _steps(post_processor, "processors"):
-        if part["type"] in ("BertProcessing", "RobertaProcessing"):
-            yield part["cls"][1]
-        for piece in part.get("single", ()):
+    for step in _steps(post_processor, "processors"):
+        if step["type"] in ("BertProcessing", "RobertaProcessing"):
+            yield step["cls"][1]
+        for piece in step.get("single", ()):
             if "SpecialToken" not in piece:
                 break
-            yield from part["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
+            yield from step["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
 
 
 def _without_dummy_space(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings without the steps that put a space before every text: Prepend, Metaspace, ByteLevel."""
     settings = copy.deepcopy(settings)
-    for part in _steps(settings["normalizer"], "normalizers"):
-        if part["type"] == "Prepend":
-            part["prepend"] = ""
-    for part in _steps(settings["pre_tokenizer"], "pretokenizers"):
-        if part["type"] == "Metaspace":
-            part["prepend_scheme"] = "never"
-        elif part["type"] == "ByteLevel":
-            part["add_prefix_space"] = False
+    for step in _steps(settings["normalizer"], "normalizers"):
+        if step["type"] == "Prepend":
+            step["prepend"] = ""
+    for step in _steps(settings["pre_tokenizer"], "pretokenizers"):
+        if step["type"] == "Metaspace":
+            step["prepend_scheme"] = "never"
+        elif step["type"] == "ByteLevel":
+            step["add_prefix_space"] = False
     return settings

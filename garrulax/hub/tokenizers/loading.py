@@ -121,6 +121,7 @@ def _read_json_files(folder: Path) -> _JsonFiles:
 
 
 def _load_file(file: Path) -> Tokenizer:
+    """The tokenizer in `file`, read by its name; a .model by its content."""
     beside = _read_json_files(file.parent)
     if file.suffix == ".model":
         content = file.read_bytes()
@@ -157,7 +158,8 @@ def _load_sentencepiece(name: str, content: bytes, beside: _JsonFiles) -> Tokeni
     config = beside.settings(family, added)
     tokenizer: SentencePieceTokenizer
     if family in ("chatglm", "glm130b"):
-        if beside.model.get("vocab_size", 150_528) < 150_000:  # ChatGLM-6B's second release dropped the picture ids
+        # ChatGLM-6B's first release has 150,528 ids, 20,000 of them for pictures; its second release dropped these.
+        if beside.model.get("vocab_size", 150_528) < 150_000:
             config = {"num_image_tokens": 0} | config
         tokenizer = IceTokenizer(content, added, config)
     else:

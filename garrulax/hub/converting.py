@@ -87,6 +87,7 @@ def _converted_entries(
 
 def _copy_parameter(source: spec.ParamSpec, tensor: StoredTensor, s: spec.ParamSpec, target: np.ndarray | None) -> None:
     """Reads a parameter from the stored `tensor` (layout of `source`) into the tensor `target` (layout of `s`)."""
+    # `place` is a view of `target`: from one stored form to the other, without the form that a model uses.
     if target is not None:
         place = s.stored.read(target, s.layer_shape)
         streaming.read_windows([streaming.window(tensor, source.stored, place, source.layer_shape)])

@@ -26,17 +26,17 @@ def read_object(path: Path, limit: int = CONFIG_BYTES, unique: bool = False) -> 
     return parse_object(path.read_bytes(), str(path), unique)
 
 
-def parse_object(content: bytes, what: str, unique: bool = False) -> dict[str, Any]:
-    """The object in `content`, JSON in UTF-8; `what` names it in errors. Raises as `read_object` does."""
+def parse_object(content: bytes, label: str, unique: bool = False) -> dict[str, Any]:
+    """The object in `content`, JSON in UTF-8; `label` names it in errors. Raises as `read_object` does."""
     try:
         value = json.loads(content.decode("utf-8"), object_pairs_hook=_object_of if unique else None)
     except RecursionError:
-        raise ValueError(f"{what} is nested too deeply") from None
+        raise ValueError(f"{label} is nested too deeply") from None
     except ValueError as error:
-        raise ValueError(f"{what} is not valid JSON: {error}") from error
+        raise ValueError(f"{label} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{what} is not a JSON object")
-    _check_depth(value, what, MAX_DEPTH)
+        raise ValueError(f"{label} is not a JSON object")
+    _check_depth(value, label, MAX_DEPTH)
     return value
 
 
@@ -50,10 +50,10 @@ def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def _check_depth(value: Any, what: str, depth: int) -> None:
+def _check_depth(value: Any, label: str, depth: int) -> None:
     if not isinstance(value, dict | list):
         return
     if not depth:
-        raise ValueError(f"{what} is nested too deeply")
+        raise ValueError(f"{label} is nested too deeply")
     for child in value.values() if isinstance(value, dict) else value:
-        _check_depth(child, what, depth - 1)
+        _check_depth(child, label, depth - 1)

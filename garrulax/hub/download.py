@@ -36,7 +36,7 @@ def _download(name: str) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(FILES), ignore_patterns=list(LEFT_OUT)))
     except Exception as error:  # the library raises many unrelated types: no network, no such name, no access
-        reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+        reason = str(error).strip().split("\n")[0].removeprefix("Got: ").rstrip(".") or type(error).__name__
         raise FileNotFoundError(
             f"{no_folder}, the hub did not give it: {reason}. Without a network, run `hf download {name}` where there "
             "is one and give the folder"

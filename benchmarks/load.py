@@ -3,12 +3,17 @@
     python benchmarks/load.py                          # 3 GB of bfloat16; --dtype float32 for the other
     python benchmarks/load.py --layers 4 --runs 3      # smaller
 
-Writes a random LLaMA checkpoint in several files to a temporary folder, then in fresh processes, taking turns, with
-the files in the page cache: `load` is garrulax.load, without the import and start of JAX; `read` fills new arrays with
-the bytes of the files by readinto; `file.read` is Python's own read of whole files; `reused` reads through one buffer
-of a megabyte, so that no byte reaches main memory. Prints the medians in seconds and GB/s (and in seconds of all cores
-together, which a busy machine disturbs less), the ratios of speed, and the memory:
-the most that the process held (VmHWM) beyond what it held before the load and the model, against the largest tensor.
+Writes a random LLaMA checkpoint in several files to a temporary folder. Then measures four ways to read it, in turns,
+each time in a fresh process and with the files in the page cache:
+
+    load        garrulax.load, without the import and start of JAX
+    read        readinto of the files into new arrays
+    file.read   Python's read of entire files
+    reused      readinto of one buffer of a megabyte again and again, so that the bytes never reach main memory
+
+Prints the medians in seconds, in GB/s and in seconds of CPU time (which other load on the machine disturbs less), the
+ratios of speed, and the memory of `load`: the peak of the process (VmHWM) minus its memory before the load and minus
+the model, in bytes and relative to the largest tensor.
 """
 
 import argparse
@@ -60,8 +65,11 @@ def write(folder: Path, layers: int, dtype: str) -> None:
 
 
 def touch(folder: Path) -> None:
-    """Takes as much memory as the files have bytes and gives it back: the first touch of a page that the host of a
-    virtual machine has to find costs ten times what a page costs otherwise, and would hit one side or the other."""
+    """Allocates as much memory as the files have bytes, and frees it.
+
+    In a virtual machine the first touch of a page is ten times slower if the host must provide it first. Without this
+    step, chance decides which of the four ways pays for that.
+    """
     np.empty(sum(file.stat().st_size for file in folder.glob("*.safetensors")), np.uint8)[::4096] = 1
 
 

@@ -188,7 +188,7 @@ def test_a_piece_behind_a_control_token(jinja, llama2):
     ids = new.apply_chat_template(TALK[1:2], template=LLAMA2)
     assert ids == [1, *new.encode("[INST] Who are you? [/INST]", start=False)]
     assert ids != llama2.apply_chat_template(TALK[1:2], template=LLAMA2)
-    assert new.encode_around("a</s>b", [(1, 5, 2)]) == [*new.encode("a"), 2, *new.encode("b", start=False)]
+    assert new.encode_with_specials("a</s>b", [(1, 5, 2)]) == [*new.encode("a"), 2, *new.encode("b", start=False)]
 
 
 def test_chatml(jinja, chatml):
@@ -252,7 +252,7 @@ def test_letters_that_a_file_reads_as_a_control_token_cannot_forge(jinja):
     library.add_special_tokens([made.hf.AddedToken("<|im_end|>", normalized=True, special=True)])
     tokenizer = JsonTokenizer(library)
     wide = "\uff1c\uff5cim_end\uff5c\uff1e"
-    assert [token for *_, token in tokenizer.spelled(wide)] == [tokenizer.specials["<|im_end|>"]]
+    assert [token for *_, token in tokenizer.find_specials(wide)] == [tokenizer.specials["<|im_end|>"]]
     messages = [{"role": "user", "content": f"a {wide} b"}]
     ids = tokenizer.apply_chat_template(messages, template="{{ messages[0].content }}<|im_end|>")
     assert ids.count(tokenizer.specials["<|im_end|>"]) == 1

@@ -18,7 +18,7 @@ from garrulax import models
 from garrulax.cli import main
 from garrulax.core import spec
 from garrulax.hub import card, streaming, writing
-from garrulax.hub.converting import convert
+from garrulax.hub.converting import convert_folder
 from garrulax.hub.tokenizers import ByteTokenizer
 
 
@@ -26,7 +26,7 @@ from garrulax.hub.tokenizers import ByteTokenizer
 def test_a_converted_folder_is_what_load_and_save_would_write(case, tmp_path):
     source = folder_of(case, tmp_path / "source")
     for dtype in (None, "bfloat16"):
-        convert(source, tmp_path / "converted", dtype=dtype, max_shard_size=20_000)
+        convert_folder(source, tmp_path / "converted", dtype=dtype, max_shard_size=20_000)
         gx.save(gx.load(source, dtype=dtype), tmp_path / "saved", max_shard_size=20_000)
         names = sorted(file.name for file in (tmp_path / "saved").iterdir())
         assert names == sorted(file.name for file in (tmp_path / "converted").iterdir())
@@ -76,34 +76,34 @@ def test_what_the_command_refuses(words, message, tmp_path, monkeypatch, capsys)
 def test_dialects(tmp_path):
     """Baichuan's fused W_pack becomes LLaMA's three tensors, and back, without loading."""
     source = folder_of("baichuan7b", tmp_path / "source")
-    convert(source, tmp_path / "out", dialect="llama")
+    convert_folder(source, tmp_path / "out", dialect="llama")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "llama"
     stored = load_file(tmp_path / "out" / "model.safetensors")
     fused = tensors("baichuan7b")["model.layers.0.self_attn.W_pack.weight"]
     parts = [stored[f"model.layers.0.self_attn.{name}_proj.weight"] for name in "qkv"]
     np.testing.assert_array_equal(np.concatenate(parts), fused)
     same_bytes(gx.load(tmp_path / "out").params, gx.load(source).params)
-    convert(tmp_path / "out", tmp_path / "back", dialect="baichuan")
+    convert_folder(tmp_path / "out", tmp_path / "back", dialect="baichuan")
     back = load_file(tmp_path / "back" / "model.safetensors")
     np.testing.assert_array_equal(back["model.layers.0.self_attn.W_pack.weight"], fused)
 
     with pytest.raises(ValueError, match="dialect 'llama' cannot say positions='alibi'"):
-        convert(folder_of("baichuan13b", tmp_path / "alibi"), tmp_path / "no", dialect="llama")
+        convert_folder(folder_of("baichuan13b", tmp_path / "alibi"), tmp_path / "no", dialect="llama")
     with pytest.raises(ValueError, match="unknown dialect 'mamba'"):
-        convert(source, tmp_path / "no", dialect="mamba")
+        convert_folder(source, tmp_path / "no", dialect="mamba")
     with pytest.raises(ValueError, match="dialect='glm4': a glm has only one"):
-        convert(folder_of("glm_original", tmp_path / "glm"), tmp_path / "no", dialect="glm4")
+        convert_folder(folder_of("glm_original", tmp_path / "glm"), tmp_path / "no", dialect="glm4")
     assert not (tmp_path / "no").exists()
 
 
 def test_what_a_family_has_no_dialect_for_and_links_out_of_the_folder_are_refused(tmp_path):
     source = folder_of("gpt2", tmp_path / "source")
     with pytest.raises(ValueError, match="dialect='gpt3': a gpt2 has only one"):
-        convert(source, tmp_path / "out", dialect="gpt3")
+        convert_folder(source, tmp_path / "out", dialect="gpt3")
     (tmp_path / "secret").write_text("x")
     (source / "vocab.txt").symlink_to(tmp_path / "secret")
     with pytest.raises(ValueError, match=r"vocab\.txt is a link to .*secret, outside of the folder"):
-        convert(source, tmp_path / "out")
+        convert_folder(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -112,10 +112,10 @@ def test_numbers_that_float16_cannot_hold_are_refused(stored, tmp_path):
     large = {name: np.where(x > 0, 1e6, x).astype(stored) for name, x in tensors("gpt2").items()}
     source = folder_of("gpt2", tmp_path / "source", large)
     with pytest.raises(ValueError, match=r"model\.safetensors holds numbers beyond float16's 65,504"):
-        convert(source, tmp_path / "out", dtype="float16")
+        convert_folder(source, tmp_path / "out", dtype="float16")
     with pytest.raises(ValueError, match="choose another dtype"):
         gx.load(source, dtype="float16")
-    convert(source, tmp_path / "out", dtype="bfloat16")
+    convert_folder(source, tmp_path / "out", dtype="bfloat16")
 
 
 def test_an_interrupted_conversion_leaves_nothing(tmp_path):
@@ -126,7 +126,7 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert(source, tmp_path / "out", progress=interrupt)
+        convert_folder(source, tmp_path / "out", progress=interrupt)
     assert [f.name for f in tmp_path.iterdir()] == ["source"]
 
 
@@ -141,7 +141,7 @@ def test_the_bar(tmp_path, monkeypatch, capsys):
 
 def test_progress_counts_every_byte_once(tmp_path):
     seen = []
-    convert(folder_of("llama_gqa", tmp_path / "m"), tmp_path / "o", progress=lambda *a: seen.append(a))
+    convert_folder(folder_of("llama_gqa", tmp_path / "m"), tmp_path / "o", progress=lambda *a: seen.append(a))
     size = sum(x.nbytes for x in tensors("llama_gqa").values())
     assert {total for _, total in seen} == {size}
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
@@ -156,9 +156,9 @@ def test_memory_holds_one_tensor(tmp_path, monkeypatch):
     c = gx.preset("llama-tiny", width=256, mlp_width=1024, layers=12, vocab=2048)
     zeros = spec.map_specs(lambda s: np.zeros(s.shape, np.float32), models.llama.parameters(c))
     gx.save(gx.Model(c, zeros), tmp_path / "m")
-    convert(tmp_path / "m", tmp_path / "o")
+    convert_folder(tmp_path / "m", tmp_path / "o")
     tracemalloc.start()
-    convert(tmp_path / "m", tmp_path / "o", dtype="bfloat16")
+    convert_folder(tmp_path / "m", tmp_path / "o", dtype="bfloat16")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1.2 * 2048 * 256 * 4 < gx.count(c) * 2 / 8
@@ -198,17 +198,17 @@ def test_a_card_claims_what_is_known_and_stays_once_edited(tmp_path):
     assert text.startswith("---\nlicense: unknown\n")
     assert f"{gx.count(model.config):,} parameters in float32" in text
     assert "gpt family (model_type `gpt2`)" in text
-    assert card.untouched(path)
+    assert card.is_unedited_stub(path)
     gx.save(gx.Model(config("llama_gqa"), params("llama_gqa")), tmp_path / "m")
     assert "llama family" in path.read_text()  # a stub follows the model
     mine = path.read_text().replace("license: unknown", "license: mit")
     path.write_text(mine)
-    assert not card.untouched(path)
+    assert not card.is_unedited_stub(path)
     gx.save(model, tmp_path / "m")
     assert path.read_text() == mine
     assert gx.load(tmp_path / "m").config == model.config
     path.write_bytes(b"\xff not text")
-    convert(folder_of("gpt2", tmp_path / "other"), tmp_path / "m")
+    convert_folder(folder_of("gpt2", tmp_path / "other"), tmp_path / "m")
     assert path.read_bytes() == b"\xff not text"
 
 

@@ -42,8 +42,8 @@ def entry(begin, end, shape=None, dtype="F32"):
     [
         ({"a": entry(0, 12), "b": entry(8, 24)}, "tensor 'b' overlaps with another tensor"),
         ({"a": entry(0, 24), "b": entry(0, 24)}, "tensor 'b' overlaps with another tensor"),
-        ({"a": entry(0, 8), "b": entry(12, 24)}, "tensor 'b' comes after a hole"),
-        ({"a": entry(4, 24)}, "tensor 'a' comes after a hole"),
+        ({"a": entry(0, 8), "b": entry(12, 24)}, "tensor 'b' comes after a gap"),
+        ({"a": entry(4, 24)}, "tensor 'a' comes after a gap"),
         ({"a": entry(0, 20)}, r"its tensors end at byte .*, the file at .* \(is it half a download"),
         ({"a": entry(0, 28)}, r"its tensors end at byte .*, the file at"),
         ({"a": entry(0, 2**40)}, "tensor 'a' ends at byte 1,099,511,627,776 of a file of"),
@@ -63,11 +63,11 @@ def entry(begin, end, shape=None, dtype="F32"):
         ({"a": {"dtype": "F32", "shape": [6]}}, "tensor 'a' should have dtype, shape and data_offsets"),
         ({"a": {**entry(0, 24), "more": 1}}, "tensor 'a' should have dtype, shape and data_offsets"),
         ({"a": 5}, "tensor 'a' should have dtype, shape and data_offsets"),
-        ({"a\nb": entry(0, 24)}, r"tensor 'a\\nb' has a name that is none"),
-        ({"a" * 999: entry(0, 24)}, "has a name that is none"),
+        ({"a\nb": entry(0, 24)}, r"tensor 'a\\nb' has an invalid name"),
+        ({"a" * 999: entry(0, 24)}, "has an invalid name"),
         ([], "is not a JSON object"),
         (b'{"a": ' + json.dumps(entry(0, 24)).encode() + b', "a": ' + json.dumps(entry(0, 24)).encode() + b"}",
-         "key 'a' stands twice"),
+         "key 'a' appears twice"),
         (b' {"a": ' + json.dumps(entry(0, 24)).encode() + b"}", "does not start with a brace"),
         (b'{"a": \xff}', "is not valid JSON: 'utf-8' codec"),
         (b'{"a": ', "is not valid JSON"),
@@ -153,7 +153,7 @@ def test_an_index_that_contradicts_the_files(sharded):
     name, file = next(iter(index.items()))
     other = next(f for f in files if f != file)
     path.write_text(json.dumps({"weight_map": {**index, name: other}}))
-    with pytest.raises(ValueError, match=f"says that {other} holds {name}, but it lies in another file"):
+    with pytest.raises(ValueError, match=f"says that {other} holds {name}, but it is in another file"):
         gx.load(sharded)
     for broken in ({}, {"weight_map": {}}, {"weight_map": []}, {"weight_map": {"a": 5}}):
         path.write_text(json.dumps(broken))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from made import NASTY, assert_same, write
 
 from garrulax.hub.tokenizers import JsonTokenizer, SentencePieceTokenizer, StreamDecoder, load_tokenizer
-from garrulax.hub.tokenizers.ranks import PATTERN, from_ranks, read_ranks
+from garrulax.hub.tokenizers.ranks import PATTERN, read_ranks, tokenizer_from_ranks
 
 DATA = os.environ.get("GARRULAX_DATA")
 real_files = pytest.mark.skipif(DATA is None, reason="set GARRULAX_DATA to a folder with real tokenizer files")
@@ -28,7 +28,10 @@ def test_ranks_agree_with_tiktoken():
     import tiktoken
 
     table = read_ranks(made.ranks(made.trained_ranks(700)))
-    ours, theirs = from_ranks(table), tiktoken.Encoding("t", pat_str=PATTERN, mergeable_ranks=table, special_tokens={})
+    ours, theirs = (
+        tokenizer_from_ranks(table),
+        tiktoken.Encoding("t", pat_str=PATTERN, mergeable_ranks=table, special_tokens={}),
+    )
     draw = random.Random(0)
     letters = "aeStTrvmLd'’ \t\r\n.,-=_<|>[]()0123éß\u017f\u212a🙂\u200d你\u00a0\u3000\u0301 def  return argument"
     texts = ["".join(draw.choices(letters, k=draw.randint(1, 60))) for _ in range(2000)]

@@ -1,20 +1,20 @@
-"""`garrulax convert`: a model folder as another."""
+"""`garrulax convert`: writes a model folder as another, with another dtype, file size or dialect."""
 
 import argparse
 import sys
 import time
 
 from garrulax.cli.models import find_model
-from garrulax.hub.converting import convert as convert_
+from garrulax.hub.converting import convert_folder
 from garrulax.train.progress import duration, si
 
-WIDTH = 30  # of the bar
+WIDTH = 30  # of the bar, in characters
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Writes the folder, with a bar where stderr is a terminal."""
+    """Runs the command; shows a progress bar if stderr is a terminal."""
     progress = Bar() if sys.stderr.isatty() else None
-    convert_(
+    convert_folder(
         find_model(args.source), args.target, args.dtype, args.max_shard_size, args.dialect,
         None if progress is None else progress.update,
     )  # fmt: skip
@@ -24,13 +24,13 @@ def convert(args: argparse.Namespace) -> None:
 
 
 class Bar:
-    """One line on stderr: how much is written, how fast, how long to go."""
+    """A progress bar on stderr: bytes written, speed, time left."""
 
     def __init__(self) -> None:
         self._start, self._shown = time.perf_counter(), 0.0
 
     def update(self, done: int, total: int) -> None:
-        """Shows `done` of `total` bytes, ten times a second at most."""
+        """Shows that `done` of `total` bytes are written; redraws at most ten times a second."""
         now = time.perf_counter()
         if done < total and now - self._shown < 0.1:
             return
@@ -44,5 +44,5 @@ class Bar:
         sys.stderr.flush()
 
     def close(self) -> None:
-        """Leaves the line as it is."""
+        """Ends the line."""
         sys.stderr.write("\n")

@@ -168,8 +168,7 @@ def map_specs(f: Callable, specs: Tree, *rest: Tree) -> Tree:
 
 def named_specs(specs: Tree) -> dict[str, ParamSpec]:
     """ParamSpecs by path, such as `blocks/attention/query`."""
-    leaves = jax.tree_util.tree_leaves_with_path(specs, is_leaf=is_spec)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): spec for path, spec in leaves}
+    return named_leaves(specs, is_spec)
 
 
 def stacked(layers: int, tree: Tree) -> Tree:
@@ -239,3 +238,9 @@ def _differing_names(specs: Tree, params: Tree, path: str) -> tuple[list[str], l
         below = _differing_names(specs[name], params[name], f"{path}{name}/")
         missing, unknown = missing + below[0], unknown + below[1]
     return missing, unknown
+
+
+def named_leaves(tree: Tree, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    """The leaves of any tree by path, such as `blocks/attention/query`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

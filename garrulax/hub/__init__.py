@@ -1,4 +1,4 @@
-"""Floor 4: models as files. Reads and writes Hugging Face folders: config.json, safetensors, tokenizer."""
+"""Layer 4: reads and writes models as Hugging Face folders (config.json, safetensors, tokenizer files)."""
 
 from garrulax.hub.model import Model
 from garrulax.hub.reading import load, load_config

@@ -1,42 +1,48 @@
-"""A model folder as another: another dtype, other shards, another dialect of config.json and names."""
+"""Converts a model folder: to another dtype, other file sizes, or another dialect of config.json and tensor names."""
 
 import dataclasses
 import functools
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from garrulax.core import spec
 from garrulax.hub import streaming
-from garrulax.hub.download import find
+from garrulax.hub.download import find_folder
 from garrulax.hub.reading import open_checkpoint, stored_dtype
-from garrulax.hub.tensors import DTYPES, StoredTensor, contained
-from garrulax.hub.writing import COMPANIONS, Entries, Part, Progress, write_folder
+from garrulax.hub.tensors import DTYPES, StoredTensor, checked_file
+from garrulax.hub.writing import COMPANIONS, Entries, Progress, TensorPart, write_folder
 from garrulax.models import family, parameters
 
 
-def convert(
+def convert_folder(
     source: str | Path,
     target: str | Path,
-    dtype: Any = None,
+    dtype: str | np.dtype | None = None,
     max_shard_size: int | str = "5GB",
     dialect: str | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Writes the model in the folder `source` (or on the hub) to the folder `target`, as `save` would, without
-    loading it: memory holds one tensor at a time.
+    """Writes the model in `source` to the folder `target` as `save` would, without loading it.
 
-    dtype: of all tensors, such as "bfloat16"; None keeps what is stored. max_shard_size, progress: as in `save`.
-    dialect: the format of the checkpoint, where the family has several ("glm" for a chatglm that transformers shall
-    load with its own class); None keeps it. The files of the tokenizer and generation_config.json are copied.
+    Memory holds one tensor at a time. The tokenizer's files and generation_config.json are copied.
 
-    Raises ValueError where the two folders are one or lie in each other, for an unknown dtype or dialect, and as
-    `load` and `save` do.
+    Args:
+      source: a model folder, or a name on the Hugging Face hub.
+      target: the folder to write.
+      dtype: dtype of all tensors, such as "bfloat16"; None keeps the stored ones.
+      max_shard_size: as in `save`.
+      dialect: format of the checkpoint, if the family has several: "glm", for example, turns a ChatGLM checkpoint into
+        one that transformers loads with its own class. None keeps the format.
+      progress: as in `save`.
+
+    Raises:
+      FileNotFoundError: as in `load`.
+      ValueError: one folder contains the other, or the dtype or dialect is unknown; and as in `load` and `save`.
     """
-    kind = _dtype(dtype)
-    folder, goal = find(source).resolve(), Path(target).expanduser().resolve()
+    numpy_dtype = _parse_dtype(dtype)
+    folder, goal = find_folder(source).resolve(), Path(target).expanduser().resolve()
     if folder == goal or folder in goal.parents or goal in folder.parents:
         raise ValueError(f"{target} and {source} are one folder, or one lies in the other: choose another target")
     checkpoint = open_checkpoint(folder)
@@ -45,25 +51,27 @@ def convert(
         if "dialect" not in {field.name for field in dataclasses.fields(config)}:
             raise ValueError(f"dialect={dialect!r}: a {family(config).DIALECTS[0].model_type} has only one")
         config = dataclasses.replace(config, dialect=dialect)
-    entries = _entries(checkpoint.specs, parameters(config), checkpoint.tensors, kind)
+    entries = _converted_entries(checkpoint.specs, parameters(config), checkpoint.tensors, numpy_dtype)
 
-    def finish(temporary: Path) -> None:
+    def add_files(temporary: Path) -> None:
         for pattern in COMPANIONS:
             for file in folder.glob(pattern):
-                shutil.copyfile(contained(folder, file.name), temporary / file.name)
+                shutil.copyfile(checked_file(folder, file.name), temporary / file.name)
 
-    write_folder(goal, config, entries, max_shard_size, "converted by `garrulax convert`", finish, progress)
+    write_folder(goal, config, entries, max_shard_size, "converted by `garrulax convert`", add_files, progress)
 
 
-def _dtype(name: Any) -> np.dtype | None:
+def _parse_dtype(name: str | np.dtype | None) -> np.dtype | None:
     known = {str(np.dtype(kind)): np.dtype(kind) for kind in DTYPES.values()}
     if name is not None and str(name) not in known:
         raise ValueError(f"dtype={str(name)!r} is none of {', '.join(known)}")
     return None if name is None else known[str(name)]
 
 
-def _entries(source: spec.Tree, target: spec.Tree, tensors: dict[str, StoredTensor], dtype: np.dtype | None) -> Entries:
-    """What to write for the ParamSpec tree `target`, from the tensors of the tree `source` of the same model."""
+def _converted_entries(
+    source: spec.Tree, target: spec.Tree, tensors: dict[str, StoredTensor], dtype: np.dtype | None
+) -> Entries:
+    """The parts of the tensors of `target`, read from the tensors of `source`: two ParamSpec trees of one model."""
     ours, theirs = spec.named_specs(source), spec.named_specs(target)
     differing = [path for path in theirs if path not in ours or ours[path].shape != theirs[path].shape]
     if differing or len(ours) != len(theirs):
@@ -72,12 +80,14 @@ def _entries(source: spec.Tree, target: spec.Tree, tensors: dict[str, StoredTens
     for path, s in theirs.items():
         kind = stored_dtype(ours[path], tensors, dtype)
         for name, old in zip(s.names, ours[path].names, strict=True):
-            put = functools.partial(_put, ours[path], tensors[old], s)
-            entries.setdefault(name, []).append(Part(s, kind, put))
+            write = functools.partial(_copy_parameter, ours[path], tensors[old], s)
+            entries.setdefault(name, []).append(TensorPart(s, kind, write))
     return entries
 
 
-def _put(source: spec.ParamSpec, tensor: StoredTensor, s: spec.ParamSpec, target: np.ndarray | None) -> None:
-    if target is not None:  # what the parameter is in memory does not matter: from one stored form to the other
+def _copy_parameter(source: spec.ParamSpec, tensor: StoredTensor, s: spec.ParamSpec, target: np.ndarray | None) -> None:
+    """Reads a parameter from the stored `tensor` (layout of `source`) into the tensor `target` (layout of `s`)."""
+    # `place` is a view of `target`: from one stored form to the other, without the form that a model uses.
+    if target is not None:
         place = s.layout.read(target)
-        streaming.fill([streaming.window(tensor, source.layout, place)])
+        streaming.read_windows([streaming.window(tensor, source.layout, place)])

@@ -1,18 +1,20 @@
-"""From a name on the Hugging Face hub to a folder."""
+"""Finds the folder of a model; downloads it from the Hugging Face hub if needed."""
 
 import re
 from pathlib import Path
 
-#: What a model needs; everything else in a repository (other frameworks' weights, pictures) stays there.
+#: Files that a model needs. Other files of a repository, such as weights for other frameworks, are not downloaded.
 FILES = ("*.safetensors", "*.json", "*.model", "merges.txt", "vocab.txt", "chat_template.jinja")
-#: Of those: what lies in folders of its own (other formats), and the weights once more in Mistral's own names.
+#: Files that match `FILES` but are not needed: other formats in sub-folders, and a second copy of Mistral's weights.
 LEFT_OUT = ("*/*", "consolidated*")
 
 
-def find(path: str | Path) -> Path:
-    """The folder `path`, or a download of it where it is no folder but looks like `organisation/name`.
+def find_folder(path: str | Path) -> Path:
+    """The local folder `path`, or a download of it if there is none and `path` looks like `organisation/name`.
 
-    Raises FileNotFoundError, saying what to do, and ValueError for a path that is a file.
+    Raises:
+      FileNotFoundError: there is no such folder, and the hub did not give it; the message says what to do.
+      ValueError: `path` is a file.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -25,17 +27,17 @@ def find(path: str | Path) -> Path:
 
 
 def _download(name: str) -> Path:
+    # A mistyped path is likelier than a name on the hub, so the messages mention the folder first.
+    no_folder = f"there is no folder {name}: check the path. If it is the name of a model on the Hugging Face hub"
     try:
         import huggingface_hub
     except ImportError as error:
-        raise FileNotFoundError(
-            f"there is no folder {name}; to fetch it from the Hugging Face hub: pip install 'garrulax[hub]'"
-        ) from error
+        raise FileNotFoundError(f"{no_folder}, first pip install 'garrulax[hub]'") from error
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(FILES), ignore_patterns=list(LEFT_OUT)))
-    except Exception as error:  # the library raises a dozen unrelated types: no network, no such name, no access
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+    except Exception as error:  # the library raises many unrelated types: no network, no such name, no access
+        reason = str(error).strip().split("\n")[0].removeprefix("Got: ").rstrip(".") or type(error).__name__
         raise FileNotFoundError(
-            f"there is no folder {name}, and the Hugging Face hub gave none: {reason}; without a network, run `hf "
-            f"download {name}` where there is one and give the folder"
+            f"{no_folder}, the hub did not give it: {reason}. Without a network, run `hf download {name}` where there "
+            "is one and give the folder"
         ) from error

@@ -1,4 +1,4 @@
-"""A Hugging Face folder as a Model: every tensor goes from its file straight to where it will live."""
+"""Loads a Hugging Face folder as a Model: every tensor is read from its file directly into its final array."""
 
 import dataclasses
 import difflib
@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from garrulax.core import sharding, spec
 from garrulax.core.config import ModelConfig
 from garrulax.core.hf import TensorNames
 from garrulax.hub import streaming
-from garrulax.hub.download import find
+from garrulax.hub.download import find_folder
 from garrulax.hub.json_files import read_object
 from garrulax.hub.model import Model
 from garrulax.hub.tensors import DTYPES, StoredTensor, open_tensors
@@ -28,23 +29,42 @@ from garrulax.models import FAMILIES, Family, family, parameters
 def load(
     path: str | Path,
     mesh: Mesh | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     rules: str | sharding.Rules = "fsdp+tp",
     only: Collection[str] | None = None,
 ) -> Model:
-    """The model in a Hugging Face folder: config.json, safetensors (one file, or several with an index), tokenizer.
+    """Loads the model in a Hugging Face folder: config.json, safetensors (with an index if several), tokenizer.
 
-    path: the folder, or a name on the Hugging Face hub such as "openai-community/gpt2" (extra `hub`).
-    mesh, rules: with a mesh the parameters are born sharded by `rules` (`core.sharding`), and of the files only what
-    the devices of this process need is read. dtype: of the parameters; None keeps what is stored. only: top-level
-    names of the parameters to read, such as ("tokens", "head"); None is all.
+    On CPUs the parameters are read directly into their final memory. For other devices, host memory holds two tensors
+    of one layer at a time. All checks are made before any parameter is allocated.
 
-    On CPUs the parameters are read straight into the memory where they stay; for other devices host memory holds two
-    tensors of one layer at a time. Raises FileNotFoundError where something is missing, and ValueError, before any
-    parameter is allocated, naming the keys of config.json that are unknown or not implemented and the tensors that
-    are missing, unknown or of another shape.
+    Args:
+      path: the folder, or a name on the Hugging Face hub such as "openai-community/gpt2" (extra `hub`).
+      mesh: shards the parameters by `rules` from the start. Each process then reads only the parts of the files that
+        its devices need.
+      dtype: dtype of the parameters; None keeps the stored one.
+      rules: name or table of sharding rules (`core.sharding`); used only with a mesh.
+      only: top-level names of the parameters to read, such as ("tokens", "head"); None reads all.
+
+    Returns:
+      The model; its tokenizer is None if the folder has none.
+
+    Raises:
+      FileNotFoundError: the folder or a file in it is missing.
+      ValueError: a key of config.json is unknown or not implemented; or a tensor is missing, unknown or of another
+        shape. The message names the keys or tensors.
+
+    Example:
+      >>> import jax, garrulax as gx
+      >>> import tempfile
+      >>> config = gx.preset("gpt2-tiny", layers=1, width=32, heads=2)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     gx.save(gx.Model(config, gx.init(config, jax.random.key(0))), folder)
+      ...     model = gx.load(folder, dtype="bfloat16")
+      >>> model.config == config, model.params["tokens"].dtype.name
+      (True, 'bfloat16')
     """
-    checkpoint = open_checkpoint(find(path))
+    checkpoint = open_checkpoint(find_folder(path))
     specs = {name: tree for name, tree in checkpoint.specs.items() if only is None or name in only}
     tensors = checkpoint.tensors
     places = spec.map_specs(lambda _: None, specs) if mesh is None else sharding.shardings(specs, mesh, rules)
@@ -55,38 +75,45 @@ def load(
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A folder whose config.json and tensors fit each other. tensors: by the names of the ParamSpec tree."""
+    """A folder whose config.json and tensors fit each other.
+
+    Attributes:
+      folder: the folder.
+      config: configuration of the model.
+      specs: its ParamSpec tree.
+      tensors: the stored tensors, by the names in the ParamSpec tree.
+    """
 
     folder: Path
-    config: Any
+    config: ModelConfig
     specs: spec.Tree
     tensors: dict[str, StoredTensor]
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """What a folder holds, checked from config.json and the headers alone. Raises as `load` does."""
+    """The checkpoint in a folder, checked; only config.json and headers are read. Raises as `load` does."""
     config = config_in(folder)
     specs = parameters(config)
     return Checkpoint(folder, config, specs, match(open_tensors(folder), specs, config, folder))
 
 
-def load_config(path: str | Path) -> Any:
-    """The Config of a Hugging Face folder, as `load` finds it; no tensor is read."""
-    return config_in(find(path))
+def load_config(path: str | Path) -> ModelConfig:
+    """The Config of a Hugging Face folder or of a name on the hub; reads no tensors. Raises as `load` does."""
+    return config_in(find_folder(path))
 
 
-def config_in(folder: Path) -> Any:
-    """The Config of a folder. Raises FileNotFoundError and ValueError as `load` does."""
-    raw = read_config(folder)
+def config_in(folder: Path) -> ModelConfig:
+    """The Config of a local folder. Raises as `load` does."""
+    raw = read_config_json(folder)
     module = family_of(raw)
     try:
         return module.from_hf(raw)
-    except (TypeError, AttributeError, LookupError, ArithmeticError) as error:  # any key may hold any kind of value
+    except (TypeError, AttributeError, LookupError, ArithmeticError) as error:  # any key may have a value of any type
         raise ValueError(f"{folder / 'config.json'} has a value of the wrong kind: {error}") from error
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The parsed config.json of a folder. Raises FileNotFoundError, and ValueError where it is not a JSON object."""
+def read_config_json(folder: Path) -> dict[str, Any]:
+    """The parsed config.json of a folder. Raises FileNotFoundError, or ValueError if it is not a JSON object."""
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no config.json: it is not a Hugging Face model folder")
@@ -94,7 +121,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def family_of(raw: dict[str, Any]) -> Family:
-    """The family module that a parsed config.json belongs to. Raises ValueError with the nearest known model_type."""
+    """The family module that a parsed config.json belongs to. Raises ValueError that names the nearest model_type."""
     for module in FAMILIES:
         if any(dialect.claims(raw) for dialect in module.DIALECTS):
             return module
@@ -110,10 +137,18 @@ def family_of(raw: dict[str, Any]) -> Family:
 def match(
     found: dict[str, StoredTensor], specs: spec.Tree, config: ModelConfig, folder: Path | str
 ) -> dict[str, StoredTensor]:
-    """The tensors of a checkpoint by the names of the ParamSpec tree.
+    """The tensors of a checkpoint by the names in the ParamSpec tree.
 
-    Prefixes that a checkpoint has too few or too many of are put right, buffers left out, the two names of a tied
-    tensor made one. Raises ValueError that names every kind of misfit.
+    Missing prefixes are added and extra ones removed, buffers are dropped, and of two tied tensors one is kept.
+
+    Args:
+      found: the tensors of the checkpoint, by their names there.
+      specs: ParamSpec tree of the model.
+      config: the configuration of the model.
+      folder: the folder, for messages.
+
+    Raises:
+      ValueError: the tensors do not fit `specs`; the message names every kind of misfit.
     """
     _check_amounts(found, specs, folder)
     more = family(config).tensor_names(config)
@@ -155,6 +190,7 @@ def match(
 
 
 def _canonical(stored: str, known: set[str], more: TensorNames) -> str | None:
+    """The known name of a stored tensor, with prefixes corrected; None if it is unknown."""
     short = stored.removeprefix(more.extra_prefix)
     return next((name for name in (stored, short, more.prefix + short) if name in known), None)
 
@@ -167,7 +203,7 @@ def _listed(what: str, names: list[str], shown: int = 4) -> str:
 
 
 def _check_amounts(found: dict[str, StoredTensor], specs: spec.Tree, folder: Path | str, spare: int = 1000) -> None:
-    """Raises ValueError where config.json asks for far more than the files hold, before that many names are made."""
+    """Raises ValueError if config.json asks for far more tensors than exist; their names could fill the memory."""
     leaves = jax.tree.leaves(specs, is_leaf=spec.is_spec)
     names = sum({s.name: max(s.layers, 1) for s in leaves}.values())
     if names > len(found) + spare:
@@ -175,6 +211,7 @@ def _check_amounts(found: dict[str, StoredTensor], specs: spec.Tree, folder: Pat
 
 
 def _check_equal(name: str, tensor: StoredTensor, other_name: str, other: StoredTensor) -> None:
+    """Raises ValueError if two tied tensors differ."""
     if tensor is other:
         return
     if (tensor.shape, tensor.dtype) == (other.shape, other.dtype):
@@ -186,36 +223,40 @@ def _check_equal(name: str, tensor: StoredTensor, other_name: str, other: Stored
     )
 
 
-def stored_dtype(s: spec.ParamSpec, tensors: dict[str, StoredTensor], dtype: Any = None) -> np.dtype:
-    """`dtype`, or that of a parameter's tensors. Raises ValueError where these have several."""
+def stored_dtype(s: spec.ParamSpec, tensors: dict[str, StoredTensor], dtype: DTypeLike | None = None) -> np.dtype:
+    """`dtype`, or if None the dtype of a parameter's tensors. Raises ValueError if these differ in dtype."""
     if dtype is not None:
         return np.dtype(dtype)
-    kinds = {tensors[name].kind for name in s.names}
+    kinds = {tensors[name].numpy_dtype for name in s.names}
     if len(kinds) > 1:
         raise ValueError(f"the layers of {s.name} are stored as {', '.join(map(str, kinds))}: give a dtype")
     return kinds.pop()
 
 
-def _jax_dtype(s: spec.ParamSpec, kind: np.dtype) -> np.dtype:
-    if jax.dtypes.canonicalize_dtype(kind) != kind:
-        raise ValueError(f"{s.name} would be {kind}, which JAX has only with jax_enable_x64: give another dtype")
-    return kind
+def _jax_dtype(s: spec.ParamSpec, dtype: np.dtype) -> np.dtype:
+    """`dtype`. Raises ValueError if JAX would silently replace it by a smaller one."""
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(f"{s.name} would be {dtype}, which JAX has only with jax_enable_x64: give another dtype")
+    return dtype
 
 
 def _parameter(
     s: spec.ParamSpec, tensors: dict[str, StoredTensor], dtype: np.dtype, place: NamedSharding | None
 ) -> jax.Array:
-    """The array of one ParamSpec. JAX on CPUs takes over the memory that it was read into; elsewhere a stacked one is
-    filled layer by layer in place."""
+    """The array of one ParamSpec.
+
+    On CPUs, JAX uses the memory into which the tensors were read. Elsewhere the layers of a stacked parameter are
+    copied to the device one by one, into a buffer that is updated in place: host memory holds one layer at a time.
+    """
     parts = [tensors[name] for name in s.names]
     if _platform(place) == "cpu" or not s.layers:
-        return _placed(functools.partial(_read, s, parts, dtype), s.shape, place)
+        return _device_array(functools.partial(_read_parameter, s, parts, dtype), s.shape, place)
     one_layer = None if place is None else NamedSharding(place.mesh, PartitionSpec(*place.spec[1:]))
-    whole = jnp.zeros(s.shape, dtype, device=place)
+    stacked = jnp.zeros(s.shape, dtype, device=place)
     for i, part in enumerate(parts):
-        layer = _placed(functools.partial(_read, s, [part], dtype), s.layer_shape, one_layer)
-        whole = _put(jax.block_until_ready(whole), layer, i)
-    return whole
+        layer = _device_array(functools.partial(_read_parameter, s, [part], dtype), s.layer_shape, one_layer)
+        stacked = _set_layer(jax.block_until_ready(stacked), layer, i)
+    return stacked
 
 
 def _platform(place: NamedSharding | None) -> str:
@@ -223,35 +264,42 @@ def _platform(place: NamedSharding | None) -> str:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _put(whole: jax.Array, layer: jax.Array, i: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(whole, layer, i, 0)
+def _set_layer(stacked: jax.Array, layer: jax.Array, i: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stacked, layer, i, 0)
 
 
-def _placed(
+def _device_array(
     read: Callable[[tuple[slice, ...]], np.ndarray], shape: tuple[int, ...], place: NamedSharding | None
 ) -> jax.Array:
-    """The array of which `read` gives any part; what several devices hold is read once."""
+    """The array on its devices. `read` gives the part at an index; a part that several devices hold is read once."""
     if place is None:
         return jax.device_put(read((slice(None),) * len(shape)), may_alias=True)
-    known: dict[tuple, np.ndarray] = {}
+    parts: dict[tuple, np.ndarray] = {}
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
         ends = tuple(i.indices(n)[:2] for i, n in zip(index or (), shape, strict=True))
-        if ends not in known:
-            known[ends] = read(tuple(slice(*end) for end in ends))
-        return known[ends]
+        if ends not in parts:
+            parts[ends] = read(tuple(slice(*end) for end in ends))
+        return parts[ends]
 
     return jax.make_array_from_callback(shape, place, part)
 
 
-def _read(s: spec.ParamSpec, parts: list[StoredTensor], dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:
-    """`parameter[index]`, of a stacked parameter or, where there is no axis of layers in the index, of one layer."""
+def _read_parameter(
+    s: spec.ParamSpec, parts: list[StoredTensor], dtype: np.dtype, index: tuple[slice, ...]
+) -> np.ndarray:
+    """`parameter[index]` of a stacked parameter, or of one layer if the index has no axis of layers.
+
+    `parts` are the stored tensors: one, or one a layer.
+    """
     stacked = len(index) > len(s.layer_shape)
     inner = index[1:] if stacked else index
     shape = tuple(len(range(n)[i]) for n, i in zip(s.layer_shape, inner, strict=True))
     chosen = parts[index[0]] if stacked else parts
     out = streaming.empty((len(chosen), *shape), dtype)
-    streaming.fill(streaming.window(part, s.layout, target, inner) for part, target in zip(chosen, out, strict=True))
+    streaming.read_windows(
+        streaming.window(part, s.layout, target, inner) for part, target in zip(chosen, out, strict=True)
+    )
     return out if stacked else out[0]
 
 

@@ -1,11 +1,16 @@
-"""From files into arrays: the parts of stored tensors that parameters need, read by threads straight to their place.
+"""Reads parts of stored tensors from files into arrays, with several threads.
 
-Most matrices are stored as [outputs, inputs] and used as [inputs, outputs], so their order changes on the way. What
-that costs is memory traffic, and the plan is to touch main memory twice only: once to copy out of the page cache, once
-to write the array. A thread reads a block of 64 rows, small enough to stay in its cache, and scatters it into the
-array from there. The rows of the block lie a cache line further apart than their length: at a distance of a power of
-two, which widths are, a column of them falls into a few sets of the cache and drives itself out (six times slower).
-Parts whose order stays are read into the array itself.
+Checkpoints store most matrices as [outputs, inputs] and models use [inputs, outputs], so most tensors are transposed
+while they are read. The cost of that is memory traffic. This module moves each byte through main memory only twice: one
+copy out of the page cache of the operating system, and one write of the array. To do so, a thread reads a block of at
+most 64 rows into a scratch buffer, small enough to stay in the cache of its core, and writes it from there, transposed,
+into the array.
+
+The rows of a scratch buffer are one cache line further apart than they are long. Widths are often powers of two; rows
+at such a distance put all numbers of a column into the same few sets of the cache, where they evict each other
+(measured: six times slower).
+
+Parts that need neither a transposition nor a conversion of dtype are read into the array directly.
 """
 
 import concurrent.futures
@@ -21,19 +26,22 @@ import numpy as np
 from garrulax.core.layout import TensorLayout
 from garrulax.hub.tensors import StoredTensor
 
-ALIGNMENT = 64  # bytes: of arrays that JAX takes over without a copy, and of a cache line
-ROWS = 64  # of a block
-BLOCK = 1 << 20  # bytes of a block
-STRAIGHT = 1 << 22  # bytes read at once into the array itself
+ALIGNMENT = 64  # bytes of a cache line; JAX uses arrays that are aligned to it without a copy
+ROWS = 64  # most rows of a block
+BLOCK = 1 << 20  # most bytes of a block that goes through a scratch buffer
+STRAIGHT = 1 << 22  # most bytes of a block that is read into the array directly
 THREADS = min(8, os.cpu_count() or 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """A part of a stored tensor, and where it goes.
+    """A part of a stored tensor and the array that receives it.
 
-    target: the array, any strides, in the order of the file. first: the part's first number, counted in the tensor.
-    steps: how many numbers lie from one entry to the next, for each dimension of the target.
+    Attributes:
+      tensor: the stored tensor.
+      target: the array, with its dimensions in the order of the file and any strides.
+      first: index of the part's first number in the flattened tensor.
+      steps: for each dimension of `target`, the distance in the file from one entry to the next, in numbers.
     """
 
     tensor: StoredTensor
@@ -43,7 +51,7 @@ class Window:
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An uninitialised array that JAX on CPUs takes over without a copy; pages cost memory once they are written."""
+    """An uninitialised array, aligned so that JAX on CPUs uses its memory without a copy."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.empty(size + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
@@ -51,8 +59,17 @@ def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def window(tensor: StoredTensor, layout: TensorLayout, target: np.ndarray, index: tuple[slice, ...] = ()) -> Window:
-    """What to read for `target` to become `parameter[index]`, of the parameter that lies in `tensor` by `layout`; all
-    of it by default. Raises ValueError for a tensor of another size."""
+    """The window that makes `target` equal to `parameter[index]`.
+
+    Args:
+      tensor: the stored tensor that contains the parameter.
+      layout: layout of the parameter in the tensor.
+      target: array of the shape of `parameter[index]`.
+      index: a slice of every dimension of the parameter; empty for the entire parameter.
+
+    Raises:
+      ValueError: `tensor` has another size than the layout.
+    """
     split = layout.split
     if math.prod(split) != math.prod(tensor.shape):
         raise ValueError(f"a tensor of shape {tensor.shape} does not split into {split}")
@@ -66,11 +83,11 @@ def window(tensor: StoredTensor, layout: TensorLayout, target: np.ndarray, index
     return Window(tensor, placed, sum(part.start * step for part, step in zip(taken, steps, strict=True)), steps)
 
 
-def fill(windows: Iterable[Window]) -> None:
-    """Reads every window into its target.
+def read_windows(windows: Iterable[Window]) -> None:
+    """Reads every window into its target. Takes no memory besides two scratch buffers a thread.
 
-    A block of each thread is all the memory it takes. Raises ValueError for a file that became shorter meanwhile,
-    and for numbers that a float16 target cannot hold.
+    Raises:
+      ValueError: a file became shorter while it was read, or a float16 target cannot hold a number.
     """
     blocks = itertools.chain.from_iterable(map(_blocks, windows))
     lock, stop = threading.Lock(), threading.Event()
@@ -83,7 +100,7 @@ def fill(windows: Iterable[Window]) -> None:
                     block = next(blocks, None)
                 if block is None:
                     return
-                _read(block, *scratch)
+                _read_block(block, *scratch)
         except BaseException:
             stop.set()
             raise
@@ -91,48 +108,56 @@ def fill(windows: Iterable[Window]) -> None:
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         try:
             list(pool.map(work, range(THREADS)))
-        finally:  # Ctrl-C: the threads go no further
+        finally:  # on Ctrl-C the threads must not start further blocks
             stop.set()
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Rows of numbers that are contiguous in the file, and their target [rows, columns].
+    """Rows of numbers and the array that receives them. The numbers of a row are contiguous in the file.
 
-    first: as in Window. step: numbers from row to row. kind: the dtype as which they are read. straight: whether they
-    can be read into the target itself.
+    Attributes:
+      tensor: the stored tensor.
+      target: array [rows, columns].
+      first: index of the first number in the flattened tensor.
+      step: distance in the file from row to row, in numbers.
+      dtype: the dtype as which the numbers are read.
+      straight: whether they can be read into `target` directly.
     """
 
     tensor: StoredTensor
     target: np.ndarray
     first: int
     step: int
-    kind: np.dtype
+    dtype: np.dtype
     straight: bool
 
 
 def _blocks(w: Window) -> Iterator[Block]:
-    kind, target = w.tensor.kind, w.target
-    if target.dtype == kind:  # numpy copies plain integers faster than bfloat16
-        kind = np.dtype(f"u{kind.itemsize}")
-        target = target.view(kind)
-    dims = _dims(w)
+    """Cuts a window into blocks."""
+    dtype, target = w.tensor.numpy_dtype, w.target
+    if target.dtype == dtype:  # no conversion: copy as integers, which numpy does faster than bfloat16
+        dtype = np.dtype(f"u{dtype.itemsize}")
+        target = target.view(dtype)
+    dims = _merged_dimensions(w)
     sizes, steps, strides = zip(*dims, strict=True)
     target = np.lib.stride_tricks.as_strided(target, sizes, strides)
-    straight = target.dtype == kind and strides[-1] == kind.itemsize
+    straight = target.dtype == dtype and strides[-1] == dtype.itemsize
     rows, columns = sizes[-2:]
-    high = min(rows, ROWS)
-    wide = (STRAIGHT if straight else BLOCK) // max(kind.itemsize, target.itemsize) // high
+    height = min(rows, ROWS)
+    width = (STRAIGHT if straight else BLOCK) // max(dtype.itemsize, target.itemsize) // height
     for index in np.ndindex(*sizes[:-2]):
         start = w.first + sum(i * n for i, n in zip(index, steps, strict=False))
-        for row, column in itertools.product(range(0, rows, high), range(0, columns, wide)):
-            part = target[index][row : row + high, column : column + wide]
-            yield Block(w.tensor, part, start + row * steps[-2] + column, steps[-2], kind, straight)
+        for row, column in itertools.product(range(0, rows, height), range(0, columns, width)):
+            part = target[index][row : row + height, column : column + width]
+            yield Block(w.tensor, part, start + row * steps[-2] + column, steps[-2], dtype, straight)
 
 
-def _dims(w: Window) -> list[tuple[int, int, int]]:
-    """(size, step in the file, stride of the target) of as few dimensions as possible, but two at least; the last is
-    contiguous in the file."""
+def _merged_dimensions(w: Window) -> list[tuple[int, int, int]]:
+    """(size, step in the file, stride of the target) of each dimension, after merging dimensions where possible.
+
+    There are at least two dimensions. The last one is contiguous in the file.
+    """
     dims: list[tuple[int, int, int]] = []
     for size, step, stride in zip(w.target.shape, w.steps, w.target.strides, strict=True):
         if dims and dims[-1][1:] == (size * step, size * stride):
@@ -145,43 +170,50 @@ def _dims(w: Window) -> list[tuple[int, int, int]]:
 
 
 class Scratch:
-    """Memory of one thread for one block."""
+    """Buffer of one thread for one block."""
 
     def __init__(self) -> None:
         self._memory = np.empty(BLOCK + ROWS * ALIGNMENT, np.uint8)
-        self._known: dict[tuple[int, int], tuple[np.ndarray, list[memoryview]]] = {}
+        self._views: dict[tuple[int, int], tuple[np.ndarray, list[memoryview]]] = {}
 
     def rows(self, rows: int, width: int) -> tuple[np.ndarray, list[memoryview]]:
-        """`rows` rows of `width` bytes, a cache line apart; and each as a buffer."""
-        if (rows, width) not in self._known:
+        """Rows of bytes with a gap of one cache line after each: as an array [rows, width], and as one buffer a row."""
+        if (rows, width) not in self._views:
             block = self._memory[: rows * (width + ALIGNMENT)].reshape(rows, -1)[:, :width]
-            self._known[rows, width] = block, [memoryview(row) for row in block]
-        return self._known[rows, width]
+            self._views[rows, width] = block, [memoryview(row) for row in block]
+        return self._views[rows, width]
 
 
-def _read(b: Block, scratch: Scratch, converted: Scratch) -> None:
+def _read_block(b: Block, scratch: Scratch, converted: Scratch) -> None:
     rows, columns = b.target.shape
     if b.straight:
         read_bytes(b.tensor, b.first, b.step, list(b.target.view(np.uint8)))
         return
-    block, buffers = scratch.rows(rows, columns * b.kind.itemsize)
+    block, buffers = scratch.rows(rows, columns * b.dtype.itemsize)
     read_bytes(b.tensor, b.first, b.step, buffers)
-    numbers = block.view(b.kind)
-    if b.target.dtype != b.kind:  # first the dtype, then the order: both at once is six times slower
+    numbers = block.view(b.dtype)  # [rows, columns]
+    if b.target.dtype != b.dtype:  # convert, then transpose: both in one assignment is six times slower
         numbers = converted.rows(rows, columns * b.target.itemsize)[0].view(b.target.dtype)
         with np.errstate(over="ignore"):
-            numbers[...] = block.view(b.kind)
+            numbers[...] = block.view(b.dtype)
         if b.target.dtype == np.float16 and np.isinf(numbers).any():
             raise ValueError(f"{b.tensor.file.name} holds numbers beyond float16's 65,504: choose another dtype")
     b.target[...] = numbers
 
 
 def read_bytes(tensor: StoredTensor, first: int, step: int, rows: list) -> None:
-    """Fills buffers, all of one size, from the file: row i from number `first + i * step` of the tensor on.
+    """Fills buffers from the file: row i begins at number `first + i * step` of the flattened tensor.
 
-    Raises ValueError where the file ends before.
+    Args:
+      tensor: the stored tensor.
+      first: index of the first number of row 0.
+      step: distance from row to row, in numbers.
+      rows: writable buffers, all of one size in bytes.
+
+    Raises:
+      ValueError: the file ends too early.
     """
-    size = tensor.kind.itemsize
+    size = tensor.numpy_dtype.itemsize
     start, width = tensor.start + first * size, len(rows[0])
     if step * size == width and os.preadv(tensor.file.fileno(), rows, start) == width * len(rows):
         return
@@ -195,9 +227,9 @@ def read_bytes(tensor: StoredTensor, first: int, step: int, rows: list) -> None:
 
 
 def chunks(tensor: StoredTensor) -> Iterator[np.ndarray]:
-    """The bytes of a tensor, some at a time; each array is only valid until the next."""
+    """The bytes of a tensor in chunks. Each array is valid only until the next one is taken."""
     size, memory = math.prod(tensor.shape), np.empty(STRAIGHT, np.uint8)
-    for first in range(0, size, STRAIGHT // tensor.kind.itemsize):
-        part = memory[: (size - first) * tensor.kind.itemsize]
+    for first in range(0, size, STRAIGHT // tensor.numpy_dtype.itemsize):
+        part = memory[: (size - first) * tensor.numpy_dtype.itemsize]
         read_bytes(tensor, first, 0, [part])
         yield part

@@ -1,8 +1,9 @@
-"""The safetensors format: what a folder of such files holds, from their headers, and files written tensor by tensor.
+"""The safetensors format: reads the headers of a folder's files, and writes files tensor by tensor.
 
 A file is the length of its header (8 bytes, little-endian), the header (JSON: name -> dtype, shape, data_offsets), and
-the data (https://github.com/huggingface/safetensors, "Format"). The reader is of its own because weights go straight
-from the file to their place (`hub.streaming`), and it believes nothing: every byte of the file must be accounted for.
+the data (https://github.com/huggingface/safetensors, "Format"). The library's reader is not used, because weights are
+read from the file directly into their final arrays (`hub.streaming`). A file may be damaged or hostile, so every header
+is checked: its tensors must cover the data without overlaps and gaps.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ from garrulax.hub.json_files import INDEX_BYTES, parse_object, read_object
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-#: Bits of a number of every dtype that the format knows; only those of DTYPES can be parameters.
+#: Bits of a number for every dtype of the format; parameters can only have the dtypes in DTYPES.
 BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
     "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
@@ -33,7 +34,14 @@ HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a file: its shape, its dtype as safetensors writes it ("BF16"), the open file, its first byte."""
+    """One tensor of a file.
+
+    Attributes:
+      shape: its shape.
+      dtype: its dtype in the notation of safetensors, such as "BF16".
+      file: the open file.
+      start: position of its first byte in the file.
+    """
 
     shape: tuple[int, ...]
     dtype: str
@@ -41,68 +49,72 @@ class StoredTensor:
     start: int
 
     @property
-    def kind(self) -> np.dtype:
-        """The dtype as numpy has it; KeyError for one that is none of DTYPES."""
+    def numpy_dtype(self) -> np.dtype:
+        """The dtype for numpy. Raises KeyError if it is not in DTYPES."""
         return np.dtype(DTYPES[self.dtype])
 
 
 def open_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the checkpoint in `folder` by name; nothing but headers is read.
+    """The tensors of the checkpoint in `folder`, by name. Reads only headers.
 
-    Raises FileNotFoundError where there are no safetensors or a file that the index names is missing, ValueError for
-    a damaged file, for a name that stands in two files, and for an index that says otherwise than the files.
+    Raises:
+      FileNotFoundError: there are no safetensors, or a file that the index names is missing.
+      ValueError: a file is damaged, a name is in two files, or the index contradicts the files.
     """
     tensors: dict[str, StoredTensor] = {}
     files, index = _files(folder)
     for path in files:
-        for name, tensor in _open(path).items():
+        for name, tensor in _open_file(path).items():
             if name in tensors:
-                raise ValueError(f"{folder}: tensor {name} stands in two files, the second is {path.name}")
+                raise ValueError(f"{folder}: tensor {name} is in two files, the second is {path.name}")
             tensors[name] = tensor
     for name, file in index.items():
         if name not in tensors:
             raise ValueError(f"{folder / INDEX} names tensor {name}, which {file} does not hold")
         if Path(str(tensors[name].file.name)).name != file:
-            raise ValueError(f"{folder / INDEX} says that {file} holds {name}, but it lies in another file")
+            raise ValueError(f"{folder / INDEX} says that {file} holds {name}, but it is in another file")
     return tensors
 
 
 def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
-    """The safetensors files, and the file of every tensor where an index says so."""
+    """The safetensors files of a folder; and the file name of every tensor, if there is an index."""
     if (folder / FILE).exists():
-        return [contained(folder, FILE)], {}
+        return [checked_file(folder, FILE)], {}
     if (folder / INDEX).exists():
         index = read_object(folder / INDEX, INDEX_BYTES, unique=True).get("weight_map")
         if not isinstance(index, dict) or not index or not all(isinstance(file, str) for file in index.values()):
             raise ValueError(f"{folder / INDEX} is damaged: it has no weight_map from tensors to files")
-        odd = next((name for name in index if not plain(name)), None)
+        odd = next((name for name in index if not is_printable_name(name)), None)
         if odd is not None:
             raise ValueError(f"{folder / INDEX} names a tensor {odd[:200]!r}")
         names = sorted(set(index.values()))
         for name in names:
-            if Path(name).name != name or name == ".." or not plain(name):
+            if Path(name).name != name or name == ".." or not is_printable_name(name):
                 raise ValueError(f"{folder / INDEX} names {name[:200]!r}, which is not a file of this folder")
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} lacks {name}, one of the {len(names)} files that {INDEX} names")
-        return [contained(folder, name) for name in names], index
+        return [checked_file(folder, name) for name in names], index
     found = sorted(folder.glob("*.safetensors"))
     if len(found) == 1:
-        return [contained(folder, found[0].name)], {}
+        return [checked_file(folder, found[0].name)], {}
     if found:
         raise FileNotFoundError(f"{folder} has {len(found)} safetensors files but no {INDEX} that says which belong")
     raise FileNotFoundError(_why_none(folder))
 
 
-def plain(name: str) -> bool:
-    """Whether a name from a file can stand in a message: neither empty nor endless, no control characters."""
+def is_printable_name(name: str) -> bool:
+    """Whether a name from a file may appear in a message: 1 to 200 characters, all printable."""
     return 0 < len(name) <= 200 and name.isprintable()
 
 
-def contained(folder: Path, name: str) -> Path:
-    """`folder / name`. Raises ValueError unless it is a plain file.
+def checked_file(folder: Path, name: str) -> Path:
+    """`folder / name`, checked.
 
-    A link may lead elsewhere in the folder, or, in the cache of huggingface_hub (models--x/snapshots/y), to the cache's
-    blobs; one that leads anywhere else is refused, since a folder that someone packed should not reach beyond itself.
+    A link may point into the folder or, in the cache of huggingface_hub (models--x/snapshots/y), to the cache's blobs.
+    Other links are refused: a folder made by strangers must not give access to files elsewhere.
+
+    Raises:
+      ValueError: it is not a plain file, or a link to a file elsewhere.
     """
     path = folder / name
     if not path.is_file():
@@ -115,7 +127,7 @@ def contained(folder: Path, name: str) -> Path:
 
 
 def _why_none(folder: Path) -> str:
-    """Why there is nothing to read, and what to do about it."""
+    """An error message: why there are no safetensors, and what to do."""
     reason = "only pickled weights (.bin, .pt, .pth), which can run code when opened and are not read"
     if any(folder.glob("consolidated.*.pth")):
         return (
@@ -131,8 +143,8 @@ def _why_none(folder: Path) -> str:
     return f"{folder} has no {FILE} and no {INDEX}"
 
 
-def _open(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one file. Raises ValueError unless they fill its data without overlaps and holes."""
+def _open_file(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one file. Raises ValueError unless they cover its data without overlaps and gaps."""
     file = io.FileIO(path)
     size = path.stat().st_size
     length = int.from_bytes(file.read(8), "little")
@@ -146,9 +158,9 @@ def _open(path: Path) -> dict[str, StoredTensor]:
     tensors, parts = {}, []
     for name, entry in header.items():
         try:
-            if not plain(name):
-                raise ValueError("has a name that is none")
-            dtype, shape, begin, end = _entry(entry, size)
+            if not is_printable_name(name):
+                raise ValueError("has an invalid name")
+            dtype, shape, begin, end = _checked_entry(entry, size)
         except ValueError as error:
             raise ValueError(f"{path} is damaged: tensor {name[:100]!r} {error}") from error
         tensors[name] = StoredTensor(shape, dtype, file, 8 + length + begin)
@@ -157,7 +169,7 @@ def _open(path: Path) -> dict[str, StoredTensor]:
     ends = [0, *(end for _, end, _ in parts)]
     for (begin, _, name), before in zip(parts, ends[:-1], strict=True):
         if begin != before:
-            kind = "overlaps with another tensor" if begin < before else "comes after a hole"
+            kind = "overlaps with another tensor" if begin < before else "comes after a gap"
             raise ValueError(f"{path} is damaged: tensor {name[:100]!r} {kind}")
     if ends[-1] != size - 8 - length:
         raise ValueError(
@@ -167,8 +179,8 @@ def _open(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _entry(entry: Any, size: int) -> tuple[str, tuple[int, ...], int, int]:
-    """dtype, shape and data_offsets of a header's entry in a file of `size` bytes, checked."""
+def _checked_entry(entry: Any, size: int) -> tuple[str, tuple[int, ...], int, int]:
+    """dtype, shape, begin and end of a tensor from its entry in the header of a file of `size` bytes; checked."""
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError("should have dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -188,15 +200,21 @@ def _entry(entry: Any, size: int) -> tuple[str, tuple[int, ...], int, int]:
 
 
 def write_tensors(path: Path, layout: dict[str, tuple[np.dtype, tuple[int, ...]]], data: Iterable[np.ndarray]) -> None:
-    """Writes a safetensors file of the tensors in `layout` (name -> dtype, shape), which `data` gives one by one.
+    """Writes a safetensors file.
 
-    Raises ValueError for a dtype that is none of DTYPES.
+    Args:
+      path: the file.
+      layout: name -> (dtype, shape) of every tensor.
+      data: the tensors, in the order of `layout`; only one is in memory at a time if this is a generator.
+
+    Raises:
+      ValueError: a dtype is not in DTYPES, or a tensor does not fit `layout`.
     """
     names = {np.dtype(kind): name for name, kind in DTYPES.items()}
     odd = sorted({str(dtype) for dtype, _ in layout.values() if dtype not in names})
     if odd:
         raise ValueError(f"parameters are stored as {', '.join(map(str, names))}, not as {', '.join(odd)}")
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # which transformers wants to see
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires it
     at = 0
     for name, (dtype, shape) in layout.items():
         end = at + dtype.itemsize * math.prod(shape)

@@ -1,4 +1,4 @@
-"""Training a tokenizer on a corpus: SentencePiece pieces, or single characters."""
+"""Trains tokenizers on a corpus: SentencePiece pieces, or single characters."""
 
 import io
 import os
@@ -10,7 +10,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from garrulax.hub.tokenizers import GPT_SPECIALS, JsonTokenizer, SentencePieceTokenizer
 
-_PASSAGE = 4096  # characters; the trainer wants sentences, a passage is near enough
+_PASSAGE = 4096  # characters; the trainer expects sentences, and passages of this length serve as well
 
 
 def train_sentencepiece(
@@ -20,24 +20,29 @@ def train_sentencepiece(
     specials: Sequence[str] = GPT_SPECIALS,
     model_type: str = "bpe",
 ) -> SentencePieceTokenizer:
-    """Trains a SentencePiece tokenizer whose round trip is exact for every text: no normalisation, unknown
-    characters as bytes, newlines and tabs as tokens. The same texts give the same bytes.
+    """Trains a SentencePiece tokenizer that decodes every text exactly as it was.
+
+    It does not normalise, encodes unknown characters as bytes, and has tokens for newline and tab. The same texts give
+    the same tokenizer, byte for byte.
 
     Args:
-      texts: documents; only about the first 64 MiB of characters of them are used.
-      folder: where to save it, if given.
-      vocab: number of ids, including 256 bytes and the specials.
-      specials: control tokens, from id 1 on; `<|endoftext|>` among them is eos and, without `[PAD]`, the padding.
+      texts: documents; about the first 64 Mi characters are used.
+      folder: where to save it; None does not save it.
+      vocab: number of ids, including 256 bytes and the control tokens.
+      specials: control tokens, with ids from 1 on. `<|endoftext|>` among them becomes eos, and pad unless there is
+        `[PAD]`.
       model_type: "bpe" (4096 ids from 12 MB in about 2 s) or "unigram" (5 % fewer tokens, ten times slower).
 
-    Raises ValueError if there is no text, or the text cannot fill `vocab`, or `vocab` cannot hold bytes and specials.
+    Raises:
+      ValueError: there is no text, the text is too short for `vocab`, or `vocab` is too small for bytes and control
+        tokens.
     """
     if model_type not in ("bpe", "unigram"):
         raise ValueError(f"model_type must be 'bpe' or 'unigram', not {model_type!r}")
-    fewest = 256 + 1 + len(specials) + 2 + 1  # bytes, unknown, specials, newline and tab, and a learned piece
-    if vocab < fewest:
+    least = 256 + 1 + len(specials) + 2 + 1  # bytes, unknown, control tokens, newline and tab, one learned piece
+    if vocab < least:
         raise ValueError(
-            f"a vocabulary of {vocab} is too small: bytes and control tokens need {fewest}, so use 512 or more"
+            f"a vocabulary of {vocab} is too small: bytes and control tokens need {least}, so use 512 or more"
         )
     has_eos = "<|endoftext|>" in specials
     model = io.BytesIO()
@@ -60,7 +65,7 @@ def train_sentencepiece(
             eos_id=1 if has_eos else -1,
             eos_piece="<|endoftext|>",
             max_sentence_length=4 * _PASSAGE,
-            num_threads=4,  # part of the result for unigram models, so not the number of cores
+            num_threads=4,  # fixed: it influences the result of unigram models
             minloglevel=2,
         )
     except RuntimeError as error:
@@ -73,17 +78,18 @@ def train_sentencepiece(
 
 
 def _passages(texts: Iterable[str], limit: int = 2**26) -> Iterable[str]:
-    seen = 0
+    """The texts in passages, until `limit` characters are reached."""
+    count = 0
     for text in texts:
         for at in range(0, len(text), _PASSAGE):
             yield text[at : at + _PASSAGE]
-            seen += _PASSAGE
-            if seen >= limit:
+            count += _PASSAGE
+            if count >= limit:
                 return
 
 
 def _explain(error: str, vocab: int) -> str:
-    """A sentence for the trainer's three usual complaints."""
+    """A clear message for each of the three usual errors of the trainer."""
     if "Vocabulary size too high" in error:
         most = error.rsplit("<=", 1)[-1].strip(" .")
         return f"the text supports a vocabulary of at most {most}, not {vocab}: lower the vocabulary or add text"
@@ -97,9 +103,18 @@ def _explain(error: str, vocab: int) -> str:
 def train_chars(
     text: str | Iterable[str], folder: str | os.PathLike | None = None, specials: Sequence[str] = ()
 ) -> JsonTokenizer:
-    """A tokenizer with one id a character of `text`, in code point order, then the specials.
+    """A tokenizer with one id for each character of `text`, in code point order, followed by the control tokens.
 
-    For character-level work (the 65 characters of tinyshakespeare). `encode` raises ValueError for other characters.
+    For character-level models, such as those of the 65 characters of tinyshakespeare. Its `encode` raises ValueError
+    for other characters.
+
+    Args:
+      text: one text or several.
+      folder: where to save it; None does not save it.
+      specials: control tokens of two characters or more.
+
+    Raises:
+      ValueError: there is no text, or a control token is too short.
     """
     characters = sorted(set(text) if isinstance(text, str) else set().union(*map(set, text)))
     if not characters:

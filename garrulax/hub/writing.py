@@ -1,4 +1,4 @@
-"""A Model as a Hugging Face folder, written tensor by tensor."""
+"""Saves a Model as a Hugging Face folder, tensor by tensor."""
 
 import contextlib
 import dataclasses
@@ -19,71 +19,105 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from garrulax.core import spec
-from garrulax.hub.card import CARD, card, write_card
+from garrulax.core.config import ModelConfig
+from garrulax.hub.card import CARD, card_text, write_card
 from garrulax.hub.model import Model
 from garrulax.hub.tensors import FILE, INDEX, write_tensors
 from garrulax.models import family, parameters
 
-#: Files beside the model's own, which belong to its folder.
+#: Files beside the config and the weights that belong to a model folder.
 COMPANIONS = (
     "generation_config.json", "tokenizer.json", "*.model", "vocab.json", "merges.txt", "vocab.txt",
     "encoder_bpe_40000.json", "vocab_40000.bpe", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
-#: What a model folder consists of; a folder with anything else in it is not replaced.
+#: All files of a model folder. A folder with any other file is not replaced.
 KNOWN_FILES = ("config.json", "*.safetensors", INDEX, CARD, *COMPANIONS)
 
-Progress = Callable[[int, int], None]  # bytes written, of how many
+Progress = Callable[[int, int], None]  # (bytes written so far, bytes of all tensors)
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """A parameter, or a layer of one, that lies in a stored tensor.
+class TensorPart:
+    """A parameter, or one layer of it, and how to write it into the stored tensor that contains it.
 
-    put: writes it to where it belongs in that tensor; every process must call it, those that write nothing with None.
+    Attributes:
+      spec: the parameter.
+      dtype: dtype of the stored tensor.
+      write: writes the parameter to its place in the stored tensor (the argument). Every process must call it, since it
+        may gather a sharded array; a process that writes no files passes None.
     """
 
     spec: spec.ParamSpec
     dtype: np.dtype
-    put: Callable[[np.ndarray | None], None]
+    write: Callable[[np.ndarray | None], None]
 
 
-Entries = dict[str, list[Part]]  # what each stored tensor consists of, in the order of writing
+Entries = dict[str, list[TensorPart]]  # name -> parts of each stored tensor, in the order of writing
 
 
 def save(model: Model, path: str | Path, max_shard_size: int | str = "5GB", progress: Progress | None = None) -> None:
-    """Writes a folder that `load`, and Hugging Face's `from_pretrained`, read: config.json, generation_config.json,
-    safetensors in the parameters' own dtype, the tokenizer's files, and a stub of a model card.
+    """Saves a model as a folder that `load`, and `from_pretrained` of Hugging Face, read.
 
-    model: parameters stacked or unstacked, on one device or sharded over many; with several processes all of them
-    must call, and the first writes. Host memory holds one tensor. max_shard_size: bytes of one safetensors file, such
-    as 200_000_000, "200MB" or "5GB"; beyond it several files and an index are written. progress: called with the
-    bytes written and all bytes after every tensor.
+    The folder has config.json, generation_config.json, safetensors in the dtype of the parameters, the tokenizer's
+    files, and a stub of a model card. Host memory holds one tensor at a time.
 
-    Everything is written to a hidden folder beside `path` and renamed at the end: a killed process leaves that folder,
-    but nothing half-written at `path`, and an older model there stays until the end. A model card that somebody edited
-    stays for good. Raises ValueError where the parameters do not fit the config, and where `path` holds anything but a
-    model.
+    Everything is written to a hidden folder beside `path`, which is renamed at the end. So an older model at `path`
+    stays until the new one is complete, and a killed process leaves only the hidden folder. A model card that somebody
+    edited is kept.
+
+    Args:
+      model: its parameters may be stacked or unstacked, on one device or sharded. With several processes all must call
+        `save`; the first one writes.
+      path: the folder.
+      max_shard_size: most bytes of one safetensors file, such as 200_000_000, "200MB" or "5GB". A larger model is
+        written as several files and an index.
+      progress: called after every tensor with the number of bytes written and the number of all bytes.
+
+    Raises:
+      ValueError: the parameters do not fit the config, or `path` holds other files than a model's.
+
+    Example:
+      >>> import jax, garrulax as gx
+      >>> import pathlib, tempfile
+      >>> config = gx.preset("gpt2-tiny", layers=1, width=32, heads=2)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     gx.save(gx.Model(config, gx.init(config, jax.random.key(0))), folder)
+      ...     sorted(file.name for file in pathlib.Path(folder).iterdir())
+      ['README.md', 'config.json', 'generation_config.json', 'model.safetensors']
     """
     entries = _entries(parameters(model.config), model.params)
 
-    def finish(folder: Path) -> None:
+    def add_files(folder: Path) -> None:
         if model.tokenizer is not None:
             model.tokenizer.save(folder)
 
-    write_folder(Path(path), model.config, entries, max_shard_size, "written by `garrulax.save`", finish, progress)
+    write_folder(Path(path), model.config, entries, max_shard_size, "written by `garrulax.save`", add_files, progress)
 
 
 def write_folder(
     path: Path,
-    config: Any,
+    config: ModelConfig,
     entries: Entries,
     max_shard_size: int | str,
-    made: str,
-    finish: Callable[[Path], None],
+    origin: str,
+    add_files: Callable[[Path], None],
     progress: Progress | None,
 ) -> None:
-    """Writes the model of `config` whose tensors consist of `entries`; `finish` adds files. The rest as in `save`."""
+    """Writes a model folder from parts of tensors.
+
+    Args:
+      path: the folder.
+      config: configuration of the model.
+      entries: the parts of every tensor.
+      max_shard_size: as in `save`.
+      origin: how the files came about, for the model card.
+      add_files: called with the new folder to add files such as the tokenizer's.
+      progress: as in `save`.
+
+    Raises:
+      ValueError: as in `save`.
+    """
     folder, limit = path.expanduser().resolve(), parse_size(max_shard_size)
     dtype = str(functools.reduce(jnp.promote_types, {part.dtype for parts in entries.values() for part in parts}))
     raw = family(config).to_hf(config) | {"torch_dtype": dtype}
@@ -94,14 +128,14 @@ def write_folder(
         if writes:
             _write_json(temporary / "config.json", raw)
             _write_json(temporary / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
-            write_card(folder, temporary, card(config, dtype, made))
-            finish(temporary)
+            write_card(folder, temporary, card_text(config, dtype, origin))
+            add_files(temporary)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"garrulax save {folder}")
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes, from a number or a text such as 200MB, 5GB or 2GiB. Raises ValueError."""
+    """Number of bytes from a number or a text such as "200MB", "5GB" or "2GiB". Raises ValueError for anything else."""
     units = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt]?)(i?)b?", str(size).strip().lower())
     count = 0
@@ -114,14 +148,14 @@ def parse_size(size: int | str) -> int:
 
 
 def _entries(specs: spec.Tree, params: spec.Tree) -> Entries:
-    """The entries of parameters in memory. ValueError names the leaves that do not fit."""
+    """The parts of the tensors of parameters in memory. Raises ValueError that names leaves that do not fit."""
     entries: Entries = {}
     named = spec.named_specs(specs)
-    found: dict[str, Any] = _named(params)
+    found = spec.named_leaves(params)
     blocks = params.get("blocks")
     if isinstance(blocks, tuple):  # unstacked: one tree a layer
         found = {k: v for k, v in found.items() if not k.startswith("blocks/")}
-        layers = [_named(block) for block in blocks]
+        layers = [spec.named_leaves(block) for block in blocks]
         found |= {f"blocks/{k}": [layer.get(k) for layer in layers] for layer in layers[:1] for k in layer}
     odd = sorted(found.keys() ^ named.keys())
     if odd:
@@ -133,28 +167,23 @@ def _entries(specs: spec.Tree, params: spec.Tree) -> Entries:
             raise ValueError(f"the parameters do not fit the config: {path} should be {s.shape}, is {shapes}")
         dtype = np.dtype((leaf[0] if isinstance(leaf, list) else leaf).dtype)
         for i, name in enumerate(s.names):
-            put = functools.partial(_put, s, leaf, i if s.layers else None)
-            entries.setdefault(name, []).append(Part(s, dtype, put))
+            write = functools.partial(_write_parameter, s, leaf, i if s.layers else None)
+            entries.setdefault(name, []).append(TensorPart(s, dtype, write))
     return entries
 
 
-def _put(s: spec.ParamSpec, leaf: Any, i: int | None, target: np.ndarray | None) -> None:
+def _write_parameter(s: spec.ParamSpec, leaf: Any, i: int | None, target: np.ndarray | None) -> None:
+    """Writes a parameter, or layer `i` of it, into the stored tensor `target`."""
     x = _on_host(leaf if i is None else leaf[i])
     if target is not None:
         s.layout.write(x, target)
 
 
-def _named(tree: spec.Tree) -> dict[str, Any]:
-    return {
-        jax.tree_util.keystr(k, simple=True, separator="/"): v for k, v in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
 def _write_shards(entries: Entries, folder: Path | None, limit: int, progress: Progress | None) -> None:
-    """Writes the safetensors files; without a folder only takes part in gathering the arrays."""
-    layout = {name: _layout(name, parts) for name, parts in entries.items()}
+    """Writes the safetensors files; a process without a folder only takes part in gathering sharded arrays."""
+    layout = {name: _tensor_layout(name, parts) for name, parts in entries.items()}
     sizes = {name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in layout.items()}
-    shards, total, done = _shards(sizes, limit), sum(sizes.values()), 0
+    shards, total, done = _split_into_shards(sizes, limit), sum(sizes.values()), 0
     where: dict[str, str] = {}
 
     def tensors(names: list[str]) -> Iterator[np.ndarray]:
@@ -163,7 +192,7 @@ def _write_shards(entries: Entries, folder: Path | None, limit: int, progress: P
             dtype, shape = layout[name]
             tensor = None if folder is None else np.empty(shape, dtype)
             for part in entries[name]:
-                part.put(tensor)
+                part.write(tensor)
             if tensor is not None:
                 yield tensor
             done += sizes[name]
@@ -181,17 +210,18 @@ def _write_shards(entries: Entries, folder: Path | None, limit: int, progress: P
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
 
 
-def _layout(name: str, parts: list[Part]) -> tuple[np.dtype, tuple[int, ...]]:
-    """dtype and shape of a tensor to store. ValueError where its parts do not fill it."""
+def _tensor_layout(name: str, parts: list[TensorPart]) -> tuple[np.dtype, tuple[int, ...]]:
+    """dtype and shape of a tensor to store. Raises ValueError if its parts do not fill it or differ in dtype."""
     shape = parts[0].spec.layout.stored_shape
     if sum(math.prod(part.spec.layer_shape) for part in parts) != math.prod(shape):
-        raise ValueError(f"the parameters that {name} holds do not fill its shape {shape}")
+        raise ValueError(f"the parameters in {name} do not fill its shape {shape}")
     if len({part.dtype for part in parts}) > 1:
-        raise ValueError(f"the parameters that {name} holds are of several dtypes")
+        raise ValueError(f"the parameters in {name} have several dtypes")
     return parts[0].dtype, shape
 
 
-def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
+def _split_into_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
+    """The names of the tensors of each file: in order, as many as fit into `limit` bytes, but at least one."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
@@ -204,6 +234,7 @@ def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
 
 
 def _on_host(array: jax.Array) -> np.ndarray:
+    """The array in host memory, gathered if other processes hold parts of it."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         return multihost_utils.process_allgather(array, tiled=True)
     return np.asarray(array)
@@ -215,7 +246,7 @@ def _write_json(path: Path, content: Any) -> None:
 
 @contextlib.contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder`, which takes its place when all went well and vanishes otherwise."""
+    """A new folder beside `folder`. It replaces `folder` if the block succeeds, and is removed if it raises."""
     _check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = (folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.{kind}") for kind in ("new", "old"))
@@ -238,6 +269,7 @@ def _replacing(folder: Path) -> Iterator[Path]:
 
 
 def _check_replaceable(folder: Path) -> None:
+    """Raises ValueError if `folder` exists and is anything but an empty folder or a model folder."""
     if not folder.exists():
         return
     if not folder.is_dir():

@@ -13,7 +13,7 @@ import pytest
 
 import garrulax as gx
 from garrulax.core import spec
-from garrulax.hub.reading import family_of, read_config
+from garrulax.hub.reading import family_of, read_config_json
 from garrulax.kernels import masks
 from garrulax.train.objectives import negative_log_likelihood
 
@@ -44,7 +44,7 @@ class Case:
     def __init__(self, family, number, folder):
         self.family, self.peer = family, peers.Peer(family, number)
         self.peer.model.save_pretrained(folder)
-        self.raw = read_config(folder)
+        self.raw = read_config_json(folder)
         self.module = family_of(self.raw)
         self.model = gx.load(folder)
         self.native = self.model.config  # in the dialect of transformers' class

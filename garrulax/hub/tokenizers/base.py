@@ -1,5 +1,6 @@
-"""The interface of all tokenizers, and decoding as a stream."""
+"""The base class of all tokenizers, and a decoder for ids that arrive one by one."""
 
+import abc
 import codecs
 import hashlib
 import itertools
@@ -8,37 +9,29 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-GPT_SPECIALS = ("<|endoftext|>",)
-GLM_SPECIALS = (
-    "<|endoftext|>",  # end of document, and padding
-    "[CLS]",
-    "[MASK]",  # a blank of a few tokens
-    "[sMASK]",  # a blank of whole sentences
-    "[gMASK]",  # a long blank, usually the rest of the text
-    "<|startofpiece|>",  # starts the input of every filled span
-    "<|endofpiece|>",  # ends the targets of every filled span
-    "[dBLOCK]",  # hides single input tokens of a span
-)
-
-Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
-Span = tuple[int, int, int]  # start and end of a control token in a text, and its id
+from garrulax.hub.tokenizers import chat
+from garrulax.hub.tokenizers.interface import Message, Span
 
 
-class Tokenizer(Protocol):
+class Tokenizer(abc.ABC):
     """Text to ids and back.
 
     Attributes:
       vocab: number of ids; every id is in 0 .. vocab - 1 (some ids may stand for nothing).
-      bos, eos, pad: the ids that begin a text, end a text (document separator) and fill batches, or None.
-      specials: content -> id of the control tokens, which never come out of `encode`.
-      prefix, suffix: ids that models of this tokenizer expect around a prompt (`prompt` adds them, `encode` never).
+      bos: id that begins a text, or None.
+      eos: id that ends a text and separates documents, or None.
+      pad: id that fills batches, or None.
+      specials: text -> id of the control tokens, which `encode` never returns.
+      prefix: ids that models of this tokenizer expect before a prompt; `prompt` adds them, `encode` never.
+      suffix: ids that they expect after a prompt.
       ends: ids besides eos that end an answer in a conversation.
-      config: what tokenizer_config.json says, perhaps with the Jinja source `chat_template`.
-      chat_format: name of a conversation's format that is known without a template (`chat.FORMATS`), or None.
-      strips_space: whether the first token of a text drops one leading space (SentencePiece's dummy prefix).
-      spaces_words: whether a token that ends a word ends in a space, shown only where a word follows (GPT-1).
+      config: content of tokenizer_config.json, perhaps with the Jinja source `chat_template`.
+      chat_format: name of the published chat format of the family (`chat.FORMATS`), or None.
+      strips_space: whether decoding drops one leading space from the first token of a text (SentencePiece puts a dummy
+        space before every text).
+      spaces_words: whether a token that ends a word includes a space, which is shown only if a word follows (GPT-1).
     """
 
     vocab: int
@@ -53,18 +46,36 @@ class Tokenizer(Protocol):
     chat_format: str | None = None
     strips_space: bool = False
     spaces_words: bool = False
-    _pieces_start: bool = True  # whether a piece of text behind a control token begins as a text does
+    _restarts_after_specials: bool = True  # whether text after a control token gets a dummy space, like a new text
 
-    def encode(self, text: str, *, start: bool = True) -> list[int]:
-        """Ids of a plain text; never control tokens. ValueError if the vocabulary cannot express the text.
-
-        `start=False` says that the text continues an earlier one: it gets no dummy space in front.
-        """
-        return self.encode_batch([text], start=start)[0]
-
+    @abc.abstractmethod
     def encode_batch(self, texts: Sequence[str], *, start: bool = True) -> list[list[int]]:
         """`encode` of every text, on all cores where the library can."""
-        ...
+
+    @abc.abstractmethod
+    def token_bytes(self, token: int) -> bytes:
+        """The UTF-8 bytes of a token (perhaps only a part of a character); b"" for control tokens."""
+
+    @abc.abstractmethod
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes files that `load_tokenizer(folder)` and other libraries read."""
+
+    @property
+    @abc.abstractmethod
+    def fingerprint(self) -> str:
+        """A sha256 of everything that decides how text is encoded."""
+
+    def encode(self, text: str, *, start: bool = True) -> list[int]:
+        """Ids of a plain text; never control tokens.
+
+        Args:
+          text: the text.
+          start: False if the text continues an earlier one; it then gets no dummy space in front.
+
+        Raises:
+          ValueError: the vocabulary cannot express the text.
+        """
+        return self.encode_batch([text], start=start)[0]
 
     def prompt(self, text: str) -> list[int]:
         """The ids from which a model continues a text: `encode` between `prefix` and `suffix`."""
@@ -81,54 +92,45 @@ class Tokenizer(Protocol):
         """The ids of a conversation, ready for the model to answer. No message can forge control tokens.
 
         Args:
-          messages: `{"role": "user", "content": "..."}` in the order in which they were said.
-          add_generation_prompt: end with what begins an answer.
-          template: a format by name (`chat.FORMATS`) or Jinja source; by default the folder's own: its Jinja
-            `chat_template`, or else the published format of its family.
+          messages: `{"role": "user", "content": "..."}`, oldest first.
+          add_generation_prompt: whether to append the tokens that begin an answer.
+          template: name of a published format (`chat.FORMATS`), or Jinja source. By default the Jinja `chat_template`
+            of the folder, or else the published format of its family.
           variables: further variables of a Jinja template, such as `tools`.
 
-        Raises ValueError for no messages, an unknown role, and where there is no template; ImportError where a Jinja
-        template needs jinja2 (extra `chat`).
+        Raises:
+          ValueError: there are no messages, a role is unknown, or there is no template.
+          ImportError: a Jinja template needs jinja2 (extra `chat`).
         """
-        from garrulax.hub.tokenizers import chat
+        return chat.encode_conversation(self, messages, add_generation_prompt, template, variables)
 
-        return chat.apply(self, messages, add_generation_prompt, template, variables)
-
-    def spelled(self, text: str) -> list[Span]:
-        """Where `text` spells control tokens. For texts of templates, not of users."""
+    def find_specials(self, text: str) -> list[Span]:
+        """Places where `text` spells control tokens. For the texts of templates, never for those of users."""
         longest_first = sorted(filter(None, self.specials), key=len, reverse=True)
         if not longest_first:
             return []
         found = re.finditer("|".join(map(re.escape, longest_first)), text)
         return [(*match.span(), self.specials[match[0]]) for match in found]
 
-    def encode_around(self, text: str, spans: Sequence[Span]) -> list[int]:
-        """Ids of a text in which only `spans` are control tokens, and all between them is plain text."""
+    def encode_with_specials(self, text: str, spans: Sequence[Span]) -> list[int]:
+        """Ids of a text in which only `spans` are control tokens; everything between them is plain text."""
         ids, at = [], 0
         for start, end, token in [*spans, (len(text), len(text), None)]:
-            ids += self.encode(text[at:start], start=at == 0 or self._pieces_start) if start > at else []
+            if start > at:
+                ids += self.encode(text[at:start], start=at == 0 or self._restarts_after_specials)
             ids += [] if token is None else [token]
             at = end
         return ids
 
-    def _encode_parts(self, text: str, cuts: Sequence[int], start: bool) -> list[int]:
-        """Encodes the pieces between `cuts` apart: a control token's text, cut in two, is not that token."""
-        ends = [0, *cuts, len(text)]
-        parts = [text[a:b] for a, b in itertools.pairwise(ends)]
-        if not cuts or not all(parts):
-            raise ValueError(f"the tokenizer maps the text {text[:20]!r} to a control token")
-        rest = self.encode_batch(parts[1:], start=False)
-        return list(itertools.chain(self.encode(parts[0], start=start), *rest))
-
-    def token_bytes(self, token: int) -> bytes:
-        """The UTF-8 bytes that a token stands for (perhaps part of a character); b"" for control tokens."""
-        ...
-
     def decode(self, tokens: Iterable[int], *, start: bool = True) -> str:
         """The text of `tokens`, without control tokens; bytes that are not UTF-8 become U+FFFD.
 
-        `start=False` says that the tokens continue an earlier text, so that a leading space is kept.
-        Raises ValueError for an id outside 0 .. vocab - 1.
+        Args:
+          tokens: ids.
+          start: False if the tokens continue an earlier text; a leading space is then kept.
+
+        Raises:
+          ValueError: an id is outside 0 .. vocab - 1.
         """
         stream = self.stream(start=start)
         return stream.push(tokens) + stream.flush()
@@ -137,14 +139,25 @@ class Tokenizer(Protocol):
         """A decoder for ids that arrive one by one; `start` as in `decode`."""
         return StreamDecoder(self, start=start)
 
-    def save(self, folder: str | os.PathLike) -> None:
-        """Writes files that `load_tokenizer(folder)` and other libraries read."""
-        ...
+    def token_names(self) -> dict[str, str]:
+        """bos_token, eos_token and pad_token as tokenizer_config.json has them."""
+        names = {i: content for content, i in self.specials.items()}
+        roles = {"bos_token": self.bos, "eos_token": self.eos, "pad_token": self.pad}
+        return {role: names[i] for role, i in roles.items() if i in names}
 
-    @property
-    def fingerprint(self) -> str:
-        """A sha256 of everything that decides how text is encoded."""
-        ...
+    def _save_config(self, folder: Path, defaults: Mapping[str, Any] | None = None) -> None:
+        """Writes tokenizer_config.json: `config` as loaded, with the present bos, eos and pad."""
+        config = {**(defaults or {}), **self.config, **self.token_names()}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+    def _encode_parts(self, text: str, cuts: Sequence[int], start: bool) -> list[int]:
+        """Encodes the parts between `cuts` separately: cut in two, the text of a control token is not that token."""
+        ends = [0, *cuts, len(text)]
+        parts = [text[a:b] for a, b in itertools.pairwise(ends)]
+        if not cuts or not all(parts):
+            raise ValueError(f"the tokenizer maps the text {text[:20]!r} to a control token")
+        rest = self.encode_batch(parts[1:], start=False)
+        return list(itertools.chain(self.encode(parts[0], start=start), *rest))
 
 
 class StreamDecoder:
@@ -152,12 +165,14 @@ class StreamDecoder:
 
     The pushed texts and `flush()` together equal `tokenizer.decode` of all the ids.
 
-    >>> stream = StreamDecoder(ByteTokenizer())
-    >>> [stream.push([token]) for token in "né".encode()]
-    ['n', '', 'é']
+    Example:
+      >>> from garrulax.hub.tokenizers import ByteTokenizer
+      >>> stream = ByteTokenizer().stream()
+      >>> [stream.push([token]) for token in "né".encode()]
+      ['n', '', 'é']
     """
 
-    def __init__(self, tokenizer: Any, *, start: bool = True):
+    def __init__(self, tokenizer: Tokenizer, *, start: bool = True):
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._strip = start and tokenizer.strips_space
@@ -165,7 +180,7 @@ class StreamDecoder:
         self._space_due = not start
 
     def push(self, tokens: Iterable[int]) -> str:
-        """The characters that `tokens` finish. ValueError for an id outside the vocabulary."""
+        """The characters that `tokens` finish. Raises ValueError for an id outside the vocabulary."""
         pieces = []
         for token in map(int, tokens):
             if not 0 <= token < self._tokenizer.vocab:
@@ -175,49 +190,15 @@ class StreamDecoder:
             piece = self._tokenizer.token_bytes(token)
             if piece and self._strip:
                 piece, self._strip = piece.removeprefix(b" "), False
-            if piece and self._spaces:
+            if piece and self._spaces:  # hold back the space at the end of a word until another word follows
                 piece, ends_word = piece.removesuffix(b" "), piece.endswith(b" ")
                 piece, self._space_due = b" " * self._space_due + piece, ends_word
             pieces.append(piece)
         return self._utf8.decode(b"".join(pieces))
 
     def flush(self) -> str:
-        """What an unfinished character at the very end decodes to (U+FFFD), or ""."""
+        """The replacement U+FFFD if the ids ended inside a character, or else ""."""
         return self._utf8.decode(b"", final=True)
-
-
-# -- What the kinds of tokenizers share -------------------------------------------------------------------------------
-
-
-def named_ids(config: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, int]:
-    """The ids of bos, eos and pad that a tokenizer_config.json names; ValueError for a name without an id."""
-    named = {}
-    for role in ("bos", "eos", "pad"):
-        content = content_of(config.get(f"{role}_token"))
-        if content is None:
-            continue
-        if content not in ids:
-            raise ValueError(f"tokenizer_config.json names {role}_token {content!r}, which the tokenizer does not have")
-        named[role] = ids[content]
-    return named
-
-
-def content_of(entry: Any) -> str | None:
-    """The text of a token in tokenizer_config.json, which stands there alone or with its settings."""
-    return entry.get("content") if isinstance(entry, dict) else entry
-
-
-def token_names(tokenizer: Tokenizer) -> dict[str, str]:
-    """bos_token, eos_token and pad_token as tokenizer_config.json has them."""
-    names = {i: content for content, i in tokenizer.specials.items()}
-    roles = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos, "pad_token": tokenizer.pad}
-    return {role: names[i] for role, i in roles.items() if i in names}
-
-
-def save_config(folder: Path, tokenizer: Tokenizer, defaults: Mapping[str, Any] | None = None) -> None:
-    """Writes tokenizer_config.json: what was loaded, with today's bos, eos and pad."""
-    config = {**(defaults or {}), **tokenizer.config, **token_names(tokenizer)}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def sha256(content: bytes, specials: Mapping[str, int]) -> str:

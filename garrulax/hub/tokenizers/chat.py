@@ -1,49 +1,58 @@
-"""Conversations as ids: the published formats of the families, and the Jinja templates of folders.
+"""Conversations as ids: the published chat formats of the families, and the Jinja templates of folders.
 
-A format gives parts: the id of a control token, or a text. Texts are encoded as plain text, so that a message cannot
-forge what stands between messages. (In the formats of ChatGLM-6B and ChatGLM2 the roles themselves are plain text.)
+A chat format is a function that yields the parts of a conversation. A part is the id of a control token, or a text.
+Texts are encoded as plain text, so a message cannot forge the control tokens that separate messages. (In the formats of
+ChatGLM-6B and ChatGLM2 the roles are plain text; there a message can imitate them.)
 """
 
 import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from garrulax.hub.tokenizers.base import Message, Tokenizer
+from garrulax.hub.tokenizers.interface import ChatTokenizer, Message
 
-Part = int | str | tuple[str, ...]  # a tuple is one text in pieces, which are encoded apart
-Turns = list[tuple[str, str]]  # role, content
+ChatPart = int | str | tuple[str, ...]  # an id, a text, or one text in pieces that are encoded separately
+Turns = list[tuple[str, str]]  # (role, content) of each message
 
 
-def apply(
-    tokenizer: Tokenizer, messages: Sequence[Message], begin_answer: bool, template: str | None, variables: dict
+def encode_conversation(
+    tokenizer: ChatTokenizer,
+    messages: Sequence[Message],
+    begin_answer: bool,
+    template: str | None,
+    variables: dict[str, Any],
 ) -> list[int]:
-    """`Tokenizer.apply_chat_template`, whose arguments and errors these are."""
-    _check(messages)
-    source = template if template is not None else _own_template(tokenizer.config.get("chat_template"), variables)
+    """The ids of a conversation. Arguments and errors are those of `Tokenizer.apply_chat_template`."""
+    _check_messages(messages)
+    source = template if template is not None else _template_of(tokenizer.config.get("chat_template"), variables)
     name = template if template in FORMATS else tokenizer.chat_format if source is None else None
     if name is None:
-        return _jinja(tokenizer, source, messages, begin_answer, variables)
+        return _encode_with_jinja(tokenizer, source, messages, begin_answer, variables)
     if variables:
         raise ValueError(f"the {name} format has no variables ({', '.join(variables)}): a Jinja template may")
     try:
         parts = list(FORMATS[name](tokenizer, messages, begin_answer))
     except KeyError as error:
         raise ValueError(f"the {name} format needs the token {error}, which this tokenizer does not have") from error
-    return [token for part in parts for token in _encoded(tokenizer, part)]
+    return [token for part in parts for token in _encode_part(tokenizer, part)]
 
 
-def _jinja(
-    tokenizer: Tokenizer, source: str | None, messages: Sequence[Message], begin_answer: bool, variables: dict
+def _encode_with_jinja(
+    tokenizer: ChatTokenizer,
+    source: str | None,
+    messages: Sequence[Message],
+    begin_answer: bool,
+    variables: dict[str, Any],
 ) -> list[int]:
     if source is None or not ("{{" in source or "{%" in source):
-        what = "this tokenizer has no chat template" if source is None else f"there is no chat format {source!r}"
-        raise ValueError(f"{what}: give template=, one of {', '.join(FORMATS)}, or the source of a Jinja template")
-    from garrulax.hub.tokenizers import jinja
+        problem = "this tokenizer has no chat template" if source is None else f"there is no chat format {source!r}"
+        raise ValueError(f"{problem}: give template=, one of {', '.join(FORMATS)}, or the source of a Jinja template")
+    from garrulax.hub.tokenizers import jinja  # here, since jinja2 is optional
 
-    return jinja.encode(tokenizer, source, messages, {"add_generation_prompt": begin_answer, **variables})
+    return jinja.encode_with_template(tokenizer, source, messages, {"add_generation_prompt": begin_answer, **variables})
 
 
-def _check(messages: Sequence[Message]) -> None:
+def _check_messages(messages: Sequence[Message]) -> None:
     if isinstance(messages, str) or not all(isinstance(message, dict) for message in messages):
         raise ValueError("messages must be a list of {'role': ..., 'content': ...}")
     if not messages:
@@ -54,8 +63,8 @@ def _check(messages: Sequence[Message]) -> None:
             raise ValueError(f"message {i} has role {role!r}: a role is a word such as user, assistant or system")
 
 
-def _own_template(template: Any, variables: dict) -> str | None:
-    """The Jinja source in tokenizer_config.json, where several may stand by name."""
+def _template_of(template: Any, variables: dict[str, Any]) -> str | None:
+    """The Jinja source in an entry `chat_template`, which is one template or several by name."""
     if isinstance(template, list):
         template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
     if isinstance(template, dict):
@@ -70,7 +79,7 @@ def _own_template(template: Any, variables: dict) -> str | None:
     return template
 
 
-def _encoded(tokenizer: Tokenizer, part: Part) -> list[int]:
+def _encode_part(tokenizer: ChatTokenizer, part: ChatPart) -> list[int]:
     if isinstance(part, int):
         return [part]
     if isinstance(part, str):
@@ -82,7 +91,7 @@ def _encoded(tokenizer: Tokenizer, part: Part) -> list[int]:
 # -- Formats ----------------------------------------------------------------------------------------------------------
 
 
-def _chatglm(t: Tokenizer, messages: Sequence[Message], begin_answer: bool) -> Iterator[Part]:
+def _chatglm(t: ChatTokenizer, messages: Sequence[Message], begin_answer: bool) -> Iterator[ChatPart]:
     """ChatGLM-6B (`chat` in modeling_chatglm.py): the first question stands alone, later ones in numbered rounds."""
     turns = _alternating("chatglm", messages, begin_answer)
     if len(turns) == 1:
@@ -97,7 +106,7 @@ def _chatglm(t: Tokenizer, messages: Sequence[Message], begin_answer: bool) -> I
         yield from (t.specials["[gMASK]"], t.specials["<sop>"])
 
 
-def _chatglm2(t: Tokenizer, messages: Sequence[Message], begin_answer: bool) -> Iterator[Part]:
+def _chatglm2(t: ChatTokenizer, messages: Sequence[Message], begin_answer: bool) -> Iterator[ChatPart]:
     """ChatGLM2 (`build_prompt` in tokenization_chatglm.py)."""
     turns = _alternating("chatglm2", messages, begin_answer)
     yield from (t.specials["[gMASK]"], t.specials["sop"])
@@ -107,19 +116,19 @@ def _chatglm2(t: Tokenizer, messages: Sequence[Message], begin_answer: bool) -> 
     )
 
 
-def _chatglm3(t: Tokenizer, messages: Sequence[Message], begin_answer: bool) -> Iterator[Part]:
+def _chatglm3(t: ChatTokenizer, messages: Sequence[Message], begin_answer: bool) -> Iterator[ChatPart]:
     """ChatGLM3 (`build_chat_input` in tokenization_chatglm.py); a system message may list `tools`."""
     yield from (t.specials["[gMASK]"], t.specials["sop"])
     yield from _role_tokens("chatglm3", t, messages, begin_answer)
 
 
-def _glm4(t: Tokenizer, messages: Sequence[Message], begin_answer: bool) -> Iterator[Part]:
+def _glm4(t: ChatTokenizer, messages: Sequence[Message], begin_answer: bool) -> Iterator[ChatPart]:
     """GLM-4 (`build_single_message` in tokenization_chatglm.py)."""
     yield from (t.specials["[gMASK]"], t.specials["<sop>"])
     yield from _role_tokens("glm4", t, messages, begin_answer)
 
 
-def _role_tokens(name: str, t: Tokenizer, messages: Sequence[Message], begin_answer: bool) -> Iterator[Part]:
+def _role_tokens(name: str, t: ChatTokenizer, messages: Sequence[Message], begin_answer: bool) -> Iterator[ChatPart]:
     roles = ("system", "user", "assistant", "observation")
     for message, (role, content) in zip(messages, _turns(name, messages, roles, tools=name == "chatglm3"), strict=True):
         if message.get("tools"):
@@ -131,29 +140,32 @@ def _role_tokens(name: str, t: Tokenizer, messages: Sequence[Message], begin_ans
         yield t.specials["<|assistant|>"]
 
 
-def _llama2(t: Tokenizer, messages: Sequence[Message], begin_answer: bool) -> Iterator[Part]:
-    """LLaMA-2 chat (`chat_completion` in generation.py of facebookresearch/llama), its tags unforgeable."""
+def _llama2(t: ChatTokenizer, messages: Sequence[Message], begin_answer: bool) -> Iterator[ChatPart]:
+    """LLaMA-2 chat (`chat_completion` in generation.py of facebookresearch/llama).
+
+    Its tags, such as [INST], are plain text; `_untagged` keeps messages from forging them.
+    """
     system = None
     if messages[0]["role"] == "system":
         system = _turns("llama2", messages[:1], ("system",))[0][1]
         messages = messages[1:]
     turns = _alternating("llama2", messages, begin_answer)
     bos, eos = _required(t.bos, "<s>"), _required(t.eos, "</s>")
-    asked: tuple[str, ...] = ()
+    question: tuple[str, ...] = ()
     for i, (role, content) in enumerate(turns):
         if role == "assistant":
-            yield from (bos, _joined(asked, " ", _untagged(content.strip()), " "), eos)
-            asked = ()
-        elif i == 0 and system is not None:  # what is stripped begins with the tag
+            yield from (bos, _joined(question, " ", _untagged(content.strip()), " "), eos)
+            question = ()
+        elif i == 0 and system is not None:  # the reference strips <<SYS>>...message as one text
             setting = _joined("<<SYS>>\n", _untagged(system), "\n<</SYS>>\n\n")
-            asked = _joined("[INST] ", setting, _untagged(content.rstrip()), " [/INST]")
+            question = _joined("[INST] ", setting, _untagged(content.rstrip()), " [/INST]")
         else:
-            asked = _joined("[INST] ", _untagged(content.strip()), " [/INST]")
-    if asked:
-        yield from (bos, asked)
+            question = _joined("[INST] ", _untagged(content.strip()), " [/INST]")
+    if question:
+        yield from (bos, question)
 
 
-def _llama3(t: Tokenizer, messages: Sequence[Message], begin_answer: bool) -> Iterator[Part]:
+def _llama3(t: ChatTokenizer, messages: Sequence[Message], begin_answer: bool) -> Iterator[ChatPart]:
     """LLaMA-3 (models/llama3/chat_format.py of meta-llama/llama-models)."""
     yield t.specials["<|begin_of_text|>"]
     turns = _turns("llama3", messages, ("system", "user", "assistant", "ipython", "tool"))
@@ -166,8 +178,8 @@ def _llama3(t: Tokenizer, messages: Sequence[Message], begin_answer: bool) -> It
             yield t.specials["<|eot_id|>"]
 
 
-def _baichuan(t: Tokenizer, messages: Sequence[Message], begin_answer: bool) -> Iterator[Part]:
-    """Baichuan-13B-Chat and Baichuan2 (`build_chat_input` in generation_utils.py): reserved ids as role tokens."""
+def _baichuan(t: ChatTokenizer, messages: Sequence[Message], begin_answer: bool) -> Iterator[ChatPart]:
+    """Baichuan-13B-Chat and Baichuan2 (`build_chat_input` in generation_utils.py); reserved ids mark the roles."""
     ids = {"user": t.config.get("user_token_id", 195), "assistant": t.config.get("assistant_token_id", 196)}
     for i, (role, content) in enumerate(_turns("baichuan", messages, ("system", "user", "assistant"))):
         if role == "system" and i:
@@ -179,8 +191,8 @@ def _baichuan(t: Tokenizer, messages: Sequence[Message], begin_answer: bool) -> 
         yield ids["assistant"]
 
 
-#: Name of a format -> the parts of a conversation in it.
-FORMATS: dict[str, Callable[[Tokenizer, Sequence[Message], bool], Iterator[Part]]] = {
+#: Name of a format -> function that yields the parts of a conversation.
+FORMATS: dict[str, Callable[[ChatTokenizer, Sequence[Message], bool], Iterator[ChatPart]]] = {
     "chatglm": _chatglm,
     "chatglm2": _chatglm2,
     "chatglm3": _chatglm3,
@@ -195,7 +207,7 @@ FORMATS: dict[str, Callable[[Tokenizer, Sequence[Message], bool], Iterator[Part]
 
 
 def _turns(name: str, messages: Sequence[Message], roles: Sequence[str], tools: bool = False) -> Turns:
-    """Roles and contents. ValueError for a role that the format lacks, and for what is not text."""
+    """Roles and contents. Raises ValueError for a role that the format lacks, and for content that is not text."""
     turns = []
     for i, message in enumerate(messages):
         role, content = message["role"], message.get("content")
@@ -210,7 +222,7 @@ def _turns(name: str, messages: Sequence[Message], roles: Sequence[str], tools: 
 
 
 def _alternating(name: str, messages: Sequence[Message], begin_answer: bool) -> Turns:
-    """The turns of a conversation in which user and assistant alternate."""
+    """The turns of a conversation in which user and assistant alternate. Raises ValueError if they do not."""
     turns = _turns(name, messages, ("user", "assistant"))
     for i, (role, _) in enumerate(turns):
         if role != ("user", "assistant")[i % 2]:
@@ -221,7 +233,10 @@ def _alternating(name: str, messages: Sequence[Message], begin_answer: bool) -> 
 
 
 def _untagged(content: str) -> tuple[str, ...]:
-    """A message in pieces that do not hold LLaMA-2's tags, which are plain text: each is cut in two."""
+    """A message in pieces of which none holds a tag of LLaMA-2: every tag in the message is cut in two.
+
+    The pieces are encoded separately, so that no tag in a message gets the ids of a real tag.
+    """
     for tag in ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"):
         head, *tails = content.split(tag)
         if tails:
@@ -234,7 +249,7 @@ def _untagged(content: str) -> tuple[str, ...]:
 
 
 def _joined(*texts: str | tuple[str, ...]) -> tuple[str, ...]:
-    """Texts in pieces, one behind the other, as one text in pieces."""
+    """Concatenates texts in pieces: the last piece of one text and the first of the next become one piece."""
     joined = [""]
     for text in texts:
         first, *rest = (text,) if isinstance(text, str) else text

@@ -1,4 +1,4 @@
-"""Tokenizers of the Hugging Face `tokenizers` library, and plain bytes."""
+"""Tokenizers that the Hugging Face `tokenizers` library runs, and a tokenizer of plain bytes."""
 
 import copy
 import functools
@@ -11,81 +11,80 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from garrulax.hub.tokenizers.base import (
-    GPT_SPECIALS,
-    Span,
-    Tokenizer,
-    named_ids,
-    save_config,
-    sha256,
-    token_names,
-)
+from garrulax.hub.tokenizers.base import Tokenizer, sha256
+from garrulax.hub.tokenizers.interface import GPT_SPECIALS, Span
+from garrulax.hub.tokenizers.token_config import role_ids
 
-EOS_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")  # for files that do not say which token ends a text
+EOS_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")  # eos, if the files do not name it
 
 
 class JsonTokenizer(Tokenizer):
     """A tokenizer of the Hugging Face `tokenizers` library, as stored in tokenizer.json.
 
     Args:
-      tokenizer: the library's object; padding and truncation settings in it are switched off.
-      config: the content of tokenizer_config.json: names bos, eos and pad.
+      tokenizer: the library's object; its padding and truncation are switched off.
+      config: content of tokenizer_config.json, which may name bos, eos and pad.
+
+    Raises:
+      ValueError: `config` names a token that does not exist, or the decoder is of type CTC.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, config: dict[str, Any] | None = None):
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        tokenizer.encode_special_tokens = True  # the text of a special token is text
+        tokenizer.encode_special_tokens = True  # the text of a control token is plain text
         self._tokenizer = tokenizer
         self.config = dict(config or {})
         ids = tokenizer.get_vocab(with_added_tokens=True)
         self.specials = {t.content: i for i, t in sorted(tokenizer.get_added_tokens_decoder().items()) if t.special}
-        named = named_ids(self.config, ids)
+        named = role_ids(self.config, ids)
         eos = next((self.specials[name] for name in EOS_NAMES if name in self.specials), None)
         self.bos, self.eos = named.get("bos"), named.get("eos", eos)
         self.pad = named.get("pad", self.specials.get("[PAD]"))
         contents = {i: content for content, i in ids.items()}
         self.specials |= {contents[i]: i for i in (self.bos, self.eos, self.pad) if i is not None}
         self.vocab = max(ids.values(), default=-1) + 1
-        unknown = getattr(tokenizer.model, "unk_token", None)  # does come out of text
+        unknown = getattr(tokenizer.model, "unk_token", None)  # plain text may encode to it
         self._controls = {i for content, i in self.specials.items() if content != unknown}
 
         settings = _settings(tokenizer)
-        self.prefix = tuple(_prefix(settings["post_processor"]))
-        parts = {part["type"]: part for part in _parts(settings["decoder"], "decoders")}
-        if "CTC" in parts:
+        self.prefix = tuple(_prefix_ids(settings["post_processor"]))
+        steps = {step["type"]: step for step in _steps(settings["decoder"], "decoders")}
+        if "CTC" in steps:
             raise ValueError("tokenizer.json has a decoder of type CTC, which Garrulax cannot stream")
-        self._word_end = parts["BPEDecoder"]["suffix"] if "BPEDecoder" in parts else None
+        self._word_end = steps["BPEDecoder"]["suffix"] if "BPEDecoder" in steps else None
         self.spaces_words = self._word_end is not None
-        self._byte_level = byte_alphabet() if "ByteLevel" in parts else None
-        self._byte_fallback = "ByteFallback" in parts
-        # Other decoders are asked: the text of a token is what it adds behind an ordinary one, the anchor.
+        self._byte_of = byte_alphabet() if "ByteLevel" in steps else None
+        self._byte_fallback = "ByteFallback" in steps
+        # Other decoders may treat the first token of a text differently. So `_decoded` decodes a token together with an
+        # ordinary token before it, the anchor, and removes the text of the anchor.
         ordinary = (i for i in sorted(contents) if i not in self._controls and tokenizer.decode([i]).strip().isalpha())
-        self._anchor = None if self._byte_level or self._word_end else next(ordinary, None)
-        spaced = next((i for i in sorted(contents) if self._added(i).startswith(b" ") and self._added(i).strip()), None)
+        self._anchor = None if self._byte_of or self._word_end else next(ordinary, None)
+        decoded = ((i, self._decoded(i)) for i in sorted(contents))
+        spaced = next((i for i, text in decoded if text.startswith(b" ") and text.strip()), None)
         self.strips_space = spaced is not None and not tokenizer.decode([spaced]).startswith(" ")
 
     @functools.cached_property
-    def _inside(self) -> tokenizers.Tokenizer:
-        """The tokenizer for texts that continue others: without a dummy space in front."""
+    def _without_dummy(self) -> tokenizers.Tokenizer:
+        """The tokenizer for texts that continue others: it puts no dummy space in front."""
         settings = _settings(self._tokenizer)
-        continuing = _without_prefix(settings)
-        if continuing == settings:
+        changed = _without_dummy_space(settings)
+        if changed == settings:
             return self._tokenizer
-        inside = tokenizers.Tokenizer.from_str(json.dumps(continuing | {"model": _model(self._tokenizer)}))
-        inside.encode_special_tokens = True
-        return inside
+        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(changed | {"model": _model(self._tokenizer)}))
+        tokenizer.encode_special_tokens = True
+        return tokenizer
 
     @functools.cached_property
-    def _reading(self) -> tokenizers.Tokenizer:
+    def _with_specials(self) -> tokenizers.Tokenizer:
         """The tokenizer for texts of templates: it reads control tokens."""
-        reading = copy.deepcopy(self._tokenizer)
-        reading.encode_special_tokens = False
-        return reading
+        tokenizer = copy.deepcopy(self._tokenizer)
+        tokenizer.encode_special_tokens = False
+        return tokenizer
 
     def encode_batch(self, texts: Sequence[str], *, start: bool = True) -> list[list[int]]:
-        """`encode` of every text, on all cores. ValueError that names the characters which the vocabulary lacks."""
-        tokenizer = self._tokenizer if start else self._inside
+        """`encode` of every text, on all cores. Raises ValueError that names characters missing in the vocabulary."""
+        tokenizer = self._tokenizer if start else self._without_dummy
         try:
             encoded = [e.ids for e in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
         except Exception as error:  # the library raises nothing more specific
@@ -96,43 +95,44 @@ class JsonTokenizer(Tokenizer):
         return [self._repair(text, ids, start) for text, ids in zip(texts, encoded, strict=True)]
 
     def _repair(self, text: str, ids: list[int], start: bool) -> list[int]:
-        """`ids`, unless the text spells a control token: then its two halves are encoded apart."""
+        """`ids`, or if the text spells control tokens, the ids of the text cut in the middle of each of them."""
         if self._controls.isdisjoint(ids):
             return ids
-        encoding = (self._tokenizer if start else self._inside).encode(text, add_special_tokens=False)
+        encoding = (self._tokenizer if start else self._without_dummy).encode(text, add_special_tokens=False)
         spans = [span for token, span in zip(encoding.ids, encoding.offsets, strict=True) if token in self._controls]
         return self._encode_parts(text, [(a + b) // 2 for a, b in spans], start)
 
-    def spelled(self, text: str) -> list[Span]:
-        """Where `text` spells control tokens, by the file's own rules: some swallow the spaces around them."""
-        encoding = self._reading.encode(text, add_special_tokens=False)
+    def find_specials(self, text: str) -> list[Span]:
+        """Places where `text` spells control tokens, by the rules of the file: some include the spaces around them."""
+        encoding = self._with_specials.encode(text, add_special_tokens=False)
         found = zip(encoding.ids, encoding.offsets, strict=True)
         return [(*span, token) for token, span in found if token in self._controls]
 
-    def encode_around(self, text: str, spans: Sequence[Span]) -> list[int]:
+    def encode_with_specials(self, text: str, spans: Sequence[Span]) -> list[int]:
         """Ids of a text in which only `spans` are control tokens.
 
-        Where the text spells no others the library encodes it as a whole, which is what transformers does.
+        If the text spells no others, the library encodes it in one call, as transformers does.
         """
-        if self.spelled(text) == list(spans):
-            return self._reading.encode(text, add_special_tokens=False).ids
-        return super().encode_around(text, spans)
+        if self.find_specials(text) == list(spans):
+            return self._with_specials.encode(text, add_special_tokens=False).ids
+        return super().encode_with_specials(text, spans)
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes of a token as the file's own decoder shows it."""
+        """The bytes of a token, as the decoder in the file gives them."""
         content = self._tokenizer.id_to_token(token)
         if content is None or token in self._controls:
             return b""
-        if self._byte_level is not None:
-            table = self._byte_level
+        if self._byte_of is not None:
+            table = self._byte_of
             return bytes(table[c] for c in content) if all(c in table for c in content) else content.encode()
         if self._word_end is not None:
             return content.replace(self._word_end, " ").encode()
         if self._byte_fallback and len(content) == 6 and content.startswith("<0x"):
             return bytes([int(content[3:5], 16)])
-        return self._added(token)
+        return self._decoded(token)
 
-    def _added(self, token: int) -> bytes:
+    def _decoded(self, token: int) -> bytes:
+        """The bytes of a token that follows another one, by the decoder in the file."""
         if self._anchor is None or token in self._controls:
             return b""
         before = self._tokenizer.decode([self._anchor])
@@ -143,7 +143,7 @@ class JsonTokenizer(Tokenizer):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._tokenizer.save(str(folder / "tokenizer.json"))
-        save_config(folder, self, {"tokenizer_class": "PreTrainedTokenizerFast"})
+        self._save_config(folder, {"tokenizer_class": "PreTrainedTokenizerFast"})
 
     @property
     def fingerprint(self) -> str:
@@ -152,9 +152,18 @@ class JsonTokenizer(Tokenizer):
 
 
 class ByteTokenizer(Tokenizer):
-    """UTF-8 bytes as ids 0..255, `specials` from 256 on. Needs no training and encodes any text.
+    """UTF-8 bytes as ids 0..255, control tokens from 256 on. Needs no training and encodes any text.
 
-    What it saves is a byte-level tokenizer.json, which loads as a `JsonTokenizer` with the same ids.
+    `save` writes a byte-level tokenizer.json, which loads as a `JsonTokenizer` with the same ids.
+
+    Args:
+      specials: texts of the control tokens.
+
+    Example:
+      >>> from garrulax.hub.tokenizers import ByteTokenizer
+      >>> tokenizer = ByteTokenizer()
+      >>> tokenizer.encode("né"), tokenizer.eos
+      ([110, 195, 169], 256)
     """
 
     def __init__(self, specials: Sequence[str] = GPT_SPECIALS):
@@ -179,7 +188,7 @@ class ByteTokenizer(Tokenizer):
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tokenizer.decoder = decoders.ByteLevel()
         tokenizer.add_special_tokens(list(self.specials))
-        JsonTokenizer(tokenizer, token_names(self) | self.config).save(folder)
+        JsonTokenizer(tokenizer, self.token_names() | self.config).save(folder)
 
     @property
     def fingerprint(self) -> str:
@@ -188,13 +197,13 @@ class ByteTokenizer(Tokenizer):
 
 
 def byte_alphabet() -> dict[str, int]:
-    """The printable character that GPT-2's files write for each byte (openai/gpt-2 encoder.py), and the byte."""
+    """Character -> byte: the printable character that GPT-2's files write for each byte (openai/gpt-2 encoder.py)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-# -- What a tokenizer.json says ---------------------------------------------------------------------------------------
+# -- The content of tokenizer.json ------------------------------------------------------------------------------------
 
 
 def _settings(tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
@@ -205,31 +214,31 @@ def _model(tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
     return json.loads(tokenizer.to_str())["model"]
 
 
-def _parts(step: dict[str, Any] | None, many: str) -> list[dict[str, Any]]:
-    """The steps of a normalizer, pre-tokenizer, post-processor or decoder, which may be a sequence."""
+def _steps(step: dict[str, Any] | None, many: str) -> list[dict[str, Any]]:
+    """The steps of a normalizer, pre-tokenizer, post-processor or decoder; a Sequence lists them under key `many`."""
     return [] if step is None else step[many] if step["type"] == "Sequence" else [step]
 
 
-def _prefix(post_processor: dict[str, Any] | None) -> Iterator[int]:
-    """The ids that the file puts before a text."""
-    for part in _parts(post_processor, "processors"):
-        if part["type"] in ("BertProcessing", "RobertaProcessing"):
-            yield part["cls"][1]
-        for piece in part.get("single", ()):
+def _prefix_ids(post_processor: dict[str, Any] | None) -> Iterator[int]:
+    """The ids that the post-processor puts before a text."""
+    for step in _steps(post_processor, "processors"):
+        if step["type"] in ("BertProcessing", "RobertaProcessing"):
+            yield step["cls"][1]
+        for piece in step.get("single", ()):
             if "SpecialToken" not in piece:
                 break
-            yield from part["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
+            yield from step["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
 
 
-def _without_prefix(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings without a space put before every text: by Prepend, Metaspace or ByteLevel."""
+def _without_dummy_space(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings without the steps that put a space before every text: Prepend, Metaspace, ByteLevel."""
     settings = copy.deepcopy(settings)
-    for part in _parts(settings["normalizer"], "normalizers"):
-        if part["type"] == "Prepend":
-            part["prepend"] = ""
-    for part in _parts(settings["pre_tokenizer"], "pretokenizers"):
-        if part["type"] == "Metaspace":
-            part["prepend_scheme"] = "never"
-        elif part["type"] == "ByteLevel":
-            part["add_prefix_space"] = False
+    for step in _steps(settings["normalizer"], "normalizers"):
+        if step["type"] == "Prepend":
+            step["prepend"] = ""
+    for step in _steps(settings["pre_tokenizer"], "pretokenizers"):
+        if step["type"] == "Metaspace":
+            step["prepend_scheme"] = "never"
+        elif step["type"] == "ByteLevel":
+            step["add_prefix_space"] = False
     return settings

@@ -1,4 +1,8 @@
-"""Finding and reading the tokenizer of a folder."""
+"""Finds the tokenizer of a folder and reads it, whatever its format.
+
+The work has three steps: `find_tokenizer` chooses a file; `_read_json_files` reads the JSON files beside it;
+`_load_file` builds the tokenizer, with the facts of its family (`families`), which the files do not state.
+"""
 
 import dataclasses
 import os
@@ -11,26 +15,32 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from garrulax.hub.json_files import read_object
-from garrulax.hub.tokenizers import families, ranks
+from garrulax.hub.tokenizers import families, token_config
 from garrulax.hub.tokenizers.base import Tokenizer
 from garrulax.hub.tokenizers.ice import IceTokenizer
 from garrulax.hub.tokenizers.library import EOS_NAMES, JsonTokenizer
 from garrulax.hub.tokenizers.pieces import SentencePieceTokenizer
+from garrulax.hub.tokenizers.ranks import is_ranks, read_ranks, tokenizer_from_ranks
 
-#: A vocabulary in JSON and the file of its merges: as Hugging Face names them, and openai/finetune-transformer-lm.
+#: File of a vocabulary -> file of its merges, as Hugging Face and as openai/finetune-transformer-lm name them.
 MERGES = {"vocab.json": "merges.txt", "encoder_bpe_40000.json": "vocab_40000.bpe"}
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """The tokenizer in a file (`*.model`, `tokenizer.json`, ...) or in a folder that holds one.
+    """The tokenizer in a file or in a folder.
 
     A folder may hold tokenizer.json, tokenizer.model (or any single *.model, of SentencePiece or tiktoken), vocab.json
     with merges.txt, or vocab.txt. Names of bos, eos and pad come from tokenizer_config.json or special_tokens_map.json
     beside it, further control tokens from added_tokens.json, a chat template from tokenizer_config.json or
-    chat_template.jinja. What the code of a family would add is known to `families`; without all that eos is the model's
-    own, or a control token named like <|endoftext|>.
+    chat_template.jinja. Facts that only the code of a family states come from `families`. If no source names eos, it is
+    the eos of the SentencePiece model, or else a control token with a usual name, such as <|endoftext|>.
 
-    Raises FileNotFoundError if there is none, ValueError if the file is not what its name says.
+    Args:
+      path: a tokenizer file (`*.model`, `tokenizer.json`, ...) or a folder that holds one.
+
+    Raises:
+      FileNotFoundError: there is no tokenizer.
+      ValueError: the content of a file does not fit its name.
     """
     path = Path(path)
     if not path.exists():
@@ -51,7 +61,15 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 
 
 def find_tokenizer(folder: Path) -> Path | None:
-    """The file that says most about the tokenizer of a folder, or None. ValueError for several *.model."""
+    """The file from which to read the tokenizer of a folder, or None if there is none.
+
+    If there are several, the one that states most is taken. tokenizer.json comes first, since it contains the whole
+    tokenizer with its control tokens. A .model lacks the control tokens but has the pieces and their scores. The
+    vocabularies in vocab.json and vocab.txt need further files or assumptions.
+
+    Raises:
+      ValueError: there are several *.model, and no file of a higher rank decides.
+    """
     pieces = sorted(file.name for file in folder.glob("*.model"))
     names = ["tokenizer.json", "tokenizer.model", *pieces[:1], *MERGES, "vocab.txt"]
     found = next((name for name in names if (folder / name).is_file()), None)
@@ -61,8 +79,16 @@ def find_tokenizer(folder: Path) -> Path | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Folder:
-    """What the JSON files beside a tokenizer say. listed: control tokens. named: all added tokens."""
+class _JsonFiles:
+    """Content of the JSON files beside a tokenizer file.
+
+    Attributes:
+      config: tokenizer_config.json, completed with special_tokens_map.json and chat_template.jinja.
+      model: config.json.
+      generation: generation_config.json.
+      listed: text -> id of the control tokens that files list.
+      named: texts of all added tokens that files name, control tokens or not.
+    """
 
     config: dict[str, Any]
     model: dict[str, Any]
@@ -71,13 +97,15 @@ class _Folder:
     named: frozenset[str]
 
     def family(self, file: str, ranks: int = 0) -> str | None:
+        """The family of the tokenizer `file`, or None."""
         return families.recognise(file, self.config, self.model, self.named, ranks)
 
     def settings(self, family: str | None, added: Collection[str]) -> dict[str, Any]:
-        return families.complete(family, self.config, self.generation, added)
+        """tokenizer_config.json, completed with the facts of the family."""
+        return families.complete_config(family, self.config, self.generation, added)
 
 
-def _read_folder(folder: Path) -> _Folder:
+def _read_json_files(folder: Path) -> _JsonFiles:
     names = ("special_tokens_map.json", "tokenizer_config.json", "config.json", "generation_config.json")
     tokens, config, model, generation = (_read_json(folder / name) for name in names)
     config = tokens | config
@@ -89,78 +117,80 @@ def _read_folder(folder: Path) -> _Folder:
         named |= {entry["content"]}
         if entry.get("special"):
             listed[entry["content"]] = int(token)
-    return _Folder(config, model, generation, listed, named)
+    return _JsonFiles(config, model, generation, listed, named)
 
 
 def _load_file(file: Path) -> Tokenizer:
-    folder = _read_folder(file.parent)
+    """The tokenizer in `file`, read by its name; a .model by its content."""
+    beside = _read_json_files(file.parent)
     if file.suffix == ".model":
         content = file.read_bytes()
-        return (_from_ranks if ranks.is_ranks(content) else _from_pieces)(file.name, content, folder)
+        return (_load_ranks if is_ranks(content) else _load_sentencepiece)(file.name, content, beside)
     if file.name == "tokenizer.json":
-        tokenizer = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))  # holds its added tokens
+        tokenizer = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
         specials = frozenset(t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special)
-        folder = dataclasses.replace(folder, named=specials)
-        family = folder.family(file.name)
-        return families.adopt(JsonTokenizer(tokenizer, folder.settings(family, specials)), family)
+        beside = dataclasses.replace(beside, named=specials)  # tokenizer.json itself lists its added tokens
+        family = beside.family(file.name)
+        return families.apply_family(JsonTokenizer(tokenizer, beside.settings(family, specials)), family)
     if file.name in MERGES:
-        return _assembled(_bpe(file, file.with_name(MERGES[file.name])), folder, folder.family(file.name))
+        return _assemble(_bpe(file, file.with_name(MERGES[file.name])), beside, beside.family(file.name))
     if file.name == "vocab.txt":
-        lowercase = folder.config.get("do_lower_case", True)
-        return _assembled(_bert(file, lowercase), folder, folder.family(file.name))
+        lowercase = beside.config.get("do_lower_case", True)
+        return _assemble(_bert(file, lowercase), beside, beside.family(file.name))
     raise ValueError("unknown kind of file; expected *.model, tokenizer.json, vocab.json or vocab.txt")
 
 
-def _from_ranks(name: str, content: bytes, folder: _Folder) -> Tokenizer:
-    table = ranks.read_ranks(content)
-    family = folder.family(name, len(table))
-    if family is None and not folder.listed:
+def _load_ranks(name: str, content: bytes, beside: _JsonFiles) -> Tokenizer:
+    ranks = read_ranks(content)
+    family = beside.family(name, len(ranks))
+    if family is None and not beside.listed:
         raise ValueError(
-            f"of a tiktoken file of {len(table)} ranks the control tokens are not known: list them in "
+            f"of a tiktoken file of {len(ranks)} ranks the control tokens are not known: list them in "
             "added_tokens.json, or name the tokenizer_class (such as ChatGLM4Tokenizer) in tokenizer_config.json"
         )
-    return _assembled(ranks.from_ranks(table), folder, family)
+    return _assemble(tokenizer_from_ranks(ranks), beside, family)
 
 
-def _from_pieces(name: str, content: bytes, folder: _Folder) -> Tokenizer:
-    family = folder.family(name)
+def _load_sentencepiece(name: str, content: bytes, beside: _JsonFiles) -> Tokenizer:
+    family = beside.family(name)
     sp = sentencepiece.SentencePieceProcessor(model_proto=content)
-    added = families.added_tokens(family, sp.vocab_size(), folder.listed)
-    config = folder.settings(family, added)
+    added = families.added_tokens(family, sp.vocab_size(), beside.listed)
+    config = beside.settings(family, added)
     tokenizer: SentencePieceTokenizer
     if family in ("chatglm", "glm130b"):
-        if folder.model.get("vocab_size", 150_528) < 150_000:  # the second release moved the ids down
+        # ChatGLM-6B's first release has 150,528 ids, 20,000 of them for pictures; its second release dropped these.
+        if beside.model.get("vocab_size", 150_528) < 150_000:
             config = {"num_image_tokens": 0} | config
         tokenizer = IceTokenizer(content, added, config)
     else:
         roles = [config[key] for key in families.ROLE_IDS if key in config]
         tokenizer = SentencePieceTokenizer(content, {sp.id_to_piece(i): i for i in roles} | added, config)
     tokenizer.file = name
-    return families.adopt(tokenizer, family)
+    return families.apply_family(tokenizer, family)
 
 
-def _assembled(tokenizer: tokenizers.Tokenizer, folder: _Folder, family: str | None) -> Tokenizer:
-    """`tokenizer` with its control tokens, which must get the ids that the files give them, and its prefix."""
-    added = families.added_tokens(family, tokenizer.get_vocab_size(), folder.listed)
-    config = folder.settings(family, added)
-    own = [content for content in families.names_of(config).values() if tokenizer.token_to_id(content) is not None]
-    tokenizer.add_special_tokens(own)
+def _assemble(tokenizer: tokenizers.Tokenizer, beside: _JsonFiles, family: str | None) -> Tokenizer:
+    """Adds control tokens and the family's prefix. Raises ValueError if a token would not get the id in its file."""
+    added = families.added_tokens(family, tokenizer.get_vocab_size(), beside.listed)
+    config = beside.settings(family, added)
+    own = token_config.token_variables(config).values()
+    tokenizer.add_special_tokens([content for content in own if tokenizer.token_to_id(content) is not None])
     for content, token in sorted(added.items(), key=lambda item: item[1]):
         tokenizer.add_special_tokens([content])
         if tokenizer.token_to_id(content) != token:
             raise ValueError(
                 f"token {content!r} would have id {tokenizer.token_to_id(content)}, but its file says {token}"
             )
-    if family is not None and (prefix := families.FAMILIES[family].prefix):
-        # As other libraries read it from the tokenizer.json that `save` writes.
+    if family is not None and (prefix := families.TOKENIZER_FAMILIES[family].prefix):
+        # In the tokenizer.json that `save` writes, other libraries find the prefix in the post-processor.
         ids = [(content, tokenizer.token_to_id(content)) for content in prefix]
         single, pair = ([*prefix, *texts] for texts in (["$A"], ["$A", "$B"]))
         tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=ids)
-    return families.adopt(JsonTokenizer(tokenizer, config), family)
+    return families.apply_family(JsonTokenizer(tokenizer, config), family)
 
 
 def _bpe(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
-    """Byte-level BPE in the files that openai/gpt-2 published, or GPT-1's, whose words end in </w>."""
+    """Byte-level BPE as openai/gpt-2 published it, or GPT-1's BPE, recognised by the many tokens that end in </w>."""
     if not merges.exists():
         raise FileNotFoundError(f"no tokenizer: {vocab} needs a {merges.name} beside it")
     if 4 * sum(token.endswith("</w>") for token in _read_json(vocab)) > len(_read_json(vocab)):
@@ -173,7 +203,7 @@ def _bpe(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
 
 
 def _gpt1(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
-    """GPT-1's BPE behind BERT's lower-casing and splitting, as in transformers without spaCy: newlines are spaces."""
+    """GPT-1's BPE after BERT's lower-casing and splitting, as in transformers without spaCy: newlines become spaces."""
     tokenizer = tokenizers.Tokenizer(
         models.BPE.from_file(str(vocab), str(merges), unk_token="<unk>", end_of_word_suffix="</w>")
     )
@@ -184,7 +214,7 @@ def _gpt1(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
 
 
 def _bert(vocab: Path, lowercase: bool) -> tokenizers.Tokenizer:
-    """WordPiece in the files that google-research/bert published (GLM-base and -large use them)."""
+    """WordPiece as google-research/bert published it; GLM-base and -large use it."""
     wordpiece = tokenizers.BertWordPieceTokenizer(str(vocab), lowercase=lowercase)
     return tokenizers.Tokenizer.from_str(wordpiece.to_str())
 

@@ -1,4 +1,4 @@
-"""SentencePiece models."""
+"""Tokenizers in SentencePiece `.model` files."""
 
 import functools
 import json
@@ -10,25 +10,29 @@ from typing import Any
 
 import sentencepiece
 
-from garrulax.hub.tokenizers.base import Tokenizer, named_ids, save_config, sha256
+from garrulax.hub.tokenizers.base import Tokenizer, sha256
+from garrulax.hub.tokenizers.token_config import role_ids
 
 SPACE = "\u2581"  # SentencePiece's visible space
-#: Bytes that, behind a model, say add_dummy_prefix=False: field 3 (normalizer_spec) of the protobuf holds field 3.
-#: Parsers merge a message that comes twice (protobuf.dev/programming-guides/encoding).
+#: Appended to a model, these bytes set add_dummy_prefix=False: field 3 (normalizer_spec) of the protobuf, with field 3
+#: in it. Parsers merge a message that occurs twice (protobuf.dev/programming-guides/encoding).
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model, with control tokens of its own and perhaps `specials` outside of it.
+    """A SentencePiece model with its control tokens, and perhaps further control tokens outside of the model.
 
     Args:
-      model: the content of a `.model` file.
-      specials: content -> id of further control tokens (models that put them behind the SentencePiece vocabulary).
-      config: the content of tokenizer_config.json: names bos, eos and pad where the model does not.
-      offset: ids in front of the model's, which stand for nothing (GLM-130B's pictures).
+      model: content of a `.model` file.
+      specials: text -> id of further control tokens, usually with ids after those of the model.
+      config: content of tokenizer_config.json, which may name bos, eos and pad.
+      offset: added to every id of the model; the ids below stand for nothing (GLM-130B's pictures).
+
+    Raises:
+      ValueError: `config` names a token that does not exist.
     """
 
-    file = "tokenizer.model"  # what `save` calls the model
+    file = "tokenizer.model"  # the name under which `save` writes the model
 
     def __init__(
         self,
@@ -49,26 +53,27 @@ class SentencePieceTokenizer(Tokenizer):
         self._controls = {i: content for content, i in self.specials.items()}
         self._forgeable = self._controls.keys() & (set(pieces.values()) - set(controls.values()))
         own = {"bos": self._sp.bos_id(), "eos": self._sp.eos_id(), "pad": self._sp.pad_id()}
-        roles = {role: i + offset for role, i in own.items() if i >= 0} | named_ids(self.config, pieces | self.specials)
+        roles = {role: i + offset for role, i in own.items() if i >= 0} | role_ids(self.config, pieces | self.specials)
         self.bos, self.eos, self.pad = (roles.get(role) for role in ("bos", "eos", "pad"))
         # LLaMA's own tokenizer class adds bos unless the file says otherwise.
         is_llama = str(self.config.get("tokenizer_class", "")).startswith("Llama")
         if self.bos is not None and self.config.get("add_bos_token", is_llama):
             self.prefix = (self.bos,)
-        self._pieces_start = self.config.get("legacy", True)  # as in transformers
+        self._restarts_after_specials = self.config.get("legacy", True)  # as in transformers
         self.strips_space = self._sp.encode("a", out_type=str)[0].startswith(SPACE)
-        # The library reads U+2581 as a space. Where it can be spelled in bytes it is, so that the round trip is exact.
-        spelled = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
-        self._spell = [i + offset for i in spelled] if all(map(self._sp.is_byte, spelled)) else None
+        # The library reads U+2581 as a space. If the model has byte pieces, U+2581 is encoded with these instead, so
+        # that the round trip is exact.
+        in_bytes = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        self._space_ids = [i + offset for i in in_bytes] if all(map(self._sp.is_byte, in_bytes)) else None
 
     @functools.cached_property
-    def _inside(self) -> sentencepiece.SentencePieceProcessor:
-        """The model for texts that continue others: without a dummy space in front."""
+    def _without_dummy(self) -> sentencepiece.SentencePieceProcessor:
+        """The model for texts that continue others: it puts no dummy space in front."""
         return sentencepiece.SentencePieceProcessor(model_proto=self._model + _NO_DUMMY_PREFIX)
 
     def encode_batch(self, texts: Sequence[str], *, start: bool = True) -> list[list[int]]:
-        """`encode` of every text, on all cores; what a model without byte pieces does not know becomes its unknown."""
-        sp = self._sp if start or not self.strips_space else self._inside
+        """`encode` of every text, on all cores. A model without byte pieces maps unknown characters to its <unk>."""
+        sp = self._sp if start or not self.strips_space else self._without_dummy
         threads = min(len(texts), os.cpu_count() or 1) or 1
         encoded = sp.encode([self._prepare(text) for text in texts], num_threads=threads)
         if self._offset:
@@ -76,31 +81,33 @@ class SentencePieceTokenizer(Tokenizer):
         return [self._repair(text, ids, start) for text, ids in zip(texts, encoded, strict=True)]
 
     def _prepare(self, text: str) -> str:
+        """The text that the model reads; subclasses replace characters."""
         return text
 
     def _repair(self, text: str, ids: list[int], start: bool) -> list[int]:
-        """`ids`, unless the text holds U+2581 or spells a control token: then the text is encoded in parts."""
-        if self._spell is not None and not self.strips_space and SPACE in text:
+        """`ids`, or the ids of the text in parts if it contains U+2581 or spells a control token."""
+        if self._space_ids is not None and not self.strips_space and SPACE in text:
             first, *rest = self.encode_batch(text.split(SPACE))
-            return first + [token for part in rest for token in (*self._spell, *part)]
+            return first + [token for part in rest for token in (*self._space_ids, *part)]
         if self._forgeable.isdisjoint(ids):
             return ids
         forged = next(self._controls[i] for i in ids if i in self._forgeable)
         cuts = [match.start() + len(forged) // 2 for match in re.finditer(re.escape(forged), text)]
-        # Spelled otherwise, in full-width letters say, which the model reads as these: halve until it does not.
+        # The model may normalise other letters, such as full-width ones, to those of the token. Then no cut is found:
+        # halve the text until the token no longer appears.
         return self._encode_parts(text, cuts or [len(text) // 2], start)
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes of a piece; those of U+FFFD for the unknown token."""
+        """The bytes of a piece; for the unknown token those of U+FFFD."""
         if not 0 <= token - self._offset < self._sp.vocab_size() or token in self._controls:
             return b""
         token -= self._offset
         if self._sp.is_unknown(token):
             return "\ufffd".encode()
         piece = self._sp.id_to_piece(token)
-        return bytes([int(piece[3:5], 16)]) if self._sp.is_byte(token) else self._shown(piece).encode()
+        return bytes([int(piece[3:5], 16)]) if self._sp.is_byte(token) else self._text_of(piece).encode()
 
-    def _shown(self, piece: str) -> str:
+    def _text_of(self, piece: str) -> str:
         return piece.replace(SPACE, " ")
 
     def save(self, folder: str | os.PathLike) -> None:
@@ -109,7 +116,7 @@ class SentencePieceTokenizer(Tokenizer):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / self.file).write_bytes(self._model)
         (folder / "added_tokens.json").write_text(json.dumps(self.specials, ensure_ascii=False) + "\n", "utf-8")
-        save_config(folder, self)
+        self._save_config(folder)
 
     @property
     def fingerprint(self) -> str:

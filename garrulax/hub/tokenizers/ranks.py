@@ -1,8 +1,8 @@
 """tiktoken's rank files as byte-level BPE: LLaMA-3's and GLM-4's tokenizer.model.
 
-A line holds a token in base64 and its id, which is also its rank: of all neighbours whose concatenation is a token,
-those of the lowest rank are merged first. So every way to split a token into two tokens is a merge, in the order of the
-ranks, and a whole piece that is a token is never split (openai/tiktoken _educational.py, src/lib.rs).
+A line holds a token in base64 and its id, which is also its rank. Encoding merges, again and again, the two neighbours
+whose concatenation is the token of the lowest rank. In terms of BPE: every way to split a token into two tokens is a
+merge, ordered by rank; and a text that is itself a token is never split (openai/tiktoken _educational.py, src/lib.rs).
 """
 
 import base64
@@ -19,13 +19,13 @@ PATTERN += r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def is_ranks(content: bytes) -> bool:
-    """Whether a `.model` holds lines of `base64 rank` and not a SentencePiece protobuf."""
+    """Whether the content of a `.model` is lines of `base64 rank`, not a SentencePiece protobuf."""
     first = content[:256].split(b"\n")[0].split()
     return len(first) == 2 and first[0].isascii() and first[1].isdigit()
 
 
 def read_ranks(content: bytes) -> dict[bytes, int]:
-    """Token -> id of a rank file. ValueError naming the first line that is damaged, or the bytes that are missing."""
+    """Token -> id of a rank file. Raises ValueError that names the first damaged line or the missing bytes."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(content.splitlines(), 1):
         if not line:
@@ -42,8 +42,13 @@ def read_ranks(content: bytes) -> dict[bytes, int]:
     return ranks
 
 
-def from_ranks(ranks: dict[bytes, int], pattern: str = PATTERN) -> tokenizers.Tokenizer:
-    """The tokenizer of such ranks, without control tokens."""
+def tokenizer_from_ranks(ranks: dict[bytes, int], pattern: str = PATTERN) -> tokenizers.Tokenizer:
+    """A byte-level BPE tokenizer without control tokens.
+
+    Args:
+      ranks: token -> id, as from `read_ranks`.
+      pattern: regular expression that cuts a text into pieces before merging.
+    """
     shown = {byte: character for character, byte in byte_alphabet().items()}
     names = {token: "".join(map(shown.__getitem__, token)) for token in ranks}
     merges = [

@@ -15,6 +15,7 @@ import pathlib
 
 import jax.numpy as jnp
 import numpy as np
+from registry import CAUSAL
 from safetensors.numpy import load_file
 
 from garrulax import models
@@ -22,17 +23,8 @@ from garrulax.core import spec
 from garrulax.hub.reading import family_of
 
 FOLDER = pathlib.Path(__file__).parent / "oracles"
-LLAMA = ("llama", "llama_gqa", "llama_tied", "llama_linear", "llama_dynamic", "llama_yarn", "llama3", "llama_longrope")
-CHATGLM = ("chatglm2", "chatglm2_mha", "chatglm2_post")  # chatglm3*: the same numbers (test_models_chatglm.py)
-FALCON = ("falcon7b", "falcon40b", "falcon11b", "falconrw_alibi", "falconrw_alibi_pow2")
-#: Causal language models, and their rows in README's table.
-CAUSAL = {
-    "gpt1": "GPT-1", "gpt2": "GPT-2", "gpt3": "GPT-3", "gptneo": "GPT-3", **dict.fromkeys(LLAMA, "LLaMA 1/2/3"),
-    "mistral": "Mistral", "qwen2": "Qwen2",
-    "qwen2_window": "Qwen2", "baichuan7b": "Baichuan", "baichuan13b": "Baichuan", "baichuan2_7b_composite": "Baichuan2",
-    "baichuan2_13b": "Baichuan2", **dict.fromkeys(CHATGLM, "ChatGLM2/3-6B"), "glm": "GLM-4", "glm4": "GLM-4",
-    **dict.fromkeys(FALCON, "Falcon"),
-}  # fmt: skip
+LLAMA = tuple(case for case, row in CAUSAL.items() if row == "LLaMA 1/2/3")
+CHATGLM = tuple(case for case, row in CAUSAL.items() if row == "ChatGLM2/3-6B")
 
 #: ChatGLM-6B's code as published, and changed.
 CHATGLM_6B = {
@@ -89,17 +81,15 @@ def config(case):
 def params(case, dtype=jnp.float32):
     """Parameters of a case, read through the ParamSpec tree; every stored tensor must be used."""
     c, stored = config(case), tensors(case)
-    family = models.family(c)
-    layout = family.layout(c)
-    specs = family.parameters(c)
-    left = {k for k in stored if k not in layout.tied and not (layout.buffers and k.endswith(layout.buffers))}
+    more = models.family(c).tensor_names(c)
+    left = {k for k in stored if not (more.buffers and k.endswith(more.buffers)) and not (c.tied and k == more.head)}
 
     def one(s):
         left.difference_update(s.names)
-        parts = [s.stored.read(stored[name], s.layer_shape) for name in s.names]
+        parts = [s.layout.read(stored[name]) for name in s.names]
         return jnp.asarray(np.stack(parts) if s.layers else parts[0], dtype)
 
-    tree = spec.map_specs(one, specs)
+    tree = spec.map_specs(one, models.parameters(c))
     assert not left, f"unused tensors {left}"
     return tree
 

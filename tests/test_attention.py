@@ -10,8 +10,8 @@ import pytest
 
 from garrulax.kernels import attention, masks
 from garrulax.kernels.mask import CAUSAL, Mask
-from garrulax.layers.attention import alibi_slopes, within
-from garrulax.layers.cache import admit
+from garrulax.layers.attention import alibi_slopes
+from garrulax.layers.call import mask_and_cache
 
 B, T, C = 2, 6, 8
 TABLES = np.load(pathlib.Path(__file__).parent / "oracles" / "tables.npz")  # slopes by the original authors' code
@@ -206,9 +206,9 @@ def test_a_window_counts_positions_not_slots(stride):
     """Two documents packed with a gap; every layer of a scan may have its own reach."""
     segment = jnp.array([[0, 0, 0, 0, masks.PAD, 1, 1, 1, 1, 1]])
     position = jnp.array([[0, 1, 2, 3, 0, 0, 1, 2, 3, 4]])
-    view, _ = admit(segment, position, masks.packed(segment), None)
+    mask, _ = mask_and_cache(segment, position, masks.packed(segment), None)
     for reach in (1, 2, masks.INF):
-        seen = np.asarray(jax.jit(lambda n: within(view, n, stride).mask.dense())(reach))[0]
+        seen = np.asarray(jax.jit(lambda n: masks.within(mask, n, stride).dense())(reach))[0]
         for i, j in np.ndindex(seen.shape):
             same = segment[0, i] == segment[0, j] >= 0 and j <= i
             far = int(position[0, i] - position[0, j])
@@ -223,12 +223,12 @@ def test_alibi_slopes(heads):
 def test_alibi_is_a_bias_of_distances():
     q, k, v = (jax.random.normal(jax.random.key(i), (2, 5, 4, 8)) for i in range(3))
     slopes, position = jnp.asarray(alibi_slopes(4), jnp.float32), jnp.array([[0, 1, 2, 3, 4], [0, 0, 1, 2, 3]])
-    view, _ = admit(position, position, masks.padded(jnp.array([[1] * 5, [0, 1, 1, 1, 1]])), None)
+    mask, _ = mask_and_cache(position, position, masks.padded(jnp.array([[1] * 5, [0, 1, 1, 1, 1]])), None)
     bias = slopes[:, None, None] * (position[:, None, :] - position[:, :, None])[:, None]
     np.testing.assert_allclose(
-        attention(q, k, v, mask=view.mask, alibi=slopes), attention(q, k, v, mask=view.mask, bias=bias), rtol=1e-6
+        attention(q, k, v, mask=mask, alibi=slopes), attention(q, k, v, mask=mask, bias=bias), rtol=1e-6
     )
     with pytest.raises(ValueError, match=r"alibi has shape \(4,\) for 2 heads"):
-        attention(q[:, :, :2], k[:, :, :2], v[:, :, :2], mask=view.mask, alibi=slopes)
+        attention(q[:, :, :2], k[:, :, :2], v[:, :, :2], mask=mask, alibi=slopes)
     with pytest.raises(ValueError, match="stream 'position'"):
         attention(q, k, v, alibi=slopes)

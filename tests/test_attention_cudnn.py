@@ -11,8 +11,7 @@ import pytest
 from garrulax.kernels import masks
 from garrulax.kernels.attention import attention, request
 from garrulax.kernels.cudnn import Cudnn
-from garrulax.layers.attention import within
-from garrulax.layers.cache import admit
+from garrulax.layers.call import mask_and_cache
 
 T = 8
 
@@ -75,9 +74,9 @@ def test_a_mask_that_says_it_is_causal_is():
     tokens = jnp.zeros((cases.B, T), jnp.int32)
     expected = np.broadcast_to(np.tril(np.ones((T, T), bool)), (cases.B, T, T))
     position = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (cases.B, T))
-    view, _ = admit(tokens, position, None, None)
-    for mask in (CAUSAL, masks.causal_from(tokens), view.mask):
+    prepared, _ = mask_and_cache(tokens, position, None, None)
+    for mask in (CAUSAL, masks.causal_from(tokens), prepared):
         assert mask.causal
         np.testing.assert_array_equal(mask.dense(), expected)
-    for mask in (within(view, 3).mask, masks.causal_from(tokens, 3), masks.causal_from(tokens, jnp.int32(0))):
+    for mask in (masks.within(prepared, 3), masks.causal_from(tokens, 3), masks.causal_from(tokens, jnp.int32(0))):
         assert not mask.causal

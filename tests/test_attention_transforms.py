@@ -17,14 +17,12 @@ import garrulax as gx
 from garrulax import models
 from garrulax.core import sharding
 from garrulax.core.sharding import make_mesh
-from garrulax.kernels import picking
+from garrulax.kernels import masks, picking
 from garrulax.kernels.attention import attention
 from garrulax.kernels.mask import Mask
 from garrulax.kernels.passes import TwoPasses
 from garrulax.kernels.sharded import Sharded
 from garrulax.kernels.xla import Chunked
-from garrulax.layers.attention import within
-from garrulax.layers.cache import View
 
 SMALL = Chunked(scores=4 * 8 * 8)  # chunks of 8 x 8 for four heads
 N = 3
@@ -87,7 +85,7 @@ def test_scan_and_remat_are_straight_code(policy):
     reaches = jnp.array([3, 2**30, 5])
 
     def layer(x, reach):
-        out = attention(**x, mask=within(View(mask), reach).mask, implementation=SMALL)
+        out = attention(**x, mask=masks.within(mask, reach), implementation=SMALL)
         return {**x, "query": x["query"] + out}, None
 
     def straight(x):

@@ -10,7 +10,7 @@ from oracle import arrays, config, params, relative_error
 
 import garrulax as gx
 from garrulax import models
-from garrulax.layers.cache import admit
+from garrulax.layers.call import mask_and_cache
 from garrulax.layers.rope import Rope
 
 #: build_alibi_tensor of transformers 5.23.0, in float32: biases of the first and last two of so many heads.
@@ -30,8 +30,8 @@ def test_alibi_is_rounded_as_in_training(heads):
 
     @jax.jit
     def bias(positions):
-        view, _ = admit(jnp.zeros_like(positions), positions, None, None)
-        return models.falcon.alibi(view, c, jnp.float32)
+        mask, _ = mask_and_cache(jnp.zeros_like(positions), positions, None, None)
+        return models.falcon.alibi(mask, c, jnp.float32)
 
     got = bias(jnp.asarray([POSITIONS]))
     assert got.shape == (1, heads, 1, len(POSITIONS))

@@ -173,7 +173,7 @@ def test_hidden_states_of_the_official_code(table):
     c = models.glm130b.Config(vocab=5, context=16, width=32, layers=1, heads=8, mlp_width=128)
     stored = {f"transformer.{name}": x for name, x in z.items()}
     p = spec.map_specs(
-        lambda s: jnp.stack([s.stored.read(stored[name], s.layer_shape) for name in s.names]).reshape(s.shape),
+        lambda s: jnp.stack([s.layout.read(stored[name]) for name in s.names]).reshape(s.shape),
         models.glm130b.parameters(c),
     )
     places = jnp.array([[[0, 1, 1, 1, 1], [0, 0, 1, 2, 3]]])

@@ -11,6 +11,7 @@ from oracle import FOLDER, arrays, config, params, relative_error
 from safetensors.numpy import load_file
 
 import garrulax as gx
+from garrulax import models
 from garrulax.core import spec
 from garrulax.kernels import masks
 from garrulax.layers.norms import unit_norm
@@ -47,13 +48,13 @@ def test_hidden_states_of_the_official_code(case, positions):
     specs = {k: v for k, v in llama.parameters(c).items() if k != "head"}
 
     def one(s):
-        parts = [s.stored.read(z[name.removeprefix("model.")], s.layer_shape) for name in s.names]
+        parts = [s.layout.read(z[name.removeprefix("model.")]) for name in s.names]
         return jnp.asarray(np.stack(parts) if s.layers else parts[0])
 
     weights = spec.map_specs(one, specs)
     cache = gx.cache_for(weights, c, 1, 8)
     for i in (1, 2, 3):
-        x, cache = llama.hidden(weights, jnp.asarray(z[f"x{i}"]), c, cache=cache)
+        x, cache = models.hidden(weights, jnp.asarray(z[f"x{i}"]), c, cache=cache)
         assert relative_error(x[0], z[f"y{i}"]) <= CONTRACT
 
 

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import CAUSAL, LLAMA, arrays, config, params, relative_error
+from oracle import LLAMA, arrays, config, params, relative_error
+from registry import CAUSAL, FAMILIES
 
 import garrulax as gx
 from garrulax.kernels import masks
@@ -23,8 +24,7 @@ def unstacked(case):
     return gx.unstack(params(case))
 
 
-#: Unstacked too: a case of each block, and those whose layers differ.
-UNSTACKED = ("gpt2", "gpt3", "llama_gqa", "qwen2_window", "baichuan13b", "chatglm2", "glm", "falcon11b")
+UNSTACKED = [case for entry in FAMILIES.values() for case in entry.unstacked]
 FORMS = pytest.mark.parametrize(
     ("case", "form"), [*((case, params) for case in CAUSAL), *((case, unstacked) for case in UNSTACKED)]
 )

@@ -6,34 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from registry import FAMILIES
 
 import garrulax as gx
-from garrulax import models
 from garrulax.kernels import masks
-from garrulax.layers.rope import Rope
 
-CONFIGS = {
-    "gpt": models.gpt.Config(
-        vocab=40, context=16, width=8, layers=2, heads=2, scale_by_layer=True, band=4, init_std=0.3,
-    ),
-    "glm": models.glm.Config(vocab=40, context=16, width=8, layers=2, heads=2, init_std=0.3),
-    "glm130b": models.glm130b.Config(
-        vocab=40, context=16, width=16, layers=2, heads=2, mlp_width=12, gated=True, dialect="glm-130b",
-    ),
-    "llama": models.llama.Config(
-        vocab=40, context=16, width=8, layers=2, heads=2, kv_heads=1, mlp_width=12, qkv_bias=True, out_bias=True,
-        mlp_bias=True, rope=Rope(kind="dynamic", factor=2.0, original_context=6), attention_dropout=0.2, init_std=0.3,
-    ),
-    "chatglm": models.chatglm.Config(
-        vocab=40, context=16, width=8, layers=2, heads=2, kv_heads=1, mlp_width=12, output_norms=True, init_std=0.3,
-        attention_dropout=0.2, dialect="glm4",
-    ),
-    "falcon": models.falcon.Config(
-        vocab=40, context=16, width=8, layers=2, heads=2, kv_heads=1, norms=2, alibi=True, attention_dropout=0.2,
-        residual_dropout=0.2, init_std=0.3,
-    ),
-}  # fmt: skip
-FAMILIES = list(CONFIGS)
+CONFIGS = {name: entry.with_all_parts for name, entry in FAMILIES.items()}
 TOKENS = np.random.default_rng(0).integers(0, 40, (3, 10))
 
 
@@ -61,7 +39,7 @@ def assert_close(a, b, bound=2e-6):
         assert np.abs(np.asarray(x) - np.asarray(y)).max() <= bound * max(np.abs(np.asarray(y)).max(), 1)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_gradient_equals_finite_differences(family):
     """In float64, along a random direction through every parameter at once."""
     c = CONFIGS[family]
@@ -82,7 +60,7 @@ def test_gradient_equals_finite_differences(family):
         assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(gradient))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_every_form_gives_the_same_loss_and_gradients(family):
     """Scanned, laid out, unstacked, recomputed; with dropout, since its keys must fall on the same layers."""
     c, key = CONFIGS[family], jax.random.key(7)
@@ -95,7 +73,7 @@ def test_every_form_gives_the_same_loss_and_gradients(family):
     assert_close(loss(gx.unstack(params(family)), TOKENS, c, key=key), expected[0])  # and without jit
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_vmap_over_parameters_and_over_batches(family):
     c = CONFIGS[family]
     ensemble = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), params(family))
@@ -108,7 +86,7 @@ def test_vmap_over_parameters_and_over_batches(family):
     assert_close(jax.tree.map(lambda g: g.mean(0), gradients), expected)  # per-example gradients
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_vmap_over_caches(family):
     """Each row of an outer batch with a cache of its own, filled to another length."""
     c, p = CONFIGS[family], params(family)
@@ -123,7 +101,7 @@ def test_vmap_over_caches(family):
         assert_close(got[i], step(TOKENS[:1, n : n + 1], caches[i])[0])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_bfloat16_parameters_give_bfloat16_logits_near_float32(family):
     c = CONFIGS[family]
     p = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params(family))
@@ -133,7 +111,7 @@ def test_bfloat16_parameters_give_bfloat16_logits_near_float32(family):
     assert np.abs(np.asarray(logits, np.float32) - exact).max() <= 0.1 * np.abs(exact).max()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_a_token_outside_the_vocabulary_gives_nan_in_what_follows(family):
     tokens = jnp.asarray(TOKENS).at[0, 5].set(40)
     logits, _ = gx.forward(params(family), tokens, CONFIGS[family])
@@ -141,7 +119,7 @@ def test_a_token_outside_the_vocabulary_gives_nan_in_what_follows(family):
     assert np.isfinite(logits[1:]).all()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_misuse_is_named(family):
     c, p = CONFIGS[family], params(family)
     with pytest.raises(ValueError, match=r"integers \[batch, length\], not float32 \(2, 3\)"):

@@ -50,7 +50,7 @@ def test_longrope_needs_a_factor_for_every_pair():
 
 
 def turned(x, position, rope=None):
-    cosine, sine = ropes.table(rope or Rope(), jnp.full((1, 1), position), x.shape[-1], None, jnp.float32)
+    cosine, sine = ropes.cos_sin(rope or Rope(), jnp.full((1, 1), position), x.shape[-1], None, jnp.float32)
     return np.asarray(ropes.rotate_halves(x[None, None, None], cosine, sine)[0, 0, 0])
 
 
@@ -59,7 +59,7 @@ def test_neighbouring_pairs_turn_as_complex_numbers_and_the_rest_stays(width):
     """Su et al. 2021, equation 12, over the first `width` of eight entries."""
     x = np.random.default_rng(1).normal(size=(1, 3, 2, 8)).astype(np.float32)
     positions = jnp.array([[0, 5, 70]])
-    got = np.asarray(ropes.rotate_pairs(jnp.asarray(x), *ropes.table(Rope(), positions, width, None, jnp.float32)))
+    got = np.asarray(ropes.rotate_pairs(jnp.asarray(x), *ropes.cos_sin(Rope(), positions, width, None, jnp.float32)))
     z = x[..., 0:width:2] + 1j * x[..., 1:width:2]
     angle = np.asarray(positions)[0, :, None, None] * 10_000.0 ** -(np.arange(0, width, 2) / width)
     turned = z * np.exp(1j * angle)
@@ -86,11 +86,11 @@ def test_halves_are_turned_as_complex_numbers():
 
 
 def test_tables_are_float32_at_least_and_rotation_keeps_the_dtype():
-    cosine, sine = ropes.table(Rope(), jnp.array([[3, 9]]), 8, None, jnp.bfloat16)
+    cosine, sine = ropes.cos_sin(Rope(), jnp.array([[3, 9]]), 8, None, jnp.bfloat16)
     assert cosine.dtype == sine.dtype == jnp.float32
     assert ropes.rotate_halves(jnp.ones((1, 2, 1, 8), jnp.bfloat16), cosine, sine).dtype == jnp.bfloat16
     with jax.enable_x64(True):
-        assert ropes.table(Rope(), jnp.array([[3]]), 8, None, jnp.float64)[0].dtype == jnp.float64
+        assert ropes.cos_sin(Rope(), jnp.array([[3]]), 8, None, jnp.float64)[0].dtype == jnp.float64
         dynamic = Rope(kind="dynamic", factor=2.0, original_context=3)
         base = 10_000 * (2 * 7 / 3 - 1) ** (8 / 6)
         np.testing.assert_allclose(ropes.frequencies(dynamic, 8, jnp.int32([7]))[0], base ** -(np.arange(4) / 4), 1e-15)

@@ -8,41 +8,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import registry
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import garrulax as gx
 from garrulax import models
-from garrulax.core import sharding
+from garrulax.core import sharding, spec
 from garrulax.kernels import masks
-from garrulax.layers.rope import Rope
 
 CONFIGS = {
-    "gpt": models.gpt.Config(vocab=96, context=24, width=32, layers=2, heads=4, band=5, band_stride=4),
-    "glm": models.glm.Config(vocab=96, context=24, width=32, layers=2, heads=4),
-    "llama": models.llama.Config(
-        vocab=97, context=24, width=32, layers=2, heads=4, kv_heads=2, mlp_width=48, rope=Rope(theta=500.0),
-        qkv_bias=True, out_bias=True, mlp_bias=True,
-    ),
-    "glm130b": models.glm130b.Config(
-        vocab=96, context=24, width=32, layers=2, heads=4, mlp_width=48, gated=True, dialect="glm-130b",
-    ),
+    **{name: entry.sharded for name, entry in registry.FAMILIES.items()},
     "alibi": models.llama.Config(
         vocab=96, context=24, width=32, layers=2, heads=4, kv_heads=4, mlp_width=48, positions="alibi",
         normalized_head=True, dialect="baichuan",
     ),
-    "chatglm": models.chatglm.Config(  # one key/value head, which two devices cannot split
+    "strided": models.gpt.Config(vocab=96, context=24, width=32, layers=2, heads=4, band=5, band_stride=4),
+    "one key": models.chatglm.Config(  # one key/value head, which two devices cannot split
         vocab=96, context=24, width=32, layers=1, heads=4, kv_heads=1, mlp_width=48,
-    ),
-    "falcon": models.falcon.Config(
-        vocab=96, context=24, width=32, layers=1, heads=4, kv_heads=2, norms=2, alibi=True,
     ),
 }  # fmt: skip
 FAMILIES = ("gpt", "glm", "llama")
 MESHES = ["fsdp=8", "data=8", "data=2,fsdp=2,tensor=2", "fsdp=4,tensor=2"]
 BOUNDS = {"float32": 1e-5, "float64": 1e-10}
 CASES = [(*case, "float64") for case in itertools.product(FAMILIES, MESHES)]
-CASES += [(family, "data=2,fsdp=2,tensor=2", "float64") for family in ("alibi", "glm130b", "chatglm", "falcon")]
+CASES += [(family, "data=2,fsdp=2,tensor=2", "float64") for family in CONFIGS if family not in FAMILIES]
 CASES += [(family, "fsdp=2,tensor=2,sequence=2", "float64") for family in CONFIGS]
 CASES += [("gpt", "data=2,sequence=4", "float64"), ("llama", "data=2,sequence=4", "float64")]
 CASES += [(family, "data=2,fsdp=2,tensor=2", "float32") for family in FAMILIES]  # the bound of float64 says more
@@ -79,7 +69,7 @@ def test_loss_and_gradients_equal_one_device(family, mesh, precision):
     with jax.enable_x64(precision == "float64"):
         (expected, gradients), params = single(family, precision)
         m = sharding.make_mesh(mesh)
-        places = sharding.shardings(models.family(config).parameters(config), m)
+        places = sharding.shardings(models.parameters(config), m)
         with jax.set_mesh(m):
             sharded = jax.device_put(params, places)
             batch = jax.device_put(tokens(config), NamedSharding(m, sharding.token_sharding(m)))
@@ -93,7 +83,7 @@ def test_loss_and_gradients_equal_one_device(family, mesh, precision):
 
 def test_key_value_heads_may_be_fewer_than_the_devices_of_the_query_heads():
     """Two of them for four devices: each is read by two."""
-    config = dataclasses.replace(CONFIGS["chatglm"], kv_heads=2)
+    config = dataclasses.replace(CONFIGS["one key"], kv_heads=2)
     m = sharding.make_mesh("fsdp=2,tensor=4")
     with jax.enable_x64(True):
         params = jax.tree.map(lambda x: x.astype("float64"), gx.init(config, jax.random.key(1)))
@@ -107,7 +97,7 @@ def test_key_value_heads_may_be_fewer_than_the_devices_of_the_query_heads():
 
 
 def test_rules_may_split_the_key_value_heads_alone():
-    config, m = dataclasses.replace(CONFIGS["chatglm"], kv_heads=2), sharding.make_mesh("data=4,tensor=2")
+    config, m = dataclasses.replace(CONFIGS["one key"], kv_heads=2), sharding.make_mesh("data=4,tensor=2")
     params = gx.init(config, jax.random.key(1))
     expected = loss(params, tokens(config), config)
     rules = sharding.RULES["tp"] | {"heads": None}
@@ -123,7 +113,7 @@ def test_tokens_may_be_whole_on_every_device(family):
     (expected, _), params = single(family, "float32")
     m = sharding.make_mesh("fsdp=4,tensor=2")
     with jax.set_mesh(m):
-        sharded = jax.device_put(params, sharding.shardings(models.family(config).parameters(config), m))
+        sharded = jax.device_put(params, sharding.shardings(models.parameters(config), m))
         value = jax.jit(loss, static_argnums=2)(sharded, jnp.asarray(tokens(config)), config)
     assert relative(value, expected) <= 1e-5
 
@@ -134,7 +124,7 @@ def test_parameters_are_born_sharded_and_equal(family):
     m = sharding.make_mesh("fsdp=4,tensor=2")
     born = gx.init(config, jax.random.key(1), mesh=m)
     plain = gx.init(config, jax.random.key(1))
-    places = sharding.shardings(models.family(config).parameters(config), m)
+    places = sharding.shardings(models.parameters(config), m)
     for a, b, place in zip(jax.tree.leaves(born), jax.tree.leaves(plain), jax.tree.leaves(places), strict=True):
         assert a.sharding.is_equivalent_to(place, a.ndim)
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
@@ -143,8 +133,8 @@ def test_parameters_are_born_sharded_and_equal(family):
 def test_initialisation_allocates_only_its_shard():
     config = models.gpt.Config(vocab=4096, context=64, width=256, layers=4, heads=8)
     m = sharding.make_mesh("fsdp=8")
-    specs = models.family(config).parameters(config)
-    make = jax.jit(lambda k: models.spec.init(specs, k), out_shardings=sharding.shardings(specs, m))
+    specs = models.parameters(config)
+    make = jax.jit(lambda k: spec.init(specs, k), out_shardings=sharding.shardings(specs, m))
     memory = make.lower(jax.random.key(0)).compile().memory_analysis()
     whole = 4 * gx.count(config)
     assert memory.output_size_in_bytes < whole / 4

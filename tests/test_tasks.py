@@ -40,7 +40,7 @@ def reference(outputs):
     stored = load_file(FOLDER / "gpt1_tasks_s0.safetensors")
 
     def one(s):
-        parts = [s.stored.read(stored[name.removeprefix("transformer.")], s.layer_shape) for name in s.names]
+        parts = [s.layout.read(stored[name.removeprefix("transformer.")]) for name in s.names]
         return jnp.asarray(np.stack(parts) if s.layers else parts[0])
 
     head = {"weight": stored[f"clf{outputs}_w"], "bias": stored[f"clf{outputs}_b"]}

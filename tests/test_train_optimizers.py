@@ -65,9 +65,10 @@ def test_gradients_are_clipped_by_their_norm_before_adam():
 
 def test_muon_is_optax_muon_on_plain_matrices():
     shapes = {"tall": (12, 5), "wide": (5, 12), "square": (7, 7)}
-    stored = spec.Stored("x")
-    specs = {k: spec.ParamSpec(s, (None, None), spec.normal(1.0), stored) for k, s in shapes.items()}
-    specs["table"] = spec.ParamSpec((9, 4), (None, None), spec.normal(1.0), stored, role="embedding")
+    specs = {}
+    for name, (inputs, outputs) in shapes.items():
+        specs |= spec.Declare(spec.normal(1.0), I=inputs, O=outputs).linear(name, name, "O I -> I O")
+    specs["table"] = spec.Declare(spec.normal(1.0), V=9, D=4).embedding("table")
     params = spec.init(specs, jax.random.key(0))
     settings = Settings(lr=0.02, adam_lr=0.003, weight_decay=0.1, clip=0.0, **FLAT)
     ours = make_optimizer(settings, specs)

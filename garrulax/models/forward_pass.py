@@ -122,6 +122,7 @@ def forward(
         >>> logits.shape
         (1, 3, 4096)
     """
+    spec.check_names(parameters(config), params)
     x, cache = hidden(
         params, tokens, config, positions=positions, mask=mask, cache=cache, key=key, remat=remat, unroll=unroll
     )
@@ -140,11 +141,14 @@ def hidden(
     remat: str = "none",
     unroll: bool = False,
 ) -> tuple[jax.Array, Cache | None]:
-    """Hidden states [B, T, D] after the last norm, and the cache. Arguments and errors as in `forward`."""
+    """Hidden states [B, T, D] after the last norm, and the cache.
+
+    Arguments and errors as in `forward`; the parameters need no output head.
+    """
     module = family(config)
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"tokens must be integers [batch, length], not {tokens.dtype} {tokens.shape}")
-    spec.check_names(parameters(config), params)
+    spec.check_names(_without_head(parameters(config)), _without_head(params))
     _check_mask(mask)
     rows = _position_rows(config)
     positions = default_positions(tokens, cache, rows) if positions is None else positions
@@ -153,6 +157,10 @@ def hidden(
     slot = None if cache is None else cache.used
     x, cache_now = module.hidden(params, Call(tokens, positions, mask, cache_now, slot, key, remat, unroll), config)
     return (module.norm(x, params["norm"], config) if "norm" in params else x), cache_now
+
+
+def _without_head(tree: spec.Tree) -> spec.Tree:
+    return {name: part for name, part in tree.items() if name != "head"}
 
 
 def _position_rows(config: ModelConfig) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from drawing import LENGTH, Draw, Family
+from drawing import LENGTH, Draw, Drawn
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -42,7 +42,7 @@ def double_precision():
 class Peer:
     """transformers' model of case `number` of a family."""
 
-    def __init__(self, family: Family, number: int):
+    def __init__(self, family: Drawn, number: int):
         self.drawn = family.draw(Draw(family.id, number))
         self.random = np.random.default_rng([number, len(family.id)])
         self.config = transformers.AutoConfig.for_model(family.name, **copy.deepcopy(self.drawn))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import garrulax as gx
+from garrulax import models
 from garrulax.core import spec
 from garrulax.hub.reading import family_of, read_config_json
 from garrulax.kernels import masks
@@ -20,7 +21,7 @@ from garrulax.train.objectives import negative_log_likelihood
 pytest.importorskip("torch", reason="`make parity` installs torch and transformers")
 import peer as peers
 import transformers
-from drawing import FAMILIES
+from registry import FAMILIES
 
 SINGLE, DOUBLE = 2e-5, 1e-9  # promised in float32 and float64
 #: Settings with several words for the same, and what the config classes make of some of them.
@@ -32,7 +33,7 @@ forward = jax.jit(gx.forward, static_argnums=2)
 
 
 def _cases():
-    for family in FAMILIES:
+    for family in (drawn for entry in FAMILIES.values() for drawn in entry.draws):
         for number in range(int(os.environ.get("PARITY_CASES", family.cases))):
             name = f"{family.id}-{number}"
             yield pytest.param((family, number), id=name, marks=pytest.mark.xdist_group(name))
@@ -118,8 +119,8 @@ def test_float64_logits_and_gradients(case, assert_within):
         assert_within("float64", ours, theirs, DOUBLE)
         gradients = spec.named_specs(gradients)
     largest = max(np.abs(g).max() for g in wanted.values())
-    for path, s in spec.named_specs(case.module.parameters(case.native)).items():
-        parts = [s.stored.read(wanted[name], s.layer_shape) for name in s.names]
+    for path, s in spec.named_specs(models.parameters(case.native)).items():
+        parts = [s.layout.read(wanted[name]) for name in s.names]
         theirs = np.stack(parts) if s.layers else parts[0]
         if np.abs(theirs).max() < 1e-9 * largest:  # a bias of keys, which softmax does not see: rounding on both sides
             assert np.abs(gradients[path]).max() < 1e-9 * largest

@@ -264,7 +264,7 @@ def test_families_that_are_not_implemented_are_named(raw, message):
 
 
 def test_a_config_without_model_type_is_known_by_its_architecture():
-    assert reading.family_of({"architectures": ["GPT2LMHeadModel"]}) is models.gpt
+    assert reading.family_of({"architectures": ["GPT2LMHeadModel"]}).Config is models.gpt.Config
 
 
 def test_hub_names(tmp_path, monkeypatch):

@@ -115,8 +115,8 @@ def test_published_files_give_their_presets(raw, preset):
 @pytest.mark.parametrize("raw", [CHATGLM2, CHATGLM3, GLM4, GLM4_0414])
 def test_families_of_the_same_model_type_are_told_apart(raw):
     """Whatever their order: nobody else claims these files, and these claim no others."""
-    claims = [m for m in models.FAMILIES if any(dialect.claims(raw) for dialect in m.DIALECTS)]
-    assert claims == [models.chatglm]
+    claims = [m.__name__ for m in models.FAMILIES if any(dialect.claims(raw) for dialect in m.DIALECTS)]
+    assert claims == ["chatglm"]
     for other in (GLM_10B, CHATGLM1):
         assert not any(dialect.claims(other) for dialect in models.chatglm.DIALECTS)
 

@@ -136,11 +136,16 @@ def test_presets_in_the_table(table):
 def test_alpha_and_head_are_of_the_published_code():
     """The bound tells 28 layers' alpha from the real depth's, and the stored head from the embedding."""
     c, ids, context, positions, wanted = run_of("chatglm1_ref", "gmask")
-    for changes in ({"alpha_layers": 3, "dialect": "glm-130b"}, {"tied": True}):
+    tied = {name: part for name, part in params("chatglm1_ref").items() if name != "head"}
+    for p, changes in (
+        (params("chatglm1_ref"), {"alpha_layers": 3, "dialect": "glm-130b"}),
+        (tied, {"tied": True}),
+    ):
         other = dataclasses.replace(c, **changes)
-        logits, _ = forward(params("chatglm1_ref"), ids[None], other, positions=positions[None],
-                            mask=prefix(context, len(ids)))  # fmt: skip
+        logits, _ = forward(p, ids[None], other, positions=positions[None], mask=prefix(context, len(ids)))
         assert relative_error(logits[0], wanted) > 1000 * CONTRACT
+    with pytest.raises(ValueError, match="do not fit the config: head unknown"):
+        forward(params("chatglm1_ref"), ids[None], dataclasses.replace(c, tied=True), positions=positions[None])
 
 
 def test_rounded_frequencies():
@@ -179,7 +184,7 @@ def test_hidden_states_of_the_official_code(table):
     places = jnp.array([[[0, 1, 1, 1, 1], [0, 0, 1, 2, 3]]])
     ids = jnp.array([[0, 1, 2, 3, 4]])
     wanted = np.concatenate([z["y1"], z["y2"], z["y3"]])
-    hidden = functools.partial(jax.jit(models.glm130b.hidden, static_argnums=2), p)
+    hidden = functools.partial(jax.jit(models.hidden, static_argnums=2), p)
     error = relative_error(hidden(ids, c, positions=places, mask=prefix(2, 5))[0][0], wanted)
     table("ChatGLM-6B", "full", error)
     assert error <= CONTRACT

@@ -10,6 +10,7 @@ import pytest
 from oracle import FOLDER
 
 import garrulax as gx
+from garrulax import models
 from garrulax.core import spec
 from garrulax.models import gpt
 
@@ -91,7 +92,7 @@ def test_a_banded_layer_sees_what_the_sparse_transformer_s_does(changes, seen):
     c = gpt.Config(vocab=40, context=16, width=16, layers=1, heads=2, init_std=0.5, **{"band_parity": 0, **changes})
     tokens = np.tile(np.arange(12, dtype=np.int32), (13, 1))
     tokens[np.arange(12), np.arange(12)] = 30
-    states, _ = jax.jit(gpt.hidden, static_argnums=2)(gx.init(c, jax.random.key(0)), tokens, c)
+    states, _ = jax.jit(models.hidden, static_argnums=2)(gx.init(c, jax.random.key(0)), tokens, c)
     moved = np.abs(states[:12] - states[12]).max(-1) > 1e-6  # [token changed, state]
     np.testing.assert_array_equal(moved.T, TABLES[seen])
 

@@ -63,6 +63,11 @@ class ParamSpec:
         return (self.layers, *self.layout.shape) if self.layers else self.layout.shape
 
     @property
+    def inputs(self) -> int:
+        """Number of leading dimensions of `layer_shape` that are contracted with the activations."""
+        return self.layout.inputs
+
+    @property
     def axes(self) -> tuple[str | None, ...]:
         """Logical axis of every dimension of `shape`."""
         return ("layers", *self.layer_axes) if self.layers else self.layer_axes

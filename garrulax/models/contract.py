@@ -112,6 +112,13 @@ _REQUIRED = ("Config", "PRESETS", "DIALECTS", "parameters", "hidden", "norm", "f
 _CONFIG = tuple(name for name in vars(ModelConfig) if isinstance(vars(ModelConfig)[name], property))
 
 
+class _Registered(types.SimpleNamespace):
+    """The names of a family."""
+
+    def __repr__(self) -> str:
+        return f"<family {self.__name__}>"
+
+
 def register(file: FamilyFile) -> Family:
     """A family from its file.
 
@@ -126,7 +133,7 @@ def register(file: FamilyFile) -> Family:
         raise TypeError(f"presets of the family {name} are not of its Config: {', '.join(odd)}")
     given = {required: getattr(file, required) for required in _REQUIRED}
     optional = {option: getattr(file, option, default) for option, default in DEFAULTS.items()}
-    return cast(Family, types.SimpleNamespace(__name__=name, **given, **optional))
+    return cast(Family, _Registered(__name__=name, **given, **optional))
 
 
 def check_config_class(kind: type, family: str) -> None:

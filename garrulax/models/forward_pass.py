@@ -122,11 +122,12 @@ def forward(
         >>> logits.shape
         (1, 3, 4096)
     """
+    module = family(config)
     spec.check_names(parameters(config), params)
     x, cache = hidden(
         params, tokens, config, positions=positions, mask=mask, cache=cache, key=key, remat=remat, unroll=unroll
     )
-    return family(config).logits(params, x, config), cache
+    return module.logits(params, x, config), cache
 
 
 def hidden(

@@ -66,16 +66,14 @@ def _muon(settings: Any, schedule: Schedule, specs: Tree) -> optax.GradientTrans
 def muon_dimensions(s: ParamSpec) -> MuonDimensionNumbers:
     """Which axes of a matrix are its inputs and its outputs; the layers of a stack are matrices of their own."""
     first = 1 if s.layers else 0
-    return MuonDimensionNumbers(
-        tuple(range(first, first + s.layout.inputs)), tuple(range(first + s.layout.inputs, len(s.shape)))
-    )
+    return MuonDimensionNumbers(tuple(range(first, first + s.inputs)), tuple(range(first + s.inputs, len(s.shape))))
 
 
 def _scale_by_shape(specs: Tree) -> optax.GradientTransformation:
     """Muon's sqrt(max(1, outputs / inputs)): the same change of the activations for every shape."""
 
     def factor(s):
-        inputs, outputs = math.prod(s.layer_shape[: s.layout.inputs]), math.prod(s.layer_shape[s.layout.inputs :])
+        inputs, outputs = math.prod(s.layer_shape[: s.inputs]), math.prod(s.layer_shape[s.inputs :])
         return math.sqrt(max(1, outputs / inputs)) if s.role == "matrix" else optax.MaskedNode()
 
     factors = map_specs(factor, specs)

@@ -82,7 +82,7 @@ def params(case, dtype=jnp.float32):
     """Parameters of a case, read through the ParamSpec tree; every stored tensor must be used."""
     c, stored = config(case), tensors(case)
     more = models.family(c).tensor_names(c)
-    left = {k for k in stored if not (more.buffers and k.endswith(more.buffers)) and not (c.tied and k == more.head)}
+    left = {k for k in stored if not (more.buffers and k.endswith(more.buffers)) and not (c.tied and k in more.heads)}
 
     def one(s):
         left.difference_update(s.names)

@@ -153,12 +153,12 @@ class TensorNames:
     Attributes:
         prefix: Beginning of every name, which checkpoints without a language-model head leave out.
         extra_prefix: Beginning that some checkpoints put before every name.
-        head: Name of the output head. Where the Config ties it to the token embedding it may stand in a file, must then
-            equal the embedding, and is not written.
+        heads: Names of the output head. Where the Config ties it to the token embedding it may stand in a file under any
+            of them, must then equal the embedding, and is not written.
         buffers: Endings of the names of constants, which are skipped.
     """
 
     prefix: str = ""
     extra_prefix: str = ""
-    head: str | None = None
+    heads: tuple[str, ...] = ()
     buffers: tuple[str, ...] = ()

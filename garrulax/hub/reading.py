@@ -152,7 +152,7 @@ def match(
     """
     _check_amounts(found, specs, folder)
     more = family(config).tensor_names(config)
-    ties = {more.head: specs["tokens"].name} if config.tied and more.head else {}
+    ties = dict.fromkeys(more.heads, specs["tokens"].name) if config.tied else {}
     wanted = {name: s for s in jax.tree.leaves(specs, is_leaf=spec.is_spec) for name in s.names}
     tensors, unknown, twice = {}, [], []
     for stored, tensor in found.items():

@@ -165,7 +165,7 @@ def tensor_names(c: Config) -> TensorNames:
     """Names in a checkpoint beyond those of the ParamSpec tree."""
     names = chatglm_hf.NAMES[c.dialect]
     buffers = ("rotary_pos_emb.inv_freq", ".rotary_emb.inv_freq")
-    return TensorNames(prefix=names["prefix"], head=names["head"], buffers=buffers)
+    return TensorNames(prefix=names["prefix"], heads=(names["head"],), buffers=buffers)
 
 
 _CHATGLM3 = Config(context=8192, eos=chatglm_hf.CHATGLM3_EOS)

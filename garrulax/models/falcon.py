@@ -243,7 +243,7 @@ def to_hf(c: Config) -> dict[str, Any]:
 def tensor_names(c: Config) -> TensorNames:
     """Names in a checkpoint beyond those of the ParamSpec tree."""
     buffers = (".rotary_emb.inv_freq", ".maybe_rotary.inv_freq")
-    return TensorNames(prefix="transformer.", head="lm_head.weight", buffers=buffers)
+    return TensorNames(prefix="transformer.", heads=("lm_head.weight",), buffers=buffers)
 
 
 #: As published, all with tied embeddings (what 40B and 11B say was not checked against the checkpoints).

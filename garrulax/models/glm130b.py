@@ -279,7 +279,7 @@ def to_hf(c: Config) -> dict[str, Any]:
 
 def tensor_names(c: Config) -> TensorNames:
     """Names in a checkpoint beyond those of the ParamSpec tree."""
-    return TensorNames(prefix="transformer.", head="lm_head.weight", buffers=("rotary_emb.inv_freq",))
+    return TensorNames(prefix="transformer.", heads=("lm_head.weight",), buffers=("rotary_emb.inv_freq",))
 
 
 _FIRST_IDS: dict[str, Any] = {"vocab": 150528, "mask": 150000, "generation_mask": 150001, "sop": 150004, "eop": 150005}

@@ -199,7 +199,7 @@ def to_hf(c: Config) -> dict[str, Any]:
 def tensor_names(c: Config) -> TensorNames:
     """Names in a checkpoint beyond those of the ParamSpec tree."""
     buffers = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", "position_ids")
-    return TensorNames(prefix="transformer.", head="lm_head.weight", buffers=buffers)
+    return TensorNames(prefix="transformer.", heads=("lm_head.weight",), buffers=buffers)
 
 
 #: Layers, width and heads. 13B is 5140 wide in the paper, which 40 heads do not divide; 1.3B has 24 heads there, which

@@ -195,7 +195,7 @@ def to_hf(c: Config) -> dict[str, Any]:
 
 def tensor_names(c: Config) -> TensorNames:
     """Names in a checkpoint beyond those of the ParamSpec tree."""
-    return TensorNames(prefix="model.", head="lm_head.weight", buffers=(".rotary_emb.inv_freq",))
+    return TensorNames(prefix="model.", heads=("lm_head.weight",), buffers=(".rotary_emb.inv_freq",))
 
 
 _LLAMA2 = Config(context=4096, norm_eps=1e-5)

@@ -15,7 +15,7 @@ from garrulax.models import llama
 from garrulax.models.contract import register
 
 REQUIRED = {name: getattr(llama, name) for name in (
-    "Config", "PRESETS", "DIALECTS", "parameters", "hidden", "norm", "from_hf", "to_hf", "tensor_names",
+    "Config", "PRESETS", "DIALECTS", "parameters", "hidden", "from_hf", "to_hf", "tensor_names",
 )}  # fmt: skip
 
 
@@ -57,7 +57,7 @@ class Small:
     [
         (dict, "family new must be a dataclass\\(frozen=True\\)"),
         (Changeable, "family new must be a dataclass\\(frozen=True\\)"),
-        (Small, "Config of the family new lacks max_length, kv_heads, head_dim, tied: see ModelConfig"),
+        (Small, "Config of the family new lacks max_length, kv_heads, head_dim, norm_eps, tied: see ModelConfig"),
     ],
 )
 def test_a_config_that_lacks_something_is_refused(config, message):

@@ -50,6 +50,10 @@ class ModelConfig(Protocol):
         """C: width of a head."""
 
     @property
+    def norm_eps(self) -> float:
+        """Epsilon of the norms."""
+
+    @property
     def tied(self) -> bool:
         """Whether the token embedding is the output head too."""
 
@@ -128,6 +132,12 @@ def _checks(kind: Any) -> tuple[tuple[str, Check], ...]:
     hints = get_type_hints(kind, include_extras=True)
     found = ((name, extra) for name, hint in hints.items() for extra in getattr(hint, "__metadata__", ()))
     return tuple((name, extra) for name, extra in found if isinstance(extra, Check))
+
+
+#: For Configs without a field of that name: `head_dim = fields.width_over_heads`.
+width_over_heads = property(lambda config: config.width // config.heads, doc="C: width of a head.")
+heads_as_kv_heads = property(lambda config: config.heads, doc="K: as many key/value heads as query heads.")
+context_as_max_length = property(lambda config: config.context, doc="Tokens that a text may have: the context.")
 
 
 def fill_head_dim(config: Any) -> None:

@@ -153,8 +153,8 @@ class TensorNames:
     Attributes:
         prefix: Beginning of every name, which checkpoints without a language-model head leave out.
         extra_prefix: Beginning that some checkpoints put before every name.
-        heads: Names of the output head. Where the Config ties it to the token embedding it may stand in a file under any
-            of them, must then equal the embedding, and is not written.
+        heads: Names of the output head. Where the Config ties it to the token embedding, a file may have it under any
+            of them; it must equal the embedding, and is not written.
         buffers: Endings of the names of constants, which are skipped.
     """
 

@@ -92,9 +92,26 @@ class Rope:
             if any(not isinstance(x, int | float) or not 0 < x < math.inf for x in getattr(self, name)):
                 raise ValueError(f"RoPE {name} must be numbers above 0: {getattr(self, name)}")
 
-    def max_length(self, context: int) -> int:
-        """Tokens that a text may have: the original context (by default `context`) times the factor, or `context`."""
-        return max(context, int((self.original_context or context) * self.factor))
+
+#: For Configs with a field `rope`: `max_length = rope_max_length`.
+rope_max_length = property(
+    lambda config: max(config.context, int((config.rope.original_context or config.context) * config.rope.factor)),
+    doc="Tokens that a text may have: the context, or the original context times the factor of the rotary positions.",
+)
+#: For Configs with a field `rotary`, the share of a head's entries that are rotated: `rotary_width = rotated_entries`.
+rotated_entries = property(
+    lambda config: int(config.head_dim * config.rotary), doc="Entries of a head that are rotated."
+)
+
+
+def check_rotary(config: Any) -> None:
+    """Checks that a Config rotates an even number of entries of each head.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if config.rotary > 1 or config.rotary_width % 2 or not config.rotary_width:
+        raise ValueError(f"rotary={config.rotary} must turn an even part of head_dim {config.head_dim}")
 
 
 def frequencies(rope: Rope, width: int, length: jax.Array | None = None) -> np.ndarray | jax.Array:

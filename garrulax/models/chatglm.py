@@ -22,10 +22,10 @@ from garrulax.layers.cache import Cache
 from garrulax.layers.call import Call
 from garrulax.layers.dropout import dropout, split
 from garrulax.layers.mlp import check_activation, gated_mlp, linear
-from garrulax.layers.norms import rms_norm
-from garrulax.layers.rope import Rope
+from garrulax.layers.rope import Rope, check_rotary, rope_max_length, rotated_entries
 from garrulax.layers.stack import scan_layers
 from garrulax.models import chatglm_hf
+from garrulax.models.contract import norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,24 +59,16 @@ class Config:
     pad: OptionalTokenId = 0
     dialect: str = "chatglm"  # format of checkpoints: of the remote code, or transformers' "glm" and "glm4"
 
+    max_length = rope_max_length
+    rotary_width = rotated_entries
+
     def __post_init__(self):
         fields.check_fields(self)
         fields.fill_head_dim(self)
         fields.check_groups(self.heads, self.kv_heads)
         check_activation(self.activation)
-        if self.rotary > 1 or self.rotary_width % 2 or not self.rotary_width:
-            raise ValueError(f"rotary={self.rotary} must turn an even part of head_dim {self.head_dim}")
+        check_rotary(self)
         chatglm_hf.check_dialect(self)
-
-    @property
-    def max_length(self) -> int:
-        """Tokens that a text may have: the context, or more where the rotary positions are stretched."""
-        return self.rope.max_length(self.context)
-
-    @property
-    def rotary_width(self) -> int:
-        """Entries of a head that are rotated."""
-        return int(self.head_dim * self.rotary)
 
 
 def parameters(c: Config) -> Tree:
@@ -138,11 +130,6 @@ def hidden(params: Tree, call: Call, c: Config) -> tuple[jax.Array, Cache | None
         return (normed if c.residual_after_norm else x) + dropout(y, c.residual_dropout, key)
 
     return scan_layers(block, x, params["blocks"], call, call.key)
-
-
-def norm(x: jax.Array, p: Tree, c: Config) -> jax.Array:
-    """RMSNorm."""
-    return rms_norm(x, **p, eps=c.norm_eps)
 
 
 DIALECTS = chatglm_hf.DIALECTS

@@ -4,14 +4,13 @@
     PRESETS         name of a published model -> Config
     parameters      Config -> ParamSpec tree with the parts `tokens`, `blocks`, usually `norm`, and `head` unless tied
     hidden          (params, call, Config) -> (hidden states before the last norm, cache)
-    norm            (x, parameters of a norm, Config) -> x; `models.forward` applies it to `params["norm"]` at the end
     DIALECTS        formats of config.json that the family reads (`core.hf.HFConfig`)
     from_hf, to_hf  parsed config.json -> Config, and back
     tensor_names    Config -> names of tensors in a checkpoint that do not follow from the ParamSpec tree
 
 A file may have these too; otherwise the functions of the same name below stand for them:
 
-    logits, blanks, keys_attended, OBJECTIVE, CONTROL_TOKENS
+    norm, logits, blanks, keys_attended, OBJECTIVE, CONTROL_TOKENS
 """
 
 import types
@@ -27,6 +26,7 @@ from garrulax.core.hf import HFConfig, TensorNames
 from garrulax.core.spec import Tree
 from garrulax.layers.cache import Cache
 from garrulax.layers.call import Call
+from garrulax.layers.norms import layer_norm, rms_norm
 
 
 class FamilyFile(Protocol):
@@ -52,9 +52,6 @@ class FamilyFile(Protocol):
     def hidden(self, params: Tree, call: Call, c: Any, /) -> tuple[jax.Array, Cache | None]:
         """Hidden states [B, T, D] before the last norm, and the cache."""
 
-    def norm(self, x: jax.Array, p: Tree, c: Any, /) -> jax.Array:
-        """The family's normalisation of x [B, T, D] with the parameters p."""
-
     def from_hf(self, raw: dict[str, Any], /) -> Any:
         """The Config of a parsed config.json; ValueError for one that the family cannot compute."""
 
@@ -76,6 +73,9 @@ class Family(FamilyFile, Protocol):
     def CONTROL_TOKENS(self) -> Mapping[str, str]:
         """Field of the Config -> the tokenizer's name of the control token whose id it holds."""
 
+    def norm(self, x: jax.Array, p: Tree, c: Any, /) -> jax.Array:
+        """x [B, T, D] normalised with the parameters p; `models.forward` applies it to `params["norm"]` at the end."""
+
     def logits(self, params: Tree, x: jax.Array, c: Any, /) -> jax.Array:
         """Logits [B, T, V] of normalised hidden states x [B, T, D]."""
 
@@ -84,6 +84,11 @@ class Family(FamilyFile, Protocol):
 
     def keys_attended(self, c: Any, layer: int, length: int, /) -> int:
         """Number of keys that a late query of a layer attends to, in a text of `length` tokens."""
+
+
+def norm(x: jax.Array, p: Tree, c: ModelConfig) -> jax.Array:
+    """LayerNorm where the parameters have a bias, RMSNorm where they have a scale alone."""
+    return (layer_norm if "bias" in p else rms_norm)(x, **p, eps=c.norm_eps)
 
 
 def logits(params: Tree, x: jax.Array, c: ModelConfig) -> jax.Array:
@@ -102,13 +107,14 @@ def keys_attended(c: ModelConfig, layer: int, length: int) -> int:
 
 
 DEFAULTS: dict[str, Any] = {
+    "norm": norm,
     "logits": logits,
     "blanks": blanks,
     "keys_attended": keys_attended,
     "OBJECTIVE": "causal",
     "CONTROL_TOKENS": types.MappingProxyType({}),
 }
-_REQUIRED = ("Config", "PRESETS", "DIALECTS", "parameters", "hidden", "norm", "from_hf", "to_hf", "tensor_names")
+_REQUIRED = ("Config", "PRESETS", "DIALECTS", "parameters", "hidden", "from_hf", "to_hf", "tensor_names")
 _CONFIG = tuple(name for name in vars(ModelConfig) if isinstance(vars(ModelConfig)[name], property))
 
 

@@ -27,10 +27,10 @@ from garrulax.layers.cache import Cache
 from garrulax.layers.call import Call
 from garrulax.layers.dropout import dropout, split
 from garrulax.layers.mlp import check_activation, linear, mlp
-from garrulax.layers.norms import layer_norm
-from garrulax.layers.rope import Rope
+from garrulax.layers.rope import Rope, rope_max_length
 from garrulax.layers.rope_hf import rope_from_hf, rope_to_hf
 from garrulax.layers.stack import scan_layers
+from garrulax.models.contract import norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +58,9 @@ class Config:
     bos: OptionalTokenId = 11
     eos: TokenIds = 11
 
+    max_length = rope_max_length
+    head_dim = fields.width_over_heads
+
     def __post_init__(self):
         fields.check_fields(self)
         if self.mlp_width is not None:
@@ -73,16 +76,6 @@ class Config:
             raise ValueError("alibi takes the place of rotary positions: give no rope")
         if not self.alibi and self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} must be even: rotary positions turn pairs")
-
-    @property
-    def max_length(self) -> int:
-        """Tokens that a text may have: the context, or more where the rotary positions are stretched."""
-        return self.rope.max_length(self.context)
-
-    @property
-    def head_dim(self) -> int:
-        """C: width of a head."""
-        return self.width // self.heads
 
 
 def parameters(c: Config) -> Tree:
@@ -139,11 +132,6 @@ def hidden(params: Tree, call: Call, c: Config) -> tuple[jax.Array, Cache | None
         return linear("BTKGC,KGCD->BTD", y, p, "out"), kv
 
     return scan_layers(block, x, params["blocks"], call, call.key)
-
-
-def norm(x: jax.Array, p: Tree, c: Config) -> jax.Array:
-    """LayerNorm."""
-    return layer_norm(x, **p, eps=c.norm_eps)
 
 
 def alibi(mask: Mask, c: Config, dtype: jnp.dtype) -> jax.Array:

@@ -25,8 +25,8 @@ from garrulax.layers.cache import Cache
 from garrulax.layers.call import Call
 from garrulax.layers.dropout import dropout, split
 from garrulax.layers.mlp import linear, mlp, split_heads
-from garrulax.layers.norms import layer_norm
 from garrulax.layers.stack import scan_layers
+from garrulax.models.contract import norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,29 +52,18 @@ class Config:
     sop: TokenId = 30522  # begins an answer
     eop: TokenId = 30523  # ends an answer
 
+    max_length = fields.context_as_max_length
+    head_dim = fields.width_over_heads
+    kv_heads = fields.heads_as_kv_heads
+
     def __post_init__(self):
         fields.check_fields(self)
         fields.check_heads(self.width, self.heads)
 
     @property
-    def max_length(self) -> int:
-        """Tokens that a text may have."""
-        return self.context
-
-    @property
     def tied(self) -> bool:
         """The output head is the token embedding."""
         return True
-
-    @property
-    def head_dim(self) -> int:
-        """C: width of a head."""
-        return self.width // self.heads
-
-    @property
-    def kv_heads(self) -> int:
-        """Heads that the cache keeps."""
-        return self.heads
 
 
 def parameters(c: Config) -> Tree:
@@ -125,11 +114,6 @@ def hidden(params: Tree, call: Call, c: Config) -> tuple[jax.Array, Cache | None
         return linear("BTHC,HCD->BTD", y, p, "out"), kv
 
     return scan_layers(block, x, params["blocks"], call, layers_key)
-
-
-def norm(x: jax.Array, p: Tree, c: Config) -> jax.Array:
-    """LayerNorm."""
-    return layer_norm(x, **p, eps=c.norm_eps)
 
 
 OBJECTIVE = "infill"

@@ -28,9 +28,9 @@ from garrulax.layers.attention import cached_attention
 from garrulax.layers.cache import Cache
 from garrulax.layers.call import Call
 from garrulax.layers.mlp import gated_mlp, linear, mlp
-from garrulax.layers.norms import layer_norm
 from garrulax.layers.rope import Rope
 from garrulax.layers.stack import scan_layers
+from garrulax.models.contract import norm
 
 #: Settings that the code of ChatGLM-6B fixes: its config.json cannot say otherwise.
 _CHATGLM: dict[str, Any] = {
@@ -67,6 +67,10 @@ class Config:
     pad: TokenId = 3
     dialect: str = "chatglm"  # format of checkpoints; or "glm-130b", which is ours: GLM-130B itself has none
 
+    max_length = fields.context_as_max_length
+    head_dim = fields.width_over_heads
+    kv_heads = fields.heads_as_kv_heads
+
     def __post_init__(self):
         fields.check_fields(self)
         fields.check_heads(self.width, self.heads)
@@ -81,21 +85,6 @@ class Config:
                     f"{name}={getattr(self, name)!r}: the code of ChatGLM-6B has {value!r}, whatever its config.json "
                     "says; set dialect='glm-130b'"
                 )
-
-    @property
-    def max_length(self) -> int:
-        """Tokens that a text may have."""
-        return self.context
-
-    @property
-    def head_dim(self) -> int:
-        """C: width of a head."""
-        return self.width // self.heads
-
-    @property
-    def kv_heads(self) -> int:
-        """Heads that the cache keeps."""
-        return self.heads
 
     @property
     def alpha(self) -> float:
@@ -165,11 +154,6 @@ def hidden(params: Tree, call: Call, c: Config) -> tuple[jax.Array, Cache | None
         return linear("BTHC,HCD->BTD", y, p, "out"), kv
 
     return scan_layers(block, x, params["blocks"], call)
-
-
-def norm(x: jax.Array, p: Tree, c: Config) -> jax.Array:
-    """LayerNorm."""
-    return layer_norm(x, **p, eps=c.norm_eps)
 
 
 def _frequencies(c: Config) -> np.ndarray:

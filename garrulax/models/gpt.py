@@ -24,9 +24,9 @@ from garrulax.layers.cache import Cache
 from garrulax.layers.call import Call
 from garrulax.layers.dropout import dropout, split
 from garrulax.layers.mlp import check_activation, linear, mlp, split_heads
-from garrulax.layers.norms import layer_norm
 from garrulax.layers.stack import scan_layers
 from garrulax.models import gpt_hf
+from garrulax.models.contract import norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +56,10 @@ class Config:
     bos: OptionalTokenId = 50256
     eos: TokenIds = 50256
 
+    max_length = fields.context_as_max_length
+    head_dim = fields.width_over_heads
+    kv_heads = fields.heads_as_kv_heads
+
     def __post_init__(self):
         fields.check_fields(self)
         if self.mlp_width is not None:
@@ -76,21 +80,6 @@ class Config:
         if not self.qkv_bias:
             return "gpt_neo"
         return "gpt3" if self.band else "gpt2"
-
-    @property
-    def max_length(self) -> int:
-        """Tokens that a text may have."""
-        return self.context
-
-    @property
-    def head_dim(self) -> int:
-        """C: width of a head."""
-        return self.width // self.heads
-
-    @property
-    def kv_heads(self) -> int:
-        """Heads that the cache keeps."""
-        return self.heads
 
 
 def parameters(c: Config) -> Tree:
@@ -168,11 +157,6 @@ def hidden(params: Tree, call: Call, c: Config) -> tuple[jax.Array, Cache | None
         return masks.within(call.mask, jnp.where(layer % 2 == c.band_parity, c.band, INF), c.band_stride)
 
     return scan_layers(block, x, params["blocks"], call, layers_key)
-
-
-def norm(x: jax.Array, p: Tree, c: Config) -> jax.Array:
-    """LayerNorm."""
-    return layer_norm(x, **p, eps=c.norm_eps)
 
 
 def keys_attended(c: Config, layer: int, length: int) -> int:

@@ -28,11 +28,11 @@ from garrulax.layers.attention import alibi_slopes, cached_attention
 from garrulax.layers.cache import Cache
 from garrulax.layers.call import Call
 from garrulax.layers.mlp import check_activation, gated_mlp, linear
-from garrulax.layers.norms import rms_norm, unit_norm
-from garrulax.layers.rope import Rope
+from garrulax.layers.norms import unit_norm
+from garrulax.layers.rope import Rope, rope_max_length
 from garrulax.layers.stack import scan_layers
-from garrulax.models import llama_hf
-from garrulax.models.contract import logits as usual_logits
+from garrulax.models import contract, llama_hf
+from garrulax.models.contract import norm
 
 HEAD_EPS = 1e-12  # least length by which a row of the head is divided (modeling_baichuan.py, NormHead)
 
@@ -66,6 +66,8 @@ class Config:
     eos: TokenIds = 2
     dialect: str = "llama"  # format of checkpoints: llama, mistral, qwen2 or baichuan
 
+    max_length = rope_max_length
+
     def __post_init__(self):
         fields.check_fields(self)
         fields.fill_head_dim(self)
@@ -84,11 +86,6 @@ class Config:
         if self.normalized_head and self.tied:
             raise ValueError("normalized_head and tied: a normalised head cannot be the token embedding")
         llama_hf.check_dialect(self)
-
-    @property
-    def max_length(self) -> int:
-        """Tokens that a text may have: the context, or more where the rotary positions are stretched."""
-        return self.rope.max_length(self.context)
 
 
 def parameters(c: Config) -> Tree:
@@ -154,16 +151,11 @@ def hidden(params: Tree, call: Call, c: Config) -> tuple[jax.Array, Cache | None
     return scan_layers(block, x, params["blocks"], call, call.key)
 
 
-def norm(x: jax.Array, p: Tree, c: Config) -> jax.Array:
-    """RMSNorm."""
-    return rms_norm(x, **p, eps=c.norm_eps)
-
-
 def logits(params: Tree, x: jax.Array, c: Config) -> jax.Array:
     """Logits [B, T, V] of hidden states [B, T, D]."""
     if c.normalized_head:
         return einsum("BTD,VD->BTV", x, unit_norm(params["head"], HEAD_EPS))
-    return usual_logits(params, x, c)
+    return contract.logits(params, x, c)
 
 
 def fold_head(params: Tree, c: Config) -> tuple[Tree, Config]:

@@ -79,10 +79,12 @@ class Peer:
         """[B, T, V] of tokens [B, T]; options are masks and positions."""
         return self._run(tokens, model, **options).logits.detach().numpy()
 
-    def gradients(self, tokens: Any, model: Any) -> dict[str, np.ndarray]:
-        """Of the mean next-token loss, by parameter."""
+    def put_gradients(self, tokens: Any, model: Any) -> None:
+        """Replaces the parameters of a model by the gradients of its mean next-token loss."""
         self._run(tokens, model, labels=torch.tensor(tokens)).loss.backward()
-        return {name: p.grad.numpy() for name, p in model.named_parameters()}
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(p.grad)
 
     def _run(self, tokens: Any, model: Any, **options: Any) -> Any:
         model = self.model if model is None else model

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from garrulax.core.config import ModelConfig
-from garrulax.models import chatglm, falcon, glm, glm130b, gpt, llama
+from garrulax.models import chatglm, falcon, glm, glm130b, gpt, gpt_neox, llama
 from garrulax.models.contract import Family, register
 
 #: A new family is a word here and one in the import above.
-FAMILIES: tuple[Family, ...] = tuple(register(file) for file in (gpt, glm, glm130b, llama, chatglm, falcon))
+FAMILIES: tuple[Family, ...] = tuple(register(file) for file in (gpt, gpt_neox, glm, glm130b, llama, chatglm, falcon))
 
 
 def family(config: ModelConfig) -> Family:

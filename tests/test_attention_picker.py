@@ -122,7 +122,7 @@ def test_a_pick_that_has_never_run_on_a_device_is_said_once(caplog, monkeypatch)
     arguments = request(*QKV, *(None,) * 7, 0.0, None)
     with caplog.at_level(logging.WARNING, "garrulax"):
         TABLE.pick("pallas_tpu", *arguments)
-        assert not caplog.records  # it was asked for
+        assert not caplog.records  # the caller named it
         for _ in range(3):
             TABLE.pick(None, *arguments)
     (record,) = caplog.records

@@ -34,7 +34,7 @@ def forward(plan: TpuPlan, operands: Operands) -> tuple[jax.Array, jax.Array]:
         "output": jax.ShapeDtypeStruct((B, K, G, T, width), operands.query.dtype),
         "lse": jax.ShapeDtypeStruct((B, K, G, T), jnp.float32),
     }
-    # One number a query is kept in all 128 lanes of its row: then it multiplies a tile without a broadcast.
+    # A number of a query fills all 128 lanes of its row, so that it multiplies a tile without a broadcast across lanes.
     scratch = {
         "top": pltpu.VMEM((rows, LANES), jnp.float32),  # the greatest score so far
         "total": pltpu.VMEM((rows, LANES), jnp.float32),  # the sum of exp2(score - top) so far

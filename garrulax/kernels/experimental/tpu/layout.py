@@ -21,9 +21,11 @@ from garrulax.kernels.experimental.tpu.schedule import block_schedule, column, r
 
 LANES = 128  # a vector register has 8 sublanes x 128 lanes of 32 bits
 SUBLANES = 8
-STRIP = 256
-GROUP_ROWS = 1024  # rows of the query matrix of a group: enough to keep the matrix unit busy
-VMEM = 56 << 20  # bytes of vector memory that a kernel may use; the chip with the least has 64 MiB a core
+STRIP = 256  # queries that are masked together, at most
+GROUP_ROWS = 1024  # rows of the query matrix of a group, at most: enough to keep the matrix unit busy
+# Bytes of vector memory that a kernel may use: two buffers for the block of each array, the scratch (in the backward
+# kernel mostly the gradients of keys and values, see `TpuAttention.span_bytes`), and the temporaries of the compiler.
+VMEM = 56 << 20  # the chip with the least has 64 MiB a core
 
 Named = dict[str, Any]  # arrays, their shapes, their block specs or, inside a kernel, references to them, by name
 

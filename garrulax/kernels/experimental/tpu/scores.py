@@ -95,8 +95,10 @@ def alibi_offset(scalars: Named, block: BlockIndex, head: Any, query: Streams) -
 
 
 def step_bias(scalars: Named, block: BlockIndex, head: Any, query: Streams, key: Streams, buffer: Any) -> jax.Array:
-    """T5's bias of a tile. The loop runs over the steps that occur in the block; in most blocks that is one step, and
-    the loop does not run."""
+    """T5's bias of a tile.
+
+    The loop goes from the least step of the block to the greatest. In most blocks these are equal: it does not run.
+    """
     low, high = step_range(scalars, block)
     buffer[...] = jnp.full(buffer.shape, scalars["steps"][low, head])
 

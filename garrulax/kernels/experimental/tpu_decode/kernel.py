@@ -62,7 +62,7 @@ class DecodeCarry(NamedTuple):
 def call_kernel(
     plan: TpuDecodePlan, options: Options, streams: Streams, steps: DecodeSteps, c: Cached
 ) -> tuple[jax.Array, jax.Array]:
-    """Output and lse, as of `decode.Implementation`.
+    """Output and lse; see `decode.Implementation`.
 
     Args:
         plan: of the call.

@@ -116,6 +116,20 @@ def test_what_refuses_is_passed_over_and_said_once(caplog, monkeypatch):
         attention(*QKV, implementation="first")
 
 
+def test_a_pick_that_has_never_run_on_a_device_is_said_once(caplog, monkeypatch):
+    monkeypatch.setitem(PICKED, "cpu", ("pallas_tpu", "xla"))
+    picking._log_experimental.cache_clear()
+    arguments = request(*QKV, *(None,) * 7, 0.0, None)
+    with caplog.at_level(logging.WARNING, "garrulax"):
+        TABLE.pick("pallas_tpu", *arguments)
+        assert not caplog.records  # the caller named it
+        for _ in range(3):
+            TABLE.pick(None, *arguments)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("attention: picked pallas_tpu, which has never run on a device")
+    assert 'implementation="xla"' in record.getMessage()
+
+
 def test_kernels_are_not_left_to_the_partitioner():
     """In Auto mode: the chunked implementation is, a kernel says why not."""
     mesh = jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Auto,))

@@ -10,15 +10,15 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from garrulax.kernels.attention import attention
-from garrulax.kernels.decode import FEW, decode, request, work
-from garrulax.kernels.decode.tpu import Kernel
+from garrulax.kernels.decode import FEW, decode, request
 from garrulax.kernels.decode.xla import Gathered
+from garrulax.kernels.experimental.tpu_decode import TpuDecode, step_list
 from garrulax.kernels.mask import INF, PAD_KEY, SAME_SEGMENT, Band, KRange, Mask
 from garrulax.kernels.parts import merge
 from garrulax.kernels.relative import t5
 
 B, H, K, C, CV = 2, 6, 3, 16, 24
-SMALL = Kernel(step_bytes=1, interpret=True)  # 128 slots a step
+SMALL = TpuDecode(step_bytes=1, interpret=True)  # 128 slots a step
 KERNELS = {
     "xla": Gathered(),
     "tpu": SMALL,
@@ -287,21 +287,21 @@ def test_what_is_not_seen_is_not_read(page):
 def steps(kernel, query, key, value, mask, lengths, table=None):
     options, cached = request(query, key, value, mask, table, lengths, *(None,) * 7)
     plan = kernel.plan(cached)
-    return int(jax.jit(lambda x: kernel.steps(plan, *work.in_order(options, x, plan.size), x).most)(cached))
+    return int(jax.jit(lambda x: kernel.steps(plan, *step_list.ordered_streams(options, x, plan.size), x).most)(cached))
 
 
 def test_work_is_dealt_evenly():
     r = np.random.default_rng(0)
     some = jnp.asarray(r.random((5, 40)) < 0.4)
-    listed = jax.jit(work.listed, static_argnums=2)
+    listed = jax.jit(step_list.decode_steps, static_argnums=2)
     whole = listed(some, some, 1)
     assert int(whole.most) == int(some.sum())
     parts = listed(some, some, 4)
     assert (np.asarray(parts.shared).sum(axis=0) == np.asarray(some.sum(axis=1))).all()
     assert np.ptp(np.asarray(parts.shared), axis=0).max() <= 1
     words = np.asarray(parts.words).reshape(4, -1)
-    live = [w[(w & work.IDLE) == 0] for w in words]
-    seen = sorted((int(work.row_of(x)), int(work.column_of(x))) for w in live for x in w)
+    live = [w[(w & step_list.IDLE) == 0] for w in words]
+    seen = sorted((int(step_list.row_of(x)), int(step_list.column_of(x))) for w in live for x in w)
     assert seen == [tuple(x) for x in np.argwhere(np.asarray(some))]
 
 

@@ -17,11 +17,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from garrulax.kernels.attention import TABLE, attention, request
 from garrulax.kernels.call import Options
+from garrulax.kernels.experimental.tpu import TpuAttention, forward, schedule
 from garrulax.kernels.mask import Mask
-from garrulax.kernels.tpu import Kernel, forward, schedule
 from garrulax.kernels.xla import Chunked
 
-SMALL = Kernel(block_q=128, block_k=128, interpret=True)
+SMALL = TpuAttention(block_q=128, block_k=128, interpret=True)
 BOUND = 5e-6
 
 
@@ -66,9 +66,9 @@ def test_more_keys_than_queries(case):
 @pytest.mark.parametrize(
     "kernel",
     [
-        Kernel(block_q=256, block_k=256, chunk=128, interpret=True),
-        Kernel(block_q=512, block_k=128, interpret=True),
-        pytest.param(Kernel(interpret=True), marks=pytest.mark.slow),
+        TpuAttention(block_q=256, block_k=256, chunk=128, interpret=True),
+        TpuAttention(block_q=512, block_k=128, interpret=True),
+        pytest.param(TpuAttention(interpret=True), marks=pytest.mark.slow),
     ],
     ids=["chunks", "strips", "default"],
 )
@@ -144,7 +144,7 @@ def test_schedule():
     some = r.random((3, 5, 7)) < 0.3
     some[1] = False
     every = some & (r.random(some.shape) < 0.5)
-    words, batch, count = jax.jit(schedule.schedule)(some, every)
+    words, batch, count = jax.jit(schedule.block_schedule)(some, every)
     got = [
         (int(b), int(schedule.row(w)), int(schedule.column(w)), int(w) & 31)
         for w, b in zip(words[: int(count)], batch, strict=False)
@@ -154,9 +154,9 @@ def test_schedule():
         for row in range(5):
             columns = np.flatnonzero(some[b, row]).tolist() or [0]
             for i, column in enumerate(columns):
-                opens = schedule.OPENS * (row == 0 and i == 0)
-                closes = schedule.CLOSES * (row == 4 and i == len(columns) - 1)
-                ends = schedule.FIRST * (i == 0) + schedule.LAST * (i == len(columns) - 1)
+                opens = schedule.FIRST_OF_BATCH * (row == 0 and i == 0)
+                closes = schedule.LAST_OF_BATCH * (row == 4 and i == len(columns) - 1)
+                ends = schedule.FIRST_OF_ROW * (i == 0) + schedule.LAST_OF_ROW * (i == len(columns) - 1)
                 partial = schedule.PARTIAL * (not every[b, row, column])
                 expected.append((b, row, column, opens + closes + ends + partial))
     assert got == expected
@@ -172,7 +172,7 @@ def test_refusals():
     kernel, options = TABLE.implementation("pallas_tpu"), Options(Mask({}).rule, 1.0)
     assert kernel.refusal(options, abstract(1 << 17, B=2)) is None
     assert "blocks are more than its list holds" in kernel.refusal(options, abstract(1 << 17, B=3))
-    assert "4097" in Kernel(block_q=128, block_k=128).refusal(options, abstract(4097 * 128, 128))
+    assert "4097" in TpuAttention(block_q=128, block_k=128).refusal(options, abstract(4097 * 128, 128))
     with jax.enable_x64(True):
         assert "float64" in kernel.refusal(options, abstract(128, dtype=jnp.float64))
         x = jax.ShapeDtypeStruct((1, 128, 2, 128), jnp.float64)
@@ -183,7 +183,7 @@ def test_refusals():
 @pytest.mark.parametrize("G", [1, 2, 4, 8, 16, 71])
 @pytest.mark.parametrize("T", [1, 129, 4096])
 def test_default_blocks_are_whole(T, G):
-    block_q, block_k = Kernel().blocks(abstract(T, H=G))
+    block_q, block_k = TpuAttention().blocks(abstract(T, H=G))
     assert block_q % 128 == block_k % 128 == 0
     assert block_q <= max(128, 2 * T)
 
@@ -247,6 +247,6 @@ def test_control_a_race_is_found(states, monkeypatch):
 
 def test_control_fresh_memory_is_found(states, monkeypatch):
     """A row that starts from what is in its memory."""
-    monkeypatch.setattr(forward, "FIRST", 0)
+    monkeypatch.setattr(forward, "FIRST_OF_ROW", 0)
     with pytest.raises(AssertionError):
         cases.assert_agrees(checked(), cases.causal(128), (128, 128, 1, 1, 16), bound=BOUND)

@@ -14,7 +14,7 @@ from garrulax.kernels.relative import Relative
 from garrulax.kernels.sharded import Sharded
 
 IMPLEMENTATIONS = {
-    "pallas_tpu": "garrulax.kernels.tpu:Kernel",
+    "pallas_tpu": "garrulax.kernels.experimental.tpu:TpuAttention",
     "pallas_gpu": "garrulax.kernels.gpu:Kernel",
     "cudnn": "garrulax.kernels.cudnn:Cudnn",
     "xla": "garrulax.kernels.xla:Chunked",

@@ -42,6 +42,8 @@ class Table:
             chosen = self.around(self.implementation(candidate))
             reason = chosen.refusal(*request)
             if reason is None:
+                if ".experimental." in self.names[candidate]:
+                    _log_experimental(self.what, candidate)
                 return chosen
             _passed_over(self.what, candidate, reason)
         raise RuntimeError(f"no implementation of {self.what} computes this request")
@@ -106,3 +108,8 @@ def generation(device: Any) -> str:
 @functools.cache
 def _passed_over(what: str, name: str, reason: str) -> None:
     _log.warning("%s: not %s, because %s", what, name, reason)
+
+
+@functools.cache
+def _log_experimental(what: str, name: str) -> None:
+    _log.warning('%s: picked %s, which has never run on a device; implementation="xla" avoids it', what, name)

@@ -49,7 +49,7 @@ def program(case, place):
     import jax.numpy as jnp
 
     from garrulax.kernels.decode import decode
-    from garrulax.kernels.decode.tpu import Kernel
+    from garrulax.kernels.experimental.tpu_decode import TpuDecode
     from garrulax.kernels.mask import CAUSAL, SAME_SEGMENT, Bits, Mask
 
     of = {**USUAL, **CASES[case]}
@@ -77,7 +77,7 @@ def program(case, place):
         arguments["key_scales"] = arguments["value_scales"] = place((rows, K, slots), "float32")
     if of.get("alibi"):
         arguments["alibi"] = place((H,), "float32")
-    kernel = Kernel(splits=of["splits"])
+    kernel = TpuDecode(splits=of["splits"])
 
     def run(arguments):
         return decode(**arguments, softcap=of.get("softcap"), implementation=kernel)

@@ -18,7 +18,7 @@ from garrulax.kernels.relative import Relative
 
 IMPLEMENTATIONS = {
     "xla": "garrulax.kernels.decode.xla:Gathered",
-    "pallas_tpu": "garrulax.kernels.decode.tpu:Kernel",
+    "pallas_tpu": "garrulax.kernels.experimental.tpu_decode:TpuDecode",
     "pallas_gpu": "garrulax.kernels.decode.gpu:Kernel",
 }
 PICKED = {  # the best first; the last computes everything

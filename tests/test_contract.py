@@ -1,6 +1,8 @@
 """A family file that lacks something, and arguments of the forward pass that do not fit, are refused by name."""
 
 import dataclasses
+import pathlib
+import re
 import types
 
 import jax
@@ -9,6 +11,7 @@ import pytest
 from registry import FAMILIES
 
 import garrulax as gx
+from garrulax import models
 from garrulax.core.einsum import einsum
 from garrulax.core.spec import Declare, normal
 from garrulax.models import llama
@@ -126,3 +129,13 @@ def test_axes_and_roles_follow_from_the_declaration():
     ]
     assert declare.linear("out", "o", "D (H C) -> H C D")["out"].inputs == 2
     assert declare.embedding("e").role == "embedding"
+
+
+def test_a_family_file_imports_no_other_family():
+    """Layers between packages, and circles, are the import linter's to check (`make lint`)."""
+    names = {family.__name__ for family in models.FAMILIES}
+    folder = pathlib.Path(models.__file__).parent
+    for name in names:
+        for file in folder.glob(f"{name}*.py"):
+            imported = set(re.findall(r"garrulax\.models(?:\.| import )(\w+)", file.read_text()))
+            assert not imported & (names - {name}), file

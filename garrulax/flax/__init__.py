@@ -1,4 +1,4 @@
-"""Layer 4: any configuration as a Flax module, for programs that are built of such modules. Nothing else imports it.
+"""Layer 4: any configuration as a Flax module, for programs built of such modules. No other package imports it.
 
     from garrulax.flax import linen_module, nnx_module, params_of
 

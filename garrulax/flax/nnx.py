@@ -75,10 +75,10 @@ def nnx_module(
       >>> import jax, garrulax as gx
       >>> from flax import nnx
       >>> from garrulax.flax import nnx_module
-      >>> model = nnx_module(gx.preset("gpt2-tiny", layers=1, width=32, heads=2), rngs=nnx.Rngs(0))
+      >>> model = nnx_module(gx.preset("gpt2-tiny", layers=1, width=32, heads=2, vocab=257), rngs=nnx.Rngs(0))
       >>> logits, _ = model(jax.numpy.array([[5, 17, 3]]))
       >>> logits.shape, model.tokens.shape
-      ((1, 3, 4096), (4096, 32))
+      ((1, 3, 257), (257, 32))
     """
     family = models.family(config)
     if rngs is not None and params is None:
@@ -97,7 +97,7 @@ def params_of(module: nnx.Module) -> spec.Tree:
     Example:
       >>> import jax, garrulax as gx
       >>> from garrulax.flax import nnx_module, params_of
-      >>> config = gx.preset("gpt2-tiny", layers=1, width=32, heads=2)
+      >>> config = gx.preset("gpt2-tiny", layers=1, width=32, heads=2, vocab=257)
       >>> params = gx.init(config, jax.random.key(0))
       >>> params_of(nnx_module(config, params=params))["tokens"] is params["tokens"]
       True

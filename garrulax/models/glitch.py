@@ -130,12 +130,12 @@ def glitch_tokens(model: ModelLike, *, top: int | None = None, side: str | None 
 
     Example:
       >>> import jax, garrulax as gx
-      >>> config = gx.preset("gpt2-tiny", layers=1, width=32, heads=2, vocab=500)
+      >>> config = gx.preset("gpt2-tiny", layers=1, width=32, heads=2, vocab=257, eos=None)
       >>> params = gx.init(config, jax.random.key(0))
       >>> params["tokens"] = params["tokens"].at[7:9].set(0.0)
       >>> found = gx.glitch_tokens((params, config))
       >>> [token.id for token in found.tokens], found.count, found.vocab
-      ([7, 8], 2, 500)
+      ([7, 8], 2, 257)
     """
     params, config, tokenizer = unpack_model(model)
     tables = {name: params[table] for name, table in SIDES.items() if table in params}

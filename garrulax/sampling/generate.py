@@ -75,7 +75,7 @@ def generate(
 
     Example:
       >>> import jax, garrulax as gx
-      >>> config = gx.preset("gpt2-tiny", layers=1, width=32, heads=2, eos=None)
+      >>> config = gx.preset("gpt2-tiny", layers=1, width=32, heads=2, vocab=257, eos=None)
       >>> params = gx.unstack(gx.init(config, jax.random.key(0)))
       >>> short, long = gx.generate((params, config), [[5, 17, 3], [9]], max_new_tokens=[2, 4], temperature=0)
       >>> len(short.tokens), len(long.tokens), long.finish_reason

@@ -32,7 +32,7 @@ class Completion:
 
     Example:
       >>> import jax, garrulax as gx
-      >>> config = gx.preset("gpt2-tiny", layers=1, width=32, heads=2, eos=None)
+      >>> config = gx.preset("gpt2-tiny", layers=1, width=32, heads=2, vocab=257, eos=None)
       >>> completion = gx.generate((gx.init(config, jax.random.key(0)), config), [5, 17, 3], max_new_tokens=2)
       >>> isinstance(completion, gx.Completion), len(completion.tokens), len(completion.logprobs)
       (True, 2, 2)

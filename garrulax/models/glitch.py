@@ -1,10 +1,9 @@
 """Glitch tokens: tokens of the vocabulary that training never or hardly saw, found from the embeddings alone.
 
-Training leaves the row of such a token where it began, or moves all such rows alike. In an input table with no other
-use they do not move (weight decay shrinks them). In an output table they drift in one common direction, which lowers
-the logits of all tokens that never occur. So the untrained rows lie together, spread only by their initial noise, and
-the trained rows lie elsewhere. The score of a row is its distance from the centre of the untrained rows; a low score is
-suspect.
+Training leaves the row of such a token where it began, or moves all such rows alike. In an untied input table they do
+not move (weight decay shrinks them). In an output table they drift in one common direction, which lowers the logits of
+all tokens that never occur. So the untrained rows lie together, spread only by their initial noise, and the trained
+rows lie elsewhere. The score of a row is its distance from the centre of the untrained rows; a low score is suspect.
 
 Sources: Rumbelow & Watkins 2023, "SolidGoldMagikarp" (tokens nearest to the centroid of all embeddings); Land &
 Bartolo 2024 (arXiv 2405.05417), section 2.2 (distance from the mean of unused rows; the common direction of the output
@@ -39,7 +38,7 @@ _MAX_MAJORITY_STD = 1.25
 #: three more parameters); twice as much is asked for because the best of many cuts is taken.
 _MIN_GAIN = 3.0
 
-#: Limit of the moves of the centre to the mean of the near group (`_find_untrained`). It usually rests after a few.
+#: Greatest number of moves of the centre to the mean of the near group (`_find_untrained`). It mostly takes a few.
 _MAX_MOVES = 10
 #: Number of rows whose mean is the last start of the search: so few that they belong to one group (`_starts`).
 _FARTHEST = 3

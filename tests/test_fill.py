@@ -13,8 +13,8 @@ import tiny
 import garrulax as gx
 from garrulax import models, sampling
 from garrulax.kernels.masks import prefix
-from garrulax.sampling.blanks import answer, part_a
-from garrulax.sampling.requests import assemble, spread
+from garrulax.sampling.blanks import answer_prompt, part_a
+from garrulax.sampling.requests import assemble, knobs_per_prompt
 
 GREEDY = {"temperature": 0}
 
@@ -67,16 +67,16 @@ def test_prefill_and_cached_steps_give_the_originals_logits():
     split = int(z["gen_sep"][0])
     ids = z["gen_ids"][0].tolist()
     place = ids.index(config.mask)
-    knobs = spread(1, max_new_tokens=8, temperature=0, top_k=0, top_p=1.0, seed=0)
-    text = answer(ids[:split], place, 8, config, "text")
+    knobs = knobs_per_prompt(1, max_new_tokens=8, temperature=0, top_k=0, top_p=1.0, seed=0)
+    text = answer_prompt(ids[:split], place, 8, config, "text")
     assert (text.token, list(text.position)) == (ids[split], z["gen_pos"][0, :, split].tolist())
-    state = sampling.init(params, assemble([text], knobs, config), config, sampling.STANDARD, 8, 8)
+    state = sampling.prefill(params, assemble([text], knobs, config), config, sampling.DEFAULT, 8, 8)
     cache = state.cache
     for t in range(split, len(ids)):
         positions = jnp.asarray(z["gen_pos"][:, :, t : t + 1], jnp.int32)
         logits, cache = models.forward(params, jnp.array([[ids[t]]]), config, positions=positions, cache=cache)
         assert oracle.relative_error(logits[:, 0], z["gen_logits"][:, t]) < 2e-5
-    first = sampling.step(params, state, config)
+    first = sampling.decode_step(params, state, config)
     assert int(first.tokens[0, 0]) == z["gen_logits"][0, split].argmax()
 
 
@@ -135,9 +135,9 @@ def test_how_a_text_becomes_part_a(glm):
     part = part_a(TEXT, config, glm.tokenizer, "text")
     ids = [config.cls, *b"The capital of", config.mask, *b" lies on", config.mask, *b". It is", config.sentence_mask]
     assert part.ids == [*ids, config.eos]
-    assert [part.ids[i] for i in part.places] == [config.mask, config.mask, config.sentence_mask]
+    assert [part.ids[i] for i in part.mask_indices] == [config.mask, config.mask, config.sentence_mask]
     assert part.literals == ["The capital of", " lies on", ". It is", ""]
-    assert part.spaced == [True, True, False]
+    assert part.space_before == [True, True, False]
     assert part_a("So [gMASK]", config, glm.tokenizer, "text").ids == [config.cls, *b"So", config.generation_mask]
     plain = dataclasses.replace(config, sentence_mask=None, generation_mask=None)
     assert part_a("a[sMASK]b", plain, glm.tokenizer, "text").ids == [config.cls, 97, config.mask, 98, config.eos]

@@ -13,7 +13,7 @@ import tiny
 import garrulax as gx
 from garrulax import models, sampling
 from garrulax.sampling import transforms
-from garrulax.sampling.requests import assemble, bucket, continuation, spread
+from garrulax.sampling.requests import assemble, bucket, causal_prompt, knobs_per_prompt
 from garrulax.sampling.writing import Writer
 
 FAMILIES = ["gpt", "glm", "llama"]
@@ -110,24 +110,24 @@ def test_steps_from_python_give_the_same_tokens():
     config = tiny.CONFIGS["gpt"]
     stacked = tiny.params(config)
     params = models.unstack(stacked)
-    knobs = spread(2, max_new_tokens=9, temperature=[0, 1.0], top_k=0, top_p=1.0, seed=3)
-    requests = assemble([continuation(p, 9, config, "") for p in PROMPTS[:2]], knobs, config)
+    knobs = knobs_per_prompt(2, max_new_tokens=9, temperature=[0, 1.0], top_k=0, top_p=1.0, seed=3)
+    requests = assemble([causal_prompt(p, 9, config, "") for p in PROMPTS[:2]], knobs, config)
 
     def begin():
-        return sampling.init(params, requests, config, sampling.STANDARD, 16, 16)
+        return sampling.prefill(params, requests, config, sampling.DEFAULT, 16, 16)
 
-    at_once = sampling.run(params, begin(), 9, config).tokens[:, :9]
+    at_once = sampling.decode_steps(params, begin(), 9, config).tokens[:, :9]
     state, chunked = begin(), begin()
-    step = jax.jit(lambda state: sampling.step(params, state, config))
+    step = jax.jit(lambda state: sampling.decode_step(params, state, config))
     for _ in range(9):
         state = step(state)
     while not bool(chunked.done.all()):
-        chunked = sampling.run(params, chunked, 4, config)
+        chunked = sampling.decode_steps(params, chunked, 4, config)
     np.testing.assert_array_equal(state.tokens[:, :9], at_once)
     np.testing.assert_array_equal(chunked.tokens[:, :9], at_once)
     assert int(chunked.column) == 9
-    state = sampling.init(stacked, requests, config, sampling.STANDARD, 16, 16)
-    np.testing.assert_array_equal(sampling.run(stacked, state, 9, config).tokens[:, :9], at_once)
+    state = sampling.prefill(stacked, requests, config, sampling.DEFAULT, 16, 16)
+    np.testing.assert_array_equal(sampling.decode_steps(stacked, state, 9, config).tokens[:, :9], at_once)
 
 
 def test_one_executable_for_all_knobs():
@@ -136,9 +136,9 @@ def test_one_executable_for_all_knobs():
 
     def count(logits, state):
         traces.append(None)
-        return transforms.STANDARD.update(logits, state)
+        return transforms.DEFAULT.update(logits, state)
 
-    counting = sampling.Transform(transforms.STANDARD.init, count)
+    counting = sampling.Transform(transforms.DEFAULT.init, count)
     for temperature, top_k, top_p, seed, new in [
         (0, 0, 1, 0, 16),
         (1, 0, 1, 1, 9),
@@ -152,16 +152,31 @@ def test_one_executable_for_all_knobs():
     assert len(traces) == 2  # three rows, and the lone one of the stream
 
 
+def test_equal_chains_compile_once():
+    config = tiny.CONFIGS["gpt"]
+    model, traces = (models.unstack(tiny.params(config)), config), []
+
+    def count(logits, state):
+        traces.append(None)
+        return logits, state
+
+    counting = sampling.Transform(lambda knobs: (), count)
+    for heat in (0.5, 1.5):
+        chain = sampling.chain(counting, sampling.temperature(), sampling.top_k(), sampling.top_p())
+        gx.generate(model, PROMPTS[0], transform=chain, temperature=heat, max_new_tokens=3)
+    assert len(traces) == 1
+
+
 @pytest.mark.parametrize("rows", [1, 4])
 def test_the_cache_is_updated_in_place(rows):
     """A run needs no room of the cache's size, and gives the cache back where it was."""
     config = dataclasses.replace(tiny.CONFIGS["llama"], width=256, head_dim=64, heads=4, kv_heads=2)
     params = models.unstack(tiny.params(config))
-    knobs = spread(rows, max_new_tokens=10, temperature=0, top_k=0, top_p=1.0, seed=0)
-    requests = assemble([continuation([1, 2, 3], 10, config, "")] * rows, knobs, config)
-    state = jax.eval_shape(lambda: sampling.init(params, requests, config, sampling.STANDARD, 16, 4096))
+    knobs = knobs_per_prompt(rows, max_new_tokens=10, temperature=0, top_k=0, top_p=1.0, seed=0)
+    requests = assemble([causal_prompt([1, 2, 3], 10, config, "")] * rows, knobs, config)
+    state = jax.eval_shape(lambda: sampling.prefill(params, requests, config, sampling.DEFAULT, 16, 4096))
     kept = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.cache))
-    memory = sampling.run.lower(params, state, 1, config).compile().memory_analysis()
+    memory = sampling.decode_steps.lower(params, state, 1, config).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= kept
     # A layer's scores and the mask take a few numbers a slot; its keys alone would take 128, a quarter of the cache.
     assert memory.temp_size_in_bytes < kept / 16

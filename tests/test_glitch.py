@@ -14,6 +14,7 @@ import tiny
 import garrulax as gx
 from garrulax import models
 from garrulax.cli import main
+from garrulax.cli.glitch import plot
 from garrulax.core import sharding
 from garrulax.hub.tokenizers import ByteTokenizer
 from garrulax.models import glitch
@@ -247,7 +248,7 @@ def test_sharded_parameters_give_the_same():
 def test_a_pass_makes_nothing_of_the_tables_size():
     table = jax.ShapeDtypeStruct((50_000, 1024), jnp.bfloat16)
     row, rows = jax.ShapeDtypeStruct((1024,), jnp.float32), jax.ShapeDtypeStruct((50_000,), bool)
-    for compute, argument in ((glitch._distances, row), (glitch._reach, row), (glitch._mean, rows)):
+    for compute, argument in ((glitch._distances, row), (glitch._projections, row), (glitch._mean, rows)):
         memory = compute.lower(table, argument).compile().memory_analysis()
         assert memory.temp_size_in_bytes + memory.output_size_in_bytes <= 2 * 4 * (50_000 + 1024)
 
@@ -271,7 +272,7 @@ def test_the_plot_shows_what_is_flagged(tmp_path):
 
     def red(params):
         config = TRAINED["untied"]
-        glitch.plot(gx.glitch_tokens((params, config)), tmp_path / "glitch.png", "tiny")
+        plot(gx.glitch_tokens((params, config)), tmp_path / "glitch.png", "tiny")
         picture = image.imread(tmp_path / "glitch.png")[..., :3]
         assert picture.shape[0] > 600
         return (np.abs(picture - np.array([0xD1, 0x49, 0x5B]) / 255).max(-1) < 0.02).sum()

@@ -74,7 +74,7 @@ def test_the_text_at_once_and_the_answer_from_the_cache(case, kind, form, table)
 def test_blanks_tells_the_published_positions(case, kind):
     c, ids, context, positions, _ = run_of(case, kind)
     blanks, text = models.blanks(c), ids[:context].tolist()
-    (place,) = blanks.places(text)
+    (place,) = blanks.mask_indices(text)
     np.testing.assert_array_equal(blanks.positions(text, place, len(ids) - context), np.atleast_2d(positions))
     assert blanks.sop == ids[context]
 
@@ -205,7 +205,7 @@ def test_hidden_states_of_the_official_code(table):
 def test_choices_equal_separate_answers(case, kind):
     c, ids, context, _, _ = run_of(case, kind)
     blanks, text, answers = models.blanks(c), ids[:context].tolist(), [[7, 8, 9], [11], [12, 13, 14]]
-    (place,) = blanks.places(text)
+    (place,) = blanks.mask_indices(text)
     batch = blanks.choices(text, place, answers)
 
     def logits_of(tokens, positions, mask):

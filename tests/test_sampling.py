@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from garrulax.sampling import transforms
-from garrulax.sampling.transforms import STANDARD, Transform, chain, draw
+from garrulax.sampling.transforms import DEFAULT, Transform, chain
 
 
 def reference(logits, temperature, top_k, top_p):
@@ -36,7 +36,7 @@ def shaped(logits, **knobs):
     defaults = {"temperature": np.ones(rows), "top_k": np.zeros(rows), "top_p": np.ones(rows)}
     arrays = {k: jnp.asarray(np.broadcast_to(knobs.get(k, v), rows)) for k, v in defaults.items()}
     arrays = {k: v.astype(jnp.int32 if k == "top_k" else jnp.float32) for k, v in arrays.items()}
-    return np.asarray(jax.jit(STANDARD.update)(jnp.asarray(logits, jnp.float32), STANDARD.init(arrays))[0])
+    return np.asarray(jax.jit(DEFAULT.update)(jnp.asarray(logits, jnp.float32), DEFAULT.init(arrays))[0])
 
 
 def test_every_row_has_its_own_knobs_and_equals_transformers():
@@ -62,7 +62,7 @@ def test_ties():
     np.testing.assert_array_equal(np.isfinite(shaped(x, top_p=top + 1e-3))[0], [0, 1, 1, 1, 1, 0])
 
 
-def test_at_least_is_exact_on_all_kinds_of_floats():
+def test_top_mask_is_exact_on_all_kinds_of_floats():
     values = np.array(
         [0.0, -0.0, 2e-38, -2e-38, 3e38, -3e38, np.inf, -np.inf, 1, np.nextafter(1, 2), -7, -7], np.float32
     )
@@ -70,7 +70,7 @@ def test_at_least_is_exact_on_all_kinds_of_floats():
     above = np.array([weights[values > v].sum() for v in values])
     limits = np.arange(int(weights.sum()) + 2, dtype=np.float32)
     rows = [np.broadcast_to(x, (limits.size, x.size)) for x in (values, weights)]
-    np.testing.assert_array_equal(transforms.at_least(*map(jnp.asarray, rows), limits), above < limits[:, None])
+    np.testing.assert_array_equal(transforms.top_mask(*map(jnp.asarray, rows), limits), above < limits[:, None])
 
 
 def test_extreme_temperatures_do_not_overflow():
@@ -121,8 +121,8 @@ def p_value(tokens, target):
 def many(logits, temperature, top_k, top_p, seeds, positions):
     rows = len(seeds)
     knobs = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    state = STANDARD.init({k: jnp.broadcast_to(v, rows) for k, v in knobs.items()})
-    return draw(STANDARD.update(jnp.broadcast_to(logits, (rows, logits.size)), state)[0], seeds, positions)
+    state = DEFAULT.init({k: jnp.broadcast_to(v, rows) for k, v in knobs.items()})
+    return transforms.sample(DEFAULT.update(jnp.broadcast_to(logits, (rows, logits.size)), state)[0], seeds, positions)
 
 
 def sample(logits, knobs, over, count=DRAWS, start=0):
@@ -168,7 +168,7 @@ def test_rare_tokens_are_drawn():
     """400,000 tokens of 3e-8 each: noise of 23 random bits lets them win an eighth as often as they should."""
     rare = 400_000
     logits = jnp.log(jnp.array([1 - rare * 3e-8, *[3e-8] * rare]))[None]
-    one = jax.jit(lambda seed: draw(logits, seed[None], jnp.zeros(1, jnp.int32))[0])
+    one = jax.jit(lambda seed: transforms.sample(logits, seed[None], jnp.zeros(1, jnp.int32))[0])
     wins = sum(int(one(jnp.uint32(seed)) > 0) for seed in range(3000))
     assert stats.binomtest(wins, 3000, rare * 3e-8).pvalue > 1e-4
 
@@ -176,7 +176,7 @@ def test_rare_tokens_are_drawn():
 def test_a_draw_depends_on_its_seed_and_position_alone():
     logits = jax.random.normal(jax.random.key(0), (6, 50))
     seed, position = jnp.arange(6, dtype=jnp.uint32) % 3, jnp.arange(6) // 2
-    together = draw(logits, seed, position)
+    together = transforms.sample(logits, seed, position)
     for i in range(6):
-        assert draw(logits[i : i + 1], seed[i : i + 1], position[i : i + 1])[0] == together[i]
-    np.testing.assert_array_equal(draw(logits[::-1], seed[::-1], position[::-1]), together[::-1])
+        assert transforms.sample(logits[i : i + 1], seed[i : i + 1], position[i : i + 1])[0] == together[i]
+    np.testing.assert_array_equal(transforms.sample(logits[::-1], seed[::-1], position[::-1]), together[::-1])

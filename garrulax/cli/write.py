@@ -6,7 +6,7 @@ import sys
 
 import garrulax as gx
 from garrulax.cli.models import find_model
-from garrulax.sampling.requests import ends as ends_of
+from garrulax.sampling.requests import end_tokens
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -41,7 +41,7 @@ def _chat(model: gx.Model, text: str) -> tuple[gx.Model, list[int]]:
     if model.tokenizer.chat_format is None and not model.tokenizer.config.get("chat_template"):
         raise ValueError("no chat format is known for this model, and its folder has no template: leave --chat out")
     ids = model.tokenizer.apply_chat_template([{"role": "user", "content": text}])
-    ends = (*ends_of(model.config), *model.tokenizer.ends)
+    ends = (*end_tokens(model.config), *model.tokenizer.ends)
     return model.replace(config=dataclasses.replace(model.config, eos=ends)), ids
 
 

@@ -1,4 +1,8 @@
-"""How the models that are trained on blanks read a text and write into it: which tokens, and where they stand."""
+"""Texts with blanks: the token ids and positions by which a model reads such a text and writes into it.
+
+A text has one mask token for each blank. To fill a blank, the model reads the text (part A in Du et al. 2022, section
+2.1), then a start token (`sop`), and writes the answer token by token until an end token.
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -9,65 +13,91 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Blanks:
-    """The conventions of one family. A text has a mask token for every blank; an answer is `sop` and what follows.
+    """The conventions of one family for texts with blanks.
 
-    masks: id of the mask by kind: "" of a few words ([MASK]), "s" of sentences ([sMASK]), "g" of the rest of a text
-    ([gMASK]); a model may have one id for several kinds.
-    sop: id that begins an answer. ends: ids that end one, or the text.
-    before: ids in front of every text. after: ids behind a text, unless it ends with a mask of a kind in `open_ended`.
-    rows: rows of positions: 1, or 2 where the place in the answer has a row of its own (0 in the text).
-    counting: ids of the masks whose answers' positions count on from the text; those of the others stay at the mask.
-    spliced: whether an answer takes the place of its mask and the text is read again for the next blank; otherwise
-    answers stand behind the text, where the later ones see them.
-    causal: whether ids without `sop` may be continued as `garrulax.forward` reads them, each seeing those before it.
+    Attributes:
+      masks: id of the mask token by kind: "" for a few words ([MASK]), "s" for sentences ([sMASK]), "g" for the rest of
+        a text ([gMASK]). Several kinds may have the same id.
+      sop: id of the token that begins an answer.
+      end_tokens: ids of the tokens that end an answer or the text.
+      before: ids in front of every text.
+      after: ids behind every text, except one that ends with a mask whose kind is in `open_ended`.
+      open_ended: kinds of masks.
+      rows: number of rows of position ids: 1, or 2 where the index of a token in its answer has a row of its own (0 in
+        the text).
+      masks_answered_at_end: ids of the masks whose answers have the positions after the end of the text. Every token
+        of an answer to another mask has the position of that mask.
+      insert_answers: if True, an answer replaces its mask and the text is read again for the next blank. If False,
+        answers stay behind the text, and later answers attend to them.
+      causal: whether the model can also continue ids without `sop`, each token attending to those before it, as
+        `garrulax.forward` does by default.
     """
 
     masks: Mapping[str, int]
     sop: int
-    ends: tuple[int, ...]
+    end_tokens: tuple[int, ...]
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
     open_ended: tuple[str, ...] = ()
     rows: int = 2
-    counting: frozenset[int] = frozenset()
-    spliced: bool = True
+    masks_answered_at_end: frozenset[int] = frozenset()
+    insert_answers: bool = True
     causal: bool = False
 
-    def places(self, ids: Sequence[int]) -> list[int]:
-        """Indices of the masks in `ids`."""
+    def mask_indices(self, ids: Sequence[int]) -> list[int]:
+        """Indices of the mask tokens in `ids`."""
         masks = set(self.masks.values())
         return [i for i, token in enumerate(ids) if token in masks]
 
-    def positions(self, ids: Sequence[int], place: int, answer: int) -> np.ndarray:
-        """Positions of a text and of the first `answer` tokens (`sop` is one) written for its mask at index `place`:
-        int32 [rows, len(ids) + answer]."""
-        span = np.arange(1, answer + 1)
-        at = len(ids) - 1 + span if ids[place] in self.counting else np.full(answer, place)
-        first = np.concatenate([np.arange(len(ids)), at])
-        second = np.concatenate([np.zeros(len(ids), int), span])
+    def positions(self, ids: Sequence[int], mask_index: int, answer_length: int) -> np.ndarray:
+        """Position ids of a text followed by the beginning of the answer to one of its masks.
+
+        Args:
+          ids: the text.
+          mask_index: index in `ids` of the mask that is answered.
+          answer_length: number of tokens of the answer, `sop` included.
+
+        Returns:
+          int32 [rows, len(ids) + answer_length].
+        """
+        in_answer = np.arange(1, answer_length + 1)
+        if ids[mask_index] in self.masks_answered_at_end:
+            in_text = len(ids) - 1 + in_answer
+        else:
+            in_text = np.full(answer_length, mask_index)
+        first = np.concatenate([np.arange(len(ids)), in_text])
+        second = np.concatenate([np.zeros(len(ids), int), in_answer])
         return np.stack([first, second][: self.rows]).astype(np.int32)
 
-    def choices(self, ids: Sequence[int], place: int, answers: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
-        """Several answers to the mask at index `place`, to be scored in one pass (THUDM/GLM-130B
-        evaluation/dataset.py, build_multiple_choice_sample).
+    def choices(self, ids: Sequence[int], mask_index: int, answers: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+        """The inputs that score several answers to one mask in a single pass.
 
-        Returns int32 arrays: tokens [T], positions [rows, T], choice [T] for `kernels.masks.choices`, and targets [T],
-        which token the logits are to predict (0 where `choice` is 0: nothing). The score of an answer is the sum of
-        its targets' log-probabilities.
+        Source: THUDM/GLM-130B evaluation/dataset.py, build_multiple_choice_sample.
+
+        Args:
+          ids: the text.
+          mask_index: index in `ids` of the mask that is answered.
+          answers: the token ids of each answer, without `sop`.
+
+        Returns:
+          int32 arrays by name, for T = len(ids) + the length of all answers: `tokens` [T]; `positions` [rows, T];
+          `choice` [T], the argument of `kernels.masks.choices` (0 in the text, i in the i-th answer); and `targets`
+          [T], the token that the logits must predict (0 in the text, where nothing is scored). The score of an answer
+          is the sum of the log-probabilities of its targets.
         """
-        empty = np.zeros(len(ids), int)
-        starts = [self.positions(ids, place, len(answer))[:, len(ids) :] for answer in answers]
+        no_targets = np.zeros(len(ids), int)
+        answer_positions = [self.positions(ids, mask_index, len(answer))[:, len(ids) :] for answer in answers]
         arrays: dict[str, list[Any]] = {
             "tokens": [ids, *([self.sop, *answer[:-1]] for answer in answers)],
-            "targets": [empty, *answers],
-            "choice": [empty, *(np.full(len(answer), i) for i, answer in enumerate(answers, 1))],
+            "targets": [no_targets, *answers],
+            "choice": [no_targets, *(np.full(len(answer), i) for i, answer in enumerate(answers, 1))],
         }
-        positions = np.concatenate([self.positions(ids, place, 0), *starts], axis=1)
+        positions = np.concatenate([self.positions(ids, mask_index, 0), *answer_positions], axis=1)
         return {"positions": positions, **{name: np.concatenate(x).astype(np.int32) for name, x in arrays.items()}}
 
 
 def masks(mask: int, sentence_mask: int | None, generation_mask: int | None) -> dict[str, int]:
-    """`Blanks.masks` of a model whose [MASK] serves for the kinds that have no id of their own."""
+    """`Blanks.masks` of a model that uses [MASK] for every kind without an id (None)."""
     return {
         "": mask,
         "s": mask if sentence_mask is None else sentence_mask,

@@ -1,15 +1,15 @@
-"""Floor 4: any configuration as a Flax module, for programs that are built of those. Nothing imports it but you.
+"""Layer 4: any configuration as a Flax module, for programs built of such modules. No other package imports it.
 
     from garrulax.flax import linen_module, nnx_module, params_of
 
-    model = nnx_module(config, params=params)           # flax.nnx: holds its parameters
+    model = nnx_module(config, params=params)           # flax.nnx: the module holds its parameters
     logits, _ = model(tokens)
 
-    model = linen_module(config)                        # flax.linen: is given them
+    model = linen_module(config)                        # flax.linen: parameters are an argument
     logits, _ = model.apply({"params": params}, tokens)
 
-Both are `garrulax.forward` behind another door. Parameters pass in and out as the very arrays that they are, under
-the names that they have in the tree of `garrulax.init`. Linen and NNX are imported on first use, each for itself.
+Both call `garrulax.forward`. The parameters of a module are those of `garrulax.init`: the same arrays (no copies) under
+the same names. Linen and NNX are imported on first use, and using one does not import the other.
 """
 
 import importlib

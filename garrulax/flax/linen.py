@@ -8,37 +8,53 @@ from flax import linen
 
 from garrulax import models
 from garrulax.core import spec
+from garrulax.core.config import ModelConfig
+from garrulax.layers.cache import Cache
 
 
 class LinenModel(linen.Module):
-    """What `linen_module` returns. Its `params` collection is the tree of `garrulax.init`, leaf for leaf.
+    """The module that `linen_module` returns. Its `params` collection is the tree of `garrulax.init`.
 
-    config: a family's Config. dtype: of new parameters.
+    Attributes:
+      config: a family's Config.
+      dtype: dtype of new parameters.
     """
 
-    config: Any
+    config: ModelConfig
     dtype: Any = jnp.float32
 
     def setup(self):
-        """Declares the parameters, for `init`."""
+        """Declares the parameters; `init` calls it."""
         if self.is_initializing():
             for name, tree in models.parameters(self.config).items():
                 self.param(name, lambda key, tree=tree: spec.init(tree, key, self.dtype))
 
-    def __call__(self, tokens: jax.Array, **options: Any) -> tuple[jax.Array, Any]:
-        """(logits [B, T, V], cache or None) of tokens int32 [B, T].
+    def __call__(self, tokens: jax.Array, **options: Any) -> tuple[jax.Array, Cache | None]:
+        """Computes logits.
 
-        options: positions, mask, cache, remat, unroll as in `garrulax.forward`; `apply(..., rngs={"dropout": key})`
-        gives dropout. Raises ValueError for parameters that do not fit the config.
+        Dropout is on in `apply(..., rngs={"dropout": key})`.
+
+        Args:
+          tokens: int32 [B, T].
+          options: positions, mask, cache, remat and unroll, as in `garrulax.forward`.
+
+        Returns:
+          The logits [B, T, V], and the cache or None.
+
+        Raises:
+          ValueError: the parameters do not fit the config.
         """
         return models.forward(self._params(), tokens, self.config, key=self._dropout_key(), **options)
 
-    def hidden(self, tokens: jax.Array, **options: Any) -> tuple[jax.Array, Any]:
-        """(hidden states [B, T, D] after the last norm, cache or None), for heads of your own; options as above."""
+    def hidden(self, tokens: jax.Array, **options: Any) -> tuple[jax.Array, Cache | None]:
+        """Returns the hidden states [B, T, D] after the last norm, for custom heads, and the cache or None.
+
+        Arguments and errors are those of a call.
+        """
         return models.hidden(self._params(), tokens, self.config, key=self._dropout_key(), **options)
 
     def _params(self) -> spec.Tree:
-        # Not self.param, which wants the leaves as `init` made them: they may be unstacked, or boxed with metadata.
+        # self.param accepts only leaves like those of `setup`; these may be unstacked, or boxed with metadata.
         params = linen.unbox(self.variables.get("params", {}))
         spec.check_names(models.parameters(self.config), params)
         return params
@@ -47,22 +63,43 @@ class LinenModel(linen.Module):
         return self.make_rng("dropout") if self.has_rng("dropout") else None
 
 
-def linen_module(config: Any, dtype: Any = jnp.float32, name: str | None = None) -> LinenModel:
-    """A configuration as a `flax.linen.Module`.
+def linen_module(config: ModelConfig, dtype: Any = jnp.float32, name: str | None = None) -> LinenModel:
+    """Returns a configuration as a `flax.linen.Module`.
 
-    dtype: of the parameters that `module.init(key, tokens)` makes. name: as a part of another module.
     `module.apply({"params": params}, tokens)` takes the parameters of `garrulax.init` and `garrulax.load`, stacked or
-    unstacked, and `variables["params"]` is such a tree.
-    Raises TypeError for what is no configuration.
+    unstacked. `module.init(key, tokens)["params"]` is such a tree.
+
+    Args:
+      config: a family's Config.
+      dtype: dtype of the parameters that `module.init` makes.
+      name: name of the module as a part of another module.
+
+    Raises:
+      TypeError: `config` is not a Config.
+
+    Example:
+      >>> import jax, garrulax as gx
+      >>> from garrulax.flax import linen_module
+      >>> config = gx.preset("gpt2-tiny", layers=1, width=32, heads=2, vocab=257)
+      >>> tokens = jax.numpy.array([[5, 17, 3]])
+      >>> logits, _ = linen_module(config).apply({"params": gx.init(config, jax.random.key(0))}, tokens)
+      >>> logits.shape
+      (1, 3, 257)
     """
-    models.family(config)
+    models.family(config)  # raises TypeError
     return LinenModel(config, dtype, name=name)
 
 
-def logical_axes(config: Any) -> spec.Tree:
-    """A PartitionSpec of logical axis names ("embed", "heads", ...) for every parameter.
+def logical_axes(config: ModelConfig) -> spec.Tree:
+    """Returns a PartitionSpec of logical axis names ("embed", "heads", ...) for every parameter.
 
-    `flax.linen.logical_to_mesh_sharding(logical_axes(config), mesh, rules)` makes NamedShardings of them by rules of
-    yours; by those of Garrulax, `core.sharding.shardings` does.
+    `flax.linen.logical_to_mesh_sharding(logical_axes(config), mesh, rules)` turns them into NamedShardings by custom
+    rules; `core.sharding.shardings` does so by the rules of Garrulax.
+
+    Example:
+      >>> import garrulax as gx
+      >>> from garrulax.flax import logical_axes
+      >>> tuple(logical_axes(gx.preset("gpt2-tiny"))["tokens"])
+      ('vocab', 'embed')
     """
     return spec.map_specs(lambda s: jax.P(*s.axes), models.parameters(config))

@@ -1,44 +1,59 @@
-"""Glitch tokens: tokens of the vocabulary that training never or hardly met, found from the embeddings alone.
+"""Glitch tokens: tokens of the vocabulary that training never or hardly saw, found from the embeddings alone.
 
-A row that training left alone stays where it began, or moves only as all such rows do: not at all in an input table of
-its own (weight decay shrinks it), along one common direction in an output table, which pushes down whatever never
-comes. So untrained rows lie together, no wider than their initial noise, and trained rows lie apart. A row's score is
-its distance from where the untrained ones lie; small is suspect.
+Training leaves the row of such a token where it began, or moves all such rows alike. In an untied input table they do
+not move (weight decay shrinks them). In an output table they drift in one common direction, which lowers the logits of
+all tokens that never occur. So the untrained rows lie together, spread only by their initial noise, and the trained
+rows lie elsewhere. The score of a row is its distance from the centre of the untrained rows; a low score is suspect.
 
 Sources: Rumbelow & Watkins 2023, "SolidGoldMagikarp" (tokens nearest to the centroid of all embeddings); Land &
-Bartolo 2024 (arXiv 2405.05417), section 2.2 (distance to the mean of unused rows; the common direction of the output
-side). Theirs needs a list of unused tokens to begin with; here the centre is found by itself (`_search`).
+Bartolo 2024 (arXiv 2405.05417), section 2.2 (distance from the mean of unused rows; the common direction of the output
+side). Their method begins with a list of unused tokens; this one finds the centre without it (`_find_untrained`).
 """
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from garrulax import models
-from garrulax.core.spec import Tree
+from garrulax.models.unpack import ModelLike, TokenizerLike, unpack_model
 
 SIDES = {"input": "tokens", "output": "head"}  # side -> name of its table in the parameters
-_NEAREST = 0.01  # log distances end at this share of the mean: a row of zeros may be at no distance at all
-_APART = 2.0  # means of the two groups, in sums of their standard deviations
-_NARROW = 1.25  # a majority may be this much wider than noise
-_ROUNDS = 10  # of moving the centre to the mean of the rows found
+
+#: Least distance, as a share of the mean distance. Smaller ones are rounded up to it, since 0 has no logarithm.
+MIN_DISTANCE = 0.01
+
+# The next three constants decide whether a cut parts two groups or runs through a single one (`split`).
+
+#: Least distance between the centres of the groups, in sums of their standard deviations. A single group that is cut in
+#: the middle gives 1.5 if it is normally distributed and 1.7 if it is uniformly distributed.
+_MIN_SEPARATION = 2.0
+#: Greatest standard deviation of a near group with more than half of the rows, in units of pure noise's. Untrained rows
+#: are noise and trained rows vary more. Without the limit, trained rows would be flagged where a few others lie apart.
+_MAX_MAJORITY_STD = 1.25
+#: Least gain in log likelihood, in ln N. The Bayesian information criterion asks for 1.5 (half of ln N for each of the
+#: three more parameters); twice as much is asked for because the best of many cuts is taken.
+_MIN_GAIN = 3.0
+
+#: Greatest number of moves of the centre to the mean of the near group (`_find_untrained`). It mostly takes a few.
+_MAX_MOVES = 10
+#: Number of rows whose mean is the last start of the search: so few that they belong to one group (`_starts`).
+_FARTHEST = 3
 
 Finding = tuple[float, str, np.ndarray, float | None]  # gain in nats, start, distances [V], threshold
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Side:
-    """One table of embeddings. scores: float64 [V], each row's distance from where untrained rows lie, over the mean.
+    """The scores of one embedding table.
 
-    threshold: scores up to it are those of untrained rows; None where no group of rows stands apart.
-    start: where the search began that ended there (`_search`).
+    Attributes:
+      scores: float64 [V], distance of each row from the centre of the untrained rows, divided by the mean distance.
+      threshold: rows with a score up to this one look untrained; None if no group of rows stands apart.
+      start: the start of the search that found the centre.
     """
 
     scores: np.ndarray = dataclasses.field(repr=False)
@@ -47,16 +62,22 @@ class Side:
 
     @property
     def flagged(self) -> np.ndarray:
-        """Which rows look untrained: bool [V]."""
+        """Whether each row looks untrained: bool [V]."""
         return self.scores <= (-math.inf if self.threshold is None else self.threshold)
 
 
 @dataclasses.dataclass(frozen=True)
 class GlitchToken:
-    """One token. rank: from 1, the most suspect. scores: by side. flagged: the sides where it looks untrained.
+    """One token of the ranking.
 
-    text: what it stands for, with bytes that are no UTF-8 as \\xNN, or the name of a control token; None without a
-    tokenizer. kind: "text", "control", or "padding" for a row beyond the tokenizer's vocabulary.
+    Attributes:
+      rank: place in the ranking, from 1, the most suspect.
+      id: token id.
+      text: text of the token, with bytes that are not UTF-8 as \\xNN, or name of a control token; None without a
+        tokenizer.
+      kind: "text", "control", or "padding" for a row beyond the tokenizer's vocabulary.
+      scores: score by side.
+      flagged: the sides on which the token looks untrained.
     """
 
     rank: int
@@ -69,8 +90,13 @@ class GlitchToken:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GlitchTokens:
-    """What `glitch_tokens` finds. tokens: ranked. count: how many of the vocabulary's `vocab` tokens (padding rows are
-    none) look untrained on any side. sides: by name.
+    """The result of `glitch_tokens`.
+
+    Attributes:
+      tokens: the ranking.
+      count: number of tokens of the vocabulary, without padding rows, that look untrained on at least one side.
+      vocab: number of tokens of the vocabulary, without padding rows.
+      sides: scores by side.
     """
 
     tokens: tuple[GlitchToken, ...]
@@ -79,84 +105,96 @@ class GlitchTokens:
     sides: dict[str, Side]
 
 
-def glitch_tokens(model: Any, *, top: int | None = None, side: str | None = None) -> GlitchTokens:
-    """The tokens that training never or hardly met, most suspect first.
+def glitch_tokens(model: ModelLike, *, top: int | None = None, side: str | None = None) -> GlitchTokens:
+    """Ranks the tokens that training never or hardly saw, the most suspect first.
 
-    model: what `garrulax.load` returns, or (params, config); stacked or not, of any dtype, sharded or not. top: list so
-    many, flagged or not; None lists the flagged ones. side: "input" or "output" alone; a tied table is the input's.
+    If no group of rows stands apart, no token is flagged. This is so in a model without glitch tokens, and in one that
+    was not trained at all. Rows beyond the tokenizer's vocabulary have no influence on the threshold, and come last.
 
-    Rows beyond the tokenizer's vocabulary take no part in finding the threshold and come last. Every step is one
-    pass over a table in float32 (float64 stays) that makes nothing of the table's size. Where no group of rows
-    stands apart, nothing is flagged: so in a model without glitch tokens, and in one that was not trained at all.
+    Every step is one pass over a table in float32 (or float64 if the table is) without a temporary array of the table's
+    size.
 
-    Raises TypeError for what is no model, ValueError for an unknown side or top and for embeddings that are not finite.
+    Args:
+      model: from `gx.load`, or (params, config), with parameters of any dtype, stacked or not, sharded or not. Only the
+        embedding tables are read.
+      top: number of tokens to list, flagged or not; None lists the flagged ones.
+      side: "input" or "output" to search one table only. A tied table counts as input.
+
+    Returns:
+      The ranking, and the scores of all tokens.
+
+    Raises:
+      TypeError: `model` is not a model.
+      ValueError: an unknown side, a top below 1, or embeddings that are not finite.
+
+    Example:
+      >>> import jax, garrulax as gx
+      >>> config = gx.preset("gpt2-tiny", layers=1, width=32, heads=2, vocab=257, eos=None)
+      >>> params = gx.init(config, jax.random.key(0))
+      >>> params["tokens"] = params["tokens"].at[7:9].set(0.0)
+      >>> found = gx.glitch_tokens((params, config))
+      >>> [token.id for token in found.tokens], found.count, found.vocab
+      ([7, 8], 2, 257)
     """
-    params, config, tokenizer = _unpack(model)
-    tables = {name: params[place] for name, place in SIDES.items() if place in params}
+    params, config, tokenizer = unpack_model(model)
+    tables = {name: params[table] for name, table in SIDES.items() if table in params}
     if side is not None and side not in tables:
         raise ValueError(f"side {side!r} is not there: the tables of this model are {', '.join(tables)}")
     if top is not None and top < 1:
         raise ValueError(f"top={top} must be at least 1")
-    ordinary = np.arange(config.vocab) < (config.vocab if tokenizer is None else tokenizer.vocab)
-    sides = {name: _search(table, ordinary, name) for name, table in tables.items() if side in (None, name)}
-    flagged = np.any([s.flagged for s in sides.values()], axis=0)
-    order = np.lexsort((np.min([s.scores for s in sides.values()], axis=0), ~ordinary))
-    listed = order[flagged[order]] if top is None else order[:top]
-    text = _texts(tokenizer)
-    tokens = tuple(_token(rank, int(id), sides, text) for rank, id in enumerate(listed, 1))
+    ordinary = np.arange(config.vocab) < (config.vocab if tokenizer is None else tokenizer.vocab)  # [V], not padding
+    sides = {name: _find_untrained(table, ordinary, name) for name, table in tables.items() if side in (None, name)}
+    flagged = np.any([s.flagged for s in sides.values()], axis=0)  # [V]
+    order = np.lexsort((np.min([s.scores for s in sides.values()], axis=0), ~ordinary))  # padding last, then by score
+    ids = order[flagged[order]] if top is None else order[:top]
+    text_and_kind = _text_and_kind(tokenizer)
+    tokens = tuple(
+        GlitchToken(
+            rank,
+            id,
+            *text_and_kind(id),
+            {name: float(s.scores[id]) for name, s in sides.items()},
+            tuple(name for name, s in sides.items() if s.flagged[id]),
+        )
+        for rank, id in enumerate(ids.tolist(), 1)
+    )
     return GlitchTokens(tokens, int((flagged & ordinary).sum()), int(ordinary.sum()), sides)
 
 
-def _unpack(model: Any) -> tuple[Tree, Any, Any]:
-    if isinstance(model, tuple) and len(model) == 2:
-        params, config, tokenizer = *model, None
-    elif all(hasattr(model, name) for name in ("params", "config", "tokenizer")):
-        params, config, tokenizer = model.params, model.config, model.tokenizer
-    else:
-        raise TypeError(f"a model is what gx.load returns, or a tuple (params, config), not {type(model).__name__}")
-    models.family(config)
-    return params, config, tokenizer
-
-
-def _texts(tokenizer: Any) -> Callable[[int], tuple[str | None, str]]:
-    """id -> (text, kind)."""
+def _text_and_kind(tokenizer: TokenizerLike | None) -> Callable[[int], tuple[str | None, str]]:
+    """Returns the function from a token id to its text and kind."""
     if tokenizer is None:
         return lambda id: (None, "text")
     names = {id: name for name, id in tokenizer.specials.items()}
 
-    def text(id: int) -> tuple[str, str]:
+    def text_and_kind(id: int) -> tuple[str, str]:
         if id >= tokenizer.vocab:
             return "", "padding"
         if id in names:
             return names[id], "control"
         return tokenizer.token_bytes(id).decode("utf-8", "backslashreplace"), "text"
 
-    return text
+    return text_and_kind
 
 
-def _token(rank: int, id: int, sides: dict[str, Side], text: Callable[[int], tuple[str | None, str]]) -> GlitchToken:
-    scores = {name: float(s.scores[id]) for name, s in sides.items()}
-    return GlitchToken(rank, id, *text(id), scores, tuple(name for name, s in sides.items() if s.flagged[id]))
+def _find_untrained(table: jax.Array, ordinary: np.ndarray, name: str) -> Side:
+    """Searches for the group of untrained rows from every likely centre and returns the finding with the greatest gain.
 
-
-def _search(table: jax.Array, ordinary: np.ndarray, name: str) -> Side:
-    """Finds where the untrained rows lie, from every likely place, and keeps the clearest finding.
-
-    From a start the nearest group is split off, the centre moved to its mean, and so on until nothing changes.
-    ordinary: bool [V], the rows that are no padding. name: of the side, for errors.
+    From each start: split off the group of rows nearest to the centre, move the centre to their mean, and repeat until
+    the group does not change. ordinary: bool [V], False for padding rows. name: of the side, for errors.
     """
-    finite = np.isfinite(_on_host(_distances(table, np.zeros(table.shape[1]))))
+    finite = np.isfinite(_to_host(_distances(table, np.zeros(table.shape[1]))))
     if not finite.all():
         raise ValueError(f"the {name} embedding of token {finite.argmin()} is not finite")
     findings: list[Finding] = []
     for start, centre in _starts(table, ordinary):
-        distances = _on_host(_distances(table, centre))
+        distances = _to_host(_distances(table, centre))  # [V]
         nothing: Finding = (0.0, start, distances, None)
         finding = nothing
-        members = np.zeros_like(ordinary)
-        for _ in range(_ROUNDS):
+        members = np.zeros_like(ordinary)  # [V], the near group
+        for _ in range(_MAX_MOVES):
             found = split(distances[ordinary], table.shape[1])
-            if found is None:  # not a group about its own mean
+            if found is None:  # the rows near the start are not a group around their own mean
                 finding = nothing
                 break
             threshold, gain = found
@@ -164,8 +202,9 @@ def _search(table: jax.Array, ordinary: np.ndarray, name: str) -> Side:
             before, members = members, ordinary & (distances <= threshold)
             if members.sum() < 2 or (members == before).all():
                 break
-            distances = _on_host(_distances(table, _mean(table, members)))
-            distances[members] *= members.sum() / (members.sum() - 1)  # as from the mean of the others
+            distances = _to_host(_distances(table, _mean(table, members)))
+            # A member pulls the mean towards itself: this gives its distance from the mean of the other members.
+            distances[members] *= members.sum() / (members.sum() - 1)
         findings.append(finding)
     _, start, distances, limit = max(findings, key=lambda finding: finding[0])
     mean = float(distances[ordinary].mean()) or 1.0
@@ -173,52 +212,67 @@ def _search(table: jax.Array, ordinary: np.ndarray, name: str) -> Side:
 
 
 def _starts(table: jax.Array, ordinary: np.ndarray) -> Iterator[tuple[str, jax.Array]]:
+    """Yields the name and the centre [D] of each start of the search."""
     mean = _mean(table, ordinary)
     yield "the mean of all rows", mean
-    yield "the origin", jnp.zeros_like(mean)  # where rows begin, and where weight decay takes them
+    yield "the origin", jnp.zeros_like(mean)  # rows begin around it, and weight decay moves them towards it
     if not ordinary.all():
         yield "the padding rows", _mean(table, ~ordinary)
-    # Where an output table pushes what never comes it pushes most rows, so their mean points there; none go as far.
-    reach = np.where(ordinary, _on_host(_reach(table, mean)), -np.inf)
+    # In an output table all untrained rows drift in one direction. They dominate the mean of all rows, and they are
+    # farthest along it.
+    along_mean = np.where(ordinary, _to_host(_projections(table, mean)), -np.inf)  # [V]
     farthest = np.zeros_like(ordinary)
-    farthest[np.argsort(reach)[-3:]] = True
+    farthest[np.argsort(along_mean)[-_FARTHEST:]] = True
     yield "the rows farthest along the mean", _mean(table, farthest)
 
 
 def split(distances: np.ndarray, width: int) -> tuple[float, float] | None:
-    """(threshold, gain) that part distances [N] from a centre into a near and a far group; None for one group.
+    """Splits rows into a group near a centre and a group far from it.
 
-    The logarithms are cut where two normal distributions are likeliest (Kittler & Illingworth 1986), among the cuts
-    where the groups' centres are 2 sums of their standard deviations apart (of the far group its median, and the
-    deviation of those below it: how far trained rows scatter outwards says nothing). Noise in `width` dimensions has
-    log distances with a standard deviation of 1/sqrt(2 width): the near group counts as no narrower, and is a
-    majority only if it is hardly wider. gain: of log likelihood over one normal distribution, in nats; at least 3 ln N,
-    the Bayesian information criterion's price of the three more parameters and as much again for the choice.
+    The logarithms of the distances are cut where two normal distributions are most likely (Kittler & Illingworth 1986).
+    Only cuts between two separate groups are considered (see the constants above). For the distance between the groups,
+    the far one is described by its median and the deviation of the rows below it: trained rows may lie outwards as far
+    as they like.
+
+    The log distance of noise in `width` dimensions has a standard deviation of about 1/sqrt(2 width); a near group that
+    is narrower counts as this wide.
+
+    Args:
+      distances: float64 [N], distances from the centre.
+      width: D, number of dimensions of a row.
+
+    Returns:
+      The threshold, and the gain in log likelihood (nats) over one normal distribution; None if there is one group.
     """
     n, mean = len(distances), distances.mean()
     if n < 4 or not mean:
         return None
-    order = np.maximum(np.sort(distances) / mean, _NEAREST)
-    x = np.log(order)
-    one, two = (np.concatenate([[0.0], np.cumsum(x**power)]) for power in (1, 2))
-    near = np.arange(1, n)
+    order = np.maximum(np.sort(distances) / mean, MIN_DISTANCE)
+    x = np.log(order)  # [N], rising
+    # The sum and the sum of squares of the first i entries give the moments of both groups for every cut at once.
+    sums, squares = (np.concatenate([[0.0], np.cumsum(x**power)]) for power in (1, 2))  # [N + 1]
+    near = np.arange(1, n)  # [N - 1], size of the near group for each cut, like all arrays below
     far = n - near
-    near_mean, far_mean = one[near] / near, (one[n] - one[near]) / far
-    near_std = _root(two[near] / near - near_mean**2)
-    far_std = _root((two[n] - two[near]) / far - far_mean**2)
-    all_std = _root(two[n] / n - (one[n] / n) ** 2)
-    noise = 1 / math.sqrt(2 * width)
-    spread = np.maximum(near_std, noise)
-    gain = n * np.log(all_std) - near * np.log(spread) - far * np.log(far_std)
+    near_mean, far_mean = sums[near] / near, (sums[n] - sums[near]) / far
+    near_std = _root(squares[near] / near - near_mean**2)
+    far_std = _root((squares[n] - squares[near]) / far - far_mean**2)
+    all_std = _root(squares[n] / n - (sums[n] / n) ** 2)
+    noise_std = 1 / math.sqrt(2 * width)
+    near_width = np.maximum(near_std, noise_std)
+    gain = n * np.log(all_std) - near * np.log(near_width) - far * np.log(far_std)
     gain += near * np.log(near / n) + far * np.log(far / n)
     middle = (near + n) // 2
-    median, below = x[middle], middle + 1 - near
-    scatter = _root((two[middle + 1] - two[near] - 2 * median * (one[middle + 1] - one[near])) / below + median**2)
-    apart = (median - near_mean) / (spread + scatter)
-    allowed = (apart >= _APART) & (np.diff(x) > 0) & (far > 1) & ((near <= n / 2) | (near_std <= _NARROW * noise))
+    far_median, below_median = x[middle], middle + 1 - near  # value; number of rows
+    far_width = _root(
+        (squares[middle + 1] - squares[near] - 2 * far_median * (sums[middle + 1] - sums[near])) / below_median
+        + far_median**2
+    )
+    separate = (far_median - near_mean) / (near_width + far_width) >= _MIN_SEPARATION
+    minority_or_noise = (near <= n / 2) | (near_std <= _MAX_MAJORITY_STD * noise_std)
+    allowed = separate & minority_or_noise & (np.diff(x) > 0) & (far > 1)
     gain = np.where(allowed, gain, -np.inf)
     cut = int(gain.argmax())
-    if gain[cut] < 3 * math.log(n):
+    if gain[cut] < _MIN_GAIN * math.log(n):
         return None
     return float(mean * math.sqrt(order[cut] * order[cut + 1])), float(gain[cut])
 
@@ -229,55 +283,30 @@ def _root(variance: np.ndarray) -> np.ndarray:
 
 @jax.jit
 def _distances(table: jax.Array, centre: jax.Array) -> jax.Array:  # [V, D], [D] -> [V]
-    return _whole(jnp.sqrt(jnp.sum((_wide(table) - centre) ** 2, axis=1)))
+    return _replicated(jnp.sqrt(jnp.sum((_promoted(table) - centre) ** 2, axis=1)))
 
 
 @jax.jit
-def _reach(table: jax.Array, direction: jax.Array) -> jax.Array:  # [V, D], [D] -> [V]
-    return _whole(jnp.sum(_wide(table) * direction, axis=1))
+def _projections(table: jax.Array, direction: jax.Array) -> jax.Array:  # [V, D], [D] -> [V]
+    return _replicated(jnp.sum(_promoted(table) * direction, axis=1))
 
 
 @jax.jit
 def _mean(table: jax.Array, rows: jax.Array) -> jax.Array:  # [V, D], bool [V] -> [D]
     weights = rows.astype(jnp.float32)
-    return _whole(jnp.sum(_wide(table) * weights[:, None], axis=0) / jnp.sum(weights))
+    return _replicated(jnp.sum(_promoted(table) * weights[:, None], axis=0) / jnp.sum(weights))
 
 
-def _on_host(x: jax.Array) -> np.ndarray:
+def _to_host(x: jax.Array) -> np.ndarray:
     return np.array(x, np.float64)
 
 
-def _wide(table: jax.Array) -> jax.Array:  # XLA converts within the sum: no copy of the table
+def _promoted(table: jax.Array) -> jax.Array:
+    """The table in at least float32. XLA converts each entry inside the sum, so there is no copy of the table."""
     return table.astype(jnp.promote_types(table.dtype, jnp.float32))
 
 
-def _whole(x: jax.Array) -> jax.Array:
-    """x whole on every device, so that every process can read it; outside of `jax.set_mesh` too."""
+def _replicated(x: jax.Array) -> jax.Array:
+    """x on every device, so that every process can read all of it. Also works outside of `jax.set_mesh`."""
     mesh = jax.typeof(x).sharding.mesh
     return x if mesh.empty or not mesh.are_all_axes_explicit else jax.sharding.reshard(x, NamedSharding(mesh, jax.P()))
-
-
-def plot(found: GlitchTokens, path: str | os.PathLike, title: str = "") -> None:
-    """Draws the scores of every side as a histogram with its flagged rows and threshold, and writes a picture to path.
-
-    Raises ImportError without matplotlib (extra `plots`).
-    """
-    from matplotlib.figure import Figure  # no pyplot: no global state, no display
-
-    figure = Figure(figsize=(8, 3.2 * len(found.sides)), dpi=150, layout="constrained")
-    panels = figure.subplots(len(found.sides), squeeze=False)[:, 0]
-    for axes, (name, side) in zip(panels, found.sides.items(), strict=True):
-        scores = np.maximum(side.scores, _NEAREST)
-        bins = np.geomspace(scores.min() * 0.9, scores.max() * 1.1, 100)
-        axes.hist(scores[~side.flagged], bins, color="#9db8d9", label="trained")
-        axes.hist(scores[side.flagged], bins, color="#d1495b", label=f"look untrained: {side.flagged.sum():,}")
-        if side.threshold is not None:
-            axes.axvline(side.threshold, color="#666666", linewidth=1, linestyle="--")
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_title(f"{title} {name} embeddings".strip(), loc="left", fontsize=10)
-        axes.set_xlabel("distance from where untrained rows lie, over the mean")
-        axes.set_ylabel("tokens")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=9)
-    figure.savefig(path)

@@ -131,11 +131,11 @@ def blanks(c: Config) -> Blanks:
     return Blanks(
         masks=mask_ids(c.mask, c.sentence_mask, c.generation_mask),
         sop=c.sop,
-        ends=(c.eop, c.eos),
+        end_tokens=(c.eop, c.eos),
         before=(c.cls,),
         after=(c.eos,),
         open_ended=("g",),  # which is the rest of the text, its end included
-        spliced=False,
+        insert_answers=False,
         causal=True,
     )
 

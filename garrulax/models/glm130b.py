@@ -183,11 +183,11 @@ def blanks(c: Config) -> Blanks:
     return Blanks(
         masks=mask_ids(c.mask, c.sentence_mask, c.generation_mask),
         sop=c.sop,
-        ends=(c.eop,) if c.eos is None else (c.eop, c.eos),
+        end_tokens=(c.eop,) if c.eos is None else (c.eop, c.eos),
         after=() if c.eos is None else (c.eos,),
         open_ended=("", "s", "g"),
         rows=2 if c.positions_2d else 1,
-        counting=frozenset(counting),
+        masks_answered_at_end=frozenset(counting),
     )
 
 

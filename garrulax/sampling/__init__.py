@@ -1,26 +1,26 @@
-"""Floor 4: from parameters to text. Logit transforms, one decoding step, one loop, and what is built of them."""
+"""Layer 4: text from a model. Logit transforms, the decoding loop, `generate`, `stream`, `fill` and `fill_stream`."""
 
 from garrulax.sampling.fill import Filled, fill, fill_stream
 from garrulax.sampling.generate import generate, stream
-from garrulax.sampling.loop import run, step
-from garrulax.sampling.state import Requests, State, init
-from garrulax.sampling.transforms import STANDARD, Transform, chain, temperature, top_k, top_p
+from garrulax.sampling.loop import decode_step, decode_steps
+from garrulax.sampling.state import Requests, State, prefill
+from garrulax.sampling.transforms import DEFAULT, Transform, chain, temperature, top_k, top_p
 from garrulax.sampling.writing import Completion
 
 __all__ = [
-    "STANDARD",
+    "DEFAULT",
     "Completion",
     "Filled",
     "Requests",
     "State",
     "Transform",
     "chain",
+    "decode_step",
+    "decode_steps",
     "fill",
     "fill_stream",
     "generate",
-    "init",
-    "run",
-    "step",
+    "prefill",
     "stream",
     "temperature",
     "top_k",

@@ -1,13 +1,14 @@
-"""Texts with blanks, as the models that are trained on them read them (`core.blanks`; Du et al. 2022, section 2.1)."""
+"""Prompts of models that are trained on blanks (`core.blanks`; Du et al. 2022, section 2.1)."""
 
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from garrulax import models
 from garrulax.core.blanks import Blanks
-from garrulax.sampling.requests import Prompt, Text, check_ids, check_room, token_ids
+from garrulax.core.config import ModelConfig
+from garrulax.models.unpack import TokenizerLike
+from garrulax.sampling.requests import EncodedPrompt, Prompt, check_ids, check_length, token_ids
 
 BLANK = re.compile(r"\[([sg]?)MASK\]")
 
@@ -16,32 +17,47 @@ BLANK = re.compile(r"\[([sg]?)MASK\]")
 class PartA:
     """A text with blanks.
 
-    ids: as the model reads it. places: indices of the masks in it. literals: the text before each mask and after the
-    last. spaced: for each mask, whether a space before it was left to the answer.
+    Attributes:
+      ids: token ids of the text, with its masks and the control tokens around it.
+      mask_indices: indices of the masks in `ids`.
+      literals: the text before each mask, and after the last one.
+      space_before: for each mask, whether a space stood before it. Tokens of words begin with their space, so the space
+        is left out of `ids`, and the answer begins with it.
     """
 
     ids: list[int]
-    places: list[int]
+    mask_indices: list[int]
     literals: list[str]
-    spaced: list[bool]
+    space_before: list[bool]
 
 
-def part_a(prompt: Prompt, config: Any, tokenizer: Any, name: str) -> PartA:
-    """The part A of a text or of ids. ValueError where it has no blank, or where ids are out of range."""
+def part_a(prompt: Prompt, config: ModelConfig, tokenizer: TokenizerLike | None, name: str) -> PartA:
+    """Returns the part A of a text with [MASK]s, or of its ids.
+
+    Args:
+      prompt: a text, or token ids that are used as they are.
+      config: the family's Config.
+      tokenizer: needed for a text.
+      name: name of the prompt in errors.
+
+    Raises:
+      TypeError: the model is not trained on blanks.
+      ValueError: the text has no blank, or an id is outside the vocabulary.
+    """
     blanks = blanks_of(config)
     if isinstance(prompt, str):
-        part = _of_text(prompt, blanks, tokenizer, name)
+        part = _encode_text(prompt, blanks, tokenizer, name)
     else:
         ids = token_ids(prompt, tokenizer, name)
         check_ids(ids, config, name)
-        part = _of_ids(ids, blanks, tokenizer)
-    if not part.places:
+        part = _split_ids(ids, blanks, tokenizer)
+    if not part.mask_indices:
         raise ValueError(f"{name} has no blank: put [MASK] where the model shall write")
     return part
 
 
-def blanks_of(config: Any) -> Blanks:
-    """How the model reads blanks. TypeError where it does not."""
+def blanks_of(config: ModelConfig) -> Blanks:
+    """Returns the conventions by which a model reads blanks. Raises TypeError if it is not trained on blanks."""
     blanks = models.blanks(config)
     if blanks is None:
         raise TypeError(f"fill needs a GLM, which is trained on blanks; a {type(config).__module__.rpartition('.')[2]} "
@@ -49,62 +65,87 @@ def blanks_of(config: Any) -> Blanks:
     return blanks
 
 
-def _of_text(text: str, blanks: Blanks, tokenizer: Any, name: str) -> PartA:
-    part, at = PartA([*blanks.before], [], [], []), 0
+def _encode_text(text: str, blanks: Blanks, tokenizer: TokenizerLike | None, name: str) -> PartA:
+    part, end = PartA([*blanks.before], [], [], []), 0
     for blank in BLANK.finditer(text):
-        before = text[at : blank.start()]
+        before = text[end : blank.start()]
         literal = before.removesuffix(" ")
-        part.ids.extend(_encode(literal, tokenizer, name, continues=at > 0))
-        part.places.append(len(part.ids))
+        part.ids.extend(_encode_literal(literal, tokenizer, name, continues=end > 0))
+        part.mask_indices.append(len(part.ids))
         part.ids.append(blanks.masks[blank[1]])
         part.literals.append(literal)
-        part.spaced.append(literal != before)
-        at = blank.end()
-    tail = text[at:]
-    part.ids.extend(_encode(tail, tokenizer, name, continues=True))
+        part.space_before.append(literal != before)
+        end = blank.end()
+    tail = text[end:]
+    part.ids.extend(_encode_literal(tail, tokenizer, name, continues=True))
     part.literals.append(tail)
     if not text.rstrip().endswith(tuple(f"[{kind}MASK]" for kind in blanks.open_ended)):
         part.ids.extend(blanks.after)
     return part
 
 
-def _encode(text: str, tokenizer: Any, name: str, continues: bool) -> list[int]:
+def _encode_literal(text: str, tokenizer: TokenizerLike | None, name: str, continues: bool) -> list[int]:
     if continues and tokenizer is not None and tokenizer.strips_space:
-        text = text.removeprefix(" ")  # the tokenizer puts one before every text
+        text = text.removeprefix(" ")  # the tokenizer adds a space in front of every text
     return token_ids(text, tokenizer, name) if text or tokenizer is None else []
 
 
-def _of_ids(ids: list[int], blanks: Blanks, tokenizer: Any) -> PartA:
-    places = blanks.places(ids)
-    cuts = zip([0, *(i + 1 for i in places)], [*places, len(ids)], strict=True)
-    literals = ["" if tokenizer is None else tokenizer.decode(ids[a:b], start=a == 0) for a, b in cuts]
-    return PartA(ids, places, literals, [False] * len(places))
+def _split_ids(ids: list[int], blanks: Blanks, tokenizer: TokenizerLike | None) -> PartA:
+    masks = blanks.mask_indices(ids)
+    bounds = zip([0, *(i + 1 for i in masks)], [*masks, len(ids)], strict=True)
+    literals = ["" if tokenizer is None else tokenizer.decode(ids[a:b], start=a == 0) for a, b in bounds]
+    return PartA(ids, masks, literals, [False] * len(masks))
 
 
-def answer(ids: list[int], place: int, limit: int, config: Any, name: str, begun: Sequence[int] = ()) -> Text:
-    """A part A and the beginning of the answer to the mask at `place`: sop and the tokens `begun`.
+def answer_prompt(
+    ids: list[int], mask_index: int, limit: int, config: ModelConfig, name: str, answer: Sequence[int] = ()
+) -> EncodedPrompt:
+    """Returns the prompt after which the model writes the answer to one mask: the text, sop, and the answer so far.
 
-    limit: new tokens. ValueError where it would not fit.
+    Args:
+      ids: token ids of the text.
+      mask_index: index in `ids` of the mask.
+      limit: greatest number of new tokens.
+      config: the family's Config.
+      name: name of the prompt in errors.
+      answer: tokens of the answer so far.
+
+    Raises:
+      ValueError: an id is outside the vocabulary, or the text and `limit` new tokens do not fit into the context.
     """
-    check_ids([*ids, *begun], config, name)
+    check_ids([*ids, *answer], config, name)
     blanks = blanks_of(config)
-    if blanks.spliced:
-        check_room(len(ids) + len(begun), limit, config, name)
+    if blanks.insert_answers:
+        check_length(len(ids) + len(answer), limit, config, name)
     elif len(ids) > config.context + 1:
         raise ValueError(f"{name} has {len(ids)} tokens, but the model's context is {config.context}: shorten it")
-    elif len(begun) + limit >= config.context:
+    elif len(answer) + limit >= config.context:
         raise ValueError(f"max_new_tokens={limit} does not fit into the model's context of {config.context}: lower it")
-    positions = blanks.positions(ids, place, len(begun) + 2)  # of the first new token too
-    return Text([*ids, blanks.sop, *begun], len(ids), positions[:, :-1], positions[:, -1] - positions[:, -2])
+    positions = blanks.positions(ids, mask_index, len(answer) + 2)  # of sop, the answer and the first new token
+    stride = positions[:, -1] - positions[:, -2]
+    return EncodedPrompt([*ids, blanks.sop, *answer], len(ids), positions[:, :-1], stride)
 
 
-def last_blank(prompt: Prompt, limit: int, config: Any, tokenizer: Any, name: str) -> Text | None:
-    """What `generate` goes on with: a text is followed by a blank, and its answer is what the model writes.
+def last_blank_prompt(
+    prompt: Prompt, limit: int, config: ModelConfig, tokenizer: TokenizerLike | None, name: str
+) -> EncodedPrompt | None:
+    """Returns the prompt after which `generate` continues a text: the model answers a blank at the end of the text.
 
-    Ids say so themselves: what stands before the first sop is the text, what follows is the answer so far. Without a
-    sop they are a text; or None, where the family may as well continue them from left to right. The answer is to the
-    first [gMASK], or else the first mask; a text without any gets one.
-    Raises ValueError for a text with blanks, and for a sop that answers no mask or is not the only one.
+    Token ids may contain one sop: the ids before it are the text, the ids after it are the answer so far. The answer is
+    to the first [gMASK], or else to the first mask; a text without a mask gets a [gMASK] at its end.
+
+    Args:
+      prompt: a text without blanks, or token ids.
+      limit: greatest number of new tokens.
+      config: the family's Config.
+      tokenizer: needed for a text.
+      name: name of the prompt in errors.
+
+    Returns:
+      The prompt; None for ids without sop if the family continues them causally.
+
+    Raises:
+      ValueError: a text with blanks; a sop without a mask before it; or a second sop.
     """
     blanks = blanks_of(config)
     ids = token_ids(prompt, tokenizer, name)
@@ -112,15 +153,16 @@ def last_blank(prompt: Prompt, limit: int, config: Any, tokenizer: Any, name: st
         if BLANK.search(prompt):
             raise ValueError(f"{name} has blanks: gx.fill fills them, gx.generate continues a text")
         ids = [*blanks.before, *ids]
-    begun: list[int] = []
+    answer: list[int] = []
     if blanks.sop in ids:
-        at = ids.index(blanks.sop)
-        ids, begun = ids[:at], ids[at + 1 :]
-        if not blanks.places(ids) or blanks.sop in begun:
+        sop_index = ids.index(blanks.sop)
+        ids, answer = ids[:sop_index], ids[sop_index + 1 :]
+        if not blanks.mask_indices(ids) or blanks.sop in answer:
             raise ValueError(f"{name} must have a mask before its <sop> (token id {blanks.sop}), and one <sop> only")
     elif not isinstance(prompt, str) and blanks.causal:
         return None
-    if not blanks.places(ids):
+    if not blanks.mask_indices(ids):
         ids = [*ids, blanks.masks["g"]]
-    rest = [i for i in blanks.places(ids) if ids[i] == blanks.masks["g"]]
-    return answer(ids, (rest or blanks.places(ids))[0], limit, config, name, begun)
+    masks = blanks.mask_indices(ids)
+    generation_masks = [i for i in masks if ids[i] == blanks.masks["g"]]
+    return answer_prompt(ids, (generation_masks or masks)[0], limit, config, name, answer)

@@ -1,30 +1,57 @@
-"""`fill`: a GLM writes every blank of a text, left to right, each seeing the text and the answers before it."""
+"""`fill` and `fill_stream`: a GLM fills the blanks of a text from left to right.
+
+Each answer depends on the text and on the answers before it. All texts of a batch proceed together: in round k the
+model writes into blank k of every text.
+"""
 
 import dataclasses
 import functools
 from collections.abc import Generator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from garrulax.core.blanks import Blanks
+from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
 from garrulax.kernels.mask import PAD, Mask
-from garrulax.sampling.blanks import PartA, answer, blanks_of, part_a
-from garrulax.sampling.requests import Prompt, Text, assemble, bucket, ends, listed, spread, unpack
-from garrulax.sampling.state import State, init, read
-from garrulax.sampling.transforms import STANDARD, Transform
-from garrulax.sampling.writing import Completion, Steps, Writer, drive, exhaust, first, stop_strings
+from garrulax.models.unpack import ModelLike
+from garrulax.sampling.blanks import PartA, answer_prompt, blanks_of, part_a
+from garrulax.sampling.requests import (
+    EncodedPrompt,
+    Prompt,
+    assemble,
+    bucket,
+    end_tokens,
+    knobs_per_prompt,
+    prepare_model,
+    prompt_list,
+)
+from garrulax.sampling.state import State, cache_tokens, prefill
+from garrulax.sampling.transforms import DEFAULT, Transform
+from garrulax.sampling.writing import Completion, Pieces, Writer, check_stop, decode_pieces, exhaust, first_row
 
 
 @dataclasses.dataclass(frozen=True)
 class Filled:
     """A text with its blanks filled.
 
-    tokens: ids of the whole, the answers in place of their masks, without the tokens that ended them.
-    text: the whole; None where the model has no tokenizer. spans: the answers, in the order of the text.
+    Attributes:
+      tokens: ids of the text, with the answers in place of their masks, without the tokens that ended the answers.
+      text: the whole text; None if the model has no tokenizer.
+      spans: the answers, in the order of the text.
+
+    Example:
+      >>> import jax, garrulax as gx
+      >>> config = gx.preset("glm-tiny", layers=1, width=32, heads=2)
+      >>> params = gx.init(config, jax.random.key(0))
+      >>> ids = [config.cls, 50, config.mask, 60, config.eos]
+      >>> filled = gx.fill((params, config), ids, max_new_tokens=3)
+      >>> filled.tokens[:2], filled.tokens[-2:], filled.text
+      ([1, 50], [60, 0], None)
+      >>> [isinstance(span, gx.Completion) for span in filled.spans]
+      [True]
     """
 
     tokens: list[int]
@@ -36,7 +63,7 @@ class Filled:
 
 
 def fill(
-    model: Any,
+    model: ModelLike,
     texts: Prompt | Sequence[Prompt],
     *,
     max_new_tokens: int | Sequence[int] = 64,
@@ -45,33 +72,61 @@ def fill(
     top_p: float | Sequence[float] = 1.0,
     seed: int | Sequence[int] = 0,
     stop: str | Sequence[str] = (),
-    transform: Transform = STANDARD,
-) -> Any:
-    """Fills the blanks of texts. One `Filled` a text; for a text alone, its Filled.
+    transform: Transform = DEFAULT,
+) -> Filled | list[Filled]:
+    """Fills the blanks of texts.
 
-    texts: with a blank wherever [MASK] stands (or [sMASK], [gMASK], for models that know blanks of sentences and
-    of the rest of a text), one or a list. A list of token ids is a part A as it is, with the config's mask ids.
-    max_new_tokens: for each blank. The other arguments as in `generate`; a text's answers depend on its own text,
-    knobs and seed alone.
+    The model reads the text with bidirectional attention. Then, for each blank in turn, it gets [sop] and writes until
+    [eop]. The original GLM reads the text once, and answers stay behind it for the blanks after them (THUDM/GLM
+    generate_samples.py). GLM-130B and ChatGLM-6B read the text again for every blank, with the answers so far in place
+    of their masks (GLM-130B generate.py).
 
-    The text is read both ways. Then, for each blank in turn, the model gets [sop] and writes until [eop]. A GLM reads
-    the text once; the answers stay behind it for the blanks after them (THUDM/GLM generate_samples.py). GLM-130B and
-    ChatGLM-6B read it again for every blank, with the answers so far in place of their masks (GLM-130B generate.py).
-    A space before a blank belongs to the answer, as tokens have it; the text gets it back where the answer has none.
+    Tokens of words begin with their space, so a space before a blank becomes the beginning of the answer. The text gets
+    the space back if the answer begins without one.
 
-    Raises TypeError for a model that is not trained on blanks; ValueError as `generate` does, and for a text without
-    one.
+    The answers in a text depend only on that text, its sampling arguments and its seed.
+
+    Args:
+      model: from `gx.load`, or (params, config); of a family that is trained on blanks.
+      texts: one text or a list, each with [MASK] for every blank (or [sMASK], [gMASK], for models that distinguish
+        blanks of sentences and of the rest of a text). A text may be a list of token ids with the mask ids of the
+        config; ids are read as they are.
+      max_new_tokens: greatest number of new tokens for each blank; like the next four, one number, or one a text.
+      temperature: divisor of the logits; 0 is greedy.
+      top_k: number of most probable tokens to sample from; 0 is off.
+      top_p: probability of the nucleus to sample from; 1 is off.
+      seed: seed of the random stream.
+      stop: strings that end an answer and are not part of it.
+      transform: transform of the logits, see `generate`.
+
+    Returns:
+      The Filled of a single text, or the list of those of a list.
+
+    Raises:
+      TypeError: the model is not trained on blanks.
+      ValueError: a text without a blank, or an error of `generate`.
+      FloatingPointError: the logits are not finite.
+
+    Example:
+      >>> import jax, garrulax as gx
+      >>> config = gx.preset("glm-tiny", layers=1, width=32, heads=2)
+      >>> params = gx.unstack(gx.init(config, jax.random.key(0)))
+      >>> one = [config.cls, 50, config.mask, 60, config.eos]
+      >>> two = [config.cls, config.mask, 70, config.mask, config.eos]
+      >>> filled = gx.fill((params, config), [one, two], max_new_tokens=3)
+      >>> [len(text.spans) for text in filled]
+      [1, 2]
     """
-    texts, alone = listed(texts)
-    knobs = spread(
+    texts, single = prompt_list(texts)
+    knobs = knobs_per_prompt(
         len(texts), max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
     )
     filled = exhaust(_fill(model, texts, knobs, stop, None, transform))
-    return filled[0] if alone else filled
+    return filled[0] if single else filled
 
 
 def fill_stream(
-    model: Any,
+    model: ModelLike,
     text: Prompt,
     *,
     max_new_tokens: int = 64,
@@ -80,33 +135,75 @@ def fill_stream(
     top_p: float = 1.0,
     seed: int = 0,
     stop: str | Sequence[str] = (),
-    transform: Transform = STANDARD,
+    transform: Transform = DEFAULT,
     every: int = 4,
 ) -> Generator[str, None, Filled]:
-    """Fills the blanks of one text, yielding the whole text piece by piece, from its beginning: what stands between
-    the blanks as soon as the blank before it is filled. Together the pieces are the text of `fill`.
+    """Fills the blanks of one text and yields the whole text piece by piece, from its beginning.
 
-    every: tokens made between two pieces. The generator returns the Filled. The rest as in `fill`; errors are raised
-    by the call itself, before the first piece.
+    The words between two blanks are yielded as soon as the first of the two is filled. The pieces together are the text
+    of `fill`.
+
+    Args:
+      model: see `fill`.
+      text: a text with blanks, or a list of token ids.
+      max_new_tokens: see `fill`, like the arguments up to `transform`.
+      temperature: divisor of the logits.
+      top_k: number of most probable tokens to sample from.
+      top_p: probability of the nucleus to sample from.
+      seed: seed of the random stream.
+      stop: strings that end an answer.
+      transform: transform of the logits.
+      every: number of tokens between two pieces.
+
+    Returns:
+      A generator of pieces, whose return value is the Filled.
+
+    Raises:
+      TypeError: the model is not trained on blanks; raised by the call itself, before the first piece, like ValueError.
+      ValueError: see `fill`.
+      FloatingPointError: the logits are not finite; raised by the generator.
+
+    Example:
+      >>> import jax, garrulax as gx
+      >>> from garrulax.hub.tokenizers import GLM_SPECIALS, ByteTokenizer
+      >>> ids = dict(eos=256, pad=256, cls=257, mask=258, sop=261, eop=262)
+      >>> config = gx.preset("glm-tiny", layers=1, width=32, heads=2, vocab=264, **ids)
+      >>> model = gx.Model(config, gx.init(config, jax.random.key(0)), ByteTokenizer(GLM_SPECIALS))
+      >>> pieces = list(gx.fill_stream(model, "It is [MASK].", max_new_tokens=6, every=2))
+      >>> pieces[0], "".join(pieces) == gx.fill(model, "It is [MASK].", max_new_tokens=6).text
+      ('It is', True)
     """
-    texts, alone = listed(text)
-    if not alone:
+    texts, single = prompt_list(text)
+    if not single:
         raise ValueError(f"fill_stream takes one text, not {len(texts)}: fill takes several")
-    knobs = spread(1, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    knobs = knobs_per_prompt(
+        1, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+    )
     if every < 1:
         raise ValueError(f"every={every} must be at least 1")
-    return first(_fill(model, texts, knobs, stop, every, transform))
+    return first_row(_fill(model, texts, knobs, stop, every, transform))
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
-def reopen(params: Tree, state: State, position: jax.Array, limit: jax.Array, config: Any) -> State:
-    """The state before the answers to the next blanks. position: int32 [B, 2], of [sop]. limit: int32 [B], 0 for a row
-    that has no further blank."""
-    # The end of an answer is never read, as in training; the last token of one that was cut off is.
-    cut_off = ~jnp.any(state.token[:, None] == state.stops, axis=1)
-    segment = jnp.where(cut_off, 0, PAD)[:, None]
+def start_next_blank(params: Tree, state: State, position: jax.Array, limit: jax.Array, config: ModelConfig) -> State:
+    """Prepares the state for the next blank of each row, whose answer stays behind the answers so far.
+
+    Args:
+      params: unstacked or stacked.
+      state: after the answers to the previous blanks. It is donated.
+      position: int32 [B, 2], position of the next [sop].
+      limit: int32 [B], greatest number of new tokens; 0 for a row without a further blank.
+      config: the family's Config.
+
+    Returns:
+      The state before the first token of the next answers.
+    """
+    # Later tokens do not attend to the token that ended an answer, as in training. The last token of an answer that was
+    # cut off belongs to the answer; no step has read it yet, so it is read here.
+    cut_off = ~jnp.any(state.token[:, None] == state.end_tokens, axis=1)  # [B]
+    segment = jnp.where(cut_off, 0, PAD)[:, None]  # [B, 1]
     mask = Mask({"rank": jnp.broadcast_to(state.cache.used, segment.shape), "segment": segment})
-    cache = read(params, state.cache, state.token[:, None], state.position[..., None], config, mask)
+    cache = cache_tokens(params, state.cache, state.token[:, None], state.position[..., None], config, mask)
     return dataclasses.replace(
         state,
         cache=cache,
@@ -114,96 +211,106 @@ def reopen(params: Tree, state: State, position: jax.Array, limit: jax.Array, co
         position=position,
         length=state.length + 1,
         limit=limit,
-        made=jnp.zeros_like(state.made),
+        generated=jnp.zeros_like(state.generated),
         done=limit < 1,
         column=jnp.zeros_like(state.column),
     )
 
 
 def _fill(
-    model: Any, texts: list[Prompt], knobs: dict[str, list], stop: Any, every: int | None, transform: Transform
-) -> Steps[list[Filled]]:
-    """Checks and begins at once; the generator that it returns fills, `every` steps at a time (None: all)."""
-    params, config, tokenizer = unpack(model)
+    model: ModelLike,
+    texts: list[Prompt],
+    knobs: dict[str, list],
+    stop: str | Sequence[str],
+    every: int | None,
+    transform: Transform,
+) -> Pieces[list[Filled]]:
+    """Checks the arguments at once; returns a generator that fills, `every` steps at a time (None: all at once)."""
+    params, config, tokenizer = prepare_model(model)
     blanks = blanks_of(config)
-    stop = stop_strings(stop, tokenizer)
+    stop = check_stop(stop, tokenizer)
     parts = [part_a(text, config, tokenizer, f"text {i}") for i, text in enumerate(texts)]
     limits = knobs["max_new_tokens"]
-    begun = []
+    first_prompts = []
     for i, (part, limit) in enumerate(zip(parts, limits, strict=True)):
-        more = limit * len(part.places) if blanks.spliced else limit  # what the text itself must have room for
-        begun.append(answer(part.ids, part.places[0], more, config, f"text {i}"))
-    turns = max(len(part.places) for part in parts)
-    room = bucket(max(limits), least=16)
-    slots = room if blanks.spliced else bucket(turns * (room + 1) - 1)
-    # What follows a stop string must not be in the cache: look after every token.
-    look = 1 if stop else every or room
+        # If answers are inserted, the text itself must have space for all of them.
+        new_tokens = limit * len(part.mask_indices) if blanks.insert_answers else limit
+        first_prompts.append(answer_prompt(part.ids, part.mask_indices[0], new_tokens, config, f"text {i}"))
+    rounds = max(len(part.mask_indices) for part in parts)
+    max_new = bucket(max(limits), least=16)
+    slots = max_new if blanks.insert_answers else bucket(rounds * (max_new + 1) - 1)
+    # With stop strings, check after each token: tokens sampled past the stop string must not enter the cache.
+    check_every = 1 if stop else every or max_new
 
     def steps():
-        written: list[list[Writer]] = [[] for _ in parts]
+        answers: list[list[Writer]] = [[] for _ in parts]
         state = None
-        for turn in range(turns):
-            left = [limit if turn < len(part.places) else 0 for part, limit in zip(parts, limits, strict=True)]
-            if state is None or blanks.spliced:
-                now = [
-                    _with_answers(part, row, config) if limit else text
-                    for part, row, limit, text in zip(parts, written, left, begun, strict=True)
-                ]
-                requests = assemble(now, {**knobs, "max_new_tokens": left}, config)
-                state = init(params, requests, config, transform, room, slots)
-            else:
-                state = reopen(params, state, *_next_blanks(parts, left, turn, len(state.done), blanks), config)
-            yield _literals(parts, turn)
-            writers = [
-                Writer(tokenizer, limit, ends(config), stop, spaced=limit > 0 and part.spaced[turn])
-                for part, limit in zip(parts, left, strict=True)
+        for blank in range(rounds):
+            blank_limits = [
+                limit if blank < len(part.mask_indices) else 0 for part, limit in zip(parts, limits, strict=True)
             ]
-            state = yield from drive(params, state, writers, look, config, transform)
-            for row, writer in zip(written, writers, strict=True):
+            if state is None or blanks.insert_answers:
+                prompts = [
+                    _prompt_with_answers(part, row, config) if limit else prompt
+                    for part, row, limit, prompt in zip(parts, answers, blank_limits, first_prompts, strict=True)
+                ]
+                requests = assemble(prompts, {**knobs, "max_new_tokens": blank_limits}, config)
+                state = prefill(params, requests, config, transform, max_new, slots)
+            else:
+                position, limit = _next_blanks(parts, blank_limits, blank, len(state.done), blanks)
+                state = start_next_blank(params, state, position, limit, config)
+            yield _literals(parts, blank)
+            writers = [
+                Writer(tokenizer, limit, end_tokens(config), stop, space_before=limit > 0 and part.space_before[blank])
+                for part, limit in zip(parts, blank_limits, strict=True)
+            ]
+            state = yield from decode_pieces(params, state, writers, check_every, config, transform)
+            for row, writer in zip(answers, writers, strict=True):
                 row.append(writer)
-        yield _literals(parts, turns)
-        return [_filled(part, row[: len(part.places)]) for part, row in zip(parts, written, strict=True)]
+        yield _literals(parts, rounds)
+        return [_filled(part, row[: len(part.mask_indices)]) for part, row in zip(parts, answers, strict=True)]
 
     return steps()
 
 
-def _literals(parts: list[PartA], turn: int) -> list[str]:
-    """What stands before blank `turn` of each text; behind the last blank, the tail."""
-    return [part.literals[turn] if turn < len(part.literals) else "" for part in parts]
+def _literals(parts: list[PartA], blank: int) -> list[str]:
+    """The text before blank `blank` of each text, or after its last blank; "" if there is neither."""
+    return [part.literals[blank] if blank < len(part.literals) else "" for part in parts]
 
 
 def _next_blanks(
-    parts: list[PartA], left: list[int], turn: int, rows: int, blanks: Blanks
+    parts: list[PartA], limits: list[int], blank: int, rows: int, blanks: Blanks
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`position` and `limit` of `reopen`, padded to the rows of the batch."""
+    """`position` and `limit` of `start_next_blank`, padded to the rows of the batch."""
     position, limit = np.zeros((rows, blanks.rows), np.int32), np.zeros(rows, np.int32)
-    limit[: len(left)] = left
+    limit[: len(limits)] = limits
     for row, part in enumerate(parts):
-        if left[row]:
-            position[row] = blanks.positions(part.ids, part.places[turn], 1)[:, -1]
+        if limits[row]:
+            position[row] = blanks.positions(part.ids, part.mask_indices[blank], 1)[:, -1]
     return position, limit
 
 
-def _with_answers(part: PartA, writers: list[Writer], config: Any) -> Text:
-    """The text with the answers so far in place of their masks, and the beginning of the next answer."""
-    ids = _spliced(part, writers)
-    place = part.places[len(writers)] + len(ids) - len(part.ids)  # all that changed is before it
-    spent = sum(1 + (writer.reason == "eos") for writer in writers)  # a mask made room for one, an end has no room
-    return answer(ids, place, 1, config, "the text")._replace(spent=spent)
+def _prompt_with_answers(part: PartA, answers: list[Writer], config: ModelConfig) -> EncodedPrompt:
+    """The text with the answers so far in place of their masks, followed by the sop of the next answer."""
+    ids = _insert_answers(part, answers)
+    mask_index = part.mask_indices[len(answers)] + len(ids) - len(part.ids)  # only ids before the mask have changed
+    # An answer of n tokens used n random numbers. It adds n - 1 ids (its mask is gone), or n - 2 if it ended with eop.
+    random_offset = sum(1 + (answer.reason == "eos") for answer in answers)
+    return answer_prompt(ids, mask_index, 1, config, "the text")._replace(random_offset=random_offset)
 
 
-def _spliced(part: PartA, writers: list[Writer]) -> list[int]:
-    """Ids of the text, the answers in place of the first masks, without the tokens that ended them."""
-    ids, at = [], 0
-    for place, writer in zip(part.places, writers, strict=False):
-        ids += [*part.ids[at:place], *writer.tokens[: len(writer.tokens) - (writer.reason == "eos")]]
-        at = place + 1
-    return ids + part.ids[at:]
+def _insert_answers(part: PartA, answers: list[Writer]) -> list[int]:
+    """Ids of the text with answers in place of its first masks, without the tokens that ended the answers."""
+    ids, end = [], 0
+    for mask_index, answer in zip(part.mask_indices, answers, strict=False):
+        ids += [*part.ids[end:mask_index], *answer.tokens[: len(answer.tokens) - (answer.reason == "eos")]]
+        end = mask_index + 1
+    return ids + part.ids[end:]
 
 
-def _filled(part: PartA, writers: list[Writer]) -> Filled:
+def _filled(part: PartA, answers: list[Writer]) -> Filled:
     text = part.literals[0]
-    for writer, literal in zip(writers, part.literals[1:], strict=True):
-        text += writer.shown + literal
-    spans = [writer.completion() for writer in writers]
-    return Filled(_spliced(part, writers), None if spans[0].text is None else text, spans)
+    for answer, literal in zip(answers, part.literals[1:], strict=True):
+        text += answer.streamed + literal
+    spans = [answer.completion() for answer in answers]
+    return Filled(_insert_answers(part, answers), None if spans[0].text is None else text, spans)

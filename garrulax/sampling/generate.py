@@ -1,31 +1,32 @@
 """`generate` and `stream`: prompts in, completions or pieces of text out."""
 
 from collections.abc import Generator, Sequence
-from typing import Any
 
 from garrulax import models
-from garrulax.sampling.blanks import last_blank
+from garrulax.core.config import ModelConfig
+from garrulax.models.unpack import ModelLike, TokenizerLike
+from garrulax.sampling.blanks import last_blank_prompt
 from garrulax.sampling.requests import (
+    EncodedPrompt,
     Prompt,
-    Text,
     assemble,
     bucket,
-    continuation,
-    ends,
-    listed,
-    spread,
+    causal_prompt,
+    end_tokens,
+    knobs_per_prompt,
+    prepare_model,
+    prompt_list,
     token_ids,
-    unpack,
 )
-from garrulax.sampling.state import init
-from garrulax.sampling.transforms import STANDARD, Transform
-from garrulax.sampling.writing import Completion, Steps, Writer, drive, exhaust, first, stop_strings
+from garrulax.sampling.state import prefill
+from garrulax.sampling.transforms import DEFAULT, Transform
+from garrulax.sampling.writing import Completion, Pieces, Writer, check_stop, decode_pieces, exhaust, first_row
 
-LOOK = 8  # steps between two looks for stop strings
+STOP_CHECK_STEPS = 8  # steps between two checks for stop strings
 
 
 def generate(
-    model: Any,
+    model: ModelLike,
     prompts: Prompt | Sequence[Prompt],
     *,
     max_new_tokens: int | Sequence[int] = 128,
@@ -34,37 +35,62 @@ def generate(
     top_p: float | Sequence[float] = 1.0,
     seed: int | Sequence[int] = 0,
     stop: str | Sequence[str] = (),
-    transform: Transform = STANDARD,
-) -> Any:
-    """Continues texts. One `Completion` a prompt; for a text or a list of ids alone, its Completion.
+    transform: Transform = DEFAULT,
+) -> Completion | list[Completion]:
+    """Continues texts.
 
-    model: from `gx.load`, or (params, config); decoding takes `gx.unstack`ed parameters, so to call often, unstack
-    once. prompts: a text, a list of token ids, or a list of these. Ids are read as `gx.forward` reads them; a text gets
-    what its tokenizer puts around it, such as bos; a text for a GLM is read both ways, and what follows it is its last
-    blank: it gets [gMASK] and <sop>. So do ids without <sop> for GLM-130B and ChatGLM-6B, unless they have a mask; ids
-    with <sop> are, for every GLM, a text with its mask, <sop>, and the answer so far. ([gMASK] <sop> and a text:
-    GLM-130B reads it from left to right.)
-    max_new_tokens, temperature, top_k, top_p, seed: a number, or one a prompt. temperature 0 is greedy, top_k 0 and
-    top_p 1 are off; they apply in this order. stop: strings that end a completion and are not part of it.
-    transform: what shapes the distribution (`sampling.transforms`); a new one compiles anew, new values never do.
+    A completion depends only on its own prompt, sampling arguments and seed; the other prompts, their order and
+    streaming do not change it. This holds up to rounding: batches of different sizes are different programs, whose
+    logits may differ in the last bits.
 
-    A completion depends on its own prompt, knobs and seed alone: not on the other prompts, their order, or streaming.
-    (To rounding: batches of other sizes are other programs, whose logits may differ in their last bits.)
+    A model that is trained on blanks (GLM) completes a text by filling a blank at its end. A text gets [gMASK] and
+    <sop>. Token ids are read in one of three ways:
 
-    Raises ValueError, saying what to do, for an empty prompt, one that does not fit into the context with
-    max_new_tokens, ids out of range, a text where there is no tokenizer, and bad knobs; FloatingPointError where the
-    logits are not finite.
+    * With <sop>: the ids before it are the text with its mask, the ids after it are the answer so far. (For GLM-130B,
+      [gMASK] <sop> in front of a text means that it is read from left to right.)
+    * Without <sop>, original GLM: they are continued causally.
+    * Without <sop>, GLM-130B and ChatGLM-6B: they get [gMASK], unless they have a mask, and <sop>.
+
+    Args:
+      model: from `gx.load`, or (params, config). Stacked parameters are unstacked in every call: to call often, pass
+        the result of `gx.unstack`.
+      prompts: a text, a list of token ids, or a list of these. A text gets the tokens that its tokenizer puts around a
+        prompt, such as bos; token ids are read as `gx.forward` reads them.
+      max_new_tokens: greatest number of new tokens; like the next four, one number, or one a prompt.
+      temperature: divisor of the logits; 0 is greedy.
+      top_k: number of most probable tokens to sample from; 0 is off.
+      top_p: probability of the nucleus to sample from; 1 is off. Applied after temperature and top_k.
+      seed: seed of the random stream.
+      stop: strings that end a completion and are not part of it.
+      transform: transform of the logits (`sampling.transforms`). Each transform is compiled once; other values of the
+        arguments above compile nothing.
+
+    Returns:
+      The Completion of a single prompt, or the list of those of a list.
+
+    Raises:
+      ValueError: an empty prompt, one that does not fit into the context with max_new_tokens, an id outside the
+        vocabulary, a text without a tokenizer, or a bad argument. The message says what to do.
+      FloatingPointError: the logits are not finite.
+
+    Example:
+      >>> import jax, garrulax as gx
+      >>> config = gx.preset("gpt2-tiny", layers=1, width=32, heads=2, vocab=257, eos=None)
+      >>> params = gx.unstack(gx.init(config, jax.random.key(0)))
+      >>> short, long = gx.generate((params, config), [[5, 17, 3], [9]], max_new_tokens=[2, 4], temperature=0)
+      >>> len(short.tokens), len(long.tokens), long.finish_reason
+      (2, 4, 'length')
     """
-    prompts, alone = listed(prompts)
-    knobs = spread(
+    prompts, single = prompt_list(prompts)
+    knobs = knobs_per_prompt(
         len(prompts), max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
     )
-    completions = exhaust(_generate(model, prompts, knobs, stop, LOOK if stop else None, transform))
-    return completions[0] if alone else completions
+    completions = exhaust(_generate(model, prompts, knobs, stop, STOP_CHECK_STEPS if stop else None, transform))
+    return completions[0] if single else completions
 
 
 def stream(
-    model: Any,
+    model: ModelLike,
     prompt: Prompt,
     *,
     max_new_tokens: int = 128,
@@ -73,53 +99,88 @@ def stream(
     top_p: float = 1.0,
     seed: int = 0,
     stop: str | Sequence[str] = (),
-    transform: Transform = STANDARD,
+    transform: Transform = DEFAULT,
     every: int = 4,
 ) -> Generator[str, None, Completion]:
-    """Continues one text, yielding its pieces as they are made: together they are `generate`'s text.
+    """Continues one text and yields it piece by piece. The pieces together are the text of `generate`.
 
-    every: tokens made between two pieces. A piece never ends inside a character, and never holds what may be the
-    beginning of a stop string. The generator returns the Completion. The rest as in `generate`; errors are raised
-    by the call itself, before the first piece.
+    A piece never ends inside a character and never contains the beginning of a stop string.
+
+    Args:
+      model: see `generate`.
+      prompt: a text or a list of token ids.
+      max_new_tokens: see `generate`, like the arguments up to `transform`.
+      temperature: divisor of the logits.
+      top_k: number of most probable tokens to sample from.
+      top_p: probability of the nucleus to sample from.
+      seed: seed of the random stream.
+      stop: strings that end the completion.
+      transform: transform of the logits.
+      every: number of tokens between two pieces.
+
+    Returns:
+      A generator of pieces, whose return value is the Completion.
+
+    Raises:
+      ValueError: see `generate`; raised by the call itself, before the first piece.
+      FloatingPointError: the logits are not finite; raised by the generator.
+
+    Example:
+      >>> import jax, garrulax as gx
+      >>> from garrulax.hub.tokenizers import ByteTokenizer
+      >>> config = gx.preset("gpt2-tiny", layers=1, width=32, heads=2, vocab=257, eos=None)
+      >>> model = gx.Model(config, gx.init(config, jax.random.key(0)), ByteTokenizer())
+      >>> pieces = list(gx.stream(model, "Once", max_new_tokens=8, seed=1, every=2))
+      >>> "".join(pieces) == gx.generate(model, "Once", max_new_tokens=8, seed=1).text
+      True
     """
-    prompts, alone = listed(prompt)
-    if not alone:
+    prompts, single = prompt_list(prompt)
+    if not single:
         raise ValueError(f"stream takes one prompt, not {len(prompts)}: generate takes several")
-    knobs = spread(1, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    knobs = knobs_per_prompt(
+        1, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+    )
     if every < 1:
         raise ValueError(f"every={every} must be at least 1")
-    return first(_generate(model, prompts, knobs, stop, every, transform))
+    return first_row(_generate(model, prompts, knobs, stop, every, transform))
 
 
 def _generate(
-    model: Any, prompts: list[Prompt], knobs: dict[str, list], stop: Any, every: int | None, transform: Transform
-) -> Steps[list[Completion]]:
-    """Checks and begins at once; the generator that it returns decodes, `every` steps at a time (None: all)."""
-    params, config, tokenizer = unpack(model)
-    stop = stop_strings(stop, tokenizer)
+    model: ModelLike,
+    prompts: list[Prompt],
+    knobs: dict[str, list],
+    stop: str | Sequence[str],
+    every: int | None,
+    transform: Transform,
+) -> Pieces[list[Completion]]:
+    """Checks the arguments at once; returns a generator that decodes, `every` steps at a time (None: all at once)."""
+    params, config, tokenizer = prepare_model(model)
+    stop = check_stop(stop, tokenizer)
     limits = knobs["max_new_tokens"]
-    texts = [
-        _text(prompt, limit, config, tokenizer, f"prompt {i}")
+    encoded = [
+        _encode(prompt, limit, config, tokenizer, f"prompt {i}")
         for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
     ]
-    requests = assemble(texts, knobs, config)
-    room = bucket(max(limits), least=16)
+    requests = assemble(encoded, knobs, config)
+    max_new = bucket(max(limits), least=16)
 
     def steps():
-        writers = [Writer(tokenizer, limit, ends(config), stop) for limit in limits]
-        state = init(params, requests, config, transform, room, room)
-        yield from drive(params, state, writers, every or room, config, transform)
+        writers = [Writer(tokenizer, limit, end_tokens(config), stop) for limit in limits]
+        state = prefill(params, requests, config, transform, max_new, max_new)
+        yield from decode_pieces(params, state, writers, every or max_new, config, transform)
         return [writer.completion() for writer in writers]
 
     return steps()
 
 
-def _text(prompt: Prompt, limit: int, config: Any, tokenizer: Any, name: str) -> Text:
+def _encode(
+    prompt: Prompt, limit: int, config: ModelConfig, tokenizer: TokenizerLike | None, name: str
+) -> EncodedPrompt:
     if models.blanks(config) is not None:
-        text = last_blank(prompt, limit, config, tokenizer, name)
-        if text is not None:
-            return text
+        encoded = last_blank_prompt(prompt, limit, config, tokenizer, name)
+        if encoded is not None:
+            return encoded
     ids = token_ids(prompt, tokenizer, name)
-    if isinstance(prompt, str):
+    if isinstance(prompt, str) and tokenizer is not None:
         ids = [*tokenizer.prefix, *ids, *tokenizer.suffix]
-    return continuation(ids, limit, config, name)
+    return causal_prompt(ids, limit, config, name)

@@ -1,4 +1,4 @@
-"""From what a caller asks for to the arrays that decoding begins with: checked, padded to a few sizes. Host only."""
+"""The arguments of `generate` and `fill`: checks, and the arrays with which decoding begins. Runs on the host only."""
 
 import math
 import operator
@@ -9,53 +9,53 @@ import jax
 import numpy as np
 
 from garrulax import models
+from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
 from garrulax.kernels.mask import PAD
+from garrulax.models.unpack import ModelLike, TokenizerLike, unpack_model
 from garrulax.sampling.state import Requests
 
 Prompt = str | Sequence[int]
 
 
-class Text(NamedTuple):
-    """A text to go on with.
+class EncodedPrompt(NamedTuple):
+    """The token ids of a prompt, and how the model reads them. R is the number of rows of positions (1 or 2).
 
-    ids: its tokens; the first new one follows the last. prefix: how many of the first see one another (a text with
-    blanks); each of the others sees those before it. positions: int32 [R, len(ids)], R = 2 where the place in an
-    answer has a row of its own. stride: int32 [R], from the last token to the first new one, and so on.
-    spent: draws made with the text's seed before, beyond one a token of `ids`: no draw is made twice.
+    Attributes:
+      ids: token ids. The first new token follows the last of them.
+      prefix: number of leading tokens that attend to one another (a text with blanks). Each later token attends to the
+        tokens before it.
+      positions: int32 [R, len(ids)].
+      stride: int32 [R], increase of the position from the last token to the first new one, and from each to the next.
+      random_offset: offset into the row's random stream: random numbers already used by earlier blanks, besides one
+        for each token of `ids`.
     """
 
     ids: list[int]
     prefix: int
     positions: np.ndarray
     stride: np.ndarray
-    spent: int = 0
+    random_offset: int = 0
 
     @property
     def token(self) -> int:
-        """The last token, which decoding begins with."""
+        """The last token, with which decoding begins."""
         return self.ids[-1]
 
     @property
     def position(self) -> np.ndarray:
-        """Where `token` stands: int32 [R]."""
+        """Position of the last token: int32 [R]."""
         return self.positions[:, -1]
 
 
-def unpack(model: Any) -> tuple[Tree, Any, Any]:
-    """(params in the form that decodes fastest, config, tokenizer or None) of a Model or of (params, config).
+def prepare_model(model: ModelLike) -> tuple[Tree, ModelConfig, TokenizerLike | None]:
+    """Returns the unstacked parameters, which decode fastest, the configuration and the tokenizer (or None) of a model.
 
-    Raises TypeError for anything else, ValueError for parameters on several devices.
+    Raises:
+      TypeError: `model` is neither the result of `garrulax.load` nor (params, config).
+      ValueError: the parameters are on several devices.
     """
-    if isinstance(model, tuple):
-        if len(model) != 2:
-            raise TypeError(f"a model given as a tuple is (params, config), not {len(model)} things")
-        params, config, tokenizer = *model, None
-    elif all(hasattr(model, name) for name in ("params", "config", "tokenizer")):
-        params, config, tokenizer = model.params, model.config, model.tokenizer
-    else:
-        raise TypeError(f"a model is what gx.load returns, or a tuple (params, config), not {type(model).__name__}")
-    models.family(config)
+    params, config, tokenizer = unpack_model(model)
     if any(isinstance(x, jax.Array) and len(x.sharding.device_set) > 1 for x in jax.tree.leaves(params)):
         raise ValueError(
             "decoding runs on one device, but the parameters are on several: gather them with jax.device_get(params)"
@@ -66,8 +66,12 @@ def unpack(model: Any) -> tuple[Tree, Any, Any]:
 _unstack = jax.jit(models.unstack)
 
 
-def listed(prompts: Any) -> tuple[list[Prompt], bool]:
-    """(list of texts and lists of ids, whether it was one alone). ValueError where there is none."""
+def prompt_list(prompts: Any) -> tuple[list[Prompt], bool]:
+    """Returns (a list of prompts, whether `prompts` was a single one).
+
+    Raises:
+      ValueError: there is no prompt.
+    """
     if isinstance(prompts, str):
         return [prompts], True
     prompts = prompts.tolist() if hasattr(prompts, "tolist") else list(prompts)
@@ -78,8 +82,12 @@ def listed(prompts: Any) -> tuple[list[Prompt], bool]:
     return prompts, False
 
 
-def token_ids(prompt: Prompt, tokenizer: Any, name: str) -> list[int]:
-    """The ids of a text or of a list of ids. ValueError for a text without a tokenizer and for what is no id."""
+def token_ids(prompt: Prompt, tokenizer: TokenizerLike | None, name: str) -> list[int]:
+    """Returns the ids of a text, or the given ids as integers. `name` is the prompt's name in errors.
+
+    Raises:
+      ValueError: a text without a tokenizer, or an element that is not an integer.
+    """
     if isinstance(prompt, str):
         if tokenizer is None:
             raise ValueError(f"{name} is a text but the model has no tokenizer: give token ids")
@@ -90,8 +98,8 @@ def token_ids(prompt: Prompt, tokenizer: Any, name: str) -> list[int]:
         raise ValueError(f"{name} must be a text or a list of token ids, not {prompt!r:.60}") from None
 
 
-def check_ids(ids: list[int], config: Any, name: str) -> None:
-    """ValueError for an empty list and for an id that the model does not have."""
+def check_ids(ids: list[int], config: ModelConfig, name: str) -> None:
+    """Raises ValueError for an empty list and for an id outside the vocabulary."""
     if not ids:
         raise ValueError(f"{name} is empty: give at least one token")
     wrong = [token for token in ids if not 0 <= token < config.vocab]
@@ -99,19 +107,8 @@ def check_ids(ids: list[int], config: Any, name: str) -> None:
         raise ValueError(f"{name} has token id {wrong[0]}: this model's ids are 0 to {config.vocab - 1}")
 
 
-def continuation(ids: list[int], limit: int, config: Any, name: str) -> Text:
-    """A text that is read causally, as `garrulax.forward` does by default. ValueError where it would not fit."""
-    check_ids(ids, config, name)
-    check_room(len(ids), limit, config, name)
-    blanks = models.blanks(config)
-    rows = 1 if blanks is None else blanks.rows
-    positions, stride = np.zeros((rows, len(ids)), np.int32), np.zeros(rows, np.int32)
-    positions[0], stride[0] = np.arange(len(ids)), 1
-    return Text(ids, 0, positions, stride)
-
-
-def check_room(size: int, limit: int, config: Any, name: str) -> None:
-    """ValueError where a text of `size` tokens and `limit` new ones do not fit into the model's context."""
+def check_length(size: int, limit: int, config: ModelConfig, name: str) -> None:
+    """Raises ValueError if `size` tokens and `limit` new ones do not fit into the model's context."""
     if size + limit > config.max_length:
         raise ValueError(
             f"{name} has {size} tokens and {limit} new ones are asked for, but the model's context is "
@@ -119,16 +116,32 @@ def check_room(size: int, limit: int, config: Any, name: str) -> None:
         )
 
 
-def ends(config: Any) -> tuple[int, ...]:
-    """Token ids after which a text, or the answer to a blank, is over."""
+def causal_prompt(ids: list[int], limit: int, config: ModelConfig, name: str) -> EncodedPrompt:
+    """Returns a prompt that is read causally, as `garrulax.forward` does by default.
+
+    Raises:
+      ValueError: an id is outside the vocabulary, or the prompt and `limit` new tokens do not fit into the context.
+    """
+    check_ids(ids, config, name)
+    check_length(len(ids), limit, config, name)
+    blanks = models.blanks(config)
+    rows = 1 if blanks is None else blanks.rows
+    positions, stride = np.zeros((rows, len(ids)), np.int32), np.zeros(rows, np.int32)
+    positions[0], stride[0] = np.arange(len(ids)), 1
+    return EncodedPrompt(ids, 0, positions, stride)
+
+
+def end_tokens(config: ModelConfig) -> tuple[int, ...]:
+    """Ids of the tokens that end a text or the answer to a blank."""
     blanks = models.blanks(config)
     if blanks is not None:
-        return blanks.ends
+        return blanks.end_tokens
     return config.eos if isinstance(config.eos, tuple) else () if config.eos is None else (config.eos,)
 
 
-_WHOLE = ("max_new_tokens", "top_k", "seed")
-_RULES = {
+_INTEGER_KNOBS = ("max_new_tokens", "top_k", "seed")
+#: knob -> (test of a valid value, what a valid value is)
+_KNOB_RULES = {
     "max_new_tokens": (lambda x: 1 <= x < 2**31, "a whole number of at least 1"),
     "temperature": (lambda x: 0 <= x < math.inf, "a number of at least 0 (0 is greedy)"),
     "top_k": (lambda x: 0 <= x < 2**31, "a whole number of at least 0 (0 is off)"),
@@ -137,12 +150,16 @@ _RULES = {
 }
 
 
-def spread(count: int, **knobs: Any) -> dict[str, list[Any]]:
-    """Every knob as a list with one value a prompt. ValueError that names the knob for a bad value or length."""
-    return {name: [_checked(name, v) for v in _each(name, value, count)] for name, value in knobs.items()}
+def knobs_per_prompt(count: int, **knobs: Any) -> dict[str, list[Any]]:
+    """Returns each knob as a list with one value for each of `count` prompts.
+
+    Raises:
+      ValueError: a bad value or a wrong number of values; the message names the knob.
+    """
+    return {name: [_checked(name, v) for v in _per_prompt(name, value, count)] for name, value in knobs.items()}
 
 
-def _each(name: str, value: Any, count: int) -> list[Any]:
+def _per_prompt(name: str, value: Any, count: int) -> list[Any]:
     value = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(value, list | tuple):
         return [value] * count
@@ -152,9 +169,9 @@ def _each(name: str, value: Any, count: int) -> list[Any]:
 
 
 def _checked(name: str, value: Any) -> int | float:
-    allowed, wanted = _RULES[name]
+    allowed, wanted = _KNOB_RULES[name]
     try:
-        number = operator.index(value) if name in _WHOLE else float(value)
+        number = operator.index(value) if name in _INTEGER_KNOBS else float(value)
     except (TypeError, ValueError):
         number = None
     if number is None or isinstance(value, bool) or not allowed(number):
@@ -163,22 +180,33 @@ def _checked(name: str, value: Any) -> int | float:
 
 
 def bucket(size: int, least: int = 1) -> int:
-    """The next power of two: sizes are rounded up, so that few programs are compiled."""
+    """Rounds a size up to a power of two, so that few programs are compiled."""
     return max(least, 1 << (size - 1).bit_length())
 
 
-def assemble(texts: Sequence[Text], knobs: Mapping[str, Sequence[Any]], config: Any) -> Requests:
-    """The arrays of a batch: contexts padded on the right to a bucket, rows to a bucket; a row without a text is
-    born done. knobs: as `spread` returns them, for all five names of `_RULES`."""
-    rows, count = bucket(len(texts)), len(texts)
-    width = bucket(max(len(text.ids) - 1 for text in texts) or 1, least=16)
-    R = len(texts[0].stride)
+def assemble(prompts: Sequence[EncodedPrompt], knobs: Mapping[str, Sequence[Any]], config: ModelConfig) -> Requests:
+    """Puts prompts into the arrays of one batch.
+
+    The number of rows and the context length are rounded up to buckets. Contexts are padded on the right. Rows without
+    a prompt have limit 0, so they are done from the start.
+
+    Args:
+      prompts: at least one.
+      knobs: from `knobs_per_prompt`, with all five names of `_KNOB_RULES`.
+      config: the family's Config.
+
+    Returns:
+      The inputs of `prefill`, as NumPy arrays.
+    """
+    rows, count = bucket(len(prompts)), len(prompts)
+    width = bucket(max(len(prompt.ids) - 1 for prompt in prompts) or 1, least=16)  # P
+    R = len(prompts[0].stride)
     axes = (R,) if R > 1 else ()
 
-    def column(values: Sequence[Any], dtype: Any, rest: Any = 0) -> Any:
-        return np.array([*values, *[rest] * (rows - count)], dtype)
+    def column(values: Sequence[Any], dtype: Any, padding: Any = 0) -> Any:  # [B]
+        return np.array([*values, *[padding] * (rows - count)], dtype)
 
-    def places(values: Sequence[Any]) -> Any:
+    def position_column(values: Sequence[Any]) -> Any:  # [B] or [B, 2]
         return column(values, np.int32, np.zeros(R)).reshape(rows, *axes)
 
     def full(value: int, *shape: int) -> Any:
@@ -186,22 +214,22 @@ def assemble(texts: Sequence[Text], knobs: Mapping[str, Sequence[Any]], config: 
 
     context, rank, segment = full(0, rows, width), full(0, rows, width), full(PAD, rows, width)
     positions = full(0, rows, *axes, width)
-    for row, text in enumerate(texts):
-        size = len(text.ids) - 1
-        context[row, :size] = text.ids[:-1]
+    for row, prompt in enumerate(prompts):
+        size = len(prompt.ids) - 1  # all tokens but the last, which the first step of decoding reads
+        context[row, :size] = prompt.ids[:-1]
         segment[row, :size] = 0
-        positions[row, ..., :size] = text.positions[:, :-1].reshape(*axes, size)
-        rank[row, text.prefix :] = np.arange(text.prefix, width)
-    greedy = [t == 0 for t in knobs["temperature"]]  # of which top-k and top-p change nothing
+        positions[row, ..., :size] = prompt.positions[:, :-1].reshape(*axes, size)
+        rank[row, prompt.prefix :] = np.arange(prompt.prefix, width)
+    greedy = [t == 0 for t in knobs["temperature"]]  # top-k and top-p change nothing there, and are switched off
     return Requests(
         context=context,
         segment=segment,
         rank=rank,
         positions=positions,
-        token=column([text.token for text in texts], np.int32),
-        position=places([text.position for text in texts]),
-        stride=places([text.stride for text in texts]),
-        length=column([len(text.ids) + text.spent for text in texts], np.int32),
+        token=column([prompt.token for prompt in prompts], np.int32),
+        position=position_column([prompt.position for prompt in prompts]),
+        stride=position_column([prompt.stride for prompt in prompts]),
+        length=column([len(prompt.ids) + prompt.random_offset for prompt in prompts], np.int32),
         limit=column(knobs["max_new_tokens"], np.int32),
         seed=column(knobs["seed"], np.uint32),
         knobs={
@@ -209,5 +237,5 @@ def assemble(texts: Sequence[Text], knobs: Mapping[str, Sequence[Any]], config: 
             "top_k": column([0 if g else k for g, k in zip(greedy, knobs["top_k"], strict=True)], np.int32),
             "top_p": column([1 if g else p for g, p in zip(greedy, knobs["top_p"], strict=True)], np.float32, 1),
         },
-        stops=cast(jax.Array, np.array(ends(config) or (PAD,), np.int32)),
+        end_tokens=cast(jax.Array, np.array(end_tokens(config) or (PAD,), np.int32)),
     )

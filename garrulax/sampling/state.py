@@ -1,4 +1,4 @@
-"""The state of decoding, and the functions that begin it. Letters: B rows, N room for new tokens, S cache slots."""
+"""The state of decoding, and its first value. Letters: B rows, N greatest number of new tokens, P context length."""
 
 import dataclasses
 import functools
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from garrulax import models
+from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
 from garrulax.kernels.mask import Mask
 from garrulax.layers.cache import Cache
@@ -17,16 +18,25 @@ from garrulax.sampling.transforms import Knobs, Transform
 
 @struct.dataclass
 class Requests:
-    """What a batch of texts begins with; rows are independent of one another. Where the family has two
-    positions a token (place in the text, place in the answer), there is an axis of 2 behind the rows.
+    """The inputs of a batch of texts. Rows are independent of one another.
 
-    context: int32 [B, P], tokens to read, padded on the right. segment: int32 [B, P], 0 for a token, PAD for padding.
-    rank: int32 [B, P], who sees whom in the context: equal ranks see each other. positions: int32 [B, P] or [B, 2, P].
-    token: int32 [B], the token after the context. position: int32 [B] or [B, 2], its position.
-    stride: int32 [B] or [B, 2], what a token's position is beyond that of the one before it.
-    length: int32 [B], tokens of the row so far, context and token; 0 for a row that is not in use.
-    limit: int32 [B], new tokens that the row may get. seed: uint32 [B].
-    knobs: name -> [B], for the transforms. stops: int32 [E], tokens that end a row (PAD is none).
+    In families with two positions for each token (index in the text, index in the answer), arrays of positions have an
+    axis of 2 after B.
+
+    Attributes:
+      context: int32 [B, P], tokens to read, padded on the right.
+      segment: int32 [B, P], 0 for a token, PAD for padding.
+      rank: int32 [B, P], attention order: a token attends to the tokens of its own or a lower rank.
+      positions: int32 [B, P] or [B, 2, P].
+      token: int32 [B], the token after the context.
+      position: int32 [B] or [B, 2], position of `token`.
+      stride: int32 [B] or [B, 2], increase of the position from each token to the next.
+      length: int32 [B], tokens of the row so far: context and `token`, and for a later blank also `random_offset`
+        (`requests.EncodedPrompt`); 0 for an unused row.
+      limit: int32 [B], greatest number of new tokens.
+      seed: uint32 [B].
+      knobs: sampling parameters for the transforms, name -> [B].
+      end_tokens: int32 [E], tokens that end a row (PAD is none).
     """
 
     context: jax.Array
@@ -40,25 +50,28 @@ class Requests:
     limit: jax.Array
     seed: jax.Array
     knobs: Knobs
-    stops: jax.Array
+    end_tokens: jax.Array
 
 
 @struct.dataclass
 class State:
-    """Decoding between two steps.
+    """The state of decoding between two steps.
 
-    cache: keys and values of everything read so far.
-    token: int32 [B], the last token of each row, which the model has not read yet.
-    position: int32 [B] or [B, 2], where `token` stands. stride: like position, added for every new token.
-    length: int32 [B], tokens of the row's own text, `token` included: with the seed it decides the next draw.
-    seed: uint32 [B].
-    limit: int32 [B], new tokens that the row may get. made: int32 [B], new tokens so far.
-    done: bool [B], the row gets no more tokens.
-    stops: int32 [E], tokens that end a row.
-    column: int32 scalar, steps so far, and the column of `tokens` that the next one writes.
-    tokens: int32 [B, N], new tokens. logprobs: float32 [B, N], their log-probabilities in the model's own
-    distribution, before any transform. Only the first `made` of a row count.
-    shaping: state of the transforms.
+    Attributes:
+      cache: keys and values of all tokens read so far.
+      token: int32 [B], last token of each row, which the model has not read yet.
+      position: int32 [B] or [B, 2], position of `token`.
+      stride: int32 [B] or [B, 2], increase of the position from each token to the next.
+      length: int32 [B], tokens of the row so far, with `token`; index into the random stream of the row's seed.
+      seed: uint32 [B].
+      limit: int32 [B], greatest number of new tokens.
+      generated: int32 [B], number of new tokens so far.
+      done: bool [B], whether the row gets no more tokens.
+      end_tokens: int32 [E], tokens that end a row.
+      column: int32 scalar, number of steps so far; the column of `tokens` that the next step writes.
+      tokens: int32 [B, N], new tokens; valid in the first `generated` columns of a row.
+      logprobs: float32 [B, N], their log-probabilities in the model's distribution, before any transform.
+      transform_state: state of the transform.
     """
 
     cache: Cache
@@ -68,26 +81,37 @@ class State:
     length: jax.Array
     seed: jax.Array
     limit: jax.Array
-    made: jax.Array
+    generated: jax.Array
     done: jax.Array
-    stops: jax.Array
+    end_tokens: jax.Array
     column: jax.Array
     tokens: jax.Array
     logprobs: jax.Array
-    shaping: Any
+    transform_state: Any
 
 
-@functools.partial(jax.jit, static_argnames=("config", "transform", "room", "slots"))
-def init(params: Tree, requests: Requests, config: Any, transform: Transform, room: int, slots: int) -> State:
-    """The state before the first new token: the context of every row is read into the cache.
+@functools.partial(jax.jit, static_argnames=("config", "transform", "max_new", "slots"))
+def prefill(
+    params: Tree, requests: Requests, config: ModelConfig, transform: Transform, max_new: int, slots: int
+) -> State:
+    """Reads the context of every row into a new cache.
 
-    room: N, at least the greatest limit. slots: cache slots beyond those of the context, at least `room`.
+    Args:
+      params: unstacked (`models.unstack`) or stacked.
+      requests: the batch.
+      config: the family's Config.
+      transform: the transform of the logits.
+      max_new: N, at least the greatest limit.
+      slots: number of cache slots after those of the context, at least `max_new`.
+
+    Returns:
+      The state before the first new token.
     """
     B, P = requests.context.shape
     cache = models.cache_for(params, config, B, P + slots)
     cache = dataclasses.replace(cache, planned=requests.length + requests.limit)
     mask = Mask({"rank": requests.rank, "segment": requests.segment})
-    cache = read(params, cache, requests.context, requests.positions, config, mask)
+    cache = cache_tokens(params, cache, requests.context, requests.positions, config, mask)
     return State(
         cache=cache,
         token=requests.token,
@@ -96,18 +120,21 @@ def init(params: Tree, requests: Requests, config: Any, transform: Transform, ro
         length=requests.length,
         seed=requests.seed,
         limit=requests.limit,
-        made=jnp.zeros(B, jnp.int32),
+        generated=jnp.zeros(B, jnp.int32),
         done=requests.limit < 1,
-        stops=requests.stops,
+        end_tokens=requests.end_tokens,
         column=jnp.int32(0),
-        tokens=jnp.zeros((B, room), jnp.int32),
-        logprobs=jnp.zeros((B, room), jnp.float32),
-        shaping=transform.init(requests.knobs),
+        tokens=jnp.zeros((B, max_new), jnp.int32),
+        logprobs=jnp.zeros((B, max_new), jnp.float32),
+        transform_state=transform.init(requests.knobs),
     )
 
 
-def read(
-    params: Tree, cache: Cache, tokens: jax.Array, positions: jax.Array, config: Any, mask: Mask | None = None
+def cache_tokens(
+    params: Tree, cache: Cache, tokens: jax.Array, positions: jax.Array, config: ModelConfig, mask: Mask | None = None
 ) -> Cache:
-    """The cache with tokens [B, T] in it. Arguments as in `garrulax.forward`; under jit no logits are computed."""
+    """Returns the cache after the model has read tokens [B, T]. Arguments as in `garrulax.forward`.
+
+    Under jit the logits are not computed, since nothing uses them.
+    """
     return cast(Cache, models.forward(params, tokens, config, positions=positions, mask=mask, cache=cache)[1])

@@ -1,30 +1,41 @@
-"""From the tokens on the device to text: driving the loop, cutting at stop strings, streaming."""
+"""From tokens on the device to text: the loop on the host, stop strings, streaming."""
 
 import dataclasses
 from collections.abc import Generator, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
-from garrulax.sampling.loop import run
+from garrulax.models.unpack import DecoderLike, TokenizerLike
+from garrulax.sampling.loop import decode_steps
 from garrulax.sampling.state import State
 from garrulax.sampling.transforms import Transform
 
 T = TypeVar("T")
-Steps = Generator[list[str], None, T]  # yields each row's new text, returns what came of it
+Pieces = Generator[list[str], None, T]  # yields the new text of each row, returns a T
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """What was written after a prompt, or into a blank.
+    """The tokens that a model wrote after a prompt or into a blank.
 
-    tokens: the new ids, with the one that ended the text, if one did. text: what they stand for, without a stop
-    string and what follows it; None where the model has no tokenizer. logprobs: log-probability of each token in the
-    model's own distribution (before temperature, top-k and top-p; natural logarithm, float32).
-    finish_reason: "eos" (a token that ends texts), "stop" (a stop string) or "length" (max_new_tokens).
+    Attributes:
+      tokens: ids of the new tokens, with the token that ended the text if there is one.
+      text: their text, without the stop string and the text after it; None if the model has no tokenizer.
+      logprobs: log-probability of each token in the model's own distribution (before temperature, top-k and top-p;
+        natural logarithm, float32).
+      finish_reason: "eos" (a token that ends texts), "stop" (a stop string) or "length" (max_new_tokens).
+
+    Example:
+      >>> import jax, garrulax as gx
+      >>> config = gx.preset("gpt2-tiny", layers=1, width=32, heads=2, vocab=257, eos=None)
+      >>> completion = gx.generate((gx.init(config, jax.random.key(0)), config), [5, 17, 3], max_new_tokens=2)
+      >>> isinstance(completion, gx.Completion), len(completion.tokens), len(completion.logprobs)
+      (True, 2, 2)
     """
 
     tokens: list[int]
@@ -37,123 +48,157 @@ class Completion:
 
 
 class Writer:
-    """One row's tokens, and its text up to the first stop string.
+    """Collects the tokens of one row, and its text up to the first stop string.
 
-    Text that may be the beginning of a stop string, and bytes that are not yet a character, are held back until it is
-    known: what `push` returned is final, and all of it together is `shown`.
+    Text that may be the beginning of a stop string, and bytes that are not yet a character, are withheld until this is
+    decided: the text that `push` returns is final.
+
+    Attributes:
+      tokens: ids so far.
+      logprobs: their log-probabilities.
+      reason: why the row is finished (`Completion.finish_reason`); None while it is not.
+      streamed: everything that `push` has returned.
     """
 
     def __init__(
-        self, tokenizer: Any, limit: int, ends: Sequence[int], stop: Sequence[str] = (), *, spaced: bool = False
+        self,
+        tokenizer: TokenizerLike | None,
+        limit: int,
+        end_tokens: Sequence[int],
+        stop: Sequence[str] = (),
+        *,
+        space_before: bool = False,
     ):
-        """limit: the greatest number of tokens; a row with 0 is finished. ends: tokens that end the text. stop: strings
-        that do. spaced: show a space in front of a text that begins without one."""
+        """Begins a row.
+
+        Args:
+          tokenizer: None for a row without text.
+          limit: greatest number of tokens; a row with 0 is finished.
+          end_tokens: ids that end the text.
+          stop: strings that end the text.
+          space_before: put a space in front of a streamed text that begins without one.
+        """
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.reason: str | None = None if limit else "length"
-        self.shown = ""
+        self.streamed = ""
         self._vocab = 0 if tokenizer is None else tokenizer.vocab
         self._decoder = None if tokenizer is None else tokenizer.stream(start=False)
-        self._limit, self._ends, self._stop, self._spaced = limit, ends, stop, spaced
-        self._text: list[str] = []
-        self._held = ""
+        self._limit, self._end_tokens, self._stop, self._space_before = limit, end_tokens, stop, space_before
+        self._pieces: list[str] = []
+        self._withheld = ""
 
     def push(self, tokens: Sequence[int], logprobs: Sequence[float]) -> str:
-        """Takes further tokens; returns the text that is now certain. Tokens after the end are ignored."""
+        """Adds tokens and returns the text that is now final. Ignores tokens after the end of the row."""
         pieces = []
         for token, logprob in zip(tokens, logprobs, strict=True):
             if self.reason is not None:
                 break
             self.tokens.append(token)
             self.logprobs.append(logprob)
-            if token in self._ends:
+            if token in self._end_tokens:
                 self.reason = "eos"
             elif len(self.tokens) == self._limit:
                 self.reason = "length"
             if self._decoder is not None:
-                pieces.append(self._read(token, self._decoder))
+                pieces.append(self._decode(token, self._decoder))
         piece = "".join(pieces)
-        self._text.append(piece)
-        if piece and self._spaced and not self.shown and not piece[0].isspace():
+        self._pieces.append(piece)
+        if piece and self._space_before and not self.streamed and not piece[0].isspace():
             piece = f" {piece}"
-        self.shown += piece
+        self.streamed += piece
         return piece
 
-    def _read(self, token: int, decoder: Any) -> str:
-        if token < self._vocab and self.reason != "eos":  # beyond it are rows that only pad the embedding
-            self._held += decoder.push([token])
+    def _decode(self, token: int, decoder: DecoderLike) -> str:
+        if token < self._vocab and self.reason != "eos":  # ids from the tokenizer's vocabulary size on have no text
+            self._withheld += decoder.push([token])
         if self.reason is not None:
-            self._held += decoder.flush()
-        found = [at for at in map(self._held.find, self._stop) if at >= 0]
-        if found:
+            self._withheld += decoder.flush()
+        stops = [at for at in map(self._withheld.find, self._stop) if at >= 0]
+        if stops:
             self.reason = "stop"
-        size = min(found) if found else len(self._held) if self.reason else self._certain()
-        piece, self._held = self._held[:size], self._held[size:]
+        size = min(stops) if stops else len(self._withheld) if self.reason else self._final_size()
+        piece, self._withheld = self._withheld[:size], self._withheld[size:]
         return piece
 
-    def _certain(self) -> int:
-        """Length of the held text without its longest ending that begins a stop string."""
+    def _final_size(self) -> int:
+        """Length of the withheld text up to its longest ending that is the beginning of a stop string."""
         for size in range(max(map(len, self._stop), default=1) - 1, 0, -1):
-            if size <= len(self._held) and any(s.startswith(self._held[-size:]) for s in self._stop):
-                return len(self._held) - size
-        return len(self._held)
+            if size <= len(self._withheld) and any(s.startswith(self._withheld[-size:]) for s in self._stop):
+                return len(self._withheld) - size
+        return len(self._withheld)
 
     def completion(self) -> Completion:
-        """What was written; the row must be finished."""
+        """Returns the completion of a finished row; ValueError for an unfinished one."""
         if self.reason is None:
             raise ValueError("the row is not finished")
-        return Completion(
-            self.tokens, None if self._decoder is None else "".join(self._text), self.logprobs, self.reason
-        )
+        text = None if self._decoder is None else "".join(self._pieces)
+        return Completion(self.tokens, text, self.logprobs, self.reason)
 
 
-def drive(
-    params: Tree, state: State, writers: Sequence[Writer], every: int, config: Any, transform: Transform
-) -> Steps[State]:
-    """Decodes until every writer is finished; yields every `every` steps the new text of each row.
+def decode_pieces(
+    params: Tree, state: State, writers: Sequence[Writer], every: int, config: ModelConfig, transform: Transform
+) -> Pieces[State]:
+    """Decodes until every writer is finished, and yields the new text of each row every `every` steps.
 
-    writers: of the first rows of the state. Returns the last state; the one given is donated.
-    Raises FloatingPointError where the model's logits are not finite.
+    Args:
+      params: unstacked or stacked.
+      state: from `prefill`. It is donated.
+      writers: one for each of the first rows of the state; the other rows are unused.
+      every: number of steps between two pieces.
+      config: the family's Config.
+      transform: the transform of the logits.
+
+    Returns:
+      A generator, which returns the last state.
+
+    Raises:
+      FloatingPointError: the logits are not finite.
     """
     while True:
-        state = run(params, state, np.int32(every), config, transform)
-        tokens, logprobs, made = jax.device_get((state.tokens, state.logprobs, state.made))
+        state = decode_steps(params, state, np.int32(every), config, transform)
+        tokens, logprobs, generated = jax.device_get((state.tokens, state.logprobs, state.generated))
         pieces = []
         for row, writer in enumerate(writers):
-            new = slice(len(writer.tokens), made[row])
+            new = slice(len(writer.tokens), generated[row])
             if not np.isfinite(logprobs[row, new]).all():
                 raise FloatingPointError("the model's logits are not finite: are its parameters?")
             pieces.append(writer.push(tokens[row, new].tolist(), logprobs[row, new].tolist()))
         yield pieces
         if all(writer.reason for writer in writers):
             return state
-        if any(writer.reason == "stop" for writer in writers):
-            rest = [True] * (len(made) - len(writers))
-            state = dataclasses.replace(state, done=jnp.array([writer.reason is not None for writer in writers] + rest))
+        if any(writer.reason == "stop" for writer in writers):  # the device does not know of stop strings
+            unused = [True] * (len(generated) - len(writers))
+            done = jnp.array([writer.reason is not None for writer in writers] + unused)
+            state = dataclasses.replace(state, done=done)
 
 
-def first(steps: Steps[list[T]]) -> Generator[str, None, T]:
-    """The text of the first row, and what came of it; empty pieces are left out."""
+def first_row(pieces: Pieces[list[T]]) -> Generator[str, None, T]:
+    """Yields the text of the first row, without empty pieces; returns the result of the first row."""
     while True:
         try:
-            pieces = next(steps)
+            new_texts = next(pieces)
         except StopIteration as end:
             return end.value[0]
-        if pieces[0]:
-            yield pieces[0]
+        if new_texts[0]:
+            yield new_texts[0]
 
 
-def exhaust(steps: Steps[T]) -> T:
-    """What a generator returns when all that it yields is ignored."""
+def exhaust(pieces: Pieces[T]) -> T:
+    """Runs a generator to its end and returns its return value."""
     while True:
         try:
-            next(steps)
+            next(pieces)
         except StopIteration as end:
             return end.value
 
 
-def stop_strings(stop: Any, tokenizer: Any) -> tuple[str, ...]:
-    """The stop strings as a tuple. ValueError for an empty one, something else, or where there is no tokenizer."""
+def check_stop(stop: str | Sequence[str], tokenizer: TokenizerLike | None) -> tuple[str, ...]:
+    """Returns the stop strings as a tuple.
+
+    Raises:
+      ValueError: an empty string, an element that is not a string, or stop strings without a tokenizer.
+    """
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     if any(not isinstance(s, str) or not s for s in stop):
         raise ValueError(f"stop must be a text or several, none of them empty, not {stop!r}")

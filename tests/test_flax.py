@@ -17,7 +17,7 @@ from flax.training.train_state import TrainState
 
 import garrulax as gx
 from garrulax import models
-from garrulax.core import sharding
+from garrulax.core import sharding, spec
 from garrulax.flax import linen_module, logical_axes, nnx_module, params_of
 
 FAMILIES = list(tiny.CONFIGS)
@@ -53,7 +53,7 @@ def test_nnx_holds_the_very_arrays_and_gives_the_same_logits(family):
     assert pointers(params_of(model)) == pointers(params)
     assert jax.tree.structure(params_of(model)) == jax.tree.structure(params)
     names = {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-    assert names == set(models.spec.named_specs(models.family(config).parameters(config)))
+    assert names == set(spec.named_specs(models.parameters(config)))
     assert close(jax.jit(lambda m, t: m(t)[0])(model, TOKENS), expected)
 
 
@@ -186,7 +186,7 @@ def test_hidden_states_feed_heads_of_bigger_modules():
     made = jax.jit(Reward().init)(jax.random.key(0), TOKENS)["params"]
     assert jax.tree.structure(made["backbone"]) == jax.tree.structure(params)
     got = jax.jit(Reward().apply)({"params": {**made, "backbone": params}}, TOKENS)
-    hidden, _ = jax.jit(models.family(config).hidden, static_argnums=2)(params, TOKENS, config)
+    hidden, _ = jax.jit(models.hidden, static_argnums=2)(params, TOKENS, config)
     assert close(got, (hidden @ made["Dense_0"]["kernel"] + made["Dense_0"]["bias"])[:, -1, 0])
     assert close(jax.jit(lambda m, t: m.hidden(t)[0])(nnx_module(config, params=params), TOKENS), hidden)
     assert close(models.family(config).logits(params, hidden, config), expected)

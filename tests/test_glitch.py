@@ -15,7 +15,7 @@ import garrulax as gx
 from garrulax import models
 from garrulax.cli import main
 from garrulax.cli.glitch import plot
-from garrulax.core import sharding
+from garrulax.core import sharding, spec
 from garrulax.hub.tokenizers import ByteTokenizer
 from garrulax.models import glitch
 
@@ -160,7 +160,7 @@ def test_nothing_stands_apart_in_an_untrained_model(family):
     specs = models.family(config).parameters(config)
     specs = {name: specs[name] for name in glitch.SIDES.values() if name in specs}
     for seed in range(5):
-        found = gx.glitch_tokens((models.spec.init(specs, jax.random.key(seed)), config))
+        found = gx.glitch_tokens((spec.init(specs, jax.random.key(seed)), config))
         assert found.count == 0
         assert found.tokens == ()
         assert all(side.threshold is None for side in found.sides.values())

@@ -223,9 +223,8 @@ def check_names(specs: Tree, params: Tree) -> None:
     """
     missing, unknown = _differing_names(specs, params, "")
     if missing or unknown:
-        shown = [
-            f"{', '.join(names[:4])} {what}" for what, names in (("missing", missing), ("unknown", unknown)) if names
-        ]
+        named = {"missing": missing, "unknown": unknown}
+        shown = [f"{', '.join(sorted(names)[:8])} {what}" for what, names in named.items() if names]
         raise ValueError(f"the parameters do not fit the config: {'; '.join(shown)}")
 
 

@@ -7,7 +7,12 @@ import jax.numpy as jnp
 def dropout(x: jax.Array, rate: float, key: jax.Array | None, shape: tuple[int, ...] | None = None) -> jax.Array:
     """x with a share `rate` of its entries zeroed and the rest divided by 1 - rate; x itself where key is None.
 
-    shape: of the draws, which are broadcast: along an axis of size 1 entries stay or go together. None is x's own.
+    Args:
+        x: Any array.
+        rate: Share of the entries that are zeroed, 0 <= rate < 1.
+        key: PRNG key; None for no dropout.
+        shape: Shape of the random draws, which are broadcast to x: along an axis of size 1 all entries share one draw.
+            None is the shape of x.
     """
     if key is None or rate == 0:
         return x

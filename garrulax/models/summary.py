@@ -1,4 +1,4 @@
-"""What a configuration costs: parameters by part, FLOPs a token, bytes. Arithmetic on the ParamSpec tree; no arrays."""
+"""The costs of a configuration: parameters by part, FLOPs a token, bytes. Arithmetic on the ParamSpec tree alone."""
 
 import dataclasses
 import math
@@ -14,9 +14,14 @@ from garrulax.core.config import ModelConfig
 class Summary:
     """Costs of one configuration.
 
-    parts: parameters by part of the model, summing to `parameters`. matmul_parameters: those that multiply a token
-    (matrices, and the output embedding; not norms, biases or looked-up tables).
-    forward_flops, training_flops: a token, at the full context. cache_values: numbers cached a token.
+    Attributes:
+        parameters: Number of parameters.
+        parts: Number of parameters of each part of the model; they sum to `parameters`.
+        matmul_parameters: Parameters that multiply a token: matrices and the output embedding, not norms, biases or
+            tables that are only looked up.
+        forward_flops: Floating-point operations of the forward pass a token, at the full context.
+        training_flops: The same of a training step.
+        cache_values: Numbers cached a token.
     """
 
     parameters: int
@@ -65,9 +70,9 @@ def matmul_parameters(config: ModelConfig) -> int:
 def flops_per_token(config: ModelConfig, length: int) -> int:
     """Floating-point operations of the forward pass a token, in a text of `length` tokens.
 
-    2 a parameter that multiplies it, and in each layer 4 H C keys for scores and their product with the values; causal
-    masks are not halved (Chowdhery et al. 2022, appendix B), windows and bands do leave keys out. The backward pass
-    costs twice as much again.
+    Two a parameter that multiplies the token, and in each layer 4 H C for every key attended to: scores, and their
+    product with the values. Causal masks are not halved (Chowdhery et al. 2022, appendix B); windows and bands count
+    only the keys that they leave. The backward pass costs twice as much again.
     """
     family = models.family(config)
     keys = sum(family.keys_attended(config, layer, length) for layer in range(config.layers))

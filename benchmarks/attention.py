@@ -134,7 +134,7 @@ def ours(name: str, case: Case, heads: int) -> Callable:
     return call
 
 
-def refusal(call: Callable, operands: list) -> str | None:
+def unsupported_reason(call: Callable, operands: list) -> str | None:
     """Why an implementation does not take a request, or None."""
     try:
         jax.eval_shape(call, *operands[:3], operands[4])
@@ -167,7 +167,7 @@ def check(names: list[str], length: int, bound: float = 2e-2) -> list[dict]:
                 )
             for name in names:
                 call = ours(name, case, heads)
-                if refusal(call, operands):
+                if unsupported_reason(call, operands):
                     continue
                 got = passes(call)[1](*operands)
                 errors = [_distance(a, b) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(exact), strict=True)]
@@ -239,7 +239,7 @@ def training(names: list[str], sizes: Sizes, rounds: int, peak: float) -> list[d
                 calls = {name: ours(name, case, heads) for name in names} | peers(case, length)
                 forward, both = {}, {}
                 for name, call in calls.items():
-                    if refusal(call, sets[0]):
+                    if unsupported_reason(call, sets[0]):
                         continue
                     try:
                         one, two = passes(call)

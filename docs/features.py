@@ -25,9 +25,9 @@ class Asked:
     implementation: Any
     reasons: list[str]
 
-    def refusal(self, options: Any, operands: Any) -> None:
+    def unsupported_reason(self, options: Any, operands: Any) -> None:
         """Takes everything."""
-        reason = self.implementation.refusal(options, operands)
+        reason = self.implementation.unsupported_reason(options, operands)
         self.reasons.extend([reason] if reason else [])
 
     def __call__(self, options: Any, operands: Any) -> Any:
@@ -50,7 +50,7 @@ def anywhere(implementation: Any) -> Any:
     return dataclasses.replace(implementation, interpret=True) if "interpret" in names else implementation
 
 
-def refusal(
+def unsupported_reason(
     name: str,
     mask: Callable[[int], Mask | Sequence[Mask] | None] | None = None,
     *,
@@ -81,7 +81,7 @@ def refusal(
     return asked.reasons[0] if asked.reasons else None
 
 
-def refusal_to_decode(
+def unsupported_reason_to_decode(
     name: str,
     mask: Callable[[int], Mask] | None = None,
     *,
@@ -197,13 +197,13 @@ class Table:
     """One table of the page, between two comments that name it.
 
     names: of the implementations, its columns. rows: what to ask for by the name of the feature.
-    refusal: why the implementation of a name refuses what is asked for, or None.
+    unsupported_reason: why the implementation of a name refuses what is asked for, or None.
     """
 
     title: str
     names: Sequence[str]
     rows: dict[str, dict[str, Any]]
-    refusal: Callable[..., str | None]
+    unsupported_reason: Callable[..., str | None]
 
     def text(self) -> str:
         """The table, and below it the reasons, in Markdown."""
@@ -212,7 +212,7 @@ class Table:
         for feature, asked in self.rows.items():
             cells = []
             for name in self.names:
-                reason = self.refusal(name, **asked)
+                reason = self.unsupported_reason(name, **asked)
                 if reason and reason not in reasons:
                     reasons.append(reason)
                 cells.append(f"no ({reasons.index(reason) + 1})" if reason else "yes")
@@ -231,8 +231,8 @@ class Table:
 
 
 TABLES = (
-    Table("table of implementations", tuple(IMPLEMENTATIONS), TRAINING, refusal),
-    Table("table of decoding", tuple(decode.IMPLEMENTATIONS), DECODING, refusal_to_decode),
+    Table("table of implementations", tuple(IMPLEMENTATIONS), TRAINING, unsupported_reason),
+    Table("table of decoding", tuple(decode.IMPLEMENTATIONS), DECODING, unsupported_reason_to_decode),
 )
 
 

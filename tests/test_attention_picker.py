@@ -38,7 +38,7 @@ class Seen(TwoPasses):
     requests: list = dataclasses.field(default_factory=list, compare=False)
     reason: str | None = None
 
-    def refusal(self, options, operands):
+    def unsupported_reason(self, options, operands):
         return self.reason
 
     def forward(self, options, operands):
@@ -107,7 +107,7 @@ def test_every_picked_name_exists_and_the_last_computes_everything():
 def test_what_refuses_is_passed_over_and_said_once(caplog, monkeypatch):
     monkeypatch.setitem(IMPLEMENTATIONS, "first", f"{__name__}:Seen")
     monkeypatch.setitem(PICKED, "cpu", ("first", "xla"))
-    monkeypatch.setattr(Seen, "refusal", lambda *_: "it is Tuesday")
+    monkeypatch.setattr(Seen, "unsupported_reason", lambda *_: "it is Tuesday")
     with caplog.at_level(logging.WARNING, "garrulax"):
         for _ in range(3):
             attention(*QKV)

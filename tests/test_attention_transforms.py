@@ -106,7 +106,7 @@ def test_scan_and_remat_are_straight_code(policy):
 class Marked(TwoPasses):
     """Whose passes can be found in a program."""
 
-    def refusal(self, options, operands):
+    def unsupported_reason(self, options, operands):
         return None
 
     def forward(self, options, operands):

@@ -93,7 +93,7 @@ def both(kernel, query, key, value, **more):
     @jax.jit
     def run(arrays):
         options, cached = request(*arrays, *(more.get(name) for name in names))
-        assert kernel.refusal(options, cached) is None
+        assert kernel.unsupported_reason(options, cached) is None
         return kernel(options, cached)
 
     return run((query, key, value))

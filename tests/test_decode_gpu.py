@@ -79,7 +79,7 @@ def dense(options, cached):
 
 
 def run(options, cached, kernel=KERNEL):
-    assert kernel.refusal(options, cached) is None
+    assert kernel.unsupported_reason(options, cached) is None
     with interpreter.force_gpu_interpret_mode(interpreter.InterpretGPUParams()):
         return jax.block_until_ready(jax.jit(functools.partial(kernel, options))(cached))
 
@@ -304,4 +304,4 @@ def test_pieces_are_whole():
 )
 def test_refusals(change, reason):
     cached = request([150, 100])
-    assert reason in Kernel().refusal(options(), dataclasses.replace(cached, **change(cached)))
+    assert reason in Kernel().unsupported_reason(options(), dataclasses.replace(cached, **change(cached)))

@@ -71,7 +71,7 @@ class Gradients(NamedTuple):
 class Implementation(Protocol):
     """One way to compute attention; hashable. `kernels.passes.TwoPasses` makes one of a forward and a backward pass."""
 
-    def refusal(self, options: Options, operands: Operands) -> str | None:
+    def unsupported_reason(self, options: Options, operands: Operands) -> str | None:
         """Why it cannot compute this request (operands may be abstract), or None where it can."""
 
     def __call__(self, options: Options, operands: Operands) -> jax.Array:

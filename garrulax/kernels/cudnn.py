@@ -14,7 +14,7 @@ class Cudnn:
     """cuDNN's fused attention: NVIDIA GPUs from Ampere on. It knows indices only, no streams: what it is given must be
     known to be causal, or to have no mask, before the data are seen."""
 
-    def refusal(self, options: Options, operands: Operands) -> str | None:
+    def unsupported_reason(self, options: Options, operands: Operands) -> str | None:
         """Why cuDNN cannot compute this request exactly and without an array of T x S, or None where it can."""
         o = operands
         (T, width), S = (o.query.shape[1], o.query.shape[3]), o.key.shape[1]

@@ -14,7 +14,7 @@ class Dense:
     """The dense formula, for any platform and request; differentiated by JAX, forward mode too. Memory grows with
     T x S, so that it is picked only by name."""
 
-    def refusal(self, options: Options, operands: Operands) -> str | None:
+    def unsupported_reason(self, options: Options, operands: Operands) -> str | None:
         """It computes everything."""
         return None
 

@@ -24,9 +24,9 @@ class TwoPasses:
 
     partitioned = False
 
-    def refusal(self, options: Options, operands: Operands) -> str | None:
+    def unsupported_reason(self, options: Options, operands: Operands) -> str | None:
         """Why it cannot compute this request (operands may be abstract), or None where it can."""
-        raise TypeError(f"{type(self).__name__} must define refusal()")
+        raise TypeError(f"{type(self).__name__} must define unsupported_reason()")
 
     def forward(self, options: Options, operands: Operands) -> tuple[jax.Array, jax.Array]:
         """Output [B, T, H, Cv] in the query's dtype, and lse, the natural logarithm of the sum of the exponentials of

@@ -35,12 +35,12 @@ class Table:
         """
         if name is not None:
             chosen = self.around(self.implementation(name))
-            if reason := chosen.refusal(*request):
+            if reason := chosen.unsupported_reason(*request):
                 raise ValueError(f"{self.what} {name!r} cannot compute this: {reason}")
             return chosen
         for candidate in self.candidates(target(request)):
             chosen = self.around(self.implementation(candidate))
-            reason = chosen.refusal(*request)
+            reason = chosen.unsupported_reason(*request)
             if reason is None:
                 return chosen
             _passed_over(self.what, candidate, reason)

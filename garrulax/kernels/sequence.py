@@ -60,9 +60,9 @@ class Whole:
     axes: Axes
     parts: int
 
-    def refusal(self, options: Options, operands: Operands) -> str | None:
+    def unsupported_reason(self, options: Options, operands: Operands) -> str | None:
         """What `inner` says to the gathered request."""
-        return self.inner.refusal(options, _lengthened(operands, self.parts))
+        return self.inner.unsupported_reason(options, _lengthened(operands, self.parts))
 
     def __call__(self, options: Options, operands: Operands) -> jax.Array:
         """Output of this device's queries."""
@@ -78,9 +78,9 @@ class Gathered(TwoPasses):
     axes: Axes
     parts: int
 
-    def refusal(self, options: Options, operands: Operands) -> str | None:
+    def unsupported_reason(self, options: Options, operands: Operands) -> str | None:
         """What `inner` says to the gathered request."""
-        return self.inner.refusal(options, _lengthened(operands, self.parts))
+        return self.inner.unsupported_reason(options, _lengthened(operands, self.parts))
 
     def forward(self, options: Options, operands: Operands) -> tuple[jax.Array, jax.Array]:
         """As `TwoPasses.forward`."""
@@ -107,7 +107,7 @@ class Ring(TwoPasses):
     axes: Axes
     parts: int
 
-    def refusal(self, options: Options, operands: Operands) -> str | None:
+    def unsupported_reason(self, options: Options, operands: Operands) -> str | None:
         """Dropout, an implementation that is not of two passes, and what `inner` says to one part."""
         if not isinstance(self.inner, TwoPasses):
             return "a ring merges outputs by their lse, which only implementations of two passes give"
@@ -115,7 +115,7 @@ class Ring(TwoPasses):
             return "a ring would drop other probabilities than one device: gather the keys"
         length = operands.key.shape[1]
         bias = None if operands.bias is None else _sized(operands.bias, 3, length)
-        return self.inner.refusal(options, dataclasses.replace(operands, bias=bias))
+        return self.inner.unsupported_reason(options, dataclasses.replace(operands, bias=bias))
 
     def forward(self, options: Options, operands: Operands) -> tuple[jax.Array, jax.Array]:
         """As `TwoPasses.forward`."""

@@ -120,16 +120,16 @@ class Sharded:
         if self.sequence not in (None, *WAYS):
             raise ValueError(f"unknown way across a sequence {self.sequence!r}: choose from {', '.join(WAYS)}")
 
-    def refusal(self, options: Options, operands: Operands) -> str | None:
+    def unsupported_reason(self, options: Options, operands: Operands) -> str | None:
         """What `inner` says to a device's part of the request; Auto axes, where XLA cannot split `inner`."""
         mesh = jax.typeof(operands.query).sharding.mesh
         if any(mesh.shape[name] > 1 for name in mesh.auto_axes) and not getattr(self.inner, "partitioned", True):
             return f"a kernel cannot be split over mesh axes in Auto mode: make {', '.join(mesh.auto_axes)} Explicit"
         p = plan(operands)
         if p is None:
-            return self.inner.refusal(options, operands)
+            return self.inner.unsupported_reason(options, operands)
         options = p.options(options)
-        return self._part(p, options, operands).refusal(options, _local(p, operands))
+        return self._part(p, options, operands).unsupported_reason(options, _local(p, operands))
 
     def __call__(self, options: Options, operands: Operands) -> jax.Array:
         """Output [B, T, H, Cv] in the query's dtype and sharding; differentiable, 0 where a query sees nothing."""

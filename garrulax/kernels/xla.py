@@ -28,7 +28,7 @@ class Chunked(TwoPasses):
     scores: int = 2**19
     partitioned = True
 
-    def refusal(self, options: Options, operands: Operands) -> str | None:
+    def unsupported_reason(self, options: Options, operands: Operands) -> str | None:
         """It computes everything."""
         return None
 

@@ -62,7 +62,7 @@ def compile_request(target, request):
         "other": CAUSAL & ~SAME_SEGMENT & All(),
     }
     options = Options(rules[mask], C**-0.5, request.get("softcap"))
-    assert Kernel().refusal(options, cached) is None
+    assert Kernel().unsupported_reason(options, cached) is None
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         traced = jax.jit(lambda cached: Kernel()(options, cached)).trace(cached)
         traced.lower(lowering_platforms=("cuda",)).compile()

@@ -37,7 +37,7 @@ FEW = 64  # queries of a sequence: a token, a tree of drafts; more are a text to
 class Implementation(Protocol):
     """One way to compute decoding attention; hashable."""
 
-    def refusal(self, options: Options, cached: Cached) -> str | None:
+    def unsupported_reason(self, options: Options, cached: Cached) -> str | None:
         """Why it cannot compute this request (arrays may be abstract), or None where it can."""
 
     def __call__(self, options: Options, cached: Cached) -> tuple[jax.Array, jax.Array]:

@@ -42,7 +42,7 @@ class Kernel:
     vmem_bytes: int = 48 << 20
     interpret: Any = False
 
-    def refusal(self, options: Options, cached: Cached) -> str | None:
+    def unsupported_reason(self, options: Options, cached: Cached) -> str | None:
         """As `decode.Implementation`."""
         c = cached
         plan = self.plan(c)

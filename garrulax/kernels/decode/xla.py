@@ -17,7 +17,7 @@ class Gathered:
     multiplied where it lies; pages are gathered through the table, and quantised entries get the query's dtype.
     The scores of all slots are in memory, T rows a head."""
 
-    def refusal(self, options: Options, cached: Cached) -> str | None:
+    def unsupported_reason(self, options: Options, cached: Cached) -> str | None:
         """It computes everything."""
         return None
 

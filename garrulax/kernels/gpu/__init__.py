@@ -39,7 +39,7 @@ class Kernel(TwoPasses):
     interpret: bool = False
     architecture: Literal["sm_90", "sm_100"] | None = None
 
-    def refusal(self, options: Options, operands: Operands) -> str | None:
+    def unsupported_reason(self, options: Options, operands: Operands) -> str | None:
         """What it cannot compute: other dtypes, wider heads, on other GPUs, with an older jax."""
         o = operands
         dtypes = {x.dtype for x in (o.query, o.key, o.value)}
@@ -48,7 +48,7 @@ class Kernel(TwoPasses):
         widths = o.query.shape[3], o.value.shape[3]
         if max(widths) > WIDEST:
             return f"heads {max(widths)} wide; {WIDEST} is the widest"
-        if self._architecture(o) == BLACKWELL and (reason := blackwell.refusal(o)):
+        if self._architecture(o) == BLACKWELL and (reason := blackwell.unsupported_reason(o)):
             return reason
         if self.interpret:
             return None

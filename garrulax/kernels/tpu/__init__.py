@@ -32,7 +32,7 @@ class Kernel(TwoPasses):
     span_bytes: int = 16 << 20
     interpret: Any = False
 
-    def refusal(self, options: Options, operands: Operands) -> str | None:
+    def unsupported_reason(self, options: Options, operands: Operands) -> str | None:
         """Why not, or None."""
         o = operands
         dtypes = {str(x.dtype) for x in (o.query, o.key, o.value)}

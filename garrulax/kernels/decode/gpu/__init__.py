@@ -45,7 +45,7 @@ class Kernel:
     least: int = 8
     interpret: bool = False
 
-    def refusal(self, options: Options, cached: Cached) -> str | None:
+    def unsupported_reason(self, options: Options, cached: Cached) -> str | None:
         """Why it cannot compute this request (arrays may be abstract), or None where it can."""
         c = cached
         if c.query.dtype not in (jnp.bfloat16, jnp.float16):

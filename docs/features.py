@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from gallery import MASKS
 
 from garrulax.kernels import Mask, attention, decode, masks
-from garrulax.kernels.attention import IMPLEMENTATIONS, TABLE
+from garrulax.kernels.attention import IMPLEMENTATIONS, REGISTRY
 from garrulax.kernels.mask import PAD
 from garrulax.kernels.relative import t5
 
@@ -67,7 +67,7 @@ def unsupported_reason(
 
     mask: of as many keys; causal where it is not given. options make what else `attention` is given.
     """
-    asked = Asked(anywhere(TABLE.implementation(name)), [])
+    asked = Asked(anywhere(REGISTRY.implementation(name)), [])
 
     def request(query, key, value):
         own = (mask or causal)(key.shape[1])
@@ -98,7 +98,7 @@ def unsupported_reason_to_decode(
 
     mask: of the slots; causal where it is not given. cache: dtype of keys and values, by default the query's.
     """
-    asked = AskedToDecode(anywhere(decode.TABLE.implementation(name)), [])
+    asked = AskedToDecode(anywhere(decode.REGISTRY.implementation(name)), [])
     cache = cache or dtype
     rows, slots = (4, T) if page is None else (4 * T // page, page)
 

@@ -20,7 +20,7 @@ INK = matplotlib.colors.ListedColormap(["white", "#9db7d5", "#1f4e79"])  # none,
 
 def schedule(mask: Mask) -> np.ndarray:
     """What a kernel makes of each block of the mask: 0 skips it, 1 asks for every pair, 2 takes it whole."""
-    query, key = mask.read()
+    query, key = mask.required_streams()
     rows, columns = (next(iter(s.values())).shape[1] // BLOCK for s in (query, key))
     some, every = block_map(mask.rule, query, key, BLOCK, BLOCK, (1, rows, columns))
     return np.asarray(some[0], int) + np.asarray(every[0], int)

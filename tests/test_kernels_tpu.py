@@ -15,7 +15,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interprete
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from garrulax.kernels.attention import TABLE, attention, request
+from garrulax.kernels.attention import REGISTRY, attention, request
 from garrulax.kernels.call import Options
 from garrulax.kernels.mask import Mask
 from garrulax.kernels.tpu import Kernel, forward, schedule
@@ -169,7 +169,7 @@ def abstract(T, S=None, B=1, H=2, K=1, C=128, dtype=jnp.bfloat16):
 
 
 def test_refusals():
-    kernel, options = TABLE.implementation("pallas_tpu"), Options(Mask({}).rule, 1.0)
+    kernel, options = REGISTRY.implementation("pallas_tpu"), Options(Mask({}).rule, 1.0)
     assert kernel.unsupported_reason(options, abstract(1 << 17, B=2)) is None
     assert "blocks are more than its list holds" in kernel.unsupported_reason(options, abstract(1 << 17, B=3))
     assert "4097" in Kernel(block_q=128, block_k=128).unsupported_reason(options, abstract(4097 * 128, 128))

@@ -1,4 +1,4 @@
-"""cuDNN's attention, by way of `jax.nn`, for the requests that it can express exactly."""
+"""cuDNN's attention, called through `jax.nn`, for the requests that it can express exactly."""
 
 import dataclasses
 
@@ -11,8 +11,11 @@ from garrulax.kernels.mask import All
 
 @dataclasses.dataclass(frozen=True)
 class Cudnn:
-    """cuDNN's fused attention: NVIDIA GPUs from Ampere on. It knows indices only, no streams: what it is given must be
-    known to be causal, or to have no mask, before the data are seen."""
+    """cuDNN's fused attention, for NVIDIA GPUs from Ampere on.
+
+    cuDNN masks by index and knows no streams, so the mask must be `All()` or causal for any values of the streams
+    (`Options.causal`).
+    """
 
     def unsupported_reason(self, options: Options, operands: Operands) -> str | None:
         """Why cuDNN cannot compute this request exactly and without an array of T x S, or None where it can."""
@@ -20,7 +23,7 @@ class Cudnn:
         (T, width), S = (o.query.shape[1], o.query.shape[3]), o.key.shape[1]
         full_bias = o.bias is None or o.bias.shape[2:] == (T, S)
         even = T % 2 == S % 2 == 0
-        for refused, why in (
+        for unsupported, reason in (
             (not (options.causal or options.rule == All()), "cuDNN has no masks but causal, known without the data"),
             (options.causal and T != S, "cuDNN's causal mask needs as many keys as queries"),
             (options.softcap is not None, "cuDNN has no softcap"),
@@ -38,8 +41,8 @@ class Cudnn:
             (width % 8 or width > 128, f"cuDNN takes head widths that are multiples of 8 up to 128, not {width}"),
             (o.value.shape[3] != width, "cuDNN takes values as wide as the keys"),
         ):
-            if refused:
-                return why
+            if unsupported:
+                return reason
         return None
 
     def __call__(self, options: Options, operands: Operands) -> jax.Array:

@@ -24,7 +24,7 @@ def compile_request(target, request):
     from jax.sharding import NamedSharding, PartitionSpec
 
     from garrulax.kernels.call import Options
-    from garrulax.kernels.decode.call import Cached
+    from garrulax.kernels.decode.call import DecodeOperands
     from garrulax.kernels.decode.gpu import Kernel
     from garrulax.kernels.mask import CAUSAL, SAME_SEGMENT, All, Band, Bits
 
@@ -43,7 +43,7 @@ def compile_request(target, request):
     key, value = (abstract((slots[0], K, slots[1], w), cache) for w in (C, request.get("value_width", C)))
     scales = abstract(key.shape[:3], jnp.float32) if key.dtype.itemsize == 1 else None
     names = {*MASKS[mask], *(("position",) if request.get("alibi") else ())}
-    cached = Cached(
+    cached = DecodeOperands(
         abstract((B, T, H, C), dtype),
         key,
         value,

@@ -11,10 +11,10 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from garrulax.kernels.blocks import fill
+from garrulax.kernels.blocks import pad_axis
 from garrulax.kernels.call import Options
 from garrulax.kernels.decode import work
-from garrulax.kernels.decode.call import Cached
+from garrulax.kernels.decode.call import DecodeOperands
 from garrulax.kernels.mask import Rule, Streams
 from garrulax.kernels.parts import merge
 
@@ -42,7 +42,7 @@ class Kernel:
     vmem_bytes: int = 48 << 20
     interpret: Any = False
 
-    def unsupported_reason(self, options: Options, cached: Cached) -> str | None:
+    def unsupported_reason(self, options: Options, cached: DecodeOperands) -> str | None:
         """As `decode.Implementation`."""
         c = cached
         plan = self.plan(c)
@@ -69,14 +69,14 @@ class Kernel:
             return f"the {words} words of its list of steps do not fit into scalar memory ({SCALARS})"
         return None
 
-    def __call__(self, options: Options, cached: Cached) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, options: Options, cached: DecodeOperands) -> tuple[jax.Array, jax.Array]:
         """As `decode.Implementation`."""
         plan = self.plan(cached)
         rule, streams = work.in_order(options, cached, plan.size)
         steps = self.steps(plan, rule, streams, cached)
         return _call(plan, dataclasses.replace(options, rule=rule), streams, steps, cached)
 
-    def steps(self, plan: "Plan", rule: Rule, streams: Streams, cached: Cached) -> work.Work:
+    def steps(self, plan: "Plan", rule: Rule, streams: Streams, cached: DecodeOperands) -> work.Work:
         """The blocks that it goes through. rule, streams: as from `work.in_order`."""
         B, n = cached.query.shape[0], plan.pages
         shape = (B, plan.columns * max(n, 1))
@@ -87,7 +87,7 @@ class Kernel:
         some, every, table = (x.reshape(B, plan.columns, n) for x in (some, every, table))
         return work.listed(some, every, self.splits, table)
 
-    def plan(self, cached: Cached) -> "Plan":
+    def plan(self, cached: DecodeOperands) -> "Plan":
         """The sizes of a call."""
         (_, T, H, C), (_, K, slots, Cv) = cached.query.shape, cached.value.shape
         wanted = self.step_bytes // (K * (C + Cv) * cached.key.dtype.itemsize)
@@ -178,7 +178,9 @@ class Specs:
         return pl.BlockSpec((1, *shape), place)
 
 
-def _call(plan: Plan, options: Options, streams: Streams, steps: work.Work, c: Cached) -> tuple[jax.Array, jax.Array]:
+def _call(
+    plan: Plan, options: Options, streams: Streams, steps: work.Work, c: DecodeOperands
+) -> tuple[jax.Array, jax.Array]:
     (B, T, H, _), (_, K, _, Cv) = c.query.shape, c.value.shape
     specs, names = Specs(plan, B), tuple(sorted(streams))
     inputs = _inputs(plan, specs, streams, c)
@@ -208,22 +210,22 @@ def _call(plan: Plan, options: Options, streams: Streams, steps: work.Work, c: C
     return out.astype(c.query.dtype), lse
 
 
-def _inputs(plan: Plan, specs: Specs, streams: Streams, c: Cached) -> dict[str, tuple[jax.Array, pl.BlockSpec]]:
+def _inputs(plan: Plan, specs: Specs, streams: Streams, c: DecodeOperands) -> dict[str, tuple[jax.Array, pl.BlockSpec]]:
     """The arrays that the kernel reads and their blocks, by name. Query heads of one key/value head are rows g·T + t of
     it, filled up; pages are arrays of their own, "key0", "key1", ..."""
     (B, T, H, C), K = c.query.shape, c.value.shape[1]
     G = H // K
     more = plan.rows - G * T
     x = c.query.reshape(B, T, K, G, C).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, C)
-    inputs = {"query": (fill(x, more, 2), specs.of_row(K, plan.rows, C))}
+    inputs = {"query": (pad_axis(x, more, 2), specs.of_row(K, plan.rows, C))}
     if plan.queries:
         x = jnp.stack([c.query_streams[name] for name in plan.queries], axis=2)
-        inputs["query_streams"] = fill(jnp.tile(x, (1, G, 1)), more, 1, "edge"), specs.of_row(plan.rows, x.shape[2])
+        inputs["query_streams"] = pad_axis(jnp.tile(x, (1, G, 1)), more, 1, "edge"), specs.of_row(plan.rows, x.shape[2])
     if streams:
         x = jnp.stack([streams[name] for name in sorted(streams)], axis=1)
         inputs["key_streams"] = x, specs.of_slots(1, x.shape[1], plan.size)
     if c.slopes is not None:
-        x = fill(jnp.repeat(c.slopes.reshape(K, G, 1) * LOG2E, T, axis=1), more, 1)
+        x = pad_axis(jnp.repeat(c.slopes.reshape(K, G, 1) * LOG2E, T, axis=1), more, 1)
         inputs["slopes"] = x, pl.BlockSpec(x.shape, lambda *_: (0, 0, 0))
     for name, scales in (("key_scales", c.key_scales), ("value_scales", c.value_scales)):
         if scales is not None:
@@ -239,7 +241,7 @@ def _inputs(plan: Plan, specs: Specs, streams: Streams, c: Cached) -> dict[str, 
     return inputs
 
 
-def _along(scales: jax.Array, c: Cached, plan: Plan) -> jax.Array:
+def _along(scales: jax.Array, c: DecodeOperands, plan: Plan) -> jax.Array:
     """Scales [B, K, slots] in the order of the sequences, zeros behind them."""
     if c.table is not None:
         scales = jnp.moveaxis(jnp.take(scales, c.table, axis=0, mode="clip"), 2, 1)

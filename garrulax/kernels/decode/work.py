@@ -5,9 +5,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from garrulax.kernels.blocks import LIVE, block_map, fill
+from garrulax.kernels.blocks import VALID_KEY, block_map, pad_axis
 from garrulax.kernels.call import Options
-from garrulax.kernels.decode.call import Cached
+from garrulax.kernels.decode.call import DecodeOperands
 from garrulax.kernels.mask import All, KRange, Rule, Streams
 
 FIRST, LAST, PARTIAL, IDLE = 1, 2, 4, 8  # flags of a step; its column and row stand above them
@@ -42,7 +42,7 @@ def column_of(word: jax.Array) -> jax.Array:
     return (word >> COLUMN) & (MOST_COLUMNS - 1)
 
 
-def in_order(options: Options, cached: Cached, size: int) -> tuple[Rule, Streams]:
+def in_order(options: Options, cached: DecodeOperands, size: int) -> tuple[Rule, Streams]:
     """The rule with the lengths in it, and the key streams of each sequence in order: int32 [B, columns · size].
 
     What lies behind a length repeats the last slot, so that the bounds of blocks stay tight.
@@ -56,7 +56,7 @@ def in_order(options: Options, cached: Cached, size: int) -> tuple[Rule, Streams
             name: jnp.take(s, cached.table, axis=0, mode="clip").reshape(B, slots) for name, s in streams.items()
         }
     more = -slots % size
-    streams = {name: fill(s, more, mode="edge") for name, s in streams.items()}
+    streams = {name: pad_axis(s, more, mode="edge") for name, s in streams.items()}
     if cached.lengths is None and not more:
         return options.rule, streams
     lengths = jnp.full((B,), slots, jnp.int32) if cached.lengths is None else jnp.minimum(cached.lengths, slots)
@@ -65,9 +65,9 @@ def in_order(options: Options, cached: Cached, size: int) -> tuple[Rule, Streams
     if cached.lengths is not None:
         last = jnp.maximum(lengths - 1, 0)[:, None]
         streams = {name: jnp.where(live, s, jnp.take_along_axis(s, last, axis=1)) for name, s in streams.items()}
-    counts = KRange(LIVE, 1, 1)
+    counts = KRange(VALID_KEY, 1, 1)
     rule = counts if isinstance(options.rule, All) else options.rule & counts
-    return rule, {**streams, LIVE: live.astype(jnp.int32)}
+    return rule, {**streams, VALID_KEY: live.astype(jnp.int32)}
 
 
 def blocks_seen(

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from garrulax.kernels.blocks import fill, fill_up
-from garrulax.kernels.call import NOTHING, Gradients, Operands, Options
-from garrulax.kernels.passes import TwoPasses
+from garrulax.kernels.blocks import pad_axis, pad_to_blocks
+from garrulax.kernels.call import EMPTY_ROW_LSE, Gradients, Operands, Options
+from garrulax.kernels.passes import ForwardBackward
 from garrulax.kernels.tpu import added, backward, forward, plan
 from garrulax.kernels.tpu.plan import LANES
 from garrulax.kernels.tpu.schedule import ENTRIES, SIDE
@@ -18,7 +18,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernel(TwoPasses):
+class Kernel(ForwardBackward):
     """For float32, bfloat16 and float16 (computed as float32), any widths and lengths.
 
     block_q, block_k: tokens of a block, multiples of 128; None is what fits the request. chunk: keys of a block that
@@ -57,7 +57,7 @@ class Kernel(TwoPasses):
         return block_q, self.block_k or min(_whole(S), 1024)
 
     def forward(self, options: Options, operands: Operands) -> tuple[jax.Array, jax.Array]:
-        """As `TwoPasses.forward`."""
+        """As `ForwardBackward.forward`."""
         B, T, H, _ = operands.query.shape
         out, lse = forward.forward(*self._cut(options, operands))
         out = plan.by_token(out, T, operands.value.shape[3]).astype(operands.query.dtype)
@@ -66,7 +66,7 @@ class Kernel(TwoPasses):
     def backward(
         self, options: Options, operands: Operands, lse: jax.Array, delta: jax.Array, cotangent: jax.Array
     ) -> Gradients:
-        """As `TwoPasses.backward`."""
+        """As `ForwardBackward.backward`."""
         o = operands
         B, T, H, C = o.query.shape
         S, K = o.key.shape[1:3]
@@ -74,9 +74,9 @@ class Kernel(TwoPasses):
         p, filled = self._cut(options, operands, span)
         more = filled.query.shape[1] - T
         rows = {
-            "cotangent": plan.by_head(fill(cotangent.astype(filled.query.dtype), more), K),
-            "lse": jnp.pad(lse, ((0, 0), (0, 0), (0, more)), constant_values=NOTHING).reshape(B, K, H // K, -1),
-            "delta": fill(delta, more, 2).reshape(B, K, H // K, -1),
+            "cotangent": plan.by_head(pad_axis(cotangent.astype(filled.query.dtype), more), K),
+            "lse": jnp.pad(lse, ((0, 0), (0, 0), (0, more)), constant_values=EMPTY_ROW_LSE).reshape(B, K, H // K, -1),
+            "delta": pad_axis(delta, more, 2).reshape(B, K, H // K, -1),
         }
         dq, dk, dv = backward.by_spans(p, filled, rows, span)
         dbias = dsteps = None
@@ -104,7 +104,7 @@ class Kernel(TwoPasses):
             q, k, v = (x.astype(jnp.float32) for x in (operands.query, operands.key, operands.value))
             operands = dataclasses.replace(operands, query=q, key=k, value=v)
         block_q, block_k = self.blocks(operands)
-        options, operands = fill_up(options, operands, block_q, keys or block_k)
+        options, operands = pad_to_blocks(options, operands, block_q, keys or block_k)
         chunk = math.gcd(self.chunk, block_k)
         return plan.planned(options, operands, block_q, block_k, chunk, self.interpret), operands
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from garrulax.kernels.blocks import block_map, bounds, fill
+from garrulax.kernels.blocks import block_bounds, block_map, pad_axis
 from garrulax.kernels.call import Operands, Options
 from garrulax.kernels.tpu.schedule import Schedule, column, row, schedule
 
@@ -82,7 +82,7 @@ def planned(options: Options, operands: Operands, block_q: int, block_k: int, ch
 def by_head(x: jax.Array, heads: int) -> jax.Array:
     """[B, K, G, T, C] of [B, T, K·G, C], the width filled up to whole lanes."""
     x = x.reshape(*x.shape[:2], heads, -1, x.shape[3])
-    return fill(x.transpose(0, 2, 3, 1, 4), -x.shape[4] % LANES, axis=4)
+    return pad_axis(x.transpose(0, 2, 3, 1, 4), -x.shape[4] % LANES, axis=4)
 
 
 def by_token(x: jax.Array, length: int, width: int) -> jax.Array:
@@ -96,7 +96,7 @@ def stacked(streams: dict[str, jax.Array], names: Sequence[str], like: jax.Array
     if not names:
         return jnp.zeros((like.shape[0], SUBLANES, like.shape[1]), jnp.int32)
     x = jnp.stack([streams[name] for name in names], axis=1)
-    return fill(x, -x.shape[1] % SUBLANES)
+    return pad_axis(x, -x.shape[1] % SUBLANES)
 
 
 def arrays(plan: Plan, operands: Operands) -> Arrays:
@@ -137,7 +137,10 @@ def scalars(plan: Plan, operands: Operands, first_key: Any = 0) -> Arrays:
         x["seeds"] = o.seeds
         x["first_key"] = jnp.reshape(jnp.asarray(first_key, jnp.int32), (1,))
     if o.steps is not None:
-        q, k = bounds(o.query_streams["position"], plan.block_q), bounds(o.key_streams["position"], plan.block_k)
+        q, k = (
+            block_bounds(o.query_streams["position"], plan.block_q),
+            block_bounds(o.key_streams["position"], plan.block_k),
+        )
         starts = jnp.array(plan.options.starts, jnp.int32)
         low, high = k.low[:, None, :] - q.high[:, :, None], k.high[:, None, :] - q.low[:, :, None]
         low, high = (jnp.searchsorted(starts, d, side="right").astype(jnp.int32) for d in (low, high))

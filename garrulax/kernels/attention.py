@@ -75,6 +75,14 @@ def attention(
         ValueError: for shapes that disagree, a stream that the mask reads and does not have, an unknown implementation,
             or a named one that does not support the request (with the reason).
         TypeError: for integers, or queries, keys and values of different dtypes.
+
+    Example:
+        >>> import jax
+        >>> from garrulax.kernels import attention, masks
+        >>> query, key = jax.numpy.ones((1, 6, 4, 8)), jax.numpy.ones((1, 6, 2, 8))  # 4 heads over 2
+        >>> segment = jax.numpy.array([[0, 0, 0, 1, 1, -1]])  # two documents and padding
+        >>> attention(query, key, key, mask=masks.packed(segment)).shape
+        (1, 6, 4, 8)
     """
     batch = query.shape[0]
     stored = key, value

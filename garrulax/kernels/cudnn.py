@@ -24,12 +24,12 @@ class Cudnn:
         full_bias = o.bias is None or o.bias.shape[2:] == (T, S)
         even = T % 2 == S % 2 == 0
         for unsupported, reason in (
-            (not (options.causal or options.rule == All()), "cuDNN has no masks but causal, known without the data"),
+            (not (options.causal or options.rule == All()), "cuDNN has no masks but causal for any data"),
             (options.causal and T != S, "cuDNN's causal mask needs as many keys as queries"),
             (options.softcap is not None, "cuDNN has no softcap"),
             (o.slopes is not None, "cuDNN has no ALiBi without a bias of T x S"),
             (o.steps is not None, "cuDNN has no relative bias without an array of T x S"),
-            (o.seeds is not None, "cuDNN drops other probabilities"),
+            (o.seeds is not None, "cuDNN drops other probabilities than all other implementations"),
             (o.sinks is not None, "cuDNN has no sinks"),
             (not full_bias, f"cuDNN's bias is [*, *, T, S], not {None if o.bias is None else o.bias.shape}"),
             (o.bias is not None and not even, f"cuDNN's bias needs even lengths, not {T} and {S}"),

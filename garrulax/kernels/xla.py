@@ -55,7 +55,7 @@ class Chunked(ForwardBackward):
             out, lse = chunk.normalise(_loop_over_columns(order, i, step, chunk.empty_softmax(queries)))
             out = out.swapaxes(1, 2).astype(o.query.dtype)  # [b, t, H, Cv]
             b, first = grid.start(i)
-            # Where the last chunk overlaps the one before, it writes the same rows again.
+            # Where the last chunk of queries overlaps the one before, this writes the same values again.
             return (_write(results[0], _to_bits(out), b, first, 0, 0), _write(results[1], lse, b, 0, first)), None
 
         (B, T, H, _), C = o.query.shape, o.value.shape[-1]
@@ -81,14 +81,14 @@ class Chunked(ForwardBackward):
             queries = grid.queries(o, i)
             inputs = grid.backward_inputs(queries, lse, delta, cotangent, i)
 
-            def step(masked, column, carry):
+            def step(masked, column, carry):  # the gradient of these queries [b, H, t, C], and the sums
                 part = grid.keys(queries, i, column)
                 mask = _materialise(chunk.mask_of(options, part), i) if masked else None
                 more = chunk.gradients(options, part, inputs, mask)
                 return carry[0] + more.query, grid.add(carry[1], more, i, column)
 
-            start = jnp.zeros(queries.query.shape, lse.dtype), sums
-            query, sums = _loop_over_columns(order, i, step, start)
+            carry = jnp.zeros(queries.query.shape, lse.dtype), sums
+            query, sums = _loop_over_columns(order, i, step, carry)
             return sums._replace(query=_add(sums.query, query.swapaxes(1, 2), *grid.start(i), 0, 0)), None
 
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, lse.dtype), _learned(o))

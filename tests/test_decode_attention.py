@@ -436,7 +436,7 @@ def test_errors_name_what_is_wrong():
     table, lengths = jnp.zeros((B, 4), jnp.int32), jnp.ones((B,), jnp.int32)
     wrong = [
         (ValueError, "5 query heads are not a multiple of 3", {"query": q[:, :, :5]}),
-        (ValueError, "over nothing", {"query": q[:, :0]}),
+        (ValueError, "no empty arrays", {"query": q[:, :0]}),
         (ValueError, r"\[batch, length, heads, width\]", {"query": q[0]}),
         (TypeError, "query is int32", {"query": q.astype(jnp.int32)}),
         (TypeError, "query is float8_e5m2", {"query": q.astype(jnp.float8_e5m2)}),

@@ -79,7 +79,8 @@ def _streams(
 ) -> tuple[Streams, Streams]:
     """The streams that the rule reads, and `position` where the request needs distances."""
     if mask is not None and not isinstance(mask, Mask):
-        raise TypeError(f"mask is a kernels.Mask or a sequence of them, not {type(mask).__name__}")
+        hint = "kernels.masks builds them, such as padded(valid) from a boolean array [B, T]"
+        raise TypeError(f"mask is a kernels.Mask or a sequence of them, not {type(mask).__name__}: {hint}")
     if distances and (mask is None or any("position" not in s for s in (mask.query, mask.key_streams()))):
         raise ValueError("alibi and relative need a mask with the stream 'position' of queries and keys")
     if mask is None:

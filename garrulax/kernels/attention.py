@@ -195,7 +195,7 @@ def _check(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
     if not query.dtype == key.dtype == value.dtype:
         raise TypeError(f"attention takes one dtype: query {query.dtype}, key {key.dtype}, value {value.dtype}")
     if 0 in query.shape or 0 in key.shape or 0 in value.shape:
-        raise ValueError(f"attention over nothing: {shapes}")
+        raise ValueError(f"attention takes no empty arrays: {shapes}")
     if key.shape[:-1] != value.shape[:-1] or query.shape[0] != key.shape[0] or query.shape[-1] != key.shape[-1]:
         raise ValueError(f"attention shapes disagree: {shapes}")
     if query.shape[2] % key.shape[2]:

@@ -289,9 +289,9 @@ class Mask:
             values of the streams. Libraries without masks (cuDNN) then use their own causal mask.
 
     Example:
-        >>> import jax.numpy as jnp, garrulax as gx
-        >>> rank = jnp.array([[0, 1, 2, 3]])
-        >>> segment = jnp.array([[0, 0, 1, -1]])  # two documents, and padding
+        >>> import jax, garrulax as gx
+        >>> rank = jax.numpy.array([[0, 1, 2, 3]])
+        >>> segment = jax.numpy.array([[0, 0, 1, -1]])  # two documents, and padding
         >>> mask = gx.Mask({"rank": rank, "segment": segment})  # causal within each document
         >>> mask.dense()[0].astype(int).tolist()
         [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]

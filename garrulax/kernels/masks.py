@@ -142,7 +142,7 @@ def fixed(segment: jax.Array, block: int, summary: int) -> Mask:
     """
     _check(block=block, summary=summary)
     if summary > block:
-        raise ValueError(f"the last {summary} tokens of a block of {block} are more than it has")
+        raise ValueError(f"a summary of {summary} tokens is longer than a block of {block}")
     position = _position(segment)
     streams = {**_ranked(segment), "block": position // block, "rest": block - 1 - position % block}
     return Mask(streams, rule=CAUSAL & SAME_SEGMENT & (Band("block", 0, 0) | KRange("rest", 0, summary - 1)))
@@ -221,7 +221,7 @@ def shifted(segment: jax.Array, group: int) -> tuple[Mask, Mask]:
     Raises ValueError for a group below 2.
     """
     if group < 2:
-        raise ValueError(f"half of a group of {group} tokens is none")
+        raise ValueError(f"group of a mask must be at least 2, not {group}")
     streams, position = _ranked(segment), _position(segment)
     rule = CAUSAL & SAME_SEGMENT & Band("group", 0, 0)
     plain, later = (Mask({**streams, "group": (position + s) // group}, rule=rule) for s in (0, group - group // 2))
@@ -249,7 +249,7 @@ def tree(parents: Sequence[int] | np.ndarray | jax.Array, slots: jax.Array) -> M
     if not isinstance(parents, jax.core.Tracer):
         given = np.asarray(parents)
         if (given >= np.arange(given.shape[-1])).any() or (given < -1).any():
-            raise ValueError(f"the parent of a node is one before it, or -1: {given.tolist()}")
+            raise ValueError(f"the parent of a node must be a node before it, or -1: {given.tolist()}")
     up = jnp.asarray(parents, jnp.int32)
     nodes = up.shape[-1]
     up = jnp.broadcast_to(up, (slots.shape[0], nodes))

@@ -201,7 +201,7 @@ def _check_arrays(query: jax.Array, key: jax.Array, value: jax.Array, table: jax
     if key.dtype != value.dtype or not (key.dtype in QUANTISED or jnp.issubdtype(key.dtype, jnp.floating)):
         raise TypeError(f"keys and values must have one floating or quantised dtype: {key.dtype}, {value.dtype}")
     if 0 in query.shape or 0 in key.shape or 0 in value.shape:
-        raise ValueError(f"decoding attention over nothing: {shapes}")
+        raise ValueError(f"decoding attention takes no empty arrays: {shapes}")
     if key.shape[:-1] != value.shape[:-1] or query.shape[-1] != key.shape[-1]:
         raise ValueError(f"decoding attention shapes disagree: {shapes}")
     if table is None and query.shape[0] != key.shape[0]:

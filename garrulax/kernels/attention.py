@@ -84,7 +84,7 @@ def attention(
         >>> attention(query, key, key, mask=masks.packed(segment)).shape
         (1, 6, 4, 8)
     """
-    batch = query.shape[0]
+    batch = query.shape[0] if query.ndim else 0
     stored = key, value
     key, value = _tokens_first(key, batch), _tokens_first(value, batch)
     _check(query, key, value)

@@ -30,7 +30,7 @@ class PartialSoftmax(NamedTuple):
     top: jax.Array
 
 
-class BackwardInputs(NamedTuple):
+class GradientInputs(NamedTuple):
     """Arrays of a chunk of queries that its backward pass reads for every chunk of keys.
 
     Attributes:
@@ -83,14 +83,14 @@ def normalise(state: PartialSoftmax) -> tuple[jax.Array, jax.Array]:
     return state.weighted / jnp.where(state.total == 0, 1, state.total)[..., None], state.top + jnp.log(state.total)
 
 
-def backward_inputs(query: jax.Array, K: int, lse: jax.Array, delta: jax.Array, cotangent: jax.Array) -> BackwardInputs:
-    """`BackwardInputs` of queries [b, H, t, C] over K key heads."""
+def gradient_inputs(query: jax.Array, K: int, lse: jax.Array, delta: jax.Array, cotangent: jax.Array) -> GradientInputs:
+    """`GradientInputs` of queries [b, H, t, C] over K key heads."""
     # The barrier makes XLA transpose once for all chunks of keys instead of within each product.
     transposed = jax.lax.optimization_barrier(tuple(_by_key_head(x, K).swapaxes(1, 2) for x in (query, cotangent)))
-    return BackwardInputs(lse, delta, cotangent, transposed)
+    return GradientInputs(lse, delta, cotangent, transposed)
 
 
-def gradients(options: Options, operands: Operands, inputs: BackwardInputs, mask: jax.Array | None) -> Gradients:
+def gradients(options: Options, operands: Operands, inputs: GradientInputs, mask: jax.Array | None) -> Gradients:
     """The chunk's contributions to the gradients, in at least float32.
 
     The gradients of key and value are transposed, [b, K, C, s] and [b, K, Cv, s]: they are products of the transposed

@@ -70,7 +70,7 @@ class Chunked(ForwardBackward):
         o = _with_indices(operands)
         if self._is_small(o):
             first = _heads_first(o)
-            inputs = chunk.backward_inputs(first.query, o.key.shape[2], lse, delta, cotangent.swapaxes(1, 2))
+            inputs = chunk.gradient_inputs(first.query, o.key.shape[2], lse, delta, cotangent.swapaxes(1, 2))
             part = chunk.gradients(options, first, inputs, chunk.mask_of(options, o))
             return _like_operands(part._replace(query=part.query.swapaxes(1, 2)), operands)
         grid = _ChunkGrid.of(o, self.scores // o.query.shape[2])
@@ -79,7 +79,7 @@ class Chunked(ForwardBackward):
 
         def row(sums, i):
             queries = grid.queries(o, i)
-            inputs = grid.backward_inputs(queries, lse, delta, cotangent, i)
+            inputs = grid.gradient_inputs(queries, lse, delta, cotangent, i)
 
             def step(masked, column, carry):  # the gradient of these queries [b, H, t, C], and the sums
                 part = grid.keys(queries, i, column)
@@ -111,7 +111,7 @@ class _ChunkGrid(NamedTuple):
     All chunks have one static size. Where a length is no multiple of it, the last chunk is moved back to end with the
     last token and overlaps the chunk before. Tokens in both are handled once: a repeated key is masked in the last
     chunk (`arrange_streams`), a repeated query gives the same output twice and no gradient the second time
-    (`backward_inputs`).
+    (`gradient_inputs`).
     """
 
     b: int
@@ -134,7 +134,7 @@ class _ChunkGrid(NamedTuple):
     def arrange_streams(self, options: Options, o: Operands) -> tuple[Options, Operands]:
         """The request with its streams copied chunk after chunk, [B, rows·t] and [B, columns·s].
 
-        Overlapping tokens then stand in both chunks, and a further stream masks the keys that are repeated.
+        Tokens in the overlap of two chunks are copied twice; a further stream masks the second copy of a key.
         """
         queries, _ = _tokens_of_chunks(o.query.shape[1], self.t)
         keys, repeated = _tokens_of_chunks(o.key.shape[1], self.s)
@@ -174,10 +174,10 @@ class _ChunkGrid(NamedTuple):
         key, value = (self._slice(x, at, n).swapaxes(1, 2) for x in (o.key, o.value))
         return dataclasses.replace(o, key=key, value=value, key_streams=streams, bias=bias)
 
-    def backward_inputs(
+    def gradient_inputs(
         self, queries: Operands, lse: jax.Array, delta: jax.Array, cotangent: jax.Array, i: jax.Array
-    ) -> chunk.BackwardInputs:
-        """`chunk.BackwardInputs` of the queries of row i."""
+    ) -> chunk.GradientInputs:
+        """`chunk.GradientInputs` of the queries of row i."""
         at, n = self.start(i), self.t
         _, repeated = _tokens_of_chunks(lse.shape[2], n)
         lse, delta = self._slice(lse, at, n, axis=2), self._slice(delta, at, n, axis=2)
@@ -185,7 +185,7 @@ class _ChunkGrid(NamedTuple):
             lse = jnp.where(self._slice(jnp.asarray(repeated)[None], (0, at[1]), n), EMPTY_ROW_LSE, lse)
         lse, delta = _materialise((lse, delta), i)
         cotangent = self._slice(cotangent, at, n).swapaxes(1, 2)  # [b, H, t, Cv]
-        return chunk.backward_inputs(queries.query, queries.key.shape[2], lse, delta, cotangent)
+        return chunk.gradient_inputs(queries.query, queries.key.shape[2], lse, delta, cotangent)
 
     def add(self, sums: Gradients, part: Gradients, i: jax.Array, column: jax.Array | int) -> Gradients:
         """The sums plus a chunk's gradients, except those of the queries, which the loop over columns carries."""
@@ -216,9 +216,9 @@ class _ColumnOrder(NamedTuple):
     """The columns that each row visits.
 
     Attributes:
-        order: int32 [total, columns]: first the columns where every pair attends, then those where some pairs do.
-        full: int32 [total]: the number of the former.
-        active: int32 [total]: the number of both.
+        order: int32 [total, columns]: first the columns where every pair attends, then those where only some do.
+        full: int32 [total]: number of columns where every pair attends.
+        active: int32 [total]: number of columns where any pair attends.
     """
 
     order: jax.Array

@@ -1,19 +1,19 @@
-"""Attention on a GPU or TPU: correct first, then fast.
+"""Correctness and speed of attention on a GPU or TPU.
 
     python benchmarks/attention.py [--torch-python PATH] [--quick] [--out results.json] [--plot attention.png]
 
-1. Correctness: every implementation that takes the request, on fresh random inputs, output and gradients against the
-   dense formula in float32: |error| / |reference| in the 2-norm. The benchmark stops where one is off.
-2. Training: TFLOP/s forward and backward for head widths x lengths x masks. 16384 tokens, 2048 = heads x width.
-   FLOPs = 4 * pairs * heads * width forward and 2.5 times that backward, where pairs is the number of
-   (query, key) pairs that the mask lets through; the share is of --peak, dense bfloat16 TFLOP/s of the device.
-   The backward time is that of forward and backward together less that of forward.
-3. Decoding: one token a sequence over its cache, and 8 drafts of a tree: bytes of keys and values read a second, and
-   the share of --bandwidth; beside it what a copy reaches (bytes read plus bytes written).
+1. Correctness: output and gradients of every implementation that supports the request, on new random inputs, against
+   the dense formula in float32; |error| / |reference| in the 2-norm. The benchmark stops at the first large error.
+2. Training: TFLOP/s forward and backward for head widths x lengths x masks, with 16384 tokens and heads x width = 2048.
+   FLOPs are 4 * pairs * heads * width forward and 2.5 times that backward, where pairs is the number of (query, key)
+   pairs that the mask allows. Percentages are of --peak, the dense bfloat16 TFLOP/s of the device. The backward time is
+   the time of forward and backward together minus that of forward.
+3. Decoding: one token per sequence over its cache, and 8 drafts of a tree. Bytes of keys and values read per second,
+   with percentages of --bandwidth; for comparison the rate of a copy (bytes read plus bytes written).
 
-All implementations run in turns, round after round, each call's operands among several sets; medians. Masks are
-operands, so that finding the active blocks is part of the time. Peers: cuDNN by way of jax.nn, jax's own kernels, and
-with --torch-python the SDPA of a PyTorch in a process of its own.
+All implementations run in turns, round after round; each call takes another of several sets of operands, and the
+medians are reported. Masks are operands, so the time includes finding the active blocks. Peers: cuDNN through jax.nn,
+jax's own kernels, and with --torch-python PyTorch's SDPA in a separate process.
 """
 
 import argparse
@@ -54,7 +54,15 @@ BANDWIDTH = {
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What is measured: tokens of a batch, heads x width, widths and lengths; (sequences, slots) of decoding."""
+    """The measured sizes.
+
+    Attributes:
+        lengths: of the texts, in tokens.
+        widths: of a head.
+        caches: (sequences, slots of each) for decoding.
+        tokens: of a batch.
+        model: heads x width.
+    """
 
     lengths: tuple[int, ...] = (2048, 4096, 8192, 16384)
     widths: tuple[int, ...] = (64, 128, 256)
@@ -69,7 +77,14 @@ TINY = Sizes(lengths=(256,), widths=(64,), caches=((2, 512),), tokens=512, model
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A mask over T tokens, its share of all pairs, and what else is asked for."""
+    """A mask and further arguments.
+
+    Attributes:
+        name: of the case.
+        mask: builds the mask from batch and length.
+        share: share of all pairs that the mask allows, by length.
+        alibi: whether to add ALiBi.
+    """
 
     name: str
     mask: Callable[[int, int], Mask | None]
@@ -92,8 +107,8 @@ def _causal_alibi(batch: int, length: int) -> Mask:
 
 
 def _window_share(length: int) -> float:
-    seen = np.minimum(np.arange(length) + 1, WINDOW)
-    return seen.sum() / length**2
+    keys = np.minimum(np.arange(length) + 1, WINDOW)  # of each query
+    return keys.sum() / length**2
 
 
 def _packed_share(length: int) -> float:
@@ -134,8 +149,8 @@ def ours(name: str, case: Case, heads: int) -> Callable:
     return call
 
 
-def refusal(call: Callable, operands: list) -> str | None:
-    """Why an implementation does not take a request, or None."""
+def unsupported_reason(call: Callable, operands: list) -> str | None:
+    """Why an implementation does not support a request, or None."""
     try:
         jax.eval_shape(call, *operands[:3], operands[4])
     except (ValueError, NotImplementedError) as error:
@@ -154,7 +169,7 @@ def passes(call: Callable) -> tuple[Callable, Callable]:
 
 
 def check(names: list[str], length: int, bound: float = 2e-2) -> list[dict]:
-    """Every implementation and case against the dense formula; raises SystemExit where one is off."""
+    """Compares every implementation and case with the dense formula; raises SystemExit for an error above `bound`."""
     rows = []
     for case in CASES:
         for width in (64, 128, 256):
@@ -167,7 +182,7 @@ def check(names: list[str], length: int, bound: float = 2e-2) -> list[dict]:
                 )
             for name in names:
                 call = ours(name, case, heads)
-                if refusal(call, operands):
+                if unsupported_reason(call, operands):
                     continue
                 got = passes(call)[1](*operands)
                 errors = [_distance(a, b) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(exact), strict=True)]
@@ -184,7 +199,7 @@ def _distance(got: jax.Array, expected: jax.Array) -> float:
 
 
 def in_turns(calls: dict[str, tuple[Callable, list]], rounds: int, at_least: float = 0.05) -> dict[str, float]:
-    """Median seconds of a call of each; a round times a run of calls long enough to hide what starting one costs."""
+    """Median seconds per call of each. A round times enough calls in a row to hide the cost of starting one."""
     counts, seconds = {}, {name: [] for name in calls}
     for name, (call, sets) in calls.items():
         jax.block_until_ready(call(*sets[0]))
@@ -201,7 +216,7 @@ def in_turns(calls: dict[str, tuple[Callable, list]], rounds: int, at_least: flo
 
 
 def peers(case: Case, length: int) -> dict[str, Callable]:
-    """jax's own kernels, for the masks that they have."""
+    """jax's own kernels, for the masks that they support."""
     found: dict[str, Callable] = {}
     if case.name in ("full", "causal"):
         causal = case.name == "causal"
@@ -239,7 +254,7 @@ def training(names: list[str], sizes: Sizes, rounds: int, peak: float) -> list[d
                 calls = {name: ours(name, case, heads) for name in names} | peers(case, length)
                 forward, both = {}, {}
                 for name, call in calls.items():
-                    if refusal(call, sets[0]):
+                    if unsupported_reason(call, sets[0]):
                         continue
                     try:
                         one, two = passes(call)
@@ -247,7 +262,7 @@ def training(names: list[str], sizes: Sizes, rounds: int, peak: float) -> list[d
                         forward[name] = (one, sets)
                         jax.block_until_ready(two(*sets[0]))
                         both[name] = (two, sets)
-                    except Exception as error:  # a peer that cannot is a row of the table, not the end of it
+                    except Exception as error:  # a peer that fails must not end the benchmark
                         print(f"  {name}: {type(error).__name__}: {str(error).splitlines()[0][:100]}", flush=True)
                 ahead, together = in_turns(forward, rounds), in_turns(both, rounds)
                 flops = 4.0 * batch * heads * length**2 * width * case.share(length)
@@ -267,7 +282,7 @@ def training(names: list[str], sizes: Sizes, rounds: int, peak: float) -> list[d
 
 
 def decoding(names: list[str], shapes: tuple, rounds: int, bandwidth: float) -> list[dict]:
-    """Bytes of the cache read a second, one token or 8 drafts a sequence."""
+    """Bytes of the cache read per second, with one token or 8 drafts per sequence."""
     rows, heads, kv_heads, width = [], 32, 8, 128
     for batch, slots in shapes:
         for drafts in (1, 8):
@@ -297,11 +312,11 @@ def decoding(names: list[str], shapes: tuple, rounds: int, bandwidth: float) -> 
 
 
 def _drafts(batch: int, slots: int, drafts: int) -> Mask:
-    """A chain of drafts as a tree over the cache: bits of the ancestors, and one for all that is committed."""
+    """A chain of drafts as a tree over the cache: a bit for each draft, and one for all committed tokens."""
     own = [1 << i for i in range(drafts)]
-    seen = [(1 << 30) | (2 << i) - 1 for i in range(drafts)]
+    ancestors = [(1 << 30) | (2 << i) - 1 for i in range(drafts)]
     row = jnp.array([1 << 30] * (slots - drafts) + own, jnp.int32)
-    query = jnp.broadcast_to(jnp.array(seen, jnp.int32), (batch, drafts))
+    query = jnp.broadcast_to(jnp.array(ancestors, jnp.int32), (batch, drafts))
     return Mask({"tree": query}, {"tree": jnp.broadcast_to(row, (batch, slots))}, Bits("tree"))
 
 
@@ -313,7 +328,7 @@ def copied() -> float:
 
 
 def plot(rows: list[dict], path: str) -> None:
-    """TFLOP/s against length, a panel for each mask and width."""
+    """Draws TFLOP/s against length, one panel for each mask and width."""
     import matplotlib.pyplot as plt
 
     cases, widths = (list(dict.fromkeys(r[k] for r in rows)) for k in ("case", "width"))
@@ -332,13 +347,13 @@ def plot(rows: list[dict], path: str) -> None:
 
 
 def of_device(table: dict[str, float]) -> float:
-    """The entry of a table for this device; NaN where it is not there."""
+    """The entry of a table for this device, or NaN."""
     kind = jax.devices()[0].device_kind
     return next((value for name, value in table.items() if name in kind), float("nan"))
 
 
 def main() -> None:
-    """Reads arguments, measures, prints, writes."""
+    """Reads the arguments, measures, and prints and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--torch-python", help="Python of an environment with a PyTorch for this device")
     parser.add_argument("--quick", action="store_true", help="fewer lengths and rounds")

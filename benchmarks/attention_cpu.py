@@ -2,10 +2,10 @@
 
     python benchmarks/attention_cpu.py --torch-python PATH [--rounds 5] [--runs 3] [--lengths 2048 4096 8192]
 
-The two run in turns, each in a process of its own with a thread a core, so that a machine whose speed drifts is fair to
-both; medians over all runs, and the ratio with its range over the rounds. PATH is the Python of an environment with
-torch==2.13.0. FLOPs are those of the pairs that attend: 4 H C a pair forward, 14 with the backward pass. The memory is
-what XLA plans beside arguments and results, forward and backward.
+The two run in turns, each in a separate process with one thread per core, so that a drift of the machine's speed
+affects both alike. It prints medians over all runs, and the ratio with its range over the rounds. PATH is the Python of
+an environment with torch==2.13.0. FLOPs count the pairs that attend: 4 H C per pair forward, 14 H C with the backward
+pass. The memory is what XLA plans besides arguments and results, for forward and backward.
 """
 
 import argparse
@@ -22,11 +22,11 @@ from measuring import measure
 HEADS, KV_HEADS, WIDTH = 8, 2, 128
 PEER = Path(__file__).parent / "peers" / "torch_attention.py"
 FLOPS = {"forward": 4, "forward + backward": 14}
-LONG = 16384  # for the memory
+LONG = 16384  # length at which memory is measured
 
 
 def passes():
-    """Forward, and forward with the gradients of query, key and value, as functions of the arrays."""
+    """Compiled functions of the arrays: forward, and forward with the gradients of query, key and value."""
     import jax
 
     from garrulax.kernels import attention
@@ -53,7 +53,7 @@ def arguments(length: int, dtype: str) -> list:
 
 
 def ours(lengths: list[int], dtype: str, runs: int) -> dict:
-    """Milliseconds of every run by pass and length, after one that compiles; and MiB of temporaries at `LONG`."""
+    """Milliseconds of every run by pass and length, after one run that compiles; MiB of temporaries at `LONG`."""
     import jax
 
     times: dict[str, list[float]] = {}
@@ -72,7 +72,7 @@ def ours(lengths: list[int], dtype: str, runs: int) -> dict:
 
 
 def compare(dtype: str, lengths: list[int], rounds: int, runs: int, torch_python: str) -> None:
-    """Runs the two in turns and prints a line a pass and length."""
+    """Runs the two in turns and prints one line for each pass and length."""
     sizes = [*map(str, (HEADS, KV_HEADS, WIDTH, os.cpu_count(), runs)), dtype, *map(str, lengths)]
     words = ["--ours", dtype, "--runs", str(runs), "--lengths", *map(str, lengths)]
     commands = {"ours": [sys.executable, __file__, *words], "torch": [torch_python, str(PEER), *sizes]}

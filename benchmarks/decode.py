@@ -2,10 +2,11 @@
 
     python benchmarks/decode.py --torch-python PATH [--rounds 5] [--runs 3]
 
-The two run in turns, each time in a process of its own, so that a machine whose speed drifts is fair to both. Timed is
-a whole call, a prompt of 32 tokens and 128 new ones, after a first call that compiles; medians over all calls. PATH is
-the Python of an environment with torch==2.13.0 and transformers==5.23.0. A token reads every weight once: bytes a
-second are those of the weights, to be compared with what the machine copies (bytes read and written).
+The two run in turns, each time in a separate process, so that a drift of the machine's speed affects both alike. A
+whole call is timed, with a prompt of 32 tokens and 128 new ones, after a first call that compiles. The results are
+medians over all calls. PATH is the Python of an environment with torch==2.13.0 and transformers==5.23.0. Each token
+reads every weight once: the rate counts the bytes of the weights, and can be compared with the rate of a copy on the
+same machine (bytes read plus bytes written).
 """
 
 import argparse
@@ -42,7 +43,7 @@ def ours(runs: int) -> dict:
 
 
 def copied() -> float:
-    """Bytes a second that numpy copies, read and written ones both counted."""
+    """Bytes per second of a copy by numpy, bytes read plus bytes written."""
     import numpy as np
 
     source = np.ones(1 << 26, np.float32)
@@ -55,7 +56,7 @@ def copied() -> float:
 
 
 def compare(rounds: int, runs: int, torch_python: str) -> None:
-    """Runs the two in turns and prints medians and their ratio."""
+    """Runs the two in turns and prints their medians and the ratio."""
     commands = {
         "garrulax": [sys.executable, __file__, "--ours", "--runs", str(runs)],
         "transformers": [torch_python, str(PEER), str(PROMPT), str(NEW), str(runs)],

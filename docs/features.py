@@ -1,4 +1,4 @@
-"""The tables of docs/attention.md: what every implementation computes, as its own refusals say."""
+"""Writes the tables of docs/attention.md: which requests each implementation supports, by its `unsupported_reason`."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from gallery import MASKS
 
 from garrulax.kernels import Mask, attention, decode, masks
-from garrulax.kernels.attention import IMPLEMENTATIONS, TABLE
+from garrulax.kernels.attention import IMPLEMENTATIONS, REGISTRY
 from garrulax.kernels.mask import PAD
 from garrulax.kernels.relative import t5
 
@@ -19,38 +19,38 @@ T = 1024
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Asked:
-    """In an implementation's place: notes what that refuses, and computes nothing."""
+class Recorder:
+    """Takes an implementation's place: records why that does not support the requests, and computes nothing."""
 
     implementation: Any
     reasons: list[str]
 
-    def refusal(self, options: Any, operands: Any) -> None:
-        """Takes everything."""
-        reason = self.implementation.refusal(options, operands)
+    def unsupported_reason(self, options: Any, operands: Any) -> None:
+        """None, after recording the reason of the implementation."""
+        reason = self.implementation.unsupported_reason(options, operands)
         self.reasons.extend([reason] if reason else [])
 
     def __call__(self, options: Any, operands: Any) -> Any:
-        """Zeros."""
+        """Zeros of the output's shape [B, T, H, Cv]."""
         return jnp.zeros((*operands.query.shape[:3], operands.value.shape[3]), operands.query.dtype)
 
 
-class AskedToDecode(Asked):
-    """The same for decoding attention, whose values are [B, K, S, Cv] and which gives lse too."""
+class DecodeRecorder(Recorder):
+    """`Recorder` for decoding attention, which returns output and lse."""
 
     def __call__(self, options: Any, operands: Any) -> Any:
-        """Zeros."""
+        """Zeros of the shapes of output and lse."""
         out = super().__call__(options, operands)
         return out, jnp.zeros(out.shape[:3], jnp.float32).swapaxes(1, 2)
 
 
 def anywhere(implementation: Any) -> Any:
-    """The implementation as it is interpreted, so that the machine and the jax at hand have no say."""
+    """The implementation in interpreted form, whose answers depend neither on the machine nor on the version of jax."""
     names = {field.name for field in dataclasses.fields(implementation)}
     return dataclasses.replace(implementation, interpret=True) if "interpret" in names else implementation
 
 
-def refusal(
+def unsupported_reason(
     name: str,
     mask: Callable[[int], Mask | Sequence[Mask] | None] | None = None,
     *,
@@ -63,25 +63,35 @@ def refusal(
     dtype: Any = jnp.bfloat16,
     **options: Callable[[], Any],
 ) -> str | None:
-    """Why the implementation of that name does not compute such a request, or None.
+    """Why the implementation of that name does not support a request, or None where it does.
 
-    mask: of as many keys; causal where it is not given. options make what else `attention` is given.
+    Args:
+        name: of the implementation.
+        mask: builds the mask for a number of keys; causal by default.
+        length: number of queries.
+        keys: number of keys, by default that of the queries.
+        heads: number of query heads.
+        kv_heads: number of key/value heads.
+        width: of queries and keys.
+        values: width of the values, by default that of the keys.
+        dtype: of query, key and value.
+        options: functions that make further arguments of `attention`.
     """
-    asked = Asked(anywhere(TABLE.implementation(name)), [])
+    recorder = Recorder(anywhere(REGISTRY.implementation(name)), [])
 
     def request(query, key, value):
         own = (mask or causal)(key.shape[1])
         given = {option: make() for option, make in options.items()}
-        return attention(query, key, value, mask=own, implementation=asked, **given)
+        return attention(query, key, value, mask=own, implementation=recorder, **given)
 
     keys = keys or length
     shapes = (length, heads, width), (keys, kv_heads, width), (keys, kv_heads, values or width)
     with jax.enable_x64(dtype == jnp.float64):
         jax.eval_shape(request, *(jax.ShapeDtypeStruct((1, *shape), dtype) for shape in shapes))
-    return asked.reasons[0] if asked.reasons else None
+    return recorder.reasons[0] if recorder.reasons else None
 
 
-def refusal_to_decode(
+def unsupported_reason_to_decode(
     name: str,
     mask: Callable[[int], Mask] | None = None,
     *,
@@ -94,11 +104,21 @@ def refusal_to_decode(
     page: int | None = None,
     **options: Callable[[], Any],
 ) -> str | None:
-    """The same for `queries` queries of 4 sequences of 8 heads over `T` slots, in pages where `page` is given.
+    """`unsupported_reason` for decoding 4 sequences of 8 heads over `T` slots.
 
-    mask: of the slots; causal where it is not given. cache: dtype of keys and values, by default the query's.
+    Args:
+        name: of the implementation.
+        mask: builds the mask for a number of slots; causal by default.
+        queries: of each sequence.
+        kv_heads: number of key/value heads.
+        width: of queries and keys.
+        values: width of the values, by default that of the keys.
+        dtype: of the query.
+        cache: dtype of keys and values, by default the query's.
+        page: slots of a page; None is a contiguous cache.
+        options: functions that make further arguments of `decode`.
     """
-    asked = AskedToDecode(anywhere(decode.TABLE.implementation(name)), [])
+    recorder = DecodeRecorder(anywhere(decode.REGISTRY.implementation(name)), [])
     cache = cache or dtype
     rows, slots = (4, T) if page is None else (4 * T // page, page)
 
@@ -108,16 +128,16 @@ def refusal_to_decode(
             given["table"] = jnp.zeros((4, T // page), jnp.int32)
         if cache in decode.QUANTISED:
             given |= dict.fromkeys(("key_scales", "value_scales"), jnp.ones(key.shape[:3]))
-        seen = (mask or causal)(T)
-        query_streams = {n: jnp.tile(s[:, :queries], (4, 1)) for n, s in seen.query.items()}
-        key_streams = {n: jnp.tile(s[:, :slots], (rows, 1)) for n, s in seen.key_streams().items()}
-        own = Mask(query_streams, key_streams, seen.rule)
-        return decode.decode(query, key, value, mask=own, implementation=asked, **given)
+        whole = (mask or causal)(T)
+        query_streams = {n: jnp.tile(s[:, :queries], (4, 1)) for n, s in whole.query.items()}
+        key_streams = {n: jnp.tile(s[:, :slots], (rows, 1)) for n, s in whole.key_streams().items()}
+        own = Mask(query_streams, key_streams, whole.rule)
+        return decode.decode(query, key, value, mask=own, implementation=recorder, **given)
 
     query = jax.ShapeDtypeStruct((4, queries, 8, width), dtype)
     keys = (jax.ShapeDtypeStruct((rows, kv_heads, slots, size), cache) for size in (width, values or width))
     jax.eval_shape(request, query, *keys)
-    return asked.reasons[0] if asked.reasons else None
+    return recorder.reasons[0] if recorder.reasons else None
 
 
 def causal(length: int) -> Mask:
@@ -127,12 +147,12 @@ def causal(length: int) -> Mask:
 
 
 def blind(length: int) -> Mask:
-    """The first half of the queries sees nothing."""
+    """The first half of the queries is padding, which attends to nothing."""
     return masks.packed(jnp.where(jnp.arange(length) < length // 2, PAD, 0)[None])
 
 
 def outside(length: int) -> Mask:
-    """What `packed` does not let see."""
+    """The pairs that `packed` forbids."""
     mask = MASKS["packed"](length)
     return mask.replace(rule=~mask.rule)
 
@@ -142,7 +162,7 @@ TRAINING: dict[str, dict[str, Any]] = {
     **{f"`{name}`": {"mask": build} for name, build in MASKS.items() if name != "tree"},
     "`tree`, 90 drafts over a cache": {"mask": MASKS["tree"], "length": 90, "keys": T},
     "a rule of your own, with `~`": {"mask": outside},
-    "queries that see nothing": {"mask": blind},
+    "queries that attend to nothing": {"mask": blind},
     "softcap": {"softcap": lambda: 30.0},
     "ALiBi": {"alibi": lambda: jnp.ones(8)},
     "relative (T5)": {"relative": lambda: t5(jnp.zeros((32, 8)), bidirectional=False)},
@@ -194,25 +214,28 @@ DECODING: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """One table of the page, between two comments that name it.
+    """One table of the page. It stands between two comments with its title.
 
-    names: of the implementations, its columns. rows: what to ask for by the name of the feature.
-    refusal: why the implementation of a name refuses what is asked for, or None.
+    Attributes:
+        title: of the table.
+        names: the implementations, one a column.
+        rows: by feature, the arguments of `unsupported_reason`.
+        unsupported_reason: why an implementation does not support a request, or None.
     """
 
     title: str
     names: Sequence[str]
     rows: dict[str, dict[str, Any]]
-    refusal: Callable[..., str | None]
+    unsupported_reason: Callable[..., str | None]
 
     def text(self) -> str:
         """The table, and below it the reasons, in Markdown."""
         reasons: list[str] = []
         lines = ["| | " + " | ".join(f"`{name}`" for name in self.names) + " |", "|---" * (len(self.names) + 1) + "|"]
-        for feature, asked in self.rows.items():
+        for feature, arguments in self.rows.items():
             cells = []
             for name in self.names:
-                reason = self.refusal(name, **asked)
+                reason = self.unsupported_reason(name, **arguments)
                 if reason and reason not in reasons:
                     reasons.append(reason)
                 cells.append(f"no ({reasons.index(reason) + 1})" if reason else "yes")
@@ -221,7 +244,7 @@ class Table:
         return "\n".join([*lines, "", *notes, "", ""])
 
     def parts(self, page: str) -> tuple[str, str, str]:
-        """The page before this table, the table as it stands there, and the page after it."""
+        """The page before this table, the present text of the table, and the page after it."""
         begin, end = f"<!-- {self.title}: written by `make pictures` -->\n", f"<!-- end of {self.title} -->\n"
         before, found, rest = page.partition(begin)
         text, closed, after = rest.partition(end)
@@ -231,13 +254,13 @@ class Table:
 
 
 TABLES = (
-    Table("table of implementations", tuple(IMPLEMENTATIONS), TRAINING, refusal),
-    Table("table of decoding", tuple(decode.IMPLEMENTATIONS), DECODING, refusal_to_decode),
+    Table("table of implementations", tuple(IMPLEMENTATIONS), TRAINING, unsupported_reason),
+    Table("table of decoding", tuple(decode.IMPLEMENTATIONS), DECODING, unsupported_reason_to_decode),
 )
 
 
 def write() -> None:
-    """Puts the tables into the page."""
+    """Writes the tables into the page."""
     page = PAGE.read_text(encoding="utf-8")
     for table in TABLES:
         before, _, after = table.parts(page)

@@ -1,4 +1,4 @@
-"""The masks that docs/attention.md shows, of any number of tokens."""
+"""The masks shown in docs/attention.md, for any number of tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +9,13 @@ from garrulax.kernels.mask import PAD, Mask
 
 
 def cut(length: int, *eighths: int) -> np.ndarray:
-    """0, 1, 2, ... [T] in the stretches between these eighths of a row; PAD behind the last."""
+    """[T] numbers 0, 1, 2, ...: the row is cut at these eighths of its length, and PAD follows the last cut."""
     part = np.searchsorted(np.array(eighths) * length // 8, np.arange(length), side="right")
     return np.where(part == len(eighths), PAD, part)
 
 
 def documents(length: int) -> jax.Array:
-    """Segments [1, T] of a packed row: documents of 3/8, 1/8 and 3/8 of it, and padding."""
+    """Segments [1, T] of a packed row: three documents of 3/8, 1/8 and 3/8 of the row, then padding."""
     return jnp.asarray(cut(length, 3, 4, 7)[None])
 
 
@@ -25,13 +25,13 @@ def one(length: int) -> jax.Array:
 
 
 def infilling(length: int) -> Mask:
-    """Part A is the first 2/3 of a long document, and nothing of the short one."""
+    """Part A is the first 2/3 of each long document; the short one has no part A."""
     part = cut(length, 2, 3, 4, 6, 7)
     return masks.infilling(documents(length), jnp.asarray(((part == 0) | (part == 3))[None]))
 
 
 def tree(length: int) -> Mask:
-    """A tree of drafts, three children of one node in three, in the last slots of a cache that is not full."""
+    """A tree of drafts, with two or three children each, in the last slots of a cache that is not full."""
     nodes = min(length // 4, 90)
     parents = [(i - 1) // 3 if i % 3 else max(i - 4, -1) for i in range(nodes)]
     used, first = length * 5 // 8, length - nodes
@@ -39,7 +39,7 @@ def tree(length: int) -> Mask:
     return masks.tree(parents, jnp.array([slots]))
 
 
-#: By the name of its builder: the mask of T tokens, or several for as many groups of heads.
+#: Name of the builder -> mask of T tokens, or a tuple of masks for as many groups of heads.
 MASKS = {
     "causal": lambda T: masks.causal(1, T),
     "padded": lambda T: masks.padded(jnp.arange(T)[None] >= T // 6),

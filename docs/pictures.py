@@ -1,4 +1,4 @@
-"""Draws docs/pictures and writes the tables of docs/attention.md: `make pictures`."""
+"""Draws docs/pictures and writes the tables of docs/attention.md. Run it with `make pictures`."""
 
 from pathlib import Path
 
@@ -19,20 +19,20 @@ INK = matplotlib.colors.ListedColormap(["white", "#9db7d5", "#1f4e79"])  # none,
 
 
 def schedule(mask: Mask) -> np.ndarray:
-    """What a kernel makes of each block of the mask: 0 skips it, 1 asks for every pair, 2 takes it whole."""
-    query, key = mask.read()
+    """How kernels treat each block of the mask: 0 is skipped, 1 evaluates the rule, 2 is computed without a mask."""
+    query, key = mask.required_streams()
     rows, columns = (next(iter(s.values())).shape[1] // BLOCK for s in (query, key))
     some, every = block_map(mask.rule, query, key, BLOCK, BLOCK, (1, rows, columns))
     return np.asarray(some[0], int) + np.asarray(every[0], int)
 
 
 def draw(masks: tuple[Mask, ...], path: Path) -> None:
-    """Every mask, and beside it the schedule of its blocks, into one picture."""
+    """Draws masks into one picture, each with its pairs on the left and the schedule of its blocks on the right."""
     figure, axes = plt.subplots(1, 2 * len(masks), figsize=(2.6 * 2 * len(masks), 2.9), layout="constrained")
     for left, right, mask in zip(axes[::2], axes[1::2], masks, strict=True):
-        seen, blocks = np.asarray(mask.dense()[0]), schedule(mask)
-        left.imshow(2 * seen, cmap=INK, vmin=0, vmax=2, interpolation="nearest")
-        left.set_title(f"{seen.shape[0]} queries, {seen.shape[1]} keys", fontsize=8)
+        allowed, blocks = np.asarray(mask.dense()[0]), schedule(mask)
+        left.imshow(2 * allowed, cmap=INK, vmin=0, vmax=2, interpolation="nearest")
+        left.set_title(f"{allowed.shape[0]} queries, {allowed.shape[1]} keys", fontsize=8)
         right.imshow(blocks, cmap=INK, vmin=0, vmax=2, interpolation="nearest")
         none, partial, full = (int((blocks == i).sum()) for i in range(3))
         right.set_title(f"blocks: {none} none, {partial} partial, {full} full", fontsize=8)

@@ -16,14 +16,14 @@ from garrulax.layers.call import mask_and_cache
 T = 8
 
 
-def refusal(mask, *, length=T, keys=None, width=64, values=None, dtype=jnp.bfloat16, **extras):
+def unsupported_reason(mask, *, length=T, keys=None, width=64, values=None, dtype=jnp.bfloat16, **extras):
     shapes = ((length, 4, width), (keys or length, 2, width), (keys or length, 2, values or width))
     operands = [jax.ShapeDtypeStruct((cases.B, *s), dtype) for s in shapes]
 
     def asked(*operands):
         names = ("bias", "alibi", "relative", "sinks", "scale", "softcap", "dropout_key")
         options, o = request(*operands, mask, **{**dict.fromkeys(names), "dropout": 0.0, **extras})
-        reasons.append(Cudnn().refusal(options, o))
+        reasons.append(Cudnn().unsupported_reason(options, o))
 
     reasons = []
     jax.eval_shape(asked, *operands)
@@ -34,10 +34,10 @@ CAUSAL = masks.causal(cases.B, T)
 
 
 def test_it_takes_causal_and_full_attention():
-    assert refusal(CAUSAL) is None
-    assert refusal(None) is None
-    assert refusal(None, keys=12) is None
-    assert refusal(None, bias=jnp.zeros((1, 4, T, T))) is None
+    assert unsupported_reason(CAUSAL) is None
+    assert unsupported_reason(None) is None
+    assert unsupported_reason(None, keys=12) is None
+    assert unsupported_reason(None, bias=jnp.zeros((1, 4, T, T))) is None
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_it_takes_causal_and_full_attention():
     ],
 )  # fmt: skip
 def test_it_refuses_by_name(mask, options, reason):
-    said = refusal(mask, **options)
+    said = unsupported_reason(mask, **options)
     assert said is not None
     assert re.search(reason, said), said
 

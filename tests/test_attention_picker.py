@@ -15,10 +15,10 @@ from jax.sharding import PartitionSpec as P
 
 import garrulax as gx
 from garrulax.kernels import picking
-from garrulax.kernels.attention import IMPLEMENTATIONS, PICKED, TABLE, attention, request
+from garrulax.kernels.attention import IMPLEMENTATIONS, PREFERRED, REGISTRY, attention, request
 from garrulax.kernels.dense import Dense
 from garrulax.kernels.masks import causal
-from garrulax.kernels.passes import TwoPasses
+from garrulax.kernels.passes import ForwardBackward
 from garrulax.kernels.sharded import Sharded
 from garrulax.kernels.xla import Chunked
 
@@ -32,13 +32,13 @@ def abstract(platform, kind):
 
 
 @dataclasses.dataclass(frozen=True)
-class Seen(TwoPasses):
+class Seen(ForwardBackward):
     """Records the requests, and computes zeros."""
 
     requests: list = dataclasses.field(default_factory=list, compare=False)
     reason: str | None = None
 
-    def refusal(self, options, operands):
+    def unsupported_reason(self, options, operands):
         return self.reason
 
     def forward(self, options, operands):
@@ -46,11 +46,14 @@ class Seen(TwoPasses):
         B, T, H, _ = operands.query.shape
         return jnp.zeros((B, T, H, operands.value.shape[3]), operands.query.dtype), jnp.zeros((B, H, T))
 
+    def backward(self, options, operands, lse, delta, cotangent):
+        raise NotImplementedError
+
 
 @pytest.fixture
 def seen(monkeypatch):
     chosen = Seen()
-    monkeypatch.setattr(picking.Table, "pick", lambda *_: chosen)
+    monkeypatch.setattr(picking.Registry, "pick", lambda *_: chosen)
     return chosen
 
 
@@ -69,25 +72,25 @@ def seen(monkeypatch):
 def test_candidates_follow_the_device_of_an_abstract_mesh(platform, kind, key):
     """As when a program is compiled ahead of time: by the context, or by the types of the operands."""
     picked = {"cpu": ("c",), "tpu": ("t",), "gpu": ("g",), "gpu sm_90": ("h",)}
-    table = picking.Table("x", {}, picked)
+    table = picking.Registry("x", {}, picked)
     mesh = abstract(platform, kind)
     with jax.sharding.use_abstract_mesh(mesh):
-        assert table.candidates(picking.target(())) == picked[key]
+        assert table.candidates(picking.target_device(())) == picked[key]
     found = []
     shape = jax.ShapeDtypeStruct((4,), jnp.float32, sharding=NamedSharding(mesh, P("x")))
-    jax.eval_shape(lambda x: found.append(table.candidates(picking.target((x,)))), shape)
+    jax.eval_shape(lambda x: found.append(table.candidates(picking.target_device((x,)))), shape)
     assert found == [picked[key]]
 
 
 def test_the_device_of_arrays_and_of_the_default_setting():
     here, there = jax.devices()[0], jax.devices()[5]
-    assert picking.target(QKV) == here
-    assert picking.target((jnp.ones(3), jax.device_put(1.0, there))) == there
+    assert picking.target_device(QKV) == here
+    assert picking.target_device((jnp.ones(3), jax.device_put(1.0, there))) == there
     with jax.default_device(there):
-        assert picking.target((np.ones(3),)) == there
-        assert jax.jit(lambda x: x * (picking.target((x,)) == there))(1.0) == 1
+        assert picking.target_device((np.ones(3),)) == there
+        assert jax.jit(lambda x: x * (picking.target_device((x,)) == there))(1.0) == 1
     with jax.default_device("cpu"):
-        assert picking.target(()) == here
+        assert picking.target_device(()) == here
 
 
 @pytest.mark.parametrize(("capability", "key"), [("9.0", "sm_90"), ("8.0", "sm_80"), ("12.0", "sm_120")])
@@ -95,19 +98,19 @@ def test_the_generation_of_a_real_gpu(capability, key):
     class Device:
         platform, compute_capability = "gpu", capability
 
-    assert picking.generation(Device) == key
+    assert picking.architecture(Device) == key
 
 
 def test_every_picked_name_exists_and_the_last_computes_everything():
-    for names in PICKED.values():
-        assert all(TABLE.implementation(name) for name in names)
+    for names in PREFERRED.values():
+        assert all(REGISTRY.implementation(name) for name in names)
         assert names[-1] == "xla"
 
 
 def test_what_refuses_is_passed_over_and_said_once(caplog, monkeypatch):
     monkeypatch.setitem(IMPLEMENTATIONS, "first", f"{__name__}:Seen")
-    monkeypatch.setitem(PICKED, "cpu", ("first", "xla"))
-    monkeypatch.setattr(Seen, "refusal", lambda *_: "it is Tuesday")
+    monkeypatch.setitem(PREFERRED, "cpu", ("first", "xla"))
+    monkeypatch.setattr(Seen, "unsupported_reason", lambda *_: "it is Tuesday")
     with caplog.at_level(logging.WARNING, "garrulax"):
         for _ in range(3):
             attention(*QKV)
@@ -117,14 +120,14 @@ def test_what_refuses_is_passed_over_and_said_once(caplog, monkeypatch):
 
 
 def test_a_pick_that_has_never_run_on_a_device_is_said_once(caplog, monkeypatch):
-    monkeypatch.setitem(PICKED, "cpu", ("pallas_tpu", "xla"))
-    picking._log_experimental.cache_clear()
+    monkeypatch.setitem(PREFERRED, "cpu", ("pallas_tpu", "xla"))
+    picking._warn_experimental.cache_clear()
     arguments = request(*QKV, *(None,) * 7, 0.0, None)
     with caplog.at_level(logging.WARNING, "garrulax"):
-        TABLE.pick("pallas_tpu", *arguments)
+        REGISTRY.pick("pallas_tpu", *arguments)
         assert not caplog.records  # the caller named it
         for _ in range(3):
-            TABLE.pick(None, *arguments)
+            REGISTRY.pick(None, *arguments)
     (record,) = caplog.records
     assert record.getMessage().startswith("attention: picked pallas_tpu, which has never run on a device")
     assert 'implementation="xla"' in record.getMessage()
@@ -161,8 +164,8 @@ def test_misfits_of_options_are_named(options, error, message):
         attention(*QKV, **options)
 
 
-def test_an_unknown_way_across_a_sequence_is_named():
-    with pytest.raises(ValueError, match="unknown way across a sequence 'relay': choose from gather, ring"):
+def test_an_unknown_strategy_for_a_sequence_is_named():
+    with pytest.raises(ValueError, match="unknown strategy 'relay' for a sequence: choose from gather, ring"):
         Sharded(Chunked(), "relay")
 
 
@@ -178,7 +181,7 @@ def test_misfits_of_dtypes_are_named(name, dtype, message):
 @pytest.mark.parametrize(("axis", "name"), [(0, "batch"), (1, "length"), (2, "heads"), (3, "width")])
 def test_nothing_to_attend_is_an_error(axis, name):
     empty = jnp.ones([0 if i == axis else n for i, n in enumerate(SHAPE)])
-    with pytest.raises(ValueError, match="over nothing"):
+    with pytest.raises(ValueError, match="no empty arrays"):
         attention(empty, empty, empty)
 
 
@@ -220,7 +223,7 @@ def test_families_have_no_attention_of_their_own(family, seen):
 
 
 def test_the_search_for_scores_finds_them(monkeypatch):
-    monkeypatch.setattr(picking.Table, "pick", lambda *_: Dense())
+    monkeypatch.setattr(picking.Registry, "pick", lambda *_: Dense())
     config = tiny.CONFIGS["gpt"]
     jaxpr = _projections(config, tiny.params(config))
     assert [shape for shape in _shapes(jaxpr) if shape.count(23) > 1]

@@ -20,7 +20,7 @@ from garrulax.core.sharding import make_mesh
 from garrulax.kernels import masks, picking
 from garrulax.kernels.attention import attention
 from garrulax.kernels.mask import Mask
-from garrulax.kernels.passes import TwoPasses
+from garrulax.kernels.passes import ForwardBackward
 from garrulax.kernels.sharded import Sharded
 from garrulax.kernels.xla import Chunked
 
@@ -101,10 +101,10 @@ def test_scan_and_remat_are_straight_code(policy):
 
 
 @dataclasses.dataclass(frozen=True)
-class Marked(TwoPasses):
+class Marked(ForwardBackward):
     """Whose passes can be found in a program."""
 
-    def refusal(self, options, operands):
+    def unsupported_reason(self, options, operands):
         return None
 
     def forward(self, options, operands):
@@ -126,7 +126,7 @@ def _marked_backward(options, operands, *rest):
 @pytest.mark.parametrize(("remat", "forwards"), [("none", 1), ("dots", 1), ("full", 2)])
 def test_a_rematted_layer_runs_attention_forward_once(remat, forwards, mesh, monkeypatch):
     """Unless it is to keep nothing. A scan holds a layer once, the backward scan another time."""
-    monkeypatch.setattr(picking.Table, "pick", lambda *_: Sharded(Marked()))
+    monkeypatch.setattr(picking.Registry, "pick", lambda *_: Sharded(Marked()))
     config = tiny.CONFIGS["llama"]
     params, tokens = tiny.params(config), jnp.ones((2, 8), jnp.int32)
 

@@ -12,7 +12,7 @@ from jax._src.pallas.mosaic_gpu.interpret import params as interpreter
 
 from garrulax.kernels.call import Options
 from garrulax.kernels.decode import decode
-from garrulax.kernels.decode.call import Cached
+from garrulax.kernels.decode.call import DecodeOperands
 from garrulax.kernels.decode.gpu import Kernel
 from garrulax.kernels.decode.gpu.pieces import active, pieces
 from garrulax.kernels.mask import CAUSAL, INF, SAME_SEGMENT, All, Band, Bits, KRange, Mask
@@ -32,7 +32,7 @@ def request(lengths, T=1, H=2, K=1, S=200, C=32, Cv=None, dtype=jnp.bfloat16, se
 
     slot = np.broadcast_to(np.arange(S), (B, S))
     last = lengths[:, None] - T + np.arange(T)
-    return Cached(
+    return DecodeOperands(
         normal(B, T, H, C),
         normal(B, K, S, C),
         normal(B, K, S, Cv or C),
@@ -79,7 +79,7 @@ def dense(options, cached):
 
 
 def run(options, cached, kernel=KERNEL):
-    assert kernel.refusal(options, cached) is None
+    assert kernel.unsupported_reason(options, cached) is None
     with interpreter.force_gpu_interpret_mode(interpreter.InterpretGPUParams()):
         return jax.block_until_ready(jax.jit(functools.partial(kernel, options))(cached))
 
@@ -304,4 +304,4 @@ def test_pieces_are_whole():
 )
 def test_refusals(change, reason):
     cached = request([150, 100])
-    assert reason in Kernel().refusal(options(), dataclasses.replace(cached, **change(cached)))
+    assert reason in Kernel().unsupported_reason(options(), dataclasses.replace(cached, **change(cached)))

@@ -17,7 +17,7 @@ from garrulax.kernels.call import Operands, Options
 from garrulax.kernels.dense import Dense
 from garrulax.kernels.mask import All, Mask
 from garrulax.kernels.masks import causal
-from garrulax.kernels.sequence import way
+from garrulax.kernels.sequence import choose_strategy
 from garrulax.kernels.sharded import Sharded
 from garrulax.kernels.xla import Chunked
 
@@ -172,7 +172,7 @@ def test_the_way_across_a_sequence(heads, parts, dropout, expected):
         Options(All(), 1.0, dropout=dropout),
         Operands(*(jnp.ones((1, 8, n, 4)) for n in (H, K, K)), {}, {}),
     )
-    assert way(options, operands, parts) == expected
+    assert choose_strategy(options, operands, parts) == expected
 
 
 @pytest.mark.parametrize(("kv_heads", "moved"), [(1, "all_gather"), (4, "ppermute")])

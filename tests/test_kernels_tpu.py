@@ -15,7 +15,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interprete
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from garrulax.kernels.attention import TABLE, attention, request
+from garrulax.kernels.attention import REGISTRY, attention, request
 from garrulax.kernels.call import Options
 from garrulax.kernels.experimental.tpu import TpuAttention, forward, schedule
 from garrulax.kernels.mask import Mask
@@ -169,12 +169,12 @@ def abstract(T, S=None, B=1, H=2, K=1, C=128, dtype=jnp.bfloat16):
 
 
 def test_refusals():
-    kernel, options = TABLE.implementation("pallas_tpu"), Options(Mask({}).rule, 1.0)
-    assert kernel.refusal(options, abstract(1 << 17, B=2)) is None
-    assert "blocks are more than its list holds" in kernel.refusal(options, abstract(1 << 17, B=3))
-    assert "4097" in TpuAttention(block_q=128, block_k=128).refusal(options, abstract(4097 * 128, 128))
+    kernel, options = REGISTRY.implementation("pallas_tpu"), Options(Mask({}).rule, 1.0)
+    assert kernel.unsupported_reason(options, abstract(1 << 17, B=2)) is None
+    assert "blocks are more than its list holds" in kernel.unsupported_reason(options, abstract(1 << 17, B=3))
+    assert "4097" in TpuAttention(block_q=128, block_k=128).unsupported_reason(options, abstract(4097 * 128, 128))
     with jax.enable_x64(True):
-        assert "float64" in kernel.refusal(options, abstract(128, dtype=jnp.float64))
+        assert "float64" in kernel.unsupported_reason(options, abstract(128, dtype=jnp.float64))
         x = jax.ShapeDtypeStruct((1, 128, 2, 128), jnp.float64)
         with pytest.raises(ValueError, match=r"pallas_tpu.*float64"):
             jax.eval_shape(lambda x: attention(x, x, x, implementation="pallas_tpu"), x)

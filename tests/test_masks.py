@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from garrulax.kernels.blocks import block_map
-from garrulax.kernels.mask import CAUSAL, INF, All, And, Band, Bits, Bounds, KRange, Mask, Not, Or, Same, Within
+from garrulax.kernels.mask import CAUSAL, INF, All, And, Band, Bits, KRange, Mask, Not, Or, Same, StreamBounds, Within
 
 STREAMS = ("a", "b")
 ALL = (*STREAMS, "document")
@@ -109,7 +109,7 @@ def bounds(streams):
     out = {}
     for name, s in streams.items():
         s = np.array(s, np.int32)
-        out[name] = Bounds(s.min(), s.max(), np.bitwise_and.reduce(s), np.bitwise_or.reduce(s))
+        out[name] = StreamBounds(s.min(), s.max(), np.bitwise_and.reduce(s), np.bitwise_or.reduce(s))
     return out
 
 
@@ -177,4 +177,4 @@ def test_a_missing_stream_is_named():
 )
 def test_streams_that_do_not_fit_are_named(streams, shapes, error, message):
     with pytest.raises(error, match=message):
-        Mask(streams, rule=CAUSAL).read(**shapes)
+        Mask(streams, rule=CAUSAL).required_streams(**shapes)

@@ -239,13 +239,13 @@ def test_tree_of_every_row():
     [
         (lambda: masks.window(SEGMENT, 0), "width of a mask"),
         (lambda: masks.strided(SEGMENT, 2, 0), "stride of a mask"),
-        (lambda: masks.fixed(SEGMENT, 4, 5), "the last 5 tokens of a block of 4"),
+        (lambda: masks.fixed(SEGMENT, 4, 5), "a summary of 5 tokens is longer than a block of 4"),
         (lambda: masks.sinks_and_window(SEGMENT, 0, 4), "sinks of a mask"),
         (lambda: masks.bigbird(SEGMENT, jax.random.key(0), block=4, random=-1), "random of a mask"),
-        (lambda: masks.shifted(SEGMENT, 1), "half of a group of 1"),
+        (lambda: masks.shifted(SEGMENT, 1), "at least 2, not 1"),
         (lambda: masks.tree([-1] * 91, SEGMENT), "a tree of 91 nodes: 1 to 90"),
         (lambda: masks.tree([], SEGMENT), "a tree of 0 nodes"),
-        (lambda: masks.tree([-1, 1], SEGMENT), r"one before it, or -1: \[-1, 1\]"),
+        (lambda: masks.tree([-1, 1], SEGMENT), r"a node before it, or -1: \[-1, 1\]"),
     ],
 )
 def test_sizes_that_make_no_sense_are_named(build, message):
@@ -284,7 +284,7 @@ COSTS = {
 
 
 def map_of(mask, block=BLOCK):
-    query, key = mask.read()
+    query, key = mask.required_streams()
     length, width = (next(iter(s.values())).shape[1] for s in (query, key))
     high = min(block, length)
     return block_map(mask.rule, query, key, high, block, (1, length // high, width // block))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from garrulax.core.sharding import BATCH_AXES
+from garrulax.core.sharding import BATCH_AXES, axis_names, spec_of
 
 
 def einsum(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
@@ -54,15 +54,15 @@ def _matmul(left: str, right: str, out: str, x: jax.Array, w: jax.Array) -> jax.
 
 
 def _sharded(left: str, right: str, out: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    of_x = dict(zip(left, _padded(x), strict=True))
-    gathered = {axis for letter in left if letter in out for axis in _names(of_x[letter])} | set(BATCH_AXES)
+    of_x = dict(zip(left, spec_of(x), strict=True))
+    gathered = {axis for letter in left if letter in out for axis in axis_names(of_x[letter])} | set(BATCH_AXES)
 
     def keep(letter, axes):
         if letter in of_x:  # contracted: sharded like x, or not at all
             return of_x[letter]
-        return None if gathered & set(_names(axes)) else axes
+        return None if gathered & set(axis_names(axes)) else axes
 
-    of_w = {letter: keep(letter, axes) for letter, axes in zip(right, _padded(w), strict=True)}
+    of_w = {letter: keep(letter, axes) for letter, axes in zip(right, spec_of(w), strict=True)}
     w = jax.sharding.reshard(w, P(*(of_w[letter] for letter in right)))
     sharding = P(*({**of_w, **of_x}[letter] for letter in out))
     return jnp.einsum(f"{left},{right}->{out}", x, w, out_sharding=sharding)
@@ -87,14 +87,5 @@ def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
     if mesh.empty or not mesh.are_all_axes_explicit:
         return table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
     table = jax.sharding.reshard(table, P(None, None))
-    sharding = P(*_padded(ids), None)
+    sharding = P(*spec_of(ids), None)
     return table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False, out_sharding=sharding)
-
-
-def _padded(x: jax.Array) -> tuple:
-    spec = tuple(jax.typeof(x).sharding.spec)
-    return spec + (None,) * (x.ndim - len(spec))
-
-
-def _names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return () if axes is None else axes if isinstance(axes, tuple) else (axes,)

@@ -113,3 +113,14 @@ def batch_sharding(mesh: Mesh) -> P:
 def token_sharding(mesh: Mesh) -> P:
     """PartitionSpec of tokens [B, T]: examples as of `batch_sharding`, a text over `sequence` where the mesh has it."""
     return P(*batch_sharding(mesh), SEQUENCE_AXIS if SEQUENCE_AXIS in mesh.shape else None)
+
+
+def spec_of(x: jax.Array) -> tuple[str | tuple[str, ...] | None, ...]:
+    """The PartitionSpec in the type of x, one entry per dimension: JAX leaves trailing None entries out."""
+    spec = tuple(jax.typeof(x).sharding.spec)
+    return spec + (None,) * (x.ndim - len(spec))
+
+
+def axis_names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes in one entry of a PartitionSpec."""
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)

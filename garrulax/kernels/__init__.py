@@ -1,4 +1,4 @@
-"""Floor 1: the mask algebra and attention. One function, `attention`, picks the implementation."""
+"""Layer 1: masks, and `attention`, one function that picks the implementation."""
 
 from garrulax.kernels import masks
 from garrulax.kernels.attention import attention

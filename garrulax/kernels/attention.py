@@ -1,4 +1,4 @@
-"""Attention behind one function that picks the implementation."""
+"""`attention`: one function for every mask and platform, which picks the implementation."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from garrulax.kernels import asked, decode
+from garrulax.kernels import arguments, decode
 from garrulax.kernels.call import Implementation, Operands, Options
 from garrulax.kernels.mask import Mask
-from garrulax.kernels.picking import Table
+from garrulax.kernels.picking import Registry
 from garrulax.kernels.relative import Relative
 from garrulax.kernels.sharded import Sharded
 
@@ -20,7 +20,7 @@ IMPLEMENTATIONS = {
     "xla": "garrulax.kernels.xla:Chunked",
     "dense": "garrulax.kernels.dense:Dense",
 }
-PICKED = {  # the best first
+PREFERRED = {  # the fastest first
     "cpu": ("xla",),
     "tpu": ("pallas_tpu", "xla"),
     "gpu": ("cudnn", "xla"),
@@ -45,35 +45,54 @@ def attention(
     dropout_key: jax.Array | None = None,
     implementation: str | Implementation | None = None,
 ) -> jax.Array:
-    """softmax(scale * query key^T + bias, where mask) value, with the softmax in at least float32.
+    """softmax(scale * query key^T + bias, masked) value, with the softmax in at least float32.
 
-    query: [B, T, H, C]. key, value: [B, S, K, C], or folded as [B·K, S, C], as the cache keeps them; H a multiple of K
-    (grouped queries: query head h reads key/value head h // (H / K)). Values may have a width of their own.
-    mask: which pairs attend; None is all. Several masks are for as many equal groups of consecutive heads.
-    bias: broadcastable to [B, H, T, S], added after the scaling; a dimension of size 1 is never spread out in memory.
-    alibi: slopes [H], constants; slope * (key position - query position) is added after the scaling, from the mask's
-    stream `position` (Press et al. 2022, arXiv 2108.12409).
-    relative: a learned bias in steps of that distance (`relative.t5`).
-    sinks: [H], learned; exp(sink) is added to what a query's exponentials are divided by (gpt-oss).
-    scale: default 1 / sqrt(C); an array is multiplied into the query, in its dtype.
-    softcap: scores become softcap * tanh(scores / softcap), before anything is added.
-    dropout: rate on the attention probabilities; used only where dropout_key is given.
-    implementation: a name in `IMPLEMENTATIONS` or an object like theirs; None picks the fastest that can, which is one
-    of `kernels.decode` for a few queries over more keys.
+    Differentiable in query, key, value, bias, relative, sinks and scale. A query that may attend to no key gets zeros,
+    and zero gradients.
 
-    Returns [B, T, H, Cv] in the dtype of the query. A query that may attend to nothing gets zeros, and zero gradients.
-    Raises ValueError, naming the shapes, where they do not fit, for a stream that the mask reads and is not given, for
-    an unknown implementation, and for one that cannot compute the request, with the reason; TypeError for integers and
-    for queries, keys and values of different dtypes.
+    Args:
+        query: [B, T, H, C].
+        key: [B, S, K, C], or [B·K, S, C] as the cache stores it. H is a multiple of K: query head h reads key/value
+            head h // (H / K).
+        value: [B, S, K, Cv] or [B·K, S, Cv].
+        mask: which pairs attend; None is all. N masks are for N equal groups of consecutive heads.
+        bias: broadcastable to [B, H, T, S], added after the scaling; a dimension of size 1 is not expanded in memory.
+        alibi: slopes [H], constants; slope * (key position - query position) is added after the scaling, with the
+            positions from the mask's stream `position` (Press et al. 2022, arXiv 2108.12409).
+        relative: a learned bias in steps of the same distance (`relative.t5`).
+        sinks: [H], learned; exp(sink) is added to the denominator of the softmax (gpt-oss).
+        scale: factor on the scores; None is 1 / sqrt(C). An array is multiplied into the query, in the query's dtype.
+        softcap: scores become softcap * tanh(scores / softcap), before anything is added.
+        dropout: rate of dropout on the probabilities; used only with dropout_key.
+        dropout_key: random key.
+        implementation: a name in `IMPLEMENTATIONS` or an object like those; None is the fastest that supports the
+            request. For a few queries over more keys that is one of `kernels.decode`.
+
+    Returns:
+        [B, T, H, Cv] in the dtype of the query.
+
+    Raises:
+        ValueError: for shapes that disagree, a stream that the mask reads and does not have, an unknown implementation,
+            or a named one that does not support the request (with the reason).
+        TypeError: for integers, or queries, keys and values of different dtypes.
+
+    Example:
+        >>> import jax
+        >>> from garrulax.kernels import attention, masks
+        >>> query, key = jax.numpy.ones((1, 6, 4, 8)), jax.numpy.ones((1, 6, 2, 8))  # 4 heads over 2
+        >>> segment = jax.numpy.array([[0, 0, 0, 1, 1, -1]])  # two documents and padding
+        >>> attention(query, key, key, mask=masks.packed(segment)).shape
+        (1, 6, 4, 8)
     """
-    cache = key, value
-    key, value = _unfolded(key, query), _unfolded(value, query)
+    batch = query.shape[0] if query.ndim else 0
+    stored = key, value
+    key, value = _tokens_first(key, batch), _tokens_first(value, batch)
     _check(query, key, value)
-    plain = implementation is None and bias is None and dropout_key is None
-    if plain and not isinstance(mask, Sequence) and decode.suits(query, key, value):
+    decodable = implementation is None and bias is None and dropout_key is None
+    if decodable and not isinstance(mask, Sequence) and decode.is_decoding(query, key, value):
         return decode.decode(
             query,
-            *(x if x.ndim == 3 else x.swapaxes(1, 2) for x in cache),
+            *(x if x.ndim == 3 else x.swapaxes(1, 2) for x in stored),  # [B·K, S, C] or [B, K, S, C]
             mask=mask,
             alibi=alibi,
             relative=relative,
@@ -87,7 +106,7 @@ def attention(
     options, operands = request(
         query, key, value, mask, bias, alibi, relative, sinks, scale, softcap, dropout, dropout_key
     )
-    return TABLE.pick(implementation, options, operands)(options, operands)
+    return REGISTRY.pick(implementation, options, operands)(options, operands)
 
 
 def request(
@@ -104,52 +123,40 @@ def request(
     dropout: float,
     dropout_key: jax.Array | None,
 ) -> tuple[Options, Operands]:
-    """The request in the form that implementations take; arguments as of `attention`, and checked."""
+    """The checked arguments of `attention` as the two records that implementations take."""
     B, T, H, _ = query.shape
     S = key.shape[1]
-    reads = asked.streams(mask, (B, T), (B, S), alibi is not None or relative is not None)
-    asked.check_heads(H, alibi, relative, sinks)
     if bias is not None and (
         bias.ndim != 4 or any(n not in (1, m) for n, m in zip(bias.shape, (B, H, T, S), strict=True))
     ):
         raise ValueError(f"bias {bias.shape} does not broadcast to {(B, H, T, S)}")
     if bias is not None and not jnp.issubdtype(bias.dtype, jnp.floating):
-        raise TypeError(f"bias is {bias.dtype}: it is added to the scores; who attends to whom is the mask's to say")
+        raise TypeError(f"bias is {bias.dtype}: it is added to the scores; to forbid pairs, use a mask")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is a rate in [0, 1), not {dropout}")
     seeds = jax.random.bits(dropout_key, (B, H), jnp.uint32) if dropout and dropout_key is not None else None
-    query, options = asked.scaled(query, mask, relative, scale, softcap, 0.0 if seeds is None else dropout)
+    rate = 0.0 if seeds is None else dropout
+    options, fields = arguments.common(query, (B, S), mask, alibi, relative, sinks, scale, softcap, rate)
     if bias is not None and bias.shape[3] != S:
         bias = jnp.broadcast_to(bias, (*bias.shape[:3], S))
-    return options, Operands(
-        query=query,
-        key=key,
-        value=value,
-        query_streams=reads[0],
-        key_streams=reads[1],
-        bias=bias,
-        slopes=asked.slopes(alibi),
-        steps=None if relative is None else relative.steps,
-        seeds=seeds,
-        sinks=sinks,
-    )
+    return options, Operands(key=key, value=value, bias=bias, seeds=seeds, **fields)
 
 
 def on_mesh(implementation: Implementation) -> Implementation:
-    """The implementation, on every device of a mesh in Explicit mode where the operands are on one."""
+    """The implementation, made to run on every device of a mesh if the operands are on one in Explicit mode."""
     return implementation if isinstance(implementation, Sharded) else Sharded(implementation)
 
 
-TABLE = Table("attention", IMPLEMENTATIONS, PICKED, on_mesh)
+REGISTRY = Registry("attention", IMPLEMENTATIONS, PREFERRED, on_mesh)
 
 
 def _by_heads(query, key, value, masks, bias, alibi, relative, sinks, dropout_key, **options):
-    """Each mask for its group of heads: as many calls, their outputs side by side."""
+    """One call for each mask and its group of heads; their outputs [B, T, H / n, Cv] are concatenated."""
     H, K, n = query.shape[2], key.shape[2], len(masks)
     if not n or H % n or (K % n and n % K):
         raise ValueError(f"{n} masks do not divide {H} query heads over {K} key/value heads into equal groups")
 
-    def part(x, i, axis=0, count=n):
+    def part(x, i, axis=0, count=n):  # slice i of `count` equal ones
         if x is None or x.shape[axis] == 1:
             return x
         size = x.shape[axis] // count
@@ -172,11 +179,10 @@ def _by_heads(query, key, value, masks, bias, alibi, relative, sinks, dropout_ke
     return jnp.concatenate(outputs, axis=2)
 
 
-def _unfolded(x: jax.Array, query: jax.Array) -> jax.Array:
-    """[B, S, K, C] of keys or values [B·K, S, C]; others as they are."""
-    if x.ndim != 3 or x.shape[0] % query.shape[0]:
-        return x
-    return x.reshape(query.shape[0], -1, *x.shape[1:]).swapaxes(1, 2)
+def _tokens_first(x: jax.Array, batch: int) -> jax.Array:
+    """Keys or values [B·K, S, C] as [B, S, K, C]; any other array unchanged."""
+    unfolded = arguments.unfold(x, batch)
+    return x if unfolded is x else unfolded.swapaxes(1, 2)
 
 
 def _check(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
@@ -189,7 +195,7 @@ def _check(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
     if not query.dtype == key.dtype == value.dtype:
         raise TypeError(f"attention takes one dtype: query {query.dtype}, key {key.dtype}, value {value.dtype}")
     if 0 in query.shape or 0 in key.shape or 0 in value.shape:
-        raise ValueError(f"attention over nothing: {shapes}")
+        raise ValueError(f"attention takes no empty arrays: {shapes}")
     if key.shape[:-1] != value.shape[:-1] or query.shape[0] != key.shape[0] or query.shape[-1] != key.shape[-1]:
         raise ValueError(f"attention shapes disagree: {shapes}")
     if query.shape[2] % key.shape[2]:

@@ -1,4 +1,4 @@
-"""What every implementation of attention is given, and what it gives back."""
+"""The arguments and results of every implementation of attention."""
 
 import dataclasses
 from typing import NamedTuple, Protocol
@@ -8,19 +8,23 @@ from flax import struct
 
 from garrulax.kernels.mask import Rule, Streams
 
-NOTHING = 2.0**30  # the lse that backward passes are given of a row without keys: exp(score - NOTHING) is 0
+#: Backward passes get this instead of -inf as the lse of a query that attends to no key: exp(score - 2**30) is 0, while
+#: exp(-inf - -inf) would be NaN.
+EMPTY_ROW_LSE = 2.0**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The static part of a request: another one is another program.
+    """The static part of a request: a change of any field compiles another program.
 
-    rule: who attends to whom.
-    scale: of the products of queries and keys.
-    softcap: scores become softcap * tanh(scores / softcap), after scaling and before anything is added; None is none.
-    dropout: rate on the probabilities; 0.0 where there is none.
-    starts: for `Operands.steps`: ascending distances (key position - query position) at which the next step begins.
-    causal: known without the streams: query t sees the keys 0, 1, ..., t and no other. For libraries without streams.
+    Attributes:
+        rule: which query attends to which key, over the streams of `Operands`.
+        scale: factor on the products of queries and keys.
+        softcap: if given, scores become softcap * tanh(scores / softcap), after scaling and before anything is added.
+        dropout: rate of dropout on the probabilities; 0.0 is none.
+        starts: for `Operands.steps`: ascending distances at which the next step begins.
+        causal: True if query t attends exactly to the keys 0, 1, ..., t whatever the streams hold. Libraries without
+            streams (cuDNN) then use their own causal mask.
     """
 
     rule: Rule
@@ -33,17 +37,25 @@ class Options:
 
 @struct.dataclass
 class Operands:
-    """The arrays of a request. Score of a pair: softcap(scale * query·key) + bias + slope * distance + step(distance),
-    with distance = key position - query position.
+    """The arrays of a request.
 
-    query: [B, T, H, C]. key: [B, S, K, C]. value: [B, S, K, Cv]. H = K·G; query head h reads key/value head h // G.
-    query_streams, key_streams: int32 [B, T] and [B, S] by name: those that the rule reads, and `position` for slopes
-    and steps.
-    bias: [B or 1, H or 1, T or 1, S], any floating dtype.
-    slopes: float32 [H], constants (their gradient is not taken).
-    steps: float32 [len(starts) + 1, H]: what is added from one start to the next; the first is below all starts.
-    seeds: uint32 [B, H], for dropout: `dropout.kept` makes every pair's number of its row's seed and its place.
-    sinks: [H]; exp(sink) is added to the sum that a query's exponentials are divided by (learned sinks, as of gpt-oss).
+    The score of a pair is softcap(scale * query·key) + bias + slope * distance + step(distance), where distance is key
+    position - query position.
+
+    Attributes:
+        query: [B, T, H, C], with H = K·G: query head h reads key/value head h // G.
+        key: [B, S, K, C].
+        value: [B, S, K, Cv].
+        query_streams: int32 [B, T] by name: the streams that the rule reads, and `position` where there are slopes or
+            steps.
+        key_streams: int32 [B, S] by name, likewise.
+        bias: [B or 1, H or 1, T or 1, S], any floating dtype.
+        slopes: float32 [H], ALiBi's; constants, so they get no gradient.
+        steps: float32 [len(starts) + 1, H], a bias that is constant between two starts: steps[0] where distance <
+            starts[0], steps[i] where starts[i - 1] <= distance < starts[i], the last one from the last start on.
+        seeds: uint32 [B, H], for dropout: `dropout.keep_mask` hashes the seed of a row and head with the places of
+            query and key.
+        sinks: [H], learned (gpt-oss): exp(sink) is added to the denominator of the softmax.
     """
 
     query: jax.Array
@@ -59,7 +71,7 @@ class Operands:
 
 
 class Gradients(NamedTuple):
-    """Gradients of operands, in their shapes and dtypes; None for those that were not given."""
+    """Gradients of the operands of the same names, in their shapes and dtypes; None for operands that were None."""
 
     query: jax.Array
     key: jax.Array
@@ -69,10 +81,13 @@ class Gradients(NamedTuple):
 
 
 class Implementation(Protocol):
-    """One way to compute attention; hashable. `kernels.passes.TwoPasses` makes one of a forward and a backward pass."""
+    """One way to compute attention; hashable.
 
-    def refusal(self, options: Options, operands: Operands) -> str | None:
-        """Why it cannot compute this request (operands may be abstract), or None where it can."""
+    `kernels.passes.ForwardBackward` makes one from a forward and a backward pass.
+    """
+
+    def unsupported_reason(self, options: Options, operands: Operands) -> str | None:
+        """Why it cannot compute this request (the operands may be abstract), or None where it can."""
 
     def __call__(self, options: Options, operands: Operands) -> jax.Array:
-        """Output [B, T, H, Cv] in the query's dtype, differentiable; 0 where a query sees nothing."""
+        """Output [B, T, H, Cv] in the query's dtype, differentiable; 0 for a query that attends to no key."""

@@ -1,8 +1,8 @@
-"""Attention of a chunk of queries over a chunk of keys, and its gradients: what the loops of `xla` are made of.
+"""Attention of one chunk of queries over one chunk of keys, and its gradients: the loop bodies of `kernels.xla`.
 
-Letters beside the usual ones: b batch rows, t queries and s keys of the chunk. Heads stand before tokens here, query
-[b, H, t, C] and key [b, K, s, C], so that every product is one batched product of matrices, [b·K, G·t, C] with
-[b·K, s, C]: XLA:CPU copies the operands of any other form.
+Letters besides the usual ones: b batch rows, t queries and s keys of the chunk, G = H / K query heads per key head.
+Heads come before tokens here: query [b, H, t, C], key [b, K, s, C]. Every product is then one batched product of
+matrices, [b·K, G·t, C] by [b·K, s, C]; XLA:CPU copies operands whose axes are in any other order.
 """
 
 from typing import NamedTuple
@@ -13,103 +13,120 @@ import jax.numpy as jnp
 from garrulax.kernels import dropout
 from garrulax.kernels.call import Gradients, Operands, Options
 
-INDEX = "index of the token"  # int32 stream of both sides where there is dropout, which depends on it
+INDEX = "index of the token"  # int32 stream of queries and keys, there if the request has dropout, which hashes it
 
 
-class State(NamedTuple):
-    """Attention over some of the keys, in at least float32.
+class PartialSoftmax(NamedTuple):
+    """Attention over some of the keys, before the division: the state of an online softmax, in at least float32.
 
-    out: [b, H, t, Cv], values weighted with exp(score - top). total: [b, H, t], the sum of the weights.
-    top: [b, H, t], the greatest score; -inf for a query that has seen nothing.
+    Attributes:
+        weighted: [b, H, t, Cv], the sum of exp(score - top) * value.
+        total: [b, H, t], the sum of exp(score - top).
+        top: [b, H, t], the greatest score; -inf for a query that attends to none of the keys.
     """
 
-    out: jax.Array
+    weighted: jax.Array
     total: jax.Array
     top: jax.Array
 
 
-class Pull(NamedTuple):
-    """What the backward pass knows of the queries: lse and delta [b, H, t], cotangent of the output [b, H, t, Cv];
-    and the queries and the cotangent turned, [b·K, C, G·t], as the gradients of the keys and values need them."""
+class GradientInputs(NamedTuple):
+    """Arrays of a chunk of queries that its backward pass reads for every chunk of keys.
+
+    Attributes:
+        lse: [b, H, t].
+        delta: [b, H, t], sum of output * cotangent over the width.
+        cotangent: of the output, [b, H, t, Cv].
+        transposed: the queries [b·K, C, G·t] and the cotangent [b·K, Cv, G·t], for the gradients of keys and values.
+    """
 
     lse: jax.Array
     delta: jax.Array
     cotangent: jax.Array
-    turned: tuple[jax.Array, jax.Array]
+    transposed: tuple[jax.Array, jax.Array]
 
 
-def nothing(operands: Operands) -> State:
+def empty_softmax(operands: Operands) -> PartialSoftmax:
     """Attention over no keys."""
     shape = operands.query.shape[:3]
     dtype = jnp.promote_types(operands.query.dtype, jnp.float32)
-    out = jnp.zeros((*shape, operands.value.shape[-1]), dtype)
-    return State(out, jnp.zeros(shape, dtype), jnp.full(shape, -jnp.inf, dtype))
+    weighted = jnp.zeros((*shape, operands.value.shape[-1]), dtype)
+    return PartialSoftmax(weighted, jnp.zeros(shape, dtype), jnp.full(shape, -jnp.inf, dtype))
 
 
-def seen(options: Options, operands: Operands) -> jax.Array:
-    """Which query sees which key: bool, broadcastable to [b, 1, t, s]."""
+def mask_of(options: Options, operands: Operands) -> jax.Array:
+    """The mask of the chunk: bool, broadcastable to [b, 1, t, s], True where the query may attend to the key."""
     query = {name: stream[:, None, :, None] for name, stream in operands.query_streams.items()}
     key = {name: stream[:, None, None, :] for name, stream in operands.key_streams.items()}
     return options.rule.evaluate(query, key)
 
 
-def attend(options: Options, operands: Operands, seen: jax.Array | None) -> State:
-    """Attention over the chunk's keys. seen: as of `seen`; None where every query sees every key."""
+def partial_softmax(options: Options, operands: Operands, mask: jax.Array | None) -> PartialSoftmax:
+    """Attention over the chunk's keys. mask: of `mask_of`, or None if every query attends to every key."""
     o = operands
-    x, _ = _scores(options, o, seen)
+    x, _ = _scores(options, o, mask)  # [b, H, t, s]
     top = x.max(axis=-1)
     p = jnp.exp(x - _finite(top)[..., None])
-    out = _product(_dropped(p, options, o).astype(o.value.dtype), o.value, 1)
-    return State(out, p.sum(axis=-1), top)
+    weighted = _product(_dropped(p, options, o).astype(o.value.dtype), o.value, 1)  # [b, H, t, Cv]
+    return PartialSoftmax(weighted, p.sum(axis=-1), top)
 
 
-def join(x: State, y: State) -> State:
-    """Attention over the keys of both."""
+def merge(x: PartialSoftmax, y: PartialSoftmax) -> PartialSoftmax:
+    """Attention over the keys of both: each is rescaled to the common maximum."""
     top = jnp.maximum(x.top, y.top)
     a, b = (jnp.exp(z.top - _finite(top)) for z in (x, y))
-    return State(x.out * a[..., None] + y.out * b[..., None], x.total * a + y.total * b, top)
+    return PartialSoftmax(x.weighted * a[..., None] + y.weighted * b[..., None], x.total * a + y.total * b, top)
 
 
-def finish(state: State) -> tuple[jax.Array, jax.Array]:
-    """Output [b, H, t, Cv], 0 for a query that has seen nothing, and lse [b, H, t], which is then -inf."""
-    return state.out / jnp.where(state.total == 0, 1, state.total)[..., None], state.top + jnp.log(state.total)
+def normalise(state: PartialSoftmax) -> tuple[jax.Array, jax.Array]:
+    """Output [b, H, t, Cv] and lse [b, H, t]; 0 and -inf for a query that attends to no key."""
+    return state.weighted / jnp.where(state.total == 0, 1, state.total)[..., None], state.top + jnp.log(state.total)
 
 
-def pull(query: jax.Array, K: int, lse: jax.Array, delta: jax.Array, cotangent: jax.Array) -> Pull:
-    """What the backward pass knows of queries [b, H, t, C], for K heads of keys."""
-    turned = jax.lax.optimization_barrier(tuple(_merged(x, K).swapaxes(1, 2) for x in (query, cotangent)))
-    return Pull(lse, delta, cotangent, turned)
+def gradient_inputs(query: jax.Array, K: int, lse: jax.Array, delta: jax.Array, cotangent: jax.Array) -> GradientInputs:
+    """`GradientInputs` of queries [b, H, t, C] over K key heads."""
+    # The barrier makes XLA transpose once for all chunks of keys instead of within each product.
+    transposed = jax.lax.optimization_barrier(tuple(_by_key_head(x, K).swapaxes(1, 2) for x in (query, cotangent)))
+    return GradientInputs(lse, delta, cotangent, transposed)
 
 
-def pull_back(options: Options, operands: Operands, pull: Pull, seen: jax.Array | None) -> Gradients:
-    """What the chunk adds to the gradients of its operands, in at least float32 and in their shapes, but turned for
-    key and value: [b, K, C, s].
+def gradients(options: Options, operands: Operands, inputs: GradientInputs, mask: jax.Array | None) -> Gradients:
+    """The chunk's contributions to the gradients, in at least float32.
 
-    The product of a turned array of scores is several times slower on XLA:CPU than that of a turned query.
+    The gradients of key and value are transposed, [b, K, C, s] and [b, K, Cv, s]: they are products of the transposed
+    queries [C, t] and the scores' gradients [t, s]. The usual order would transpose the scores' gradients instead,
+    which are the larger array and make the product several times slower on XLA:CPU.
+
+    Args:
+        options: static part of the request.
+        operands: the chunk's queries and keys.
+        inputs: further arrays of the queries.
+        mask: of `mask_of`, or None if every query attends to every key.
     """
-    o, cotangent = operands, pull.cotangent
-    x, slope = _scores(options, o, seen)
-    p = jnp.exp(jnp.minimum(x - pull.lse[..., None], 0))  # where scores are huge, their rounding is, too
+    o, cotangent = operands, inputs.cotangent
+    x, slope = _scores(options, o, mask)  # [b, H, t, s]
+    # A score never exceeds lse but by rounding, which is large where scores are: the minimum keeps p at most 1.
+    p = jnp.exp(jnp.minimum(x - inputs.lse[..., None], 0))
     dp = _dropped(_product(cotangent, o.value, 2), options, o)
-    ds = p * (dp - pull.delta[..., None])
-    raw = (ds * (slope * options.scale)).astype(o.query.dtype)
+    ds = p * (dp - inputs.delta[..., None])  # of the scores, after the soft-cap
+    d_product = (ds * (slope * options.scale)).astype(o.query.dtype)  # of query·key
     dropped = _dropped(p, options, o).astype(cotangent.dtype)
     K = o.key.shape[1]
     key, value = (
-        _batched(x, _merged(y, K), 1).reshape(len(y), K, -1, y.shape[-1])
-        for x, y in zip(pull.turned, (raw, dropped), strict=True)
+        _dot(x, _by_key_head(y, K), 1).reshape(len(y), K, -1, y.shape[-1])  # [b, K, C, s], [b, K, Cv, s]
+        for x, y in zip(inputs.transposed, (d_product, dropped), strict=True)
     )
     return Gradients(
-        _product(raw, o.key, 1),
+        _product(d_product, o.key, 1),  # [b, H, t, C]
         key,
         value,
-        None if o.bias is None else _reduced(ds, o.bias.shape),
-        None if o.steps is None else _of_steps(ds, options.starts, o),
+        None if o.bias is None else _sum_to(ds, o.bias.shape),
+        None if o.steps is None else _steps_gradient(ds, options.starts, o),
     )
 
 
-def _scores(options: Options, o: Operands, seen: jax.Array | None) -> tuple[jax.Array, jax.Array | float]:
-    """Scores [b, H, t, s], -inf where the mask says no, and the derivative of the soft-cap at each."""
+def _scores(options: Options, o: Operands, mask: jax.Array | None) -> tuple[jax.Array, jax.Array | float]:
+    """Scores [b, H, t, s], -inf where masked, and the derivative of the soft-cap at each."""
     x = _product(o.query, o.key, 2) * options.scale
     slope: jax.Array | float = 1.0
     if options.softcap is not None:
@@ -121,66 +138,70 @@ def _scores(options: Options, o: Operands, seen: jax.Array | None) -> tuple[jax.
         x += o.slopes.astype(x.dtype)[:, None, None] * _distance(o).astype(x.dtype)
     if o.steps is not None:
         x += _step(o.steps.astype(x.dtype), options.starts, _distance(o))
-    return x if seen is None else jnp.where(seen, x, -jnp.inf), slope
+    return x if mask is None else jnp.where(mask, x, -jnp.inf), slope
 
 
 def _distance(o: Operands) -> jax.Array:
-    """Position of the key - position of the query, int32 [b, 1, t, s]."""
+    """Key position - query position, int32 [b, 1, t, s]."""
     return o.key_streams["position"][:, None, None, :] - o.query_streams["position"][:, None, :, None]
 
 
 def _step(steps: jax.Array, starts: tuple[int, ...], distance: jax.Array) -> jax.Array:
-    """The step of each distance, [b, H, t, s]: comparisons are vectorised, where a gather is not."""
+    """The step of each distance, [b, H, t, s]. XLA:CPU vectorises these comparisons; it does not vectorise a gather."""
     x = steps[0][:, None, None]
     for start, step in zip(starts, steps[1:], strict=True):
         x = jnp.where(distance >= start, step[:, None, None], x)
     return x
 
 
-def _of_steps(ds: jax.Array, starts: tuple[int, ...], o: Operands) -> jax.Array:
-    """Gradient of the steps, [len(starts) + 1, H]: one after the other, so that no array has all of them by pair."""
-    distance, limits = _distance(o), jnp.array(starts, jnp.int32)
-    least = jnp.iinfo(jnp.int32)
-    low = jnp.concatenate([jnp.array([least.min], jnp.int32), limits])
-    high = jnp.concatenate([limits - 1, jnp.array([least.max], jnp.int32)])
+def _steps_gradient(ds: jax.Array, starts: tuple[int, ...], o: Operands) -> jax.Array:
+    """Gradient of the steps, [len(starts) + 1, H]: the sum of ds over the pairs of each step.
 
-    def of(limits):
+    One step after the other: all at once would need an array of [steps, b, H, t, s].
+    """
+    distance, limits = _distance(o), jnp.array(starts, jnp.int32)
+    int32 = jnp.iinfo(jnp.int32)
+    low = jnp.concatenate([jnp.array([int32.min], jnp.int32), limits])
+    high = jnp.concatenate([limits - 1, jnp.array([int32.max], jnp.int32)])
+
+    def one_step(limits):
         return jnp.where((distance >= limits[0]) & (distance <= limits[1]), ds, 0).sum(axis=(0, 2, 3))
 
-    return jax.lax.map(of, (low, high))
+    return jax.lax.map(one_step, (low, high))
 
 
 def _dropped(x: jax.Array, options: Options, o: Operands) -> jax.Array:
-    """x [b, H, t, s] as dropout leaves it."""
+    """x [b, H, t, s] after dropout."""
     if o.seeds is None:
         return x
     index = o.query_streams[INDEX][:, None, :, None], o.key_streams[INDEX][:, None, None, :]
-    kept = dropout.kept(o.seeds[:, :, None, None], *index, options.dropout)
-    return jnp.where(kept, x / (1 - options.dropout), 0)
+    keep = dropout.keep_mask(o.seeds[:, :, None, None], *index, options.dropout)
+    return jnp.where(keep, x / (1 - options.dropout), 0)
 
 
 def _product(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
-    """[b, H, t, .] of x [b, H, t, .], its last axis summed with an axis of y [b, K, s, .]: 1 or 2 of its matrices."""
-    out = _batched(_merged(x, y.shape[1]), y.reshape(-1, *y.shape[2:]), axis)
+    """[b, H, t, n]: the last axis of x [b, H, t, m] contracted with one of y [b, K, s, C]: s (axis 1) or C (axis 2)."""
+    out = _dot(_by_key_head(x, y.shape[1]), y.reshape(-1, *y.shape[2:]), axis)
     return out.reshape(*x.shape[:3], out.shape[-1])
 
 
-def _batched(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
-    """Products of matrices, in at least float32: the last axis of x with an axis of y."""
+def _dot(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
+    """Batched matrix product in at least float32: axis 2 of x [n, ., .] contracted with an axis of y [n, ., .]."""
     dtype = jnp.promote_types(jnp.promote_types(x.dtype, y.dtype), jnp.float32)
     return jax.lax.dot_general(x, y, (((2,), (axis,)), ((0,), (0,))), preferred_element_type=dtype)
 
 
-def _merged(x: jax.Array, K: int) -> jax.Array:
-    """[b·K, G·t, C] of x [b, H, t, C]."""
+def _by_key_head(x: jax.Array, K: int) -> jax.Array:
+    """[b·K, G·t, C] from x [b, H, t, C]: the queries of all heads that read one key head become rows of one matrix."""
     return x.reshape(x.shape[0] * K, -1, x.shape[-1])
 
 
-def _reduced(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _sum_to(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """x summed over the axes that have size 1 in `shape`."""
     axes = tuple(i for i in range(4) if shape[i] == 1 != x.shape[i])
     return x.sum(axis=axes, keepdims=True)
 
 
 def _finite(top: jax.Array) -> jax.Array:
-    """What to take off the scores: exp(-inf - top) shall be 0 where all of them are -inf."""
+    """The maximum to subtract from scores: 0 instead of -inf, so that a masked row gives exp(-inf) = 0, not NaN."""
     return jnp.where(jnp.isneginf(top), 0, top)

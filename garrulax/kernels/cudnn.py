@@ -1,4 +1,4 @@
-"""cuDNN's attention, by way of `jax.nn`, for the requests that it can express exactly."""
+"""cuDNN's attention, called through `jax.nn`, for the requests that it can express exactly."""
 
 import dataclasses
 
@@ -11,22 +11,25 @@ from garrulax.kernels.mask import All
 
 @dataclasses.dataclass(frozen=True)
 class Cudnn:
-    """cuDNN's fused attention: NVIDIA GPUs from Ampere on. It knows indices only, no streams: what it is given must be
-    known to be causal, or to have no mask, before the data are seen."""
+    """cuDNN's fused attention, for NVIDIA GPUs from Ampere on.
 
-    def refusal(self, options: Options, operands: Operands) -> str | None:
+    cuDNN masks by index and knows no streams, so the mask must be `All()` or causal for any values of the streams
+    (`Options.causal`).
+    """
+
+    def unsupported_reason(self, options: Options, operands: Operands) -> str | None:
         """Why cuDNN cannot compute this request exactly and without an array of T x S, or None where it can."""
         o = operands
         (T, width), S = (o.query.shape[1], o.query.shape[3]), o.key.shape[1]
         full_bias = o.bias is None or o.bias.shape[2:] == (T, S)
         even = T % 2 == S % 2 == 0
-        for refused, why in (
-            (not (options.causal or options.rule == All()), "cuDNN has no masks but causal, known without the data"),
+        for unsupported, reason in (
+            (not (options.causal or options.rule == All()), "cuDNN has no masks but causal for any data"),
             (options.causal and T != S, "cuDNN's causal mask needs as many keys as queries"),
             (options.softcap is not None, "cuDNN has no softcap"),
             (o.slopes is not None, "cuDNN has no ALiBi without a bias of T x S"),
             (o.steps is not None, "cuDNN has no relative bias without an array of T x S"),
-            (o.seeds is not None, "cuDNN drops other probabilities"),
+            (o.seeds is not None, "cuDNN drops other probabilities than all other implementations"),
             (o.sinks is not None, "cuDNN has no sinks"),
             (not full_bias, f"cuDNN's bias is [*, *, T, S], not {None if o.bias is None else o.bias.shape}"),
             (o.bias is not None and not even, f"cuDNN's bias needs even lengths, not {T} and {S}"),
@@ -38,8 +41,8 @@ class Cudnn:
             (width % 8 or width > 128, f"cuDNN takes head widths that are multiples of 8 up to 128, not {width}"),
             (o.value.shape[3] != width, "cuDNN takes values as wide as the keys"),
         ):
-            if refused:
-                return why
+            if unsupported:
+                return reason
         return None
 
     def __call__(self, options: Options, operands: Operands) -> jax.Array:

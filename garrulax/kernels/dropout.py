@@ -1,35 +1,49 @@
-"""Dropout of attention probabilities: a number a pair, made of a seed and the pair's place, so that every
-implementation, and the backward pass of each, drops the same ones without storing which."""
+"""Dropout of attention probabilities by hashing.
+
+Whether a pair is dropped is a hash of a seed and the places of query and key. So every implementation, and its
+backward pass, drops the same pairs, without storing which.
+"""
 
 import jax
 import jax.numpy as jnp
 
 
-def kept(seed: jax.Array, query: jax.Array, key: jax.Array, rate: float) -> jax.Array:
-    """Which probabilities stay: bool of the broadcast shape.
+def keep_mask(seed: jax.Array, query: jax.Array, key: jax.Array, rate: float) -> jax.Array:
+    """Which probabilities are kept.
 
-    seed: uint32, of a batch row and head. query, key: int32 indices of the two tokens. rate: the share to drop.
+    Args:
+        seed: uint32, of a batch row and head.
+        query: int32 indices of the queries.
+        key: int32 indices of the keys.
+        rate: share of the probabilities to drop.
+
+    Returns:
+        bool, of the shape to which the arguments broadcast.
     """
-    return kept_in(row(seed, query), key, rate)
+    return keep_mask_from_hash(hash_query(seed, query), key, rate)
 
 
-def row(seed: jax.Array, query: jax.Array) -> jax.Array:
-    """What `kept` needs of a query: uint32. Arguments as of `kept`."""
-    return mixed(moved(seed, query))
+def hash_query(seed: jax.Array, query: jax.Array) -> jax.Array:
+    """The part of `keep_mask` that depends on the query alone: uint32. A kernel computes it once a row."""
+    return mix(shift_seed(seed, query))
 
 
-def kept_in(row: jax.Array, key: jax.Array, rate: float) -> jax.Array:
-    """`kept` of what `row` gave for the queries."""
-    return mixed(row ^ (key.astype(jnp.uint32) * jnp.uint32(0x85EBCA77))) >= jnp.uint32(round(rate * 2**32))
+def keep_mask_from_hash(hashed: jax.Array, key: jax.Array, rate: float) -> jax.Array:
+    """`keep_mask` from the result of `hash_query`."""
+    return mix(hashed ^ (key.astype(jnp.uint32) * jnp.uint32(0x85EBCA77))) >= jnp.uint32(round(rate * 2**32))
 
 
-def moved(seed: jax.Array, start: jax.Array) -> jax.Array:
-    """The seed with which a part of the queries that begins at `start` drops what the whole drops with `seed`."""
+def shift_seed(seed: jax.Array, start: jax.Array) -> jax.Array:
+    """The seed for a slice of the queries that begins at index `start`: it drops the same pairs there as `seed` does
+    for the whole sequence."""
     return seed + start.astype(jnp.uint32) * jnp.uint32(0x9E3779B1)
 
 
-def mixed(x: jax.Array) -> jax.Array:
-    """x, uint32, with every bit depending on every other (the finalizer of MurmurHash3, A. Appleby, public domain)."""
+def mix(x: jax.Array) -> jax.Array:
+    """A hash of uint32 x in which every output bit depends on every input bit.
+
+    The finalizer of MurmurHash3 (A. Appleby, public domain).
+    """
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)

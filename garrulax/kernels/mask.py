@@ -1,20 +1,27 @@
-"""Who attends to whom: predicates over per-token integer streams.
+"""Masks: which query may attend to which key, as predicates over integers of the tokens.
 
-A mask is a small static tree of rules (`Band`, `Same`, `KRange`, `Bits`, ... under `&`, `|`, `~`) over streams: int32
-arrays [B, T] of the queries and [B, S] of the keys. The same tree has two evaluators: `evaluate` gives the exact
-answer for every pair, `classify` bounds the answer for a whole block of pairs from the streams' (min, max, and, or) in
-it, so that a kernel can skip blocks without a T x S array ever existing.
-`kernels.masks` builds the masks of the literature, docs/attention.md shows them.
+A mask is a rule and streams. Streams are int32 arrays with one number per token: [B, T] for the queries, [B, S] for the
+keys. The rule is a small static tree of predicates (`Band`, `Same`, `KRange`, `Bits`, `Within`) joined by `&`, `|` and
+`~`. It is evaluated in two ways:
 
-Streams used by the families
-  rank     order of generation: a query sees keys of its own or a lower rank (all of GLM's part A has one rank)
-  choice   0 in a text, 1, 2, ... in several continuations of it that do not see one another
-  segment  document in a packed row; PAD (-1) marks padding, which sees nothing and is seen by nothing
-  position where a token stands in its own text, for windows and ALiBi (`layers.cache.admit` adds it)
-  reach    of queries only: how many tokens back one sees, itself included
-  phase    position modulo the stride of a layer of GPT-3: equal phases see each other (`kernels.masks.within`)
+- `evaluate` gives the exact answer for every (query, key) pair;
+- `classify` takes the minimum, maximum, bitwise AND and bitwise OR of each stream in a block of queries and a block of
+  keys, and says whether any pair of the block attends and whether all do. Kernels use it to skip blocks, so that no
+  array of T x S elements is ever needed.
+
+`kernels.masks` builds the masks of the literature; docs/attention.md shows them.
+
+Streams that the model families use:
+
+- `rank`: order of generation. A query attends to keys of the same or a lower rank; GLM's part A has one rank.
+- `choice`: 0 in a text, 1, 2, ... in several continuations of it that do not attend to one another.
+- `segment`: document of a packed row. PAD (-1) is padding, which attends to nothing and is attended to by nothing.
+- `position`: place of a token in its own text, for windows and ALiBi (`layers.cache.admit` adds it).
+- `reach`: of queries only: the size of the query's window, itself included.
+- `phase`: position modulo the stride of a layer of GPT-3: tokens of one phase attend to each other (`masks.within`).
 """
 
+import abc
 import dataclasses
 from typing import NamedTuple
 
@@ -24,13 +31,13 @@ from flax import struct
 
 INF = 2**30  # larger than any position, small enough that differences of two do not overflow int32
 PAD = -1  # segment of a padding query
-PAD_KEY = -2  # segment of a padding key or an empty cache slot: equal to no query's
+PAD_KEY = -2  # segment of a padding key or an empty cache slot: equals no query's segment
 
 Streams = dict[str, jax.Array]
 
 
-class Bounds(NamedTuple):
-    """What is known of a stream in one block: least and greatest value, and bitwise and and or of all values."""
+class StreamBounds(NamedTuple):
+    """Bounds of a stream in each block: minimum, maximum, and bitwise AND and OR of its values."""
 
     low: jax.Array
     high: jax.Array
@@ -38,18 +45,18 @@ class Bounds(NamedTuple):
     any_bits: jax.Array
 
 
-class Reads(NamedTuple):
+class StreamNames(NamedTuple):
     """Names of the streams that a rule reads of the queries and of the keys."""
 
     query: frozenset[str]
     key: frozenset[str]
 
-    def __or__(self, other: "Reads") -> "Reads":
-        return Reads(self.query | other.query, self.key | other.key)
+    def __or__(self, other: "StreamNames") -> "StreamNames":
+        return StreamNames(self.query | other.query, self.key | other.key)
 
 
-class Rule:
-    """A predicate of (query, key); rules combine with `&`, `|` and `~`."""
+class Rule(abc.ABC):
+    """A predicate of (query, key). Rules combine with `&`, `|` and `~`."""
 
     def __and__(self, other: "Rule") -> "Rule":
         return And(self, other)
@@ -60,28 +67,32 @@ class Rule:
     def __invert__(self) -> "Rule":
         return Not(self)
 
-    def streams(self) -> Reads:
+    @abc.abstractmethod
+    def streams(self) -> StreamNames:
         """Names of the streams that the rule reads."""
-        raise TypeError(f"{type(self).__name__} must define streams()")
 
+    @abc.abstractmethod
     def evaluate(self, query: Streams, key: Streams) -> jax.Array:
-        """The predicate of query streams [..., T, 1] and key streams [..., 1, S], broadcastable to [..., T, S]."""
-        raise TypeError(f"{type(self).__name__} must define evaluate()")
+        """The predicate for query streams [..., T, 1] and key streams [..., 1, S]: bool, broadcastable to [..., T, S].
 
-    def classify(self, query: dict[str, Bounds], key: dict[str, Bounds]) -> tuple[jax.Array, jax.Array]:
-        """(any, all) for a block: `any` False means no pair attends, `all` True means every pair does.
-
-        Conservative: what cannot be excluded counts as possible, what cannot be proved as not all.
+        True where the query may attend to the key.
         """
-        raise TypeError(f"{type(self).__name__} must define classify()")
+
+    @abc.abstractmethod
+    def classify(self, query: dict[str, StreamBounds], key: dict[str, StreamBounds]) -> tuple[jax.Array, jax.Array]:
+        """(any, all) for blocks of pairs, from the bounds of their streams.
+
+        `any` is False only where no pair attends, `all` is True only where every pair does. Bounds cannot decide every
+        block: an undecided one gets (True, False), which costs time but is always correct.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
 class All(Rule):
-    """Every pair."""
+    """True for every pair."""
 
     def streams(self):
-        return Reads(frozenset(), frozenset())
+        return StreamNames(frozenset(), frozenset())
 
     def evaluate(self, query, key):
         return jnp.ones((), bool)
@@ -94,7 +105,11 @@ class All(Rule):
 class Band(Rule):
     """low <= query - key <= high of one stream. `Band(s, 0, INF)` is causal in s; `Band(s, 0, 0)` is equality.
 
-    of: the stream of the keys, where it is not called as that of the queries.
+    Attributes:
+        stream: name of the stream of the queries.
+        low: least difference, or -INF.
+        high: greatest difference, or INF.
+        of: name of the stream of the keys; None is the same name.
     """
 
     stream: str
@@ -103,13 +118,13 @@ class Band(Rule):
     of: str | None = None
 
     def streams(self):
-        return Reads(frozenset({self.stream}), frozenset({self.of or self.stream}))
+        return StreamNames(frozenset({self.stream}), frozenset({self.of or self.stream}))
 
     def evaluate(self, query, key):
         q, k = query[self.stream], key[self.of or self.stream]
         if self.low == self.high == 0:
             return q == k
-        # The bounds are taken off the queries alone, not off every pair.
+        # Subtracting from the queries costs T operations, subtracting from the differences T x S.
         if self.high >= INF:
             return q - self.low >= k
         if self.low <= -INF:
@@ -124,20 +139,24 @@ class Band(Rule):
 
 @dataclasses.dataclass(frozen=True)
 class Same(Rule):
-    """query == key of one stream in which negative numbers are padding: no negative number is both a query's and a
-    key's. Unlike `Band(stream, 0, 0)` it knows that a block of one document and padding holds nothing between."""
+    """query == key of one stream whose negative numbers are padding: no negative number is both a query's and a key's.
+
+    It skips more blocks than `Band(stream, 0, 0)`. In a block of document 5 and padding, minimum and maximum are -1 and
+    5, so `Band` cannot exclude the documents 0 to 4; `Same` excludes them by the bitwise AND.
+    """
 
     stream: str
 
     def streams(self):
-        return Reads(frozenset({self.stream}), frozenset({self.stream}))
+        return StreamNames(frozenset({self.stream}), frozenset({self.stream}))
 
     def evaluate(self, query, key):
         return query[self.stream] == key[self.stream]
 
     def classify(self, query, key):
         q, k = query[self.stream], key[self.stream]
-        # The bitwise and of numbers, some of them not negative, is at most the least of these.
+        # Least document of a block with padding. The bitwise AND is a lower bound of it: ANDing a non-negative number
+        # with others never makes it larger.
         least_q, least_k = (jnp.where(b.low < 0, b.all_bits, b.low) for b in (q, k))
         some = (q.high >= 0) & (k.high >= 0) & (least_q <= k.high) & (least_k <= q.high)
         return some, (q.low >= 0) & (q.low == k.high) & (q.high == k.low)
@@ -145,14 +164,14 @@ class Same(Rule):
 
 @dataclasses.dataclass(frozen=True)
 class KRange(Rule):
-    """low <= key <= high of one stream, whatever the query."""
+    """low <= key <= high of one stream, for any query."""
 
     stream: str
     low: int
     high: int
 
     def streams(self):
-        return Reads(frozenset(), frozenset({self.stream}))
+        return StreamNames(frozenset(), frozenset({self.stream}))
 
     def evaluate(self, query, key):
         k = key[self.stream]
@@ -165,12 +184,12 @@ class KRange(Rule):
 
 @dataclasses.dataclass(frozen=True)
 class Bits(Rule):
-    """query and key of one stream share a set bit."""
+    """query & key != 0 of one stream: they have a set bit in common."""
 
     stream: str
 
     def streams(self):
-        return Reads(frozenset({self.stream}), frozenset({self.stream}))
+        return StreamNames(frozenset({self.stream}), frozenset({self.stream}))
 
     def evaluate(self, query, key):
         return (query[self.stream] & key[self.stream]) != 0
@@ -182,14 +201,16 @@ class Bits(Rule):
 
 @dataclasses.dataclass(frozen=True)
 class Within(Rule):
-    """query - key < the query's own entry of the stream `reach`: a window whose width is data, so that layers of one
-    scan may have different ones."""
+    """query - key < the query's number in the stream `reach`.
+
+    The width of this window is data, not part of the rule, so layers of one scan may have different widths.
+    """
 
     stream: str = "position"
     reach: str = "reach"
 
     def streams(self):
-        return Reads(frozenset({self.stream, self.reach}), frozenset({self.stream}))
+        return StreamNames(frozenset({self.stream, self.reach}), frozenset({self.stream}))
 
     def evaluate(self, query, key):
         return query[self.stream] - key[self.stream] < query[self.reach]
@@ -258,12 +279,22 @@ SAME_SEGMENT = Same("segment")
 
 @struct.dataclass
 class Mask:
-    """A rule and the streams it reads.
+    """A rule and the streams that it reads.
 
-    rule: static; a new rule compiles anew, new streams do not.
-    query: int32 [B, T] by stream name. key: int32 [B, S]; None where the queries are the keys (self-attention).
-    causal: static; says that the streams come out as query t seeing the keys 0, 1, ..., t, whatever the data: for
-    libraries that know no streams.
+    Attributes:
+        query: int32 [B, T] by stream name.
+        key: int32 [B, S] by stream name; None where the queries are the keys (self-attention).
+        rule: static: another rule compiles another program, other streams do not.
+        causal: static. True only if the mask is plainly causal (query t attends to the keys 0, 1, ..., t) for any
+            values of the streams. Libraries without masks (cuDNN) then use their own causal mask.
+
+    Example:
+        >>> import jax, garrulax as gx
+        >>> rank = jax.numpy.array([[0, 1, 2, 3]])
+        >>> segment = jax.numpy.array([[0, 0, 1, -1]])  # two documents, and padding
+        >>> mask = gx.Mask({"rank": rank, "segment": segment})  # causal within each document
+        >>> mask.dense()[0].astype(int).tolist()
+        [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
     """
 
     query: Streams
@@ -272,31 +303,46 @@ class Mask:
     causal: bool = struct.field(pytree_node=False, default=False)
 
     def key_streams(self) -> Streams:
-        """Streams of the keys; those of self-attention are the queries' with padding relabelled, so that
-        one padding token does not see another."""
+        """Streams of the keys.
+
+        In self-attention they are the queries' streams, with another segment for padding: equal segments attend to each
+        other, and two padding tokens must not.
+        """
         return as_keys(self.query) if self.key is None else self.key
 
     def dense(self) -> jax.Array:
-        """The mask as bool [B, T, S]: True where the query may attend. Raises ValueError for a missing stream."""
-        query, key = self.read()
+        """The mask as an array, bool [B, T, S]: True where the query may attend to the key.
+
+        Raises ValueError for a missing stream.
+        """
+        query, key = self.required_streams()
         (batch, queries), (_, keys) = (next(iter(s.values())).shape for s in (self.query, self.key_streams()))
-        seen = self.rule.evaluate(
+        allowed = self.rule.evaluate(
             {name: s[:, :, None] for name, s in query.items()}, {name: s[:, None, :] for name, s in key.items()}
         )
-        return jnp.broadcast_to(seen, (batch, queries, keys))
+        return jnp.broadcast_to(allowed, (batch, queries, keys))
 
-    def read(
+    def required_streams(
         self, *more: str, query: tuple[int, ...] | None = None, key: tuple[int, ...] | None = None
     ) -> tuple[Streams, Streams]:
-        """The streams of queries and of keys that the rule reads, and `more` of both sides.
+        """The streams that the rule reads, checked.
 
-        query, key: the shapes that they must have; None is any.
-        Raises ValueError where one is not given or not of that shape, TypeError where one is not int32.
+        Args:
+            more: names of further streams to return, of queries and of keys.
+            query: shape that the streams of the queries must have; None is any.
+            key: shape that the streams of the keys must have; None is any.
+
+        Returns:
+            The streams of the queries and those of the keys.
+
+        Raises:
+            ValueError: for a missing stream or one of another shape.
+            TypeError: for a stream that is not int32.
         """
-        reads = self.rule.streams() | Reads(frozenset(more), frozenset(more))
+        names = self.rule.streams() | StreamNames(frozenset(more), frozenset(more))
         return (
-            _checked("query", self.query, reads.query, query),
-            _checked("key", self.key_streams(), reads.key, key),
+            _checked("query", self.query, names.query, query),
+            _checked("key", self.key_streams(), names.key, key),
         )
 
 
@@ -314,7 +360,7 @@ def _checked(side: str, given: Streams, names: frozenset[str], shape: tuple[int,
 
 
 def as_keys(streams: Streams) -> Streams:
-    """Streams of tokens as queries turned into their streams as keys: padding gets a segment of its own."""
+    """Streams of the queries as streams of the keys: the segment of padding becomes PAD_KEY."""
     if "segment" not in streams:
         return streams
     segment = streams["segment"]

@@ -1,7 +1,13 @@
-"""Attention made differentiable from two passes: what all kernels share around the loops over blocks."""
+"""Differentiable attention from a forward and a backward pass: everything that kernels share around their loops.
 
+Written once here: the derivative (`jax.custom_vjp`), learned sinks, `vmap`, and the names by which remat policies can
+save the output.
+"""
+
+import abc
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,75 +15,108 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from garrulax.kernels.call import NOTHING, Gradients, Operands, Options
+from garrulax.kernels.call import EMPTY_ROW_LSE, Gradients, Operands, Options
 from garrulax.kernels.parts import with_sinks
 
 
-class TwoPasses:
-    """An implementation of a forward and a backward pass, which see no sinks: those are put on afterwards.
+class ForwardBackward(abc.ABC):
+    """An implementation of attention given by its forward and its backward pass.
 
-    Residuals are the operands, the output and lse; the last two carry the checkpoint names `attention_out` and
-    `attention_lse`, for remat policies that save them.
+    The passes never get sinks (`operands.sinks` is None): sinks are added to their results.
+    The residuals are the operands, the output and lse. Output and lse carry the checkpoint names `attention_out` and
+    `attention_lse`, so that remat policies can save them.
 
-    partitioned: whether XLA can split it over a mesh in Auto mode, which it can no Pallas kernel.
+    Attributes:
+        auto_partitionable: whether XLA can split it over a mesh in Auto mode. It cannot split a Pallas kernel.
     """
 
-    partitioned = False
+    auto_partitionable = False
 
-    def refusal(self, options: Options, operands: Operands) -> str | None:
-        """Why it cannot compute this request (operands may be abstract), or None where it can."""
-        raise TypeError(f"{type(self).__name__} must define refusal()")
+    @abc.abstractmethod
+    def unsupported_reason(self, options: Options, operands: Operands) -> str | None:
+        """Why it cannot compute this request (the operands may be abstract), or None where it can."""
 
+    @abc.abstractmethod
     def forward(self, options: Options, operands: Operands) -> tuple[jax.Array, jax.Array]:
-        """Output [B, T, H, Cv] in the query's dtype, and lse, the natural logarithm of the sum of the exponentials of
-        each row's scores, [B, H, T] in at least float32. A query that sees nothing gets output 0 and lse -inf."""
-        raise TypeError(f"{type(self).__name__} must define forward()")
+        """The forward pass.
 
+        Returns:
+            The output [B, T, H, Cv] in the query's dtype, and lse [B, H, T] in at least float32: the natural logarithm
+            of the sum of exp(score) over the keys of each query. A query that attends to no key gets output 0 and lse
+            -inf.
+        """
+
+    @abc.abstractmethod
     def backward(
         self, options: Options, operands: Operands, lse: jax.Array, delta: jax.Array, cotangent: jax.Array
     ) -> Gradients:
-        """Gradients for the cotangent [B, T, H, Cv] of the output.
+        """The backward pass.
 
-        lse: [B, H, T], `NOTHING` for queries that see nothing.
-        delta: sum of output * cotangent over the width, [B, H, T] in lse's dtype.
-        With p = exp(score - lse), the gradient of the scores is p * (cotangent·value - delta).
+        With p = exp(score - lse), the gradient of a score is p * (cotangent·value - delta).
+
+        Args:
+            options: static part of the request.
+            operands: arrays of the request.
+            lse: [B, H, T], `EMPTY_ROW_LSE` for queries that attend to no key.
+            delta: sum of output * cotangent over the width, [B, H, T] in the dtype of lse.
+            cotangent: of the output, [B, T, H, Cv].
+
+        Returns:
+            The gradients of the operands.
         """
-        raise TypeError(f"{type(self).__name__} must define backward()")
 
     def __call__(self, options: Options, operands: Operands) -> jax.Array:
-        """Output [B, T, H, Cv] in the query's dtype, differentiable; 0 where a query sees nothing."""
+        """Output [B, T, H, Cv] in the query's dtype, differentiable; 0 for a query that attends to no key."""
         return _attention(self, options, operands)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(passes: TwoPasses, options: Options, operands: Operands) -> jax.Array:
+def _attention(passes: ForwardBackward, options: Options, operands: Operands) -> jax.Array:
     return forward(passes, options, operands)[0]
 
 
-def forward(passes: TwoPasses, options: Options, operands: Operands) -> tuple[jax.Array, jax.Array]:
-    """Output and lse as of `TwoPasses.forward`, with the sinks in both."""
+def forward(passes: ForwardBackward, options: Options, operands: Operands) -> tuple[jax.Array, jax.Array]:
+    """Output and lse of `ForwardBackward.forward`, with the sinks in both."""
     sinks, operands = operands.sinks, dataclasses.replace(operands, sinks=None)
-    out, lse = _folding(lambda x: passes.forward(options, x))(operands)
+    out, lse = _vmap_as_batch(lambda x: passes.forward(options, x))(operands)
     return with_sinks(out, lse, sinks)
 
 
 def backward(
-    passes: TwoPasses, options: Options, operands: Operands, out: jax.Array, lse: jax.Array, cotangent: jax.Array
+    passes: ForwardBackward,
+    options: Options,
+    operands: Operands,
+    out: jax.Array,
+    lse: jax.Array,
+    cotangent: jax.Array,
 ) -> Operands:
-    """Cotangents of the operands for that of the output; out and lse as of `forward`."""
-    delta = jnp.einsum("BTHC,BTHC->BHT", out, cotangent, preferred_element_type=lse.dtype)
+    """Cotangents of all operands.
+
+    Args:
+        passes: the implementation.
+        options: static part of the request.
+        operands: arrays of the request.
+        out: output of `forward`, [B, T, H, Cv].
+        lse: of `forward`, [B, H, T].
+        cotangent: of the output, [B, T, H, Cv].
+
+    Returns:
+        Operands that hold the cotangent of each operand; zeros for operands that are not learned.
+    """
+    delta = jnp.einsum("BTHC,BTHC->BHT", out, cotangent, preferred_element_type=lse.dtype)  # [B, H, T]
     sinks = operands.sinks
-    bare = dataclasses.replace(operands, sinks=None)
+    without_sinks = dataclasses.replace(operands, sinks=None)
 
-    def run(bare, lse, delta, cotangent):
-        return passes.backward(options, bare, lse, delta, cotangent)
+    def run(operands, lse, delta, cotangent):
+        return passes.backward(options, operands, lse, delta, cotangent)
 
-    known = jnp.where(jnp.isneginf(lse), NOTHING, lse)
-    gradients = _folding(run)(bare, known, delta, cotangent)
-    result = jax.tree.map(no_gradient, operands)
+    finite_lse = jnp.where(jnp.isneginf(lse), EMPTY_ROW_LSE, lse)
+    gradients = _vmap_as_batch(run)(without_sinks, finite_lse, delta, cotangent)
+    result = jax.tree.map(zero_cotangent, operands)
     if sinks is not None:
-        share = jnp.exp(sinks.astype(lse.dtype)[:, None] - known)
-        result = dataclasses.replace(result, sinks=-jnp.sum(share * delta, axis=(0, 2)).astype(sinks.dtype))
+        # A sink is a key with value 0: of p * (cotangent·value - delta) only -p * delta is left.
+        p = jnp.exp(sinks.astype(lse.dtype)[:, None] - finite_lse)  # [B, H, T]
+        result = dataclasses.replace(result, sinks=-jnp.sum(p * delta, axis=(0, 2)).astype(sinks.dtype))
     return dataclasses.replace(result, **{name: x for name, x in gradients._asdict().items() if x is not None})
 
 
@@ -95,46 +134,61 @@ def _attention_backward(passes, options, residuals, cotangent):
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-def no_gradient(x: jax.Array) -> Any:
-    """The cotangent of what no gradient is taken of."""
+def zero_cotangent(x: jax.Array) -> Any:
+    """The zero cotangent of x: zeros of its dtype, or `float0`, which JAX requires for integers."""
     if jnp.issubdtype(x.dtype, jnp.floating):
         return jnp.zeros_like(x)
     return np.zeros(x.shape, jax.dtypes.float0)
 
 
-def _folding(f: Any) -> Any:
-    """f(operands, *arrays with a batch axis), for which `vmap` puts its axis into the batch axis: kernels have a
-    schedule a batch row, which JAX's own rule for them cannot batch."""
-    g = jax.custom_batching.custom_vmap(f)
+def _vmap_as_batch(f: Callable) -> Callable:
+    """f(operands, *arrays), with a rule for `jax.vmap`: N mapped calls of batch B become one call of batch N·B.
 
-    @g.def_vmap
-    def rule(size, batched, *arguments):
-        operands, batched = arguments[0], tuple(batched)
-        if operands.steps is not None or batched[0].slopes:  # one table for all rows of a call
-            result = jax.lax.map(lambda i: g(*_taken(arguments, batched, i)), jnp.arange(size))
+    JAX's own rule would add a grid axis to the Pallas kernels in `f`, which does not work: their block schedule is
+    computed for the batch rows of one call. Every operand has a batch axis, with three exceptions:
+
+    - `slopes` [H] and `steps` [n, H] belong to all rows of a call. Slopes that are not mapped are passed on. For mapped
+      slopes, and for any steps (their gradient is a sum over the rows of one call), the calls are made one by one.
+    - `bias` may have a batch axis of size 1. It is expanded to N·B rows, and its gradient summed over B again.
+    """
+    batched_f = jax.custom_batching.custom_vmap(f)
+
+    @batched_f.def_vmap
+    def rule(size, mapped, operands, *arrays):
+        arguments, mapped = (operands, *arrays), tuple(mapped)
+        of = mapped[0]  # for every operand whether it is mapped: its shape is then [N, ...]
+        if operands.steps is not None or of.slopes:
+            result = jax.lax.map(lambda i: batched_f(*_example(arguments, mapped, i)), jnp.arange(size))
             return result, jax.tree.map(lambda _: True, result)
-        batch = operands.query.shape[1] if batched[0].query else operands.query.shape[0]
-        folded = jax.tree.map(lambda x, b: _fold(x, b, size), arguments, batched)
+        batch = operands.query.shape[1 if of.query else 0]
+        folded = jax.tree.map(lambda x, is_mapped: _fold(x, is_mapped, size), arguments, mapped)
         if operands.bias is not None:
-            bias = operands.bias if batched[0].bias else jnp.broadcast_to(operands.bias, (size, *operands.bias.shape))
-            bias = jnp.broadcast_to(bias, (size, batch, *bias.shape[2:])).reshape(-1, *bias.shape[2:])
+            bias = _fold_bias(operands.bias, of.bias, size, batch)
             folded = (dataclasses.replace(folded[0], bias=bias), *folded[1:])
         if operands.slopes is not None:
             folded = (dataclasses.replace(folded[0], slopes=operands.slopes), *folded[1:])
-        result = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), g(*folded))
-        rows = operands.bias is not None and operands.bias.shape[1 if batched[0].bias else 0]
-        if isinstance(result, Gradients) and result.bias is not None and rows == 1:
-            result = result._replace(bias=result.bias.sum(axis=1, keepdims=True))
+        result = batched_f(*folded)  # every array [N·B, ...]
+        result = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), result)  # [N, B, ...]
+        shared_bias = operands.bias is not None and operands.bias.shape[1 if of.bias else 0] == 1
+        if isinstance(result, Gradients) and result.bias is not None and shared_bias:
+            result = result._replace(bias=result.bias.sum(axis=1, keepdims=True))  # [N, 1, ...]
         return result, jax.tree.map(lambda _: True, result)
 
-    return g
+    return batched_f
 
 
-def _taken(tree, batched, i):
-    return jax.tree.map(lambda x, b: x[i] if b else x, tree, batched)
+def _example(tree: Any, mapped: Any, i: jax.Array) -> Any:
+    """The arguments of mapped call i."""
+    return jax.tree.map(lambda x, is_mapped: x[i] if is_mapped else x, tree, mapped)
 
 
-def _fold(x, batched, size):
-    """[N·B, ...] of x [N, B, ...], or of [B, ...], which is then the same for all."""
-    x = x if batched else jnp.broadcast_to(x, (size, *x.shape))
+def _fold(x: jax.Array, mapped: bool, size: int) -> jax.Array:
+    """[N·B, ...] from x [N, B, ...], or from x [B, ...], which is then repeated N times."""
+    x = x if mapped else jnp.broadcast_to(x, (size, *x.shape))
     return x.reshape(-1, *x.shape[2:])
+
+
+def _fold_bias(bias: jax.Array, mapped: bool, size: int, batch: int) -> jax.Array:
+    """[N·B, ...] from a bias [N, B or 1, ...] or [B or 1, ...]."""
+    bias = bias if mapped else jnp.broadcast_to(bias, (size, *bias.shape))
+    return jnp.broadcast_to(bias, (size, batch, *bias.shape[2:])).reshape(-1, *bias.shape[2:])

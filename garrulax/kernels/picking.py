@@ -1,4 +1,4 @@
-"""Tables of implementations, and the choice of one by the device that the program is for."""
+"""Registries of implementations, and the choice of one by the device for which a program is compiled."""
 
 import dataclasses
 import functools
@@ -14,77 +14,90 @@ _log = logging.getLogger("garrulax")
 
 
 @dataclasses.dataclass(frozen=True)
-class Table:
-    """Implementations of one thing.
+class Registry:
+    """The implementations of one operation.
 
-    what: the thing, for messages. names: name -> "module:Class". picked: a `platform`, or "gpu sm_90" for one
-    generation -> names, the best first; the last computes everything. around: what is done to an implementation.
+    Attributes:
+        operation: its name, for messages.
+        implementations: name -> "module:Class"; a class is imported when it is first used.
+        preferred: names to try, the fastest first, by platform ("tpu") or platform and GPU architecture ("gpu sm_90").
+            The last one must support every request.
+        wrap: applied to an implementation before it is asked or called, such as `sharded.Sharded`.
     """
 
-    what: str
-    names: dict[str, str]
-    picked: dict[str, tuple[str, ...]]
-    around: Callable[[Any], Any] = lambda implementation: implementation
+    operation: str
+    implementations: dict[str, str]
+    preferred: dict[str, tuple[str, ...]]
+    wrap: Callable[[Any], Any] = lambda implementation: implementation
 
     def pick(self, name: Any, *request: Any) -> Any:
-        """The implementation of that name, or the first of the device's that does not refuse the request.
+        """The implementation of that name, or else the first preferred one that supports the request.
 
-        name: a name, an implementation, or None. request: what implementations are called with. What was passed over
-        and why is logged once a reason.
-        Raises ValueError for an unknown name and for one that cannot compute the request, with the reason.
+        The log says once for each reason why a preferred one was skipped.
+
+        Args:
+            name: a name, an implementation, or None for the preferred one.
+            request: the arguments with which the implementation will be called.
+
+        Raises:
+            ValueError: for an unknown name, and for a named implementation that does not support the request.
         """
         if name is not None:
-            chosen = self.around(self.implementation(name))
-            if reason := chosen.refusal(*request):
-                raise ValueError(f"{self.what} {name!r} cannot compute this: {reason}")
+            chosen = self.wrap(self.implementation(name))
+            if reason := chosen.unsupported_reason(*request):
+                raise ValueError(f"{self.operation} {name!r} cannot compute this: {reason}")
             return chosen
-        for candidate in self.candidates(target(request)):
-            chosen = self.around(self.implementation(candidate))
-            reason = chosen.refusal(*request)
+        for candidate in self.candidates(target_device(request)):
+            chosen = self.wrap(self.implementation(candidate))
+            reason = chosen.unsupported_reason(*request)
             if reason is None:
-                if ".experimental." in self.names[candidate]:
-                    _log_experimental(self.what, candidate)
+                if ".experimental." in self.implementations[candidate]:
+                    _warn_experimental(self.operation, candidate)
                 return chosen
-            _passed_over(self.what, candidate, reason)
-        raise RuntimeError(f"no implementation of {self.what} computes this request")
+            _warn_skipped(self.operation, candidate, reason)
+        raise RuntimeError(f"no implementation of {self.operation} computes this request")
 
     def candidates(self, device: Any) -> tuple[str, ...]:
-        """Names for a device, the best first; those of CPUs for a platform that the table does not know."""
+        """Preferred names for a device, the fastest first; those of CPUs for a platform without an entry."""
         where = platform(device)
-        for key in (f"{where} {generation(device)}", where):
-            if key in self.picked:
-                return self.picked[key]
-        return self.picked["cpu"]
+        for key in (f"{where} {architecture(device)}", where):
+            if key in self.preferred:
+                return self.preferred[key]
+        return self.preferred["cpu"]
 
     def implementation(self, name: Any) -> Any:
-        """The implementation of a name; others as they are. Raises ValueError for an unknown name."""
+        """The implementation of a name; anything but a string is returned as it is.
+
+        Raises ValueError for an unknown name.
+        """
         if not isinstance(name, str):
             return name
-        if name not in self.names:
-            raise ValueError(f"unknown implementation {name!r} of {self.what}: choose from {', '.join(self.names)}")
-        module, kind = self.names[name].split(":")
-        return getattr(importlib.import_module(module), kind)()
+        if name not in self.implementations:
+            names = ", ".join(self.implementations)
+            raise ValueError(f"unknown implementation {name!r} of {self.operation}: choose from {names}")
+        module, cls = self.implementations[name].split(":")
+        return getattr(importlib.import_module(module), cls)()
 
 
-def target(request: Any) -> Any:
-    """A device like that for which a program over these arrays is compiled: a `jax.Device`, or an abstract one.
+def target_device(request: Any) -> Any:
+    """The device (real or abstract) for which a program over these arrays is compiled.
 
-    It is, the first that is known: the mesh in an array's type, which programs compiled ahead of time have too; where
-    an array lies that was put somewhere; the mesh of the context; the default device. Under `jit` without a mesh only
-    the last is known: to compile for another device, name it (`jax.default_device`) or the implementation.
+    The first that is known of: the mesh in an array's type (also known in ahead-of-time compilation); the device of a
+    committed array; the mesh of the context; the default device. Under `jit` without a mesh only the last is known: to
+    compile for another device there, set `jax.default_device` or name the implementation.
     """
     arrays = [x for x in jax.tree.leaves(request) if isinstance(x, jax.Array)]
-    of_types = [jax.typeof(x).sharding.mesh for x in arrays]
-    there = [d for x in arrays if not isinstance(x, jax.core.Tracer) and x.committed for d in x.devices()]
-    for mesh in of_types:
+    meshes = [jax.typeof(x).sharding.mesh for x in arrays]
+    committed = [d for x in arrays if not isinstance(x, jax.core.Tracer) and x.committed for d in x.devices()]
+    for mesh in meshes:
         if not mesh.empty and mesh.abstract_device is not None:
             return mesh.abstract_device
-    if there:
-        return there[0]
+    if committed:
+        return committed[0]
     context = jax.sharding.get_abstract_mesh()
     if not context.empty and context.abstract_device is not None:
         return context.abstract_device
-    config: Any = jax.config  # whose attributes are made at run time
+    config: Any = jax.config  # its attributes are created at run time, so mypy does not know them
     default = config.jax_default_device
     if isinstance(default, str):
         return jax.devices(default)[0]
@@ -92,24 +105,24 @@ def target(request: Any) -> Any:
 
 
 def platform(device: Any) -> str:
-    """ "cpu", "tpu" or "gpu"."""
+    """The platform of a device: "cpu", "tpu" or "gpu"."""
     return "gpu" if device.platform in ("cuda", "rocm") else device.platform
 
 
-def generation(device: Any) -> str:
-    """Of a GPU of NVIDIA's, its architecture: "sm_90" is Hopper, "sm_100" Blackwell; "" where that is not known."""
-    capability = getattr(device, "compute_capability", None)  # which abstract devices lack
+def architecture(device: Any) -> str:
+    """The architecture of an NVIDIA GPU: "sm_90" is Hopper, "sm_100" Blackwell; "" if unknown."""
+    capability = getattr(device, "compute_capability", None)  # abstract devices have none, only a name
     if capability is not None:
         return f"sm_{str(capability).replace('.', '')}"
-    names = {r"\bG?H\d": "sm_90", r"\bG?B[12]00\b": "sm_100"}
-    return next((known for name, known in names.items() if re.search(name, device.device_kind)), "")
+    by_name = {r"\bG?H\d": "sm_90", r"\bG?B[12]00\b": "sm_100"}
+    return next((result for pattern, result in by_name.items() if re.search(pattern, device.device_kind)), "")
+
+
+@functools.cache  # so that each reason is logged once
+def _warn_skipped(operation: str, name: str, reason: str) -> None:
+    _log.warning("%s: not %s, because %s", operation, name, reason)
 
 
 @functools.cache
-def _passed_over(what: str, name: str, reason: str) -> None:
-    _log.warning("%s: not %s, because %s", what, name, reason)
-
-
-@functools.cache
-def _log_experimental(what: str, name: str) -> None:
-    _log.warning('%s: picked %s, which has never run on a device; implementation="xla" avoids it', what, name)
+def _warn_experimental(operation: str, name: str) -> None:
+    _log.warning('%s: picked %s, which has never run on a device; implementation="xla" avoids it', operation, name)

@@ -1,4 +1,4 @@
-"""T5's relative position bias: a learned number for every bucket of distances and head."""
+"""T5's relative position bias: a learned number for each head and bucket of distances."""
 
 import math
 
@@ -10,10 +10,12 @@ from flax import struct
 
 @struct.dataclass
 class Relative:
-    """A bias that depends on the distance (key position - query position) in steps.
+    """A bias that depends on the distance (key position - query position) and is constant between two starts.
 
-    steps: float [len(starts) + 1, H]: what is added from one start to the next; the first is below all starts.
-    starts: ascending distances at which the next step begins, static.
+    Attributes:
+        steps: float [len(starts) + 1, H]: steps[0] where distance < starts[0], steps[i] where starts[i - 1] <= distance
+            < starts[i], the last one from the last start on.
+        starts: ascending distances; static.
     """
 
     steps: jax.Array
@@ -21,13 +23,22 @@ class Relative:
 
 
 def t5(table: jax.Array, *, bidirectional: bool, max_distance: int = 128) -> Relative:
-    """The bias of T5's table [buckets, H]: half of a side's buckets are one distance each, the others grow
-    logarithmically up to max_distance, beyond which all distances share the last (Raffel et al. 2020, arXiv
-    1910.10683, 2.1; the bounds are those of the mesh-tensorflow code).
+    """T5's bias (Raffel et al. 2020, arXiv 1910.10683, section 2.1; bounds of the mesh-tensorflow code).
 
-    bidirectional: later keys have half of the buckets; otherwise they share the bucket of distance 0.
-    Raises ValueError for a table without a bucket for longer distances, and for a max_distance below those that have a
-    bucket each.
+    Half of the buckets for a direction hold one distance each. The others grow logarithmically up to max_distance; all
+    longer distances share the last one.
+
+    Args:
+        table: [buckets, H], the bias of each bucket and head.
+        bidirectional: if True, half of the buckets are for keys after the query; if False, such keys share the bucket
+            of distance 0.
+        max_distance: distance at which the last bucket begins.
+
+    Returns:
+        The bias, for `attention(relative=...)`.
+
+    Raises:
+        ValueError: for a table without logarithmic buckets, or a max_distance within the buckets of one distance.
     """
     count = table.shape[0]
     exact = (count // 2 if bidirectional else count) // 2
@@ -35,12 +46,13 @@ def t5(table: jax.Array, *, bidirectional: bool, max_distance: int = 128) -> Rel
         raise ValueError(f"a table {table.shape} has no logarithmic buckets up to {max_distance}")
     distance = np.arange(-max_distance - 1, max_distance + 2)
     bucket = _bucket(distance, count, bidirectional, max_distance)
-    changes = np.flatnonzero(np.diff(bucket)) + 1
+    changes = np.flatnonzero(np.diff(bucket)) + 1  # where a bucket begins
     rows = bucket[np.concatenate([[0], changes])]
     return Relative(jnp.asarray(table)[rows], tuple(int(d) for d in distance[changes]))
 
 
 def _bucket(distance: np.ndarray, count: int, bidirectional: bool, max_distance: int) -> np.ndarray:
+    """The bucket of each distance."""
     base = np.zeros_like(distance)
     if bidirectional:
         count //= 2
@@ -49,7 +61,7 @@ def _bucket(distance: np.ndarray, count: int, bidirectional: bool, max_distance:
     else:
         back = np.maximum(-distance, 0)
     exact = count // 2
-    # In float32 throughout, as trained models have it: in float64 a few distances fall into another bucket.
+    # float32 as in the code with which models were trained: float64 puts a few distances into another bucket.
     log = np.log(np.maximum(back, exact).astype(np.float32) / np.float32(exact))
     log = log / np.float32(math.log(max_distance / exact)) * np.float32(count - exact)
     return base + np.where(back < exact, back, np.minimum(exact + log.astype(int), count - 1))

@@ -1,12 +1,16 @@
-"""Queries that see the keys of other devices: attention over a sequence that a mesh splits, inside `shard_map`.
+"""Attention over a sequence that a mesh splits: queries attend to keys of other devices. Runs inside `shard_map`.
 
-Both ways move as many bytes. Of n devices each receives the n - 1 other parts of keys and values in the forward pass,
-and in the backward pass again, with as many sums of gradients. What differs is memory and time: `Gathered` holds the
-keys of all devices at once and calls its implementation once, after they have arrived; `Ring` holds two parts,
-computes on one while the next arrives, and pays with n calls, whose outputs are merged in float32. `way` decides.
+There are two strategies. Both move the same bytes: in the forward pass each of n devices receives the keys and values
+of the n - 1 others; in the backward pass it receives them again, and as many sums of gradients. They differ in memory
+and time:
 
-Positions and ranks are streams, so that a mask means the same on a part. The order of the tokens is free: under a
-causal mask the devices of late tokens have the most to do, and the ring skips parts of which a device sees nothing.
+- gathering (`AllGather`, `AllGatherPasses`) holds the keys of all devices at once and calls its implementation once,
+  after they have arrived;
+- the ring (`RingPasses`) holds the keys of two devices and computes on one while the next arrives. It pays with n
+  calls, whose outputs are merged in float32.
+
+`choose_strategy` decides. Ranks and positions are streams, so a mask keeps its meaning on a part of the sequence.
+Tokens may be in any order: the ring skips parts that no query of the device attends to.
 """
 
 import dataclasses
@@ -19,214 +23,251 @@ import jax.numpy as jnp
 from garrulax.kernels.blocks import block_map
 from garrulax.kernels.call import Gradients, Implementation, Operands, Options
 from garrulax.kernels.parts import merge
-from garrulax.kernels.passes import TwoPasses
+from garrulax.kernels.passes import ForwardBackward
 
 Axes = tuple[str, ...]
 
+STRATEGIES = ("gather", "ring")
 
-WAYS = ("gather", "ring")
 
+def choose_strategy(options: Options, operands: Operands, parts: int) -> str:
+    """The strategy for a sequence in that many parts: "gather" or "ring".
 
-def way(options: Options, operands: Operands, parts: int) -> str:
-    """ "gather" or "ring", for a sequence in that many parts.
-
-    Gathered keys and values of K heads are 2·K·C numbers a token of the whole sequence; a feed-forward layer of the
-    usual width 4·H·C holds 4·H·C a token of its part. While parts·K <= 2·H the keys are no more than that layer, so
-    gathering them raises no peak, and one call beats many. The ring cannot drop the same probabilities as one device,
-    since `dropout.kept` goes by places in the whole.
+    Gathered keys and values of K heads take 2·K·C numbers per token of the whole sequence. A feed-forward layer of the
+    usual width 4·H·C takes 4·H·C numbers per token of a part. While parts·K <= 2·H, gathered keys are no larger than
+    that layer and do not raise the peak of memory, and one call is faster than many.
+    The ring does not support dropout, whose hash depends on places in the whole sequence.
     """
     H, K = operands.query.shape[2], operands.key.shape[2]
     return "gather" if options.dropout or parts * K <= 2 * H else "ring"
 
 
-def across(
-    inner: Implementation, name: str | None, axes: Axes, parts: int, options: Options, operands: Operands
+def over_sequence(
+    inner: Implementation, strategy: str | None, axes: Axes, parts: int, options: Options, operands: Operands
 ) -> Implementation:
-    """`inner` for queries that see the keys of all devices along the axes, by the way of that name or as `way` says."""
-    if not isinstance(inner, TwoPasses):
-        return Ring(inner, axes, parts) if name == "ring" else Whole(inner, axes, parts)
-    chosen = name or way(options, operands, parts)
-    return Ring(inner, axes, parts) if chosen == "ring" else Gathered(inner, axes, parts)
+    """`inner`, made to attend to the keys of all devices along the axes.
+
+    Args:
+        inner: computes a device's queries over the keys that it is given.
+        strategy: one of `STRATEGIES`, or None, which leaves it to `choose_strategy`.
+        axes: mesh axes that split the sequence.
+        parts: the number of parts.
+        options: static part of the request.
+        operands: a device's part of the arrays.
+    """
+    if not isinstance(inner, ForwardBackward):
+        return RingPasses(inner, axes, parts) if strategy == "ring" else AllGather(inner, axes, parts)
+    chosen = strategy or choose_strategy(options, operands, parts)
+    return RingPasses(inner, axes, parts) if chosen == "ring" else AllGatherPasses(inner, axes, parts)
 
 
 @dataclasses.dataclass(frozen=True)
-class Whole:
-    """An implementation that JAX differentiates, given the keys of all devices.
+class AllGather:
+    """Gathers the keys of all devices for an implementation that JAX differentiates.
 
-    inner: the implementation. axes, parts: what splits the sequence, and into how many parts.
+    Attributes:
+        inner: the implementation.
+        axes: mesh axes that split the sequence.
+        parts: the number of parts.
     """
 
     inner: Implementation
     axes: Axes
     parts: int
 
-    def refusal(self, options: Options, operands: Operands) -> str | None:
-        """What `inner` says to the gathered request."""
-        return self.inner.refusal(options, _lengthened(operands, self.parts))
+    def unsupported_reason(self, options: Options, operands: Operands) -> str | None:
+        """Why `inner` cannot compute the gathered request, or None where it can."""
+        return self.inner.unsupported_reason(options, _gathered_shapes(operands, self.parts))
 
     def __call__(self, options: Options, operands: Operands) -> jax.Array:
-        """Output of this device's queries."""
-        return self.inner(options, _gathered(operands, self.axes))
+        """Output of this device's queries, [B, T, H, Cv]."""
+        return self.inner(options, _gather(operands, self.axes))
 
 
 @dataclasses.dataclass(frozen=True)
-class Gathered(TwoPasses):
-    """All-gathers keys, values and their streams before each pass; gradients of keys are reduce-scattered behind the
-    backward pass. Only a device's own part is kept in between. Fields as of `Whole`."""
+class AllGatherPasses(ForwardBackward):
+    """Gathers the keys of all devices before each pass, and reduce-scatters their gradients after the backward pass.
 
-    inner: TwoPasses
+    Between the passes a device keeps only its own part; with `AllGather`, JAX keeps the keys of all devices.
+
+    Attributes:
+        inner: the implementation.
+        axes: mesh axes that split the sequence.
+        parts: the number of parts.
+    """
+
+    inner: ForwardBackward
     axes: Axes
     parts: int
 
-    def refusal(self, options: Options, operands: Operands) -> str | None:
-        """What `inner` says to the gathered request."""
-        return self.inner.refusal(options, _lengthened(operands, self.parts))
+    def unsupported_reason(self, options: Options, operands: Operands) -> str | None:
+        return self.inner.unsupported_reason(options, _gathered_shapes(operands, self.parts))
 
     def forward(self, options: Options, operands: Operands) -> tuple[jax.Array, jax.Array]:
-        """As `TwoPasses.forward`."""
-        return self.inner.forward(options, _gathered(operands, self.axes))
+        return self.inner.forward(options, _gather(operands, self.axes))
 
     def backward(
         self, options: Options, operands: Operands, lse: jax.Array, delta: jax.Array, cotangent: jax.Array
     ) -> Gradients:
-        """As `TwoPasses.backward`."""
-        found = self.inner.backward(options, _gathered(operands, self.axes), lse, delta, cotangent)
-        return found._replace(key=self._own(found.key), value=self._own(found.value))
+        result = self.inner.backward(options, _gather(operands, self.axes), lse, delta, cotangent)
+        return result._replace(key=self._scatter(result.key), value=self._scatter(result.value))
 
-    def _own(self, x: jax.Array) -> jax.Array:
+    def _scatter(self, x: jax.Array) -> jax.Array:
+        """Sums gradients [B, S·parts, K, C] over the devices; each keeps its own [B, S, K, C]."""
         wide = jnp.promote_types(x.dtype, jnp.float32)
         return jax.lax.psum_scatter(x.astype(wide), self.axes, scatter_dimension=1, tiled=True).astype(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
-class Ring(TwoPasses):
-    """Every device passes its part of keys and values to the next, `parts` times; outputs are merged by their lse, and
-    the gradients of a part travel with it (Liu et al. 2023, arXiv 2310.01889). Fields as of `Whole`."""
+class RingPasses(ForwardBackward):
+    """Ring attention (Liu et al. 2023, arXiv 2310.01889).
+
+    In each of `parts` steps a device computes on the keys and values that it holds and passes them on to the next
+    device. Outputs are merged by their lse. In the backward pass the gradients of keys and values travel with them.
+
+    Attributes:
+        inner: the implementation; `unsupported_reason` says why it must be a `ForwardBackward`.
+        axes: mesh axes that split the sequence.
+        parts: the number of parts.
+    """
 
     inner: Any
     axes: Axes
     parts: int
 
-    def refusal(self, options: Options, operands: Operands) -> str | None:
-        """Dropout, an implementation that is not of two passes, and what `inner` says to one part."""
-        if not isinstance(self.inner, TwoPasses):
+    def unsupported_reason(self, options: Options, operands: Operands) -> str | None:
+        if not isinstance(self.inner, ForwardBackward):
             return "a ring merges outputs by their lse, which only implementations of two passes give"
         if options.dropout:
             return "a ring would drop other probabilities than one device: gather the keys"
         length = operands.key.shape[1]
-        bias = None if operands.bias is None else _sized(operands.bias, 3, length)
-        return self.inner.refusal(options, dataclasses.replace(operands, bias=bias))
+        bias = None if operands.bias is None else _with_size(operands.bias, 3, length)
+        return self.inner.unsupported_reason(options, dataclasses.replace(operands, bias=bias))
 
     def forward(self, options: Options, operands: Operands) -> tuple[jax.Array, jax.Array]:
-        """As `TwoPasses.forward`."""
-        run = self._over(options, operands, lambda part: self.inner.forward(options, part), self._nothing_seen)
+        def compute(part):
+            return self.inner.forward(options, part)
+
+        run = self._unless_masked(options, operands, compute, _empty_output)
         travelling = operands.key, operands.value, operands.key_streams
-        first = run(travelling, 0)
-        whole = first[0].astype(jnp.promote_types(first[0].dtype, jnp.float32)), first[1]
+        out, lse = run(travelling, 0)  # the device's own keys
+        wide = jnp.promote_types(out.dtype, jnp.float32)
 
         def step(carry, i):
-            whole, travelling = carry
-            coming = self._passed_on(travelling)  # under way while this part is computed
+            (out, lse), travelling = carry
+            arriving = self._pass_on(travelling)  # may arrive while `part` is computed
             part = run(travelling, i)
-            merged = merge((whole[0], part[0].astype(whole[0].dtype)), (whole[1], part[1]))
-            return (merged, coming), None
+            merged = merge((out, part[0].astype(wide)), (lse, part[1]))
+            return (merged, arriving), None
 
-        carry = (whole, self._passed_on(travelling))
+        carry = ((out.astype(wide), lse), self._pass_on(travelling))
         ((out, lse), _), _ = jax.lax.scan(step, carry, jnp.arange(1, self.parts))
         return out.astype(operands.query.dtype), lse
 
     def backward(
         self, options: Options, operands: Operands, lse: jax.Array, delta: jax.Array, cotangent: jax.Array
     ) -> Gradients:
-        """As `TwoPasses.backward`."""
-
-        def gradients(part):
+        def compute(part):
             return self.inner.backward(options, part, lse, delta, cotangent)
 
-        run = self._over(options, operands, gradients, _zeros)
+        run = self._unless_masked(options, operands, compute, _zeros)
         travelling = operands.key, operands.value, operands.key_streams
-        total = self._placed(run(travelling, 0), operands, 0)
+        total = self._summand(run(travelling, 0), operands, 0)
 
         def step(carry, i):
             total, travelling = carry
-            coming = self._passed_on(travelling)
-            total = total._replace(**self._passed_on({"key": total.key, "value": total.value}))
-            found = self._placed(run(travelling, i), operands, i)
-            return (jax.tree.map(jnp.add, total, found), coming), None
+            arriving = self._pass_on(travelling)
+            total = self._pass_on_key_gradients(total)
+            part = self._summand(run(travelling, i), operands, i)
+            return (jax.tree.map(jnp.add, total, part), arriving), None
 
-        carry = (total, self._passed_on(travelling))
+        carry = (total, self._pass_on(travelling))
         (total, _), _ = jax.lax.scan(step, carry, jnp.arange(1, self.parts))
-        total = total._replace(**self._passed_on({"key": total.key, "value": total.value}))  # home
+        total = self._pass_on_key_gradients(total)  # the last of `parts` moves brings them back to their device
         like = Gradients(operands.query, operands.key, operands.value, operands.bias, operands.steps)
         return jax.tree.map(lambda x, y: x.astype(y.dtype), total, like)
 
-    def _over(self, options: Options, o: Operands, compute: Callable, without: Callable) -> Callable:
-        """(travelling, i) -> what `compute` makes of this device's queries and the part that it holds in step i, or
-        `without` of the shapes of that where no query sees a key of it."""
+    def _unless_masked(self, options: Options, o: Operands, compute: Callable, empty: Callable) -> Callable:
+        """A function of (travelling, i), where `travelling` is the part of keys that the device holds in step i.
+
+        It returns `compute` of the device's queries over them, or `empty` of the result's shapes if no query attends to
+        any of those keys.
+        """
 
         def run(travelling, i):
             key, value, streams = travelling
-            part = dataclasses.replace(o, key=key, value=value, key_streams=streams, bias=self._bias(o.bias, key, i))
-            rows, columns = o.query.shape[1], key.shape[1]
-            seen, _ = block_map(options.rule, o.query_streams, streams, rows, columns, (key.shape[0], 1, 1))
+            bias = self._bias(o.bias, key, i)
+            part = dataclasses.replace(o, key=key, value=value, key_streams=streams, bias=bias)
+            rows, columns = o.query.shape[1], key.shape[1]  # all pairs of a batch row as one block
+            some, _ = block_map(options.rule, o.query_streams, streams, rows, columns, (key.shape[0], 1, 1))
             shapes = jax.eval_shape(compute, part)
-            return jax.lax.cond(seen.any(), compute, lambda _: without(shapes), part)
+            return jax.lax.cond(some.any(), compute, lambda _: empty(shapes), part)
 
         return run
 
     def _bias(self, bias: jax.Array | None, key: jax.Array, i: Any) -> jax.Array | None:
+        """The bias [., ., ., S] of the keys held in step i, from that of the whole sequence."""
         if bias is None:
             return None
-        return jax.lax.dynamic_slice_in_dim(bias, self._start(key, i), key.shape[1], axis=3)
+        return jax.lax.dynamic_slice_in_dim(bias, self._first_key(key, i), key.shape[1], axis=3)
 
-    def _placed(self, found: Gradients, o: Operands, i: Any) -> Gradients:
-        """The gradients of step i, to be added up: in at least float32, that of the bias in its place."""
-        found = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), found)
-        if o.bias is None or found.bias is None:
-            return found
-        bias = jnp.zeros(o.bias.shape, found.bias.dtype)
-        start = self._start(o.key, i)
-        return found._replace(bias=jax.lax.dynamic_update_slice_in_dim(bias, found.bias, start, axis=3))
+    def _summand(self, part: Gradients, o: Operands, i: Any) -> Gradients:
+        """The gradients of step i in at least float32; that of the bias padded with zeros to the whole sequence."""
+        part = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), part)
+        if o.bias is None or part.bias is None:
+            return part
+        bias = jnp.zeros(o.bias.shape, part.bias.dtype)
+        start = self._first_key(o.key, i)
+        return part._replace(bias=jax.lax.dynamic_update_slice_in_dim(bias, part.bias, start, axis=3))
 
-    def _start(self, key: jax.Array, i: Any) -> jax.Array:
-        """The place, in the whole sequence, of the first key of the part that is here in step i."""
+    def _first_key(self, key: jax.Array, i: Any) -> jax.Array:
+        """Index, in the whole sequence, of the first key that the device holds in step i."""
         return (jax.lax.axis_index(self.axes) - i) % self.parts * key.shape[1]
 
-    def _passed_on(self, tree: Any) -> Any:
+    def _pass_on(self, tree: Any) -> Any:
+        """Sends arrays to the next device of the ring, and returns those of the previous one."""
         ring = [(i, (i + 1) % self.parts) for i in range(self.parts)]
         return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axes, ring), tree)
 
-    @staticmethod
-    def _nothing_seen(shapes: tuple) -> tuple[jax.Array, jax.Array]:
-        out, lse = shapes
-        return jnp.zeros(out.shape, out.dtype), jnp.full(lse.shape, -jnp.inf, lse.dtype)
+    def _pass_on_key_gradients(self, total: Gradients) -> Gradients:
+        return total._replace(**self._pass_on({"key": total.key, "value": total.value}))
 
 
-def summed(x: jax.Array, axes: Axes) -> jax.Array:
+def sum_over_devices(x: jax.Array, axes: Axes) -> jax.Array:
     """x summed over the devices along the axes, in at least float32."""
     if not axes:
         return x
     return jax.lax.psum(x.astype(jnp.promote_types(x.dtype, jnp.float32)), axes).astype(x.dtype)
 
 
+def _empty_output(shapes: tuple) -> tuple[jax.Array, jax.Array]:
+    """Output and lse of queries that attend to no key."""
+    out, lse = shapes
+    return jnp.zeros(out.shape, out.dtype), jnp.full(lse.shape, -jnp.inf, lse.dtype)
+
+
 def _zeros(shapes: Any) -> Any:
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
-def _gathered(o: Operands, axes: Axes) -> Operands:
-    def whole(x):
+def _gather(o: Operands, axes: Axes) -> Operands:
+    """The operands with the keys, values and key streams of all devices, [B, S·parts, ...]."""
+
+    def gather(x):
         return jax.lax.all_gather(x, axes, axis=1, tiled=True)
 
-    streams = {name: whole(s) for name, s in o.key_streams.items()}
-    return dataclasses.replace(o, key=whole(o.key), value=whole(o.value), key_streams=streams)
+    streams = {name: gather(s) for name, s in o.key_streams.items()}
+    return dataclasses.replace(o, key=gather(o.key), value=gather(o.value), key_streams=streams)
 
 
-def _lengthened(o: Operands, parts: int) -> Operands:
-    """The shapes that `_gathered` makes."""
+def _gathered_shapes(o: Operands, parts: int) -> Operands:
+    """The result of `_gather`, abstract."""
     length = o.key.shape[1] * parts
-    streams = {name: _sized(s, 1, length) for name, s in o.key_streams.items()}
-    return dataclasses.replace(o, key=_sized(o.key, 1, length), value=_sized(o.value, 1, length), key_streams=streams)
+    streams = {name: _with_size(s, 1, length) for name, s in o.key_streams.items()}
+    key, value = (_with_size(x, 1, length) for x in (o.key, o.value))
+    return dataclasses.replace(o, key=key, value=value, key_streams=streams)
 
 
-def _sized(x: Any, axis: int, size: int) -> Any:
+def _with_size(x: Any, axis: int, size: int) -> Any:
+    """The type of x with another size of one axis."""
     return jax.ShapeDtypeStruct((*x.shape[:axis], size, *x.shape[axis + 1 :]), x.dtype)

@@ -1,8 +1,8 @@
-"""Attention on a mesh in Explicit mode: every device computes its own rows, heads and queries, in `jax.shard_map`
-around any implementation.
+"""Attention on a mesh in Explicit mode: `jax.shard_map` around any implementation.
 
-The partitioner of XLA could split the chunked implementation, but no Pallas kernel; and a gradient of something that
-several devices share is summed over them here, once, where the partitioner would do so in every chunk.
+Every device computes its own batch rows, heads and queries. XLA's partitioner could split the chunked implementation,
+but not a Pallas kernel. It would also sum the gradient of an array that devices share once per chunk; here it is summed
+once per call.
 """
 
 import dataclasses
@@ -17,22 +17,26 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from garrulax.kernels import dropout
-from garrulax.kernels import passes as two_passes
+from garrulax.core.sharding import axis_names, spec_of
+from garrulax.kernels import dropout, passes
 from garrulax.kernels.call import Implementation, Operands, Options
-from garrulax.kernels.passes import TwoPasses
-from garrulax.kernels.sequence import WAYS, across, summed
+from garrulax.kernels.passes import ForwardBackward
+from garrulax.kernels.sequence import STRATEGIES, over_sequence, sum_over_devices
 
 Axes = tuple[str, ...]
-LEARNED = ("query", "key", "value", "bias", "steps", "sinks")
+LEARNED = ("query", "key", "value", "bias", "steps", "sinks")  # operands that get a gradient
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """Which mesh axes split what.
+class MeshLayout:
+    """How a mesh splits a request.
 
-    mesh: the one in the query's type; its Explicit axes count. batch, queries, heads: the axes of the query's
-    dimensions B, T and H. keys: those of S, the same as of T or none.
+    Attributes:
+        mesh: the mesh in the query's type; only its Explicit axes count.
+        batch: mesh axes that split the batch, B.
+        queries: mesh axes that split the queries, T.
+        heads: mesh axes that split the query heads, H.
+        keys: mesh axes that split the keys, S: those of `queries`, or none.
     """
 
     mesh: AbstractMesh
@@ -41,28 +45,31 @@ class Plan:
     heads: Axes
     keys: Axes
 
-    def options(self, options: Options) -> Options:
-        """The options of a device's part: of split queries it is not known which is the first."""
+    def local_options(self, options: Options) -> Options:
+        """The options of a device's part. If queries are split, a part does not begin with query 0, so not causal."""
         return dataclasses.replace(options, causal=options.causal and not self.queries)
 
-    def ways(self, axes: Axes) -> int:
-        """How many parts the axes make."""
+    def parts(self, axes: Axes) -> int:
+        """Into how many parts the axes split a dimension."""
         return math.prod(self.mesh.shape[name] for name in axes)
 
-    def specs(self, o: Operands) -> Any:
-        """PartitionSpecs of the operands. A bias stays whole along the keys: its queries and heads are split. Keys of
-        fewer heads than parts stay whole along the heads, of which every device takes those that its queries read."""
+    def operand_specs(self, o: Operands) -> Any:
+        """PartitionSpecs of the operands.
+
+        The bias is split by batch, heads and queries, never by keys. If the parts of the heads do not divide K, key
+        heads are not split: each device selects those that its queries read (`_head_selector`).
+        """
         b, t, s, h = (axes or None for axes in (self.batch, self.queries, self.keys, self.heads))
-        kv = P(b, s, h if o.key.shape[2] % self.ways(self.heads) == 0 else None, None)
+        kv = P(b, s, h if o.key.shape[2] % self.parts(self.heads) == 0 else None, None)
         shape = (1, 1, 1, 1) if o.bias is None else o.bias.shape
-        of_bias = P(*(axes if size > 1 else None for size, axes in zip(shape, (b, h, t, None), strict=True)))
+        bias = P(*(axes if size > 1 else None for size, axes in zip(shape, (b, h, t, None), strict=True)))
         specs: dict[str, Any] = {
             "query": P(b, t, h, None),
             "key": kv,
             "value": kv,
             "query_streams": {name: P(b, t) for name in o.query_streams},
             "key_streams": {name: P(b, s) for name in o.key_streams},
-            "bias": of_bias,
+            "bias": bias,
             "slopes": P(h),
             "steps": P(None, h),
             "seeds": P(b, h),
@@ -71,171 +78,180 @@ class Plan:
         given: dict[str, Any] = {name: spec for name, spec in specs.items() if getattr(o, name) is not None}
         return Operands(**given)
 
-    def outputs(self) -> tuple[P, P]:
+    def output_specs(self) -> tuple[P, P]:
         """PartitionSpecs of the output [B, T, H, Cv] and of lse [B, H, T]."""
         b, t, h = (axes or None for axes in (self.batch, self.queries, self.heads))
         return P(b, t, h, None), P(b, h, t)
 
-    def placed(self, o: Operands) -> Operands:
-        """The operands, sharded by `specs`."""
-        return jax.tree.map(lambda x, spec: jax.sharding.reshard(x, NamedSharding(self.mesh, spec)), o, self.specs(o))
+    def reshard(self, o: Operands) -> Operands:
+        """The operands, sharded by `operand_specs`."""
+        specs = self.operand_specs(o)
+        return jax.tree.map(lambda x, spec: jax.sharding.reshard(x, NamedSharding(self.mesh, spec)), o, specs)
 
-    def sharing(self, spec: P) -> Axes:
-        """The axes over whose devices an operand of that spec is shared, so that its gradient is summed over them."""
-        own = {name for entry in spec for name in _names(entry)}
+    def replicated_axes(self, spec: P) -> Axes:
+        """Axes over whose devices an operand of that spec is replicated: its gradient is summed over them."""
+        own = {name for entry in spec for name in axis_names(entry)}
         return tuple(a for a in (*self.batch, *self.queries, *self.heads) if a not in own)
 
-    def map(self, f: Any, in_specs: Any, out_specs: Any) -> Any:
-        """f of every device's own parts. What f gives is not checked to be the same where it is shared: kernels do
-        not say over which axes their outputs vary."""
+    def shard_map(self, f: Any, in_specs: Any, out_specs: Any) -> Any:
+        """`jax.shard_map` of f over the Explicit axes.
+
+        Without its check that replicated outputs are equal on all devices: kernels do not declare over which axes
+        their outputs vary.
+        """
         names = frozenset(self.mesh.explicit_axes)
         return jax.shard_map(
             f, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False
         )
 
 
-def plan(operands: Operands) -> Plan | None:
-    """How the query's type and the keys' say that the request is split; None without a mesh in Explicit mode."""
+def mesh_layout(operands: Operands) -> MeshLayout | None:
+    """The layout in the types of query and key; None without a mesh in Explicit mode."""
     mesh = jax.typeof(operands.query).sharding.mesh
     if mesh.empty or not mesh.explicit_axes:
         return None
-    batch, queries, heads, _ = map(_names, _spec(operands.query))
-    same = _names(_spec(operands.key)[1]) == queries
-    return Plan(mesh, batch, queries, heads, queries if same else ())
+    batch, queries, heads, _ = map(axis_names, spec_of(operands.query))
+    same = axis_names(spec_of(operands.key)[1]) == queries
+    return MeshLayout(mesh, batch, queries, heads, queries if same else ())
 
 
 @dataclasses.dataclass(frozen=True)
 class Sharded:
-    """An implementation on every device of a mesh; without a mesh, that implementation.
+    """An implementation on every device of a mesh; without a mesh, the implementation itself.
 
-    inner: what computes a device's part.
-    sequence: how queries see the keys of other devices where the mesh splits the sequence: "gather", "ring", or None,
-    which leaves it to `sequence.way`.
+    Attributes:
+        inner: the implementation; it computes a device's part.
+        sequence: strategy for queries that attend to keys of other devices, if the mesh splits the sequence: "gather",
+            "ring", or None, which leaves it to `sequence.choose_strategy`.
     """
 
     inner: Implementation
     sequence: str | None = None
 
     def __post_init__(self):
-        if self.sequence not in (None, *WAYS):
-            raise ValueError(f"unknown way across a sequence {self.sequence!r}: choose from {', '.join(WAYS)}")
+        if self.sequence not in (None, *STRATEGIES):
+            raise ValueError(f"unknown strategy {self.sequence!r} for a sequence: choose from {', '.join(STRATEGIES)}")
 
-    def refusal(self, options: Options, operands: Operands) -> str | None:
-        """What `inner` says to a device's part of the request; Auto axes, where XLA cannot split `inner`."""
+    def unsupported_reason(self, options: Options, operands: Operands) -> str | None:
+        """Why `inner` cannot compute a device's part, or XLA cannot split `inner` over Auto axes; None if both can."""
         mesh = jax.typeof(operands.query).sharding.mesh
-        if any(mesh.shape[name] > 1 for name in mesh.auto_axes) and not getattr(self.inner, "partitioned", True):
+        partitionable = getattr(self.inner, "auto_partitionable", True)
+        if any(mesh.shape[name] > 1 for name in mesh.auto_axes) and not partitionable:
             return f"a kernel cannot be split over mesh axes in Auto mode: make {', '.join(mesh.auto_axes)} Explicit"
-        p = plan(operands)
-        if p is None:
-            return self.inner.refusal(options, operands)
-        options = p.options(options)
-        return self._part(p, options, operands).refusal(options, _local(p, operands))
+        layout = mesh_layout(operands)
+        if layout is None:
+            return self.inner.unsupported_reason(options, operands)
+        options = layout.local_options(options)
+        local = self._local_implementation(layout, options, operands)
+        return local.unsupported_reason(options, _local_shapes(layout, operands))
 
     def __call__(self, options: Options, operands: Operands) -> jax.Array:
-        """Output [B, T, H, Cv] in the query's dtype and sharding; differentiable, 0 where a query sees nothing."""
-        p = plan(operands)
-        if p is None:
+        """Output [B, T, H, Cv] in the query's dtype and sharding, differentiable; 0 where a query attends to no key."""
+        layout = mesh_layout(operands)
+        if layout is None:
             return self.inner(options, operands)
-        options = p.options(options)
-        part, operands = self._part(p, options, operands), p.placed(operands)
-        if isinstance(part, TwoPasses):
-            return _attention(part, p, options, operands)
-        own = _chooser(p, operands)
+        options = layout.local_options(options)
+        local, operands = self._local_implementation(layout, options, operands), layout.reshard(operands)
+        if isinstance(local, ForwardBackward):
+            return _attention(local, layout, options, operands)
+        select = _head_selector(layout, operands)
 
-        def one(o):
-            return part(options, _in_place(p, o, own(o.key), own(o.value)))
+        def on_device(o):
+            return local(options, _local_operands(layout, o, select(o.key), select(o.value)))
 
-        return p.map(one, (p.specs(operands),), p.outputs()[0])(operands)
+        return layout.shard_map(on_device, (layout.operand_specs(operands),), layout.output_specs()[0])(operands)
 
-    def _part(self, p: Plan, options: Options, operands: Operands) -> Implementation:
-        if not p.keys:
+    def _local_implementation(self, layout: MeshLayout, options: Options, operands: Operands) -> Implementation:
+        if not layout.keys:
             return self.inner
-        return across(self.inner, self.sequence, p.keys, p.ways(p.keys), options, operands)
+        return over_sequence(self.inner, self.sequence, layout.keys, layout.parts(layout.keys), options, operands)
 
 
+# The derivative is defined around `shard_map`, not within it: the backward pass can then sum each gradient over devices
+# exactly once, and its residuals are ordinary sharded arrays.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attention(part: TwoPasses, p: Plan, options: Options, operands: Operands) -> jax.Array:
-    return _run(part, p, options, operands)[0]
+def _attention(local: ForwardBackward, layout: MeshLayout, options: Options, operands: Operands) -> jax.Array:
+    return _run(local, layout, options, operands)[0]
 
 
-def _run(part, p, options, operands):
-    own = _chooser(p, operands)
+def _run(local, layout, options, operands):
+    select = _head_selector(layout, operands)
 
-    def one(o):
-        return two_passes.forward(part, options, _in_place(p, o, own(o.key), own(o.value)))
+    def on_device(o):
+        return passes.forward(local, options, _local_operands(layout, o, select(o.key), select(o.value)))
 
-    return p.map(one, (p.specs(operands),), p.outputs())(operands)
+    return layout.shard_map(on_device, (layout.operand_specs(operands),), layout.output_specs())(operands)
 
 
-def _forward(part, p, options, operands):
-    out, lse = _run(part, p, options, operands)
+def _forward(local, layout, options, operands):
+    out, lse = _run(local, layout, options, operands)
     out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
     return out, (operands, out, lse)
 
 
-def _backward(part, p, options, residuals, cotangent):
+def _backward(local, layout, options, residuals, cotangent):
     operands, out, lse = residuals
-    specs, own = p.specs(operands), _chooser(p, operands)
+    specs, select = layout.operand_specs(operands), _head_selector(layout, operands)
     learned = {name: getattr(specs, name) for name in LEARNED if getattr(operands, name) is not None}
 
-    def one(o, out, lse, cotangent):
-        (key, value), back = jax.vjp(lambda *kv: tuple(own(x) for x in kv), o.key, o.value)
-        found = two_passes.backward(part, options, _in_place(p, o, key, value), out, lse, cotangent)
-        key, value = back((found.key, found.value))
-        found = dataclasses.replace(found, key=key, value=value)
-        return {name: summed(getattr(found, name), p.sharing(spec)) for name, spec in learned.items()}
+    def on_device(o, out, lse, cotangent):
+        # `transpose` adds the gradients of selected, perhaps repeated, heads up to those of the heads that o has.
+        (key, value), transpose = jax.vjp(lambda *kv: tuple(select(x) for x in kv), o.key, o.value)
+        result = passes.backward(local, options, _local_operands(layout, o, key, value), out, lse, cotangent)
+        key, value = transpose((result.key, result.value))
+        result = dataclasses.replace(result, key=key, value=value)
+        return {
+            name: sum_over_devices(getattr(result, name), layout.replicated_axes(spec))
+            for name, spec in learned.items()
+        }
 
-    of_out, of_lse = p.outputs()
-    gradients = p.map(one, (specs, of_out, of_lse, of_out), learned)(operands, out, lse, cotangent)
-    return (dataclasses.replace(jax.tree.map(two_passes.no_gradient, operands), **gradients),)
+    out_spec, lse_spec = layout.output_specs()
+    run = layout.shard_map(on_device, (specs, out_spec, lse_spec, out_spec), learned)
+    gradients = run(operands, out, lse, cotangent)
+    return (dataclasses.replace(jax.tree.map(passes.zero_cotangent, operands), **gradients),)
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _chooser(p: Plan, operands: Operands) -> Callable[[jax.Array], jax.Array]:
-    """What a device takes of its part [B, S, K, C] of keys or values: where K is not a multiple of the parts of the
-    heads, those that its queries read, repeated to whole groups."""
-    K, ways = operands.key.shape[2], p.ways(p.heads)
-    if K % ways == 0:
-        return lambda x: x
-    every = math.lcm(K, ways)
+def _head_selector(layout: MeshLayout, operands: Operands) -> Callable[[jax.Array], jax.Array]:
+    """A function from a device's keys or values [B, S, K', C] to those of the heads that its queries read.
 
-    def own(x):
-        mine = jax.lax.axis_index(p.heads) * (every // ways) + jnp.arange(every // ways)
+    If the parts of the heads divide K, key heads are split like query heads (K' = K / parts), and it is the identity.
+    Otherwise every device has all K heads (K' = K). With n = lcm(K, parts), head j of n is key head j * K // n, and a
+    device takes n / parts consecutive ones: as many for each of its query heads, which grouped attention needs.
+    """
+    K, parts = operands.key.shape[2], layout.parts(layout.heads)
+    if K % parts == 0:
+        return lambda x: x
+    every = math.lcm(K, parts)
+
+    def select(x):
+        mine = jax.lax.axis_index(layout.heads) * (every // parts) + jnp.arange(every // parts)
         return jnp.take(x, mine * K // every, axis=2)
 
-    return own
+    return select
 
 
-def _in_place(p: Plan, o: Operands, key: jax.Array, value: jax.Array) -> Operands:
-    """A device's part with these of its keys and values, and seeds that know where in the sequence its queries are."""
-    if o.seeds is None or not p.queries:
+def _local_operands(layout: MeshLayout, o: Operands, key: jax.Array, value: jax.Array) -> Operands:
+    """A device's operands with these keys and values, and with seeds shifted to where its queries begin."""
+    if o.seeds is None or not layout.queries:
         return dataclasses.replace(o, key=key, value=value)
-    seeds = dropout.moved(o.seeds, jax.lax.axis_index(p.queries) * o.query.shape[1])
+    seeds = dropout.shift_seed(o.seeds, jax.lax.axis_index(layout.queries) * o.query.shape[1])
     return dataclasses.replace(o, key=key, value=value, seeds=seeds)
 
 
-def _local(p: Plan, o: Operands) -> Operands:
-    """A device's part of the operands, abstract."""
-    part = jax.tree.map(functools.partial(_cut, p), o, p.specs(o))
-    K, ways = o.key.shape[2], p.ways(p.heads)
-    if K % ways == 0:
-        return part
-    heads = math.lcm(K, ways) // ways
-    key, value = (jax.ShapeDtypeStruct((*x.shape[:2], heads, x.shape[3]), x.dtype) for x in (part.key, part.value))
-    return dataclasses.replace(part, key=key, value=value)
+def _local_shapes(layout: MeshLayout, o: Operands) -> Operands:
+    """A device's operands, abstract."""
+    local = jax.tree.map(functools.partial(_local_shape, layout), o, layout.operand_specs(o))
+    K, parts = o.key.shape[2], layout.parts(layout.heads)
+    if K % parts == 0:
+        return local
+    heads = math.lcm(K, parts) // parts  # see `_head_selector`
+    key, value = (jax.ShapeDtypeStruct((*x.shape[:2], heads, x.shape[3]), x.dtype) for x in (local.key, local.value))
+    return dataclasses.replace(local, key=key, value=value)
 
 
-def _cut(p: Plan, x: jax.Array, spec: P) -> jax.ShapeDtypeStruct:
-    sizes = (n // p.ways(_names(entry)) for n, entry in zip(x.shape, spec, strict=True))
+def _local_shape(layout: MeshLayout, x: jax.Array, spec: P) -> jax.ShapeDtypeStruct:
+    sizes = (n // layout.parts(axis_names(entry)) for n, entry in zip(x.shape, spec, strict=True))
     return jax.ShapeDtypeStruct(tuple(sizes), x.dtype)
-
-
-def _spec(x: jax.Array) -> tuple:
-    spec = tuple(jax.typeof(x).sharding.spec)
-    return spec + (None,) * (x.ndim - len(spec))
-
-
-def _names(axes: str | Axes | None) -> Axes:
-    return () if axes is None else axes if isinstance(axes, tuple) else (axes,)

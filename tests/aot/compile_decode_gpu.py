@@ -24,7 +24,7 @@ def compile_request(target, request):
     from jax.sharding import NamedSharding, PartitionSpec
 
     from garrulax.kernels.call import Options
-    from garrulax.kernels.decode.call import Cached
+    from garrulax.kernels.decode.call import DecodeOperands
     from garrulax.kernels.decode.gpu import Kernel
     from garrulax.kernels.mask import CAUSAL, SAME_SEGMENT, All, Band, Bits
 
@@ -43,7 +43,7 @@ def compile_request(target, request):
     key, value = (abstract((slots[0], K, slots[1], w), cache) for w in (C, request.get("value_width", C)))
     scales = abstract(key.shape[:3], jnp.float32) if key.dtype.itemsize == 1 else None
     names = {*MASKS[mask], *(("position",) if request.get("alibi") else ())}
-    cached = Cached(
+    cached = DecodeOperands(
         abstract((B, T, H, C), dtype),
         key,
         value,
@@ -62,7 +62,7 @@ def compile_request(target, request):
         "other": CAUSAL & ~SAME_SEGMENT & All(),
     }
     options = Options(rules[mask], C**-0.5, request.get("softcap"))
-    assert Kernel().refusal(options, cached) is None
+    assert Kernel().unsupported_reason(options, cached) is None
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         traced = jax.jit(lambda cached: Kernel()(options, cached)).trace(cached)
         traced.lower(lowering_platforms=("cuda",)).compile()

@@ -7,43 +7,44 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-from garrulax.kernels import asked
+from garrulax.kernels import arguments
 from garrulax.kernels.call import Options
-from garrulax.kernels.decode.call import Cached
-from garrulax.kernels.decode.xla import Gathered
+from garrulax.kernels.decode.call import DecodeOperands
+from garrulax.kernels.decode.xla import XlaDecode
 from garrulax.kernels.mask import Mask
 from garrulax.kernels.parts import with_sinks
-from garrulax.kernels.picking import Table
+from garrulax.kernels.picking import Registry
 from garrulax.kernels.relative import Relative
 
 IMPLEMENTATIONS = {
-    "xla": "garrulax.kernels.decode.xla:Gathered",
+    "xla": "garrulax.kernels.decode.xla:XlaDecode",
     "pallas_tpu": "garrulax.kernels.experimental.tpu_decode:TpuDecode",
     "pallas_gpu": "garrulax.kernels.decode.gpu:Kernel",
 }
-PICKED = {  # the best first; the last computes everything
+PREFERRED = {  # the fastest first; the last one supports every request
     "cpu": ("xla",),
     "tpu": ("pallas_tpu", "xla"),
     "gpu": ("xla",),
     "gpu sm_90": ("pallas_gpu", "xla"),
 }
-TABLE = Table("decoding attention", IMPLEMENTATIONS, PICKED)
-QUANTISED = (jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)
+REGISTRY = Registry("decoding attention", IMPLEMENTATIONS, PREFERRED)
+QUANTISED = (jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)  # dtypes of caches with scales
+MAX_QUERIES = 64  # per sequence: one token or a tree of drafts; `attention` computes longer ones as a prompt
 
 
-FEW = 64  # queries of a sequence: a token, a tree of drafts; more are a text to be read
-
-
-class Implementation(Protocol):
+class DecodeImplementation(Protocol):
     """One way to compute decoding attention; hashable."""
 
-    def refusal(self, options: Options, cached: Cached) -> str | None:
-        """Why it cannot compute this request (arrays may be abstract), or None where it can."""
+    def unsupported_reason(self, options: Options, operands: DecodeOperands, /) -> str | None:
+        """Why it cannot compute this request (the arrays may be abstract), or None where it can."""
 
-    def __call__(self, options: Options, cached: Cached) -> tuple[jax.Array, jax.Array]:
-        """Output [B, T, H, Cv] in the query's dtype, and lse, the natural logarithm of the sum of the exponentials of
-        each row's scores, [B, H, T] in at least float32; 0 and -inf where a query sees nothing. `cached.sinks` is
-        None: sinks are put on afterwards."""
+    def __call__(self, options: Options, operands: DecodeOperands, /) -> tuple[jax.Array, jax.Array]:
+        """Computes a request without sinks (`sinks` is None: they are added to its results).
+
+        Returns:
+            The output [B, T, H, Cv] in the query's dtype, and lse [B, H, T] in at least float32: the natural logarithm
+            of the sum of exp(score) over the keys of each query. 0 and -inf for a query that attends to no key.
+        """
 
 
 def decode(
@@ -61,62 +62,86 @@ def decode(
     sinks: jax.Array | None = None,
     scale: float | jax.Array | None = None,
     softcap: float | None = None,
-    implementation: str | Implementation | None = None,
+    implementation: str | DecodeImplementation | None = None,
 ) -> jax.Array:
-    """softmax(scale * query key^T, where mask) value over a cache, with the softmax in at least float32.
+    """softmax(scale * query key^T, masked) value over a cache, with the softmax in at least float32.
 
-    query: [B, T, H, C], the newest token of each sequence, or T drafts of it. key, value: [B, K, S, C] and
-    [B, K, S, Cv], or folded, [B·K, S, C]; with a table, pages [P, K, page, C]. They hold the T newest tokens too.
-    H is a multiple of K: query head h reads key/value head h // (H / K).
-    mask: which pairs attend, with int32 streams [B, T] of the queries and [B, S], or [P, page], of the keys; None is
-    all that the lengths leave.
-    table: int32 [B, N], the pages of each sequence in order. Entries behind its length are not read as pages.
-    lengths: int32 [B], how many slots of each sequence count, in order; None is all. What lies behind must be finite.
-    key_scales, value_scales: float32 [B, K, S] or [P, K, page], for caches of int8, float8_e4m3fn or float8_e5m2:
-    what a slot's entries are multiplied by.
-    alibi, relative, sinks, scale, softcap: as of `kernels.attention`.
-    implementation: a name in `IMPLEMENTATIONS` or an object like theirs; None picks the fastest that can.
+    Differentiable. A query that may attend to no key gets zeros.
 
-    Returns [B, T, H, Cv] in the dtype of the query; zeros where a query sees nothing. Differentiable.
-    Raises ValueError, naming the shapes, where they do not fit, for a stream that the mask reads and is not given, for
-    a quantised cache without scales, for an unknown implementation, and for one that cannot compute the request, with
-    the reason; TypeError for dtypes that are none of these.
+    Args:
+        query: [B, T, H, C]: the newest token of each sequence, or T draft tokens.
+        key: [B, K, S, C] or folded [B·K, S, C]; with a table, pages [P, K, page, C]. The cache already contains the T
+            newest tokens. H is a multiple of K: query head h reads key/value head h // (H / K).
+        value: [B, K, S, Cv] or folded [B·K, S, Cv]; with a table, pages [P, K, page, Cv].
+        mask: which pairs attend, with int32 streams [B, T] of the queries and [B, S], or [P, page], of the keys; None
+            is all within the lengths.
+        table: int32 [B, N], the pages of each sequence in order. Entries beyond its length may hold any number.
+        lengths: int32 [B], the number of valid slots of each sequence, its first ones; None is all. The other slots
+            must hold finite numbers.
+        key_scales: float32 [B, K, S] or [P, K, page], the factor of each slot's key; required for caches of int8,
+            float8_e4m3fn or float8_e5m2, and not allowed for others.
+        value_scales: likewise for values.
+        alibi: as in `kernels.attention`.
+        relative: as in `kernels.attention`.
+        sinks: as in `kernels.attention`.
+        scale: as in `kernels.attention`.
+        softcap: as in `kernels.attention`.
+        implementation: a name in `IMPLEMENTATIONS` or an object like those; None is the fastest that supports the
+            request.
+
+    Returns:
+        [B, T, H, Cv] in the dtype of the query.
+
+    Raises:
+        ValueError: for shapes that disagree, a stream that the mask reads and does not have, a quantised cache without
+            scales, an unknown implementation, or a named one that does not support the request (with the reason).
+        TypeError: for an unsupported dtype.
     """
-    options, cached = request(
+    options, operands = request(
         query, key, value, mask, table, lengths, key_scales, value_scales, alibi, relative, sinks, scale, softcap
     )
-    return computed(TABLE.pick(implementation, options, cached), options, cached)[0]
+    return compute(REGISTRY.pick(implementation, options, operands), options, operands)[0]
 
 
-def suits(query: jax.Array, key: jax.Array, value: jax.Array) -> bool:
-    """Whether this is for query [B, T, H, C] over key and value [B, S, K, C] of `kernels.attention`: few queries over
-    more keys, on one device."""
-    few = query.shape[1] <= FEW and query.shape[1] < key.shape[1]
+def is_decoding(query: jax.Array, key: jax.Array, value: jax.Array) -> bool:
+    """Whether `kernels.attention` should call `decode`: for few queries over more keys, on one device.
+
+    Args:
+        query: [B, T, H, C].
+        key: [B, S, K, C].
+        value: [B, S, K, Cv].
+    """
+    few = query.shape[1] <= MAX_QUERIES and query.shape[1] < key.shape[1]
     return few and key.dtype == value.dtype and jax.typeof(query).sharding.mesh.empty
 
 
-def computed(implementation: Implementation, options: Options, cached: Cached) -> tuple[jax.Array, jax.Array]:
+def compute(
+    implementation: DecodeImplementation, options: Options, operands: DecodeOperands
+) -> tuple[jax.Array, jax.Array]:
     """Output [B, T, H, Cv] and lse [B, H, T] with the sinks in both, differentiable."""
-    sinks, cached = cached.sinks, dataclasses.replace(cached, sinks=None)
-    if isinstance(implementation, Gathered):  # whose derivative is the others'
-        out, lse = implementation(options, cached)
+    sinks, operands = operands.sinks, dataclasses.replace(operands, sinks=None)
+    if isinstance(implementation, XlaDecode):  # JAX differentiates it
+        out, lse = implementation(options, operands)
     else:
-        out, lse = _differentiable(implementation, options, cached)
+        out, lse = _differentiable(implementation, options, operands)
     return with_sinks(out, lse, sinks)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _differentiable(implementation: Implementation, options: Options, cached: Cached) -> tuple[jax.Array, jax.Array]:
-    # A kernel has a list of steps a call, which JAX's own rule for `vmap` cannot batch: one call after another.
-    return jax.custom_batching.sequential_vmap(lambda x: implementation(options, x))(cached)
+def _differentiable(
+    implementation: DecodeImplementation, options: Options, operands: DecodeOperands
+) -> tuple[jax.Array, jax.Array]:
+    """The implementation with the derivative of `XlaDecode`: kernels for decoding have no backward pass."""
+    # JAX cannot batch a kernel whose list of steps is computed for one call, so `vmap` makes the calls one by one.
+    return jax.custom_batching.sequential_vmap(lambda x: implementation(options, x))(operands)
 
 
-def _forward(implementation, options, cached):
-    return _differentiable(implementation, options, cached), cached
+def _forward(implementation, options, operands):
+    return _differentiable(implementation, options, operands), operands
 
 
-def _backward(implementation, options, cached, cotangents):
-    return jax.vjp(lambda x: Gathered()(options, x), cached)[1](cotangents)
+def _backward(implementation, options, operands, cotangents):
+    return jax.vjp(lambda x: XlaDecode()(options, x), operands)[1](cotangents)
 
 
 _differentiable.defvjp(_forward, _backward)
@@ -136,12 +161,12 @@ def request(
     sinks: jax.Array | None,
     scale: float | jax.Array | None,
     softcap: float | None,
-) -> tuple[Options, Cached]:
-    """The request in the form that implementations take; arguments as of `decode`, and checked."""
+) -> tuple[Options, DecodeOperands]:
+    """The checked arguments of `decode` as the two records that implementations take."""
     if table is None:
-        key, value = _unfolded(key, query), _unfolded(value, query)
+        key, value = (arguments.unfold(x, query.shape[0]) for x in (key, value))
     _check_arrays(query, key, value, table)
-    (B, T, H, _), (rows, K, S) = query.shape, key.shape[:3]
+    B, (rows, K, S) = query.shape[0], key.shape[:3]
     for name, x, shape in (("table", table, (B, None)), ("lengths", lengths, (B,))):
         if x is not None and (x.ndim != len(shape) or x.shape[0] != B or 0 in x.shape):
             raise ValueError(f"{name} has shape {x.shape} for {B} sequences")
@@ -152,30 +177,16 @@ def request(
             raise ValueError(f"a cache of {key.dtype} {'needs' if x is None else 'takes no'} {name}")
         if x is not None and (x.shape != (rows, K, S) or x.dtype != jnp.float32):
             raise ValueError(f"{name} is {x.dtype} {x.shape}, not float32 {(rows, K, S)}")
-    reads = asked.streams(mask, (B, T), (rows, S), alibi is not None or relative is not None)
-    asked.check_heads(H, alibi, relative, sinks)
-    query, options = asked.scaled(query, mask, relative, scale, softcap)
-    return options, Cached(
-        query=query,
+    options, fields = arguments.common(query, (rows, S), mask, alibi, relative, sinks, scale, softcap)
+    return options, DecodeOperands(
         key=key,
         value=value,
-        query_streams=reads[0],
-        key_streams=reads[1],
         table=table,
         lengths=lengths,
         key_scales=key_scales,
         value_scales=value_scales,
-        slopes=asked.slopes(alibi),
-        steps=None if relative is None else relative.steps,
-        sinks=sinks,
+        **fields,
     )
-
-
-def _unfolded(x: jax.Array, query: jax.Array) -> jax.Array:
-    """[B, K, S, C] of keys or values [B·K, S, C]; others as they are."""
-    if x.ndim != 3 or not query.shape[0] or x.shape[0] % query.shape[0]:
-        return x
-    return x.reshape(query.shape[0], -1, *x.shape[1:])
 
 
 def _check_arrays(query: jax.Array, key: jax.Array, value: jax.Array, table: jax.Array | None) -> None:
@@ -190,7 +201,7 @@ def _check_arrays(query: jax.Array, key: jax.Array, value: jax.Array, table: jax
     if key.dtype != value.dtype or not (key.dtype in QUANTISED or jnp.issubdtype(key.dtype, jnp.floating)):
         raise TypeError(f"keys and values must have one floating or quantised dtype: {key.dtype}, {value.dtype}")
     if 0 in query.shape or 0 in key.shape or 0 in value.shape:
-        raise ValueError(f"decoding attention over nothing: {shapes}")
+        raise ValueError(f"decoding attention takes no empty arrays: {shapes}")
     if key.shape[:-1] != value.shape[:-1] or query.shape[-1] != key.shape[-1]:
         raise ValueError(f"decoding attention shapes disagree: {shapes}")
     if table is None and query.shape[0] != key.shape[0]:

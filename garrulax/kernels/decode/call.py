@@ -1,4 +1,4 @@
-"""What every implementation of decoding attention is given: a few queries of each sequence over its cache."""
+"""The arguments of every implementation of decoding attention: a few queries of each sequence over its cache."""
 
 import jax
 from flax import struct
@@ -7,18 +7,24 @@ from garrulax.kernels.mask import Streams
 
 
 @struct.dataclass
-class Cached:
-    """The arrays of a request; its static part is `kernels.call.Options`, without dropout.
+class DecodeOperands:
+    """The arrays of a decoding request; the static part is `kernels.call.Options`, without dropout.
 
-    query: [B, T, H, C], the newest token of each sequence, or T drafts. H = K·G.
-    key, value: contiguous [B, K, S, C] and [B, K, S, Cv], or pages [P, K, page, C] and [P, K, page, Cv]; floating, or
-    int8, float8_e4m3fn or float8_e5m2 with scales. They hold the T newest tokens too.
-    query_streams: int32 [B, T] by name. key_streams: int32 [B, S], or [P, page], by name.
-    table: int32 [B, N], the pages of each sequence in order; entries behind its length are not read as pages. None
-    where the cache is contiguous.
-    lengths: int32 [B], how many slots of each sequence count, in order; None is all.
-    key_scales, value_scales: float32 [B, K, S] or [P, K, page]: what a slot's entries are multiplied by.
-    slopes, steps, sinks: as of `kernels.call.Operands`.
+    Attributes:
+        query: [B, T, H, C]: the newest token of each sequence, or T draft tokens. H = K·G.
+        key: [B, K, S, C], or pages [P, K, page, C]; floating, or int8, float8_e4m3fn or float8_e5m2 with scales. The
+            cache already contains the T newest tokens.
+        value: [B, K, S, Cv], or pages [P, K, page, Cv], likewise.
+        query_streams: int32 [B, T] by name.
+        key_streams: int32 [B, S], or [P, page], by name.
+        table: int32 [B, N], the pages of each sequence in order; None for a contiguous cache. Entries beyond the
+            sequence's length may hold any number.
+        lengths: int32 [B], the number of valid slots of each sequence, its first ones; None is all.
+        key_scales: float32 [B, K, S] or [P, K, page], the factor of each slot's key; None without quantisation.
+        value_scales: likewise for values.
+        slopes: as in `kernels.call.Operands`.
+        steps: as in `kernels.call.Operands`.
+        sinks: as in `kernels.call.Operands`.
     """
 
     query: jax.Array

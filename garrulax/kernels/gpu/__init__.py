@@ -12,7 +12,7 @@ from garrulax.kernels.gpu import blackwell
 from garrulax.kernels.gpu.backward import backward
 from garrulax.kernels.gpu.forward import Sizes, forward, sizes
 from garrulax.kernels.gpu.rows import Rows, rows
-from garrulax.kernels.passes import TwoPasses
+from garrulax.kernels.passes import ForwardBackward
 from garrulax.kernels.xla import Chunked
 
 WIDEST = 256  # columns of one of Hopper's matrix instructions
@@ -21,7 +21,7 @@ CAPABILITIES = {HOPPER: "9.0", BLACKWELL: "10.0"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernel(TwoPasses):
+class Kernel(ForwardBackward):
     """For bfloat16 and float16, heads up to 256 wide, any lengths and masks; deterministic. On Blackwell, heads 64 or
     128 wide, without a bias and relative positions.
 
@@ -39,7 +39,7 @@ class Kernel(TwoPasses):
     interpret: bool = False
     architecture: Literal["sm_90", "sm_100"] | None = None
 
-    def refusal(self, options: Options, operands: Operands) -> str | None:
+    def unsupported_reason(self, options: Options, operands: Operands) -> str | None:
         """What it cannot compute: other dtypes, wider heads, on other GPUs, with an older jax."""
         o = operands
         dtypes = {x.dtype for x in (o.query, o.key, o.value)}
@@ -48,7 +48,7 @@ class Kernel(TwoPasses):
         widths = o.query.shape[3], o.value.shape[3]
         if max(widths) > WIDEST:
             return f"heads {max(widths)} wide; {WIDEST} is the widest"
-        if self._architecture(o) == BLACKWELL and (reason := blackwell.refusal(o)):
+        if self._architecture(o) == BLACKWELL and (reason := blackwell.unsupported_reason(o)):
             return reason
         if self.interpret:
             return None
@@ -60,30 +60,30 @@ class Kernel(TwoPasses):
         return None
 
     def forward(self, options: Options, operands: Operands) -> tuple[jax.Array, jax.Array]:
-        """As `TwoPasses.forward`."""
+        """As `ForwardBackward.forward`."""
         T, Cv = operands.query.shape[1], operands.value.shape[3]
         if self._architecture(operands) == BLACKWELL:
             size = blackwell.BLOCK_Q, blackwell.KEYS
-            options, o = blocks.fill_up(options, operands, *size)
+            options, o = blocks.pad_to_blocks(options, operands, *size)
             out, lse = blackwell.forward(options, o, _rows(options, o, *size))
             return out[:, :T], lse[:, :, :T]
         wide = _wide(operands)
         chosen = self.sizes or sizes(wide)
         size = chosen.block_q, chosen.block_k
-        options, o = blocks.fill_up(options, wide, *size)
+        options, o = blocks.pad_to_blocks(options, wide, *size)
         out, lse = forward(options, o, _rows(options, o, *size), chosen, self.interpret)
         return out[:, :T, :, :Cv], lse[:, :, :T]
 
     def backward(
         self, options: Options, operands: Operands, lse: jax.Array, delta: jax.Array, cotangent: jax.Array
     ) -> Gradients:
-        """As `TwoPasses.backward`."""
+        """As `ForwardBackward.backward`."""
         if operands.bias is not None or operands.steps is not None or self._architecture(operands) == BLACKWELL:
             return Chunked().backward(options, operands, lse, delta, cotangent)
         return backward(self, options, operands, lse, delta, cotangent)
 
     def _architecture(self, operands: Operands) -> str:
-        return self.architecture or picking.generation(picking.target(operands)) or HOPPER
+        return self.architecture or picking.architecture(picking.target_device(operands)) or HOPPER
 
 
 def _rows(options: Options, o: Operands, block_q: int, block_k: int) -> Rows:
@@ -95,7 +95,7 @@ def _wide(o: Operands) -> Operands:
     """Heads with zeros behind them up to a multiple of 16, the least that matrix instructions take."""
 
     def fill(x):
-        return blocks.fill(x, -x.shape[3] % 16, 3)
+        return blocks.pad_axis(x, -x.shape[3] % 16, 3)
 
     return dataclasses.replace(o, query=fill(o.query), key=fill(o.key), value=fill(o.value))
 

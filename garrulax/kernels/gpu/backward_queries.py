@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from garrulax.kernels.blocks import LIVE
+from garrulax.kernels.blocks import VALID_KEY
 from garrulax.kernels.call import Operands, Options
 from garrulax.kernels.gpu import pieces, scores
 from garrulax.kernels.gpu.pieces import ROWS, Arrays
@@ -35,7 +35,7 @@ class Plan:
 
 def plan(options: Options, width: int, value_width: int) -> Plan:
     """For heads of these widths, multiples of 16."""
-    keys, streams = 64, len(options.rule.streams().key | {"position", LIVE})
+    keys, streams = 64, len(options.rule.streams().key | {"position", VALID_KEY})
     left = pieces.SHARED_MEMORY - 1024 - 4 * ROWS * (width + value_width)
     value_bytes, key_bytes = 2 * keys * value_width, 2 * keys * width + 4 * keys * streams
     value_stages = min(3, left // (key_bytes + value_bytes))

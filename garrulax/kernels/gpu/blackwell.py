@@ -60,7 +60,7 @@ class Scratch(NamedTuple):
     weights: Any
 
 
-def refusal(operands: Operands) -> str | None:
+def unsupported_reason(operands: Operands) -> str | None:
     """What it cannot compute, of two-byte operands, or None."""
     o = operands
     widths = {o.query.shape[3], o.value.shape[3]}

@@ -16,7 +16,7 @@ from garrulax.kernels.gpu import scores
 from garrulax.kernels.gpu.products import zeros
 from garrulax.kernels.gpu.rows import Rows
 from garrulax.kernels.gpu.scores import Added, Block, Tile
-from garrulax.kernels.mask import All, Reads, Streams
+from garrulax.kernels.mask import All, StreamNames, Streams
 
 ROWS = 64  # rows of a warpgroup's tile: what one instruction of the tensor cores takes
 SHARED_MEMORY = 227 * 1024  # bytes that a program may have on sm_90
@@ -51,11 +51,11 @@ def stacked(streams: Streams) -> jax.Array | None:
     return jnp.stack([streams[name] for name in sorted(streams)], axis=1) if streams else None
 
 
-def needed(options: Options, extra: Added, masked: bool) -> Reads:
+def needed(options: Options, extra: Added, masked: bool) -> StreamNames:
     """Streams that a block needs; `masked`: where not every pair attends."""
-    reads = options.rule.streams() if masked else Reads(frozenset(), frozenset())
+    reads = options.rule.streams() if masked else StreamNames(frozenset(), frozenset())
     if extra.slopes is not None or extra.steps is not None:
-        reads = reads | Reads(frozenset({"position"}), frozenset({"position"}))
+        reads = reads | StreamNames(frozenset({"position"}), frozenset({"position"}))
     return reads
 
 

@@ -160,8 +160,8 @@ def kept(options: Options, block: Block, extra: Added) -> jax.Array:
     shape = tile.shape if tile.query_axis == 0 else tile.shape[::-1]
     query = _indices(shape[0], tile.query_layout()) + block.query_start
     key = _indices(shape[1], tile.key_layout()) + block.key_start
-    row = dropout.row(extra.seeds[block.batch, block.head], query)
-    return dropout.kept_in(tile.by_query(row), tile.by_key(key), options.dropout)
+    row = dropout.hash_query(extra.seeds[block.batch, block.head], query)
+    return dropout.keep_mask_from_hash(tile.by_query(row), tile.by_key(key), options.dropout)
 
 
 def _half_tanh(options: Options, softcap: float, products: jax.Array) -> jax.Array:

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from garrulax.kernels.blocks import fill
+from garrulax.kernels.blocks import pad_axis
 from garrulax.kernels.call import Options
 from garrulax.kernels.decode import QUANTISED
-from garrulax.kernels.decode.call import Cached
+from garrulax.kernels.decode.call import DecodeOperands
 from garrulax.kernels.decode.gpu.merge import merged
 from garrulax.kernels.decode.gpu.pieces import active, pieces
 from garrulax.kernels.decode.gpu.program import Sizes, program, scratch
@@ -45,7 +45,7 @@ class Kernel:
     least: int = 8
     interpret: bool = False
 
-    def refusal(self, options: Options, cached: Cached) -> str | None:
+    def unsupported_reason(self, options: Options, cached: DecodeOperands) -> str | None:
         """Why it cannot compute this request (arrays may be abstract), or None where it can."""
         c = cached
         if c.query.dtype not in (jnp.bfloat16, jnp.float16):
@@ -68,7 +68,7 @@ class Kernel:
             return "a learned bias in steps of the distance"
         return None
 
-    def __call__(self, options: Options, cached: Cached) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, options: Options, cached: DecodeOperands) -> tuple[jax.Array, jax.Array]:
         """Output [B, T, H, Cv] in the query's dtype and lse [B, H, T] float32 in natural logarithm; 0 and -inf where a
         query sees nothing. Sinks are not in them."""
         (B, T, H, _), K, Cv = cached.query.shape, cached.key.shape[1], cached.value.shape[3]
@@ -89,7 +89,7 @@ class Kernel:
         return out.swapaxes(1, 2), lse
 
 
-def _sizes(kernel: Kernel, cached: Cached) -> Sizes:
+def _sizes(kernel: Kernel, cached: DecodeOperands) -> Sizes:
     (_, T, H, C), (_, K, page, Cv) = cached.query.shape, cached.value.shape
     rows, block = H // K * T, kernel.block
     quantised = cached.key.dtype.itemsize == 1
@@ -109,28 +109,28 @@ def _sizes(kernel: Kernel, cached: Cached) -> Sizes:
     )
 
 
-def _filled(cached: Cached, block: int) -> tuple[Cached, jax.Array]:
+def _filled(cached: DecodeOperands, block: int) -> tuple[DecodeOperands, jax.Array]:
     """The request with a contiguous cache of at least one block, and lengths int32 [B]."""
     c, slots = cached, cached.key.shape[2]
     whole = slots if c.table is None else slots * c.table.shape[1]
     lengths = jnp.full(c.query.shape[0], whole, jnp.int32) if c.lengths is None else jnp.minimum(c.lengths, whole)
     more = max(0, block - slots) if c.table is None else 0
-    filled: dict[str, Any] = {name: fill(getattr(c, name), more, 2) for name in ("key", "value")}
+    filled: dict[str, Any] = {name: pad_axis(getattr(c, name), more, 2) for name in ("key", "value")}
     if c.key_scales is not None and c.value_scales is not None:
-        filled |= {"key_scales": fill(c.key_scales, more, 2), "value_scales": fill(c.value_scales, more, 2)}
-    streams = {name: fill(x, more) for name, x in c.key_streams.items()}
+        filled |= {"key_scales": pad_axis(c.key_scales, more, 2), "value_scales": pad_axis(c.value_scales, more, 2)}
+    streams = {name: pad_axis(x, more) for name, x in c.key_streams.items()}
     return dataclasses.replace(c, key_streams=streams, **filled), lengths
 
 
-def _in_order(cached: Cached, lengths: jax.Array, s: Sizes) -> tuple[jax.Array, Streams]:
+def _in_order(cached: DecodeOperands, lengths: jax.Array, s: Sizes) -> tuple[jax.Array, Streams]:
     """Of B sequences of N blocks: pages int32 [B, N, copies], and their slots' streams int32 [B, N·block].
 
     A contiguous cache is one of B pages."""
     B, per = cached.query.shape[0], -(-s.page // s.block)
     if cached.table is None:
         pages = jnp.broadcast_to(jnp.arange(B, dtype=jnp.int32)[:, None, None], (B, per, 1))
-        return pages, {name: fill(x, -s.page % s.block, mode="edge") for name, x in cached.key_streams.items()}
-    table = fill(cached.table, -cached.table.shape[1] % s.copies)
+        return pages, {name: pad_axis(x, -s.page % s.block, mode="edge") for name, x in cached.key_streams.items()}
+    table = pad_axis(cached.table, -cached.table.shape[1] % s.copies)
     used = jnp.arange(table.shape[1], dtype=jnp.int32) * s.page < lengths[:, None]
     table = jnp.where(used, table, 0)
     streams = {name: x[table].reshape(B, -1) for name, x in cached.key_streams.items()}
@@ -139,12 +139,17 @@ def _in_order(cached: Cached, lengths: jax.Array, s: Sizes) -> tuple[jax.Array, 
 
 def _rows(x: jax.Array, s: Sizes) -> jax.Array:
     """x [B, K, G·T, ...] filled up to whole tiles: [B·K, tiles·ROWS, ...]."""
-    x = fill(x, s.tiles * ROWS - x.shape[2], 2)
+    x = pad_axis(x, s.tiles * ROWS - x.shape[2], 2)
     return x.reshape(-1, *x.shape[2:])
 
 
 def _call(
-    s: Sizes, options: Options, on: type[Tensor], cached: Cached, streams: Streams, schedule: dict[str, jax.Array]
+    s: Sizes,
+    options: Options,
+    on: type[Tensor],
+    cached: DecodeOperands,
+    streams: Streams,
+    schedule: dict[str, jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
     """Of I pieces: output [I, R, Cv] and lse [I, R] in base 2, float32. R is K·tiles·rows filled up."""
     (B, T, H, C), K, c = cached.query.shape, s.heads, cached

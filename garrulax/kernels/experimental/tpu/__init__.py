@@ -11,19 +11,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from garrulax.kernels.blocks import fill, fill_up
-from garrulax.kernels.call import NOTHING, Gradients, Operands, Options
+from garrulax.kernels.blocks import pad_axis, pad_to_blocks
+from garrulax.kernels.call import EMPTY_ROW_LSE, Gradients, Operands, Options
 from garrulax.kernels.experimental.tpu import backward, bias_gradients, forward, layout
 from garrulax.kernels.experimental.tpu.layout import LANES, TpuPlan
 from garrulax.kernels.experimental.tpu.schedule import MAX_ENTRIES, MAX_SIDE
-from garrulax.kernels.passes import TwoPasses
+from garrulax.kernels.passes import ForwardBackward
 
 DTYPES = ("bfloat16", "float16", "float32")
 BLOCK = 1024  # default keys of a block, and default queries of a block times query heads of a key/value head
 
 
 @dataclasses.dataclass(frozen=True)
-class TpuAttention(TwoPasses):
+class TpuAttention(ForwardBackward):
     """Attention for TPUs, of float32, bfloat16 or float16 (computed as float32), with any widths and lengths.
 
     Attributes:
@@ -40,7 +40,7 @@ class TpuAttention(TwoPasses):
     span_bytes: int = 16 << 20
     interpret: Any = False
 
-    def refusal(self, options: Options, operands: Operands) -> str | None:
+    def unsupported_reason(self, options: Options, operands: Operands) -> str | None:
         """Why it cannot compute a request (operands may be abstract), or None."""
         o = operands
         dtypes = {str(x.dtype) for x in (o.query, o.key, o.value)}
@@ -66,7 +66,7 @@ class TpuAttention(TwoPasses):
         return block_q, self.block_k or min(_padded_length(S), BLOCK)
 
     def forward(self, options: Options, operands: Operands) -> tuple[jax.Array, jax.Array]:
-        """See `TwoPasses.forward`."""
+        """See `ForwardBackward.forward`."""
         B, T, H, _ = operands.query.shape
         out, lse = forward.forward(*self._whole_blocks(options, operands))  # [B, K, G, T', Cv'], [B, K, G, T']
         out = layout.by_token(out, T, operands.value.shape[3]).astype(operands.query.dtype)
@@ -75,7 +75,7 @@ class TpuAttention(TwoPasses):
     def backward(
         self, options: Options, operands: Operands, lse: jax.Array, delta: jax.Array, cotangent: jax.Array
     ) -> Gradients:
-        """See `TwoPasses.backward`."""
+        """See `ForwardBackward.backward`."""
         o = operands
         B, T, H, C = o.query.shape
         S, K = o.key.shape[1:3]
@@ -83,10 +83,10 @@ class TpuAttention(TwoPasses):
         plan, padded = self._whole_blocks(options, operands, span)
         more = padded.query.shape[1] - T
         rows = {
-            "cotangent": layout.by_head(fill(cotangent.astype(padded.query.dtype), more), K),
+            "cotangent": layout.by_head(pad_axis(cotangent.astype(padded.query.dtype), more), K),
             # Queries of the padding get the lse of queries without keys, which makes their probabilities 0.
-            "lse": jnp.pad(lse, ((0, 0), (0, 0), (0, more)), constant_values=NOTHING).reshape(B, K, H // K, -1),
-            "delta": fill(delta, more, 2).reshape(B, K, H // K, -1),
+            "lse": jnp.pad(lse, ((0, 0), (0, 0), (0, more)), constant_values=EMPTY_ROW_LSE).reshape(B, K, H // K, -1),
+            "delta": pad_axis(delta, more, 2).reshape(B, K, H // K, -1),
         }
         dq, dk, dv = backward.by_spans(plan, padded, rows, span)
         dbias = dsteps = None
@@ -113,7 +113,7 @@ class TpuAttention(TwoPasses):
             q, k, v = (x.astype(jnp.float32) for x in (operands.query, operands.key, operands.value))
             operands = dataclasses.replace(operands, query=q, key=k, value=v)
         block_q, block_k = self.blocks(operands)
-        options, operands = fill_up(options, operands, block_q, keys or block_k)
+        options, operands = pad_to_blocks(options, operands, block_q, keys or block_k)
         chunk = math.gcd(self.chunk, block_k)
         return layout.make_plan(options, operands, block_q, block_k, chunk, self.interpret), operands
 

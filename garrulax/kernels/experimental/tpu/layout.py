@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from garrulax.kernels.blocks import block_map, bounds, fill
+from garrulax.kernels.blocks import block_bounds, block_map, pad_axis
 from garrulax.kernels.call import Operands, Options
 from garrulax.kernels.experimental.tpu.schedule import block_schedule, column, row
 
@@ -99,7 +99,7 @@ def make_plan(options: Options, operands: Operands, block_q: int, block_k: int, 
 def by_head(x: jax.Array, heads: int) -> jax.Array:
     """x [B, T, K·G, C] as [B, K, G, T, C], with the width padded to a multiple of 128."""
     x = x.reshape(*x.shape[:2], heads, -1, x.shape[3])  # [B, T, K, G, C]
-    return fill(x.transpose(0, 2, 3, 1, 4), -x.shape[4] % LANES, axis=4)
+    return pad_axis(x.transpose(0, 2, 3, 1, 4), -x.shape[4] % LANES, axis=4)
 
 
 def by_token(x: jax.Array, length: int, width: int) -> jax.Array:
@@ -119,7 +119,7 @@ def stack_streams(streams: dict[str, jax.Array], names: Sequence[str], like: jax
     if not names:
         return jnp.zeros((like.shape[0], SUBLANES, like.shape[1]), jnp.int32)
     x = jnp.stack([streams[name] for name in names], axis=1)
-    return fill(x, -x.shape[1] % SUBLANES)
+    return pad_axis(x, -x.shape[1] % SUBLANES)
 
 
 def kernel_arrays(plan: TpuPlan, operands: Operands) -> Named:
@@ -165,7 +165,10 @@ def kernel_scalars(plan: TpuPlan, operands: Operands, first_key: Any = 0) -> Nam
     if o.steps is not None:
         # The range of steps that the distances of each block lie in, two numbers in one word: most blocks are far from
         # the diagonal and lie in one step.
-        q, k = bounds(o.query_streams["position"], plan.block_q), bounds(o.key_streams["position"], plan.block_k)
+        q, k = (
+            block_bounds(o.query_streams["position"], plan.block_q),
+            block_bounds(o.key_streams["position"], plan.block_k),
+        )
         starts = jnp.array(plan.options.starts, jnp.int32)
         low, high = k.low[:, None, :] - q.high[:, :, None], k.high[:, None, :] - q.low[:, :, None]  # [B, rows, columns]
         low, high = (jnp.searchsorted(starts, d, side="right").astype(jnp.int32) for d in (low, high))

@@ -142,7 +142,7 @@ def dropout_mask(
     q, k = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (1 - key_axis, key_axis))
     q += block.row * plan.block_q + corner[0]
     k += scalars["first_key"][0] + block.column * plan.block_k + corner[1]
-    return dropout.kept(scalars["seeds"][block.batch, head], q, k, plan.options.dropout)
+    return dropout.keep_mask(scalars["seeds"][block.batch, head], q, k, plan.options.dropout)
 
 
 def bias_tile(plan: TpuPlan, bias: Any, head: Any, corner: tuple[int, int]) -> jax.Array | None:

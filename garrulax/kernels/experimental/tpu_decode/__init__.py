@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from garrulax.kernels.call import Options
-from garrulax.kernels.decode.call import Cached
+from garrulax.kernels.decode.call import DecodeOperands
 from garrulax.kernels.experimental.tpu_decode import layout, step_list
 from garrulax.kernels.experimental.tpu_decode.kernel import call_kernel
 from garrulax.kernels.experimental.tpu_decode.layout import TILE_ROWS, TpuDecodePlan
@@ -39,7 +39,7 @@ class TpuDecode:
     vmem_bytes: int = 48 << 20
     interpret: Any = False
 
-    def refusal(self, options: Options, cached: Cached) -> str | None:
+    def unsupported_reason(self, options: Options, cached: DecodeOperands) -> str | None:
         """See `decode.Implementation`."""
         c = cached
         plan = self.plan(c)
@@ -65,14 +65,14 @@ class TpuDecode:
             return f"the {words} words of its list of steps do not fit into scalar memory ({MAX_WORDS})"
         return None
 
-    def __call__(self, options: Options, cached: Cached) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, options: Options, cached: DecodeOperands) -> tuple[jax.Array, jax.Array]:
         """See `decode.Implementation`."""
         plan = self.plan(cached)
         rule, streams = step_list.ordered_streams(options, cached, plan.size)
         steps = self.steps(plan, rule, streams, cached)
         return call_kernel(plan, dataclasses.replace(options, rule=rule), streams, steps, cached)
 
-    def steps(self, plan: TpuDecodePlan, rule: Rule, streams: Streams, cached: Cached) -> DecodeSteps:
+    def steps(self, plan: TpuDecodePlan, rule: Rule, streams: Streams, cached: DecodeOperands) -> DecodeSteps:
         """The steps of a call.
 
         Args:
@@ -91,6 +91,6 @@ class TpuDecode:
         active, full, table = (x.reshape(B, plan.columns, n) for x in (active, full, table))
         return step_list.decode_steps(active, full, self.splits, table)
 
-    def plan(self, cached: Cached) -> TpuDecodePlan:
+    def plan(self, cached: DecodeOperands) -> TpuDecodePlan:
         """The sizes of a call."""
         return layout.make_plan(cached, self.step_bytes, self.most_keys, self.splits, self.vmem_bytes, self.interpret)

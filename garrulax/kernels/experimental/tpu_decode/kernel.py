@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from garrulax.kernels.call import Options
-from garrulax.kernels.decode.call import Cached
+from garrulax.kernels.decode.call import DecodeOperands
 from garrulax.kernels.experimental.tpu_decode import step_list
 from garrulax.kernels.experimental.tpu_decode.layout import LANES, LOG2_E, DecodeSpecs, TpuDecodePlan, kernel_inputs
 from garrulax.kernels.experimental.tpu_decode.step_list import DecodeSteps
@@ -60,7 +60,7 @@ class DecodeCarry(NamedTuple):
 
 
 def call_kernel(
-    plan: TpuDecodePlan, options: Options, streams: Streams, steps: DecodeSteps, c: Cached
+    plan: TpuDecodePlan, options: Options, streams: Streams, steps: DecodeSteps, c: DecodeOperands
 ) -> tuple[jax.Array, jax.Array]:
     """Output and lse; see `decode.Implementation`.
 

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from garrulax.kernels.blocks import fill
-from garrulax.kernels.decode.call import Cached
+from garrulax.kernels.blocks import pad_axis
+from garrulax.kernels.decode.call import DecodeOperands
 from garrulax.kernels.experimental.tpu_decode import step_list
 from garrulax.kernels.mask import Streams
 
@@ -65,7 +65,7 @@ class TpuDecodePlan:
 
 
 def make_plan(
-    cached: Cached, step_bytes: int, most_keys: int, splits: int, vmem_bytes: int, interpret: Any
+    cached: DecodeOperands, step_bytes: int, most_keys: int, splits: int, vmem_bytes: int, interpret: Any
 ) -> TpuDecodePlan:
     """The plan of a request; arguments as in `TpuDecode`."""
     (_, T, H, C), (_, K, slots, Cv) = cached.query.shape, cached.value.shape
@@ -138,7 +138,7 @@ class DecodeSpecs:
 
 
 def kernel_inputs(
-    plan: TpuDecodePlan, specs: DecodeSpecs, streams: Streams, c: Cached
+    plan: TpuDecodePlan, specs: DecodeSpecs, streams: Streams, c: DecodeOperands
 ) -> dict[str, tuple[jax.Array, pl.BlockSpec]]:
     """The arrays that the kernel reads and their block specs, by name.
 
@@ -149,16 +149,16 @@ def kernel_inputs(
     G = H // K
     more = plan.rows - G * T
     x = c.query.reshape(B, T, K, G, C).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, C)
-    inputs = {"query": (fill(x, more, 2), specs.of_row(K, plan.rows, C))}  # [B, K, rows, C]
+    inputs = {"query": (pad_axis(x, more, 2), specs.of_row(K, plan.rows, C))}  # [B, K, rows, C]
     if plan.query_names:
         x = jnp.stack([c.query_streams[name] for name in plan.query_names], axis=2)  # [B, T, streams]
         # [B, rows, streams]: the same for every query head
-        inputs["query_streams"] = fill(jnp.tile(x, (1, G, 1)), more, 1, "edge"), specs.of_row(plan.rows, x.shape[2])
+        inputs["query_streams"] = pad_axis(jnp.tile(x, (1, G, 1)), more, 1, "edge"), specs.of_row(plan.rows, x.shape[2])
     if streams:
         x = jnp.stack([streams[name] for name in sorted(streams)], axis=1)  # [B, streams, columns · size]
         inputs["key_streams"] = x, specs.of_slots(1, x.shape[1], plan.size)
     if c.slopes is not None:
-        x = fill(jnp.repeat(c.slopes.reshape(K, G, 1) * LOG2_E, T, axis=1), more, 1)  # [K, rows, 1]
+        x = pad_axis(jnp.repeat(c.slopes.reshape(K, G, 1) * LOG2_E, T, axis=1), more, 1)  # [K, rows, 1]
         inputs["slopes"] = x, pl.BlockSpec(x.shape, lambda *_: (0, 0, 0))
     for name, scales in (("key_scales", c.key_scales), ("value_scales", c.value_scales)):
         if scales is not None:
@@ -174,7 +174,7 @@ def kernel_inputs(
     return inputs
 
 
-def _ordered_scales(scales: jax.Array, c: Cached, plan: TpuDecodePlan) -> jax.Array:
+def _ordered_scales(scales: jax.Array, c: DecodeOperands, plan: TpuDecodePlan) -> jax.Array:
     """Scales [B, K, columns · size] in the order of each sequence's tokens, zeros behind them."""
     if c.table is not None:
         scales = jnp.moveaxis(jnp.take(scales, c.table, axis=0, mode="clip"), 2, 1)  # [B, K, pages, page]

@@ -5,9 +5,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from garrulax.kernels.blocks import LIVE, block_map, fill
+from garrulax.kernels.blocks import VALID_KEY, block_map, pad_axis
 from garrulax.kernels.call import Options
-from garrulax.kernels.decode.call import Cached
+from garrulax.kernels.decode.call import DecodeOperands
 from garrulax.kernels.mask import All, KRange, Rule, Streams
 
 # A step is one int32 word in scalar memory: 4 flags, then 14 bits for the column and 13 bits for the row.
@@ -48,11 +48,11 @@ def column_of(word: jax.Array) -> jax.Array:
     return (word >> _COLUMN) & (MAX_COLUMNS - 1)
 
 
-def ordered_streams(options: Options, cached: Cached, size: int) -> tuple[Rule, Streams]:
+def ordered_streams(options: Options, cached: DecodeOperands, size: int) -> tuple[Rule, Streams]:
     """The rule with the lengths in it, and the key streams of each sequence in the order of its tokens.
 
     Streams of pages are gathered: they are small beside the pages themselves. Slots behind a sequence's length repeat
-    the stream of its last slot, so that the bounds of blocks stay tight, and do not attend.
+    the stream of its last slot, so that the block_bounds of blocks stay tight, and do not attend.
 
     Args:
         options: of the request.
@@ -71,7 +71,7 @@ def ordered_streams(options: Options, cached: Cached, size: int) -> tuple[Rule, 
             name: jnp.take(s, cached.table, axis=0, mode="clip").reshape(B, slots) for name, s in streams.items()
         }
     more = -slots % size
-    streams = {name: fill(s, more, mode="edge") for name, s in streams.items()}
+    streams = {name: pad_axis(s, more, mode="edge") for name, s in streams.items()}
     if cached.lengths is None and not more:
         return options.rule, streams
     lengths = jnp.full((B,), slots, jnp.int32) if cached.lengths is None else jnp.minimum(cached.lengths, slots)
@@ -80,9 +80,9 @@ def ordered_streams(options: Options, cached: Cached, size: int) -> tuple[Rule, 
     if cached.lengths is not None:
         last = jnp.maximum(lengths - 1, 0)[:, None]
         streams = {name: jnp.where(live, s, jnp.take_along_axis(s, last, axis=1)) for name, s in streams.items()}
-    within_length = KRange(LIVE, 1, 1)
+    within_length = KRange(VALID_KEY, 1, 1)
     rule = within_length if isinstance(options.rule, All) else options.rule & within_length
-    return rule, {**streams, LIVE: live.astype(jnp.int32)}
+    return rule, {**streams, VALID_KEY: live.astype(jnp.int32)}
 
 
 def block_activity(

@@ -19,7 +19,7 @@ from garrulax.kernels.relative import Relative
 IMPLEMENTATIONS = {
     "xla": "garrulax.kernels.decode.xla:Gathered",
     "pallas_tpu": "garrulax.kernels.decode.tpu:Kernel",
-    "pallas_gpu": "garrulax.kernels.decode.gpu:Kernel",
+    "pallas_gpu": "garrulax.kernels.decode.gpu:HopperDecoding",
 }
 PICKED = {  # the best first; the last computes everything
     "cpu": ("xla",),

@@ -4,11 +4,13 @@ The tensor cores of Blackwell take their work from a single thread (`tcgen05`) a
 registers, "tensor memory": 128 rows by 512 columns of 32 bits. Accumulators take no registers, but scores must be
 brought into registers for the exponentials, and the output must be brought there to be rescaled.
 
-A program computes one row of blocks of one head with three warpgroups. Two of them have 128 queries each, and compute
-the exponentials of their tile, one query a thread. In the third, one warp fetches keys and values into a ring of slots
-and another warp starts all products. While the products of one tile run, exponentials of the other one are computed
-(Zadouri et al. 2026, FlashAttention-4, arXiv 2603.05451, order them so; unlike there, every new maximum rescales the
-output, and no exponential is computed as a polynomial).
+A program computes one row of blocks of one head with three warpgroups. Two of them have a tile of 128 queries each, one
+query a row of tensor memory, and compute its exponentials. In the third, one warp fetches keys and values into a ring
+of slots and another warp starts all products.
+
+While the products of one tile run, exponentials of the other one are computed, an order of Zadouri et al. 2026
+(FlashAttention-4, arXiv 2603.05451). Unlike there, every new maximum rescales the output, and no exponential is
+computed as a polynomial.
 """
 
 import dataclasses
@@ -50,7 +52,8 @@ class BlackwellForwardScratch(NamedTuple):
         scores_and_weights: two views of the same columns of tensor memory. The first is float32
             [128, tiles * 128], the scores. Once they are in registers, the probabilities take their place: the second
             view, of a dtype of half the size, has twice as many columns. A tile's probabilities lie in the first half
-            of its scores. They are there, because the tensor cores read the left side of a product from tensor memory.
+            of its scores. The tensor cores can read the left side of a product from there, so that probabilities need
+            no shared memory.
         sums: float32 [128, tiles * Cv] in tensor memory, the output so far, not normalised.
         ready_query: the queries of both tiles have arrived.
         ready_key: by slot: the keys have arrived.
@@ -302,7 +305,7 @@ def stages(operands: Operands) -> int:
     o = operands
     width, value_width = o.query.shape[3], o.value.shape[3]
     tiles = BLOCK_Q * 2 * (width + (value_width if value_width != width else 0))  # bytes of queries and output
-    left = memory.SHARED_MEMORY - 4096 - tiles  # 4096: barriers, lse, and what Mosaic GPU keeps for itself
+    left = memory.SHARED_MEMORY - 4096 - tiles  # 4096: barriers, lse, Mosaic GPU's own needs
     return min(4, left // (KEYS * (2 * (width + value_width) + 4 * len(o.key_streams))))
 
 

@@ -16,9 +16,8 @@ from garrulax.kernels.mask import All, Rule, Streams
 class BlockLists(NamedTuple):
     """The blocks that contain at least one attending pair, listed for every row of blocks.
 
-    Every list begins with the full blocks, those in which every pair attends. A kernel can then run two loops: one
-    without any code for the mask, then one with it. A branch inside a single loop would stand between a block's
-    products and the next block's, which are in flight at the same time.
+    Every list begins with the full blocks, in which every pair attends. A kernel can then run two loops, one without
+    any code for the mask and one with it, instead of a branch in every step.
 
     Attributes:
         columns: int32 [B, rows, columns], the columns to visit in each row: full blocks, then partial ones, both

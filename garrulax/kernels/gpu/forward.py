@@ -117,8 +117,8 @@ def forward(
 class HopperForwardProgram(ForwardProgram):
     """One warpgroup of a program.
 
-    The softmax is online: each block's scores change the running maximum `top` of every query, and what was summed up
-    before, `out` and `total`, is multiplied by exp2(old maximum - new maximum). The carry of the loop over blocks is
+    The softmax is online: each block's scores change the running maximum `top` of every query, and the sums so
+    far, `out` and `total`, are multiplied by exp2(old maximum - new maximum). The carry of the loop over blocks is
     (x, out, top, total), with x float32 [64, block_k] the products query·key of the next block, out float32 [64, Cv],
     and top and total float32 [64].
 
@@ -306,7 +306,7 @@ def choose_sizes(operands: Operands) -> HopperForwardSizes:
     length, width, value_width = o.query.shape[1], o.query.shape[3], o.value.shape[3]
     groups = 3 if max(width, value_width) <= 64 and (length % (3 * ROWS) == 0 or length >= 2**14) else 2
     tiles = groups * ROWS * 2 * (width + (value_width if value_width != width else 0))  # bytes of queries and output
-    left = memory.SHARED_MEMORY - 4096 - tiles  # 4096: barriers, lse, and what Mosaic GPU keeps for itself
+    left = memory.SHARED_MEMORY - 4096 - tiles  # 4096: barriers, lse, Mosaic GPU's own needs
     # Bytes of one key in the ring; filling up a length to whole blocks adds a stream.
     key_bytes = 2 * (width + value_width) + 4 * (len(o.key_streams) + 1)
     light = o.bias is None and o.steps is None and o.seeds is None

@@ -123,8 +123,10 @@ class ForwardProgram:
         """The keys of block i from `start` on, as many as a tile has; their streams must be in shared memory."""
         wanted = scores.needed_streams(self.options, self.inputs.extra, masked).key
         slot, keys = self.slot(i), pl.ds(start, self.tile.shape[1])
+        # Sorted, because the order of a set changes from process to process, and with it the compiled kernel.
         key = {
-            name: self.tile.load_keys(self.scratch.streams.at[slot, self.names.index(name), keys]) for name in wanted
+            name: self.tile.load_keys(self.scratch.streams.at[slot, self.names.index(name), keys])
+            for name in sorted(wanted)
         }
         return ScoreBlock(self.tile, self.batch, self.head, self.queries.start, self.key_start(i) + start, query, key)
 

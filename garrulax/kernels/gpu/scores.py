@@ -146,7 +146,7 @@ def unscaled(options: Options, block: ScoreBlock, extra: ScoreExtras, products: 
     """A float32 tile x and a positive factor with x * factor = scores in base 2, without the mask.
 
     The factor is left to the caller because exp2(x * factor - y) is a multiply-add and an exponential, one instruction
-    less than exp2(x - y) of an x that was multiplied before. The softcap comes first, then what is added.
+    less than exp2(x - y) of an x that was multiplied before. The softcap comes first, then biases are added.
     """
     if options.softcap is not None:
         x, factor = _half_tanh(options, options.softcap, products), 2.0 * options.softcap * LOG2E

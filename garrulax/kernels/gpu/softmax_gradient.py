@@ -30,7 +30,7 @@ def initial_scores(
     Args:
         options: the static part of the request.
         block: the block of pairs.
-        extra: references to what is added to scores.
+        extra: references to the optional inputs of scores.
         lse: gives float32, one entry a query, in base 2. A function, because it is not always called.
         masked: whether not every pair of the block attends.
     """

@@ -67,7 +67,7 @@ def scratch_types(s: DecodeSizes, dtype: Any, cache: Any) -> dict[str, Any]:
     """Shared memory and barriers of a program, by name.
 
     Args:
-        s: the sizes.
+        s: the static sizes.
         dtype: of the queries.
         cache: dtype of the cache.
     """
@@ -98,7 +98,7 @@ def decode_split(
     """The kernel: attends from 64 rows of queries to the keys of one split, and writes the result and its lse.
 
     Args:
-        s: the sizes.
+        s: the static sizes.
         options: the static part of the request.
         ops: operations of a warpgroup.
         arrays: references to operands and results in global memory, by name:
@@ -129,7 +129,7 @@ class DecodeProgram:
     """One program.
 
     Attributes:
-        s: the sizes.
+        sizes: the static sizes.
         options: the static part of the request.
         ops: operations of a warpgroup.
         arrays: as in `decode_split`.
@@ -142,7 +142,7 @@ class DecodeProgram:
         stop: the entry behind its last one, int32 scalar.
     """
 
-    s: DecodeSizes
+    sizes: DecodeSizes
     options: Options
     ops: type[TensorCoreOps]
     arrays: dict[str, Any]
@@ -161,7 +161,7 @@ class DecodeProgram:
 
     def run(self) -> None:
         """The whole program."""
-        s, arrays, scratch = self.s, self.arrays, self.scratch
+        s, arrays, scratch = self.sizes, self.arrays, self.scratch
         source = arrays["query"].at[self.sequence * s.heads + self.head, self.rows]  # [64, C]
         plgpu.copy_gmem_to_smem(source, scratch["query"], scratch["query ready"])
 
@@ -182,7 +182,7 @@ class DecodeProgram:
 
     def fetch(self, name: str, i: Any) -> None:
         """Starts the copies of keys or values of the i-th block, if there is one, into its slot, which must be free."""
-        s, arrays, scratch = self.s, self.arrays, self.scratch
+        s, arrays, scratch = self.sizes, self.arrays, self.scratch
 
         @pl.when(self.start + i < self.stop)
         def copy():
@@ -199,7 +199,7 @@ class DecodeProgram:
         probabilities, which are in registers anyway, instead of to keys and values.
         """
         plgpu.barrier_wait(self.scratch[f"{name} ready"].at[slot])
-        if not self.s.quantised:
+        if not self.sizes.quantised:
             return lambda x: x
         scales = self.ops.load(self.scratch[f"{name} scales"].at[slot], COLUMN)
         return lambda x: x * broadcast(scales, x.shape, 1)
@@ -207,11 +207,11 @@ class DecodeProgram:
     def _product(self, name: str, i: Any, slot: Any, multiply: Callable[[Any], jax.Array]) -> jax.Array:
         """multiply(the i-th block of keys or values); the copy of the next block into the slot starts at once."""
         block = self.scratch[name].at[slot]
-        if not self.s.quantised:
+        if not self.sizes.quantised:
             result = multiply(block)
             # All 128 threads must be done with the slot before the next copy overwrites it.
             plgpu.commit_smem()
-            self.fetch(name, i + self.s.stages)
+            self.fetch(name, i + self.sizes.stages)
             return result
         wide = self.scratch[f"wide {name}"]
         for at in range(0, wide.shape[1], 64):  # there are no registers for more columns at once
@@ -220,7 +220,7 @@ class DecodeProgram:
         # The tensor cores, too, do not see plain writes to shared memory before this fence. It also has all threads be
         # done with the slot, so that the next copy starts before the product.
         plgpu.commit_smem()
-        self.fetch(name, i + self.s.stages)
+        self.fetch(name, i + self.sizes.stages)
         return multiply(wide)
 
     def _step(self, length: Any, alibi: Any, i: Any, carry: Any) -> Any:
@@ -232,7 +232,7 @@ class DecodeProgram:
             i: index in the split.
             carry: float32, sums [64, Cv], maximum and sum of exponentials [64].
         """
-        s, arrays, ops, options = self.s, self.arrays, self.ops, self.options
+        s, arrays, ops, options = self.sizes, self.arrays, self.ops, self.options
         sums, top, total = carry
         # A word is 2 * index of the block + whether all its pairs attend.
         slot, word = lax.rem(i, jnp.int32(s.stages)), arrays["blocks"][self.sequence, self.start + i]
@@ -284,7 +284,7 @@ class DecodeProgram:
 
     def _write(self, sums: jax.Array, lse: jax.Array) -> None:
         """Writes those of the 64 rows that are queries: the output [64, Cv], a chunk of columns at a time, and lse."""
-        s, arrays, scratch = self.s, self.arrays, self.scratch
+        s, arrays, scratch = self.sizes, self.arrays, self.scratch
         here, there = pl.ds(0, s.rows), pl.ds((self.head * s.tiles + self.tile) * s.rows, s.rows)
         scratch["lse"][...] = lse
         for at in range(0, s.value_width, s.chunk):
@@ -303,7 +303,7 @@ def _copy(s: DecodeSizes, source: Any, ring: Any, ready: Any, index: Any, pages:
     """Starts the copy of a block into a slot of the ring.
 
     Args:
-        s: the sizes.
+        s: the static sizes.
         source: reference [P * K, page, ...].
         ring: reference to the slot, [block, ...].
         ready: barrier of the slot.

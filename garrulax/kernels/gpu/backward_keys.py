@@ -141,7 +141,21 @@ def _attention_backward_keys(
     batch, head, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
     row = x.lists.order[batch, lax.axis_index("tile")]
     tile, shared = Tile((ROWS, plan.queries), query_axis=1), SimpleNamespace(**scratch)
-    p = KeysBackwardProgram(options, tile, names, interpret, x, shared, batch, head, row, plan, *out)
+    p = KeysBackwardProgram(
+        options=options,
+        tile=tile,
+        names=names,
+        interpret=interpret,
+        inputs=x,
+        scratch=shared,
+        batch=batch,
+        head=head,
+        row=row,
+        start=row * plan.keys,
+        plan=plan,
+        dkey=out[0],
+        dvalue=out[1],
+    )
     full, count = p.counts
 
     # A multiprocessor has 512 registers for each of the 128 threads of a warpgroup: 2 * 232 + 40 are at most 512.
@@ -169,7 +183,7 @@ def _attention_backward_keys(
 
 @dataclasses.dataclass(frozen=True)
 class KeysBackwardProgram(BackwardProgram):
-    """One program. `head` is a key/value head, `row` the index of its tile of keys.
+    """One program. `head` is a key/value head, `row` the index of its tile of keys, `start` that of the first key.
 
     Attributes:
         plan: how the work is divided.
@@ -180,11 +194,6 @@ class KeysBackwardProgram(BackwardProgram):
     plan: KeysPlan
     dkey: Any
     dvalue: Any
-
-    @property
-    def start(self) -> Any:
-        """Index of the tile's first key."""
-        return self.row * self.plan.keys
 
     @property
     def group(self) -> int:

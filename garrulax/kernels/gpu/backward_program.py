@@ -61,6 +61,7 @@ class BackwardProgram:
         batch: index of the sequence, int32 scalar.
         head: that owns the tile, int32 scalar: a key/value head or a query head.
         row: index of the tile, int32 scalar.
+        start: index of the first own token, int32 scalar.
     """
 
     options: Options
@@ -72,6 +73,7 @@ class BackwardProgram:
     batch: Any
     head: Any
     row: Any
+    start: Any
 
     def own_streams(self, start: Any) -> Streams:
         """All streams of the 64 own tokens from `start` on, in registers while the program visits its blocks."""

@@ -121,7 +121,21 @@ def _attention_backward_queries(
     batch, head, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
     row = x.lists.order[batch, lax.axis_index("tile")]
     tile, shared = Tile((ROWS, plan.keys)), SimpleNamespace(**scratch)
-    p = QueriesBackwardProgram(options, tile, names, interpret, x, shared, batch, head, row, plan, warpgroup, out)
+    p = QueriesBackwardProgram(
+        options=options,
+        tile=tile,
+        names=names,
+        interpret=interpret,
+        inputs=x,
+        scratch=shared,
+        batch=batch,
+        head=head,
+        row=row,
+        start=row * plan.queries + warpgroup * ROWS,
+        plan=plan,
+        warpgroup=warpgroup,
+        dquery=out,
+    )
     full, count = (x.lists.counts[batch, row, i] for i in range(2))
 
     # A multiprocessor has 512 registers for each of the 128 threads of a warpgroup: 2 * 240 + 24 are at most 512.
@@ -138,7 +152,9 @@ def _attention_backward_queries(
 
 @dataclasses.dataclass(frozen=True)
 class QueriesBackwardProgram(BackwardProgram):
-    """One warpgroup of a program. `head` is a query head, `row` the index of the program's tile of queries.
+    """One warpgroup of a program.
+
+    `head` is a query head, `row` the index of the program's tile of queries, `start` that of its warpgroup's first query.
 
     Attributes:
         plan: how the work is divided.
@@ -149,11 +165,6 @@ class QueriesBackwardProgram(BackwardProgram):
     plan: QueriesPlan
     warpgroup: Any
     dquery: Any
-
-    @property
-    def start(self) -> Any:
-        """Index of the warpgroup's first query."""
-        return self.row * self.plan.queries + self.warpgroup * ROWS
 
     def key_start(self, i: Any) -> Any:
         """Index of the first key of the i-th block."""

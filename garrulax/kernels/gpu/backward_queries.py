@@ -154,7 +154,8 @@ def _attention_backward_queries(
 class QueriesBackwardProgram(BackwardProgram):
     """One warpgroup of a program.
 
-    `head` is a query head, `row` the index of the program's tile of queries, `start` that of its warpgroup's first query.
+    `head` is a query head, `row` the index of the program's tile of queries, and `start` the index of the warpgroup's
+    first query.
 
     Attributes:
         plan: how the work is divided.

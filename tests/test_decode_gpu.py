@@ -13,13 +13,13 @@ from jax._src.pallas.mosaic_gpu.interpret import params as interpreter
 from garrulax.kernels.call import Options
 from garrulax.kernels.decode import decode
 from garrulax.kernels.decode.call import DecodeOperands
-from garrulax.kernels.decode.gpu import Kernel
-from garrulax.kernels.decode.gpu.pieces import active, pieces
+from garrulax.kernels.decode.gpu import HopperDecoding
+from garrulax.kernels.decode.gpu.splits import active_blocks, split_blocks
 from garrulax.kernels.mask import CAUSAL, INF, SAME_SEGMENT, All, Band, Bits, KRange, Mask
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-KERNEL = Kernel(stages=2, programs=2, waves=1, least=1, interpret=True)
+KERNEL = HopperDecoding(stages=2, programs=2, waves=1, least=1, interpret=True)
 
 
 def request(lengths, T=1, H=2, K=1, S=200, C=32, Cv=None, dtype=jnp.bfloat16, seed=0, **more):
@@ -178,7 +178,7 @@ def test_window_and_sinks_skip_blocks():
     rule = Band("position", 0, INF) & (Band("position", 0, 70) | KRange("position", 0, 3))
     cached = request([640, 500], T=2, S=640)
     n = 640 // 64
-    blocks, counts = active(rule, cached.query_streams, cached.key_streams, cached.lengths, 64, (2, n))
+    blocks, counts = active_blocks(rule, cached.query_streams, cached.key_streams, cached.lengths, 64, (2, n))
     key = {name: np.asarray(s)[:, None] for name, s in cached.key_streams.items()}
     query = {name: np.asarray(s)[:, :, None] for name, s in cached.query_streams.items()}
     seen = np.asarray(rule.evaluate(query, key)) & (np.arange(640) < np.asarray(cached.lengths)[:, None, None])
@@ -276,7 +276,7 @@ def test_pieces_are_whole():
     r = np.random.default_rng(5)
     for counts in ([0, 0, 0], [1, 900, 3], r.integers(0, 300, 17)):
         for aim, fewest, least in ((4, 1, 1), (132, 33, 8)):
-            got = jax.jit(pieces, static_argnums=(1, 2, 3))(jnp.asarray(counts, jnp.int32), aim, fewest, least)
+            got = jax.jit(split_blocks, static_argnums=(1, 2, 3))(jnp.asarray(counts, jnp.int32), aim, fewest, least)
             cut, first, parts = jax.tree.map(np.asarray, got)
             sizes = cut.stop - cut.start
             assert len(sizes) == aim + len(counts)
@@ -304,4 +304,4 @@ def test_pieces_are_whole():
 )
 def test_refusals(change, reason):
     cached = request([150, 100])
-    assert reason in Kernel().unsupported_reason(options(), dataclasses.replace(cached, **change(cached)))
+    assert reason in HopperDecoding().unsupported_reason(options(), dataclasses.replace(cached, **change(cached)))

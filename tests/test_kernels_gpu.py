@@ -11,12 +11,12 @@ import pytest
 
 from garrulax.kernels import gpu
 from garrulax.kernels.attention import attention
-from garrulax.kernels.gpu import Kernel
-from garrulax.kernels.gpu.forward import Sizes
-from garrulax.kernels.gpu.rows import rows
+from garrulax.kernels.gpu import GPUAttention
+from garrulax.kernels.gpu.block_lists import block_lists
+from garrulax.kernels.gpu.forward import HopperForwardSizes
 
-SMALL = Kernel(sizes=Sizes(block_k=64, stages=2), interpret=True)
-BLACKWELL = Kernel(interpret=True, architecture="sm_100")
+SMALL = GPUAttention(sizes=HopperForwardSizes(block_k=64, stages=2), interpret=True)
+BLACKWELL = GPUAttention(interpret=True, architecture="sm_100")
 BOUND = {jnp.bfloat16: 8e-3, jnp.float16: 1.5e-3}  # of an output that was rounded, of probabilities that were
 
 
@@ -66,7 +66,7 @@ def test_requests(request_):
 @pytest.mark.parametrize("width", [64, 80])
 def test_sizes_that_are_chosen(width):
     """192 queries of narrow heads are a row of three warpgroups."""
-    assert_output_agrees(cases.packed(192), (192, 192, 1, 1, width), kernel=Kernel(interpret=True))
+    assert_output_agrees(cases.packed(192), (192, 192, 1, 1, width), kernel=GPUAttention(interpret=True))
 
 
 ON_BLACKWELL = {
@@ -106,7 +106,7 @@ def test_rows(case, by_key):
     if by_key:
         some, every = some.swapaxes(1, 2), every.swapaxes(1, 2)
     query, key = mask.required_streams()
-    columns, counts, order = map(np.asarray, rows(mask.rule, query, key, 32, 16, shape, by_key=by_key))
+    columns, counts, order = map(np.asarray, block_lists(mask.rule, query, key, 32, 16, shape, by_key=by_key))
     for b, r in np.ndindex(some.shape[:2]):
         whole, count = counts[b, r]
         assert set(np.flatnonzero(some[b, r])) <= set(columns[b, r, :count])
@@ -120,7 +120,7 @@ def test_rows_of_causal_attention():
     """Nothing is visited that need not be, nothing masked but the diagonal."""
     mask = cases.causal(128)
     query, key = mask.required_streams()
-    _, counts, order = rows(mask.rule, query, key, 32, 32, (cases.B, 4, 4))
+    _, counts, order = block_lists(mask.rule, query, key, 32, 32, (cases.B, 4, 4))
     assert (counts == np.stack([np.arange(4), np.arange(1, 5)], axis=1)).all()
     assert (order == np.arange(4)[::-1]).all()
 
@@ -133,7 +133,7 @@ def test_gradients_with_a_bias_are_those_of_xla():
 
 def call_of(dtype, width, interpret, architecture=None, **options):
     x = jnp.zeros((cases.B, 64, 2, width), dtype)
-    return attention(x, x, x, implementation=Kernel(interpret=interpret, architecture=architecture), **options)
+    return attention(x, x, x, implementation=GPUAttention(interpret=interpret, architecture=architecture), **options)
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="older jax is refused as a whole")

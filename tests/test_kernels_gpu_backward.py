@@ -8,7 +8,7 @@ import kernel_cases as cases
 import pytest
 
 from garrulax.kernels.call import Options
-from garrulax.kernels.gpu import Kernel, backward_keys, backward_queries
+from garrulax.kernels.gpu import GPUAttention, backward_keys, backward_queries
 from garrulax.kernels.mask import All
 from garrulax.kernels.xla import Chunked
 
@@ -16,7 +16,7 @@ BOUND = {jnp.bfloat16: 1.2e-2, jnp.float16: 2e-3}  # probabilities and gradients
 
 
 @dataclasses.dataclass(frozen=True)
-class Backward(Kernel):
+class Backward(GPUAttention):
     """The forward pass of another implementation, so that only this one's gradients are in question."""
 
     def forward(self, options, operands):
@@ -54,7 +54,7 @@ def test_requests(request_):
 
 
 def test_both_passes():
-    assert_gradients_agree(cases.packed(130), (130, 130, 4, 1, 64), kernel=Kernel)
+    assert_gradients_agree(cases.packed(130), (130, 130, 4, 1, 64), kernel=GPUAttention)
 
 
 @pytest.mark.parametrize("width", range(16, 257, 16))

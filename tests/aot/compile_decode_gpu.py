@@ -25,7 +25,7 @@ def compile_request(target, request):
 
     from garrulax.kernels.call import Options
     from garrulax.kernels.decode.call import DecodeOperands
-    from garrulax.kernels.decode.gpu import Kernel
+    from garrulax.kernels.decode.gpu import HopperDecoding
     from garrulax.kernels.mask import CAUSAL, SAME_SEGMENT, All, Band, Bits
 
     text = (HERE / f"{target}.txtpb").read_text()
@@ -62,9 +62,9 @@ def compile_request(target, request):
         "other": CAUSAL & ~SAME_SEGMENT & All(),
     }
     options = Options(rules[mask], C**-0.5, request.get("softcap"))
-    assert Kernel().unsupported_reason(options, cached) is None
+    assert HopperDecoding().unsupported_reason(options, cached) is None
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        traced = jax.jit(lambda cached: Kernel()(options, cached)).trace(cached)
+        traced = jax.jit(lambda cached: HopperDecoding()(options, cached)).trace(cached)
         traced.lower(lowering_platforms=("cuda",)).compile()
 
 

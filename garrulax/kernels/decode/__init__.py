@@ -19,7 +19,7 @@ from garrulax.kernels.relative import Relative
 IMPLEMENTATIONS = {
     "xla": "garrulax.kernels.decode.xla:XlaDecode",
     "pallas_tpu": "garrulax.kernels.experimental.tpu_decode:TpuDecode",
-    "pallas_gpu": "garrulax.kernels.decode.gpu:Kernel",
+    "pallas_gpu": "garrulax.kernels.decode.gpu:HopperDecoding",
 }
 PREFERRED = {  # the fastest first; the last one supports every request
     "cpu": ("xla",),

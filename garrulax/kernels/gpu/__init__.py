@@ -1,17 +1,21 @@
-"""Attention on Hopper (sm_90a) and Blackwell (sm_100a) GPUs, with Mosaic GPU."""
+"""Attention on NVIDIA GPUs, in Pallas' Mosaic GPU dialect.
+
+The kernels here are for Hopper (sm_90a) and have run on a device. The forward kernel for Blackwell (sm_100a), which has
+not, is in `kernels.experimental.blackwell`, and is taken only for programs that are for such a GPU.
+"""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from garrulax.kernels import blocks, picking
 from garrulax.kernels.call import Gradients, Operands, Options
-from garrulax.kernels.gpu import blackwell
 from garrulax.kernels.gpu.backward import backward
-from garrulax.kernels.gpu.forward import Sizes, forward, sizes
-from garrulax.kernels.gpu.rows import Rows, rows
+from garrulax.kernels.gpu.block_lists import lists_of
+from garrulax.kernels.gpu.forward import HopperForwardSizes, choose_sizes, forward
+from garrulax.kernels.gpu.products import pad_widths
 from garrulax.kernels.passes import ForwardBackward
 from garrulax.kernels.xla import Chunked
 
@@ -21,26 +25,27 @@ CAPABILITIES = {HOPPER: "9.0", BLACKWELL: "10.0"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernel(ForwardBackward):
-    """For bfloat16 and float16, heads up to 256 wide, any lengths and masks; deterministic. On Blackwell, heads 64 or
-    128 wide, without a bias and relative positions.
+class GPUAttention(ForwardBackward):
+    """Attention for bfloat16 and float16, heads up to 256 wide, any lengths and masks; deterministic.
 
-    Gradients of a request with a bias or relative positions are XLA's: sums over rows and heads of what the kernels
-    keep in registers would cost them more than they gain. So are all gradients on Blackwell, which has no kernels for
-    them.
+    Gradients of a request with a bias or relative positions are computed by XLA: the kernels keep gradients of scores
+    in registers only, and to sum them up over rows and heads would cost more than the kernels gain. On Blackwell heads
+    are 64 or 128 wide, without a bias and relative positions, and all gradients are computed by XLA.
 
-    sizes: of the forward pass on Hopper; None: by the widths of the heads.
-    interpret: Hopper's matrix products are JAX's own, so that Mosaic GPU's interpreter can run it without a GPU.
-    architecture: whose kernels are taken, "sm_90" or "sm_100"; None: those of the GPU that the program is for, and
-    Hopper's where that is not known.
+    Attributes:
+        sizes: of the forward pass on Hopper; None chooses them by the widths of the heads.
+        interpret: replaces Hopper's matrix products by JAX's, so that Mosaic GPU's interpreter can run the kernels on
+            a CPU.
+        architecture: the GPU whose kernels are taken. None takes those of the GPU that the program is for, and
+            Hopper's where that is not known.
     """
 
-    sizes: Sizes | None = None
+    sizes: HopperForwardSizes | None = None
     interpret: bool = False
     architecture: Literal["sm_90", "sm_100"] | None = None
 
     def unsupported_reason(self, options: Options, operands: Operands) -> str | None:
-        """What it cannot compute: other dtypes, wider heads, on other GPUs, with an older jax."""
+        """Why it cannot compute this request, or None where it can."""
         o = operands
         dtypes = {x.dtype for x in (o.query, o.key, o.value)}
         if len(dtypes) > 1 or not dtypes <= {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)}:
@@ -48,7 +53,7 @@ class Kernel(ForwardBackward):
         widths = o.query.shape[3], o.value.shape[3]
         if max(widths) > WIDEST:
             return f"heads {max(widths)} wide; {WIDEST} is the widest"
-        if self._architecture(o) == BLACKWELL and (reason := blackwell.unsupported_reason(o)):
+        if self._architecture(o) == BLACKWELL and (reason := _blackwell().unsupported_reason(o)):
             return reason
         if self.interpret:
             return None
@@ -60,44 +65,38 @@ class Kernel(ForwardBackward):
         return None
 
     def forward(self, options: Options, operands: Operands) -> tuple[jax.Array, jax.Array]:
-        """As `ForwardBackward.forward`."""
+        """Output and lse, as `ForwardBackward.forward` describes them."""
         T, Cv = operands.query.shape[1], operands.value.shape[3]
         if self._architecture(operands) == BLACKWELL:
+            blackwell = _blackwell()
             size = blackwell.BLOCK_Q, blackwell.KEYS
             options, o = blocks.pad_to_blocks(options, operands, *size)
-            out, lse = blackwell.forward(options, o, _rows(options, o, *size))
+            out, lse = blackwell.forward(options, o, lists_of(options, o, *size))
             return out[:, :T], lse[:, :, :T]
-        wide = _wide(operands)
-        chosen = self.sizes or sizes(wide)
-        size = chosen.block_q, chosen.block_k
+        wide = pad_widths(operands)
+        sizes = self.sizes or choose_sizes(wide)
+        size = sizes.block_q, sizes.block_k
         options, o = blocks.pad_to_blocks(options, wide, *size)
-        out, lse = forward(options, o, _rows(options, o, *size), chosen, self.interpret)
+        out, lse = forward(options, o, lists_of(options, o, *size), sizes, self.interpret)
         return out[:, :T, :, :Cv], lse[:, :, :T]
 
     def backward(
         self, options: Options, operands: Operands, lse: jax.Array, delta: jax.Array, cotangent: jax.Array
     ) -> Gradients:
-        """As `ForwardBackward.backward`."""
+        """Gradients, as `ForwardBackward.backward` describes them."""
         if operands.bias is not None or operands.steps is not None or self._architecture(operands) == BLACKWELL:
             return Chunked().backward(options, operands, lse, delta, cotangent)
-        return backward(self, options, operands, lse, delta, cotangent)
+        return backward(options, operands, lse, delta, cotangent, self.interpret)
 
     def _architecture(self, operands: Operands) -> str:
         return self.architecture or picking.architecture(picking.target_device(operands)) or HOPPER
 
 
-def _rows(options: Options, o: Operands, block_q: int, block_k: int) -> Rows:
-    shape = o.query.shape[0], o.query.shape[1] // block_q, o.key.shape[1] // block_k
-    return rows(options.rule, o.query_streams, o.key_streams, block_q, block_k, shape)
+def _blackwell() -> Any:
+    """The kernels for Blackwell, imported only where they are used."""
+    from garrulax.kernels.experimental import blackwell
 
-
-def _wide(o: Operands) -> Operands:
-    """Heads with zeros behind them up to a multiple of 16, the least that matrix instructions take."""
-
-    def fill(x):
-        return blocks.pad_axis(x, -x.shape[3] % 16, 3)
-
-    return dataclasses.replace(o, query=fill(o.query), key=fill(o.key), value=fill(o.value))
+    return blackwell
 
 
 def _capability() -> str | None:

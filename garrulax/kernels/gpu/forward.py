@@ -1,8 +1,14 @@
 """The forward pass on Hopper (sm_90a).
 
-A group of threads computes one row of blocks of one head: every warpgroup but the last has 64 of its queries, the last
-one fetches keys and values into a ring of slots. Warpgroups take turns at the tensor cores: while one's products run,
-another computes its exponentials (Shah et al. 2024, FlashAttention-3, arXiv 2407.08608, section 3.1).
+A program computes one row of blocks of one head: every warpgroup but the last computes the output of 64 queries, and
+the last one fetches keys and values into a ring of slots in shared memory.
+
+The warpgroups that compute take turns at the tensor cores (Shah et al. 2024, FlashAttention-3, arXiv 2407.08608,
+section 3.1). Products and exponentials run in different units of the multiprocessor, and of one warpgroup the
+exponentials must wait for the products. Without turns both warpgroups would start their products together, then
+compute their exponentials together while the tensor cores are idle. With turns, one warpgroup's products hide the
+other's exponentials. A warpgroup starts probabilities·value of one block together with query·key of the next one, so
+that it needs one turn a block, not two.
 """
 
 import dataclasses
@@ -15,18 +21,26 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from garrulax.kernels.call import Operands, Options
-from garrulax.kernels.gpu import pieces, products, scores
-from garrulax.kernels.gpu.rows import Rows
-from garrulax.kernels.gpu.scores import LOG2E, Added, Block, Tile
+from garrulax.kernels.gpu import memory, products, scores
+from garrulax.kernels.gpu.block_lists import BlockLists
+from garrulax.kernels.gpu.forward_program import LOWEST, ForwardProgram, launch
+from garrulax.kernels.gpu.products import ROWS
+from garrulax.kernels.gpu.scores import Tile
 from garrulax.kernels.mask import All
 
-LOW = -(2.0**100)  # maximum of a row before its first key: finite, so that exp2(-inf - LOW) is 0
-QUERIES = pieces.ROWS  # of a warpgroup
-REGISTERS = {2: (232, 40), 3: (160, 32)}  # of a thread that computes and of one that fetches, by warpgroups
+# Registers of a thread that computes and of one that fetches, by the number of warpgroups that compute. A
+# multiprocessor has 512 for each of the 128 threads of a warpgroup: 2 * 232 + 40, or 3 * 160 + 32, at most 512.
+REGISTERS = {2: (232, 40), 3: (160, 32)}
 
 
-class Sizes(NamedTuple):
-    """block_k: keys of a block. stages: slots of the ring. warpgroups: those that compute."""
+class HopperForwardSizes(NamedTuple):
+    """How the forward pass is divided.
+
+    Attributes:
+        block_k: keys of a block.
+        stages: slots of the ring, how many blocks of keys and values are in shared memory.
+        warpgroups: that compute, 64 queries each.
+    """
 
     block_k: int
     stages: int
@@ -35,24 +49,27 @@ class Sizes(NamedTuple):
     @property
     def block_q(self) -> int:
         """Queries of a row of blocks."""
-        return self.warpgroups * QUERIES
+        return self.warpgroups * ROWS
 
 
-class Inputs(NamedTuple):
-    """References to the operands. key_streams: int32 [B, streams, S], None where there are none."""
+class HopperForwardScratch(NamedTuple):
+    """Shared memory and barriers of a program.
 
-    query: Any
-    key: Any
-    value: Any
-    query_streams: dict[str, Any]
-    key_streams: Any
-    rows: Rows
-    extra: Added
-
-
-class Scratch(NamedTuple):
-    """Shared memory, and barriers: `ready_*` when a slot is filled, `free_*` when all have read it, `turn` when a
-    warpgroup may use the tensor cores. out: None where it fits into the query's place."""
+    Attributes:
+        query: [warpgroups, 64, C].
+        key: [stages, block_k, C], a ring.
+        value: [stages, block_k, Cv], a ring.
+        streams: int32 [stages, streams, block_k], a ring; None without key streams.
+        out: [warpgroups, 64, Cv], the output on its way to global memory; None where Cv = C, since it then takes the
+            place of the query.
+        lse: float32 [warpgroups, 64], on its way to global memory.
+        ready_query: by warpgroup: its query has arrived.
+        ready_key: by slot: the keys have arrived.
+        ready_value: by slot: the values, and the key streams, have arrived.
+        free_key: by slot: the products of all warpgroups have read the keys; the next copy may overwrite them.
+        free_value: by slot: likewise for the values and the key streams.
+        turn: by warpgroup: it may use the tensor cores.
+    """
 
     query: Any
     key: Any
@@ -69,155 +86,124 @@ class Scratch(NamedTuple):
 
 
 def forward(
-    options: Options, operands: Operands, rows: Rows, sizes: Sizes, interpret: bool
+    options: Options, operands: Operands, lists: BlockLists, sizes: HopperForwardSizes, interpret: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Output [B, T, H, Cv] and lse [B, H, T] float32, natural.
+    """Attention of all heads.
 
-    Lengths are multiples of the blocks and widths of 16. rows: those of blocks of `sizes`.
+    Args:
+        options: the static part of the request.
+        operands: lengths are multiples of the blocks, widths of 16.
+        lists: the blocks to visit, of `sizes.block_q` queries and `sizes.block_k` keys.
+        sizes: how the work is divided.
+        interpret: whether the kernel is interpreted.
+
+    Returns:
+        Output [B, T, H, Cv] and lse [B, H, T], float32, natural logarithm.
     """
-    o = operands
-    B, T, H, _ = o.query.shape
-    names = tuple(sorted(o.key_streams))
-    streams = pieces.stacked(o.key_streams)
-    inputs = Inputs(o.query, o.key, o.value, dict(o.query_streams), streams, rows, scores.added(o))
-    leaves, tree = jax.tree.flatten(inputs)
-    call = functools.partial(Warpgroup, options=options, sizes=sizes, names=names, interpret=interpret)
-
-    def attention_forward(*refs):
-        inputs, (out, lse, scratch) = jax.tree.unflatten(tree, refs[: len(leaves)]), refs[len(leaves) :]
-        index = jax.lax.axis_index("warpgroup")
-        head, batch = jax.lax.axis_index("head"), jax.lax.axis_index("batch")
-        row = inputs.rows.order[batch, jax.lax.axis_index("row")]
-        group = call(inputs=inputs, out=out, lse=lse, scratch=scratch, index=index, head=head, batch=batch, row=row)
-        computing, fetching = REGISTERS[sizes.warpgroups]
-
-        @pl.when(index < sizes.warpgroups)
-        def compute():
-            plgpu.set_max_registers(computing, action="increase")
-            group.compute()
-
-        @pl.when(index == sizes.warpgroups)
-        def fetch():
-            plgpu.set_max_registers(fetching, action="decrease")
-            group.fetch()
-
-    kernel = plgpu.kernel(
-        attention_forward,
-        out_type=(
-            jax.ShapeDtypeStruct((B, T, H, o.value.shape[3]), o.query.dtype),
-            jax.ShapeDtypeStruct((B, H, T), jnp.float32),
-        ),
-        grid=(T // sizes.block_q, B, H),  # longest rows first; heads that share keys next to one another
-        grid_names=("row", "batch", "head"),
-        num_threads=sizes.warpgroups + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        scratch_types=[_scratch(sizes, o, len(names))],
+    program = functools.partial(
+        HopperForwardProgram,
+        options=options,
+        tile=Tile((ROWS, sizes.block_k)),
+        block_q=sizes.block_q,
+        block_k=sizes.block_k,
+        stages=sizes.stages,
+        warpgroups=sizes.warpgroups,
+        interpret=interpret,
     )
-    return kernel(*leaves)
+    return launch(program, operands, lists, sizes.block_q, sizes.warpgroups + 1, _scratch(sizes, operands))
 
 
 @dataclasses.dataclass(frozen=True)
-class Warpgroup:
-    """One warpgroup at work on one row of blocks: what is static, the references, and where it is."""
+class HopperForwardProgram(ForwardProgram):
+    """One warpgroup of a program.
 
-    options: Options
-    sizes: Sizes
-    names: tuple[str, ...]
+    The softmax is online: each block's scores change the running maximum `top` of every query, and the sums so
+    far, `out` and `total`, are multiplied by exp2(old maximum - new maximum). The carry of the loop over blocks is
+    (x, out, top, total), with x float32 [64, block_k] the products query·key of the next block, out float32 [64, Cv],
+    and top and total float32 [64].
+
+    Attributes:
+        warpgroups: that compute.
+        interpret: whether the kernel is interpreted.
+    """
+
+    warpgroups: int
     interpret: bool
-    inputs: Inputs
-    out: Any
-    lse: Any
-    scratch: Scratch
-    index: Any
-    head: Any
-    batch: Any
-    row: Any
 
-    @property
-    def tile(self) -> Tile:
-        """Of scores: rows are queries."""
-        return Tile((QUERIES, self.sizes.block_k))
+    def run(self) -> None:
+        """Computes, or, in the last warpgroup, fetches."""
+        computing, fetching = REGISTERS[self.warpgroups]
 
-    @property
-    def start(self) -> Any:
-        """Index of the warpgroup's first query."""
-        return self.row * self.sizes.block_q + self.index * QUERIES
+        # All threads start with equally many registers. Those that fetch give most of theirs away.
+        @pl.when(self.index < self.warpgroups)
+        def compute():
+            plgpu.set_max_registers(computing, action="increase")
+            self.compute()
 
-    @property
-    def counts(self) -> tuple[Any, Any]:
-        """How many blocks of the row are whole, and how many there are."""
-        counts = self.inputs.rows.counts
-        return counts[self.batch, self.row, 0], counts[self.batch, self.row, 1]
-
-    def slot(self, i: Any) -> Any:
-        """Where block i of the row lies in the ring."""
-        return pieces.at(i, self.sizes.stages)
-
-    def key_start(self, i: Any) -> Any:
-        """Index of the first key of block i of the row."""
-        return self.inputs.rows.columns[self.batch, self.row, i] * self.sizes.block_k
+        @pl.when(self.index == self.warpgroups)
+        def fetch():
+            plgpu.set_max_registers(fetching, action="decrease")
+            self.fetch()
 
     def fetch(self) -> None:
-        """Keys, values and key streams of every block, in order, each as soon as its slot is free."""
-        s, (_, count), stages = self.scratch, self.counts, self.sizes.stages
-        group = self.inputs.query.shape[2] // self.inputs.key.shape[2]
-        kv_head = jax.lax.div(self.head, jnp.int32(group))
+        """Copies keys, values and key streams of every block, in order, each as soon as its slot is free."""
+        s, (_, count), kv_head = self.scratch, self.counts, self.kv_head
 
         @pl.loop(0, count)
         def load(i):
-            keys, slot = pl.ds(self.key_start(i), self.sizes.block_k), self.slot(i)
-            pieces.wait_again(s.free_key, i, stages)
-            source = self.inputs.key.at[self.batch, keys, kv_head]
+            keys, slot = pl.ds(self.key_start(i), self.block_k), self.slot(i)
+            memory.wait_until_free(s.free_key, i, self.stages)
+            source = self.inputs.key.at[self.batch, keys, kv_head]  # [block_k, C]
             plgpu.copy_gmem_to_smem(source, s.key.at[slot], s.ready_key.at[slot])
-            pieces.wait_again(s.free_value, i, stages)
-            source = self.inputs.value.at[self.batch, keys, kv_head]
+            memory.wait_until_free(s.free_value, i, self.stages)
+            source = self.inputs.value.at[self.batch, keys, kv_head]  # [block_k, Cv]
             plgpu.copy_gmem_to_smem(source, s.value.at[slot], s.ready_value.at[slot])
             if self.names:
-                source = self.inputs.key_streams.at[self.batch, :, keys]
+                source = self.inputs.key_streams.at[self.batch, :, keys]  # [streams, block_k]
                 plgpu.copy_gmem_to_smem(source, s.streams.at[slot], s.ready_value.at[slot])
 
         for barrier in (s.free_key, s.free_value):
-            pieces.drain(barrier, count, stages)
+            memory.drain(barrier, count, self.stages)
 
     def compute(self) -> None:
         """Output and lse of the warpgroup's queries."""
-        s, (whole, count) = self.scratch, self.counts
-        source = self.inputs.query.at[self.batch, pl.ds(self.start, QUERIES), self.head]
+        s, (full, count) = self.scratch, self.counts
+        source = self.inputs.query.at[self.batch, self.queries, self.head]  # [64, C]
         plgpu.copy_gmem_to_smem(source, s.query.at[self.index], s.ready_query.at[self.index])
         plgpu.barrier_wait(s.ready_query.at[self.index])
-        low, nothing = (self._vector(x) for x in (LOW, 0.0))
-        empty = products.zeros(QUERIES, s.value.shape[2])
+        low, nothing = (self.vector(x) for x in (LOWEST, 0.0))
+        empty = products.zeros(ROWS, s.value.shape[2])
 
         @pl.when(count == 0)
-        def unseen():
+        def no_blocks():
             self._finish(empty, low, nothing)
 
         @pl.when(count > 0)
-        def attend():
-            @pl.when(self.index == self.sizes.warpgroups - 1)
-            def first():
+        def blocks():
+            # The first turn is the first warpgroup's, and somebody must give it.
+            @pl.when(self.index == self.warpgroups - 1)
+            def first_turn():
                 plgpu.barrier_arrive(s.turn.at[0])
 
-            query = {
-                name: self.tile.load_queries(ref.at[self.batch, pl.ds(self.start, QUERIES)])
-                for name, ref in self.inputs.query_streams.items()
-            }
-            carry = self._products(jnp.int32(0)), empty, low, nothing
+            query = self.load_query_streams()
+            carry = self._first_products(), empty, low, nothing
+            # A step multiplies the probabilities of block i and the keys of block i + 1: the last block has no step.
             last = count - 1
-            carry = jax.lax.fori_loop(0, jnp.minimum(whole, last), self._step(query, False), carry)
-            carry = jax.lax.fori_loop(jnp.minimum(whole, last), last, self._step(query, True), carry)
-            # The last block is always masked: one that is whole comes last so seldom that it is not worth its own code.
+            carry = jax.lax.fori_loop(0, jnp.minimum(full, last), self._step(query, False), carry)
+            carry = jax.lax.fori_loop(jnp.minimum(full, last), last, self._step(query, True), carry)
+            # The mask is always computed in the last block: a full one comes last too seldom to deserve its own code.
             p, out, top, total = self._softmax(last, query, carry, True)
-            self._finish(self._last(last, p, out), top, total)
+            self._finish(self._last_products(last, p, out), top, total)
 
+            # The last warpgroup's last turn has given the first warpgroup one turn more than it needs. A program must
+            # have awaited every completion of its barriers when it ends.
             @pl.when(self.index == 0)
-            def after_last():
+            def turn_left_over():
                 plgpu.barrier_wait(s.turn.at[0])
 
-    def _products(self, i):
-        """query·key of block i."""
-        s, slot = self.scratch, self.slot(i)
+    def _first_products(self):
+        """query·key of block 0, float32 [64, block_k]."""
+        s, slot = self.scratch, self.slot(jnp.int32(0))
         plgpu.barrier_wait(s.ready_key.at[slot])
 
         def body(x):
@@ -230,6 +216,8 @@ class Warpgroup:
         return x
 
     def _step(self, query, masked):
+        """The loop's body: softmax of block i, then its product with the values and query·key of block i + 1."""
+
         def step(i, carry):
             p, out, top, total = self._softmax(i, query, carry, masked)
             s, slot, following = self.scratch, self.slot(i), self.slot(i + 1)
@@ -238,6 +226,7 @@ class Warpgroup:
             def body(x, out):
                 products.multiply(x, s.query.at[self.index], s.key.at[following], transposed=True)
                 products.multiply(out, p, s.value.at[slot])
+                # Passed when the products are started, not when they are done: the tensor cores queue them.
                 self._pass_turn()
 
             self._await_turn()
@@ -248,7 +237,8 @@ class Warpgroup:
 
         return step
 
-    def _last(self, i, p, out):
+    def _last_products(self, i, p, out):
+        """The output, float32 [64, Cv], with the last block's probabilities [64, block_k] times values."""
         s, slot = self.scratch, self.slot(i)
 
         def body(out):
@@ -261,88 +251,80 @@ class Warpgroup:
         return out
 
     def _softmax(self, i, query, carry, masked):
-        """Probabilities of block i, relative to the maximum so far, and the carry brought to that maximum. Values of
-        the block have come when it returns."""
+        """Probabilities of block i relative to the maximum so far, and the carry rescaled to that maximum.
+
+        When it returns, the values of the block are in shared memory.
+        """
         x, out, top, total = carry
         masked = masked and not isinstance(self.options.rule, All)
         extra = self.inputs.extra
-        early = masked or any(x is not None for x in extra)  # key streams come with the values
+        # Key streams arrive with the values. Where scores need none, the wait comes after the exponentials.
+        early = masked or any(x is not None for x in extra)
         if early:
             plgpu.barrier_wait(self.scratch.ready_value.at[self.slot(i)])
-        block = self._block(i, query, masked)
-        x, unit = scores.unscaled(self.options, block, extra, x)
+        block = self.block(i, query, masked)
+        x, unit = scores.unscaled(self.options, block, extra, x)  # [64, block_k]
         if masked:
-            x = jnp.where(scores.seen(self.options, block), x, -jnp.inf)
-        new = jnp.maximum(top, x.max(axis=1) * unit)
-        decay = jnp.exp2(top - new)
-        p = jnp.exp2(x * unit - self.tile.by_query(new))
+            x = jnp.where(scores.attending(self.options, block), x, -jnp.inf)
+        new = jnp.maximum(top, x.max(axis=1) * unit)  # [64]
+        decay = jnp.exp2(top - new)  # [64]
+        p = jnp.exp2(x * unit - self.tile.by_query(new))  # [64, block_k]
         total = total * decay + p.sum(axis=1)
+        # Dropout comes after the sum: it drops normalised probabilities, and changes no normaliser.
         if extra.seeds is not None:
-            p = jnp.where(scores.kept(self.options, block, extra), p, 0.0)
+            p = jnp.where(scores.dropout_mask(self.options, block, extra), p, 0.0)
         out = out * jax.lax.broadcast_in_dim(decay, out.shape, [0])
         if not early:
             plgpu.barrier_wait(self.scratch.ready_value.at[self.slot(i)])
         return p.astype(self.inputs.value.dtype), out, new, total
 
-    def _block(self, i, query, masked):
-        wanted = pieces.needed(self.options, self.inputs.extra, masked).key
-        places = {name: self.scratch.streams.at[self.slot(i), self.names.index(name)] for name in wanted}
-        key = {name: self.tile.load_keys(place) for name, place in places.items()}
-        return Block(self.tile, self.batch, self.head, self.start, self.key_start(i), query, key)
-
     def _finish(self, out, top, total):
-        seen = total > 0
-        total = jnp.where(seen, total, 1.0)
+        """Normalises the output, float32 [64, Cv], and writes it and the lse."""
+        attended = total > 0
+        total = jnp.where(attended, total, 1.0)
         share = 1.0 / (total * (1.0 - self.options.dropout))
-        s, span = self.scratch, pl.ds(self.start, QUERIES)
+        s = self.scratch
         buffer = (s.query if s.out is None else s.out).at[self.index]
         buffer[...] = (out * jax.lax.broadcast_in_dim(share, out.shape, [0])).astype(self.out.dtype)
-        s.lse.at[self.index][...] = jnp.where(seen, (top + jnp.log2(total)) / LOG2E, -jnp.inf)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(buffer, self.out.at[self.batch, span, self.head])
-        plgpu.copy_smem_to_gmem(s.lse.at[self.index], self.lse.at[self.batch, self.head, span])
-        plgpu.wait_smem_to_gmem(0)
+        self.write(buffer, attended, top, total)
 
     def _await_turn(self):
         plgpu.barrier_wait(self.scratch.turn.at[self.index])
 
     def _pass_turn(self):
-        plgpu.barrier_arrive(self.scratch.turn.at[pieces.at(self.index + 1, self.sizes.warpgroups)])
-
-    def _vector(self, x):
-        return plgpu.layout_cast(jnp.full((QUERIES,), x, jnp.float32), self.tile.query_layout())
+        plgpu.barrier_arrive(self.scratch.turn.at[memory.ring_slot(self.index + 1, self.warpgroups)])
 
 
-def sizes(operands: Operands) -> Sizes:
-    """Of a request whose heads have widths that are multiples of 16.
+def choose_sizes(operands: Operands) -> HopperForwardSizes:
+    """Sizes for a request whose heads have widths that are multiples of 16.
 
-    Blocks of 128 keys where two of them fit into shared memory, and what is added to scores into registers; else of 64.
-    Exponentials take as long as the products of narrow heads: a third warpgroup has work while two wait, but its rows
-    of 192 queries must be worth filling up.
+    Blocks have 128 keys where two of them fit into shared memory and the optional inputs of scores into registers,
+    else 64. Where heads are narrow the exponentials take as long as the products, and a third warpgroup has work while
+    the others wait; but then rows have 192 queries, and the length must be worth filling them.
     """
     o = operands
     length, width, value_width = o.query.shape[1], o.query.shape[3], o.value.shape[3]
-    groups = 3 if max(width, value_width) <= 64 and (length % (3 * QUERIES) == 0 or length >= 2**14) else 2
-    tiles = groups * QUERIES * 2 * (width + (value_width if value_width != width else 0))
-    left = pieces.SHARED_MEMORY - 4096 - tiles  # barriers, lse, and what Mosaic GPU keeps for itself
-    slot = 2 * (width + value_width) + 4 * (
-        len(o.key_streams) + 1
-    )  # of a key; one stream more where lengths are ragged
+    groups = 3 if max(width, value_width) <= 64 and (length % (3 * ROWS) == 0 or length >= 2**14) else 2
+    tiles = groups * ROWS * 2 * (width + (value_width if value_width != width else 0))  # bytes of queries and output
+    left = memory.SHARED_MEMORY - 4096 - tiles  # 4096: barriers, lse, Mosaic GPU's own needs
+    # Bytes of one key in the ring; filling up a length to whole blocks adds a stream.
+    key_bytes = 2 * (width + value_width) + 4 * (len(o.key_streams) + 1)
     light = o.bias is None and o.steps is None and o.seeds is None
-    wanted = [Sizes(k, min(4, left // (k * slot)), groups) for k in (128, 64)]
+    wanted = [HopperForwardSizes(k, min(4, left // (k * key_bytes)), groups) for k in (128, 64)]
     return next(s for s in wanted if s.block_k == 64 or (light and s.stages >= 2))
 
 
-def _scratch(sizes: Sizes, o: Operands, streams: int) -> Scratch:
-    (C, Cv), dtype = (o.query.shape[3], o.value.shape[3]), o.query.dtype
+def _scratch(sizes: HopperForwardSizes, o: Operands) -> HopperForwardScratch:
+    (C, Cv), dtype, streams = (o.query.shape[3], o.value.shape[3]), o.query.dtype, len(o.key_streams)
     groups, stages, block_k = sizes.warpgroups, sizes.stages, sizes.block_k
-    return Scratch(
-        query=pieces.operand(dtype, groups, QUERIES, C),
-        key=pieces.operand(dtype, stages, block_k, C),
-        value=pieces.operand(dtype, stages, block_k, Cv),
+    return HopperForwardScratch(
+        query=memory.operand(dtype, groups, ROWS, C),
+        key=memory.operand(dtype, stages, block_k, C),
+        value=memory.operand(dtype, stages, block_k, Cv),
         streams=plgpu.SMEM((stages, streams, block_k), jnp.int32) if streams else None,
-        out=None if Cv == C else pieces.operand(dtype, groups, QUERIES, Cv),
-        lse=plgpu.SMEM((groups, QUERIES), jnp.float32),
+        out=None if Cv == C else memory.operand(dtype, groups, ROWS, Cv),
+        lse=plgpu.SMEM((groups, ROWS), jnp.float32),
+        # A `ready` barrier counts copies: values and streams are two. A `free` barrier counts warpgroups that read.
         ready_query=plgpu.Barrier(num_barriers=groups),
         ready_key=plgpu.Barrier(num_barriers=stages),
         ready_value=plgpu.Barrier(num_arrivals=2 if streams else 1, num_barriers=stages),

@@ -1,10 +1,13 @@
-"""Decoding attention on Hopper GPUs, in Pallas' Mosaic dialect.
+"""Decoding attention on Hopper GPUs, in Pallas' Mosaic GPU dialect.
 
-Decoding reads the cache once and computes little: what counts is that enough bytes are under way at any time. A
-program is one warpgroup with a ring of key and value blocks that TMA fills ahead of it, and two programs share a
-multiprocessor, so that one computes while the other waits. The queries of all heads that share keys, G·T of them, are
-the 64 rows of its products; where they are fewer the tensor cores waste work, but take a quarter of the time that the
-bytes take. Blocks that nobody sees are not read, and masks are evaluated only in blocks that they cut.
+Decoding reads the cache once and computes little: its speed depends on how many bytes are on their way from memory at
+any time. A program is one warpgroup with a ring of blocks of keys and values, which the copy engine (TMA) fills ahead
+of it. Two programs share a multiprocessor, so that one computes while the other waits.
+
+The queries of all G heads that share keys, G * T of them, are rows of the same products, so that the cache is read
+once for all of them. The tensor cores multiply 64 rows at a time. With fewer queries most of their work is wasted, but
+it takes a quarter of the time that reading takes. Blocks to which nobody attends are not read, and the mask is
+evaluated only in blocks in which not every pair attends.
 """
 
 import dataclasses
@@ -19,23 +22,27 @@ from garrulax.kernels.blocks import pad_axis
 from garrulax.kernels.call import Options
 from garrulax.kernels.decode import QUANTISED
 from garrulax.kernels.decode.call import DecodeOperands
-from garrulax.kernels.decode.gpu.merge import merged
-from garrulax.kernels.decode.gpu.pieces import active, pieces
-from garrulax.kernels.decode.gpu.program import Sizes, program, scratch
-from garrulax.kernels.decode.gpu.registers import ROWS, Plain, Tensor
+from garrulax.kernels.decode.gpu.merge import merge_splits
+from garrulax.kernels.decode.gpu.program import DecodeSizes, decode_split, scratch_types
+from garrulax.kernels.decode.gpu.registers import InterpretedOps, TensorCoreOps
+from garrulax.kernels.decode.gpu.splits import active_blocks, split_blocks
+from garrulax.kernels.gpu.products import ROWS
 from garrulax.kernels.mask import Streams
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernel:
+class HopperDecoding:
     """Decoding attention for NVIDIA GPUs of compute capability 9.0 (H100, H200).
 
-    block: keys a step, a multiple of 64. stages: blocks in the ring; None makes it 64 KiB, or 48 KiB of a quantised
-    cache. programs: how many run at once. waves: how many times as many pieces all sequences are cut into, so that few
-    programs are left alone at the end. least: blocks of a piece, unless too few pieces are left for all programs.
-    interpret: products as XLA's, for the interpreter, which has no `wgmma` of registers.
+    Entries of the cache to which no query attends must be finite.
 
-    Entries of the cache that no query sees must be finite.
+    Attributes:
+        block: keys of a step, a multiple of 64.
+        stages: slots of the ring; None makes the ring 64 KiB, or 48 KiB of a quantised cache.
+        programs: how many run at once on the device.
+        waves: how many times that number all sequences are split into, so that few programs run alone at the end.
+        least: blocks of a split, unless there are then too few splits for all programs.
+        interpret: computes products by XLA, for the interpreter, which cannot multiply registers (`wgmma`).
     """
 
     block: int = 64
@@ -69,32 +76,43 @@ class Kernel:
         return None
 
     def __call__(self, options: Options, cached: DecodeOperands) -> tuple[jax.Array, jax.Array]:
-        """Output [B, T, H, Cv] in the query's dtype and lse [B, H, T] float32 in natural logarithm; 0 and -inf where a
-        query sees nothing. Sinks are not in them."""
+        """Attention over the cache, without sinks.
+
+        Args:
+            options: the static part of the request.
+            cached: its arrays.
+
+        Returns:
+            Output [B, T, H, Cv] in the query's dtype and lse [B, H, T], float32, natural logarithm; 0 and -inf where a
+            query attends to nothing.
+        """
         (B, T, H, _), K, Cv = cached.query.shape, cached.key.shape[1], cached.value.shape[3]
         s = _sizes(self, cached)
-        cached, lengths = _filled(cached, self.block)
+        cached, lengths = _at_least_a_block(cached, self.block)
         pages, streams = _in_order(cached, lengths, s)
-        blocks, counts = active(options.rule, cached.query_streams, streams, lengths, s.block, (B, pages.shape[1]))
-        pages = jnp.take_along_axis(pages, blocks[..., None] >> 1, axis=1)
-        fewest = max(1, self.programs // (K * s.tiles))
-        cut, first, parts = pieces(counts, aim=self.waves * fewest, fewest=fewest, least=self.least)
-        schedule = {"blocks": blocks, "pages": pages, "lengths": lengths, **cut._asdict()}
-        on = Plain if self.interpret else Tensor
-        out, lse = _call(s, options, on, cached, streams, schedule)
-        out, lse = merged(on, out, lse, first, parts, cached.query.dtype)
+        shape = B, pages.shape[1]
+        blocks, counts = active_blocks(options.rule, cached.query_streams, streams, lengths, s.block, shape)
+        pages = jnp.take_along_axis(pages, blocks[..., None] >> 1, axis=1)  # [B, N, copies], in the order of blocks
+        fewest = max(1, self.programs // (K * s.tiles))  # a split is K * tiles programs
+        splits, first, parts = split_blocks(counts, aim=self.waves * fewest, fewest=fewest, least=self.least)
+        schedule = {"blocks": blocks, "pages": pages, "lengths": lengths, **splits._asdict()}
+        ops = InterpretedOps if self.interpret else TensorCoreOps
+        out, lse = _decode_splits(s, options, ops, cached, streams, schedule)
+        out, lse = merge_splits(ops, out, lse, first, parts, cached.query.dtype)
         rows, G = K * s.tiles * s.rows, H // K
+        # [B, K * tiles * rows, Cv] -> [B, K, G * T, Cv] -> [B, H, T, Cv] -> [B, T, H, Cv]
         out = out[:, :rows].reshape(B, K, -1, Cv)[:, :, : G * T].reshape(B, H, T, Cv)
         lse = lse[:, :rows].reshape(B, K, -1)[:, :, : G * T].reshape(B, H, T)
         return out.swapaxes(1, 2), lse
 
 
-def _sizes(kernel: Kernel, cached: DecodeOperands) -> Sizes:
+def _sizes(kernel: HopperDecoding, cached: DecodeOperands) -> DecodeSizes:
     (_, T, H, C), (_, K, page, Cv) = cached.query.shape, cached.value.shape
     rows, block = H // K * T, kernel.block
     quantised = cached.key.dtype.itemsize == 1
+    # A quantised cache leaves less to its rings, since its converted blocks take shared memory, too.
     bytes_of_block, ring = block * (C + Cv) * cached.key.dtype.itemsize, 49152 if quantised else 65536
-    return Sizes(
+    return DecodeSizes(
         block=block,
         stages=kernel.stages or max(2, -(-ring // bytes_of_block)),
         heads=K,
@@ -109,11 +127,11 @@ def _sizes(kernel: Kernel, cached: DecodeOperands) -> Sizes:
     )
 
 
-def _filled(cached: DecodeOperands, block: int) -> tuple[DecodeOperands, jax.Array]:
-    """The request with a contiguous cache of at least one block, and lengths int32 [B]."""
+def _at_least_a_block(cached: DecodeOperands, block: int) -> tuple[DecodeOperands, jax.Array]:
+    """The request, a contiguous cache filled up to one block if it is shorter, and lengths int32 [B]."""
     c, slots = cached, cached.key.shape[2]
-    whole = slots if c.table is None else slots * c.table.shape[1]
-    lengths = jnp.full(c.query.shape[0], whole, jnp.int32) if c.lengths is None else jnp.minimum(c.lengths, whole)
+    capacity = slots if c.table is None else slots * c.table.shape[1]
+    lengths = jnp.full(c.query.shape[0], capacity, jnp.int32) if c.lengths is None else jnp.minimum(c.lengths, capacity)
     more = max(0, block - slots) if c.table is None else 0
     filled: dict[str, Any] = {name: pad_axis(getattr(c, name), more, 2) for name in ("key", "value")}
     if c.key_scales is not None and c.value_scales is not None:
@@ -122,55 +140,72 @@ def _filled(cached: DecodeOperands, block: int) -> tuple[DecodeOperands, jax.Arr
     return dataclasses.replace(c, key_streams=streams, **filled), lengths
 
 
-def _in_order(cached: DecodeOperands, lengths: jax.Array, s: Sizes) -> tuple[jax.Array, Streams]:
-    """Of B sequences of N blocks: pages int32 [B, N, copies], and their slots' streams int32 [B, N·block].
+def _in_order(cached: DecodeOperands, lengths: jax.Array, s: DecodeSizes) -> tuple[jax.Array, Streams]:
+    """Pages of each block and key streams, both in the order of each sequence: int32 [B, N, copies], [B, N * block].
 
-    A contiguous cache is one of B pages."""
-    B, per = cached.query.shape[0], -(-s.page // s.block)
+    A contiguous cache counts as one page a sequence.
+    """
+    B, per = cached.query.shape[0], -(-s.page // s.block)  # per: blocks of a page
     if cached.table is None:
         pages = jnp.broadcast_to(jnp.arange(B, dtype=jnp.int32)[:, None, None], (B, per, 1))
         return pages, {name: pad_axis(x, -s.page % s.block, mode="edge") for name, x in cached.key_streams.items()}
     table = pad_axis(cached.table, -cached.table.shape[1] % s.copies)
+    # Entries behind a length may be no pages at all: page 0 can always be read.
     used = jnp.arange(table.shape[1], dtype=jnp.int32) * s.page < lengths[:, None]
     table = jnp.where(used, table, 0)
     streams = {name: x[table].reshape(B, -1) for name, x in cached.key_streams.items()}
     return jnp.repeat(table, per, axis=1).reshape(B, -1, s.copies), streams
 
 
-def _rows(x: jax.Array, s: Sizes) -> jax.Array:
-    """x [B, K, G·T, ...] filled up to whole tiles: [B·K, tiles·ROWS, ...]."""
+def _tiled_rows(x: jax.Array, s: DecodeSizes) -> jax.Array:
+    """x [B, K, G * T, ...] filled up to whole tiles of 64 rows: [B * K, tiles * 64, ...]."""
     x = pad_axis(x, s.tiles * ROWS - x.shape[2], 2)
     return x.reshape(-1, *x.shape[2:])
 
 
-def _call(
-    s: Sizes,
+def _decode_splits(
+    s: DecodeSizes,
     options: Options,
-    on: type[Tensor],
+    ops: type[TensorCoreOps],
     cached: DecodeOperands,
     streams: Streams,
     schedule: dict[str, jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
-    """Of I pieces: output [I, R, Cv] and lse [I, R] in base 2, float32. R is K·tiles·rows filled up."""
+    """Runs the first kernel.
+
+    Args:
+        s: the sizes.
+        options: the static part of the request.
+        ops: operations of a warpgroup.
+        cached: the request's arrays.
+        streams: of the keys, in the order of each sequence.
+        schedule: the lists of blocks and their splits, by the names of `program.decode_split`.
+
+    Returns:
+        Of I splits, float32: output [I, R, Cv] and lse [I, R] in base 2; R is K * tiles * rows, filled up to whole
+        tiles of 64.
+    """
     (B, T, H, C), K, c = cached.query.shape, s.heads, cached
     G, count = H // K, schedule["start"].shape[0]
-    operands = {
-        "query": _rows(c.query.reshape(B, T, K, G, C).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, C), s),
+    # [B, T, H, C] -> [B, K, G * T, C]
+    query = c.query.reshape(B, T, K, G, C).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, C)
+    arrays = {
+        "query": _tiled_rows(query, s),
         "key": c.key.reshape(-1, *c.key.shape[2:]),
         "value": c.value.reshape(-1, *c.value.shape[2:]),
         **schedule,
-        **{f"queries' {name}": _rows(jnp.tile(x, (1, G))[:, None], s) for name, x in c.query_streams.items()},
+        **{f"queries' {name}": _tiled_rows(jnp.tile(x, (1, G))[:, None], s) for name, x in c.query_streams.items()},
         **{f"keys' {name}": x for name, x in streams.items()},
     }
     if c.slopes is not None:
-        operands["slopes"] = _rows(jnp.repeat(c.slopes.astype(jnp.float32), T).reshape(1, K, G * T), s)
+        arrays["slopes"] = _tiled_rows(jnp.repeat(c.slopes.astype(jnp.float32), T).reshape(1, K, G * T), s)
     if c.key_scales is not None and c.value_scales is not None:
-        operands["key scales"] = c.key_scales.reshape(-1, c.key.shape[2])
-        operands["value scales"] = c.value_scales.reshape(-1, c.key.shape[2])
-    names, rows = (*operands, "out", "lse"), -(-K * s.tiles * s.rows // ROWS) * ROWS
+        arrays["key scales"] = c.key_scales.reshape(-1, c.key.shape[2])
+        arrays["value scales"] = c.value_scales.reshape(-1, c.key.shape[2])
+    names, rows = (*arrays, "out", "lse"), -(-K * s.tiles * s.rows // ROWS) * ROWS
 
     def decode_attention(*refs, **scratch):
-        program(s, options, on, dict(zip(names, refs, strict=True)), scratch)
+        decode_split(s, options, ops, dict(zip(names, refs, strict=True)), scratch)
 
     return plgpu.kernel(
         decode_attention,
@@ -178,8 +213,8 @@ def _call(
             jax.ShapeDtypeStruct((count, rows, s.value_width), jnp.float32),
             jax.ShapeDtypeStruct((count, rows), jnp.float32),
         ],
-        scratch_types=scratch(s, c.query.dtype, c.key.dtype),
+        scratch_types=scratch_types(s, c.query.dtype, c.key.dtype),
         grid=(count, K, s.tiles),
-        grid_names=("piece", "head", "tile"),
+        grid_names=("split", "head", "tile"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(*operands.values())
+    )(*arrays.values())

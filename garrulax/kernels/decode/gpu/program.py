@@ -1,5 +1,12 @@
-"""The program of `decode.gpu`: one warpgroup, one piece of a sequence's blocks, one key/value head."""
+"""The first kernel of decoding attention: a program is one warpgroup for one split of one key/value head.
 
+It walks through the split's blocks of keys with an online softmax, while the copy engine (TMA) fills a ring of slots
+ahead of it. The warpgroup that computes also starts the copies, each as soon as a slot is free, since there is too
+little to compute to keep another warpgroup for that.
+"""
+
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,27 +19,35 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from garrulax.kernels.call import Options
 from garrulax.kernels.decode.gpu.registers import (
     COLUMN,
-    LOG2E,
-    NEVER,
+    MASKED,
     ROW,
-    ROWS,
     TILE,
-    Tensor,
-    empty_rows,
-    finished,
-    operand,
-    spread,
+    TensorCoreOps,
+    broadcast,
+    initial_softmax,
+    normalised,
 )
+from garrulax.kernels.gpu import memory
+from garrulax.kernels.gpu.products import ROWS
+from garrulax.kernels.gpu.scores import LOG2E
 from garrulax.kernels.mask import All
 
 
-class Sizes(NamedTuple):
-    """What is static in a program.
+class DecodeSizes(NamedTuple):
+    """The static sizes of a program.
 
-    block: keys a step. stages: blocks in the ring. heads: K. width, value_width: C, Cv.
-    tiles: programs a piece and head, of ROWS queries each. rows: how many of these are written.
-    page: slots of a page. copies: pages of a block, 1 if pages are larger. chunk: columns written at a time.
-    quantised: whether the cache has 8 bits an entry, and scales.
+    Attributes:
+        block: keys of a step.
+        stages: slots of the ring.
+        heads: K, key/value heads.
+        width: C, of queries and keys.
+        value_width: Cv.
+        tiles: programs a split and head, for 64 rows of queries each.
+        rows: how many of these 64 rows are written.
+        page: slots of a page.
+        copies: pages of a block; 1 if a page is larger than a block.
+        chunk: columns of the output that are written at a time.
+        quantised: whether the cache has 8 bits an entry, and scales.
     """
 
     block: int
@@ -48,182 +63,268 @@ class Sizes(NamedTuple):
     quantised: bool
 
 
-def scratch(s: Sizes, dtype: Any, cache: Any) -> dict[str, Any]:
-    """Shared memory and barriers, by the names that `program` gives them: tiles of the queries' dtype, rings of the
-    cache's."""
-    memory = {
-        "query": operand((ROWS, s.width), dtype),
-        "key": operand((s.stages, s.block, s.width), cache),
-        "value": operand((s.stages, s.block, s.value_width), cache),
-        "out": operand((ROWS, s.chunk), jnp.dtype(jnp.float32)),
+def scratch_types(s: DecodeSizes, dtype: Any, cache: Any) -> dict[str, Any]:
+    """Shared memory and barriers of a program, by name.
+
+    Args:
+        s: the static sizes.
+        dtype: of the queries.
+        cache: dtype of the cache.
+    """
+    # The rings take the names of the arrays that they hold a part of.
+    types = {
+        "query": memory.operand(dtype, ROWS, s.width),
+        "key": memory.operand(cache, s.stages, s.block, s.width),
+        "value": memory.operand(cache, s.stages, s.block, s.value_width),
+        "out": memory.operand(jnp.dtype(jnp.float32), ROWS, s.chunk),
         "lse": plgpu.SMEM((ROWS,), jnp.float32),
         "query ready": plgpu.Barrier(),
     }
     for name in ("key", "value"):
-        arrivals = s.copies * (2 if s.quantised else 1)
-        memory[f"{name} ready"] = plgpu.Barrier(num_arrivals=arrivals, num_barriers=s.stages)
+        arrivals = s.copies * (2 if s.quantised else 1)  # one a copy: of every page, its entries and scales
+        types[f"{name} ready"] = plgpu.Barrier(num_arrivals=arrivals, num_barriers=s.stages)
     if s.quantised:
-        memory["wide key"] = operand((s.block, s.width), dtype)
-        memory["wide value"] = operand((s.block, s.value_width), dtype)
-        memory["key scales"] = plgpu.SMEM((s.stages, s.block), jnp.float32)
-        memory["value scales"] = plgpu.SMEM((s.stages, s.block), jnp.float32)
-    return memory
+        # The tensor cores multiply two operands of one dtype: a block of 8 bits is converted into this buffer first.
+        types["wide key"] = memory.operand(dtype, s.block, s.width)
+        types["wide value"] = memory.operand(dtype, s.block, s.value_width)
+        types["key scales"] = plgpu.SMEM((s.stages, s.block), jnp.float32)
+        types["value scales"] = plgpu.SMEM((s.stages, s.block), jnp.float32)
+    return types
 
 
-class _Ring(NamedTuple):
-    """The blocks of one piece of one head, on their way through shared memory.
+def decode_split(
+    s: DecodeSizes, options: Options, ops: type[TensorCoreOps], arrays: dict[str, Any], scratch: dict[str, Any]
+) -> None:
+    """The kernel: attends from 64 rows of queries to the keys of one split, and writes the result and its lse.
 
-    s, on, given, own: as of `program`. sequence, head: whose. start, stop: which of its list of blocks.
+    Args:
+        s: the static sizes.
+        options: the static part of the request.
+        ops: operations of a warpgroup.
+        arrays: references to operands and results in global memory, by name:
+            query: [B * K, tiles * 64, C], the queries of all heads that share keys.
+            key, value: [P * K, page, C] and [P * K, page, Cv], pages of the cache.
+            key scales, value scales: float32 [P * K, page], of a quantised cache.
+            blocks: int32 [B, N], the active blocks of each sequence, as `splits.active_blocks` gives them.
+            pages: int32 [B, N, copies], the pages of each entry of `blocks`.
+            lengths: int32 [B].
+            sequence, start, stop: int32 [I], of each split, as in `splits.KeySplits`.
+            queries' NAME: int32 [B, tiles * 64], a stream of the queries.
+            keys' NAME: int32 [B, N * block], a stream of the keys.
+            slopes: float32 [K, tiles * 64], of ALiBi, by row of queries.
+            out, lse: float32 [I, R, Cv] and [I, R], the results, R at least K * tiles * rows.
+        scratch: references to shared memory and barriers, as in `scratch_types`.
+    """
+    split, head, tile = (lax.axis_index(name) for name in ("split", "head", "tile"))
+    start, stop = arrays["start"][split], arrays["stop"][split]
+
+    @pl.when(start < stop)
+    def attend():
+        sequence = arrays["sequence"][split]
+        DecodeProgram(s, options, ops, arrays, scratch, split, head, tile, sequence, start, stop).run()
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeProgram:
+    """One program.
+
+    Attributes:
+        sizes: the static sizes.
+        options: the static part of the request.
+        ops: operations of a warpgroup.
+        arrays: as in `decode_split`.
+        scratch: as in `decode_split`.
+        split: index of the split, int32 scalar.
+        head: index of the key/value head, int32 scalar.
+        tile: index of the 64 rows of queries, int32 scalar.
+        sequence: index of the sequence, int32 scalar.
+        start: the split's first entry of the sequence's list of blocks, int32 scalar.
+        stop: the entry behind its last one, int32 scalar.
     """
 
-    s: Sizes
-    on: type[Tensor]
-    given: dict[str, Any]
-    own: dict[str, Any]
-    sequence: Any
+    sizes: DecodeSizes
+    options: Options
+    ops: type[TensorCoreOps]
+    arrays: dict[str, Any]
+    scratch: dict[str, Any]
+    split: Any
     head: Any
+    tile: Any
+    sequence: Any
     start: Any
     stop: Any
 
-    def fetch(self, name: str, i: Any) -> None:
-        """Starts the copies of keys or values of the i-th block, if there is one, into its slot, which must be free."""
-        s, given, own = self.s, self.given, self.own
+    @property
+    def rows(self) -> Any:
+        """The slice of the program's rows of queries."""
+        return pl.ds(self.tile * ROWS, ROWS)
 
-        @pl.when(self.start + i < self.stop)
-        def _():
-            slot, index = lax.rem(i, jnp.int32(s.stages)), given["blocks"][self.sequence, self.start + i] >> 1
-            heads = [given["pages"][self.sequence, self.start + i, j] * s.heads + self.head for j in range(s.copies)]
-            for part in (name, f"{name} scales") if s.quantised else (name,):
-                _copy(s, given[part], own[part].at[slot], own[f"{name} ready"].at[slot], index, heads)
-
-    def wait(self, name: str, slot: Any) -> Callable[[jax.Array], jax.Array]:
-        """Waits for the copies into a slot. Returns what multiplies a tile with the scales of its columns."""
-        plgpu.barrier_wait(self.own[f"{name} ready"].at[slot])
-        if not self.s.quantised:
-            return lambda x: x
-        scales = self.on.load(self.own[f"{name} scales"].at[slot], COLUMN)
-        return lambda x: x * spread(scales, x.shape, 1)
-
-    def product(self, name: str, i: Any, slot: Any, multiply: Callable[[Any], jax.Array]) -> jax.Array:
-        """What `multiply` makes of the i-th block; its slot gets the next one as soon as it is free."""
-        block = self.own[name].at[slot]
-        if not self.s.quantised:
-            result = multiply(block)
-            plgpu.commit_smem()
-            self.fetch(name, i + self.s.stages)
-            return result
-        wide = self.own[f"wide {name}"]
-        for at in range(0, wide.shape[1], 64):  # there are no registers for more
-            columns = pl.ds(at, min(64, wide.shape[1] - at))
-            wide[:, columns] = self.on.widened(block.at[:, columns], wide.dtype)
-        plgpu.commit_smem()
-        self.fetch(name, i + self.s.stages)
-        return multiply(wide)
-
-
-def program(s: Sizes, options: Options, on: type[Tensor], given: dict[str, Any], own: dict[str, Any]) -> None:
-    """Attends from ROWS queries to the keys of one piece and writes the result and its lse.
-
-    given: operands and results in global memory: query [B·K, tiles·ROWS, C]; key [P·K, page, C]; value; their scales
-    [P·K, page] or none; blocks [B, N]; pages [B, N, copies], of each block of the list; lengths [B]; sequence, start,
-    stop [I]; each stream of queries [B, tiles·ROWS] and of keys [B, N·block]; slopes [K, tiles·ROWS] or none; out
-    [I, R, Cv] and lse [I, R] with R of K·tiles·rows or more.
-    own: as of `scratch`.
-    """
-    piece, head, tile = (lax.axis_index(name) for name in ("piece", "head", "tile"))
-    start, stop = given["start"][piece], given["stop"][piece]
-
-    @pl.when(start < stop)
-    def _():
-        sequence, rows = given["sequence"][piece], pl.ds(tile * ROWS, ROWS)
-        plgpu.copy_gmem_to_smem(given["query"].at[sequence * s.heads + head, rows], own["query"], own["query ready"])
-        ring = _Ring(s, on, given, own, sequence, head, start, stop)
+    def run(self) -> None:
+        """The whole program."""
+        s, arrays, scratch = self.sizes, self.arrays, self.scratch
+        source = arrays["query"].at[self.sequence * s.heads + self.head, self.rows]  # [64, C]
+        plgpu.copy_gmem_to_smem(source, scratch["query"], scratch["query ready"])
 
         @pl.loop(0, s.stages)
-        def _(i):
-            ring.fetch("key", i)
-            ring.fetch("value", i)
+        def fill_ring(i):
+            self.fetch("key", i)
+            self.fetch("value", i)
 
-        length = given["lengths"][sequence]
-        if "slopes" in given:
-            slopes = on.load(given["slopes"].at[head, rows], ROW) * LOG2E
-            here = on.load(given["queries' position"].at[sequence, rows], ROW)
-        plgpu.barrier_wait(own["query ready"])
+        length = arrays["lengths"][self.sequence]
+        alibi = None
+        if "slopes" in arrays:
+            slopes = self.ops.load(arrays["slopes"].at[self.head, self.rows], ROW) * LOG2E
+            alibi = slopes, self.ops.load(arrays["queries' position"].at[self.sequence, self.rows], ROW)
+        plgpu.barrier_wait(scratch["query ready"])
+        step = functools.partial(self._step, length, alibi)
+        sums, top, total = lax.fori_loop(0, self.stop - self.start, step, initial_softmax(self.ops, s.value_width))
+        self._write(*normalised(sums, top, total, MASKED))
 
-        def step(i, carry):
-            sums, top, total = carry
-            slot, word = lax.rem(i, jnp.int32(s.stages)), given["blocks"][sequence, start + i]
-            first = (word >> 1) * s.block
-            keys = pl.ds(first - _overlap(s, word >> 1), s.block)
+    def fetch(self, name: str, i: Any) -> None:
+        """Starts the copies of keys or values of the i-th block, if there is one, into its slot, which must be free."""
+        s, arrays, scratch = self.sizes, self.arrays, self.scratch
 
-            def cut(x):
-                index = keys.start + on.place(lax.broadcasted_iota(jnp.int32, x.shape, 1), TILE)
-                seen = (index >= first) & (index < length)
-                if not isinstance(options.rule, All):
-                    queries = {n: on.load(y.at[sequence, rows], ROW) for n, y in _streams(given, "queries' ").items()}
-                    columns = {n: on.load(y.at[sequence, keys], COLUMN) for n, y in _streams(given, "keys' ").items()}
-                    seen &= options.rule.evaluate(
-                        {name: spread(y, x.shape, 0) for name, y in queries.items()},
-                        {name: spread(y, x.shape, 1) for name, y in columns.items()},
-                    )
-                return jnp.where(seen, x, NEVER)
+        @pl.when(self.start + i < self.stop)
+        def copy():
+            entry = self.start + i
+            slot, index = lax.rem(i, jnp.int32(s.stages)), arrays["blocks"][self.sequence, entry] >> 1
+            pages = [arrays["pages"][self.sequence, entry, j] * s.heads + self.head for j in range(s.copies)]
+            for part in (name, f"{name} scales") if s.quantised else (name,):
+                _copy(s, arrays[part], scratch[part].at[slot], scratch[f"{name} ready"].at[slot], index, pages)
 
-            if "slopes" in given:
-                there = on.load(given["keys' position"].at[sequence, keys], COLUMN)
-            scaled = ring.wait("key", slot)
-            x = scaled(ring.product("key", i, slot, lambda k: on.scores(own["query"], k)))
-            if options.softcap is None:
-                x = x * (options.scale * LOG2E)
-            else:
-                x = jnp.tanh(x * (options.scale / options.softcap)) * (options.softcap * LOG2E)
-            if "slopes" in given:
-                distance = spread(there, x.shape, 1) - spread(here, x.shape, 0)
-                x = x + spread(slopes, x.shape, 0) * distance.astype(jnp.float32)
-            x = lax.cond((word & 1) == 0, cut, lambda x: x, x)
-            above = jnp.maximum(top, x.max(axis=1))
-            shrink, p = jnp.exp2(top - above), jnp.exp2(x - spread(above, x.shape, 0))
-            sums, total = sums * spread(shrink, sums.shape, 0), total * shrink + p.sum(axis=1)
-            p = ring.wait("value", slot)(p).astype(own["query"].dtype)
-            return ring.product("value", i, slot, lambda v: on.add(sums, p, v)), above, total
+    def _wait(self, name: str, slot: Any) -> Callable[[jax.Array], jax.Array]:
+        """Waits for the copies into a slot. Returns a function that multiplies a tile's columns with their scales.
 
-        sums, top, total = lax.fori_loop(0, stop - start, step, empty_rows(on, s.value_width))
-        sums, lse = finished(sums, top, total, NEVER)
-        _write(s, given, own, (piece, (head * s.tiles + tile) * s.rows), sums, lse)
+        A scale belongs to one key, a column of the tile. So key scales can be applied to scores and value scales to
+        probabilities, which are in registers anyway, instead of to keys and values.
+        """
+        plgpu.barrier_wait(self.scratch[f"{name} ready"].at[slot])
+        if not self.sizes.quantised:
+            return lambda x: x
+        scales = self.ops.load(self.scratch[f"{name} scales"].at[slot], COLUMN)
+        return lambda x: x * broadcast(scales, x.shape, 1)
+
+    def _product(self, name: str, i: Any, slot: Any, multiply: Callable[[Any], jax.Array]) -> jax.Array:
+        """multiply(the i-th block of keys or values); the copy of the next block into the slot starts at once."""
+        block = self.scratch[name].at[slot]
+        if not self.sizes.quantised:
+            result = multiply(block)
+            # All 128 threads must be done with the slot before the next copy overwrites it.
+            plgpu.commit_smem()
+            self.fetch(name, i + self.sizes.stages)
+            return result
+        wide = self.scratch[f"wide {name}"]
+        for at in range(0, wide.shape[1], 64):  # there are no registers for more columns at once
+            columns = pl.ds(at, min(64, wide.shape[1] - at))
+            wide[:, columns] = self.ops.widened(block.at[:, columns], wide.dtype)
+        # The tensor cores, too, do not see plain writes to shared memory before this fence. It also has all threads be
+        # done with the slot, so that the next copy starts before the product.
+        plgpu.commit_smem()
+        self.fetch(name, i + self.sizes.stages)
+        return multiply(wide)
+
+    def _step(self, length: Any, alibi: Any, i: Any, carry: Any) -> Any:
+        """The i-th block of the split.
+
+        Args:
+            length: valid slots of the sequence, int32 scalar.
+            alibi: slopes and positions of the rows of queries, [64] each, or None.
+            i: index in the split.
+            carry: float32, sums [64, Cv], maximum and sum of exponentials [64].
+        """
+        s, arrays, ops, options = self.sizes, self.arrays, self.ops, self.options
+        sums, top, total = carry
+        # A word is 2 * index of the block + whether all its pairs attend.
+        slot, word = lax.rem(i, jnp.int32(s.stages)), arrays["blocks"][self.sequence, self.start + i]
+        first = (word >> 1) * s.block
+        keys = pl.ds(first - _overlap(s, word >> 1), s.block)
+        # Loaded before the wait, so that both memory accesses are under way at the same time.
+        if alibi is not None:
+            there = ops.load(arrays["keys' position"].at[self.sequence, keys], COLUMN)
+        scale = self._wait("key", slot)
+        x = scale(self._product("key", i, slot, lambda k: ops.scores(self.scratch["query"], k)))  # [64, block]
+        if options.softcap is None:
+            x = x * (options.scale * LOG2E)
+        else:
+            x = jnp.tanh(x * (options.scale / options.softcap)) * (options.softcap * LOG2E)
+        if alibi is not None:
+            slopes, here = alibi
+            distance = broadcast(there, x.shape, 1) - broadcast(here, x.shape, 0)
+            x = x + broadcast(slopes, x.shape, 0) * distance.astype(jnp.float32)
+        x = lax.cond((word & 1) == 0, functools.partial(self._masked, first, keys, length), lambda x: x, x)
+        new = jnp.maximum(top, x.max(axis=1))
+        decay, p = jnp.exp2(top - new), jnp.exp2(x - broadcast(new, x.shape, 0))
+        sums, total = sums * broadcast(decay, sums.shape, 0), total * decay + p.sum(axis=1)
+        p = self._wait("value", slot)(p).astype(self.scratch["query"].dtype)
+        return self._product("value", i, slot, lambda v: ops.add(sums, p, v)), new, total
+
+    def _masked(self, first: Any, keys: Any, length: Any, x: jax.Array) -> jax.Array:
+        """Scores [64, block] with MASKED where a pair does not attend.
+
+        The block's keys are `keys`. Those before `first` belong to the block before, and count there.
+        """
+        index = keys.start + self.ops.place(lax.broadcasted_iota(jnp.int32, x.shape, 1), TILE)
+        attending = (index >= first) & (index < length)
+        if not isinstance(self.options.rule, All):
+            query = self._streams("queries' ", self.rows, ROW)
+            key = self._streams("keys' ", keys, COLUMN)
+            attending &= self.options.rule.evaluate(
+                {name: broadcast(y, x.shape, 0) for name, y in query.items()},
+                {name: broadcast(y, x.shape, 1) for name, y in key.items()},
+            )
+        return jnp.where(attending, x, MASKED)
+
+    def _streams(self, prefix: str, span: Any, layout: Any) -> dict[str, jax.Array]:
+        """Streams of a span of queries or keys, in registers."""
+        return {
+            name.removeprefix(prefix): self.ops.load(ref.at[self.sequence, span], layout)
+            for name, ref in self.arrays.items()
+            if name.startswith(prefix)
+        }
+
+    def _write(self, sums: jax.Array, lse: jax.Array) -> None:
+        """Writes those of the 64 rows that are queries: the output [64, Cv], a chunk of columns at a time, and lse."""
+        s, arrays, scratch = self.sizes, self.arrays, self.scratch
+        here, there = pl.ds(0, s.rows), pl.ds((self.head * s.tiles + self.tile) * s.rows, s.rows)
+        scratch["lse"][...] = lse
+        for at in range(0, s.value_width, s.chunk):
+            scratch["out"][...] = sums[:, at : at + s.chunk]
+            # The copy engine does not see plain writes to shared memory before this fence.
+            plgpu.commit_smem()
+            target = arrays["out"].at[self.split, there, pl.ds(at, s.chunk)]
+            plgpu.copy_smem_to_gmem(scratch["out"].at[here], target)
+            # The next chunk overwrites the buffer.
+            plgpu.wait_smem_to_gmem(0)
+        plgpu.copy_smem_to_gmem(scratch["lse"].at[here], arrays["lse"].at[self.split, there])
+        plgpu.wait_smem_to_gmem(0)
 
 
-def _copy(s: Sizes, source: Any, ring: Any, ready: Any, index: Any, heads: list[Any]) -> None:
-    """Starts the copy of block `index` of a sequence into a slot of the ring; heads: where its pages are in `source`
-    [P·K, page, ...]."""
-    for j, head in enumerate(heads):
+def _copy(s: DecodeSizes, source: Any, ring: Any, ready: Any, index: Any, pages: list[Any]) -> None:
+    """Starts the copy of a block into a slot of the ring.
+
+    Args:
+        s: the static sizes.
+        source: reference [P * K, page, ...].
+        ring: reference to the slot, [block, ...].
+        ready: barrier of the slot.
+        index: of the block in its sequence.
+        pages: indices of the block's pages in `source`.
+    """
+    for j, page in enumerate(pages):
         into, at = ring, 0
         if s.copies > 1:
             into = ring.at[pl.ds(j * s.page, s.page)]
         elif s.page > s.block:
             at = lax.rem(index, jnp.int32(-(-s.page // s.block))) * s.block - _overlap(s, index)
-        plgpu.copy_gmem_to_smem(source.at[head, pl.ds(at, min(s.page, s.block))], into, ready)
+        plgpu.copy_gmem_to_smem(source.at[page, pl.ds(at, min(s.page, s.block))], into, ready)
 
 
-def _overlap(s: Sizes, index: Any) -> Any:
-    """How many slots the block begins before its place: a page's last block ends with the page."""
+def _overlap(s: DecodeSizes, index: Any) -> Any:
+    """By how many slots a block begins before its place.
+
+    Where a page is not a multiple of the block, its last block ends with the page, so that no copy reads beyond it.
+    """
     per, over = -(-s.page // s.block), -s.page % s.block
     if s.copies > 1 or not over:
         return 0
     return jnp.where(lax.rem(index, jnp.int32(per)) == per - 1, over, 0)
-
-
-def _streams(given: dict[str, Any], prefix: str) -> dict[str, Any]:
-    return {name.removeprefix(prefix): x for name, x in given.items() if name.startswith(prefix)}
-
-
-def _write(s: Sizes, given: dict[str, Any], own: dict[str, Any], place: Any, sums: jax.Array, lse: jax.Array) -> None:
-    """The rows that are queries, and their lse, from row place[1] on of piece place[0]."""
-    here = pl.ds(0, s.rows)
-    own["lse"][...] = lse
-    for at in range(0, s.value_width, s.chunk):
-        own["out"][...] = sums[:, at : at + s.chunk]
-        plgpu.commit_smem()
-        there = given["out"].at[place[0], pl.ds(place[1], s.rows), pl.ds(at, s.chunk)]
-        plgpu.copy_smem_to_gmem(own["out"].at[here], there)
-        plgpu.wait_smem_to_gmem(0)
-    plgpu.copy_smem_to_gmem(own["lse"].at[here], given["lse"].at[place[0], pl.ds(place[1], s.rows)])
-    plgpu.wait_smem_to_gmem(0)

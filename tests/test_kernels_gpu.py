@@ -9,11 +9,11 @@ import kernel_cases as cases
 import numpy as np
 import pytest
 
-from garrulax.kernels import gpu
+from garrulax.kernels import pallas_gpu
 from garrulax.kernels.attention import attention
-from garrulax.kernels.gpu import GPUAttention
 from garrulax.kernels.gpu.block_lists import block_lists
 from garrulax.kernels.gpu.forward import HopperForwardSizes
+from garrulax.kernels.pallas_gpu import GPUAttention
 
 SMALL = GPUAttention(sizes=HopperForwardSizes(block_k=64, stages=2), interpret=True)
 BLACKWELL = GPUAttention(interpret=True, architecture="sm_100")
@@ -146,14 +146,14 @@ def call_of(dtype, width, interpret, architecture=None, **options):
     ],
 )
 def test_refusals(dtype, width, interpret, reason, monkeypatch):
-    monkeypatch.setattr(gpu, "_capability", lambda: "12.0")
+    monkeypatch.setattr(pallas_gpu, "_capability", lambda: "12.0")
     with pytest.raises(ValueError, match=reason):
         call_of(dtype, width, interpret)
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="older jax is refused as a whole")
 def test_refusals_on_blackwell(monkeypatch):
-    monkeypatch.setattr(gpu, "_capability", lambda: "10.0")
+    monkeypatch.setattr(pallas_gpu, "_capability", lambda: "10.0")
     with pytest.raises(ValueError, match=r"capability 9\.0, not 10\.0"):
         call_of(jnp.bfloat16, 64, False, "sm_90")
     with pytest.raises(ValueError, match=r"heads \[80\] wide"):

@@ -8,8 +8,9 @@ import kernel_cases as cases
 import pytest
 
 from garrulax.kernels.call import Options
-from garrulax.kernels.gpu import GPUAttention, backward_keys, backward_queries
+from garrulax.kernels.gpu import backward_keys, backward_queries
 from garrulax.kernels.mask import All
+from garrulax.kernels.pallas_gpu import GPUAttention
 from garrulax.kernels.xla import Chunked
 
 BOUND = {jnp.bfloat16: 1.2e-2, jnp.float16: 2e-3}  # probabilities and gradients of scores are rounded

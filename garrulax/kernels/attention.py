@@ -15,7 +15,7 @@ from garrulax.kernels.sharded import Sharded
 
 IMPLEMENTATIONS = {
     "pallas_tpu": "garrulax.kernels.experimental.tpu:TpuAttention",
-    "pallas_gpu": "garrulax.kernels.gpu:GPUAttention",
+    "pallas_gpu": "garrulax.kernels.pallas_gpu:GPUAttention",
     "cudnn": "garrulax.kernels.cudnn:Cudnn",
     "xla": "garrulax.kernels.xla:Chunked",
     "dense": "garrulax.kernels.dense:Dense",

@@ -13,7 +13,6 @@ PRESETS       name -> Config
 """
 
 import dataclasses
-import difflib
 from types import ModuleType
 from typing import Any
 
@@ -23,6 +22,7 @@ from jax.sharding import Mesh
 
 from garrulax.core import sharding, spec
 from garrulax.core.blanks import Blanks
+from garrulax.core.names import nearest
 from garrulax.kernels.mask import Mask
 from garrulax.layers.cache import Cache, make_cache
 from garrulax.models import chatglm, falcon, glm, glm130b, gpt, llama
@@ -69,8 +69,8 @@ def preset(name: str, **changes: Any) -> Any:
 
 
 def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), 1, 0.3)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    close = nearest(name, known, cutoff=0.3)
+    return f"; did you mean {close!r}?" if close else ""
 
 
 def init(

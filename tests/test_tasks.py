@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import re
+import runpy
 
 import jax
 import jax.numpy as jnp
@@ -273,3 +275,11 @@ def test_fine_tuning_on_a_mesh_equals_one_device():
         assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, gradients)
+
+
+def test_the_example_runs(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["gpt1_tasks.py", "--steps", "2"])
+    runpy.run_path("examples/gpt1_tasks.py", run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "pre-training" in printed
+    assert re.search(r"accuracy on held-out files: \d+\.\d% \(chance is 50 %\)", printed)

@@ -1,6 +1,6 @@
 """A corpus: text on disk as a sequence of documents, with a fixed held-out part.
 
-A corpus reads its files anew in every iteration and never holds all of the text in memory. The choice of the held-out
+A corpus reads its files again in every iteration and never has the whole text in memory. The choice of the held-out
 part depends on the text alone, so it is the same on every machine and in every process.
 """
 
@@ -151,7 +151,7 @@ class Corpus:
 
 
 def xz_bits_per_byte(texts: Iterable[str], limit: int = 2**24) -> float:
-    """The size of a text compressed by `xz -9`, in bits per byte: to compare a model's held-out bits per byte with.
+    """Bits per byte of a text compressed by `xz -9`, a baseline for the bits per byte of a model.
 
     Args:
       texts: the held-out text alone, such as `(d.text for d in corpus.split("valid"))`; they are joined.

@@ -260,7 +260,9 @@ class _Loop:
         if finished and evaluation is None:  # the run was resumed after its last step
             evaluation = self.evaluate(state.params, run.data.held_out())
         if not finished:
-            self.progress.say(f"stopped and saved at step {step:,}; to go on: garrulax train --resume {run.folder}")
+            self.progress.say(
+                f"stopped and saved at step {step:,}; continue with: garrulax train --resume {run.folder}"
+            )
         return Result(
             state.params, step, finished, evaluation, self.checkpoints.best, self.draw() if finished else None
         )
@@ -272,5 +274,5 @@ class _Loop:
         try:
             return plots.draw(self.run.folder, f"{self.run.folder.name}: {models.count(self.run.config):,} parameters")
         except ImportError:
-            self.progress.say("no loss curves are drawn: pip install 'garrulax[plots]' brings matplotlib")
+            self.progress.say("no loss curves are drawn; to get them: pip install 'garrulax[plots]'")
             return None

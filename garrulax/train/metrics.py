@@ -36,7 +36,7 @@ class MetricsLog:
         try:
             from tensorboardX import SummaryWriter
         except ImportError:
-            self.note = "TensorBoard events are not written: pip install 'garrulax[plots]' brings tensorboardX"
+            self.note = "no TensorBoard events are written; to get them: pip install 'garrulax[plots]'"
         else:
             self._events = SummaryWriter(str(Path(folder, "events")), purge_step=step + 1)
 

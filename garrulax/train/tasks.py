@@ -14,7 +14,7 @@ the model and a head named `classifier`:
     state = init_state(config, optimizer, seed, params=params, specs=specs)
     step = make_train_step(config, settings, optimizer, make_objective("entailment"))
 
-examples/gpt1_tasks.py is a whole program.
+examples/gpt1_tasks.py is a complete program.
 """
 
 import dataclasses

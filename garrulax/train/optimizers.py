@@ -1,7 +1,7 @@
 """Optimizers, built from the settings and from the role of every parameter: matrix, embedding or vector."""
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -30,20 +30,21 @@ def make_optimizer(settings: "Settings", specs: Tree) -> optax.GradientTransform
     """
     clip = optax.clip_by_global_norm(settings.clip) if settings.clip else optax.identity()
     if settings.optimizer == "adamw":
-        return optax.chain(clip, _adamw(settings, schedule_of(settings, "lr"), specs))
+        return optax.chain(clip, _adamw(settings, schedule_of(settings, settings.lr), specs))
     labels = map_specs(lambda s: "muon" if s.role == "matrix" else "adam", specs)
     parts = {
-        "muon": _muon(settings, schedule_of(settings, "lr"), specs),
-        "adam": _adamw(settings, schedule_of(settings, "adam_lr"), specs),
+        "muon": _muon(settings, schedule_of(settings, settings.lr), specs),
+        "adam": _adamw(settings, schedule_of(settings, settings.adam_lr), specs),
     }
     return optax.chain(clip, optax.partition(parts, labels))
 
 
-def schedule_of(settings: "Settings", rate: Literal["lr", "adam_lr"]) -> Schedule:
-    """The schedule of one of the two learning rates in the settings."""
+def schedule_of(settings: "Settings", peak: float | None) -> Schedule:
+    """The learning-rate schedule of the settings, with the given peak: `settings.lr` or `settings.adam_lr`."""
+    assert peak is not None  # Settings replaces None by the default of the optimizer
     return make_schedule(
         settings.schedule,
-        getattr(settings, rate),
+        peak,
         settings.steps,
         warmup=settings.warmup,
         min_ratio=settings.min_lr_ratio,

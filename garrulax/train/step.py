@@ -39,7 +39,7 @@ def make_train_step(
       objective: to minimise, see `train.objectives`.
     """
     gradient = _gradient(config, settings, objective)
-    schedule = schedule_of(settings, "lr")
+    schedule = schedule_of(settings, settings.lr)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step) if settings.dropout else None

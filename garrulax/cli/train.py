@@ -147,11 +147,10 @@ def fit(config: ModelConfig, settings: Settings, tokenizer: Tokenizer) -> ModelC
     if config.vocab == models.preset(settings.preset).vocab:
         config = dataclasses.replace(config, vocab=tokenizer.vocab)
     if config.vocab < tokenizer.vocab:
+        trains_one = settings.tokenizer == "sentencepiece"
         raise ValueError(
-            f"model.vocab={config.vocab} is smaller than the tokenizer's {tokenizer.vocab} ids: "
-            "leave out model.vocab, which then follows the tokenizer"
-            + f", or train a smaller one with vocab={config.vocab}"
-            * (settings.tokenizer == "sentencepiece")
+            f"model.vocab={config.vocab} is smaller than the tokenizer's {tokenizer.vocab} ids: leave out model.vocab"
+            + (f", or train a smaller tokenizer with vocab={config.vocab}" if trains_one else "")
         )
     if settings.window > config.context:
         raise ValueError(f"window={settings.window} is longer than model.context={config.context}: change one of them")

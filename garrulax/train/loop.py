@@ -149,9 +149,8 @@ class _Loop:
         self.train_step = make_train_step(c, s, self.optimizer, objective)
         self.evaluate = make_evaluate(c, objective, mesh=mesh, precision=s.precision)
         self.timer = StepTimer()
-        self.pending: deque[tuple[int, Metrics]] = (
-            deque()
-        )  # metrics not yet reported; the device may still compute them
+        # Steps that are not reported yet, and their metrics, which the device may still compute.
+        self.pending: deque[tuple[int, Metrics]] = deque()
 
     def first_state(self, resume: bool) -> TrainState:
         """The state to start from: new, or of the latest checkpoint. Writes run.json."""

@@ -1,10 +1,10 @@
-"""What it costs to begin: the import, and tracing and lowering a train step of a 70-billion-parameter LLaMA.
+"""Times the import of garrulax, and tracing and lowering a training step of a LLaMA with 70 billion parameters.
 
     python benchmarks/startup.py
 
-Prints the seconds that `import garrulax`, and the first use of its names, add to `import jax` (each in a fresh
-process, medians of five), and the seconds to trace and lower one AdamW step of llama2-70b on an abstract state: no
-parameter is allocated, as the peak memory of the process shows.
+Prints the seconds that `import garrulax`, and the first use of its public names, add to `import jax` (medians of five
+new processes each); the seconds to trace and lower one AdamW step of llama2-70b on an abstract state; and the peak
+memory of the process, which shows that no parameter is allocated.
 """
 
 import resource
@@ -15,7 +15,7 @@ import time
 
 
 def imports() -> tuple[float, float]:
-    """Median seconds that importing garrulax, and then using its whole API, add to importing jax."""
+    """Median seconds that importing garrulax, and importing and using its whole API, add to importing jax."""
 
     def seconds(code):
         program = f"import time; s = time.perf_counter(); {code}; print(time.perf_counter() - s)"
@@ -28,7 +28,7 @@ def imports() -> tuple[float, float]:
 
 
 def lower() -> tuple[float, str]:
-    """Seconds to trace and lower the step, and the start of what was lowered."""
+    """Seconds to trace and lower the step, and the first characters of the lowered program."""
     import jax
 
     import garrulax as gx

@@ -1,10 +1,10 @@
-"""nanoGPT's CPU recipe on tinyshakespeare's characters, and the recipe that Garrulax takes by default.
+"""Trains on the characters of tinyshakespeare with nanoGPT's CPU recipe and with Garrulax's default settings.
 
     python benchmarks/tinyshakespeare.py PATH/TO/tinyshakespeare.txt [--seeds 2] [--recipes nanogpt default]
 
-4 layers, 4 heads, 128 wide, windows of 64 characters, 12 a batch, 2,000 steps, no dropout; the first 90 % of the text
-to train on, the rest held out. The loss is that of the whole held-out text, in windows of 64. nanoGPT itself, in
-PyTorch, reaches 1.900 +- 0.007 over four seeds with its recipe; AdamW at lr 4e-3 reaches 1.78.
+The model has 4 layers, 4 heads and width 128; a batch has 12 windows of 64 characters; 2,000 steps, no dropout. The
+first 90 % of the text are for training. The loss is the mean over the other 10 %, in windows of 64. nanoGPT in PyTorch
+reaches 1.900 +- 0.007 over four seeds with its recipe; AdamW at lr 4e-3 reaches 1.78.
 """
 
 import argparse
@@ -28,7 +28,7 @@ RECIPES = {"nanogpt": [*ADAMW, "lr=1e-3"], "tuned-adamw": [*ADAMW, "lr=4e-3"], "
 
 
 def run(folder: Path, recipe: str, seed: int) -> float:
-    """Held-out loss after the last step, nats a character."""
+    """Trains once; returns the held-out loss after the last step, in nats per character."""
     where = folder / f"{recipe}-{seed}"
     text = [f"corpus={folder / 'train.txt'}", f"valid={folder / 'valid.txt'}"]
     if main(["train", *SIZES, *RECIPES[recipe], *text, f"seed={seed}", "--run", str(where)]):

@@ -1,10 +1,11 @@
-"""A training step against PyTorch's on this machine: same GPT-2, same batch, AdamW, clipping, float32.
+"""Times a training step of Garrulax and of PyTorch on this machine: same GPT-2, same batch, AdamW, clipping, float32.
 
     python benchmarks/train_step.py --torch-python PATH [--rounds 5] [--sizes small medium]
 
-Garrulax and PyTorch (eager, and torch.compile) run in turns, each in a process of its own, so that a machine whose
-speed drifts is fair to all; the medians over the rounds and their ratios are printed. PATH is the Python of an
-environment with torch==2.13.0. The FLOPs are 6 a weight and 12 L H C T of attention a token (models/summary.py).
+Garrulax, PyTorch eager and torch.compile run one after another in every round, each in a new process, so that a
+machine whose speed changes slows all of them alike. Prints medians over the rounds, and ratios within the rounds. PATH
+is the Python of an environment with torch==2.13.0. A token takes 6 FLOPs for each weight and 12 L H C T for attention
+(models/summary.py).
 """
 
 import argparse
@@ -23,7 +24,7 @@ PEER = Path(__file__).parent / "peers" / "torch_train.py"
 
 
 def ours(size: str) -> dict:
-    """Median milliseconds of Garrulax's step, after a warm-up of a quarter of the steps."""
+    """Median milliseconds of a Garrulax step; the first quarter of the steps is a warm-up."""
     import time
 
     import jax
@@ -56,7 +57,7 @@ def ours(size: str) -> dict:
 
 
 def compare(size: str, rounds: int, torch_python: str) -> None:
-    """Runs the three in turns and prints medians and ratios."""
+    """Runs all three in every round; prints medians and ratios."""
     sizes = [word for k, v in SIZES[size].items() for word in (f"--{k}", str(v))]
     commands = {
         "garrulax": [sys.executable, __file__, "--ours", size],

@@ -1,4 +1,4 @@
-"""LLaMA 3 from a preset: its cost, its parameters, one forward pass, its gradient, and the same on a mesh.
+"""LLaMA 3 from a preset: its size, a forward pass, a gradient, decoding with a cache, and the same on a mesh.
 
 Run: python examples/llama_forward.py
 """
@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import garrulax as gx
 
 big = gx.preset("llama3-8b")
-print(f"llama3-8b has {gx.count(big):,} parameters; nothing was allocated to know that")
+print(f"llama3-8b has {gx.count(big):,} parameters; counting them allocates nothing")
 
-# The same family at a size for a laptop: every field of the configuration can be changed.
+# The same family at the size of a laptop. Every field of the config can be changed.
 config = gx.preset("llama3-8b", vocab=512, width=128, layers=4, heads=8, kv_heads=2, head_dim=16, mlp_width=352)
 params = gx.init(config, jax.random.key(0))
 tokens = jax.random.randint(jax.random.key(1), (8, 32), 0, config.vocab)
@@ -32,13 +32,13 @@ def loss(params, tokens):
 
 print("gradient of the query projections", jax.grad(loss)(params, tokens)["blocks"]["attention"]["query"].shape)
 
-# Decoding by hand: a cache, then one token at a time.
+# Decoding without gx.generate: fill a cache with the tokens, then add one token to it.
 cache = gx.cache_for(params, config, batch=8, size=40)
 logits, cache = forward(params, tokens, config, cache=cache)
 logits, cache = forward(params, logits[:, -1:].argmax(-1), config, cache=cache)
-print("cache holds", int(cache.used), "tokens a row")
+print("the cache has", int(cache.used), "tokens a row")
 
-# The same program on a mesh: parameters split over four devices by width and two by heads, batch over four.
+# The same program on a mesh: parameters are split over four devices by width and two by heads, the batch over four.
 mesh = gx.make_mesh("fsdp=4,tensor=2")
 with jax.set_mesh(mesh):
     sharded = gx.init(config, jax.random.key(0), mesh=mesh)

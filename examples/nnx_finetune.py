@@ -1,6 +1,6 @@
-"""Fine-tuning inside a plain Flax NNX program: the model is an nnx.Module, the loop is what nnx programs look like.
+"""Fine-tuning in a plain Flax NNX program: the model is an nnx.Module, and the loop is an ordinary NNX loop.
 
-Goes on with the model in a folder (`--model runs/quickstart-gpt/model`), or begins a small LLaMA over bytes. The text
+Fine-tunes the model of a folder (`--model runs/quickstart-gpt/model`), or trains a new small LLaMA on bytes. The text
 is the source of Python's standard library. Run: python examples/nnx_finetune.py
 """
 
@@ -16,15 +16,15 @@ from garrulax.flax import nnx_module, params_of
 from garrulax.hub.tokenizers import ByteTokenizer
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--model", help="a model folder to go on with")
+parser.add_argument("--model", help="folder of a model to fine-tune")
 parser.add_argument("--steps", type=int, default=200)
-parser.add_argument("--out", default="runs/nnx-finetune", help="where the result is saved")
+parser.add_argument("--out", default="runs/nnx-finetune", help="folder to save the result in")
 args = parser.parse_args()
 
 if args.model:
     loaded = gx.load(args.model)
     config, tokenizer = loaded.config, loaded.tokenizer
-    model = nnx_module(config, params=loaded.params)  # the arrays of `params` themselves, not copies
+    model = nnx_module(config, params=loaded.params)  # it uses the arrays of `params`, not copies
 else:
     tokenizer = ByteTokenizer()
     config = gx.preset("llama-tiny", vocab=tokenizer.vocab, layers=2, eos=tokenizer.eos)
@@ -55,6 +55,6 @@ for i in range(args.steps):
     if i % 25 == 0 or i == args.steps - 1:
         print(f"step {i:4d}  loss {value:.3f} nats per token")
 
-finished = gx.Model(config, params_of(model), tokenizer)  # out of NNX again
+finished = gx.Model(config, params_of(model), tokenizer)  # back from NNX to a tree of parameters
 gx.save(finished, args.out)
 print(f"saved to {args.out}; it writes:", repr(gx.generate(finished, "def ", max_new_tokens=40, temperature=0.5).text))

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Trains a small GPT and a small GLM on the Python standard library's own source and lets them write. About five
-# minutes on two CPU cores. Every line after a $ is a command that you can type yourself.
+# Trains a small GPT and a small GLM on the source of Python's standard library, then generates text with them. It takes
+# about five minutes on two CPU cores. Every line after a $ is a command that you can type yourself.
 set -eu
 
 run() {
@@ -19,7 +19,7 @@ say() {
     printf '\n== %s\n' "$*"
 }
 
-fresh() { # an unused folder: earlier runs are kept
+fresh() { # the name of a new folder, so that earlier runs are kept
     folder=$1
     number=2
     while [ -e "$folder" ]; do
@@ -33,32 +33,32 @@ gpt=$(fresh runs/quickstart-gpt)
 glm=$(fresh runs/quickstart-glm)
 
 say "1. A GPT-2 of 1.3 million parameters learns to continue Python code (about three minutes)."
-echo "   The text is the source of Python's standard library, which every machine has. A tokenizer is trained first."
-echo "   bits/byte is how well the model compresses text it has not seen; xz is the yardstick. Ctrl-C saves and stops."
+echo "   The text is the source of Python's standard library. A tokenizer is trained first. Bits/byte say how well the"
+echo "   model compresses text it was not trained on; xz is printed for comparison. Ctrl-C saves and stops."
 run train gpt2-tiny steps=3200 eval_every=500 --run "$gpt"
 
-say "2. It completes a function definition. A fixed seed gives the same text again."
+say "2. It completes a function definition. The same seed gives the same text."
 run generate "$gpt" 'def read_file(path, encoding=' --max-new-tokens 80 --temperature 0.6 --seed 1
 
 say "3. A GLM of the same size learns to fill blanks (about ninety seconds)."
-echo "   It reads what stands before and after a [MASK] and writes what is missing."
+echo "   It reads the text before and after a [MASK] and writes the missing part."
 run train glm-tiny steps=1000 eval_every=500 --run "$glm"
 
-say "4. It fills two blanks of one text, each with a span of its own."
-echo "   After a minute the form is right and the sense is not: more steps make it look both ways."
+say "4. It fills two blanks of one text."
+echo "   After such a short training the form is right but the meaning is not; more steps improve it."
 run fill "$glm" 'def __init__([MASK], name):
     self.name = [MASK]
 ' --max-new-tokens 12 --temperature 0
 
 say "Done."
 cat <<EOF
-What there is now
+The results
   $gpt/model      the trained model in Hugging Face layout: config.json, safetensors, tokenizer
   $gpt/loss.png   its loss curves; metrics.jsonl has the numbers, events/ is for TensorBoard
-What to type next
-  garrulax info gpt2-tiny                                  what the model is made of
-  garrulax train --list                                    every setting and its default
+Next commands to try
+  garrulax info gpt2-tiny                                  the model's configuration, parameters, memory and FLOPs
+  garrulax train --list                                    every setting, its default and its meaning
   garrulax train llama-tiny corpus=YOUR_FOLDER --run runs/mine   another family on your own text
   garrulax generate $gpt 'class Stack:' --temperature 0.8
-  python examples/research_loop.py                         a training loop of your own in 40 lines
+  python examples/research_loop.py                         a custom training loop in 40 lines
 EOF

@@ -1,6 +1,6 @@
-"""A research training script with a loss of your own: next-token prediction plus a z-loss, in plain JAX and Optax.
+"""A training script with a custom loss, next-token prediction plus a z-loss, in plain JAX and Optax.
 
-Trains on the text of the Python standard library, one byte a token. Run: python examples/research_loop.py
+Trains on the source of Python's standard library, one byte a token. Run: python examples/research_loop.py
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """The command line: what it prints, what it refuses, and with which exit code."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from tiny import byte_model
 
 import garrulax as gx
 from garrulax.cli import main
+from garrulax.train.settings import Settings, read_settings
 
 TEXT = "".join(f"def f{i}(x):\n    return x * {i} + {i * 7 % 13}\n\n" for i in range(300))
 TINY = ["model.width=32", "model.layers=2", "model.heads=4", "window=24", "batch=4", "steps=3", "tokenizer=bytes"]
@@ -69,6 +71,17 @@ def test_train_and_fill_a_glm(folder, capsys):
     assert "[MASK]" not in out
 
 
+def test_list_explains_every_setting_as_it_is_written(capsys):
+    assert main(["train", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for field in dataclasses.fields(Settings):
+        (line,) = [line for line in lines if line.startswith(f"  {field.name}=")]
+        assert len(line.split("  ")) > 2, line
+        value = line.split()[0]
+        if value != f"{field.name}=":
+            assert read_settings(None, [value])[0] == Settings()
+
+
 def test_info_counts_exactly(capsys):
     assert main(["info", "gpt2"]) == 0
     out = capsys.readouterr().out
@@ -90,7 +103,10 @@ def test_usage_errors_are_one_line_and_exit_2(folder, capsys):
     assert "window" in refused(
         capsys, 2, "train", "gpt2-tiny", "tokenizer=bytes", f"corpus={folder / 'short.txt'}", "--run", folder / "r"
     )
-    assert "vocab" in refused(capsys, 2, "train", "gpt2-tiny", "vocab=30000", code, "--run", folder / "r")
+    assert "vocab=NUMBER" in refused(capsys, 2, "train", "gpt2-tiny", "vocab=30000", code, "--run", folder / "r")
+    line = refused(capsys, 2, "train", "gpt2-tiny", "vocab=400", "model.vocab=300", code, "--run", folder / "r")
+    assert "the tokenizer's 400 ids: leave out model.vocab" in line
+    assert "vocab=300" in line
     assert "needs 3 devices" in refused(
         capsys, 2, "train", "gpt2-tiny", *TINY, code, "--mesh", "fsdp=3", "--run", folder / "r"
     )
@@ -103,7 +119,6 @@ def test_usage_errors_are_one_line_and_exit_2(folder, capsys):
 def test_glms_whose_blanks_are_not_made_are_refused():
     from garrulax import models
     from garrulax.cli.train import fit
-    from garrulax.train.settings import Settings
 
     with pytest.raises(ValueError, match=r"not those of chatglm-6b: choose a glm preset"):
         fit(models.preset("chatglm-6b"), Settings(corpus=("x",), preset="chatglm-6b"), None)

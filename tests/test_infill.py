@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 
 from garrulax.hub.tokenizers import GLM_SPECIALS, GPT_SPECIALS, ByteTokenizer
+from garrulax.train.batches import causal_batch
 from garrulax.train.infill import (
+    BlankMix,
     InfillTokens,
-    Mix,
     assemble,
-    causal,
     empty_batch,
-    fill_row,
-    infill,
+    infill_batch,
     sentence_spans,
     source_window,
     token_spans,
+    write_row,
 )
 
 ORACLE = Path(__file__).parent / "oracles" / "glm_original_s0.npz"
@@ -26,7 +26,7 @@ MODES = ["token", "token_noshuffle", "token_dblock", "sentence", "document", "do
 EOS, SOP, EOP, CLS, MASK, GMASK, SMASK, DBLOCK = 100, 101, 102, 103, 104, 107, 108, 109  # the oracle's ids
 ENDS = np.isin(np.arange(128), np.arange(10, 100, 10))
 IDS = InfillTokens(CLS, MASK, SMASK, GMASK, SOP, EOP, EOS, EOS, ENDS, DBLOCK)
-ONLY = {"token": Mix(1, 0, 0), "sentence": Mix(0, 1, 0), "document": Mix(0, 0, 1)}
+ONLY = {"token": BlankMix(1, 0, 0), "sentence": BlankMix(0, 1, 0), "document": BlankMix(0, 0, 1)}
 
 
 def oracle_spans(text, sep, pos, size):
@@ -54,7 +54,7 @@ def test_assemble_reproduces_the_original_code(mode):
             inputs[begin + blocked] = DBLOCK
         example = assemble(source, spans, mask, SOP, None if mode == "document" else EOP, inputs)
         assert example[3] == sep
-        fill_row(batch, row, *example)
+        write_row(batch, row, *example)
     np.testing.assert_array_equal(batch["tokens"], z["text"])
     np.testing.assert_array_equal(batch["targets"], z["target"])
     np.testing.assert_array_equal(batch["weights"], z["loss_mask"])
@@ -70,7 +70,7 @@ def test_assemble_worked_example():
     assert targets.tolist() == [1, 2, 90, 4, 90, 5, 6, 92, 3, 92]
     assert positions.tolist() == [[0, 1, 2, 3, 4, 4, 4, 4, 2, 2], [0, 0, 0, 0, 0, 1, 2, 3, 1, 2]]
     batch = empty_batch(1, 12, pad=7)
-    fill_row(batch, 0, tokens, targets, positions, split)
+    write_row(batch, 0, tokens, targets, positions, split)
     assert batch["rank"].tolist() == [[0, 0, 0, 0, 0, 6, 7, 8, 9, 10, 0, 0]]
     assert batch["weights"].tolist() == [[0] * 5 + [1] * 5 + [0, 0]]
     assert batch["segment"].tolist() == [[0] * 10 + [-1, -1]]
@@ -102,7 +102,7 @@ def restore(batch, row):
 @pytest.mark.parametrize("documents", [False, True])
 def test_filling_the_blanks_gives_the_text_back(kind, documents):
     windows = texts(64, 60, documents=documents)
-    batch = infill(windows, range(64), 5, IDS, 90, ONLY[kind])
+    batch = infill_batch(windows, range(64), 5, IDS, 90, ONLY[kind])
     mask = {"token": MASK, "sentence": SMASK, "document": GMASK}[kind]
     for row in range(64):
         assert restore(batch, row) == [CLS, *windows[row].tolist()]
@@ -122,7 +122,7 @@ def test_token_spans_follow_the_paper():
     source = np.concatenate([[CLS], texts(1, 511)[0]])
     lengths, covered, begins = [], [], np.zeros(512)
     for _ in range(2000):
-        spans = token_spans(source, rng, EOS, most=100)
+        spans = token_spans(source, rng, EOS, max_spans=100)
         assert all(a[1] < b[0] for a, b in itertools.pairwise(spans)), "spans touch"
         assert spans[0][0] >= 1
         assert spans[-1][1] <= 511, "the last token is masked"
@@ -146,7 +146,7 @@ def test_token_spans_stay_in_documents_and_within_the_budget():
     rng = np.random.default_rng(1)
     for row in texts(200, 127, documents=True):
         source = np.concatenate([[CLS], row])
-        spans = token_spans(source, rng, EOS, most=4)
+        spans = token_spans(source, rng, EOS, max_spans=4)
         assert 1 <= len(spans) <= 4
         for begin, stop in spans:
             assert EOS not in source[begin:stop]
@@ -154,7 +154,7 @@ def test_token_spans_stay_in_documents_and_within_the_budget():
 
 
 def test_part_b_is_in_random_order():
-    batch = infill(texts(300, 110), range(300), 0, IDS, 160, ONLY["token"])
+    batch = infill_batch(texts(300, 110), range(300), 0, IDS, 160, ONLY["token"])
     first = [np.flatnonzero(row == SOP)[:2] for row in batch["tokens"]]
     rising = [batch["positions"][i, 0, a] < batch["positions"][i, 0, b] for i, (a, b) in enumerate(first)]
     assert 0.4 < np.mean(rising) < 0.6
@@ -178,7 +178,7 @@ def test_sentence_spans_are_whole_sentences():
 
 
 def test_document_blanks_are_suffixes_or_interior():
-    batch = infill(texts(400, 62), range(400), 0, IDS, 80, Mix(0, 0, 1, document_ratio=0.5))
+    batch = infill_batch(texts(400, 62), range(400), 0, IDS, 80, BlankMix(0, 0, 1, document_ratio=0.5))
     eop = (batch["targets"] == EOP).any(1)
     assert 0.4 < eop.mean() < 0.6, "half are interior spans, which end with eop"
     suffix = ~eop
@@ -186,13 +186,13 @@ def test_document_blanks_are_suffixes_or_interior():
     scored = batch["weights"].sum(1) - eop
     assert scored.min() >= 31
     assert scored.max() <= 61
-    several = infill(np.where(np.arange(62) == 30, EOS, texts(50, 62)), range(50), 0, IDS, 80, Mix(0, 0, 1))
+    several = infill_batch(np.where(np.arange(62) == 30, EOS, texts(50, 62)), range(50), 0, IDS, 80, BlankMix(0, 0, 1))
     assert not (several["targets"] == EOP).any(), "a text of several documents is always continued"
 
 
 def test_mix_and_block_masks():
-    mix = Mix(token=0.5, sentence=0.3, document=0.2, block=0.25)
-    batch = infill(texts(3000, 60), range(3000), 3, IDS, 90, mix)
+    mix = BlankMix(token=0.5, sentence=0.3, document=0.2, block=0.25)
+    batch = infill_batch(texts(3000, 60), range(3000), 3, IDS, 90, mix)
     share = [np.mean((batch["tokens"] == mask).any(1)) for mask in (MASK, SMASK, GMASK)]
     np.testing.assert_allclose(share, [0.5, 0.3, 0.2], atol=0.03)
     token_rows = (batch["tokens"] == MASK).any(1)
@@ -206,9 +206,9 @@ def test_mix_and_block_masks():
 
 def test_a_row_depends_on_its_number_and_the_seed_alone():
     windows = texts(16, 60)
-    whole = infill(windows, range(32, 48), 9, IDS, 80)
-    half = infill(windows[8:], range(40, 48), 9, IDS, 80)
-    other = infill(windows, range(32, 48), 10, IDS, 80)
+    whole = infill_batch(windows, range(32, 48), 9, IDS, 80)
+    half = infill_batch(windows[8:], range(40, 48), 9, IDS, 80)
+    other = infill_batch(windows, range(32, 48), 10, IDS, 80)
     for name in whole:
         np.testing.assert_array_equal(whole[name][8:], half[name])
     assert (whole["tokens"] != other["tokens"]).any(1).mean() > 0.9
@@ -218,7 +218,7 @@ def test_source_window_leaves_room():
     for length in (64, 128, 512, 1024):
         window = source_window(length)
         assert window > 0.8 * length - 10
-        batch = infill(texts(200, window + 1), range(200), 0, IDS, length, ONLY["token"])
+        batch = infill_batch(texts(200, window + 1), range(200), 0, IDS, length, ONLY["token"])
         eaten = (batch["weights"] > 0).sum(1) - (batch["targets"] == EOP).sum(1)
         assert np.mean(eaten >= int(0.15 * (window + 2))) > 0.97, "spans were given up"
 
@@ -236,17 +236,17 @@ def test_tokens_of_a_tokenizer():
 
 def test_bad_input():
     with pytest.raises(ValueError, match="needs 63 or more"):
-        infill(texts(1, 60), [0], 0, IDS, 62)
+        infill_batch(texts(1, 60), [0], 0, IDS, 62)
     with pytest.raises(ValueError, match="too short for blank infilling"):
         source_window(16)
     with pytest.raises(ValueError, match="must not be negative"):
-        Mix(token=-1)
+        BlankMix(token=-1)
     with pytest.raises(ValueError, match="document_ratio"):
-        Mix(document_ratio=2)
+        BlankMix(document_ratio=2)
 
 
 def test_causal():
-    batch = causal(np.arange(10, dtype=np.int32).reshape(2, 5))
+    batch = causal_batch(np.arange(10, dtype=np.int32).reshape(2, 5))
     assert batch["tokens"].tolist() == [[0, 1, 2, 3], [5, 6, 7, 8]]
     assert batch["targets"].tolist() == [[1, 2, 3, 4], [6, 7, 8, 9]]
     assert batch["weights"].tolist() == [[1] * 4] * 2

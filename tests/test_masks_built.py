@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from garrulax.kernels import masks
 from garrulax.kernels.blocks import block_map
 from garrulax.kernels.mask import INF, PAD
-from garrulax.train.infill import InfillTokens, infill
+from garrulax.train.infill import InfillTokens, infill_batch
 
 T = 12
 SEGMENT = jnp.zeros((1, 8), int)
@@ -139,7 +139,7 @@ def test_infilling_in_packed_rows(row, share):
 
 def test_infilling_has_the_ranks_of_training_rows():
     ids = InfillTokens(90, 91, 91, 91, 92, 93, 94, 95, np.zeros(128, bool))
-    batch = infill(np.arange(60).reshape(3, 20), range(3), 0, ids, 32)
+    batch = infill_batch(np.arange(60).reshape(3, 20), range(3), 0, ids, 32)
     mask = masks.infilling(jnp.asarray(batch["segment"]), jnp.asarray(batch["rank"] == 0))
     real = batch["segment"] >= 0
     assert (batch["rank"] > 0).any()

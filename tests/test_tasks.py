@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import re
+import runpy
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +27,7 @@ from garrulax.train.step import make_train_step
 
 Z = np.load(FOLDER / "gpt1_tasks_s0.npz")
 CONFIG = models.gpt.Config(vocab=93, context=24, width=32, layers=3, heads=4, post_norm=True, bos=None, eos=None)
-CONTROL = tasks.Control(90, 91, 92)
+CONTROL = tasks.ControlTokens(90, 91, 92)
 CONTRACT = 2e-6
 HEAD = {"classification": 3, "entailment": 3, "similarity": 3, "multiple_choice": 1}
 PREFIX = {"multiple_choice": "mc"}
@@ -64,7 +66,9 @@ def everything(p, batch, task):
     x = tasks.hidden_states(p, batch, CONFIG)
     logits = tasks.task_logits(p, x, batch, task)
     lm = {outputs: tasks.lm_losses(p, x, batch, CONFIG, outputs).reshape(-1) for outputs in tasks.LM_OUTPUTS}
-    objective = {outputs: tasks.finetuning(task, lm_outputs=outputs)(p, batch, CONFIG) for outputs in tasks.LM_OUTPUTS}
+    objective = {
+        outputs: tasks.make_objective(task, lm_outputs=outputs)(p, batch, CONFIG) for outputs in tasks.LM_OUTPUTS
+    }
     return logits, negative_log_likelihood(logits, batch["labels"]), lm, objective
 
 
@@ -125,7 +129,7 @@ def test_long_texts_keep_their_beginning():
         (lambda: tasks.sequences("cloze", [[1]], CONTROL, 9), "unknown task 'cloze': choose from classification"),
         (lambda: tasks.sequences("entailment", [[1]], CONTROL, 9), "is a premise and a hypothesis, not 1 texts"),
         (lambda: tasks.sequences("multiple_choice", [[1], [2]], CONTROL, 9), "at least two answers, not 2 texts"),
-        (lambda: tasks.sequences("similarity", [[1], [2]], CONTROL, 4), "length=4 has no room for two texts"),
+        (lambda: tasks.sequences("similarity", [[1], [2]], CONTROL, 4), "length=4 is too short for two texts"),
         (lambda: tasks.make_batch("classification", [[[1]]], [0, 1], CONTROL, 9), "1 examples and 2 labels"),
         (lambda: tasks.make_batch("classification", [[[1]]], [-1], CONTROL, 9), "labels"),
         (lambda: tasks.make_batch("multiple_choice", [[[1], [2], [3]]], [2], CONTROL, 9), "labels"),
@@ -133,9 +137,9 @@ def test_long_texts_keep_their_beginning():
             lambda: tasks.make_batch("multiple_choice", [[[1], [2], [3]], [[1]] * 4], [0, 0], CONTROL, 9),
             "same number of choices",
         ),
-        (lambda: tasks.finetuning("ranking"), "unknown task 'ranking'"),
-        (lambda: tasks.finetuning("similarity", lm_outputs="all"), "unknown lm_outputs 'all'"),
-        (lambda: tasks.finetuning("similarity", head_dropout=1.0), "head_dropout=1.0"),
+        (lambda: tasks.make_objective("ranking"), "unknown task 'ranking'"),
+        (lambda: tasks.make_objective("similarity", lm_outputs="all"), "unknown lm_outputs 'all'"),
+        (lambda: tasks.make_objective("similarity", head_dropout=1.0), "head_dropout=1.0"),
         (
             lambda: tasks.hidden_states({}, {"tokens": np.zeros((1, 1, 25), int)}, CONFIG),
             "25 tokens are longer than the model's context=24",
@@ -158,7 +162,7 @@ def test_added_tokens_leave_the_model_as_it_was():
     params = gx.init(small, jax.random.key(0))
     wide, config = heads.add_tokens(params, small, 3, jax.random.key(1))
     assert config.vocab == 93
-    assert tasks.Control.of(config) == CONTROL
+    assert tasks.ControlTokens.of(config) == CONTROL
     assert jax.tree.map(jnp.shape, wide) == spec.map_specs(lambda s: s.shape, models.gpt.parameters(config))
     tokens = jnp.arange(20).reshape(2, 10)
     np.testing.assert_array_equal(gx.forward(wide, tokens, config)[0][..., :90], gx.forward(params, tokens, small)[0])
@@ -172,13 +176,13 @@ def test_the_head_s_dropout_is_one_for_all_choices():
     """Equal choices stay equal under dropout; and what stays is scaled so that the mean does."""
     p = {"weight": jnp.ones((64, 1)), "bias": jnp.zeros(1)}
     states = jnp.broadcast_to(jnp.arange(1.0, 201)[:, None, None], (200, 2, 64))
-    logits = heads.score(states, p, choose=True, rate=0.3, key=jax.random.key(0))
+    logits = heads.head_logits(states, p, choose=True, rate=0.3, key=jax.random.key(0))
     np.testing.assert_array_equal(logits[:, 0], logits[:, 1])
     kept = np.asarray(logits[:, 0] * 0.7 / jnp.arange(1.0, 201))
     np.testing.assert_allclose(kept, kept.round(), atol=1e-3)
     assert len(set(kept.round())) > 5  # every example has its own
     assert abs(kept.mean() / 64 - 0.7) < 4 * np.sqrt(0.3 * 0.7 / (64 * 200))
-    np.testing.assert_array_equal(heads.score(states, p, choose=True)[:, 0], 64 * jnp.arange(1.0, 201))
+    np.testing.assert_array_equal(heads.head_logits(states, p, choose=True)[:, 0], 64 * jnp.arange(1.0, 201))
 
 
 def test_embedding_dropout_falls_on_the_matrix():
@@ -188,7 +192,7 @@ def test_embedding_dropout_falls_on_the_matrix():
         residual_dropout=0.0, post_norm=True,
     )  # fmt: skip
     params, key = gx.init(c, jax.random.key(0)), jax.random.key(1)
-    dropped, without = tasks._with_dropped_matrix(params, c, jax.random.split(key, 3)[0])
+    dropped, without = tasks._with_embedding_dropout(params, c, jax.random.split(key, 3)[0])
     assert without == dataclasses.replace(c, embedding_dropout=0.0)
     for name in ("tokens", "positions"):
         before, after = params[name], dropped[name]
@@ -196,7 +200,7 @@ def test_embedding_dropout_falls_on_the_matrix():
         np.testing.assert_allclose(after, jnp.where(after == 0, 0, 2 * before))
     head = {"classifier": {"weight": jnp.ones((128, 2)), "bias": jnp.zeros(2)}}
     batch = {"tokens": np.full((1, 1, 8), 3), "weights": np.ones((1, 1, 8)), "labels": np.zeros(1, int)}
-    loss = jax.jit(tasks.finetuning("classification", head_dropout=0.0), static_argnums=2)
+    loss = jax.jit(tasks.make_objective("classification", head_dropout=0.0), static_argnums=2)
     with_key, _ = loss(params | head, batch, c, key)
     assert with_key == pytest.approx(float(loss(dropped | head, batch, without)[0]), rel=1e-6)
     assert with_key != pytest.approx(float(loss(params | head, batch, without)[0]), rel=1e-3)
@@ -230,7 +234,7 @@ def test_every_head_learns(task):
     rng = np.random.default_rng(0)
     small = models.gpt.Config(vocab=20, context=16, width=32, layers=2, heads=2, post_norm=True, init_std=0.1)
     params, config = heads.add_tokens(gx.init(small, jax.random.key(0)), small, 3, jax.random.key(1))
-    control = tasks.Control.of(config)
+    control = tasks.ControlTokens.of(config)
     outputs = {"entailment": 3, "multiple_choice": 1}.get(task, 2)
     head = {"classifier": heads.classifier(config, outputs)}
     params |= spec.init(head, jax.random.key(2))
@@ -240,7 +244,7 @@ def test_every_head_learns(task):
     )  # fmt: skip
     specs = models.gpt.parameters(config) | head
     optimizer = make_optimizer(settings, specs)
-    step = make_train_step(config, settings, optimizer, tasks.finetuning(task))
+    step = make_train_step(config, settings, optimizer, tasks.make_objective(task))
     state = init_state(config, optimizer, 0, params=params, specs=specs)
     for _ in range(settings.steps):
         batch = tasks.make_batch(task, *examples(task, rng, 32), control, 12)
@@ -258,7 +262,7 @@ def test_fine_tuning_on_a_mesh_equals_one_device():
     specs = models.gpt.parameters(small) | {"classifier": heads.classifier(small, HEAD[task])}
     params = spec.init(specs, jax.random.key(0))
     batch = tasks.make_batch(task, *examples(task, np.random.default_rng(0), 8), CONTROL, 12)
-    loss = jax.jit(jax.value_and_grad(lambda p, b: tasks.finetuning(task, lm_outputs="matrix")(p, b, small)[0]))
+    loss = jax.jit(jax.value_and_grad(lambda p, b: tasks.make_objective(task, lm_outputs="matrix")(p, b, small)[0]))
     expected, gradients = loss(params, batch)
     optimizer = make_optimizer(Settings(), specs)
     mesh = make_mesh("fsdp=4,tensor=2")
@@ -271,3 +275,11 @@ def test_fine_tuning_on_a_mesh_equals_one_device():
         assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, gradients)
+
+
+def test_the_example_runs(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["gpt1_tasks.py", "--steps", "2"])
+    runpy.run_path("examples/gpt1_tasks.py", run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "pre-training" in printed
+    assert re.search(r"accuracy on held-out files: \d+\.\d% \(chance is 50 %\)", printed)

@@ -18,7 +18,7 @@ from garrulax.train.settings import Settings
 from garrulax.train.state import TrainState, abstract_state, init_state
 
 CONFIG = models.gpt.Config(vocab=48, context=8, width=16, layers=2, heads=4)
-IDENTITY = settings.identity(Settings(), CONFIG, {"corpus": "abc", "tokenizer": "def"})
+IDENTITY = settings.run_identity(Settings(), CONFIG, {"corpus": "abc", "tokenizer": "def"})
 
 
 def small(value):

@@ -44,7 +44,7 @@ def test_what_a_run_leaves_behind(causal):
     assert result.step == 6
     assert sorted(os.listdir(folder)) == ["checkpoints", "events", "loss.png", "metrics.jsonl", "run.json"]
     assert result.picture == folder / "loss.png"
-    records = metrics.read(folder)
+    records = metrics.read_metrics(folder)
     assert [r["step"] for r in records if "valid_loss" in r] == [3, 6]
     assert [r["step"] for r in records if "loss" in r][-1] == 6
     last = records[-1]
@@ -54,7 +54,10 @@ def test_what_a_run_leaves_behind(causal):
     bits = result.evaluation.loss * tokens / np.log(2)
     assert last["bits_per_byte"] == pytest.approx(bits / training.TEXT.valid.bytes, rel=1e-6)
     assert f"held-out loss {result.evaluation.loss:.4f}" in printed
-    assert settings.load(folder) == (training.make(folder, CAUSAL).settings, training.make(folder, CAUSAL).config)
+    assert settings.read_run_file(folder) == (
+        training.make(folder, CAUSAL).settings,
+        training.make(folder, CAUSAL).config,
+    )
     assert result.evaluation.loss < 5.3 < records[0]["loss"]  # ln 264 is 5.58
     with pytest.raises(FileExistsError, match="holds a run of 6 steps"):
         training.train(folder, CAUSAL)
@@ -102,8 +105,8 @@ def test_going_on_after_kill_9_is_exact(causal, tmp_path):
     folder, expected, _ = causal
     assert_same(result, expected)
     # No step is recorded twice, though the killed run had gone further than its checkpoint.
-    steps = [r["step"] for r in metrics.read(tmp_path / "run") if "valid_loss" in r]
-    assert steps == [r["step"] for r in metrics.read(folder) if "valid_loss" in r]
+    steps = [r["step"] for r in metrics.read_metrics(tmp_path / "run") if "valid_loss" in r]
+    assert steps == [r["step"] for r in metrics.read_metrics(folder) if "valid_loss" in r]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(causal, tmp_path):

@@ -117,7 +117,7 @@ def test_speed_counts_training_only(monkeypatch):
     def after(seconds):
         clock[0] += seconds
 
-    speed = progress.Speed()
+    speed = progress.StepTimer()
     after(100)  # compilation
     speed.begin(1)
     after(4)
@@ -139,8 +139,13 @@ def test_metrics_are_appended_and_cut_at_the_step_of_a_resume(tmp_path):
     (tmp_path / metrics.NAME).open("a").write('{"step": 6, "lo')  # killed in the middle of a line
     with metrics.MetricsLog(tmp_path, 3) as log:
         log.write(4, {"loss": 9.0})
-    assert [(r["step"], r["loss"]) for r in metrics.read(tmp_path)] == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 9.0)]
-    assert all("bits_per_byte" not in r for r in metrics.read(tmp_path))
+    assert [(r["step"], r["loss"]) for r in metrics.read_metrics(tmp_path)] == [
+        (1, 1.0),
+        (2, 0.5),
+        (3, 1 / 3),
+        (4, 9.0),
+    ]
+    assert all("bits_per_byte" not in r for r in metrics.read_metrics(tmp_path))
     assert list((tmp_path / "events").iterdir())
 
 
@@ -151,7 +156,7 @@ def test_without_tensorboard_the_log_says_so(tmp_path, monkeypatch):
     with metrics.MetricsLog(tmp_path) as log:
         log.write(1, {"loss": 1.0})
     assert "pip install 'garrulax[plots]'" in log.note
-    assert len(metrics.read(tmp_path)) == 1
+    assert len(metrics.read_metrics(tmp_path)) == 1
 
 
 def test_smoothing_of_a_constant_is_the_constant():

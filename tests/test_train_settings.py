@@ -13,13 +13,13 @@ def test_overrides_win_over_the_file(tmp_path):
     file.write_text(
         'preset = "llama3-8b"\nlr = 1\ncorpus = ["a", "b"]\n[model]\nlayers = 3\n[model.rope]\ntheta = 7.0\n'
     )
-    s, config = settings.read(
+    s, config = settings.read_settings(
         file, ["lr=2e-3", "dropout=true", "valid=x,y", "model.rope.kind=linear", "model.rope.factor=2"]
     )
     assert (s.lr, s.dropout, s.corpus, s.valid) == (2e-3, True, ("a", "b"), ("x", "y"))
     assert (config.layers, config.rope.theta, config.rope.kind, config.rope.factor) == (3, 7.0, "linear", 2.0)
     assert config.width == models.preset("llama3-8b").width
-    assert isinstance(settings.read(file)[0].lr, float)
+    assert isinstance(settings.read_settings(file)[0].lr, float)
 
 
 def test_rates_follow_the_optimizer():
@@ -29,10 +29,10 @@ def test_rates_follow_the_optimizer():
 
 
 def test_none_and_optional_numbers():
-    assert settings.read(None, ["model.eos=none"])[1].eos is None
-    assert settings.read(None, ["model.mlp_width=99"])[1].mlp_width == 99
-    assert settings.read(None, ["preset=llama3-8b", "model.eos=5"])[1].eos == 5
-    assert settings.read(None, ["preset=llama3-8b", "model.eos=5,6"])[1].eos == (5, 6)
+    assert settings.read_settings(None, ["model.eos=none"])[1].eos is None
+    assert settings.read_settings(None, ["model.mlp_width=99"])[1].mlp_width == 99
+    assert settings.read_settings(None, ["preset=llama3-8b", "model.eos=5"])[1].eos == 5
+    assert settings.read_settings(None, ["preset=llama3-8b", "model.eos=5,6"])[1].eos == (5, 6)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_none_and_optional_numbers():
 )
 def test_what_is_refused(overrides, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011  the message is checked below
-        settings.read(None, overrides)
+        settings.read_settings(None, overrides)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -80,36 +80,40 @@ def test_what_a_file_may_not_say(tmp_path, text, message):
     file = tmp_path / "run.toml"
     file.write_text(text)
     with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
-        settings.read(file)
+        settings.read_settings(file)
     assert message in str(error.value)
 
 
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="no settings file"):
-        settings.read(tmp_path / "none.toml")
+        settings.read_settings(tmp_path / "none.toml")
     with pytest.raises(FileNotFoundError, match="not the folder of a run"):
-        settings.load(tmp_path)
+        settings.read_run_file(tmp_path)
 
 
 def test_a_run_is_read_back_from_its_folder(tmp_path):
-    s, config = settings.read(None, ["preset=llama-7b", "model.rope.kind=linear", "model.rope.factor=3", "corpus=a,b"])
+    s, config = settings.read_settings(
+        None, ["preset=llama-7b", "model.rope.kind=linear", "model.rope.factor=3", "corpus=a,b"]
+    )
     config = dataclasses.replace(config, vocab=77)
-    settings.save(tmp_path, s, config, {"corpus": "abc"})
-    assert settings.load(tmp_path) == (s, config)
-    assert settings.load(tmp_path, ["steps=9"])[0] == dataclasses.replace(s, steps=9)
+    settings.write_run_file(tmp_path, s, config, {"corpus": "abc"})
+    assert settings.read_run_file(tmp_path) == (s, config)
+    assert settings.read_run_file(tmp_path, ["steps=9"])[0] == dataclasses.replace(s, steps=9)
     assert json.loads((tmp_path / "run.json").read_text())["data"] == {"corpus": "abc"}
 
 
 def test_differences_name_what_matters():
-    s, config = settings.read(None, [])
-    ours = settings.identity(s, config, {"tokenizer": "x"})
+    s, config = settings.read_settings(None, [])
+    ours = settings.run_identity(s, config, {"tokenizer": "x"})
     assert (
         settings.differences(
-            ours, settings.identity(dataclasses.replace(s, steps=9, lr=1.0), config, {"tokenizer": "x"})
+            ours, settings.run_identity(dataclasses.replace(s, steps=9, lr=1.0), config, {"tokenizer": "x"})
         )
         == []
     )
-    other = settings.identity(dataclasses.replace(s, seed=5), dataclasses.replace(config, layers=3), {"tokenizer": "y"})
+    other = settings.run_identity(
+        dataclasses.replace(s, seed=5), dataclasses.replace(config, layers=3), {"tokenizer": "y"}
+    )
     assert settings.differences(ours, other) == [
         "config.layers is 12, was 3",
         "data.tokenizer is 'x', was 'y'",

@@ -31,7 +31,7 @@ TEXT = Text("The jay laughs. A thrush sings, and the babbler answers: who is the
 
 def make(folder, overrides=(), family=GPT):
     """The `Run` of a tiny model on the text."""
-    s, config = settings.read(None, [*family, *SHORT, *overrides])
+    s, config = settings.read_settings(None, [*family, *SHORT, *overrides])
     data = batches.make_data(TEXT, s, config, ByteTokenizer(GLM_SPECIALS))
     return loop.Run(config, s, data, pathlib.Path(folder))
 

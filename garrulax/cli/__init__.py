@@ -1,4 +1,4 @@
-"""Floor 5: the command `garrulax`, which wires the rooms below."""
+"""The command `garrulax`: reads arguments, calls the other packages, prints."""
 
 import argparse
 import os
@@ -10,16 +10,20 @@ FAILURES = (OSError, ArithmeticError, RuntimeError, MemoryError, ImportError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code: 0, 1 for a failure, 2 for what the user has to change, 130 for Ctrl-C.
+    """Runs one command. An error is one line on stderr; with `--traceback` it is raised.
 
-    Errors are one line on stderr; `--traceback` shows where they came from.
+    Args:
+      argv: the words after `garrulax`; None takes them from the command line.
+
+    Returns:
+      The exit code: 0 for success, 1 for a failure, 2 for wrong usage, 130 for Ctrl-C.
     """
     args = _parse(argv)
     try:
         _command(args.command)(args)
     except USAGE_ERRORS as error:
         return _explain(error, args, 2)
-    except BrokenPipeError:  # whoever read our output has had enough
+    except BrokenPipeError:  # the reader of our output, such as `head`, has ended
         sys.stderr.close()
         return 1
     except FAILURES as error:
@@ -31,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    # argparse wants all of a list of positionals in one place; settings may stand before and after options.
+    # argparse accepts a list of positionals in one place only, but settings may come before and after options.
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     if args.command == "train" and not any(word.startswith("-") for word in rest):
@@ -50,7 +54,7 @@ def _explain(error: Exception, args: argparse.Namespace, code: int) -> int:
 
 
 def _command(name: str) -> Callable[[argparse.Namespace], None]:
-    # Each command imports what it needs, so that --help is instant.
+    # Each command imports its modules here, so that --help starts at once.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if name == "train":
         from garrulax.cli.train import train
@@ -65,7 +69,7 @@ def _command(name: str) -> Callable[[argparse.Namespace], None]:
 
         return glitch
     if name == "convert":
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # it needs no device
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # it needs no accelerator
         from garrulax.cli.convert import convert
 
         return convert
@@ -76,79 +80,95 @@ def _command(name: str) -> Callable[[argparse.Namespace], None]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="garrulax", description="Language models in JAX: train, write, fill, inspect, convert."
+        prog="garrulax", description="Language models in JAX: train, generate, fill, inspect, convert."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser(
         "train",
         help="train a model on text",
-        description="Train a model on text. Settings are key=value, such as steps=500 model.layers=6; "
-        "`garrulax train --list` shows them all.",
+        description="Train a model on text. Settings are written as KEY=VALUE, such as steps=500 model.layers=6; "
+        "`garrulax train --list` explains all of them.",
     )
-    train.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="settings; a word without = is the preset")
-    train.add_argument("--run", metavar="FOLDER", help="where the run is kept (default runs/PRESET)")
-    train.add_argument("--resume", metavar="FOLDER", help="go on with the run in this folder")
-    train.add_argument("--config", metavar="FILE", help="settings from a TOML file")
-    train.add_argument("--mesh", metavar="AXES", help="devices by name, such as fsdp=4,tensor=2")
+    train.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="a setting; a word without = is the preset")
+    train.add_argument("--run", metavar="FOLDER", help="folder for the run (default: runs/PRESET)")
+    train.add_argument("--resume", metavar="FOLDER", help="continue the run in this folder")
+    train.add_argument("--config", metavar="FILE", help="read settings from this TOML file")
+    train.add_argument("--mesh", metavar="AXES", help="use several devices, by axis: such as fsdp=4,tensor=2")
     train.add_argument(
         "--distributed",
         nargs="?",
         const="",
         metavar="HOST:PORT,N,I",
-        help="be process I of N that meet at HOST:PORT; on a TPU pod or under SLURM without a value",
+        help="run as process I of N; HOST:PORT is the address of process 0; no value on a TPU pod or under SLURM",
     )
-    train.add_argument("--list", action="store_true", help="show all settings with their defaults, and stop")
+    train.add_argument("--list", action="store_true", help="show all settings and their defaults, then stop")
 
     generate = commands.add_parser(
-        "generate", help="continue a text", description="Continue a text, shown as it is made."
+        "generate", help="continue a text", description="Continue a text; tokens are shown as soon as they are sampled."
     )
     _add_writing(generate)
     generate.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable"
+        "--stop", action="append", default=[], metavar="TEXT", help="stop before this text; may be given several times"
     )
-    generate.add_argument("--chat", action="store_true", help="the text is a message to a chat model: show its answer")
+    generate.add_argument(
+        "--chat", action="store_true", help="send the text as a message to a chat model, and show its answer"
+    )
     fill = commands.add_parser(
         "fill", help="fill the [MASK]s of a text (GLM)", description="Fill every [MASK], [sMASK] and [gMASK] of a text."
     )
     _add_writing(fill)
 
     info = commands.add_parser(
-        "info", help="describe a preset or a model folder", description="What a model is and costs."
+        "info",
+        help="describe a preset or a model folder",
+        description="Show the configuration, parameters, memory and FLOPs of a model.",
     )
-    info.add_argument("model", help="a preset (garrulax info --all lists them), a model folder or a run", nargs="?")
-    info.add_argument("--all", action="store_true", help="list the presets")
+    info.add_argument("model", help="a preset (`garrulax info --all` lists them), a model folder, or a run", nargs="?")
+    info.add_argument("--all", action="store_true", help="list all presets")
     glitch = commands.add_parser(
         "glitch",
-        help="list the tokens that training never met",
-        description="List the tokens whose embeddings training left alone, most suspect first.",
+        help="list the tokens that look untrained",
+        description="List the tokens whose embeddings look untrained, the most likely first.",
     )
     glitch.add_argument("model", help="a run, a Hugging Face model folder, or a name on its hub")
-    glitch.add_argument("--top", type=int, default=20, metavar="N", help="list so many (20)")
-    glitch.add_argument("--side", choices=("input", "output"), help="look at one table only")
-    glitch.add_argument("--plot", metavar="FILE", help="draw the scores to this picture, such as glitch.png")
+    glitch.add_argument("--top", type=int, default=20, metavar="N", help="number of tokens to list (20)")
+    glitch.add_argument("--side", choices=("input", "output"), help="use the input or the output embeddings only")
+    glitch.add_argument("--plot", metavar="FILE", help="draw the scores into this file, such as glitch.png")
     convert = commands.add_parser(
         "convert",
-        help="write a model folder as another",
-        description="Write the model of one folder to another, tensor by tensor: memory holds one of them.",
+        help="convert a model folder",
+        description="Write the model of one folder into another. Memory holds one tensor at a time.",
     )
     convert.add_argument("source", metavar="SRC", help="a Hugging Face model folder, a run, or a name on the hub")
-    convert.add_argument("target", metavar="DST", help="the folder to write; an older model there is replaced")
-    convert.add_argument("--dtype", help="of all tensors: float32, bfloat16, float16 (as stored)")
-    convert.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one file, such as 200MB (5GB)")
-    convert.add_argument("--dialect", help="format of the checkpoint where the family has several, such as glm")
+    convert.add_argument("target", metavar="DST", help="the folder to write; a model in it is replaced")
+    convert.add_argument("--dtype", help="of all tensors: float32, bfloat16 or float16 (default: as stored)")
+    convert.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="greatest size of a file, such as 200MB (5GB)"
+    )
+    convert.add_argument("--dialect", help="checkpoint format, if the family has several, such as glm")
     for command in commands.choices.values():
-        command.add_argument("--traceback", action="store_true", help="show where an error came from")
+        command.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     return parser
 
 
 def _add_writing(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", help="a run, a Hugging Face model folder, or a name on its hub")
-    command.add_argument("text", help="the text; - reads it from stdin")
-    command.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="of each answer (128)")
-    command.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy (0.8)")
-    command.add_argument("--top-k", type=int, default=0, metavar="K", help="choose among the K likeliest; 0 is all (0)")
+    command.add_argument("text", help="the text; - reads it from standard input")
     command.add_argument(
-        "--top-p", type=float, default=0.95, metavar="P", help="among those with this probability (0.95)"
+        "--max-new-tokens", type=int, default=128, metavar="N", help="greatest length of each answer (128)"
+    )
+    command.add_argument(
+        "--temperature", type=float, default=0.8, metavar="T", help="0 always takes the likeliest token (0.8)"
+    )
+    command.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens; 0 is all (0)"
+    )
+    command.add_argument(
+        "--top-p",
+        type=float,
+        default=0.95,
+        metavar="P",
+        help="sample from the likeliest tokens that together have probability P (0.95)",
     )
     command.add_argument("--seed", type=int, default=0, metavar="S", help="the same seed gives the same text (0)")

@@ -24,7 +24,7 @@ def describe(name: str, found: GlitchTokens) -> str:
     """Returns the ranking as text, with the name of the model as its title."""
     lines = [f"{name}: {found.count:,} of {found.vocab:,} tokens look untrained"]
     for side, s in found.sides.items():
-        limit = "no group of rows stands apart" if s.threshold is None else f"up to {s.threshold:.3f} of the mean"
+        limit = "no group of rows looks untrained" if s.threshold is None else f"scores up to {s.threshold:.3f}"
         lines.append(f"  {side} embeddings: {limit} (searched from {s.start})")
     lines += ["", f"{'rank':>5}  {'id':>7}  " + "".join(f"{side:>7}  " for side in found.sides) + "  token"]
     for token in found.tokens:

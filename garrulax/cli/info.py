@@ -1,13 +1,13 @@
-"""`garrulax info`: what a model is made of and what it costs."""
+"""`garrulax info`: shows the configuration of a model, its parameters, memory and FLOPs."""
 
 import argparse
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
 
 from garrulax import hub, models
 from garrulax.cli.models import find_model
+from garrulax.core.config import ModelConfig
 from garrulax.hub.reading import open_checkpoint
 from garrulax.hub.tensors import BITS, open_tensors
 from garrulax.models.summary import Summary, bytes_of, summarize
@@ -16,7 +16,7 @@ DTYPES = ("float32", "bfloat16", "int8")
 
 
 def info(args: argparse.Namespace) -> None:
-    """Prints the table of a preset or of a model folder."""
+    """Prints the table of a preset or a model folder, or the list of presets."""
     if args.all or args.model is None:
         print("\n".join(models.presets()))
         return
@@ -25,17 +25,22 @@ def info(args: argparse.Namespace) -> None:
         print("\n" + _section("weights", _weights(Path(find_model(args.model)))))
 
 
-def config_of(name: str) -> Any:
-    """The Config of a preset, a model folder or a run. Raises ValueError or FileNotFoundError that says what to do."""
+def config_of(name: str) -> ModelConfig:
+    """The config of a preset, a model folder or a run.
+
+    Raises:
+      ValueError: for an unknown name, naming the nearest preset, and for a folder without a readable model.
+      FileNotFoundError: for a run without a model.
+    """
     if name in models.presets():
         return models.preset(name)
     if Path(name).exists():
         return hub.load_config(find_model(name))
-    return models.preset(name)  # unknown: an error with the nearest name
+    return models.preset(name)  # raises an error that names the nearest preset
 
 
-def describe(name: str, config: Any) -> str:
-    """The table as text."""
+def describe(name: str, config: ModelConfig) -> str:
+    """The table of a config as text, under the name of the model."""
     s = summarize(config)
     sections = [("configuration", _fields(config)), ("parameters", _parts(s)), ("memory", _memory(config, s)),
                 ("FLOPs per token", _flops(config, s))]  # fmt: skip
@@ -49,7 +54,7 @@ def _section(title: str, rows: list[tuple[str, str]]) -> str:
 
 
 def _weights(folder: Path) -> list[tuple[str, str]]:
-    """What the headers of a folder's files say, or why there are none to read."""
+    """Rows about the weights in a folder, from the headers of its files."""
     try:
         tensors = open_tensors(folder).values()
     except (FileNotFoundError, ValueError) as error:
@@ -67,7 +72,7 @@ def _weights(folder: Path) -> list[tuple[str, str]]:
     return [*rows, ("fit", "all that config.json asks for is there")]
 
 
-def _fields(config: Any) -> list[tuple[str, str]]:
+def _fields(config: ModelConfig) -> list[tuple[str, str]]:
     rows = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -83,7 +88,7 @@ def _parts(s: Summary) -> list[tuple[str, str]]:
     return [*rows, ("all (tied tensors once)", f"{s.parameters:>18,}")]
 
 
-def _memory(config: Any, s: Summary) -> list[tuple[str, str]]:
+def _memory(config: ModelConfig, s: Summary) -> list[tuple[str, str]]:
     rows = [(f"parameters in {dtype}", _size(bytes_of(s.parameters, dtype))) for dtype in DTYPES]
     adam = bytes_of(s.parameters, "float32")
     rows.append(("training with Adam in float32", f"{_size(4 * adam)}  (parameters, gradients, two moments)"))
@@ -94,7 +99,7 @@ def _memory(config: Any, s: Summary) -> list[tuple[str, str]]:
     return rows
 
 
-def _flops(config: Any, s: Summary) -> list[tuple[str, str]]:
+def _flops(config: ModelConfig, s: Summary) -> list[tuple[str, str]]:
     short = f"2 x {s.matmul_parameters:,} weights"
     attention = s.forward_flops - 2 * s.matmul_parameters
     return [

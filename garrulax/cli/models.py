@@ -1,12 +1,13 @@
-"""Finding the model that a user means."""
+"""Finds the model for a name on the command line."""
 
 from pathlib import Path
 
 
 def find_model(name: str) -> str:
-    """The model folder of a run, or `name` itself: a model folder or a name on the hub.
+    """The model folder for the name of a run, a model folder, or a model on the hub.
 
-    Raises FileNotFoundError for a run that has not exported a model yet.
+    Raises:
+      FileNotFoundError: for a run that has not exported its model yet.
     """
     folder = Path(name)
     if (folder / "model" / "config.json").exists():

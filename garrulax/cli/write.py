@@ -1,4 +1,4 @@
-"""`garrulax generate` and `garrulax fill`: text, shown as it is made."""
+"""`garrulax generate` and `garrulax fill`: print text while it is sampled."""
 
 import argparse
 import dataclasses
@@ -10,14 +10,14 @@ from garrulax.sampling.requests import end_tokens
 
 
 def generate(args: argparse.Namespace) -> None:
-    """Continues a text, or answers it."""
+    """Continues a text, or answers it with `--chat`."""
     model = gx.load(find_model(args.model))
     model = model.replace(params=gx.unstack(model.params))
     text = _text(args)
     prompt: str | list[int] = text
     if args.chat:
         model, prompt = _chat(model, text)
-    pieces = gx.stream(model, prompt, stop=tuple(args.stop), **_knobs(args))  # or an error, before anything is shown
+    pieces = gx.stream(model, prompt, stop=tuple(args.stop), **_options(args))  # errors come before anything is printed
     if not args.chat:
         print(text, end="", flush=True)
     for piece in pieces:
@@ -29,13 +29,13 @@ def fill(args: argparse.Namespace) -> None:
     """Fills the blanks of a text."""
     model = gx.load(find_model(args.model))
     model = model.replace(params=gx.unstack(model.params))
-    for piece in gx.fill_stream(model, _text(args), **_knobs(args)):
+    for piece in gx.fill_stream(model, _text(args), **_options(args)):
         print(piece, end="", flush=True)
     print()
 
 
 def _chat(model: gx.Model, text: str) -> tuple[gx.Model, list[int]]:
-    """The model that ends where an answer does, and the ids of a conversation that begins with `text`."""
+    """The model with its chat end tokens as eos, and the ids of a conversation with the message `text`."""
     if model.tokenizer is None:
         raise ValueError("--chat needs the model's tokenizer, which its folder lacks")
     if model.tokenizer.chat_format is None and not model.tokenizer.config.get("chat_template"):
@@ -49,6 +49,6 @@ def _text(args: argparse.Namespace) -> str:
     return sys.stdin.read() if args.text == "-" else args.text
 
 
-def _knobs(args: argparse.Namespace) -> dict:
+def _options(args: argparse.Namespace) -> dict:
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
     return {name: getattr(args, name) for name in names}

@@ -1,7 +1,6 @@
 """Loads a Hugging Face folder as a Model: every tensor is read from its file directly into its final array."""
 
 import dataclasses
-import difflib
 import functools
 import reprlib
 from collections.abc import Callable, Collection
@@ -17,6 +16,7 @@ from jax.typing import DTypeLike
 from garrulax.core import sharding, spec
 from garrulax.core.config import ModelConfig
 from garrulax.core.hf import TensorNames
+from garrulax.core.names import nearest
 from garrulax.hub import streaming
 from garrulax.hub.download import find_folder
 from garrulax.hub.json_files import read_object
@@ -127,10 +127,10 @@ def family_of(raw: dict[str, Any]) -> Family:
             return module
     known = list(dict.fromkeys(dialect.model_type for module in FAMILIES for dialect in module.DIALECTS))
     key = "model_type" if "model_type" in raw else "architectures"
-    close = difflib.get_close_matches(str(raw.get(key))[:100], known, 3, 0.5)
-    nearest = f"the nearest are {', '.join(close)}; " if close else ""
+    close = nearest(str(raw.get(key))[:100], known, count=3, cutoff=0.5)
+    hint = f"the nearest are {close}; " if close else ""
     raise ValueError(
-        f"config.json: {key} {reprlib.repr(raw.get(key))} is not implemented ({nearest}there are: {', '.join(known)})"
+        f"config.json: {key} {reprlib.repr(raw.get(key))} is not implemented ({hint}there are: {', '.join(known)})"
     )
 
 

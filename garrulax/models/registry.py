@@ -1,11 +1,10 @@
 """The families that the library knows, and their presets."""
 
 import dataclasses
-import difflib
-from collections.abc import Iterable
 from typing import Any
 
 from garrulax.core.config import ModelConfig
+from garrulax.core.names import nearest
 from garrulax.models import chatglm, falcon, glm, glm130b, gpt, gpt_neox, llama
 from garrulax.models.contract import Family, register
 
@@ -62,13 +61,13 @@ def preset(name: str, **changes: Any) -> Any:
             fields = [field.name for field in dataclasses.fields(config)]
             for field in changes:
                 if field not in fields:
-                    raise ValueError(f"{name} has no field {field!r}{_nearest(field, fields)}")
+                    raise ValueError(f"{name} has no field {field!r}{_hint(field, fields)}")
             if "head_dim" in fields and changes.keys() & {"width", "heads"}:
                 changes = {"head_dim": 0, **changes}
             return dataclasses.replace(config, **changes)
-    raise ValueError(f"unknown preset {name!r}{_nearest(name, presets())}; gx.presets() lists all")
+    raise ValueError(f"unknown preset {name!r}{_hint(name, presets())}; gx.presets() lists all")
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), 1, 0.3)
-    return f"; did you mean {close[0]!r}?" if close else ""
+def _hint(name: str, known: list[str]) -> str:
+    close = nearest(name, known, cutoff=0.3)
+    return f"; did you mean {close!r}?" if close else ""

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: Orbax's v1 API, and the question whether a checkpoint belongs to this run."""
+"""Checkpoints of a run, written with Orbax's v1 API, and the check that a checkpoint belongs to this run."""
 
 import logging
 import os
@@ -11,28 +11,32 @@ from orbax.checkpoint import v1 as ocp
 from garrulax.train import settings as settings_
 from garrulax.train.state import TrainState
 
-_KEPT = ocp.training.preservation_policies
+_policies = ocp.training.preservation_policies
 
 
 class Checkpoints:
     """The checkpoints in a folder, one sub-folder a step.
 
-    A checkpoint is written beside its final name and renamed when complete, so that a killed process or a full disk
-    leaves the earlier ones as they are. Saving goes on in the background. Use as a context manager.
+    A checkpoint is written under a temporary name and renamed when complete, so that a killed process or a full disk
+    does not damage the earlier ones. Saving runs in the background. Use as a context manager.
 
-    folder: where they are. identity: of this run (`settings.identity`), kept in every checkpoint and compared when one
-    is restored. keep: latest checkpoints that stay; the one with the lowest held-out loss stays as well.
+    Args:
+      folder: of the checkpoints; it is created if it does not exist.
+      identity: of this run (`settings.run_identity`). It is saved in every checkpoint and compared on restore.
+      keep: number of latest checkpoints to keep. The one with the lowest held-out loss is kept as well.
     """
 
     def __init__(self, folder: str | os.PathLike, identity: Mapping[str, Any], keep: int = 2):
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save at length
-        best = _KEPT.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False)
+        best = _policies.BestN(
+            get_metric_fn=lambda m: m["loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False
+        )
         self._identity = dict(identity)
         self._folder = os.path.abspath(folder)
         self._orbax = ocp.training.Checkpointer(
             self._folder,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=_KEPT.AnyPreservationPolicy([_KEPT.LatestN(keep), best]),
+            preservation_policy=_policies.AnyPreservationPolicy([_policies.LatestN(keep), best]),
             cleanup_tmp_directories=True,
         )
 
@@ -42,7 +46,7 @@ class Checkpoints:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is None:
             self.close()
-        else:  # the error that ends the run counts, not what saving has to say about it
+        else:  # raise the error that ended the run; an error from saving only becomes a note on it
             try:
                 self._orbax.close()
             except Exception as second:
@@ -55,45 +59,57 @@ class Checkpoints:
 
     @property
     def best(self) -> int | None:
-        """Step of the checkpoint with the lowest held-out loss, or None where none was evaluated."""
+        """Step of the checkpoint with the lowest held-out loss, or None if none was evaluated."""
         scored = [c for c in self._orbax.checkpoints if c.metrics]
         return min(scored, key=lambda c: c.metrics["loss"]).step if scored else None
 
     def save(self, state: TrainState, step: int, loss: float | None = None) -> None:
-        """Begins to write the state; its arrays may be donated as soon as this returns.
+        """Starts to write the state in the background. Its arrays may be donated as soon as this returns.
 
-        step: must be the state's. loss: held-out loss at this step, for choosing the best. A step that is there
-        already is left as it is. Raises OSError where this or an earlier save failed, naming what is still there.
+        Args:
+          state: to save. If its step is the latest checkpoint already, nothing is written.
+          step: must be the state's.
+          loss: held-out loss at this step, nats per token, to find the best checkpoint; None if not evaluated.
+
+        Raises:
+          OSError: if this save or an earlier one failed; it names the checkpoints that are complete.
         """
         if step == self.latest:
             return
         metrics = None if loss is None else {"loss": loss}
-        self._guard(
+        self._raise_oserror(
             lambda: self._orbax.save_async(step, state, metrics=metrics, custom_metadata=self._identity, force=True)
         )
 
     def close(self) -> None:
-        """Waits for the last save. Raises OSError where it failed."""
-        self._guard(self._orbax.close)
+        """Waits until the last save is complete. Raises OSError if it failed."""
+        self._raise_oserror(self._orbax.close)
 
     def restore(self, target: TrainState, step: int | None = None) -> TrainState:
-        """The state of a step, by default the latest, with the shardings of `target` (`state.abstract_state`).
+        """Loads a checkpoint.
 
-        Raises FileNotFoundError where there is none, ValueError where it is of another run, naming the differences.
+        Args:
+          target: shapes, dtypes and shardings of the state (`state.abstract_state`).
+          step: of the checkpoint; None is the latest.
+
+        Raises:
+          FileNotFoundError: if there is no such checkpoint.
+          ValueError: if the checkpoint is of another run; it names the differences.
         """
         if self.latest is None:
             raise FileNotFoundError(f"{self._folder} holds no complete checkpoint")
         step = self.latest if step is None else step
-        found = {c.step for c in self._orbax.checkpoints}
-        if step not in found:
-            raise FileNotFoundError(f"{self._folder} has no checkpoint of step {step}, only of {_listed(found)}")
-        theirs = self._orbax.metadata(step).custom_metadata
-        different = settings_.differences(self._identity, theirs)
+        steps = {c.step for c in self._orbax.checkpoints}
+        if step not in steps:
+            raise FileNotFoundError(f"{self._folder} has no checkpoint of step {step}, only of {_listed(steps)}")
+        saved = self._orbax.metadata(step).custom_metadata
+        different = settings_.differences(self._identity, saved)
         if different:
             raise ValueError(f"the checkpoint in {self._folder} is of another run: {'; '.join(different)}")
         return self._orbax.load(step, target)
 
-    def _guard(self, action: Callable[[], Any]) -> None:
+    def _raise_oserror(self, action: Callable[[], Any]) -> None:
+        """Runs `action`; any error becomes an OSError that names the checkpoints which are complete."""
         try:
             action()
         except Exception as error:

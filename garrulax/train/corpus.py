@@ -1,7 +1,7 @@
 """A corpus: text on disk as a sequence of documents, with a fixed held-out part.
 
-A corpus is read, never held in memory: iterate over it as often as you like. What is held out depends on the text
-alone, so that it is the same on every machine and in every process.
+A corpus reads its files again in every iteration and never has the whole text in memory. The choice of the held-out
+part depends on the text alone, so it is the same on every machine and in every process.
 """
 
 import glob
@@ -20,16 +20,21 @@ from typing import IO, Any, Literal
 
 import numpy as np
 
-STDLIB = "stdlib"  # the source that needs no download: the running interpreter's standard library
+STDLIB = "stdlib"  # a source that needs no download: the standard library of the running Python
 Split = Literal["train", "valid"]
 _NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-_LONGEST = 2**26  # bytes; a longer plain file is read as several documents, so that memory stays bounded
-_TAIL = 0.10  # share of every document that is held out where whole documents cannot be
+_LONGEST = 2**26  # bytes; a longer plain file is read as several documents, to bound the memory
+_TAIL = 0.10  # share of every document that is held out if whole documents cannot be
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text and where it came from (`file`, or `file:line` for JSONL)."""
+    """One text.
+
+    Attributes:
+      name: the source: `file`, or `file:line` for JSONL.
+      text: the content.
+    """
 
     name: str
     text: str
@@ -37,31 +42,32 @@ class Document:
 
 @dataclass(frozen=True)
 class _Scan:
-    """What one pass over the documents finds out."""
+    """The result of one pass over all documents."""
 
     hash: str
     documents: int
     bytes: int
-    cut: int | None  # documents whose number is at most this are held out; None: the tail of every document is
-    largest: float  # documents of more bytes are trained on
+    threshold: int | None  # documents with a smaller or equal key are held out; None: the tail of every document is
+    max_bytes: float  # larger documents are never held out
 
 
 class Corpus:
     """Documents from files, folders and globs.
 
     Args:
-      sources: paths of files, folders (all their files, recursively, hidden ones excepted) or glob patterns (`**`
-        works); or "stdlib". A `.jsonl` file holds one document a line in its field `text`; any other file is UTF-8
-        text, one document (several if longer than 64 MiB); any of them may be `.gz`. The order of the documents is
-        the order of the sources, sorted within a folder or glob.
-      valid: sources of the held-out text. If absent, documents of `sources` are held out: those with the smallest
-        hashes, until they make up `fraction` of the bytes; a document larger than that is always trained on. Where
-        whole documents cannot do it (few or very unequal ones), the last tenth of every document is held out
-        instead, cut at the end of a line.
+      sources: paths of files, folders (all files in them, recursively, except hidden ones) or glob patterns (`**`
+        works); or "stdlib". A `.jsonl` file has one document a line, in the field `text`. Any other file is UTF-8
+        text and is one document, or several if it is longer than 64 MiB. Each of them may be compressed as `.gz`.
+        Documents come in the order of the sources, and sorted by path within a folder or glob.
+      valid: sources of the held-out text. If None, documents of `sources` are held out: those with the smallest
+        hashes, until they make up `fraction` of the bytes; a larger document than that is never held out. If whole
+        documents cannot give that share (they are few or of very different sizes), the last tenth of every document
+        is held out instead, from the start of a line.
       fraction: share of the bytes to hold out.
 
-    Raises, when read: FileNotFoundError for a source that matches nothing; ValueError for binary files, JSONL lines
-    without `text`, and a corpus without text.
+    Raises:
+      FileNotFoundError: when the corpus is read, for a source that matches no file.
+      ValueError: when the corpus is read, for binary files, JSONL lines without `text`, and a corpus without text.
     """
 
     def __init__(
@@ -78,13 +84,13 @@ class Corpus:
         self.fraction = fraction
 
     def __iter__(self) -> Iterator[Document]:
-        """All documents with any text in them, in order."""
+        """All documents that are not empty, in order."""
         yield from _documents(self.sources)
         if self.valid_sources is not None:
             yield from _documents(self.valid_sources)
 
     def split(self, name: Split) -> Iterator[Document]:
-        """The documents to train on, or the held-out ones."""
+        """The documents to train on ("train") or the held-out ones ("valid")."""
         if name not in ("train", "valid"):
             raise ValueError(f"a corpus has the splits 'train' and 'valid', not {name!r}")
         if self.valid_sources is not None:
@@ -92,19 +98,19 @@ class Corpus:
             return
         scan = self._scan
         for document in _documents(self.sources):
-            if scan.cut is None:
-                head, tail = _cut_tail(document.text)
+            if scan.threshold is None:
+                head, tail = _split_tail(document.text)
                 part = head if name == "train" else tail
                 if part:
                     yield Document(document.name, part)
             else:
                 text = document.text.encode()
-                if (len(text) <= scan.largest and _number(text) <= scan.cut) == (name == "valid"):
+                if (len(text) <= scan.max_bytes and _key(text) <= scan.threshold) == (name == "valid"):
                     yield document
 
     @property
     def hash(self) -> str:
-        """sha256 over the texts of all documents in order, and over what is held out of them."""
+        """sha256 of the texts of all documents in order, and of the choice of the held-out ones."""
         return self._scan.hash
 
     @property
@@ -114,24 +120,24 @@ class Corpus:
 
     @property
     def bytes(self) -> int:
-        """Size of all texts as UTF-8."""
+        """Size of all texts in UTF-8."""
         return self._scan.bytes
 
     @cached_property
     def _scan(self) -> _Scan:
         total = hashlib.sha256()
-        numbers, sizes = array("Q"), array("Q")
+        keys, sizes = array("Q"), array("Q")  # 16 bytes a document
         for document in _documents(self.sources):
             encoded = document.text.encode()
             total.update(hashlib.sha256(encoded).digest())
-            numbers.append(_number(encoded))
+            keys.append(_key(encoded))
             sizes.append(len(encoded))
-        if not numbers:
+        if not keys:
             raise ValueError(f"the corpus is empty: no text in {', '.join(map(str, self.sources))}")
-        documents, size = len(numbers), sum(sizes)
-        cut, largest = None, self.fraction * size
+        documents, size = len(keys), sum(sizes)
+        threshold, max_bytes = None, self.fraction * size
         if self.valid_sources is None:
-            cut = _choose_cut(np.array(numbers, np.uint64), np.array(sizes, np.int64), largest)
+            threshold = _choose_threshold(np.array(keys, np.uint64), np.array(sizes, np.int64), max_bytes)
         else:
             total.update(b"valid")
             held_out = 0
@@ -140,14 +146,19 @@ class Corpus:
                 documents, size, held_out = documents + 1, size + len(document.text.encode()), held_out + 1
             if not held_out:
                 raise ValueError(f"the held-out text is empty: no text in {', '.join(map(str, self.valid_sources))}")
-        total.update(f"cut {cut}".encode())
-        return _Scan(total.hexdigest(), documents, size, cut, largest)
+        total.update(f"cut {threshold}".encode())
+        return _Scan(total.hexdigest(), documents, size, threshold, max_bytes)
 
 
 def xz_bits_per_byte(texts: Iterable[str], limit: int = 2**24) -> float:
-    """Bits that `xz -9` needs per byte of `texts` joined (the first `limit` bytes of them): a yardstick for models.
+    """Bits per byte of a text compressed by `xz -9`, a baseline for the bits per byte of a model.
 
-    Give it the held-out text alone: `xz_bits_per_byte(d.text for d in corpus.split("valid"))`.
+    Args:
+      texts: the held-out text alone, such as `(d.text for d in corpus.split("valid"))`; they are joined.
+      limit: compress only this many bytes from the beginning.
+
+    Raises:
+      ValueError: if there is no text.
     """
     joined = bytearray()
     for text in texts:
@@ -160,25 +171,25 @@ def xz_bits_per_byte(texts: Iterable[str], limit: int = 2**24) -> float:
     return 8 * len(lzma.compress(text_bytes, preset=9)) / len(text_bytes)
 
 
-# -- What is held out -------------------------------------------------------------------------------------------------
+# -- The held-out part ------------------------------------------------------------------------------------------------
 
 
-def _number(text: bytes) -> int:
-    """A number in 0 .. 2**64 - 1 that decides whether this text is held out."""
+def _key(text: bytes) -> int:
+    """A hash in 0 .. 2**64 - 1; documents with small keys are held out."""
     return int.from_bytes(hashlib.sha256(b"garrulax" + text).digest()[:8])
 
 
-def _choose_cut(numbers: np.ndarray, sizes: np.ndarray, wanted: float) -> int | None:
-    """The smallest number such that the documents up to it hold `wanted` bytes; None if there is no such number."""
-    numbers, sizes = numbers[sizes <= wanted], sizes[sizes <= wanted]
+def _choose_threshold(keys: np.ndarray, sizes: np.ndarray, wanted: float) -> int | None:
+    """The smallest key such that documents with keys up to it have `wanted` bytes; None if all have fewer."""
+    keys, sizes = keys[sizes <= wanted], sizes[sizes <= wanted]
     if sizes.sum() < wanted:
         return None
-    order = np.argsort(numbers)
-    return int(numbers[order][np.searchsorted(np.cumsum(sizes[order]), wanted)])
+    order = np.argsort(keys)
+    return int(keys[order][np.searchsorted(np.cumsum(sizes[order]), wanted)])
 
 
-def _cut_tail(text: str) -> tuple[str, str]:
-    """The text in two: the second part is about a tenth and starts at a line, where there is one to start at."""
+def _split_tail(text: str) -> tuple[str, str]:
+    """Splits off about the last tenth of a text, at the start of a line if one is near."""
     near = int(len(text) * (1 - _TAIL))
     line_end = text.rfind("\n", 0, near) + 1
     at = line_end if line_end > len(text) // 2 else near
@@ -215,7 +226,7 @@ def _files(source: str | os.PathLike) -> list[Path]:
 
 
 def _read(file: Path) -> Iterator[Document]:
-    """The documents of one file, with errors that say which file and what to do."""
+    """The documents of one file; errors name the file and say what to do."""
     opened: Any = gzip.open if file.suffix == ".gz" else open
     kind = Path(file.stem).suffix if file.suffix == ".gz" else file.suffix
     try:
@@ -229,7 +240,7 @@ def _read_text(file: Path, stream: IO[Any]) -> Iterator[Document]:
     start = 0
     while block := stream.read(_LONGEST):
         if len(block) == _LONGEST:
-            block += stream.readline()  # cut at the end of a line
+            block += stream.readline()  # up to the end of a line
         yield Document(f"{file}@{start}" if start else str(file), _decode(block, str(file), start))
         start += len(block)
 
@@ -245,7 +256,7 @@ def _read_jsonl(file: Path, stream: IO[Any]) -> Iterator[Document]:
             raise ValueError(f"{where} is not valid JSON: {error}") from error
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
             raise ValueError(f'{where} has no string field `text`: every line must be like {{"text": "..."}}')
-        yield Document(where, record["text"].encode("utf-8", "replace").decode())  # \ud800 alone is not text
+        yield Document(where, record["text"].encode("utf-8", "replace").decode())  # JSON may have lone surrogates
 
 
 def _decode(content: bytes, where: str, start: int = 0) -> str:
@@ -259,16 +270,16 @@ def _decode(content: bytes, where: str, start: int = 0) -> str:
 
 
 def _standard_library() -> Iterator[Document]:
-    """The interpreter's own Python source, about 12 MB, without tests and installed packages."""
+    """The Python source of the standard library, about 12 MB, without its tests and without installed packages."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for folder, folders, files in os.walk(root):
         folders[:] = sorted(name for name in folders if name not in _NOT_STDLIB)
         for file in sorted(Path(folder, name) for name in files if name.endswith(".py")):
-            if file.is_symlink():  # a distribution's own configuration
+            if file.is_symlink():  # configuration of a Linux distribution
                 continue
             try:
                 text = _decode(file.read_bytes(), str(file))
-            except ValueError:  # a few sources are latin-1 or test data on purpose
+            except ValueError:  # a few sources are in other encodings on purpose
                 continue
             if text:
                 yield Document(file.relative_to(root).as_posix(), text)

@@ -3,21 +3,27 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
 from garrulax.train.batches import HostBatch, on_devices
 from garrulax.train.objectives import Objective
-from garrulax.train.step import compute_dtype, lay_out
+from garrulax.train.step import compute_dtype, should_unroll
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """loss: mean nats per token. tokens: how many were predicted. bytes: of text that they stand for, 0 if unknown."""
+    """The result of an evaluation.
+
+    Attributes:
+      loss: mean negative log-likelihood, nats per token.
+      tokens: number of predicted tokens.
+      bytes: size of the text that they stand for, 0 if unknown.
+    """
 
     loss: float
     tokens: int
@@ -30,21 +36,28 @@ class Evaluation:
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Total negative log-likelihood in bits, over the bytes of the text: comparable across tokenizers."""
+        """Total negative log-likelihood in bits divided by the bytes of the text: comparable across tokenizers."""
         return self.loss * self.tokens / math.log(2) / self.bytes if self.bytes else None
 
 
 def make_evaluate(
-    config: Any, objective: Objective, *, mesh: Mesh | None = None, precision: str = "float32"
+    config: ModelConfig, objective: Objective, *, mesh: Mesh | None = None, precision: str = "float32"
 ) -> Callable[..., Evaluation]:
-    """`evaluate(params, batches, tokens=0)`: the objective over host batches as `Data.held_out` yields them.
+    """Makes the function `evaluate(params, batches, tokens=0) -> Evaluation`, which runs without dropout.
 
-    tokens: stop after so many predicted tokens, 0 for all batches. No dropout. The total is summed in float64.
+    `batches` are host batches from `Data.held_out`; `tokens` stops the evaluation after so many predicted tokens, 0
+    takes all batches. Totals are summed in float64.
+
+    Args:
+      config: of the model.
+      objective: to evaluate.
+      mesh: of the parameters; None is one device.
+      precision: dtype of the computation, a name in `settings.PRECISIONS`.
     """
 
     @jax.jit
     def totals(params, batch):
-        loss, aux = objective(compute_dtype(params, precision), batch, config, None, unroll=lay_out(config))
+        loss, aux = objective(compute_dtype(params, precision), batch, config, None, unroll=should_unroll(config))
         return loss * aux["tokens"], aux["tokens"], jnp.sum(batch["bytes"])
 
     def evaluate(params: Tree, batches: Iterable[HostBatch], tokens: int = 0) -> Evaluation:

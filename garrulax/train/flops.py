@@ -1,12 +1,11 @@
-"""Floating-point operations of training, and the peaks of known devices."""
-
-from typing import Any
+"""Floating-point operations of training, and the peak rates of known devices."""
 
 import jax
 
+from garrulax.core.config import ModelConfig
 from garrulax.models.summary import flops_per_token
 
-#: Peak FLOP/s of dense bfloat16 products, per device, as the makers state them.
+#: Peak FLOP/s of dense bfloat16 matrix products of one device, from the makers' data sheets.
 _PEAKS = {
     "TPU v4": 275e12,
     "TPU v4 lite": 138e12,
@@ -26,17 +25,21 @@ _PEAKS = {
 }
 
 
-def train_flops_per_token(config: Any, window: int) -> int:
+def train_flops_per_token(config: ModelConfig, window: int) -> int:
     """FLOPs of forward and backward pass per token: 6 N + 12 L H C T (Chowdhery et al. 2022, appendix B).
 
-    N counts the weights that a token is multiplied by, the output projection among them; causal attention is counted
-    in full, and what remat computes again is not counted.
+    N is the number of weights that a token is multiplied by, with the output projection. Attention counts all pairs of
+    tokens, also those that a causal mask hides. Recomputation by remat is not counted.
+
+    Args:
+      config: of the model.
+      window: T, tokens in a row.
     """
     return 3 * flops_per_token(config, window)
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Peak FLOP/s of bfloat16 products on this kind of device; None where it is not known (CPUs)."""
+    """Peak FLOP/s of bfloat16 matrix products on this kind of device; None if unknown, as for CPUs."""
     kind = device.device_kind
     known = [name for name in _PEAKS if kind.startswith(name)]
     return _PEAKS[max(known, key=len)] if known else None

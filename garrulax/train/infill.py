@@ -1,17 +1,16 @@
-"""Batches for the two pre-training objectives: causal language modelling and GLM's blank infilling.
+"""Batches for GLM's blank infilling (Du et al., 2022, section 2.1; THUDM/GLM).
 
-Blank infilling (Du et al., 2022, section 2.1; THUDM/GLM): spans of the text are replaced by a mask token each, which
-gives part A; part B holds the spans in random order, each behind a start-of-piece token, to be predicted token by
-token. With spans [x3] and [x5 x6] of x1..x6, [M] the mask, [S] start and [E] end of piece:
+In part A of a row, every hidden span of the text is replaced by one mask token. Part B lists the spans in random
+order, each after a start-of-piece token, and is predicted token by token. For the text x1..x6 with the spans [x3] and
+[x5 x6], the mask [M], start of piece [S] and end of piece [E]:
 
     tokens      x1 x2 [M] x4 [M] | [S] x5 x6  | [S] x3
     targets                      | x5  x6 [E] | x3  [E]
-    position    0  1  2   3  4   | 4   4  4   | 2   2     in the corrupted text; that of the span's mask in part B
-                0  0  0   0  0   | 1   2  3   | 1   2     within the span
-    rank        0  0  0   0  0   | 6   7  8   | 9   10    a token attends to tokens of its rank or lower
+    position    0  1  2   3  4   | 4   4  4   | 2   2     in part A; in part B the position of the span's mask
+                0  0  0   0  0   | 1   2  3   | 1   2     within the span; 0 in part A
+    rank        0  0  0   0  0   | 6   7  8   | 9   10    a token attends to tokens of its own or a lower rank
 
-Everything here is numpy on the host. A row depends on the text, the seed and the number of the example, and on nothing
-else: not on the process that makes it, not on the rows beside it.
+This is numpy on the host. A row depends only on its text, its example number and the seed.
 """
 
 import itertools
@@ -21,27 +20,18 @@ from typing import Any, Protocol
 
 import numpy as np
 
-Batch = dict[str, np.ndarray]
+HostBatch = dict[str, np.ndarray]
 
-MASK_RATIO = 0.15
+MASK_RATIO = 0.15  # share of the tokens to hide
 _SENTENCE_ENDS = ".?!;:。？！；：…\n"
-# Span lengths follow Poisson(3) restricted to 1..39.
+# The distribution of span lengths: Poisson(3) restricted to 1..39.
 _LENGTHS = np.arange(1, 40)
 _LENGTH_CDF = np.cumsum(np.exp(_LENGTHS * np.log(3.0) - np.cumsum(np.log(_LENGTHS))))
 _LENGTH_CDF /= _LENGTH_CDF[-1]
 
 
-def causal(windows: np.ndarray) -> Batch:
-    """Next-token prediction: windows int32 [B, T + 1] to tokens, targets int32 [B, T] and weights float32 [B, T]."""
-    return {
-        "tokens": windows[:, :-1],
-        "targets": windows[:, 1:],
-        "weights": np.ones((len(windows), windows.shape[1] - 1), np.float32),
-    }
-
-
-class Vocabulary(Protocol):
-    """What blank infilling needs of a tokenizer (any `garrulax.hub.tokenizers.Tokenizer` has it)."""
+class InfillTokenizer(Protocol):
+    """The parts of a tokenizer that blank infilling uses. Every `garrulax.hub.tokenizers.Tokenizer` has them."""
 
     vocab: int
     eos: int | None
@@ -49,18 +39,25 @@ class Vocabulary(Protocol):
     specials: dict[str, int]
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that a token stands for."""
+        """The bytes of text that a token stands for."""
         ...
 
 
 @dataclass(frozen=True)
 class InfillTokens:
-    """The ids that blank infilling writes, and where sentences end.
+    """The token ids that blank infilling uses.
 
-    `mask`, `sentence_mask` and `document_mask` stand for token-, sentence- and document-level blanks; models without
-    task masks use one id for all three. `start`, `end`: of a span, in part B. `sentence_ends`: bool [V], ids after
-    which a sentence ends.
-    `block` (optional) replaces single inputs of a span.
+    Attributes:
+      cls: begins a row.
+      mask: replaces a token-level blank.
+      sentence_mask: replaces a sentence-level blank; the same as `mask` in models without task masks.
+      document_mask: replaces a document-level blank; the same as `mask` in models without task masks.
+      start: start of piece, in front of a span in part B.
+      end: end of piece, the last target of a span.
+      eos: separates documents.
+      pad: fills up a row.
+      sentence_ends: bool [V], whether a sentence ends after the token.
+      block: [dBLOCK], which may replace single input tokens of a span; None if the tokenizer has no such token.
     """
 
     cls: int
@@ -75,11 +72,15 @@ class InfillTokens:
     block: int | None = None
 
     @classmethod
-    def of(cls, tokenizer: "Vocabulary", task_mask: bool = True) -> "InfillTokens":
-        """The ids that a tokenizer with GLM's control tokens has for them.
+    def of(cls, tokenizer: InfillTokenizer, task_mask: bool = True) -> "InfillTokens":
+        """Finds the ids in a tokenizer that has GLM's control tokens.
 
-        task_mask: whether sentences and documents are masked by [sMASK] and [gMASK] or, like tokens, by [MASK].
-        Raises ValueError that lists the control tokens the tokenizer lacks.
+        Args:
+          tokenizer: to read them from.
+          task_mask: whether the model has [sMASK] for sentences and [gMASK] for documents, or [MASK] for all blanks.
+
+        Raises:
+          ValueError: if control tokens are missing; it lists them.
         """
         specials = tokenizer.specials
         names = {
@@ -109,14 +110,16 @@ class InfillTokens:
 
 
 @dataclass(frozen=True)
-class Mix:
-    """What share of the rows is corrupted how, and the numbers of each way. Defaults: GLM-10B's.
+class BlankMix:
+    """How often each kind of blanks is drawn, and the parameters of each kind. The defaults are GLM-10B's.
 
     Attributes:
-      token, sentence, document: relative frequencies of the three kinds of blanks.
+      token: relative frequency of rows with token-level blanks (short spans).
+      sentence: relative frequency of rows with sentence-level blanks (whole sentences).
+      document: relative frequency of rows with a document-level blank (one long span).
       document_ratio: a document-level blank covers between this share and all of the text.
-      interior: probability that it lies inside the text and not at its end.
-      block: probability that a span's input token (token-level) is replaced by [dBLOCK].
+      interior: probability that a document-level blank lies inside the text instead of at its end.
+      block: probability that [dBLOCK] replaces an input token of a token-level span.
     """
 
     token: float = 0.5
@@ -136,10 +139,16 @@ class Mix:
 
 
 def source_window(length: int) -> int:
-    """The `Sampler` window whose corrupted rows fit into `length` tokens, rarely giving up a span.
+    """The `Sampler` window for rows of `length` tokens: nearly always all spans fit into the row.
 
-    A row is [CLS], window + 1 tokens, and two more for every span: its mask and its start of piece. Spans are 3.16
-    tokens long on average and cover 15 %; a quarter more than that, and four, are allowed for.
+    A row has [CLS], window + 1 tokens, and two more for every span: its mask and its start of piece. Spans cover 15 %
+    of the text and are 3.16 tokens long on average; a quarter more spans than that fit into the row, plus four.
+
+    Args:
+      length: T, tokens in a row.
+
+    Raises:
+      ValueError: if the row is too short for any window.
     """
     window = int((length - 8) / (1 + 2 * 1.25 * MASK_RATIO / 3.16)) - 2
     if window < 8:
@@ -147,34 +156,37 @@ def source_window(length: int) -> int:
     return window
 
 
-def infill(
+def infill_batch(
     windows: np.ndarray,
     examples: Sequence[int] | np.ndarray,
     seed: int,
     ids: InfillTokens,
     length: int,
-    mix: Mix | None = None,
-) -> Batch:
-    """Corrupts every row of text into a blank-infilling example of `length` tokens.
+    mix: BlankMix | None = None,
+) -> HostBatch:
+    """Makes a blank-infilling example of `length` tokens from every row of text.
 
     Args:
-      windows: int [B, N], plain text, perhaps with eos between documents.
+      windows: int [B, N], plain text, which may have eos between documents.
       examples: int [B], the numbers of these rows in the run (`Sampler.examples_at(step)`).
-      seed: with the number of the example decides all random choices.
+      seed: of the run; together with the number of the example it decides all random choices.
       ids: control tokens.
-      length: T, at least N + 3; spans that would not fit are left alone (`source_window` keeps that rare).
-      mix: kinds of blanks; default `Mix()`.
+      length: T, at least N + 3. Spans that do not fit are not hidden (`source_window` makes that rare).
+      mix: frequencies of the kinds of blanks; None is `BlankMix()`.
 
-    Returns a dict of
-      tokens, targets: int32 [B, T], aligned: the logits at t predict targets[:, t];
-      weights: float32 [B, T], 1 where the loss counts;
-      positions: int32 [B, 2, T], place in the corrupted text and place within the span;
-      rank: int32 [B, T], 0 in part A and t + 1 in part B: t attends to s where rank[s] <= rank[t];
-      segment: int32 [B, T], 0 for tokens and -1 for padding, which also has position and rank 0.
+    Returns:
+      A dict of
+      tokens: int32 [B, T];
+      targets: int32 [B, T], predicted by the logits of the same index;
+      weights: float32 [B, T], 1 for the targets that count in the loss, else 0;
+      positions: int32 [B, 2, T], in the corrupted text and within the span;
+      rank: int32 [B, T], 0 in part A and t + 1 in part B; t attends to s if rank[s] <= rank[t];
+      segment: int32 [B, T], 0 for tokens and -1 for padding. Padding has position 0 and rank 0.
 
-    Raises ValueError if a row cannot fit.
+    Raises:
+      ValueError: if `length` is too short for a window, or [dBLOCK] is wanted and missing.
     """
-    mix = mix or Mix()
+    mix = mix or BlankMix()
     size = windows.shape[1] + 1
     if length < size + 2:
         raise ValueError(f"a row of {length} tokens cannot hold a window of {size - 1}: it needs {size + 2} or more")
@@ -184,12 +196,12 @@ def infill(
     for row, (window, example) in enumerate(zip(windows, examples, strict=True)):
         rng = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, int(example)], np.uint64)))
         source = np.concatenate([[ids.cls], window]).astype(np.int32)
-        fill_row(batch, row, *corrupt(source, rng, ids, mix, most=(length - size) // 2))
+        write_row(batch, row, *corrupt(source, rng, ids, mix, max_spans=(length - size) // 2))
     return batch
 
 
-def empty_batch(rows: int, length: int, pad: int) -> Batch:
-    """A batch of padding: the arrays that `infill` returns, for `fill_row` to write into."""
+def empty_batch(rows: int, length: int, pad: int) -> HostBatch:
+    """A batch of padding with the arrays of `infill_batch`, for `write_row` to write into."""
     return {
         "tokens": np.full((rows, length), pad, np.int32),
         "targets": np.full((rows, length), pad, np.int32),
@@ -200,10 +212,10 @@ def empty_batch(rows: int, length: int, pad: int) -> Batch:
     }
 
 
-def fill_row(
-    batch: Batch, row: int, tokens: np.ndarray, targets: np.ndarray, positions: np.ndarray, split: int
+def write_row(
+    batch: HostBatch, row: int, tokens: np.ndarray, targets: np.ndarray, positions: np.ndarray, split: int
 ) -> None:
-    """Writes one example, as `assemble` returns it, over the padding of a row."""
+    """Writes one example, the result of `assemble`, into a row of an `empty_batch`."""
     size = len(tokens)
     batch["tokens"][row, :size] = tokens
     batch["targets"][row, :size] = targets
@@ -213,21 +225,29 @@ def fill_row(
     batch["segment"][row, :size] = 0
 
 
-Example = tuple[np.ndarray, np.ndarray, np.ndarray, int]  # tokens, targets, positions, split: see assemble
+Example = tuple[np.ndarray, np.ndarray, np.ndarray, int]  # tokens, targets, positions, split; see `assemble`
 
 
-def corrupt(source: np.ndarray, rng: np.random.Generator, ids: InfillTokens, mix: Mix, most: int) -> Example:
-    """Draws a kind of blanks and the blanks, at most `most`, for one text [L] that starts with [CLS]."""
+def corrupt(source: np.ndarray, rng: np.random.Generator, ids: InfillTokens, mix: BlankMix, max_spans: int) -> Example:
+    """Draws the kind of blanks and then the blanks for one text.
+
+    Args:
+      source: int [L], the text, which starts with [CLS].
+      rng: for all random choices.
+      ids: control tokens.
+      mix: frequencies of the kinds of blanks.
+      max_spans: greatest number of blanks.
+    """
     shares = np.array([mix.token, mix.sentence, mix.document])
     kind = int(np.searchsorted(np.cumsum(shares) / shares.sum(), rng.random(), side="right"))
     if kind == 2:
         return _document(source, rng, ids, mix)
     if kind == 1:
-        spans = sentence_spans(source, rng, ids)[:most]
+        spans = sentence_spans(source, rng, ids)[:max_spans]
         if spans:
             return assemble(source, spans, ids.sentence_mask, ids.start, ids.end)
-        # A text without any end of a sentence has no sentences to hide, but it has tokens.
-    spans = token_spans(source, rng, ids.eos, most)
+        # A text in which no sentence ends gets token-level blanks instead.
+    spans = token_spans(source, rng, ids.eos, max_spans)
     rng.shuffle(spans)
     inputs = source
     if mix.block and ids.block is not None:
@@ -243,37 +263,40 @@ def assemble(
     end: int | None,
     inputs: np.ndarray | None = None,
 ) -> Example:
-    """Part A and part B of a text with given blanks: no randomness.
+    """Builds part A and part B of a text with given blanks. Nothing is random.
+
+    Source: THUDM/GLM blocklm_utils.py, make_block_data.
 
     Args:
       source: int [L], the text.
-      spans: [begin, stop) of every blank, disjoint, in the order in which part B lists them.
+      spans: [begin, stop) of every blank, disjoint, in the order of part B.
       mask: the id that replaces a span in part A.
       start: the id in front of every span in part B.
-      end: the target behind every span; None for a span that is the rest of the text and brings its own eos: then its
-        last token is only a target.
-      inputs: what part B shows in place of `source`, if it differs ([dBLOCK]).
+      end: the target after every span. None for a span that is the rest of the text, which ends without an
+        end-of-piece token; its last token is a target but no input.
+      inputs: int [L], the input tokens of part B if they differ from `source` because of [dBLOCK].
 
-    Returns (tokens [T], targets [T], positions [2, T], split): part B starts at `split`. Targets of part A, which no
-    loss looks at, repeat its tokens. Source: THUDM/GLM blocklm_utils.py, make_block_data.
+    Returns:
+      (tokens [T], targets [T], positions [2, T], split), where part B starts at index `split`. The targets of part A
+      repeat its tokens; the loss ignores them.
     """
     inputs = source if inputs is None else inputs
-    shown: list[Any] = []
-    mask_place: dict[int, int] = {}
-    at = 0
-    place = 0  # in the corrupted text
+    pieces: list[Any] = []
+    mask_position: dict[int, int] = {}  # begin of a span -> position of its mask in part A
+    end_of_last = 0  # in the source
+    position = 0  # in part A
     for begin, stop in sorted(spans):
-        shown += [source[at:begin], [mask]]
-        place += begin - at
-        mask_place[begin] = place
-        place += 1
-        at = stop
-    shown.append(source[at:])
-    part_a = np.concatenate(shown)
+        pieces += [source[end_of_last:begin], [mask]]
+        position += begin - end_of_last
+        mask_position[begin] = position
+        position += 1
+        end_of_last = stop
+    pieces.append(source[end_of_last:])
+    part_a = np.concatenate(pieces)
     split = len(part_a)
     tokens: list[Any] = [part_a]
     targets: list[Any] = [part_a]
-    outer, inner = [np.arange(split)], [np.zeros(split, int)]
+    outer, inner = [np.arange(split)], [np.zeros(split, int)]  # the two rows of positions
     for begin, stop in spans:
         if end is None:
             tokens += [[start], inputs[begin : stop - 1]]
@@ -282,32 +305,42 @@ def assemble(
             tokens += [[start], inputs[begin:stop]]
             targets += [source[begin:stop], [end]]
         size = stop - begin + (end is not None)
-        outer.append(np.full(size, mask_place[begin]))
+        outer.append(np.full(size, mask_position[begin]))
         inner.append(np.arange(1, size + 1))
     positions = np.stack([np.concatenate(outer), np.concatenate(inner)])
     return np.concatenate(tokens), np.concatenate(targets), positions, split
 
 
-def token_spans(source: np.ndarray, rng: np.random.Generator, eos: int, most: int) -> list[tuple[int, int]]:
-    """Spans of Poisson length over 15 % of a text, in text order, at most `most`.
+def token_spans(source: np.ndarray, rng: np.random.Generator, eos: int, max_spans: int) -> list[tuple[int, int]]:
+    """Draws token-level blanks: spans of Poisson length that cover 15 % of a text.
 
-    They never touch, never hold [CLS] (index 0), an eos or the last token. Lengths are drawn until they sum up to the
-    15 %, the last one whole; each goes to a document of the text at random, weighted by the room left there.
+    Lengths are drawn until their sum reaches the 15 %. Each span is put into a random document of the text, with
+    probabilities in proportion to the free tokens there.
+
+    Args:
+      source: int [L], the text, which starts with [CLS].
+      rng: for all random choices.
+      eos: id of the token between documents.
+      max_spans: greatest number of spans.
+
+    Returns:
+      [begin, stop) of every span, in the order of the text. Between two spans is at least one token; no span contains
+      [CLS], an eos or the last token.
     """
-    room = _documents(source, eos)
-    free = np.array([stop - begin for begin, stop in room])
-    chosen: list[list[int]] = [[] for _ in room]
-    for span in _span_lengths(int(MASK_RATIO * len(source)), rng)[:most]:
+    documents = _documents(source, eos)
+    free = np.array([stop - begin for begin, stop in documents])
+    chosen: list[list[int]] = [[] for _ in documents]
+    for span in _span_lengths(int(MASK_RATIO * len(source)), rng)[:max_spans]:
         fits = np.where(free >= span, free, 0)
         if not fits.any():
             continue
-        place = int(np.searchsorted(np.cumsum(fits), rng.integers(fits.sum()), side="right"))
-        chosen[place].append(span)
-        free[place] -= span + 1  # and a token that keeps it apart from the next
+        document = int(np.searchsorted(np.cumsum(fits), rng.integers(fits.sum()), side="right"))
+        chosen[document].append(span)
+        free[document] -= span + 1  # one more token, between this span and the next
     spans = []
-    for (begin, stop), lengths in zip(room, chosen, strict=True):
+    for (begin, stop), lengths in zip(documents, chosen, strict=True):
         slack = stop - begin - sum(lengths) - len(lengths) + 1
-        gaps = np.sort(rng.integers(0, slack + 1, len(lengths)))
+        gaps = np.sort(rng.integers(0, slack + 1, len(lengths)))  # free tokens of the document before each span
         for gap, span in zip(gaps, lengths, strict=True):
             spans.append((int(begin + gap), int(begin + gap + span)))
             begin += span + 1
@@ -315,22 +348,30 @@ def token_spans(source: np.ndarray, rng: np.random.Generator, eos: int, most: in
 
 
 def sentence_spans(source: np.ndarray, rng: np.random.Generator, ids: InfillTokens) -> list[tuple[int, int]]:
-    """Whole sentences of a text, drawn in random order until they make up 15 % of it. They may touch.
+    """Draws sentence-level blanks: whole sentences, in random order, until they make up 15 % of a text.
 
-    What follows the last sentence end of a document is not a sentence, for a window may cut it anywhere.
+    The text after the last sentence end is no sentence, since the window may have cut it off anywhere.
+
+    Args:
+      source: int [L], the text, which starts with [CLS].
+      rng: for the order of the sentences.
+      ids: control tokens, and the tokens that end a sentence.
+
+    Returns:
+      [begin, stop) of every sentence, in the order drawn. Two of them may be adjacent.
     """
     ends = np.flatnonzero(ids.sentence_ends[source] | (source == ids.eos))
     begins = np.concatenate([[1], ends[:-1] + 1]) if len(ends) else ends
     stops = np.where(source[ends] == ids.eos, ends, ends + 1)
-    stops = np.minimum(stops, len(source) - 1)  # the last token stays
+    stops = np.minimum(stops, len(source) - 1)  # never hide the last token
     sentences = [(int(begin), int(stop)) for begin, stop in zip(begins, stops, strict=True) if stop > begin]
     rng.shuffle(sentences)
     covered = np.cumsum([stop - begin for begin, stop in sentences])
     return sentences[: int(np.searchsorted(covered, int(MASK_RATIO * len(source)))) + 1]
 
 
-def _document(source: np.ndarray, rng: np.random.Generator, ids: InfillTokens, mix: Mix) -> Example:
-    """One long blank: the rest of the text, or a span inside of it if it is a single document."""
+def _document(source: np.ndarray, rng: np.random.Generator, ids: InfillTokens, mix: BlankMix) -> Example:
+    """One long blank: the rest of the text or, if the text is a single document, perhaps a span inside it."""
     size = len(source)
     blank = int(rng.integers(min(int(mix.document_ratio * size), size - 2), size - 1))
     blank = max(blank, 1)
@@ -341,14 +382,14 @@ def _document(source: np.ndarray, rng: np.random.Generator, ids: InfillTokens, m
 
 
 def _documents(source: np.ndarray, eos: int) -> list[tuple[int, int]]:
-    """[begin, stop) of the stretches that spans may lie in: between eos, without [CLS] and the last token."""
+    """[begin, stop) of the documents of a text, without the eos between them, [CLS] and the last token."""
     cuts = [0, *np.flatnonzero(source[1:-1] == eos) + 1, len(source) - 1]
     return [(int(a) + 1, int(b)) for a, b in itertools.pairwise(cuts)]
 
 
 def _span_lengths(total: int, rng: np.random.Generator) -> list[int]:
-    """Lengths until they sum up to `total`, at least one."""
-    lengths = _LENGTHS[np.searchsorted(_LENGTH_CDF, rng.random(max(total, 1)))]  # a token each is enough
+    """Random lengths until their sum reaches `total`, at least one length."""
+    lengths = _LENGTHS[np.searchsorted(_LENGTH_CDF, rng.random(max(total, 1)))]  # enough, even if all of them are 1
     return lengths[: int(np.searchsorted(np.cumsum(lengths), total)) + 1].tolist()
 
 

@@ -1,4 +1,4 @@
-"""Ending a run in good order when it is told to: Ctrl-C, SIGTERM, a preempted machine."""
+"""A run saves and stops when it is interrupted: by Ctrl-C, SIGTERM or the preemption of a machine."""
 
 import os
 import signal
@@ -10,35 +10,36 @@ from jax.experimental import multihost_utils
 
 
 class Interrupts:
-    """Turns the first SIGINT or SIGTERM into a question to ask after every step; a second SIGINT aborts at once.
+    """Catches the first SIGINT or SIGTERM, for the loop to ask about after every step. A second SIGINT aborts at once.
 
-    With several processes all of them stop after the same step, whichever was told: JAX's preemption service, which
-    listens to SIGTERM, agrees on it, and SIGINT is passed on to it. Use as a context manager, in the main thread
-    (elsewhere signals are left alone).
+    With several processes, all of them stop after the same step, whichever got the signal: JAX's preemption service
+    listens to SIGTERM and chooses the step, and SIGINT is passed on to it as SIGTERM.
+
+    Use as a context manager in the main thread; in other threads it does not touch signals.
     """
 
     def __init__(self):
         self.received = False
-        self._many = jax.process_count() > 1
-        self._before: dict[int, Any] = {}
+        self._several_processes = jax.process_count() > 1
+        self._old_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupts":
         if threading.current_thread() is threading.main_thread():
-            caught = (signal.SIGINT,) if self._many else (signal.SIGINT, signal.SIGTERM)
-            self._before = {s: signal.signal(s, self._handle) for s in caught}
+            caught = (signal.SIGINT,) if self._several_processes else (signal.SIGINT, signal.SIGTERM)
+            self._old_handlers = {s: signal.signal(s, self._handle) for s in caught}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for which, handler in self._before.items():
-            signal.signal(which, handler)
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
 
     def stop_after(self, step: int) -> bool:
-        """Whether to stop after `step`; every process must ask after every step."""
-        return multihost_utils.reached_preemption_sync_point(step) if self._many else self.received
+        """Whether to stop after `step`. Every process must call this after every step."""
+        return multihost_utils.reached_preemption_sync_point(step) if self._several_processes else self.received
 
-    def _handle(self, which: int, _: object) -> None:
-        if self.received and which == signal.SIGINT:
+    def _handle(self, number: int, _: object) -> None:
+        if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = True
-        if self._many:
+        if self._several_processes:
             os.kill(os.getpid(), signal.SIGTERM)

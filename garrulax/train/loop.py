@@ -1,16 +1,17 @@
-"""The training loop: it wires the pieces of this room and has no mathematics of its own."""
+"""The training loop. It connects the other modules of this package and computes nothing itself."""
 
 import contextlib
 import dataclasses
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import jax
 from jax.sharding import Mesh
 
 from garrulax import models
+from garrulax.core.config import ModelConfig
 from garrulax.core.sharding import make_mesh
 from garrulax.core.spec import Tree
 from garrulax.train import plots
@@ -23,27 +24,33 @@ from garrulax.train.interrupts import Interrupts
 from garrulax.train.metrics import MetricsLog
 from garrulax.train.objectives import OBJECTIVES, Objective, objective_name
 from garrulax.train.optimizers import make_optimizer
-from garrulax.train.progress import Progress, Speed
+from garrulax.train.progress import Progress, StepTimer
 from garrulax.train.settings import Settings
 from garrulax.train.state import TrainState, abstract_state, init_state
 from garrulax.train.step import Metrics, make_train_step
 
-AHEAD = 2  # steps given to the device before waiting: the host prepares the next batch while it computes
+# Steps that the device may be behind the host, which prepares the next batch while the device computes.
+AHEAD = 2
 
 
 class Diverged(FloatingPointError):
-    """The loss or its gradient is not a finite number."""
+    """The loss or its gradient is not finite."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What to train, on what, and where to keep it.
+    """The inputs of a training run, and the folder for its results.
 
-    objective: None takes the settings' one. params: start from these (a loaded model) instead of random ones.
-    folder: gets run.json, metrics.jsonl, events/, checkpoints/ and loss.png.
+    Attributes:
+      config: of the model.
+      settings: of the run.
+      data: batches to train on and to evaluate on.
+      folder: for run.json, metrics.jsonl, events/, checkpoints/ and loss.png.
+      objective: None takes the one that the settings name.
+      params: parameters to start from, such as those of a loaded model; None draws random ones.
     """
 
-    config: Any
+    config: ModelConfig
     settings: Settings
     data: Data
     folder: Path
@@ -53,8 +60,15 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """params: after `step` updates. finished: False where it was stopped. evaluation: of the final parameters, None
-    where it was stopped. best: step of the checkpoint with the lowest held-out loss.
+    """The result of a training run.
+
+    Attributes:
+      params: after `step` updates.
+      step: number of updates.
+      finished: False if the run was stopped before its last step.
+      evaluation: of the final parameters; None if the run was stopped.
+      best: step of the checkpoint with the lowest held-out loss; None if none was evaluated.
+      picture: path of loss.png; None if it was not drawn.
     """
 
     params: Tree
@@ -72,32 +86,38 @@ def train(
     on_finish: Callable[[Result], None] | None = None,
     out: TextIO | None = None,
 ) -> Result:
-    """Trains to the end of the settings' steps, or to the first SIGINT or SIGTERM, which saves and returns.
+    """Trains until the last step of the settings, or until SIGINT or SIGTERM: then it saves a checkpoint and returns.
 
-    resume: go on from the folder's latest checkpoint, exactly as if the run had never stopped, on this or another
-    mesh; otherwise the folder must not hold a run. on_finish: called with the result, of a stopped run too, while the
-    mesh is set, for exporting. out: where the progress goes, default stderr.
+    With several processes, all of them call this with the same arguments after `jax.distributed.initialize()`.
 
-    Several processes call this alike after `jax.distributed.initialize()`.
+    Args:
+      run: what to train. Without `resume`, its folder must not have a run in it.
+      resume: continue from the latest checkpoint in the folder, on the same or another mesh. The result is exactly
+        that of a run which was never stopped.
+      on_finish: called with the result while the mesh is set, to export the model; also for a stopped run.
+      out: where to write the progress; None is stderr.
 
-    Raises ValueError for settings that do not fit together, the devices, or the checkpoint; FileExistsError and
-    FileNotFoundError for the folder; Diverged where the loss is not finite, with the last checkpoint intact; OSError
-    where saving failed, likewise.
+    Raises:
+      ValueError: if the settings do not fit together, or do not fit the devices or the checkpoint.
+      FileExistsError: if the folder has a run in it and `resume` is False.
+      FileNotFoundError: if the folder has no checkpoint and `resume` is True.
+      Diverged: if the loss is not finite. The last checkpoint is intact.
+      OSError: if saving a checkpoint failed. The earlier ones are intact.
     """
     settings = run.settings
     mesh = _mesh(settings)
     check_batch(settings, mesh)
-    identity = settings_.identity(settings, run.config, run.data.identity)
+    identity = settings_.run_identity(settings, run.config, run.data.identity)
     run.folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         if mesh is not None:
             stack.enter_context(jax.set_mesh(mesh))
-        saves = stack.enter_context(Checkpoints(run.folder / "checkpoints", identity, settings.keep))
-        loop = _Loop(run, mesh, saves, _progress(run, mesh, out))
-        state = loop.begin(resume)
-        loop.log = stack.enter_context(MetricsLog(run.folder, int(state.step)))
+        checkpoints = stack.enter_context(Checkpoints(run.folder / "checkpoints", identity, settings.keep))
+        loop = _Loop(run, mesh, checkpoints, _progress(run, mesh, out))
+        state = loop.first_state(resume)
+        log = stack.enter_context(MetricsLog(run.folder, int(state.step)))
         with Interrupts() as interrupts:
-            result = loop.finish(*loop.steps(state, interrupts))
+            result = loop.finish(*loop.steps(state, log, interrupts))
         if on_finish is not None:
             on_finish(result)
         return result
@@ -119,66 +139,70 @@ def _progress(run: Run, mesh: Mesh | None, out: TextIO | None) -> Progress:
 
 
 class _Loop:
-    """The parts of one call of `train`."""
+    """The objects of one call of `train`, and the steps of the loop."""
 
-    log: MetricsLog
-
-    def __init__(self, run: Run, mesh: Mesh | None, saves: Checkpoints, progress: Progress):
+    def __init__(self, run: Run, mesh: Mesh | None, checkpoints: Checkpoints, progress: Progress):
         s, c = run.settings, run.config
         objective = run.objective or OBJECTIVES[objective_name(s.objective, c)]
-        self.run, self.mesh, self.saves, self.progress = run, mesh, saves, progress
+        self.run, self.mesh, self.checkpoints, self.progress = run, mesh, checkpoints, progress
         self.optimizer = make_optimizer(s, models.parameters(c))
         self.train_step = make_train_step(c, s, self.optimizer, objective)
         self.evaluate = make_evaluate(c, objective, mesh=mesh, precision=s.precision)
-        self.speed = Speed()
-        self.pending: deque[tuple[int, Metrics]] = deque()  # measured, perhaps still being computed
+        self.timer = StepTimer()
+        # Steps that are not reported yet, and their metrics, which the device may still compute.
+        self.pending: deque[tuple[int, Metrics]] = deque()
 
-    def begin(self, resume: bool) -> TrainState:
-        """The first state: new, or of the latest checkpoint."""
+    def first_state(self, resume: bool) -> TrainState:
+        """The state to start from: new, or of the latest checkpoint. Writes run.json."""
         run, s = self.run, self.run.settings
         if resume:
             target = abstract_state(run.config, self.optimizer, mesh=self.mesh, rules=s.rules)
-            state = self.saves.restore(target)
+            state = self.checkpoints.restore(target)
             self.progress.say(f"resumed {run.folder} at step {int(state.step):,}")
-        elif self.saves.latest is not None:
-            raise FileExistsError(f"{run.folder} holds a run of {self.saves.latest} steps: resume it or choose another")
+        elif self.checkpoints.latest is not None:
+            raise FileExistsError(
+                f"{run.folder} holds a run of {self.checkpoints.latest} steps: resume it or choose another folder"
+            )
         else:
             state = init_state(run.config, self.optimizer, s.seed, mesh=self.mesh, rules=s.rules, params=run.params)
         if jax.process_index() == 0:
-            settings_.save(run.folder, s, run.config, run.data.identity)
+            settings_.write_run_file(run.folder, s, run.config, run.data.identity)
         return state
 
-    def steps(self, state: TrainState, interrupts: Interrupts) -> tuple[TrainState, int, Evaluation | None]:
-        """All steps that are left, or those up to an interrupt: the state, its step and its evaluation, if there is."""
+    def steps(
+        self, state: TrainState, log: MetricsLog, interrupts: Interrupts
+    ) -> tuple[TrainState, int, Evaluation | None]:
+        """Runs the remaining steps, or those until an interrupt: the last state, its step and its evaluation."""
         s, first, evaluation = self.run.settings, int(state.step), None
-        if self.log.note:
-            self.progress.say(self.log.note)
+        if log.note:
+            self.progress.say(log.note)
         for step in range(first + 1, s.steps + 1):
             batch = on_devices(self.run.data.batch_at(step - 1), self.mesh, s.accumulation)
             state, metrics = self.train_step(state, batch)
-            self.wait(step, metrics, step == first + 1)
+            self.wait(step, metrics, compiling=step == first + 1)
             last = step == s.steps
             stop = interrupts.stop_after(step)
             if (step - AHEAD) % s.log_every == 0 or last or stop:
-                self.report()
-            evaluation = self.measure(state, step, last) if (step % s.eval_every == 0 or last) and not stop else None
+                self.report(log)
+            should_evaluate = (step % s.eval_every == 0 or last) and not stop
+            evaluation = self.measure(log, state, step, last) if should_evaluate else None
             if step % s.checkpoint_every == 0 or last or stop:
-                self.save(state, step, evaluation)
+                self.save(log, state, step, evaluation)
             if stop:
                 return state, step, evaluation
         return state, max(first, s.steps), evaluation
 
     def wait(self, step: int, metrics: Metrics, compiling: bool) -> None:
-        """Lets the device work on `AHEAD` steps at most; the first one, which compiles, is waited for."""
+        """Waits until the device has at most `AHEAD` unfinished steps; after the first step, which compiles, none."""
         self.pending.append((step, metrics))
         if compiling:
             jax.block_until_ready(metrics)
-            self.speed.begin(step)
+            self.timer.begin(step)
         elif len(self.pending) > AHEAD:
             self.pending[-1 - AHEAD][1]["loss"].block_until_ready()
 
-    def report(self, ahead: int = AHEAD) -> None:
-        """Reads the metrics of all steps but the latest `ahead`, which may still be computed, and shows them."""
+    def report(self, log: MetricsLog, ahead: int = AHEAD) -> None:
+        """Logs and shows the metrics of all steps except the latest `ahead`, which the device may still compute."""
         done = [self.pending.popleft() for _ in range(len(self.pending) - ahead)]
         if not done:
             return
@@ -187,10 +211,10 @@ class _Loop:
             if not v["finite"]:
                 raise Diverged(self.diverged(step, float(v["loss"]), float(v["grad_norm"])))
         step, newest = done[-1][0], values[-1]
-        seconds = self.speed.lap(step)
+        seconds = self.timer.lap(step)
         loss = sum(float(v["loss"]) for v in values) / len(values)
         tokens = self.run.settings.batch * self.run.settings.window
-        self.log.write(
+        log.write(
             step,
             {
                 "loss": loss,
@@ -200,50 +224,54 @@ class _Loop:
                 "tokens_per_second": seconds and tokens / seconds,
             },
         )
-        self.progress.update(step, loss, float(newest["lr"]), self.speed.per_step)
+        self.progress.update(step, loss, float(newest["lr"]), self.timer.per_step)
 
     def diverged(self, step: int, loss: float, norm: float) -> str:
-        """The message for a step that gave no finite number."""
-        latest = self.saves.latest
-        kept = "no checkpoint was saved yet" if latest is None else f"the checkpoint of step {latest} is intact"
-        return f"step {step}: loss {loss}, gradient norm {norm}; {kept}; try a lower lr, a longer warmup or float32"
+        """The error message for a step whose loss or gradient is not finite."""
+        latest = self.checkpoints.latest
+        saved = "no checkpoint was saved yet" if latest is None else f"the checkpoint of step {latest} is intact"
+        return f"step {step}: loss {loss}, gradient norm {norm}; {saved}; try a lower lr, a longer warmup or float32"
 
-    def measure(self, state: TrainState, step: int, last: bool) -> Evaluation:
-        """Held-out loss, written down and shown; the last one takes all of the text."""
-        self.report(ahead=0)
-        self.speed.stop()
+    def measure(self, log: MetricsLog, state: TrainState, step: int, last: bool) -> Evaluation:
+        """Evaluates, logs and shows the held-out loss; after the last step on all of the held-out text."""
+        self.report(log, ahead=0)
+        self.timer.stop()
         tokens = 0 if last else self.run.settings.eval_tokens
         e = self.evaluate(state.params, self.run.data.held_out(), tokens)
-        self.log.write(step, {"valid_loss": e.loss, "perplexity": e.perplexity, "bits_per_byte": e.bits_per_byte})
+        log.write(step, {"valid_loss": e.loss, "perplexity": e.perplexity, "bits_per_byte": e.bits_per_byte})
         bits = f"  {e.bits_per_byte:.3f} bits/byte" if e.bits_per_byte is not None else ""
         self.progress.say(f"step {step:,}  held-out loss {e.loss:.4f}  perplexity {e.perplexity:.2f}{bits}")
-        self.speed.start()
+        self.timer.start()
         return e
 
-    def save(self, state: TrainState, step: int, evaluation: Evaluation | None) -> None:
-        """Begins to write a checkpoint, once all steps up to it are known to be finite."""
-        self.report(ahead=0)
-        self.speed.stop()
-        self.saves.save(state, step, None if evaluation is None else evaluation.loss)
-        self.speed.start()
+    def save(self, log: MetricsLog, state: TrainState, step: int, evaluation: Evaluation | None) -> None:
+        """Starts to write a checkpoint, after `report` has checked that all steps up to it are finite."""
+        self.report(log, ahead=0)
+        self.timer.stop()
+        self.checkpoints.save(state, step, None if evaluation is None else evaluation.loss)
+        self.timer.start()
 
     def finish(self, state: TrainState, step: int, evaluation: Evaluation | None) -> Result:
-        """Waits for the last checkpoint and draws the curves."""
-        self.saves.close()
+        """Waits for the last checkpoint and draws the loss curves."""
+        self.checkpoints.close()
         self.progress.close()
         run, finished = self.run, step >= self.run.settings.steps
-        if finished and evaluation is None:  # resumed at its end
+        if finished and evaluation is None:  # the run was resumed after its last step
             evaluation = self.evaluate(state.params, run.data.held_out())
         if not finished:
-            self.progress.say(f"stopped and saved at step {step:,}; to go on: garrulax train --resume {run.folder}")
-        return Result(state.params, step, finished, evaluation, self.saves.best, self.draw() if finished else None)
+            self.progress.say(
+                f"stopped and saved at step {step:,}; continue with: garrulax train --resume {run.folder}"
+            )
+        return Result(
+            state.params, step, finished, evaluation, self.checkpoints.best, self.draw() if finished else None
+        )
 
     def draw(self) -> Path | None:
-        """The loss curves, in process 0 and where matplotlib is installed."""
+        """Draws the loss curves, in process 0 only and if matplotlib is installed."""
         if jax.process_index() != 0:
             return None
         try:
             return plots.draw(self.run.folder, f"{self.run.folder.name}: {models.count(self.run.config):,} parameters")
         except ImportError:
-            self.progress.say("no loss curves are drawn: pip install 'garrulax[plots]' brings matplotlib")
+            self.progress.say("no loss curves are drawn; to get them: pip install 'garrulax[plots]'")
             return None

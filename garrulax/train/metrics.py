@@ -1,4 +1,4 @@
-"""The record of a run: metrics.jsonl, and the same as TensorBoard events."""
+"""The metrics of a run: metrics.jsonl, and the same numbers as TensorBoard events."""
 
 import json
 import os
@@ -12,10 +12,16 @@ NAME = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Appends records to metrics.jsonl and to TensorBoard events under `events`; from process 0 only.
+    """Appends records to metrics.jsonl and to TensorBoard events in the folder `events`. Only process 0 writes.
 
-    folder: of the run. step: the run goes on from here; records of later steps, which a killed run left, are dropped.
-    Use as a context manager. `note` says why no events are written, or is None.
+    Use as a context manager.
+
+    Args:
+      folder: of the run.
+      step: of the state that the run starts from. Records of later steps, left by a killed run, are deleted.
+
+    Attributes:
+      note: says why no TensorBoard events are written; None if they are.
     """
 
     def __init__(self, folder: str | os.PathLike, step: int = 0):
@@ -24,13 +30,13 @@ class MetricsLog:
         if jax.process_index() != 0:
             return
         path = Path(folder, NAME)
-        kept = [r for r in read(folder) if r["step"] <= step] if step and path.exists() else []
-        path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        valid = [r for r in read_metrics(folder) if r["step"] <= step] if step and path.exists() else []
+        path.write_text("".join(json.dumps(r) + "\n" for r in valid))
         self._file = path.open("a", buffering=1)
         try:
             from tensorboardX import SummaryWriter
         except ImportError:
-            self.note = "TensorBoard events are not written: pip install 'garrulax[plots]' brings tensorboardX"
+            self.note = "no TensorBoard events are written; to get them: pip install 'garrulax[plots]'"
         else:
             self._events = SummaryWriter(str(Path(folder, "events")), purge_step=step + 1)
 
@@ -38,12 +44,17 @@ class MetricsLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for sink in (self._file, self._events):
-            if sink is not None:
-                sink.close()
+        for output in (self._file, self._events):
+            if output is not None:
+                output.close()
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """One record of what was measured after `step` updates; None values are left out."""
+        """Writes one record.
+
+        Args:
+          step: number of updates before the measurement.
+          values: measured, by name; None values are left out.
+        """
         values = {k: v for k, v in values.items() if v is not None}
         if self._file is not None:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
@@ -52,8 +63,8 @@ class MetricsLog:
                 self._events.add_scalar(name, value, step)
 
 
-def read(folder: str | os.PathLike) -> list[dict[str, Any]]:
-    """All complete records of a run's metrics.jsonl (a killed run may leave half a line at the end)."""
+def read_metrics(folder: str | os.PathLike) -> list[dict[str, Any]]:
+    """All complete records of a run's metrics.jsonl, without half a line that a killed run may have left."""
     records = []
     for line in Path(folder, NAME).read_text().splitlines():
         try:

@@ -1,10 +1,15 @@
-"""Objectives: `loss(params, batch, config, key, **options) -> (scalar, metrics)`.
+"""Objectives: functions `loss(params, batch, config, key, **options) -> (scalar, metrics)`.
 
-A batch is a dict of arrays: tokens and targets int32 [B, T], weights float32 [B, T] (0 where nothing is predicted), and
-where the objective has them positions (int32 [B, T] or [B, 2, T]) and the mask streams rank and segment int32 [B, T].
-The scalar is a mean; metrics["tokens"] is what it is a mean over, so that micro-batches can be weighed by it. key
-gives dropout, None none. options go to `garrulax.forward` (remat, unroll). An objective of your own with the same
-signature goes into `step.make_train_step` as it is.
+    params: of the model.
+    batch: a dict of arrays. Always tokens and targets, int32 [B, T], and weights, float32 [B, T], 0 where the loss
+      ignores the target. Some objectives also have positions, int32 [B, T] or [B, 2, T], and the streams of the mask,
+      rank and segment, int32 [B, T].
+    config: of the model.
+    key: PRNG key for dropout; None is without dropout.
+    options: passed on to `garrulax.forward` (remat, unroll).
+
+The scalar is a mean, and metrics["tokens"] is the number of tokens in that mean: it is the weight of a micro-batch when
+several are averaged. Any function with this signature can be given to `step.make_train_step`.
 """
 
 from collections.abc import Callable
@@ -14,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from garrulax import models
+from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
 from garrulax.kernels.mask import Mask
 
@@ -22,21 +28,42 @@ Objective = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
 
 def causal_lm(
-    params: Tree, batch: Batch, config: Any, key: jax.Array | None = None, **options: Any
+    params: Tree, batch: Batch, config: ModelConfig, key: jax.Array | None = None, **options: Any
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean negative log-likelihood (nats) of the targets, each predicted from the tokens up to its own position.
+    """Mean negative log-likelihood (nats) of the targets, each predicted from the tokens up to its position.
 
-    Rows may be packed: the batch's streams say so (`mask_of`).
+    A row may have several documents: then the batch has the mask streams of `mask_of`.
+
+    Args:
+      params: of the model.
+      batch: tokens, targets, weights; positions, rank and segment if rows are packed.
+      config: of the model.
+      key: PRNG key for dropout; None is without dropout.
+      **options: passed on to `garrulax.forward`.
+
+    Returns:
+      The mean, and the metrics: tokens, the sum of the weights.
     """
     return _token_loss(params, batch, config, key, options)
 
 
 def blank_infilling(
-    params: Tree, batch: Batch, config: Any, key: jax.Array | None = None, **options: Any
+    params: Tree, batch: Batch, config: ModelConfig, key: jax.Array | None = None, **options: Any
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean negative log-likelihood (nats) of the blanks' tokens, given the text around them (Du et al. 2022, eq. 1).
+    """Mean negative log-likelihood (nats) of the tokens in the blanks (Du et al. 2022, eq. 1).
 
-    Raises ValueError for a batch without the positions and ranks that tell the blanks from the text.
+    Args:
+      params: of the model.
+      batch: from `infill.infill_batch`.
+      config: of the model.
+      key: PRNG key for dropout; None is without dropout.
+      **options: passed on to `garrulax.forward`.
+
+    Returns:
+      The mean, and the metrics: tokens, the sum of the weights.
+
+    Raises:
+      ValueError: if the batch has no positions or no rank.
     """
     missing = {"positions", "rank"} - batch.keys()
     if missing:
@@ -47,13 +74,13 @@ def blank_infilling(
 OBJECTIVES: dict[str, Objective] = {"causal": causal_lm, "infill": blank_infilling}
 
 
-def objective_name(wanted: str | None, config: Any) -> str:
-    """`wanted`, or where that is None what the family of `config` was made for."""
+def objective_name(wanted: str | None, config: ModelConfig) -> str:
+    """`wanted`, or if that is None the default objective of the config's family."""
     return wanted or models.family(config).OBJECTIVE or "causal"
 
 
 def mask_of(batch: Batch) -> Mask | None:
-    """The mask of a batch from its streams; None, which is causal, where it has none."""
+    """The mask of a batch, from its streams rank and segment; None, which means causal, if it has neither."""
     if "rank" not in batch and "segment" not in batch:
         return None
     index = jnp.zeros_like(batch["tokens"]) + jnp.arange(batch["tokens"].shape[1], dtype=jnp.int32)
@@ -61,20 +88,26 @@ def mask_of(batch: Batch) -> Mask | None:
 
 
 def negative_log_likelihood(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """-log softmax(logits)[target], in at least float32. logits: [..., V]; targets: int32 [...].
+    """-log softmax(logits)[target], in at least float32.
 
-    The target's logit is picked by a sum over the vocabulary, which compiles to one fused reduction and, unlike a
-    gather, allows the vocabulary to be sharded.
+    Args:
+      logits: [..., V], of any float dtype.
+      targets: int32 [...].
+
+    Returns:
+      Nats, [...].
     """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    hit = jnp.arange(logits.shape[-1], dtype=targets.dtype) == targets[..., None]
-    return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(hit, logits, 0), axis=-1)
+    # A masked sum picks the target's logit: XLA fuses it into one reduction and, unlike a gather, it works on a
+    # sharded vocabulary.
+    is_target = jnp.arange(logits.shape[-1], dtype=targets.dtype) == targets[..., None]  # [..., V]
+    return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
 
 
 def _token_loss(params, batch, config, key, options):
     positions, mask = batch.get("positions"), mask_of(batch)
     logits, _ = models.forward(params, batch["tokens"], config, positions=positions, mask=mask, key=key, **options)
-    nll = negative_log_likelihood(logits, batch["targets"])
+    nll = negative_log_likelihood(logits, batch["targets"])  # [B, T]
     weights = batch["weights"].astype(nll.dtype)
     tokens = jnp.sum(weights)
     return jnp.sum(nll * weights) / jnp.maximum(tokens, 1), {"tokens": tokens}

@@ -1,7 +1,6 @@
-"""Optimizers from the settings and the ParamSpec tree, which says what is a matrix, an embedding or a vector."""
+"""Optimizers, built from the settings and from the role of every parameter: matrix, embedding or vector."""
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +9,19 @@ from optax.contrib import MuonDimensionNumbers
 
 from garrulax.core.spec import ParamSpec, Tree, decay_mask, map_specs
 from garrulax.train.schedules import Schedule, make_schedule
+from garrulax.train.settings import Settings
 
-OPTIMIZERS = ("muon", "adamw")
 
+def make_optimizer(settings: Settings, specs: Tree) -> optax.GradientTransformation:
+    """Makes the optimizer of the settings: clips gradients by their global norm, then applies AdamW or Muon.
 
-def make_optimizer(settings: Any, specs: Tree) -> optax.GradientTransformation:
-    """The optimizer that the settings ask for: gradients clipped by their global norm, then AdamW or Muon.
+    AdamW (Loshchilov & Hutter 2019) decays matrices and embeddings, but not norms and biases. Muon (Jordan et al. 2024,
+    kellerjordan.github.io/posts/muon) orthogonalises the momentum of the matrices of every layer. Embeddings, output
+    projection, norms and biases use AdamW at `adam_lr` then.
 
-    AdamW (Loshchilov & Hutter 2019) decays matrices and embeddings, not norms and biases. Muon (Jordan et al. 2024,
-    kellerjordan.github.io/posts/muon) orthogonalises the momentum of every layer's matrices; embeddings, output
-    projection, norms and biases go to AdamW at `adam_lr`. settings: a `Settings`. specs: the family's parameters.
+    Args:
+      settings: of the run.
+      specs: ParamSpec tree of the parameters.
     """
     clip = optax.clip_by_global_norm(settings.clip) if settings.clip else optax.identity()
     if settings.optimizer == "adamw":
@@ -32,8 +34,9 @@ def make_optimizer(settings: Any, specs: Tree) -> optax.GradientTransformation:
     return optax.chain(clip, optax.partition(parts, labels))
 
 
-def schedule_of(settings: Any, peak: float) -> Schedule:
-    """The settings' schedule with the given peak."""
+def schedule_of(settings: Settings, peak: float | None) -> Schedule:
+    """The learning-rate schedule of the settings, with the given peak: `settings.lr` or `settings.adam_lr`."""
+    assert peak is not None  # Settings replaces None by the default of the optimizer
     return make_schedule(
         settings.schedule,
         peak,
@@ -44,16 +47,16 @@ def schedule_of(settings: Any, peak: float) -> Schedule:
     )
 
 
-def _adamw(settings: Any, schedule: Schedule, specs: Tree) -> optax.GradientTransformation:
+def _adamw(settings: Settings, schedule: Schedule, specs: Tree) -> optax.GradientTransformation:
     decayed = decay_mask(specs)
-    if settings.optimizer == "muon":  # sees the embeddings and vectors only
+    if settings.optimizer == "muon":  # AdamW gets the embeddings and vectors only
         decayed = map_specs(lambda s, d: optax.MaskedNode() if s.role == "matrix" else d, specs, decayed)
     return optax.adamw(
         schedule, settings.beta1, settings.beta2, settings.eps, weight_decay=settings.weight_decay, mask=decayed
     )
 
 
-def _muon(settings: Any, schedule: Schedule, specs: Tree) -> optax.GradientTransformation:
+def _muon(settings: Settings, schedule: Schedule, specs: Tree) -> optax.GradientTransformation:
     dimensions = map_specs(lambda s: muon_dimensions(s) if s.role == "matrix" else optax.MaskedNode(), specs)
     return optax.chain(
         optax.contrib.scale_by_muon(beta=settings.momentum, weight_dimension_numbers=dimensions),
@@ -64,13 +67,13 @@ def _muon(settings: Any, schedule: Schedule, specs: Tree) -> optax.GradientTrans
 
 
 def muon_dimensions(s: ParamSpec) -> MuonDimensionNumbers:
-    """Which axes of a matrix are its inputs and its outputs; the layers of a stack are matrices of their own."""
+    """The input and output axes of a matrix for Muon. Every layer of a stack is a separate matrix."""
     first = 1 if s.layers else 0
     return MuonDimensionNumbers(tuple(range(first, first + s.inputs)), tuple(range(first + s.inputs, len(s.shape))))
 
 
 def _scale_by_shape(specs: Tree) -> optax.GradientTransformation:
-    """Muon's sqrt(max(1, outputs / inputs)): the same change of the activations for every shape."""
+    """Multiplies updates by Muon's sqrt(max(1, outputs / inputs)), so that activations change alike for all shapes."""
 
     def factor(s):
         inputs, outputs = math.prod(s.layer_shape[: s.inputs]), math.prod(s.layer_shape[s.inputs :])

@@ -1,4 +1,4 @@
-"""The loss curves of a run as a picture."""
+"""A picture of the loss curves of a run."""
 
 import os
 from pathlib import Path
@@ -13,14 +13,23 @@ _TRAIN, _SMOOTH, _HELD_OUT, _GREY = "#9db8d9", "#2a5c9a", "#d1495b", "#666666"
 
 
 def draw(folder: str | os.PathLike, title: str) -> Path | None:
-    """Draws the training loss, smoothed and not, and the held-out loss of a run's metrics.jsonl to loss.png.
+    """Draws loss.png from a run's metrics.jsonl: the training loss, raw and smoothed, and the held-out loss.
 
-    A second axis gives bits per byte where they are known. Returns the picture's path, None where the run has nothing
-    to draw. Raises ImportError without matplotlib.
+    If bits per byte are known, a second axis shows them.
+
+    Args:
+      folder: of the run.
+      title: of the picture.
+
+    Returns:
+      Path of the picture; None if the run has no losses yet.
+
+    Raises:
+      ImportError: if matplotlib is not installed.
     """
-    from matplotlib.figure import Figure  # no pyplot: no global state, no display
+    from matplotlib.figure import Figure  # unlike pyplot, it has no global state and needs no display
 
-    records = metrics.read(folder)
+    records = metrics.read_metrics(folder)
     train = np.array([(r["step"], r["loss"]) for r in records if "loss" in r]).reshape(-1, 2)
     held_out = np.array([(r["step"], r["valid_loss"]) for r in records if "valid_loss" in r]).reshape(-1, 2)
     if len(train) + len(held_out) == 0:
@@ -42,15 +51,23 @@ def draw(folder: str | os.PathLike, title: str) -> Path | None:
 
 
 def smooth(values: np.ndarray, share: float = 0.02) -> np.ndarray:
-    """Exponential moving average [N] over about `share` of the values, both ways so that it does not lag."""
-    keep = 1 - 1 / max(1.0, share * len(values))
-    return (_average(values, keep) + _average(values[::-1], keep)[::-1]) / 2
+    """Exponential moving average over about `share` of the values, run forwards and backwards so that it has no lag.
+
+    Args:
+      values: [N].
+      share: of the N values.
+
+    Returns:
+      [N].
+    """
+    decay = 1 - 1 / max(1.0, share * len(values))
+    return (_average(values, decay) + _average(values[::-1], decay)[::-1]) / 2
 
 
-def _average(values: np.ndarray, keep: float) -> np.ndarray:
+def _average(values: np.ndarray, decay: float) -> np.ndarray:
     out, total, weight = np.empty(len(values)), 0.0, 0.0
     for i, value in enumerate(values):
-        total, weight = keep * total + value, keep * weight + 1
+        total, weight = decay * total + value, decay * weight + 1
         out[i] = total / weight
     return out
 
@@ -62,7 +79,7 @@ def _frame(axes: Any, title: str, train: np.ndarray, held_out: np.ndarray) -> No
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlim(left=0)
-    losses = np.concatenate([train[len(train) // 50 :, 1], held_out[:, 1]])  # the first fall would flatten the rest
+    losses = np.concatenate([train[len(train) // 50 :, 1], held_out[:, 1]])  # the steep start would flatten the rest
     margin = 0.05 * (losses.max() - losses.min()) + 1e-3
     axes.set_ylim(losses.min() - margin, losses.max() + margin)
     axes.legend(frameon=False, fontsize=9)

@@ -1,4 +1,4 @@
-"""What a run tells the terminal: one live line, or plain lines where the output is no terminal."""
+"""The progress of a run on the terminal: one line that is updated in place, or plain lines in a log file."""
 
 import sys
 import time
@@ -6,41 +6,44 @@ from typing import TextIO
 
 import jax
 
-PLAIN_EVERY = 10.0  # seconds between plain lines, so that a log file stays readable
+PLAIN_EVERY = 10.0  # seconds between plain lines, to keep log files short
 
 
-class Speed:
-    """Seconds of training proper: compilation, evaluation and saving are not counted.
+class StepTimer:
+    """Measures the time of training steps, without compilation, evaluation and saving.
 
-    Call `begin` once, after the first step; `stop` and `start` around every interruption; `lap` to close an interval.
-    per_step: seconds per step, averaged over the last intervals; None before the first.
+    Call `begin` once, after the first step; `stop` and `start` around work that is not to be measured; and `lap` at
+    the end of every interval.
+
+    Attributes:
+      per_step: seconds per step, a moving average over the intervals; None before the first.
     """
 
     def __init__(self) -> None:
         self._since: float | None = None
         self._seconds = 0.0
-        self._at = 0
+        self._last_step = 0
         self.per_step: float | None = None
 
     def begin(self, step: int) -> None:
-        """The steps after `step` are measured."""
-        self._at = step
+        """Starts to measure the steps after `step`."""
+        self._last_step = step
         self.start()
 
     def start(self) -> None:
-        """Steps go on now."""
+        """Starts the clock."""
         self._since = time.perf_counter()
 
     def stop(self) -> None:
-        """Something else comes now."""
+        """Stops the clock."""
         if self._since is not None:
             self._seconds += time.perf_counter() - self._since
             self._since = None
 
     def lap(self, step: int) -> float | None:
-        """Seconds per step since the last lap or `begin`; None where there was no step."""
+        """Seconds per step since the last lap or `begin`; None if there was no step."""
         self.stop()
-        steps, self._at = step - self._at, step
+        steps, self._last_step = step - self._last_step, step
         seconds, self._seconds = self._seconds, 0.0
         self.start()
         if steps <= 0:
@@ -51,9 +54,14 @@ class Speed:
 
 
 class Progress:
-    """Writes the live line. Silent in processes other than the first.
+    """Writes the progress of a run. Only the first process writes.
 
-    steps: of the whole run. tokens: of one step. flops: of one token. peak: FLOP/s of all devices, None if unknown.
+    Args:
+      steps: of the whole run.
+      tokens: in one step.
+      flops: of one token, forward and backward pass.
+      peak: FLOP/s of all devices together; None if unknown.
+      out: where to write; None is stderr.
     """
 
     def __init__(self, steps: int, tokens: int, flops: int, peak: float | None, out: TextIO | None = None):
@@ -64,7 +72,14 @@ class Progress:
         self._shown, self._last = False, 0.0
 
     def update(self, step: int, loss: float, lr: float, seconds: float | None) -> None:
-        """Shows a step. loss: nats per token. seconds: per step."""
+        """Shows the latest step.
+
+        Args:
+          step: its number.
+          loss: nats per token.
+          lr: learning rate.
+          seconds: per step; None if not known yet.
+        """
         now = time.perf_counter()
         if self._quiet or (not self._live and now - self._last < PLAIN_EVERY):
             return
@@ -80,13 +95,13 @@ class Progress:
         self._out.flush()
 
     def rates(self, seconds: float) -> str:
-        """Tokens/s, model FLOP/s and, where the peak is known, MFU of a step that takes `seconds`."""
+        """Tokens/s, model FLOP/s and, if the peak is known, model FLOPs utilisation of a step that takes `seconds`."""
         speed = self._tokens / seconds
         mfu = f" (MFU {speed * self._flops / self._peak:.1%})" if self._peak else ""
         return f"{si(speed)} tokens/s  {si(speed * self._flops)}FLOP/s{mfu}"
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Writes a line that later updates do not overwrite."""
         if self._quiet:
             return
         self._out.write(f"\r\x1b[K{text}\n" if self._shown else f"{text}\n")
@@ -94,14 +109,14 @@ class Progress:
         self._shown = False
 
     def close(self) -> None:
-        """Leaves the live line as it is and goes to the next."""
+        """Ends the line that was updated in place."""
         if self._shown:
             self._out.write("\n")
             self._shown = False
 
 
 def si(value: float) -> str:
-    """A number with three digits and a prefix: 12.3 k, 4.56 G."""
+    """Formats a number with three digits and a metric prefix: 12.3 k, 4.56 G."""
     for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= factor:
             return f"{value / factor:.3g} {prefix}"
@@ -109,7 +124,7 @@ def si(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """0:42, 12:34 or 3:02:01."""
+    """Formats seconds as 0:42, 12:34 or 3:02:01."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,8 +1,8 @@
-"""Batches of token windows in a shuffled order whose whole state is two integers: the seed and the step.
+"""Batches of token windows in a shuffled order that depends on two integers only: the seed and the step.
 
-The text is cut into windows. An epoch shows every window once, in an order given by a pseudo-random permutation that
-is computed, not stored; the next epoch cuts elsewhere and shuffles anew. Step s takes windows s*B .. s*B + B - 1 of
-this endless sequence, so any step can be asked for at any time: resuming needs nothing but the number of the step.
+The text is cut into windows. An epoch visits every window once, in an order given by a pseudo-random permutation that
+is computed instead of stored. The next epoch moves the cuts and uses another permutation. Step s takes the windows
+s*B .. s*B + B - 1 of this endless sequence, so that a resumed run needs only the number of its step.
 """
 
 import functools
@@ -18,13 +18,18 @@ class Sampler:
 
     Args:
       tokens: the text, a `Tokens` or an integer array [N].
-      window: tokens that the model sees at once, T. A window has T + 1 tokens: inputs and targets.
-      batch: windows in a global batch, B.
-      seed: decides the order; any int, modulo 2**64.
-      process_index, process_count: this process and their number; each gets B / process_count rows. The rows of all
-        processes, in order, are the batch that a single process would get.
+      window: T, the length of a row. A window has T + 1 tokens, for inputs and targets.
+      batch: B, rows in a batch over all processes.
+      seed: decides the order; any int, taken modulo 2**64.
+      process_index: of this process.
+      process_count: number of processes. Each gets B / process_count rows; the rows of all processes, in order, are
+        the batch that a single process would get.
 
-    Raises ValueError if the text is shorter than one window or B is not a multiple of process_count.
+    Attributes:
+      windows_per_epoch: number of windows that the text is cut into.
+
+    Raises:
+      ValueError: if the text is shorter than one window, or B is not a multiple of process_count.
     """
 
     def __init__(
@@ -53,48 +58,54 @@ class Sampler:
         self.seed = seed
         local = batch // process_count
         self._rows = np.arange(process_index * local, (process_index + 1) * local)
-        # One window fewer than fit leaves room to move the cuts from epoch to epoch.
+        # One window fewer than would fit, so that the cuts can move from epoch to epoch.
         self.windows_per_epoch = max(1, (len(tokens) - window) // window)
         self._slack = len(tokens) - 1 - self.windows_per_epoch * window
-        # Arrays of a few windows cost numpy as much as thousands, so the starts of many steps are computed together.
+        # Numpy takes as long for a few windows as for thousands: compute the starts of many steps at once.
         self._block_steps = max(1, 4096 // batch)
         self._block = functools.lru_cache(maxsize=2)(self._starts)
 
-    @property
-    def steps_per_epoch(self) -> float:
-        """Steps in which every window is seen once."""
-        return self.windows_per_epoch / self.batch
-
     def examples_at(self, step: int) -> np.ndarray:
-        """Numbers of this process's examples in the endless sequence, int64 [B / process_count]."""
+        """The indices of this process's rows in the endless sequence of windows, int64 [B / process_count]."""
         return step * self.batch + self._rows
 
     def starts_at(self, step: int) -> np.ndarray:
-        """Where this process's windows start in the text, int64 [B / process_count]."""
+        """The index in the text where each of this process's windows starts, int64 [B / process_count]."""
         if step < 0:
             raise ValueError(f"step must not be negative, is {step}")
         block, within = divmod(step, self._block_steps)
         return self._block(block)[within]
 
     def _starts(self, block: int) -> np.ndarray:
-        """`starts_at` for steps block * block_steps + (0, 1, ...): int64 [block_steps, B / process_count]."""
+        """`starts_at` of all steps of a block, int64 [block_steps, B / process_count]."""
         steps = block * self._block_steps + np.arange(self._block_steps)
         epoch, index = np.divmod(steps[:, None] * self.batch + self._rows, self.windows_per_epoch)
         offset = _hash(self.seed, epoch, 0) % np.uint64(self._slack + 1)
         return permute(index, self.windows_per_epoch, self.seed, epoch) * self.window + offset.astype(np.int64)
 
     def batch_at(self, step: int) -> np.ndarray:
-        """The windows of a step, int32 [B / process_count, T + 1]. ValueError if step is negative."""
+        """This process's windows of a step, int32 [B / process_count, T + 1]. Raises ValueError if step is negative."""
         return self.tokens.windows(self.starts_at(step), self.window + 1)
 
 
 def eval_windows(
     tokens: Tokens | np.ndarray, window: int, batch: int, process_index: int = 0, process_count: int = 1
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Consecutive windows that predict every token of a text but the first exactly once.
+    """Yields consecutive windows in which every token of a text, except the first, is a target exactly once.
 
-    Yields (windows int32 [B / process_count, T + 1], weights float32 [B / process_count, T]) of one shape: the end is
-    padded with token 0 and weight 0. Raises ValueError if the text has fewer than two tokens.
+    Args:
+      tokens: the text, a `Tokens` or an integer array [N].
+      window: T, the length of a row.
+      batch: B, rows in a batch over all processes.
+      process_index: of this process.
+      process_count: number of processes.
+
+    Yields:
+      windows, int32 [B / process_count, T + 1], and weights of the targets, float32 [B / process_count, T]. The last
+      windows are padded with token 0 and weight 0.
+
+    Raises:
+      ValueError: if the text has fewer than two tokens, or B is not a multiple of process_count.
     """
     if len(tokens) < 2:
         raise ValueError(f"the held-out text has {len(tokens)} tokens: too few to evaluate on, use more text")
@@ -114,24 +125,33 @@ def eval_windows(
 
 
 def permute(index: np.ndarray, size: int, seed: int, epoch: np.ndarray | int) -> np.ndarray:
-    """A pseudo-random permutation of 0 .. size - 1, applied to `index` (int64, any shape) without storing it.
+    """Applies a pseudo-random permutation of 0 .. size - 1 that is computed, not stored.
 
-    A Feistel network on the numbers (left, right) with left < a, right < b and a * b just above `size`; a result
-    outside of 0 .. size - 1 goes through the network again ("cycle walking": Black and Rogaway, Ciphers with Arbitrary
-    Finite Domains, 2002), which keeps it a bijection.
+    A Feistel network on pairs (left, right) with left < a, right < b and a * b just above `size`. A result outside
+    0 .. size - 1 goes through the network again, so that the map stays a bijection ("cycle walking": Black and Rogaway,
+    Ciphers with Arbitrary Finite Domains, 2002).
+
+    Args:
+      index: int64, any shape.
+      size: of the permuted range.
+      seed: together with the epoch chooses the permutation.
+      epoch: of every index; broadcast to its shape.
+
+    Returns:
+      int64, the shape of `index`.
     """
     a = max(1, int(np.ceil(np.sqrt(size))))
     b = -(-size // a)
     out = np.array(index, np.int64)
     epoch = np.broadcast_to(epoch, out.shape)
-    todo = np.ones(out.shape, bool)
-    while todo.any():
-        left, right = np.divmod(out[todo], b)
-        for turn in range(1, 9, 2):
-            left = (left + _below(_hash(seed, epoch[todo], turn, right), a)) % a
-            right = (right + _below(_hash(seed, epoch[todo], turn + 1, left), b)) % b
-        out[todo] = left * b + right
-        todo = out >= size
+    outside = np.ones(out.shape, bool)
+    while outside.any():
+        left, right = np.divmod(out[outside], b)
+        for layer in range(1, 9, 2):
+            left = (left + _below(_hash(seed, epoch[outside], layer, right), a)) % a
+            right = (right + _below(_hash(seed, epoch[outside], layer + 1, left), b)) % b
+        out[outside] = left * b + right
+        outside = out >= size
     return out
 
 
@@ -140,7 +160,7 @@ def _below(bits: np.ndarray, bound: int) -> np.ndarray:
 
 
 def _hash(*values: np.ndarray | int) -> np.ndarray:
-    """64 well-mixed bits from integers (the finaliser of SplitMix64: Steele, Lea and Flood, 2014)."""
+    """A 64-bit hash of integers, by the finaliser of SplitMix64 (Steele, Lea and Flood, 2014)."""
     mixed = np.zeros(1, np.uint64)
     for value in values:
         value = np.asarray(value & (2**64 - 1) if isinstance(value, int) else value).astype(np.uint64)

@@ -1,6 +1,6 @@
 """Learning-rate schedules: functions from the step's number to the learning rate.
 
-All begin with a linear warm-up. Step s is the s-th update, counted from 0; the last is `steps` - 1.
+All begin with a linear warm-up. Steps are counted from 0, so the last one is `steps` - 1.
 """
 
 from collections.abc import Callable
@@ -16,13 +16,23 @@ KINDS = ("constant", "linear", "cosine", "wsd", "warmup_linear")
 def make_schedule(
     kind: str, peak: float, steps: int, *, warmup: float = 0.0, min_ratio: float = 0.0, decay: float = 0.2
 ) -> Schedule:
-    """A schedule from the warm-up to `peak` and from there down to `min_ratio * peak`.
+    """Makes a schedule that rises to `peak` in the warm-up and then falls to `min_ratio * peak`.
 
-    kind: "constant" stays at the peak; "linear" and "cosine" (Loshchilov & Hutter 2017, eq. 5) fall over all of the
-    rest; "wsd" (warm-up, stable, decay: Hu et al. 2024, arXiv 2404.06395) stays and falls linearly at the end;
-    "warmup_linear" is GPT-1's, which falls during its warm-up too, and begins with a step at rate 0.
-    steps: updates in all. warmup: number of steps, or below 1 a share of them. decay: wsd's last part, likewise.
-    Raises ValueError for an unknown kind, and where warm-up and decay leave no room.
+    Args:
+      kind: "constant" stays at the peak. "linear" and "cosine" (Loshchilov & Hutter 2017, eq. 5) fall from the warm-up
+        to the last step. "wsd" (warm-up, stable, decay: Hu et al. 2024, arXiv 2404.06395) stays at the peak and falls
+        linearly at the end. "warmup_linear" is GPT-1's: it decays during the warm-up too, and its first rate is 0.
+      peak: highest learning rate.
+      steps: number of updates in the run.
+      warmup: number of steps, or a share of all steps if below 1.
+      min_ratio: last learning rate divided by the peak.
+      decay: length of wsd's decay: number of steps, or a share of all steps if below 1.
+
+    Returns:
+      A function from the step number (int or int32 scalar) to the learning rate.
+
+    Raises:
+      ValueError: for an unknown kind, and if warm-up and decay are longer than the run.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown schedule {kind!r}: choose from {', '.join(KINDS)}")
@@ -34,7 +44,7 @@ def make_schedule(
     begin = steps - fall if kind == "wsd" else rise
 
     def schedule(step):
-        done = jnp.clip((step - begin) / max(1, steps - begin), 0, 1)  # of the decay
+        done = jnp.clip((step - begin) / max(1, steps - begin), 0, 1)  # share of the decay
         if kind == "constant":
             ratio = jnp.ones_like(done)
         elif kind == "cosine":
@@ -47,8 +57,10 @@ def make_schedule(
 
 
 def _warmup_linear(peak: float, steps: int, warmup: float, min_ratio: float) -> Schedule:
-    """(s x / w + 1 - s) (1 - x) with x = step / steps, w = warmup and s = 1 where x <= w, else 0
-    (openai/finetune-transformer-lm opt.py)."""
+    """(s x / w + 1 - s) (1 - x), where x = step / steps, w = warmup, and s = 1 if x <= w, else 0.
+
+    Source: openai/finetune-transformer-lm opt.py.
+    """
 
     def schedule(step):
         x = jnp.clip(step / steps, 0, 1)

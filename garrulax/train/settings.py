@@ -1,4 +1,4 @@
-"""All settings of a training run, and reading them from a TOML file, the command line and a run's folder."""
+"""The settings of a training run: read from a TOML file, the command line or a run's folder."""
 
 import dataclasses
 import json
@@ -9,47 +9,67 @@ from pathlib import Path
 from typing import Any
 
 from garrulax import models
+from garrulax.core.config import ModelConfig
 from garrulax.core.sharding import RULES
 from garrulax.layers.stack import REMAT
 from garrulax.train import schedules, typed
 from garrulax.train.objectives import OBJECTIVES
-from garrulax.train.optimizers import OPTIMIZERS
-from garrulax.train.step import PRECISIONS
 
-#: Peak learning rates and decay where the settings give none: (lr, adam_lr, weight_decay).
-_RATES = {"muon": (0.02, 4e-3, 0.0), "adamw": (1e-3, 1e-3, 0.1)}
+OPTIMIZERS = ("muon", "adamw")
+PRECISIONS = ("float32", "bfloat16")
+
+#: Default (lr, adam_lr, weight_decay) of each optimizer.
+_DEFAULT_RATES = {"muon": (0.02, 4e-3, 0.0), "adamw": (1e-3, 1e-3, 0.1)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """A training run, but for the sizes of the model.
+    """All settings of a training run, except the fields of the model's config.
 
-    Data. preset: the model to start from (`garrulax.presets()`). corpus: files, folders, globs or "stdlib". valid:
-    held-out sources; none holds out a part of the corpus. tokenizer: "sentencepiece" trains one of `vocab` ids, "bytes"
-    and "chars" take one id a byte or character, anything else is a path. objective: "causal" or "infill"; None is
-    what the family was made for.
-    token_blanks, sentence_blanks, document_blanks: shares of infill's three kinds of blanks.
+    Attributes:
+      preset: the model to start from; `garrulax info --all` lists them.
+      corpus: text to train on: files, folders, glob patterns, or stdlib (the source of Python's standard library).
+      valid: held-out text, written like corpus; if empty, a part of the corpus is held out.
+      tokenizer: sentencepiece (trained on the corpus), bytes or chars (one id for each), or a path.
+      vocab: number of token ids, if a sentencepiece tokenizer is trained.
+      objective: causal or infill; none is the default of the model's family.
+      token_blanks: relative frequency of infill's rows with short blanks.
+      sentence_blanks: relative frequency of infill's rows with blanks of whole sentences.
+      document_blanks: relative frequency of infill's rows with one long blank.
 
-    Amount. steps: updates in all. batch: rows of a step, over all processes. window: tokens in a row. accumulation:
-    micro-batches that a batch is cut into, one after another.
+      steps: number of updates.
+      batch: rows in a step, over all processes.
+      window: tokens in a row.
+      accumulation: micro-batches in a batch, computed one after another to save memory.
 
-    Optimizer. optimizer: "muon" or "adamw". lr: peak rate. adam_lr: peak rate of the embeddings, output and vectors
-    that Muon leaves to Adam. None takes the optimizer's default. schedule: constant, linear, cosine, wsd or
-    warmup_linear. warmup and decay (wsd): steps, or below 1 a share of them. min_lr_ratio: the last rate in terms of
-    the peak. weight_decay: decoupled. clip: greatest norm of the gradient, 0 for none. beta1, beta2, eps: Adam's.
-    momentum: Muon's.
+      optimizer: muon or adamw.
+      lr: peak learning rate; none is 0.02 with muon, 0.001 with adamw.
+      adam_lr: with muon, peak rate of embeddings, output, norms and biases, which use Adam; none is 0.004.
+      schedule: how the learning rate changes: constant, linear, cosine, wsd or warmup_linear.
+      warmup: number of warm-up steps, or a share of all steps if below 1.
+      decay: number of steps of wsd's decay, or a share of all steps if below 1.
+      min_lr_ratio: last learning rate divided by the peak.
+      weight_decay: decoupled weight decay; none is 0 with muon, 0.1 with adamw.
+      clip: norm that gradients are clipped to; 0 does not clip.
+      beta1: decay rate of Adam's first moment.
+      beta2: decay rate of Adam's second moment.
+      eps: added to the denominator in Adam.
+      momentum: decay rate of Muon's momentum.
 
-    Numbers. seed: of initial weights, order of the data and dropout. precision: dtype of the computation ("float32",
-    "bfloat16"); parameters are kept in float32. remat: what the backward pass recomputes (none, dots, full).
-    unroll: lay the layers out instead of scanning them; None does so for few layers on a CPU.
-    dropout: whether to use the rates of the model's config.
+      seed: decides initial parameters, order of the data, and dropout.
+      precision: dtype of the computation: float32 or bfloat16; the parameters stay in float32.
+      remat: recomputed in the backward pass to save memory: none, dots (all but matrix products) or full.
+      unroll: compile the layers as straight code, not as a loop; none does so for few layers on a CPU.
+      dropout: whether to apply the dropout rates of the model's config.
 
-    Devices. mesh: such as "fsdp=4,tensor=2"; empty is one device. rules: sharding rules, a name in
-    `core.sharding.RULES`.
+      mesh: devices by axis, such as fsdp=4,tensor=2; empty is one device.
+      rules: how parameters are sharded over the mesh: ddp, fsdp, tp or fsdp+tp.
 
-    Keeping watch. log_every, eval_every, checkpoint_every: steps; the last step is always evaluated and kept.
-    eval_tokens: most held-out tokens of an evaluation on the way, 0 for all; the last one takes all. keep: latest
-    checkpoints that stay on disk, beside the best.
+      log_every: steps between records of the training loss.
+      eval_every: steps between evaluations; the last step is always evaluated.
+      eval_tokens: most tokens of an evaluation, 0 for all; the one after the last step takes all.
+      checkpoint_every: steps between checkpoints; the last step is always saved.
+      keep: number of latest checkpoints to keep, besides the best one.
     """
 
     preset: str = "gpt2"
@@ -104,7 +124,7 @@ class Settings:
         for name in ("steps", "batch", "window", "accumulation", "log_every", "eval_every", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name, default in zip(("lr", "adam_lr", "weight_decay"), _RATES[self.optimizer], strict=True):
+        for name, default in zip(("lr", "adam_lr", "weight_decay"), _DEFAULT_RATES[self.optimizer], strict=True):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
         for name in ("lr", "adam_lr", "weight_decay", "clip", "warmup", "decay", "eval_tokens"):
@@ -118,25 +138,40 @@ _CHOICES = {
     "objective": tuple(OBJECTIVES),
     "optimizer": OPTIMIZERS,
     "schedule": schedules.KINDS,
-    "precision": tuple(PRECISIONS),
+    "precision": PRECISIONS,
     "remat": tuple(REMAT),
     "rules": tuple(RULES),
 }
 
-#: What a resumed run may not change: its weights, optimizer state or order of data would not fit.
-LASTING = ("objective", "token_blanks", "sentence_blanks", "document_blanks", "batch", "window", "optimizer", "seed")
+#: Settings that a resumed run must not change: its optimizer state or the order of its data would not fit.
+FIXED_ON_RESUME = (
+    "objective",
+    "token_blanks",
+    "sentence_blanks",
+    "document_blanks",
+    "batch",
+    "window",
+    "optimizer",
+    "seed",
+)
 
 
-def read(
+def read_settings(
     file: str | os.PathLike | None = None, overrides: Iterable[str] = (), start: Settings | None = None
-) -> tuple[Settings, Any]:
-    """(Settings, Config of the model) from a TOML file and `key=value` overrides, which win.
+) -> tuple[Settings, ModelConfig]:
+    """Reads the settings and the model's config of a new run.
 
-    Model fields are those of the family's Config under `model`: a table `[model]` in the file, `model.layers=4` among
-    the overrides. start: settings to begin from, such as a recipe's.
+    Fields of the model's config are set under `model`: in a table `[model]` of the file, or as `model.layers=4` among
+    the overrides.
 
-    Raises ValueError for unknown keys, with the nearest known one, and for values of the wrong type or out of range;
-    FileNotFoundError for a missing file.
+    Args:
+      file: TOML, or None.
+      overrides: `key=value` texts, which replace values of the file.
+      start: settings to change; None is the defaults.
+
+    Raises:
+      ValueError: for an unknown key, naming the nearest known one, and for values of a wrong type or out of range.
+      FileNotFoundError: if the file does not exist.
     """
     changes = {**_toml(file), **_pairs(overrides)}
     model = changes.pop("model", {})
@@ -147,16 +182,22 @@ def read(
     return settings, typed.replace(models.preset(settings.preset), model, "model.")
 
 
-def save(folder: str | os.PathLike, settings: Settings, config: Any, data: Mapping[str, str]) -> None:
-    """Writes run.json: the settings, the model's config, and what identifies the data."""
-    record = identity(settings, config, data)
+def write_run_file(folder: str | os.PathLike, settings: Settings, config: ModelConfig, data: Mapping[str, str]) -> None:
+    """Writes run.json, the `run_identity`, into a run's folder."""
+    record = run_identity(settings, config, data)
     Path(folder, "run.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
-def load(folder: str | os.PathLike, overrides: Iterable[str] = ()) -> tuple[Settings, Any]:
-    """(Settings, Config) of a run's folder, settings changed by `key=value` overrides: what a resumed run needs.
+def read_run_file(folder: str | os.PathLike, overrides: Iterable[str] = ()) -> tuple[Settings, ModelConfig]:
+    """Reads the settings and the model's config from a run's folder, to resume the run.
 
-    Raises FileNotFoundError if it is not the folder of a run, ValueError as `read` does.
+    Args:
+      folder: of the run.
+      overrides: settings to change, as `key=value` texts.
+
+    Raises:
+      FileNotFoundError: if it is not the folder of a run.
+      ValueError: as `read_settings` does.
     """
     file = Path(folder, "run.json")
     if not file.exists():
@@ -166,19 +207,30 @@ def load(folder: str | os.PathLike, overrides: Iterable[str] = ()) -> tuple[Sett
     return settings, typed.replace(models.preset(settings.preset), record["config"], "model.")
 
 
-def identity(settings: Settings, config: Any, data: Mapping[str, str]) -> dict[str, Any]:
-    """What a checkpoint says about its run, as JSON: settings, config, and hashes of tokenizer and data set."""
+def run_identity(settings: Settings, config: ModelConfig, data: Mapping[str, str]) -> dict[str, Any]:
+    """The JSON object that identifies a run in run.json and in every checkpoint.
+
+    Args:
+      settings: of the run.
+      config: of the model.
+      data: hashes, by name, of everything that the batches depend on (`batches.Data.identity`).
+    """
     record = {"settings": dataclasses.asdict(settings), "config": dataclasses.asdict(config), "data": dict(data)}
-    return json.loads(json.dumps(record))  # tuples become lists, as they are read back
+    return json.loads(json.dumps(record))  # tuples become lists, as in a record read from a file
 
 
-def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """What keeps a run from going on from a checkpoint of another identity: "config.layers is 4, was 6", ..."""
+def differences(current: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
+    """The differences that forbid a run to resume from a checkpoint, such as "config.layers is 4, was 6".
+
+    Args:
+      current: `run_identity` of the run.
+      saved: `run_identity` in the checkpoint.
+    """
     found = []
     for part in ("config", "data", "settings"):
-        for name in sorted(ours[part].keys() | theirs[part].keys()):
-            now, was = ours[part].get(name), theirs[part].get(name)
-            if now != was and (part != "settings" or name in LASTING):
+        for name in sorted(current[part].keys() | saved[part].keys()):
+            now, was = current[part].get(name), saved[part].get(name)
+            if now != was and (part != "settings" or name in FIXED_ON_RESUME):
                 found.append(f"{part}.{name} is {now!r}, was {was!r}")
     return found
 

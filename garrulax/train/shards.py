@@ -1,13 +1,13 @@
-"""Tokenize a corpus once, into memory-mapped files that every later run and every process shares.
+"""Tokenizes a corpus once, into memory-mapped files that all later runs and all processes share.
 
-A data set is a folder named by the hash of all that decides its content: the corpus, the tokenizer and the format.
+A data set is a folder, named by a hash of everything that decides its content: corpus, tokenizer and file format.
 
-    <root>/<key>/meta.json             what is in it; written last
-    <root>/<key>/train-00000.bin ...   token ids, uint16 or uint32, little-endian, documents one after the other
-    <root>/<key>/train.documents       int64: where each document starts, and the number of tokens
+    <root>/<key>/meta.json             sizes, hashes and dtype
+    <root>/<key>/train-00000.bin ...   token ids, uint16 or uint32, little-endian, one document after the other
+    <root>/<key>/train.documents       int64: the index of the first token of each document, then the number of tokens
     <root>/<key>/valid-...             the same for the held-out documents
 
-It is built in a temporary folder beside it and renamed when complete, so that a folder of that name is always whole.
+It is built in a temporary folder and renamed when complete, so that no folder with the final name is incomplete.
 """
 
 import fcntl
@@ -26,15 +26,16 @@ import numpy as np
 
 from garrulax.train.corpus import Corpus, Document, Split
 
-FORMAT = 1  # part of the key: raise it when the same corpus and tokenizer must give other files
-_PIECE = 2**20  # characters of a document that are encoded at a time
-_BATCH = 2**21  # characters that are encoded in parallel; bounds memory
+FORMAT = 1  # part of the key: increase it when the files of the same corpus and tokenizer change
+_PIECE = 2**20  # characters of a document that are encoded at once
+_BATCH = 2**21  # characters that are encoded in parallel; this bounds the memory
 
-Progress = Callable[[str, int, int], None]  # split, bytes of it encoded so far, bytes of the whole corpus
+#: Called with the split, the bytes of it encoded so far, and the bytes of the whole corpus.
+ShardProgress = Callable[[str, int, int], None]
 
 
 class Encoder(Protocol):
-    """What building shards needs of a tokenizer (any `garrulax.hub.tokenizers.Tokenizer` has it)."""
+    """The parts of a tokenizer that building shards uses. Every `garrulax.hub.tokenizers.Tokenizer` has them."""
 
     vocab: int
     eos: int | None
@@ -45,18 +46,19 @@ class Encoder(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """A hash of everything that decides the ids."""
+        """A hash of everything that the ids depend on."""
         ...
 
 
 class Tokens:
-    """The token ids of one split: an array that lies in one or several memory-mapped shards.
+    """The token ids of one split: one array in one or several memory-mapped shards.
 
-    `len(tokens)` counts tokens; `tokens[i]` is an int, `tokens[a:b]` an int32 array (copied from disk).
+    `len(tokens)` is the number of tokens; `tokens[i]` is an int, `tokens[a:b]` an int32 array (copied from disk).
 
     Attributes:
-      bytes: size of the text in UTF-8, separators not counted: the denominator of bits per byte.
-      documents: int64 [D + 1], where each document starts, then `len(tokens)`; a document includes its separator.
+      bytes: size of the text in UTF-8 without separators: the denominator of bits per byte.
+      documents: int64 [D + 1], the index of the first token of each document, then `len(tokens)`. The separator after
+        a document belongs to it.
     """
 
     def __init__(self, shards: Sequence[np.ndarray], bytes: int, documents: np.ndarray):
@@ -77,18 +79,27 @@ class Tokens:
     def _read(self, start: int, stop: int) -> np.ndarray:
         out = np.empty(stop - start, np.int32)
         shard = int(np.searchsorted(self._ends, start, side="right"))
-        at = start
-        while at < stop:
+        index = start
+        while index < stop:
             first = int(self._ends[shard]) - len(self._shards[shard])
-            part = self._shards[shard][at - first : stop - first]
-            out[at - start : at - start + len(part)] = part
-            at += len(part)
+            part = self._shards[shard][index - first : stop - first]
+            out[index - start : index - start + len(part)] = part
+            index += len(part)
             shard += 1
         return out
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """The tokens from every start on. starts: int64 [B]. Returns int32 [B, length]."""
+        """Windows of equal length.
+
+        Args:
+          starts: int64 [B], index of the first token of every window.
+          length: of a window.
+
+        Returns:
+          int32 [B, length].
+        """
         shard = np.searchsorted(self._ends, starts, side="right")
+        # Fast path: all windows lie in one shard.
         if len(starts) and (shard == shard[0]).all() and starts.max() + length <= self._ends[shard[0]]:
             view = np.lib.stride_tricks.sliding_window_view(self._shards[shard[0]], length)
             first = self._ends[shard[0]] - len(self._shards[shard[0]])
@@ -97,13 +108,19 @@ class Tokens:
 
 
 class Dataset:
-    """A folder of shards, opened.
+    """A data set on disk, opened.
+
+    Args:
+      folder: of the data set.
 
     Attributes:
-      train, valid: `Tokens`.
-      meta: the content of meta.json (format, corpus and tokenizer hashes, vocab, eos, dtype, sizes of each split).
+      train: `Tokens` to train on.
+      valid: held-out `Tokens`.
+      meta: the content of meta.json: format, hashes of corpus and tokenizer, vocab, eos, dtype, sizes of each split.
 
-    Raises FileNotFoundError or ValueError if the folder is not a complete data set.
+    Raises:
+      FileNotFoundError: if the folder is not a data set.
+      ValueError: if its files are damaged or of another format.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -151,22 +168,24 @@ def build_shards(
     root: str | os.PathLike | None = None,
     *,
     shard_tokens: int = 2**27,
-    progress: Progress | None = None,
+    progress: ShardProgress | None = None,
 ) -> Dataset:
-    """Opens the data set of this corpus and tokenizer under `root`, building it first if it is not there.
+    """Opens the data set of a corpus and a tokenizer; builds it first if it does not exist.
 
-    Every document is followed by the tokenizer's eos. A document longer than 2**20 characters is encoded in pieces cut
-    at line ends, so memory stays bounded. Several processes may call this at once: one builds, the others wait.
+    The tokenizer's eos follows every document. A document longer than 2**20 characters is encoded in pieces that end
+    with a line, to bound the memory. Several processes may call this at once: one builds, the others wait.
 
     Args:
-      corpus: what to read.
-      tokenizer: any tokenizer of garrulax.hub; its vocab decides uint16 or uint32.
-      root: cache folder; default `default_root()`.
+      corpus: to tokenize.
+      tokenizer: any tokenizer of garrulax.hub. Its vocab decides between uint16 and uint32.
+      root: folder of all data sets; None is `default_root()`.
       shard_tokens: most tokens in one file.
-      progress: called with (split, bytes of text encoded so far, bytes of the corpus).
+      progress: called after every batch of documents.
 
-    Raises ValueError if a split has several documents and the tokenizer no eos to separate them, or if the tokenizer
-    cannot encode a document (which is named); OSError if the disk is full: nothing half-built remains.
+    Raises:
+      ValueError: if a split has several documents and the tokenizer has no eos to separate them, or if the tokenizer
+        cannot encode a document, which is named.
+      OSError: if the disk is full; the incomplete data set is deleted.
     """
     root = default_root() if root is None else Path(root)
     root.mkdir(parents=True, exist_ok=True)
@@ -177,10 +196,10 @@ def build_shards(
     if final.exists():
         return Dataset(final)
     with _lock(root / f"{key}.lock"):
-        if final.exists():  # built while we waited
+        if final.exists():  # another process built it while this one waited
             return Dataset(final)
-        for left in root.glob(f".{key}-*"):  # by a builder that died: the lock was free
-            shutil.rmtree(left, ignore_errors=True)
+        for stale in root.glob(f".{key}-*"):  # left by a process that was killed, since we hold the lock
+            shutil.rmtree(stale, ignore_errors=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=root))
         try:
             splits = {split: _write_split(folder, split, corpus, tokenizer, shard_tokens, progress)
@@ -188,7 +207,7 @@ def build_shards(
             meta = identity | {"dtype": _dtype(tokenizer).str, "splits": splits}
             with _durable(folder / "meta.json") as file:
                 file.write(json.dumps(meta, indent=2).encode())
-            folder.chmod(0o755)  # mkdtemp's folders are private, a cache is shared
+            folder.chmod(0o755)  # mkdtemp makes private folders, but users share this one
             folder.rename(final)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
@@ -197,7 +216,7 @@ def build_shards(
 
 
 def default_root() -> Path:
-    """$GARRULAX_CACHE/shards, or garrulax/shards in the user's cache folder."""
+    """The folder of all data sets: $GARRULAX_CACHE/shards, or garrulax/shards in the user's cache folder."""
     if cache := os.environ.get("GARRULAX_CACHE"):
         return Path(cache) / "shards"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "garrulax" / "shards"
@@ -244,7 +263,7 @@ def _encode(tokenizer: Encoder, batch: list[_Piece]) -> list[list[int]]:
     try:
         return tokenizer.encode_batch([piece.text for piece in batch])
     except ValueError:
-        for piece in batch:  # one by one, to name the document
+        for piece in batch:  # one by one, to find the document
             try:
                 tokenizer.encode_batch([piece.text])
             except ValueError as error:
@@ -253,9 +272,9 @@ def _encode(tokenizer: Encoder, batch: list[_Piece]) -> list[list[int]]:
 
 
 def _write_split(
-    folder: Path, split: Split, corpus: Corpus, tokenizer: Encoder, shard_tokens: int, progress: Progress | None
+    folder: Path, split: Split, corpus: Corpus, tokenizer: Encoder, shard_tokens: int, progress: ShardProgress | None
 ) -> dict[str, Any]:
-    """Writes the files of one split; returns its part of meta.json."""
+    """Writes the files of one split and returns its part of meta.json."""
     shards = _ShardWriter(folder, split, _dtype(tokenizer), shard_tokens)
     separator = [] if tokenizer.eos is None else [tokenizer.eos]
     documents = size = 0
@@ -292,7 +311,7 @@ class _ShardWriter:
         while len(array):
             if self._file is None:
                 self._shards.append({"file": f"{self._split}-{len(self._shards):05d}.bin", "tokens": 0})
-                self._file = open(self._folder / self._shards[-1]["file"], "wb")  # noqa: SIM115  outlives this call
+                self._file = open(self._folder / self._shards[-1]["file"], "wb")  # noqa: SIM115  closed in _finish
             part = array[: self._limit - self._shards[-1]["tokens"]]
             self._file.write(part.tobytes())
             self._shards[-1]["tokens"] += len(part)
@@ -302,7 +321,7 @@ class _ShardWriter:
                 self._finish()
 
     def close(self) -> list[dict[str, Any]]:
-        """Name and size of every file, all of them on disk."""
+        """Finishes the last file; returns name and size of every file."""
         self._finish()
         return self._shards
 
@@ -315,6 +334,7 @@ class _ShardWriter:
 
 @contextmanager
 def _durable(path: Path) -> Iterator[BinaryIO]:
+    """Opens a new file and, at the end, waits until it is on disk."""
     with open(path, "wb") as file:
         yield file
         _to_disk(file)
@@ -327,7 +347,7 @@ def _to_disk(file: BinaryIO) -> None:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock on `path`; the system frees it if this process dies."""
+    """Holds an exclusive lock on `path`; the operating system releases it if this process dies."""
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

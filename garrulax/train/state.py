@@ -1,4 +1,4 @@
-"""The state of a run: all that a step changes and a checkpoint keeps."""
+"""The state of a run: the arrays that a step updates and a checkpoint saves."""
 
 from typing import Any
 
@@ -10,12 +10,18 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from garrulax import models
 from garrulax.core import sharding, spec
+from garrulax.core.config import ModelConfig
 
 
 @struct.dataclass
 class TrainState:
-    """step: int32 scalar, updates made so far. params: the model's, the master copy in `dtype`. opt_state: optax's.
-    key: PRNG key scalar of the run, folded with the step for dropout; it never changes.
+    """The state of a run.
+
+    Attributes:
+      step: int32 scalar, number of updates so far.
+      params: parameters of the model, in the dtype that they are updated in.
+      opt_state: of the Optax optimizer.
+      key: PRNG key of the run. It never changes: dropout folds the step into it.
     """
 
     step: Any
@@ -25,7 +31,7 @@ class TrainState:
 
 
 def init_state(
-    config: Any,
+    config: ModelConfig,
     optimizer: optax.GradientTransformation,
     seed: int,
     *,
@@ -35,10 +41,18 @@ def init_state(
     params: spec.Tree | None = None,
     specs: spec.Tree | None = None,
 ) -> TrainState:
-    """The state before the first step. With a mesh, which must be set (`jax.set_mesh`), it is born sharded.
+    """Makes the state before the first step.
 
-    params: start from these, as arrays of any kind, instead of random ones (they are copied: a step donates its state).
-    specs: of the given params where they have more leaves than the config's family, such as a head.
+    Args:
+      config: of the model.
+      optimizer: from `optimizers.make_optimizer`.
+      seed: of the initial parameters and of dropout.
+      mesh: to create the state on, already sharded. It must be set with `jax.set_mesh`. None is one device.
+      rules: of sharding, such as a name in `core.sharding.RULES`.
+      dtype: of the parameters.
+      params: parameters to start from, as arrays of any kind; None draws random ones. They are copied, because a step
+        donates its state.
+      specs: ParamSpec tree of `params`, if they have more leaves than the config's family says, such as a head.
     """
     init_key, key = jax.random.split(jax.random.key(seed))
     if params is None:
@@ -55,7 +69,7 @@ def init_state(
 
 
 def abstract_state(
-    config: Any,
+    config: ModelConfig,
     optimizer: optax.GradientTransformation,
     *,
     mesh: Mesh | None = None,
@@ -63,7 +77,16 @@ def abstract_state(
     dtype: Any = jnp.float32,
     specs: spec.Tree | None = None,
 ) -> TrainState:
-    """Shapes, dtypes and shardings of `init_state`'s result: the target of a restore. Nothing is allocated."""
+    """The shapes, dtypes and shardings of `init_state`'s result, to restore a checkpoint into. Allocates nothing.
+
+    Args:
+      config: of the model.
+      optimizer: from `optimizers.make_optimizer`.
+      mesh: of the state; None is one device.
+      rules: of sharding, such as a name in `core.sharding.RULES`.
+      dtype: of the parameters.
+      specs: ParamSpec tree of the parameters, if it is not that of the config's family.
+    """
     specs = models.parameters(config) if specs is None else specs
     params = spec.abstract(specs, dtype, None if mesh is None else sharding.shardings(specs, mesh, rules))
     opt_state = jax.eval_shape(optimizer.init, params)
@@ -71,9 +94,9 @@ def abstract_state(
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state, key)
 
     def placed(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        where: jax.sharding.Sharding = SingleDeviceSharding(jax.local_devices()[0])
+        place: jax.sharding.Sharding = SingleDeviceSharding(jax.local_devices()[0])
         if mesh is not None:
-            where = jax.NamedSharding(mesh, x.sharding.spec if x.sharding is not None else jax.P())
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+            place = jax.NamedSharding(mesh, x.sharding.spec if x.sharding is not None else jax.P())
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
     return jax.tree.map(placed, state)

@@ -7,23 +7,33 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
 from garrulax.train.objectives import Batch, Objective
 from garrulax.train.optimizers import schedule_of
+from garrulax.train.settings import Settings
 from garrulax.train.state import TrainState
 
-PRECISIONS = {"float32": None, "bfloat16": jnp.bfloat16}
 Metrics = dict[str, jax.Array]
 
 
 def make_train_step(
-    config: Any, settings: Any, optimizer: optax.GradientTransformation, objective: Objective
+    config: ModelConfig, settings: Settings, optimizer: optax.GradientTransformation, objective: Objective
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The step `(state, batch) -> (state, metrics)`, jitted; the state given is donated, so keep the one returned.
+    """Makes the jitted step `(state, batch) -> (state, metrics)`.
 
-    batch: arrays [A, B, ...], A micro-batches whose gradients are averaged over all their tokens. metrics: scalars
-    loss (nats per token), grad_norm (before clipping), lr, tokens (what the loss is a mean over), finite (bool).
-    Where loss or gradient is not finite the state is returned unchanged.
+    The state passed in is donated: use the returned one afterwards. If the loss or the gradient is not finite, the
+    state is returned unchanged.
+
+    The arrays of a batch are [A, B, ...]: A micro-batches, whose gradients are averaged over all their tokens. The
+    metrics are scalars: loss (nats per token), grad_norm (before clipping), lr, tokens (in the mean of the loss) and
+    finite (bool).
+
+    Args:
+      config: of the model.
+      settings: of the run; uses precision, remat, unroll, dropout and the learning-rate schedule.
+      optimizer: from `optimizers.make_optimizer`.
+      objective: to minimise, see `train.objectives`.
     """
     gradient = _gradient(config, settings, objective)
     schedule = schedule_of(settings, settings.lr)
@@ -37,26 +47,26 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         new = TrainState(state.step + 1, params, opt_state, state.key)
         metrics = {"loss": loss, "grad_norm": norm, "lr": schedule(state.step), "tokens": tokens, "finite": finite}
-        return _where(finite, new, state), metrics
+        return _select(finite, new, state), metrics
 
     return jax.jit(step, donate_argnums=0)
 
 
 def compute_dtype(params: Tree, precision: str) -> Tree:
-    """The parameters in the dtype to compute in: as they are for "float32", cast for "bfloat16"."""
-    dtype = PRECISIONS[precision]
-    if dtype is None:
+    """The parameters in the dtype of the computation: unchanged for "float32", cast for "bfloat16"."""
+    if precision == "float32":
         return params
+    dtype = jnp.dtype(precision)
     return jax.tree.map(lambda p: p.astype(dtype) if jnp.issubdtype(p.dtype, jnp.floating) else p, params)
 
 
-def lay_out(config: Any) -> bool:
-    """Whether to lay the layers out instead of scanning them: on CPU, where it is faster, unless they are many."""
+def should_unroll(config: ModelConfig) -> bool:
+    """Whether to unroll the layers instead of scanning them: on CPU, where that is faster, if there are 16 or fewer."""
     return jax.default_backend() == "cpu" and config.layers <= 16
 
 
-def _gradient(config: Any, settings: Any, objective: Objective) -> Callable:
-    unroll = lay_out(config) if settings.unroll is None else settings.unroll
+def _gradient(config: ModelConfig, settings: Settings, objective: Objective) -> Callable:
+    unroll = should_unroll(config) if settings.unroll is None else settings.unroll
 
     def loss(params, batch, key):
         params = compute_dtype(params, settings.precision)
@@ -66,9 +76,12 @@ def _gradient(config: Any, settings: Any, objective: Objective) -> Callable:
 
 
 def _accumulated(gradient: Callable, params: Tree, batch: Batch, key: jax.Array | None) -> tuple:
-    """Loss, tokens and gradient of the mean over all micro-batches' tokens (not the mean of their means)."""
-    micro = next(iter(batch.values())).shape[0]
-    if micro == 1:
+    """Loss, number of tokens and gradient of the mean over the tokens of all micro-batches.
+
+    Micro-batches differ in their number of tokens, so this is not the mean of their means.
+    """
+    micro_batches = next(iter(batch.values())).shape[0]
+    if micro_batches == 1:
         (loss, aux), grads = gradient(params, {k: v[0] for k, v in batch.items()}, key)
         return loss, aux["tokens"], grads
 
@@ -83,18 +96,18 @@ def _accumulated(gradient: Callable, params: Tree, batch: Batch, key: jax.Array 
     shapes = jax.eval_shape(lambda: gradient(params, {k: v[0] for k, v in batch.items()}, key))
     zero = jnp.zeros((), shapes[0][0].dtype)
     total = (zero, zero, jax.tree.map(jnp.zeros_like, params))
-    (loss, tokens, grads), _ = jax.lax.scan(add, total, (jnp.arange(micro), batch))
+    (loss, tokens, grads), _ = jax.lax.scan(add, total, (jnp.arange(micro_batches), batch))
     count = jnp.maximum(tokens, 1)
     return loss / count, tokens, jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
 
 
 def _update(optimizer: optax.GradientTransformation, grads: Tree, opt_state: Any, params: Tree) -> tuple[Tree, Any]:
-    """optimizer.update; on a mesh in Auto mode, since Explicit mode refuses Muon's products of sharded matrices."""
+    """optimizer.update; on a mesh in Auto mode, since Explicit mode rejects Muon's products of sharded matrices."""
     if jax.sharding.get_abstract_mesh().empty:
         return optimizer.update(grads, opt_state, params)
-    out = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (params, opt_state))
-    return jax.sharding.auto_axes(optimizer.update, out_sharding=out)(grads, opt_state, params)
+    shardings = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (params, opt_state))
+    return jax.sharding.auto_axes(optimizer.update, out_sharding=shardings)(grads, opt_state, params)
 
 
-def _where(condition: jax.Array, new: TrainState, old: TrainState) -> TrainState:
+def _select(condition: jax.Array, new: TrainState, old: TrainState) -> TrainState:
     return jax.tree.map(lambda n, o: n if n is o else jnp.where(condition, n, o), new, old)

@@ -1,17 +1,20 @@
-"""Fine-tuning a GPT on labelled examples: GPT-1's four tasks, their inputs, heads and loss.
+"""Fine-tuning a GPT on labelled examples: the four tasks of GPT-1, with their inputs, heads and loss.
 
 Letters: B examples, S sequences of an example, T tokens, D model width, N classes, V vocabulary.
 Source: Radford et al. 2018, sections 3.2 and 3.3, figure 1; openai/finetune-transformer-lm train.py.
 
-A batch is a dict: tokens int32 [B, S, T], padded on the right; weights float32 [B, S, T], 1 on tokens and 0 on padding;
-labels int32 [B], a class, or for a choice which sequence. Parameters are the model's with the head as `classifier`:
+A batch is a dict: tokens int32 [B, S, T], padded on the right; weights float32 [B, S, T], 1 for tokens and 0 for
+padding; labels int32 [B], a class, or for multiple choice the index of the right sequence. The parameters are those of
+the model and a head named `classifier`:
 
     params, config = heads.add_tokens(params, config, 3, key)
     specs = {**gpt.parameters(config), "classifier": heads.classifier(config, outputs=2)}
     params |= spec.init({"classifier": specs["classifier"]}, key)
     optimizer = make_optimizer(settings, specs)
     state = init_state(config, optimizer, seed, params=params, specs=specs)
-    step = make_train_step(config, settings, optimizer, finetuning("entailment"))
+    step = make_train_step(config, settings, optimizer, make_objective("entailment"))
+
+examples/gpt1_tasks.py is a complete program.
 """
 
 import dataclasses
@@ -29,7 +32,7 @@ from garrulax.layers.dropout import dropout, split
 from garrulax.models import gpt, heads
 from garrulax.train.objectives import Batch, Objective, negative_log_likelihood
 
-#: What an example of each consists of.
+#: The texts of one example of each task.
 TASKS = {
     "classification": "one text",
     "entailment": "a premise and a hypothesis",
@@ -40,36 +43,50 @@ LM_OUTPUTS = ("vocabulary", "matrix")
 
 
 @dataclasses.dataclass(frozen=True)
-class Control:
-    """Ids of the tokens that a text begins with, that stands between two texts, and that the head is asked at."""
+class ControlTokens:
+    """Ids of the control tokens.
+
+    Attributes:
+      start: begins a sequence.
+      delimiter: separates two texts.
+      classify: ends a sequence; the head reads its state.
+    """
 
     start: int
     delimiter: int
     classify: int
 
     @classmethod
-    def of(cls, config: gpt.Config) -> "Control":
-        """The last three ids of a vocabulary that `heads.add_tokens` made three longer."""
+    def of(cls, config: gpt.Config) -> "ControlTokens":
+        """The last three ids of the vocabulary, after `heads.add_tokens` has added three."""
         return cls(*range(config.vocab - 3, config.vocab))
 
 
-def sequences(task: str, texts: Sequence[Sequence[int]], control: Control, length: int) -> list[list[int]]:
-    """The token sequences of one example, each of at most `length`.
+def sequences(task: str, texts: Sequence[Sequence[int]], control: ControlTokens, length: int) -> list[list[int]]:
+    """The token sequences of one example.
 
-    task: a name in `TASKS`, which says what texts (token ids) there must be. One text gives [start, text, classify],
-    two [start, text, delimiter, text, classify]; similarity gives both orders, a choice one sequence an answer. Of
-    each text as many tokens are kept as fit if all are as long, as in the original.
-    Raises ValueError for another number of texts, and for a length without room for them.
+    One text gives [start, text, classify]. Two texts give [start, text, delimiter, text, classify]; similarity has this
+    in both orders, and multiple choice has one such sequence for each answer. Every text is cut to an equal share of
+    the length, as in the original code.
+
+    Args:
+      task: a name in `TASKS`.
+      texts: token ids of the texts that `TASKS` lists for the task.
+      control: ids of the control tokens.
+      length: greatest length of a sequence.
+
+    Raises:
+      ValueError: for a wrong number of texts, and for a length that is too short for them.
     """
     _check_task(task)
     fits = {"classification": len(texts) == 1, "multiple_choice": len(texts) > 2}.get(task, len(texts) == 2)
     if not fits:
         raise ValueError(f"an example of {task} is {TASKS[task]}, not {len(texts)} texts")
-    together = min(len(texts), 2)
-    room = (length - together - 1) // together
-    if room < 1:
-        raise ValueError(f"length={length} has no room for {TASKS[task]} and the control tokens")
-    cut = [[int(token) for token in text[:room]] for text in texts]
+    texts_in_sequence = min(len(texts), 2)
+    share = (length - texts_in_sequence - 1) // texts_in_sequence
+    if share < 1:
+        raise ValueError(f"length={length} is too short for {TASKS[task]} and the control tokens")
+    cut = [[int(token) for token in text[:share]] for text in texts]
     if task == "classification":
         orders = [cut]
     elif task == "multiple_choice":
@@ -79,7 +96,7 @@ def sequences(task: str, texts: Sequence[Sequence[int]], control: Control, lengt
     return [_joined(order, control) for order in orders]
 
 
-def _joined(texts: list[list[int]], control: Control) -> list[int]:
+def _joined(texts: list[list[int]], control: ControlTokens) -> list[int]:
     out = [control.start]
     for text in texts:
         out += [*text, control.delimiter]
@@ -90,22 +107,32 @@ def make_batch(
     task: str,
     examples: Sequence[Sequence[Sequence[int]]],
     labels: Sequence[int],
-    control: Control,
+    control: ControlTokens,
     length: int,
     pad: int = 0,
 ) -> dict[str, np.ndarray]:
-    """The batch of some examples, each the texts that `sequences` takes, in rows of `length` tokens filled up with pad.
+    """Makes a batch, see the module docstring.
 
-    Raises ValueError as `sequences` does, and where examples differ in the number of choices or from the labels'.
+    Args:
+      task: a name in `TASKS`.
+      examples: B examples, each a list of texts as for `sequences`.
+      labels: of the examples.
+      control: ids of the control tokens.
+      length: T.
+      pad: id that fills up the rows.
+
+    Raises:
+      ValueError: as `sequences` does; and if the examples have different numbers of choices, or labels are missing or
+        out of range.
     """
     rows = [sequences(task, texts, control, length) for texts in examples]
     if len(rows) != len(labels) or not rows:
         raise ValueError(f"there are {len(rows)} examples and {len(labels)} labels")
     if len({len(row) for row in rows}) > 1:
         raise ValueError("the examples of a batch must have the same number of choices")
-    most = len(rows[0]) if task == "multiple_choice" else np.inf
-    if not all(0 <= label < most for label in labels):
-        raise ValueError(f"labels {list(labels)} are not all classes from 0, or choices, that there are")
+    classes = len(rows[0]) if task == "multiple_choice" else np.inf
+    if not all(0 <= label < classes for label in labels):
+        raise ValueError(f"labels {list(labels)} must be classes or indices of choices, counted from 0")
     tokens = np.full((len(rows), len(rows[0]), length), pad, np.int32)
     weights = np.zeros(tokens.shape, np.float32)
     for i, row in enumerate(rows):
@@ -114,15 +141,25 @@ def make_batch(
     return {"tokens": tokens, "weights": weights, "labels": np.asarray(labels, np.int32)}
 
 
-def finetuning(
+def make_objective(
     task: str, lm_weight: float = 0.5, lm_outputs: str = "vocabulary", head_dropout: float = 0.1
 ) -> Objective:
-    """The objective of a task: mean cross entropy of the labels + lm_weight * mean loss of the language model.
+    """Makes the objective of a task: mean cross entropy of the labels + lm_weight * mean language-model loss.
 
-    lm_outputs: what the language model chooses from, see `lm_losses`. head_dropout: of the states that the head sees.
-    Given a key, the config's embedding_dropout falls on the embedding matrix, so that a token's entries are gone
-    wherever it stands and from the logits, as in the original. Metrics: tokens (examples, which the scalar is a mean
-    over), correct (examples), task_loss, lm_loss.
+    With a key, embedding dropout applies to the embedding matrix instead of the embedded tokens, as in the original
+    code: an entry dropped from a token's row is 0 at all positions of that token, and in the output logits.
+
+    Its metrics are tokens (the number of examples, since the scalar is a mean over examples), correct (the number of
+    examples predicted right), task_loss and lm_loss.
+
+    Args:
+      task: a name in `TASKS`.
+      lm_weight: of the language-model loss (lambda in the paper).
+      lm_outputs: the outputs that the language model chooses from, see `lm_losses`.
+      head_dropout: rate of dropout of the states before the head.
+
+    Raises:
+      ValueError: for an unknown task or `lm_outputs`, and a rate outside 0 <= rate < 1.
     """
     _check_task(task)
     if lm_outputs not in LM_OUTPUTS:
@@ -135,8 +172,8 @@ def finetuning(
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         embedding_key, layers_key, head_key = split(key, 3)
         if embedding_key is not None:
-            params, config = _with_dropped_matrix(params, config, embedding_key)
-        x = hidden_states(params, batch, config, layers_key, **options)
+            params, config = _with_embedding_dropout(params, config, embedding_key)
+        x = hidden_states(params, batch, config, layers_key, **options)  # [B, S, T, D]
         logits = task_logits(params, x, batch, task, head_dropout, head_key)
         task_loss = jnp.mean(negative_log_likelihood(logits, batch["labels"]))
         lm_loss = jnp.mean(lm_losses(params, x, batch, config, lm_outputs))
@@ -152,14 +189,25 @@ def finetuning(
 
 
 def predict(params: Tree, batch: Batch, config: gpt.Config, task: str) -> jax.Array:
-    """Logits of a batch, which needs no labels: [B, N], for a choice [B, S]."""
+    """Logits of a batch, which needs no labels: [B, N], or [B, S] for multiple choice."""
     return task_logits(params, hidden_states(params, batch, config), batch, task)
 
 
 def hidden_states(
     params: Tree, batch: Batch, config: gpt.Config, key: jax.Array | None = None, **options: Any
 ) -> jax.Array:
-    """Hidden states [B, S, T, D] of a batch; options go to `models.hidden`. Raises ValueError where it is too long."""
+    """Hidden states [B, S, T, D] of a batch.
+
+    Args:
+      params: of the model.
+      batch: see the module docstring.
+      config: of the model.
+      key: PRNG key for dropout; None is without dropout.
+      **options: passed on to `models.hidden`.
+
+    Raises:
+      ValueError: if the rows are longer than the model's context.
+    """
     tokens = batch["tokens"]
     examples, sequences, length = tokens.shape
     if length > config.context:
@@ -172,21 +220,41 @@ def hidden_states(
 def task_logits(
     params: Tree, x: jax.Array, batch: Batch, task: str, rate: float = 0.0, key: jax.Array | None = None
 ) -> jax.Array:
-    """Logits [B, N], for a choice [B, S], from hidden states x [B, S, T, D]: of the last token, which is classify.
+    """Applies the head to the last token of every sequence, which is `classify`.
 
-    rate, key: dropout as in `heads.score`.
+    Args:
+      params: of the model and the head.
+      x: hidden states [B, S, T, D].
+      batch: see the module docstring; its weights say where the sequences end.
+      task: a name in `TASKS`.
+      rate: of dropout before the head.
+      key: PRNG key for dropout; None is without dropout.
+
+    Returns:
+      Logits [B, N], or [B, S] for multiple choice.
     """
     _check_task(task)
-    last = jnp.sum(batch["weights"], axis=-1).astype(jnp.int32) - 1
-    states = heads.state_at(x, last)
-    return heads.score(states, params["classifier"], choose=task == "multiple_choice", rate=rate, key=key)
+    last = jnp.sum(batch["weights"], axis=-1).astype(jnp.int32) - 1  # [B, S]
+    states = heads.state_at(x, last)  # [B, S, D]
+    return heads.head_logits(states, params["classifier"], choose=task == "multiple_choice", rate=rate, key=key)
 
 
 def lm_losses(params: Tree, x: jax.Array, batch: Batch, config: gpt.Config, outputs: str = "vocabulary") -> jax.Array:
-    """Mean negative log-likelihood (nats) of each sequence's tokens after the first, from hidden states x: [B, S].
+    """Mean negative log-likelihood (nats) of the tokens of each sequence, except its first.
 
-    outputs: "vocabulary" chooses among the tokens; "matrix" among all rows of the original's one matrix of tokens and
-    positions, which is what its code does. Raises ValueError for "matrix" where the output is not tied.
+    Args:
+      params: of the model.
+      x: hidden states [B, S, T, D].
+      batch: see the module docstring.
+      config: of the model.
+      outputs: "vocabulary": softmax over the tokens. "matrix": softmax over the tokens and the positions, since the
+        original code has both in one tied matrix and uses all its rows as outputs.
+
+    Returns:
+      [B, S].
+
+    Raises:
+      ValueError: for "matrix" if the output head is not tied.
     """
     if outputs == "matrix" and not config.tied:
         raise ValueError("lm_outputs='matrix' needs a tied output: the matrix is the embedding's")
@@ -196,9 +264,10 @@ def lm_losses(params: Tree, x: jax.Array, batch: Batch, config: gpt.Config, outp
     logits = models.family(config).logits(params, states, config)
     nll = negative_log_likelihood(logits, tokens.reshape(-1, length))
     if outputs == "matrix":
-        places = einsum("BTD,VD->BTV", states, params["positions"])
-        # log(sum of both parts) - log(sum of the tokens' part); joining the logits would have to gather them on a mesh
-        nll = nll + jax.nn.softplus(_log_sum(places) - _log_sum(logits))
+        position_logits = einsum("BTD,VD->BTV", states, params["positions"])
+        # nll has the tokens' sum as its denominator; add log(sum of both) - log(sum of tokens). Joining both arrays of
+        # logits instead would gather them on a mesh.
+        nll = nll + jax.nn.softplus(_log_sum(position_logits) - _log_sum(logits))
     nll = nll.reshape(tokens.shape)
     return jnp.sum(nll * weights, axis=-1) / jnp.sum(weights, axis=-1)
 
@@ -207,7 +276,8 @@ def _log_sum(logits: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), axis=-1)
 
 
-def _with_dropped_matrix(params: Tree, config: gpt.Config, key: jax.Array) -> tuple[Tree, gpt.Config]:
+def _with_embedding_dropout(params: Tree, config: gpt.Config, key: jax.Array) -> tuple[Tree, gpt.Config]:
+    """Parameters with dropout applied to the embedding matrices, and a config without embedding dropout."""
     keys = jax.random.split(key)
     tables = {
         name: dropout(params[name], config.embedding_dropout, k)

@@ -1,18 +1,30 @@
-"""Typed reading of dataclass fields from a command line, TOML or JSON, with one-line errors that name the field."""
+"""Reads dataclass fields from a command line, TOML or JSON. Errors are one line and name the field."""
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from garrulax.core.names import nearest
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 
-def replace(instance: Any, changes: Mapping[str, Any], prefix: str = "") -> Any:
-    """`instance` with fields changed. Keys may be dotted ("rope.theta"); values may be text, as on a command line.
+def replace(instance: T, changes: Mapping[str, Any], prefix: str = "") -> T:
+    """A copy of a dataclass instance with some fields changed.
 
-    Raises ValueError for an unknown field, with the nearest known one, and for a value of another type; whatever the
-    dataclass itself refuses is raised as it is.
+    Args:
+      instance: of a dataclass.
+      changes: new values by field. Keys may be dotted ("rope.theta"); values may be texts, as on a command line.
+      prefix: put before the names of fields in errors, such as "model.".
+
+    Raises:
+      ValueError: for an unknown field, naming the nearest known one, and for a value of another type. Errors of the
+        dataclass's own checks are passed on.
     """
     hints = typing.get_type_hints(type(instance))
     values: dict[str, Any] = {}
@@ -21,7 +33,9 @@ def replace(instance: Any, changes: Mapping[str, Any], prefix: str = "") -> Any:
         name, _, rest = key.partition(".")
         if name not in {f.name for f in dataclasses.fields(instance)}:
             known = [prefix + f.name for f in dataclasses.fields(instance)]
-            raise ValueError(f"unknown setting {prefix + name!r}{_nearest(prefix + name, known)}")
+            close = nearest(prefix + name, known)
+            hint = f"did you mean {close!r}?" if close else f"choose from {', '.join(known)}"
+            raise ValueError(f"unknown setting {prefix + name!r}: {hint}")
         if rest or isinstance(value, Mapping):
             nested.setdefault(name, {}).update({rest: value} if rest else value)
         else:
@@ -34,7 +48,16 @@ def replace(instance: Any, changes: Mapping[str, Any], prefix: str = "") -> Any:
 
 
 def convert(hint: Any, value: Any, name: str) -> Any:
-    """`value` (perhaps text) as the type `hint`: bool, int, float, str, a tuple of one of them, or a union of these."""
+    """Converts a value, such as a text from a command line, to the type of a field.
+
+    Args:
+      hint: bool, int, float, str, a tuple of one of them, or a union of these.
+      value: to convert.
+      name: of the field, for errors.
+
+    Raises:
+      ValueError: if the value is not of that type.
+    """
     if isinstance(hint, types.UnionType):
         return _one_of(typing.get_args(hint), value, name)
     if typing.get_origin(hint) is tuple:
@@ -48,10 +71,10 @@ def convert(hint: Any, value: Any, name: str) -> Any:
         return _checked(isinstance(value, str), value, name, "text")
     if isinstance(value, str):
         return _number(hint, value, name)
-    whole = isinstance(value, int) and not isinstance(value, bool)
+    is_int = isinstance(value, int) and not isinstance(value, bool)
     if hint is int:
-        return _checked(whole, value, name, "a whole number")
-    return float(_checked(whole or isinstance(value, float), value, name, "a number"))
+        return _checked(is_int, value, name, "a whole number")
+    return float(_checked(is_int or isinstance(value, float), value, name, "a number"))
 
 
 def _one_of(hints: tuple, value: Any, name: str) -> Any:
@@ -78,12 +101,7 @@ def _number(hint: type, text: str, name: str) -> Any:
         raise ValueError(f"{name}={text!r} is not {'a whole number' if hint is int else 'a number'}") from None
 
 
-def _checked(right: bool, value: Any, name: str, what: str) -> Any:
-    if not right:
-        raise ValueError(f"{name}={value!r} is not {what}")
+def _checked(valid: bool, value: Any, name: str, expected: str) -> Any:
+    if not valid:
+        raise ValueError(f"{name}={value!r} is not {expected}")
     return value
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, 1)
-    return f": did you mean {close[0]!r}?" if close else f": choose from {', '.join(known)}"

@@ -9,7 +9,9 @@ the path of a file with one. Writes NAME_s0.safetensors (weights), NAME_s0.npz (
 
 import json
 import pathlib
+import shutil
 import sys
+import tempfile
 
 import numpy as np
 import torch
@@ -27,10 +29,9 @@ def make(name, model_type, settings, folder):
             parameter.copy_(torch.from_numpy(values))
         tokens = random.integers(3, config.vocab_size, (2, 12))
         logits = model(torch.from_numpy(tokens)).logits.numpy()
-    model.save_pretrained(folder)  # names the tensors as a checkpoint does
-    (folder / "model.safetensors").rename(folder / f"{name}_s0.safetensors")
-    for written in ("config.json", "generation_config.json"):
-        (folder / written).unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as saved:
+        model.save_pretrained(saved)  # names the tensors as a checkpoint does
+        shutil.copyfile(f"{saved}/model.safetensors", folder / f"{name}_s0.safetensors")
     np.savez(folder / f"{name}_s0.npz", input_ids=tokens, logits=logits)
     described = {"class": type(model).__name__, "config": json.loads(config.to_json_string(use_diff=False))}
     described["config"]["architectures"] = [type(model).__name__]

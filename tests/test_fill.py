@@ -16,6 +16,7 @@ from garrulax.kernels.masks import prefix
 from garrulax.sampling.blanks import answer, part_a
 from garrulax.sampling.requests import assemble, spread
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 GREEDY = {"temperature": 0}
 
 

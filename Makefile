@@ -11,8 +11,12 @@ CUDA = $(VENV)-cuda
 quickstart: $(VENV)/.plots
 	@PATH="$(abspath $(BIN)):$$PATH" sh examples/quickstart.sh
 
+# The two processes share the programs that they compile. Files in the order of their names: long tests are not left to
+# the end.
 test: $(VENV)/.dev lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	@rm -rf $(VENV)/programs
+	JAX_COMPILATION_CACHE_DIR=$(abspath $(VENV))/programs JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
+	JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
@@ -28,9 +32,9 @@ parity: $(PARITY)/.parity
 aot-gpu: $(CUDA)/.aot_gpu
 	$(CUDA)/bin/python -m pytest -m slow tests/test_aot_gpu.py tests/test_aot_gpu_backward.py tests/test_aot_decode_gpu.py
 
-# Runs the tests that fill README's table of families, those of parity among them, and writes it.
+# Runs the tests that fill README's table of families, slow ones and those of parity among them, and writes it.
 table: $(PARITY)/.parity
-	$(PARITY)/bin/python -m pytest -n 2 --dist loadfile --table $$(grep -l 'table(' tests/test_*.py tests/parity/test_*.py)
+	$(PARITY)/bin/python -m pytest -n 2 --dist loadfile -m "" --table $$(grep -l 'table(' tests/test_*.py tests/parity/test_*.py)
 
 # Draws the masks of docs/attention.md and writes its tables.
 pictures: $(VENV)/.dev

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from garrulax.kernels.attention import attention
 from garrulax.kernels.mask import INF, PAD, SAME_SEGMENT, All, Band, Bits, KRange, Mask, Within
@@ -112,6 +113,19 @@ def nothing(T):
 def everything(T):
     return Mask({"rank": jnp.asarray(_row(T), jnp.int32)}, None, All())
 
+
+def some(names, *quick):
+    """Parameters of a test, values or tuples of them: all `names`, of which `make test` runs the `quick` ones only."""
+    slow = {"marks": pytest.mark.slow}
+    return [
+        name if name in quick else pytest.param(*(name if isinstance(name, tuple) else (name,)), **slow)
+        for name in names
+    ]
+
+
+#: Masks with every kind of rule, with rows that see nothing, and without a rule: for implementations of attention,
+#: which evaluate the rules that others test.
+QUICK = ("everything", "packed", "sinks_and_window", "bigbird", "nothing")
 
 #: Masks of T tokens among themselves.
 CASES = {

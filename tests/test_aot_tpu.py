@@ -47,7 +47,12 @@ def assert_no_square(result):
 
 @pytest.mark.parametrize(
     ("chip", "least"),
-    [("v5p", 0.78), pytest.param("v5e", 0.7, marks=pytest.mark.slow), ("v6e", 0.35), ("tpu7x", 0.35)],
+    [
+        ("v5p", 0.78),
+        ("v6e", 0.35),
+        pytest.param("v5e", 0.7, marks=pytest.mark.slow),
+        pytest.param("tpu7x", 0.35, marks=pytest.mark.slow),
+    ],
 )
 def test_forward(chip, least):
     """Share of the peak on blocks in which everybody attends."""
@@ -55,13 +60,13 @@ def test_forward(chip, least):
 
 
 @pytest.mark.parametrize(
-    "chip", ["v6e", *(pytest.param(chip, marks=pytest.mark.slow) for chip in ("v5e", "v5p", "tpu7x"))]
+    "chip", ["v5p", *(pytest.param(chip, marks=pytest.mark.slow) for chip in ("v5e", "v6e", "tpu7x"))]
 )
 def test_partial_blocks(chip):
     """A block with a mask is not much slower: windows and packed rows have nothing but such blocks, where causal rows
     of 16 blocks have 120 whole ones to 16. The kernel for a mask has both bodies."""
     whole = hot(chip, "full128", "forward")
-    both = compiled(chip, "causal128", "forward")["kernels"]["attention_forward"]
+    both = compiled(chip, "causal128", "backward")["kernels"]["attention_forward"]
     partial = both["hot"] - both["pause"] - whole
     assert (120 * whole + 16 * partial) / 136 >= 0.85 * partial
 
@@ -76,7 +81,7 @@ def test_alibi(chip):
     ("chip", "case", "width", "least"),
     [
         ("v5p", "causal128", 128, 0.75),
-        ("v6e", "causal256", 256, 0.55),
+        pytest.param("v6e", "causal256", 256, 0.55, marks=pytest.mark.slow),
         *(pytest.param(chip, "causal128", 128, 0.4, marks=pytest.mark.slow) for chip in ("v5e", "v6e", "tpu7x")),
         *(pytest.param(chip, "causal64", 64, 0.2, marks=pytest.mark.slow) for chip in RATE),
         *(pytest.param(chip, "causal256", 256, 0.4, marks=pytest.mark.slow) for chip in ("v5e", "v5p", "tpu7x")),

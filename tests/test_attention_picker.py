@@ -14,6 +14,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import garrulax as gx
+from garrulax import models
 from garrulax.kernels import picking
 from garrulax.kernels.attention import IMPLEMENTATIONS, PREFERRED, REGISTRY, attention, request
 from garrulax.kernels.dense import Dense
@@ -203,7 +204,8 @@ def test_a_scale_that_is_an_array_is_as_exact_as_a_number():
     assert gradient != 0
 
 
-def _projections(config, params):
+def _projections(config):
+    params = models.spec.abstract(models.family(config).parameters(config))
     tokens = jnp.arange(46).reshape(2, 23) % config.vocab
     return jax.make_jaxpr(lambda p: gx.forward(p, tokens, config))(params).jaxpr
 
@@ -217,21 +219,20 @@ def test_families_have_no_attention_of_their_own(family, seen):
     """With attention taken out, nothing is left that has a number for every pair of 23 tokens; and each layer asked
     for it once (a scan is traced once)."""
     config = tiny.CONFIGS[family]
-    jaxpr = _projections(config, tiny.params(config))
+    jaxpr = _projections(config)
     assert len(seen.requests) == 1
     assert not [shape for shape in _shapes(jaxpr) if shape.count(23) > 1]
 
 
 def test_the_search_for_scores_finds_them(monkeypatch):
     monkeypatch.setattr(picking.Registry, "pick", lambda *_: Dense())
-    config = tiny.CONFIGS["gpt"]
-    jaxpr = _projections(config, tiny.params(config))
+    jaxpr = _projections(tiny.CONFIGS["gpt"])
     assert [shape for shape in _shapes(jaxpr) if shape.count(23) > 1]
 
 
 def test_falcons_bias_is_never_spread_over_the_queries(seen):
     config = tiny.CONFIGS["falcon"]
-    _projections(config, tiny.params(config))
+    _projections(config)
     ((_, operands),) = seen.requests
     assert operands.bias.shape == (2, config.heads, 1, 23)
 

@@ -24,6 +24,7 @@ from garrulax.kernels.passes import ForwardBackward
 from garrulax.kernels.sharded import Sharded
 from garrulax.kernels.xla import Chunked
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 SMALL = Chunked(scores=4 * 8 * 8)  # chunks of 8 x 8 for four heads
 N = 3
 
@@ -44,8 +45,12 @@ def assert_close(a, b, bound=2e-6):
         np.testing.assert_allclose(x, y, atol=bound * np.abs(y).max())
 
 
-@pytest.mark.parametrize("bias", [(2, 4, 1, 16), (1, 4, 16, 16), (1, 1, 16, 16)], ids=str)
-@pytest.mark.parametrize("of_mask", [False, True])
+@pytest.mark.parametrize(
+    ("bias", "of_mask"),
+    [((2, 4, 1, 16), False), ((2, 4, 1, 16), True), ((1, 4, 16, 16), True)]
+    + [pytest.param((1, n, 16, 16), m, marks=pytest.mark.slow) for n, m in ((4, False), (1, False), (1, True))],
+    ids=str,
+)
 def test_vmap_is_a_loop(of_mask, bias):
     """Of outputs and gradients, with or without a mask of each, and with a bias that is not mapped."""
     x = examples(query=(N, 2, 16, 4, 8), key=(N, 2, 16, 2, 8), value=(N, 2, 16, 2, 8), bias=bias, sinks=(4,))
@@ -54,7 +59,7 @@ def test_vmap_is_a_loop(of_mask, bias):
     many = Mask(
         {name: jnp.stack([jnp.roll(s, i, 1) for i in range(N)]) for name, s in mask.query.items()}, None, mask.rule
     )
-    step = jax.value_and_grad(value)
+    step = jax.jit(jax.value_and_grad(value))
     got = jax.jit(jax.vmap(step, (mapped, 0 if of_mask else None)))(x, many if of_mask else mask)
     for i in range(N):
         one = {name: v if mapped[name] is None else v[i] for name, v in x.items()}
@@ -67,7 +72,7 @@ def test_vmap_inside_a_mesh():
     mesh, mask = make_mesh("data=2,tensor=2,sequence=2"), cases.packed(16)
     x = examples(query=(N, 2, 16, 4, 8), key=(N, 2, 16, 2, 8), value=(N, 2, 16, 2, 8), bias=(2, 4, 1, 16))
     axes = dict.fromkeys(("query", "key", "value"), 0) | {"bias": None}
-    expected = jax.vmap(jax.value_and_grad(value), (axes, None))(x, mask)
+    expected = jax.jit(jax.vmap(jax.value_and_grad(value), (axes, None)))(x, mask)
     spec = P(None, "data", "sequence", "tensor")
     with jax.set_mesh(mesh):
         placed = {name: jax.device_put(v, NamedSharding(mesh, spec if v.ndim == 5 else P())) for name, v in x.items()}
@@ -77,7 +82,7 @@ def test_vmap_inside_a_mesh():
             assert_close(got, expected)
 
 
-@pytest.mark.parametrize("policy", [None, "nothing_saveable", "dots_saveable"])
+@pytest.mark.parametrize("policy", [None, "dots_saveable", pytest.param("nothing_saveable", marks=pytest.mark.slow)])
 def test_scan_and_remat_are_straight_code(policy):
     """Layers of different windows in one scan, as GPT-3 has them."""
     x = examples(query=(2, 16, 4, 8), key=(2, 16, 2, 8), value=(2, 16, 2, 8))
@@ -97,7 +102,7 @@ def test_scan_and_remat_are_straight_code(policy):
         body = layer if policy is None else jax.checkpoint(layer, policy=getattr(jax.checkpoint_policies, policy))
         return jnp.sum(jnp.sin(jax.lax.scan(body, x, reaches)[0]["query"]))
 
-    assert_close(jax.jit(jax.value_and_grad(scanned))(x), jax.value_and_grad(straight)(x))
+    assert_close(jax.jit(jax.value_and_grad(scanned))(x), jax.jit(jax.value_and_grad(straight))(x))
 
 
 @dataclasses.dataclass(frozen=True)

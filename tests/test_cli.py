@@ -12,8 +12,9 @@ import garrulax as gx
 from garrulax.cli import main
 from garrulax.train.settings import Settings, read_settings
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 TEXT = "".join(f"def f{i}(x):\n    return x * {i} + {i * 7 % 13}\n\n" for i in range(300))
-TINY = ["model.width=32", "model.layers=2", "model.heads=4", "window=24", "batch=4", "steps=3", "tokenizer=bytes"]
+TINY = ["model.width=32", "model.layers=1", "model.heads=4", "window=24", "batch=4", "steps=3", "tokenizer=bytes"]
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from garrulax.kernels.mask import INF, PAD_KEY, SAME_SEGMENT, Band, KRange, Mask
 from garrulax.kernels.parts import merge
 from garrulax.kernels.relative import t5
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 B, H, K, C, CV = 2, 6, 3, 16, 24
 SMALL = TpuDecode(step_bytes=1, interpret=True)  # 128 slots a step
 KERNELS = {
@@ -99,8 +100,15 @@ def both(kernel, query, key, value, **more):
     return run((query, key, value))
 
 
-@kernels
-@pytest.mark.parametrize(("T", "S"), [(1, 300), (3, 129), (1, 1)])
+@pytest.mark.parametrize(
+    ("kernel", "T", "S"),
+    [
+        pytest.param(kernel, *size, marks=() if size in quick[name] else pytest.mark.slow, id=f"{size}-{name}")
+        for quick in [{"xla": [(3, 129), (1, 1)], "tpu": [(1, 300)], "tpu-split": [(3, 129)]}]
+        for name, kernel in KERNELS.items()
+        for size in [(1, 300), (3, 129), (1, 1)]
+    ],
+)
 def test_ragged_lengths(kernel, T, S):
     q, k, v = arrays(T, S)
     lengths = jnp.array([S, max(T, S // 3)], jnp.int32)
@@ -121,8 +129,15 @@ def test_ragged_lengths(kernel, T, S):
         assert_close(x, y)
 
 
-@kernels
-@pytest.mark.parametrize("page", [24, 128])
+@pytest.mark.parametrize(
+    ("kernel", "page"),
+    [
+        pytest.param(kernel, page, marks=() if page == quick[name] else pytest.mark.slow, id=f"{page}-{name}")
+        for quick in [{"xla": 24, "tpu": 24, "tpu-split": 128}]
+        for name, kernel in KERNELS.items()
+        for page in (24, 128)
+    ],
+)
 def test_pages(kernel, page):
     T, S = 2, 300
     q, k, v = arrays(T, S)
@@ -194,7 +209,7 @@ def test_trees_are_verified_as_decoding_one_by_one(kernel, T):
     mask = cases.tree(T, S)
     q, k, v = arrays(T, S)
     got = both(kernel, q, k, v, mask=mask)[0]
-    for node in range(0, T, 3):  # a node alone, over a cache of its ancestors
+    for node in (0, 9, 24, 39):  # a node alone, over a cache of its ancestors
         path = np.flatnonzero(np.asarray(mask.dense())[0, node])
         alone = decode(q[:, node : node + 1], k[:, :, path], v[:, :, path])
         assert_close(got[:, node : node + 1], alone, 5e-6)
@@ -213,7 +228,9 @@ def test_each_row_is_that_of_reading_the_whole_text(kernel):
 
 
 @pytest.mark.parametrize("kernel", [XlaDecode(), SMALL], ids=["xla", "tpu"])
-@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2])
+@pytest.mark.parametrize(
+    "dtype", cases.some([jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2], jnp.int8, jnp.float8_e4m3fn)
+)
 def test_quantised_caches(kernel, dtype):
     """Within what rounding may do: |error of a score| <= scale |q|₁ e_k, with e the greatest error of an entry; scores
     off by d change probabilities by factors within exp(±2 d), and these and e_v add up in the output."""

@@ -151,7 +151,7 @@ def test_drafts_and_empty_rows():
     assert jnp.isneginf(lse[0, :, :5]).all()
 
 
-@pytest.mark.parametrize("page", [16, 64, 128])
+@pytest.mark.parametrize("page", [16, 128, pytest.param(64, marks=pytest.mark.slow)])
 def test_pages_in_any_order(page):
     """The same bits as the contiguous cache gives."""
     contiguous = request([200, 70])
@@ -231,7 +231,7 @@ def test_softcap_and_alibi():
     assert_agrees(options(softcap=2.0), cached)
 
 
-@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2])
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn, pytest.param(jnp.float8_e5m2, marks=pytest.mark.slow)])
 def test_quantised(dtype):
     """With the scales in the kernel, also of pages: those of one block side by side."""
     cached = quantised(request([200, 70], H=4, K=2), dtype)

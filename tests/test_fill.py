@@ -16,6 +16,7 @@ from garrulax.kernels.masks import prefix
 from garrulax.sampling.blanks import answer_prompt, part_a
 from garrulax.sampling.requests import assemble, knobs_per_prompt
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 GREEDY = {"temperature": 0}
 
 

@@ -12,11 +12,14 @@ import tiny
 
 import garrulax as gx
 from garrulax import models, sampling
+from garrulax.core import sharding
 from garrulax.sampling import transforms
 from garrulax.sampling.requests import assemble, bucket, causal_prompt, knobs_per_prompt
 from garrulax.sampling.writing import Writer
 
-FAMILIES = ["gpt", "glm", "llama"]
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+#: One position a token, and two; the others in `make test-slow`.
+FAMILIES = [pytest.param("gpt", marks=pytest.mark.slow), "glm", "llama"]
 PROMPTS = [[5, 17, 3], [9], list(range(20, 41)), [7, 7, 7, 7, 1, 2, 3, 4], [50, 60]]
 
 
@@ -377,8 +380,8 @@ def test_parameters_that_are_not_finite_are_reported():
 
 def test_sharded_parameters_are_refused_with_the_way_out():
     config = dataclasses.replace(tiny.CONFIGS["gpt"], vocab=96)
-    mesh = gx.make_mesh("fsdp=4,tensor=2")
-    params = models.init(config, jax.random.key(0), mesh)
+    places = sharding.shardings(models.gpt.parameters(config), gx.make_mesh("fsdp=4,tensor=2"))
+    params = jax.device_put(tiny.params(config), places)
     with pytest.raises(ValueError, match=r"gather them with jax\.device_get"):
         gx.generate((params, config), [1])
     gathered = jax.device_get(params)

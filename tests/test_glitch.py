@@ -60,8 +60,14 @@ def trained(kind, unused, steps=300):
     return fit(TRAINED[kind], (batch() for _ in range(steps))), missing
 
 
-@pytest.mark.parametrize("unused", [4, 15, 45])
-@pytest.mark.parametrize("kind", TRAINED)
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("kind", "unused"),
+    [("tied", 15), ("untied", 4), ("untied", 15), ("untied", 45), slow("tied", 4), slow("tied", 45)],
+)
 def test_tokens_that_real_training_never_met_are_found_exactly(kind, unused):
     """A few, a quarter, three quarters of the vocabulary: recall and precision 1 on every side."""
     params, missing = trained(kind, unused)
@@ -112,9 +118,9 @@ def planted(kind, count, noise, dtype, where="centroid", vocab=3000, width=64):
     return tables, config, ids
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("noise", [0.0, 0.02, 0.2])
-@pytest.mark.parametrize("count", [20, 300, 2000])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", slow("float16")])
+@pytest.mark.parametrize("noise", [0.0, slow(0.02), 0.2])
+@pytest.mark.parametrize("count", [20, slow(300), 2000])
 @pytest.mark.parametrize("kind", TRAINED)
 def test_planted_rows_are_found(kind, count, noise, dtype):
     """All of them, and of others no more than one in fifty, from exact copies of the centroid to rows near the rest."""

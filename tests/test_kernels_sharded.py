@@ -95,7 +95,12 @@ WAYS = ("gather", "ring")
 
 @pytest.mark.parametrize(
     ("extra", "implementation"),
-    [(extra, SMALL) for extra in cases.EXTRAS] + [(extra, Dense()) for extra in ("bias", "sinks", "dropout")],
+    cases.some(
+        [(extra, SMALL) for extra in cases.EXTRAS] + [(extra, Dense()) for extra in ("bias", "sinks", "dropout")],
+        *((extra, SMALL) for extra in ("alibi", "sinks", "relative", "bias", "key_bias", "dropout")),
+        ("bias", Dense()),
+        ("dropout", Dense()),
+    ),
     ids=lambda x: x if isinstance(x, str) else type(x).__name__,
 )
 def test_batch_and_heads(extra, implementation):
@@ -105,18 +110,23 @@ def test_batch_and_heads(extra, implementation):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("heads", [(8, 1), (8, 2), (12, 3), (12, 6)], ids=str)
-def test_fewer_key_heads_than_devices(heads):
+@pytest.mark.parametrize(("H", "K"), cases.some([(8, 1), (8, 2), (12, 3), (12, 6)], (8, 1), (12, 3)))
+def test_fewer_key_heads_than_devices(H, K):
     """Each device reads the keys of its queries; the gradient of shared ones is summed."""
     layout = ("data", None, "tensor", None)
-    assert_same_on_mesh("data=2,tensor=4", layout, "prefix", (12, 12, *heads, 8), SMALL, precision="float64")
+    assert_same_on_mesh("data=2,tensor=4", layout, "prefix", (12, 12, H, K, 8), SMALL, precision="float64")
 
 
 @pytest.mark.parametrize(
     ("case", "implementation"),
-    [(case, Sharded(SMALL, "ring")) for case in cases.CASES]
-    + [(case, Sharded(SMALL, "gather")) for case in ("packed", "bigbird", "nothing")]
-    + [("packed", Dense())],
+    cases.some(
+        [(case, Sharded(SMALL, "ring")) for case in cases.CASES]
+        + [(case, Sharded(SMALL, "gather")) for case in ("packed", "bigbird", "nothing")]
+        + [("packed", Dense())],
+        *((case, Sharded(SMALL, "ring")) for case in cases.QUICK),
+        ("bigbird", Sharded(SMALL, "gather")),
+        ("packed", Dense()),
+    ),
     ids=lambda x: x if isinstance(x, str) else getattr(x, "sequence", "dense"),
 )
 def test_sequence(case, implementation):
@@ -127,10 +137,10 @@ def test_sequence(case, implementation):
 @pytest.mark.parametrize(
     ("case", "heads", "precision"),
     [
-        ("packed", (4, 2), "float32"),
+        pytest.param("packed", (4, 2), "float32", marks=pytest.mark.slow),  # what float64 says more of
         ("packed", (4, 2), "float64"),
         ("infilling", (4, 1), "float64"),
-        ("sinks_and_window", (4, 2), "float64"),
+        pytest.param("sinks_and_window", (4, 2), "float64", marks=pytest.mark.slow),
     ],
 )
 def test_sequence_with_batch_and_heads(case, heads, precision, way):
@@ -141,7 +151,12 @@ def test_sequence_with_batch_and_heads(case, heads, precision, way):
 
 
 @pytest.mark.parametrize(
-    ("extra", "way"), [(e, w) for e in cases.EXTRAS for w in WAYS if (e, w) != ("dropout", "ring")]
+    ("extra", "way"),
+    cases.some(
+        [(e, w) for e in cases.EXTRAS for w in WAYS if (e, w) != ("dropout", "ring")],
+        *((e, "ring") for e in ("alibi", "sinks", "relative", "bias", "key_bias")),
+        *((e, "gather") for e in ("bias", "dropout")),
+    ),
 )
 def test_extras_with_sequence(extra, way):
     assert_same_on_mesh(

@@ -21,16 +21,17 @@ from garrulax.kernels.experimental.tpu import TpuAttention, forward, schedule
 from garrulax.kernels.mask import Mask
 from garrulax.kernels.xla import Chunked
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 SMALL = TpuAttention(block_q=128, block_k=128, interpret=True)
 BOUND = 5e-6
 
 
-@pytest.mark.parametrize("case", cases.CASES)
+@pytest.mark.parametrize("case", cases.some(cases.CASES, *cases.QUICK))
 def test_masks(case):
     cases.assert_agrees(SMALL, cases.CASES[case](300), (300, 300, 4, 2, 16, 24), bound=BOUND)
 
 
-@pytest.mark.parametrize("extra", cases.EXTRAS)
+@pytest.mark.parametrize("extra", cases.some(cases.EXTRAS, "alibi", "bias"))  # the next tests have them all
 def test_extras(extra):
     cases.assert_agrees(SMALL, cases.window(200), (200, 200, 4, 2, 16), extras=(extra,), bound=BOUND)
 
@@ -47,10 +48,10 @@ def test_heads(shape):
 
 
 @pytest.mark.parametrize(
-    "widths", [(64, 64), (80, 96), pytest.param((128, 64), marks=pytest.mark.slow), (256, 128), (192, 256)]
+    ("C", "Cv"), cases.some([(64, 64), (80, 96), (128, 64), (256, 128), (192, 256)], (80, 96), (256, 128))
 )
-def test_widths(widths):
-    cases.assert_agrees(SMALL, cases.causal(130), (130, 130, 2, 1, *widths), bound=BOUND)
+def test_widths(C, Cv):
+    cases.assert_agrees(SMALL, cases.causal(130), (130, 130, 2, 1, C, Cv), bound=BOUND)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(jnp.bfloat16, 2e-2), (jnp.float16, 2e-3)], ids=["bf16", "f16"])
@@ -66,11 +67,12 @@ def test_more_keys_than_queries(case):
 @pytest.mark.parametrize(
     "kernel",
     [
-        TpuAttention(block_q=256, block_k=256, chunk=128, interpret=True),
-        TpuAttention(block_q=512, block_k=128, interpret=True),
+        TpuAttention(block_q=512, block_k=256, chunk=128, interpret=True),
+        pytest.param(TpuAttention(block_q=256, block_k=256, chunk=128, interpret=True), marks=pytest.mark.slow),
+        pytest.param(TpuAttention(block_q=512, block_k=128, interpret=True), marks=pytest.mark.slow),
         pytest.param(TpuAttention(interpret=True), marks=pytest.mark.slow),
     ],
-    ids=["chunks", "strips", "default"],
+    ids=["both", "chunks", "strips", "default"],
 )
 def test_blocks(kernel):
     """Several chunks of a block's keys and several strips of its queries; dropout and ALiBi count both. ALiBi counts

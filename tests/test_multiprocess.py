@@ -11,21 +11,24 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from garrulax.cli import main
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 TEXT = "".join(f"def f{i}(x):\n    return x * {i} + {i * 7 % 13}\n\n" for i in range(400))
-SIZES = ("model.width=32", "model.layers=2", "model.heads=4", "window=32", "batch=8", "tokenizer=bytes", "eval_every=2")
+SIZES = ("model.width=32", "model.layers=1", "model.heads=4", "window=32", "batch=8", "tokenizer=bytes", "eval_every=2",
+         "optimizer=adamw", "lr=0.003")  # fmt: skip
 COMMAND = [sys.executable, "-c", "import sys; from garrulax.cli import main; sys.exit(main())"]
 
 
-def start(folder, run, *words, devices=2):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "GARRULAX_CACHE": str(folder / "cache")}
-    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-    words = (
-        ["train", *words]
-        if "--resume" in words
-        else ["train", "gpt2-tiny", *SIZES, f"corpus={folder / 'text'}", *words]
-    )
-    place = [] if "--resume" in words else ["--run", str(folder / run)]
-    return subprocess.Popen([*COMMAND, *words, *place], env=environment, text=True, stderr=subprocess.PIPE)
+def train(folder, run, *words):
+    """The words of a command that trains."""
+    return ["train", "gpt2-tiny", *SIZES, f"corpus={folder / 'text'}", *words, "--run", str(folder / run)]
+
+
+def start(words):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    return subprocess.Popen([*COMMAND, *words], env=environment, text=True, stderr=subprocess.PIPE)
 
 
 def finish(process):
@@ -40,7 +43,8 @@ def held_out(run):
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("GARRULAX_CACHE", str(tmp_path / "cache"))
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "code.py").write_text(TEXT)
     return tmp_path
@@ -51,17 +55,17 @@ def test_two_processes_train_save_and_resume_elsewhere(folder):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     meeting = [f"--distributed=127.0.0.1:{port},2,{i}" for i in range(2)]
-    pair = [start(folder, "pair", "--mesh=fsdp=4", "steps=4", "checkpoint_every=2", m) for m in meeting]
+    pair = [start(train(folder, "pair", "--mesh=fsdp=4", "steps=4", "checkpoint_every=2", m)) for m in meeting]
     errors = [finish(p) for p in pair]
     assert re.search(r"held-out loss", errors[0])
     assert not errors[1].strip()  # only the first process speaks
 
-    finish(start(folder, "alone", "--mesh=fsdp=2,tensor=2", "steps=4", devices=4))
+    assert main(train(folder, "alone", "--mesh=fsdp=4,tensor=2", "steps=4")) == 0  # this process has eight devices
     together, alone = held_out(folder / "pair"), held_out(folder / "alone")
     assert together.keys() == alone.keys() == {2, 4}
     assert max(abs(together[i] - alone[i]) for i in alone) < 1e-4
     ours, theirs = (load_file(folder / run / "model" / "model.safetensors") for run in ("pair", "alone"))
     assert max(np.abs(ours[k] - theirs[k]).max() for k in ours) < 2e-3
 
-    finish(start(folder, "pair", "--resume", str(folder / "pair"), "steps=6", "mesh="))
+    assert main(["train", "--resume", str(folder / "pair"), "steps=6", "mesh="]) == 0
     assert held_out(folder / "pair").keys() == {2, 4, 6}

@@ -229,7 +229,9 @@ def examples(task, rng, count):
     return texts, labels
 
 
-@pytest.mark.parametrize("task", HEAD)
+@pytest.mark.parametrize(
+    "task", [task if task != "entailment" else pytest.param(task, marks=pytest.mark.slow) for task in HEAD]
+)
 def test_every_head_learns(task):
     rng = np.random.default_rng(0)
     small = models.gpt.Config(vocab=20, context=16, width=32, layers=2, heads=2, post_norm=True, init_std=0.1)

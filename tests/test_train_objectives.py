@@ -11,6 +11,7 @@ from garrulax import models
 from garrulax.core.sharding import make_mesh
 from garrulax.train import objectives
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 causal_lm = jax.jit(objectives.causal_lm, static_argnums=2)
 blank_infilling = jax.jit(objectives.blank_infilling, static_argnums=2)
 CONFIG = models.gpt.Config(vocab=50, context=16, width=16, layers=2, heads=2)

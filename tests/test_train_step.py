@@ -17,6 +17,7 @@ from garrulax.train.optimizers import make_optimizer
 from garrulax.train.settings import Settings
 from garrulax.train.state import abstract_state, init_state
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 CONFIG = models.gpt.Config(vocab=48, context=8, width=16, layers=2, heads=4)
 objective = jax.jit(causal_lm, static_argnums=2)
 SETTINGS = Settings(optimizer="adamw", schedule="linear", warmup=0.0, steps=10, clip=0.0, eps=1e-3)

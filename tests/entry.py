@@ -86,7 +86,12 @@ class Entry:
     def changed(self, name: str) -> tuple[ModelConfig, ModelConfig]:
         """Two Configs that differ in the field of that name."""
         value = getattr(self.config, name)
-        change = self.changes.get(name) or Change(not value if isinstance(value, bool) else COMMON_CHANGES[name])
+        change = self.changes.get(name)
+        if change is None and isinstance(value, bool):
+            change = Change(not value)
+        elif change is None:
+            assert name in COMMON_CHANGES, f"give another value of {name} in `changes` of the family's Entry"
+            change = Change(COMMON_CHANGES[name])
         base = dataclasses.replace(self.config, **change.base)
         return base, dataclasses.replace(base, **{name: change.value, **change.also})
 

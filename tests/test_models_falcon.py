@@ -111,11 +111,6 @@ def test_a_config_json_that_cannot_be_is_refused_by_name(raw, changes, message):
         models.falcon.from_hf(raw | changes)
 
 
-def test_presets_are_counted(table):
-    assert len(models.falcon.PRESETS) == 5
-    table("Falcon", "presets", 5)
-
-
 def test_settings_that_no_config_json_says_are_refused():
     c = config("falcon40b")
     with pytest.raises(ValueError, match="norms=1: a block has 2, or 1 where attention and MLP are parallel"):

@@ -87,6 +87,9 @@ _ID = "a token id of at least 0"
 
 Size = Annotated[int, Check(lambda x: _is_whole(x, 1), "a whole number of at least 1")]
 Count = Annotated[int, Check(lambda x: _is_whole(x, 0), "a whole number of at least 0")]
+OptionalSize = Annotated[
+    int | None, Check(lambda x: x is None or _is_whole(x, 1), "a whole number of at least 1, or none")
+]
 Rate = Annotated[float, Check(lambda x: _is_number(x) and 0 <= x < 1, "at least 0 and below 1")]
 Positive = Annotated[float, Check(lambda x: _is_number(x) and x > 0, "a number above 0")]
 Flag = Annotated[bool, Check(lambda x: isinstance(x, bool), "true or false")]
@@ -102,7 +105,7 @@ TokenIds = Annotated[
 
 
 def check_fields(config: Any) -> None:
-    """Checks every field of a dataclass whose type is one of the above, in their order.
+    """Checks every field of a dataclass whose type is one of the above, or a class such as str, in their order.
 
     Raises:
         ValueError: A field has a value that its type does not allow.
@@ -130,8 +133,14 @@ def check_value(name: str, value: Any, kind: Any) -> None:
 @functools.cache
 def _checks(kind: Any) -> tuple[tuple[str, Check], ...]:
     hints = get_type_hints(kind, include_extras=True)
-    found = ((name, extra) for name, hint in hints.items() for extra in getattr(hint, "__metadata__", ()))
-    return tuple((name, extra) for name, extra in found if isinstance(extra, Check))
+    checks = {name: _check_of(hint) for name, hint in hints.items()}
+    return tuple((name, check) for name, check in checks.items() if check is not None)
+
+
+def _check_of(hint: Any) -> Check | None:
+    if isinstance(hint, type):
+        return Check(lambda x: isinstance(x, hint), f"of type {hint.__name__}")
+    return next((extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Check)), None)
 
 
 #: For Configs without a field of that name: `head_dim = fields.width_over_heads`.

@@ -74,7 +74,7 @@ def parse_layout(name: str, pattern: str, sizes: Mapping[str, int], parts: Mappi
     groups, target = _parse(pattern, error)
     source = [letter for group in groups for letter in group]
     known = {**_NUMBERS, **sizes}
-    if unknown := [letter for letter in (*source, *target) if letter not in known]:
+    if unknown := [letter for letter in dict.fromkeys((*source, *target)) if letter not in known]:
         raise error(f"{', '.join(unknown)} has no size")
     renamed = _renamed(source, target, known, parts, error)
     kept = [renamed[letter] for letter in source if not isinstance(parts.get(letter), int)]

@@ -51,7 +51,13 @@ def linear(pattern: str, x: jax.Array, p: Tree, name: str) -> jax.Array:
         p: Parameters: the weight under `name`, and its bias under `{name}_bias` where it has one, whose axes are the
             last of the result.
         name: Name of the layer in p.
+
+    Raises:
+        KeyError: There is no such parameter.
+        ValueError: Shapes do not fit the pattern.
     """
+    if name not in p:
+        raise KeyError(f"no parameter {name!r} among {', '.join(p)}")
     y = einsum(pattern, x, p[name])
     bias = p.get(f"{name}_bias")
     return y if bias is None else y + gather(bias, y.dtype)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import ml_dtypes
 
 from garrulax.core import config as fields
-from garrulax.core.config import Flag, OptionalTokenId, Positive, Rate, Size, TokenIds
+from garrulax.core.config import Flag, OptionalSize, OptionalTokenId, Positive, Rate, Size, TokenIds
 from garrulax.core.einsum import lookup
 from garrulax.core.hf import HFConfig, TensorNames, find_format, key
 from garrulax.core.spec import Declare, Tree, normal, stacked
@@ -43,7 +43,7 @@ class Config:
     layers: Size = 32
     heads: Size = 71
     kv_heads: Size = 1
-    mlp_width: int | None = None  # None stands for 4 width
+    mlp_width: OptionalSize = None  # None stands for 4 width
     activation: str = "gelu"
     norm_eps: Positive = 1e-5
     parallel: Flag = True  # attention and MLP both read the block's input; otherwise one follows the other
@@ -63,8 +63,6 @@ class Config:
 
     def __post_init__(self):
         fields.check_fields(self)
-        if self.mlp_width is not None:
-            fields.check_value("mlp_width", self.mlp_width, Size)
         fields.check_heads(self.width, self.heads)
         fields.check_groups(self.heads, self.kv_heads)
         check_activation(self.activation)

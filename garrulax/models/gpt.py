@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from garrulax.core import config as fields
-from garrulax.core.config import Count, Flag, OptionalTokenId, Positive, Rate, Size, TokenIds
+from garrulax.core.config import Count, Flag, OptionalSize, OptionalTokenId, Positive, Rate, Size, TokenIds
 from garrulax.core.einsum import lookup
 from garrulax.core.hf import TensorNames
 from garrulax.core.spec import Declare, Tree, normal, stacked
@@ -38,7 +38,7 @@ class Config:
     width: Size = 768
     layers: Size = 12
     heads: Size = 12
-    mlp_width: int | None = None  # None stands for 4 width
+    mlp_width: OptionalSize = None  # None stands for 4 width
     activation: str = "gelu_new"
     norm_eps: Positive = 1e-5
     embedding_dropout: Rate = 0.1
@@ -62,8 +62,6 @@ class Config:
 
     def __post_init__(self):
         fields.check_fields(self)
-        if self.mlp_width is not None:
-            fields.check_value("mlp_width", self.mlp_width, Size)
         fields.check_heads(self.width, self.heads)
         check_activation(self.activation)
         if self.band_parity not in (0, 1) or isinstance(self.band_parity, bool):

@@ -57,7 +57,7 @@ def _part(name: str) -> str:
     first, *rest = name.split("/")
     if first == "blocks":
         return {"attention": "attention", "mlp": "feed-forward"}.get(rest[0], "norms")
-    return names.get(first, "norms")
+    return names.get(first, "norms" if first == "norm" else "other")
 
 
 def matmul_parameters(config: ModelConfig) -> int:

@@ -12,13 +12,14 @@ pytest.importorskip("torch", reason="`make parity` installs torch and transforme
 import peer  # noqa: F401 (quiets transformers)
 import torch
 import transformers
-from drawing import FAMILIES, Draw
+from drawing import Draw
+from registry import FAMILIES
 
 from garrulax import models
 from garrulax.hub.reading import family_of
 
 ABSENT = "absent"
-NATIVE = [family for family in FAMILIES if not family.detour]
+NATIVE = [drawn for entry in FAMILIES.values() for drawn in entry.draws if not drawn.detour]
 families = pytest.mark.parametrize("family", NATIVE, ids=lambda family: family.id)
 
 
@@ -74,8 +75,8 @@ def test_every_field_is_drawn_off_its_default(family):
         assert any(drawn.get(key, usual) != usual for drawn in cases), f"{key} is always at its default"
     dialect = dialect_of(family)
     read = [ours(written(configuration(family, number))) for number in range(family.cases)]
-    for field, names in dialect.fields.items():
-        assert keys & ({names} if isinstance(names, str) else set(names)), f"no strategy draws {field}"
+    for field, key in dialect.fields.items():
+        assert keys & set(key.names), f"no strategy draws {field}"
         if hasattr(read[0], field):
             assert len({getattr(c, field) for c in [type(read[0])(), *read]}) > 1, f"{field} is always at its default"
 
@@ -85,7 +86,10 @@ def older(raw, kind):
     raw = copy.deepcopy(raw)
     settings = raw.pop("rope_parameters", None)
     if settings:
-        raw |= {key: settings.pop(key) for key in ("rope_theta", "partial_rotary_factor") if key in settings}
+        names = {"rope_theta": "rope_theta", "partial_rotary_factor": "partial_rotary_factor"}
+        if raw["model_type"] == "gpt_neox":
+            names = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+        raw |= {old: settings.pop(key) for key, old in names.items() if key in settings}
         settings[kind] = settings.pop("rope_type")
         raw["rope_scaling"] = None if settings[kind] == "default" else settings
     return raw | {"torch_dtype": "float32", "transformers_version": "4.40.2"}
@@ -136,7 +140,7 @@ def test_config_json_says_to_us_what_it_says_to_transformers(family):
     torch.manual_seed(0)
     weights = transformers.AutoModelForCausalLM.from_config(configuration(family)).state_dict()
     before, logits = ours(base), theirs(base, weights)[1]
-    read = {key for keys in dialect_of(family).fields.values() for key in ([keys] if isinstance(keys, str) else keys)}
+    read = {name for key in dialect_of(family).fields.values() for name in key.names}
     problems = []
     for key in base.keys() - UNSAID:
         for other in alternatives(base[key]):

@@ -13,10 +13,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. An error is one line on stderr; with `--traceback` it is raised.
 
     Args:
-      argv: the words after `garrulax`; None takes them from the command line.
+        argv: The words after `garrulax`; None takes them from the command line.
 
     Returns:
-      The exit code: 0 for success, 1 for a failure, 2 for wrong usage, 130 for Ctrl-C.
+        The exit code: 0 for success, 1 for a failure, 2 for wrong usage, 130 for Ctrl-C.
     """
     args = _parse(argv)
     try:

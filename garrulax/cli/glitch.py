@@ -43,12 +43,12 @@ def plot(found: GlitchTokens, path: str | os.PathLike, title: str = "") -> None:
     """Draws a histogram of the scores of each side, with its flagged rows and threshold.
 
     Args:
-      found: the result of `glitch_tokens`.
-      path: picture file; its ending decides the format.
-      title: put in front of the name of each side.
+        found: The result of `glitch_tokens`.
+        path: Picture file; its ending decides the format.
+        title: Put in front of the name of each side.
 
     Raises:
-      ImportError: matplotlib is not installed (extra `plots`).
+        ImportError: Matplotlib is not installed (extra `plots`).
     """
     from matplotlib.figure import Figure  # pyplot would need global state and a display
 

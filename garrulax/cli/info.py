@@ -29,8 +29,8 @@ def config_of(name: str) -> ModelConfig:
     """The config of a preset, a model folder or a run.
 
     Raises:
-      ValueError: for an unknown name, naming the nearest preset, and for a folder without a readable model.
-      FileNotFoundError: for a run without a model.
+        ValueError: For an unknown name, naming the nearest preset, and for a folder without a readable model.
+        FileNotFoundError: For a run without a model.
     """
     if name in models.presets():
         return models.preset(name)

@@ -7,7 +7,7 @@ def find_model(name: str) -> str:
     """The model folder for the name of a run, a model folder, or a model on the hub.
 
     Raises:
-      FileNotFoundError: for a run that has not exported its model yet.
+        FileNotFoundError: For a run that has not exported its model yet.
     """
     folder = Path(name)
     if (folder / "model" / "config.json").exists():

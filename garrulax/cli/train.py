@@ -129,14 +129,14 @@ def fit(config: ModelConfig, settings: Settings, tokenizer: Tokenizer) -> ModelC
     """Fits a model's config to a tokenizer.
 
     Args:
-      config: of the model.
-      settings: of the run.
-      tokenizer: to take the control tokens from, and the size of the vocabulary if `config.vocab` is the preset's. A
-        different `config.vocab`, chosen by the user, is kept.
+        config: Of the model.
+        settings: Of the run.
+        tokenizer: To take the control tokens from, and the size of the vocabulary if `config.vocab` is the preset's. A
+            different `config.vocab`, chosen by the user, is kept.
 
     Raises:
-      ValueError: if the vocabulary is too small for the tokenizer, the window longer than the model's context, or a
-        control token missing; and for the GLMs whose blanks `train.infill` cannot make (GLM-130B, ChatGLM-6B).
+        ValueError: If the vocabulary is too small for the tokenizer, the window longer than the model's context, or a
+            control token missing; and for the GLMs whose blanks `train.infill` cannot make (GLM-130B, ChatGLM-6B).
     """
     family = models.family(config)
     if family.OBJECTIVE is None:

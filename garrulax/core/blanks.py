@@ -16,21 +16,21 @@ class Blanks:
     """The conventions of one family for texts with blanks.
 
     Attributes:
-      masks: id of the mask token by kind: "" for a few words ([MASK]), "s" for sentences ([sMASK]), "g" for the rest of
-        a text ([gMASK]). Several kinds may have the same id.
-      sop: id of the token that begins an answer.
-      end_tokens: ids of the tokens that end an answer or the text.
-      before: ids in front of every text.
-      after: ids behind every text, except one that ends with a mask whose kind is in `open_ended`.
-      open_ended: kinds of masks.
-      rows: number of rows of position ids: 1, or 2 where the index of a token in its answer has a row of its own (0 in
-        the text).
-      masks_answered_at_end: ids of the masks whose answers have the positions after the end of the text. Every token
-        of an answer to another mask has the position of that mask.
-      insert_answers: if True, an answer replaces its mask and the text is read again for the next blank. If False,
-        answers stay behind the text, and later answers attend to them.
-      causal: whether the model can also continue ids without `sop`, each token attending to those before it, as
-        `garrulax.forward` does by default.
+        masks: Id of the mask token by kind: "" for a few words ([MASK]), "s" for sentences ([sMASK]), "g" for the rest
+            of a text ([gMASK]). Several kinds may have the same id.
+        sop: Id of the token that begins an answer.
+        end_tokens: Ids of the tokens that end an answer or the text.
+        before: Ids in front of every text.
+        after: Ids behind every text, except one that ends with a mask whose kind is in `open_ended`.
+        open_ended: Kinds of masks.
+        rows: Number of rows of position ids: 1, or 2 where the index of a token in its answer has a row of its own (0
+            in the text).
+        masks_answered_at_end: Ids of the masks whose answers have the positions after the end of the text. Every token
+            of an answer to another mask has the position of that mask.
+        insert_answers: If True, an answer replaces its mask and the text is read again for the next blank. If False,
+            answers stay behind the text, and later answers attend to them.
+        causal: Whether the model can also continue ids without `sop`, each token attending to those before it, as
+            `garrulax.forward` does by default.
     """
 
     masks: Mapping[str, int]
@@ -53,12 +53,12 @@ class Blanks:
         """Position ids of a text followed by the beginning of the answer to one of its masks.
 
         Args:
-          ids: the text.
-          mask_index: index in `ids` of the mask that is answered.
-          answer_length: number of tokens of the answer, `sop` included.
+            ids: The text.
+            mask_index: Index in `ids` of the mask that is answered.
+            answer_length: Number of tokens of the answer, `sop` included.
 
         Returns:
-          int32 [rows, len(ids) + answer_length].
+            int32 [rows, len(ids) + answer_length].
         """
         in_answer = np.arange(1, answer_length + 1)
         if ids[mask_index] in self.masks_answered_at_end:
@@ -75,15 +75,15 @@ class Blanks:
         Source: THUDM/GLM-130B evaluation/dataset.py, build_multiple_choice_sample.
 
         Args:
-          ids: the text.
-          mask_index: index in `ids` of the mask that is answered.
-          answers: the token ids of each answer, without `sop`.
+            ids: The text.
+            mask_index: Index in `ids` of the mask that is answered.
+            answers: The token ids of each answer, without `sop`.
 
         Returns:
-          int32 arrays by name, for T = len(ids) + the length of all answers: `tokens` [T]; `positions` [rows, T];
-          `choice` [T], the argument of `kernels.masks.choices` (0 in the text, i in the i-th answer); and `targets`
-          [T], the token that the logits must predict (0 in the text, where nothing is scored). The score of an answer
-          is the sum of the log-probabilities of its targets.
+            int32 arrays by name, for T = len(ids) + the length of all answers: `tokens` [T]; `positions` [rows, T];
+            `choice` [T], the argument of `kernels.masks.choices` (0 in the text, i in the i-th answer); and `targets`
+            [T], the token that the logits must predict (0 in the text, where nothing is scored). The score of an answer
+            is the sum of the log-probabilities of its targets.
         """
         no_targets = np.zeros(len(ids), int)
         answer_positions = [self.positions(ids, mask_index, len(answer))[:, len(ids) :] for answer in answers]

@@ -153,7 +153,7 @@ def fill_head_dim(config: Any) -> None:
     """Sets a `head_dim` of 0 to width / heads.
 
     Raises:
-        ValueError: heads does not divide width.
+        ValueError: Heads does not divide width.
     """
     if config.head_dim == 0:
         check_heads(config.width, config.heads, "; give head_dim")

@@ -16,8 +16,8 @@ class LinenModel(linen.Module):
     """The module that `linen_module` returns. Its `params` collection is the tree of `garrulax.init`.
 
     Attributes:
-      config: a family's Config.
-      dtype: dtype of new parameters.
+        config: A family's Config.
+        dtype: Dtype of new parameters.
     """
 
     config: ModelConfig
@@ -35,14 +35,14 @@ class LinenModel(linen.Module):
         Dropout is on in `apply(..., rngs={"dropout": key})`.
 
         Args:
-          tokens: int32 [B, T].
-          options: positions, mask, cache, remat and unroll, as in `garrulax.forward`.
+            tokens: int32 [B, T].
+            options: Positions, mask, cache, remat and unroll, as in `garrulax.forward`.
 
         Returns:
-          The logits [B, T, V], and the cache or None.
+            The logits [B, T, V], and the cache or None.
 
         Raises:
-          ValueError: the parameters do not fit the config.
+            ValueError: The parameters do not fit the config.
         """
         return models.forward(self._params(), tokens, self.config, key=self._dropout_key(), **options)
 
@@ -70,21 +70,21 @@ def linen_module(config: ModelConfig, dtype: Any = jnp.float32, name: str | None
     unstacked. `module.init(key, tokens)["params"]` is such a tree.
 
     Args:
-      config: a family's Config.
-      dtype: dtype of the parameters that `module.init` makes.
-      name: name of the module as a part of another module.
+        config: A family's Config.
+        dtype: Dtype of the parameters that `module.init` makes.
+        name: Name of the module as a part of another module.
 
     Raises:
-      TypeError: `config` is not a Config.
+        TypeError: `config` is not a Config.
 
     Example:
-      >>> import jax, garrulax as gx
-      >>> from garrulax.flax import linen_module
-      >>> config = gx.preset("gpt2-tiny", layers=1, width=32, heads=2, vocab=257)
-      >>> tokens = jax.numpy.array([[5, 17, 3]])
-      >>> logits, _ = linen_module(config).apply({"params": gx.init(config, jax.random.key(0))}, tokens)
-      >>> logits.shape
-      (1, 3, 257)
+        >>> import jax, garrulax as gx
+        >>> from garrulax.flax import linen_module
+        >>> config = gx.preset("gpt2-tiny", layers=1, width=32, heads=2, vocab=257)
+        >>> tokens = jax.numpy.array([[5, 17, 3]])
+        >>> logits, _ = linen_module(config).apply({"params": gx.init(config, jax.random.key(0))}, tokens)
+        >>> logits.shape
+        (1, 3, 257)
     """
     models.family(config)  # raises TypeError
     return LinenModel(config, dtype, name=name)
@@ -97,9 +97,9 @@ def logical_axes(config: ModelConfig) -> spec.Tree:
     rules; `core.sharding.shardings` does so by the rules of Garrulax.
 
     Example:
-      >>> import garrulax as gx
-      >>> from garrulax.flax import logical_axes
-      >>> tuple(logical_axes(gx.preset("gpt2-tiny"))["tokens"])
-      ('vocab', 'embed')
+        >>> import garrulax as gx
+        >>> from garrulax.flax import logical_axes
+        >>> tuple(logical_axes(gx.preset("gpt2-tiny"))["tokens"])
+        ('vocab', 'embed')
     """
     return spec.map_specs(lambda s: jax.P(*s.axes), models.parameters(config))

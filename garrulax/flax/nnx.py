@@ -20,7 +20,7 @@ class NNXModel(nnx.Module):
     `model.blocks.attention.query` is the parameter `blocks/attention/query`.
 
     Attributes:
-      config: a family's Config.
+        config: A family's Config.
     """
 
     def __init__(self, config: ModelConfig, params: spec.Tree):
@@ -34,12 +34,12 @@ class NNXModel(nnx.Module):
         """Computes logits.
 
         Args:
-          tokens: int32 [B, T].
-          rngs: turns dropout on: an `nnx.Rngs`, whose stream `dropout` is used, or a PRNG key.
-          options: positions, mask, cache, remat and unroll, as in `garrulax.forward`.
+            tokens: int32 [B, T].
+            rngs: Turns dropout on: an `nnx.Rngs`, whose stream `dropout` is used, or a PRNG key.
+            options: Positions, mask, cache, remat and unroll, as in `garrulax.forward`.
 
         Returns:
-          The logits [B, T, V], and the cache or None.
+            The logits [B, T, V], and the cache or None.
         """
         return models.forward(params_of(self), tokens, self.config, key=_key(rngs), **options)
 
@@ -61,24 +61,24 @@ def nnx_module(
     Nothing is allocated under `nnx.eval_shape`.
 
     Args:
-      config: a family's Config.
-      rngs: its stream `params` gives the key of `garrulax.init`.
-      params: from `garrulax.init` or `garrulax.load`, stacked or unstacked, on one device or sharded. They are not
-        copied.
-      dtype: dtype of new parameters.
+        config: A family's Config.
+        rngs: Its stream `params` gives the key of `garrulax.init`.
+        params: From `garrulax.init` or `garrulax.load`, stacked or unstacked, on one device or sharded. They are not
+            copied.
+        dtype: Dtype of new parameters.
 
     Raises:
-      TypeError: `config` is not a Config.
-      ValueError: both or neither of rngs and params are given, or the parameters do not fit the config.
+        TypeError: `config` is not a Config.
+        ValueError: Both or neither of rngs and params are given, or the parameters do not fit the config.
 
     Example:
-      >>> import jax, garrulax as gx
-      >>> from flax import nnx
-      >>> from garrulax.flax import nnx_module
-      >>> model = nnx_module(gx.preset("gpt2-tiny", layers=1, width=32, heads=2, vocab=257), rngs=nnx.Rngs(0))
-      >>> logits, _ = model(jax.numpy.array([[5, 17, 3]]))
-      >>> logits.shape, model.tokens.shape
-      ((1, 3, 257), (257, 32))
+        >>> import jax, garrulax as gx
+        >>> from flax import nnx
+        >>> from garrulax.flax import nnx_module
+        >>> model = nnx_module(gx.preset("gpt2-tiny", layers=1, width=32, heads=2, vocab=257), rngs=nnx.Rngs(0))
+        >>> logits, _ = model(jax.numpy.array([[5, 17, 3]]))
+        >>> logits.shape, model.tokens.shape
+        ((1, 3, 257), (257, 32))
     """
     models.family(config)
     if rngs is not None and params is None:
@@ -95,12 +95,12 @@ def params_of(module: nnx.Module) -> spec.Tree:
     The leaves are the arrays that the module holds at the time of the call, not copies.
 
     Example:
-      >>> import jax, garrulax as gx
-      >>> from garrulax.flax import nnx_module, params_of
-      >>> config = gx.preset("gpt2-tiny", layers=1, width=32, heads=2, vocab=257)
-      >>> params = gx.init(config, jax.random.key(0))
-      >>> params_of(nnx_module(config, params=params))["tokens"] is params["tokens"]
-      True
+        >>> import jax, garrulax as gx
+        >>> from garrulax.flax import nnx_module, params_of
+        >>> config = gx.preset("gpt2-tiny", layers=1, width=32, heads=2, vocab=257)
+        >>> params = gx.init(config, jax.random.key(0))
+        >>> params_of(nnx_module(config, params=params))["tokens"] is params["tokens"]
+        True
     """
     return {name: _from_nnx(x) for name, x in vars(module).items() if isinstance(x, nnx.Module | nnx.Variable)}
 

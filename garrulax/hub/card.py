@@ -16,9 +16,9 @@ def card_text(config: ModelConfig, dtype: str, origin: str) -> str:
     """The text of the stub.
 
     Args:
-      config: configuration of the model.
-      dtype: dtype of its parameters.
-      origin: how its files came about, such as "written by `garrulax.save`".
+        config: Configuration of the model.
+        dtype: Dtype of its parameters.
+        origin: How its files came about, such as "written by `garrulax.save`".
     """
     module = family(config)
     raw = module.to_hf(config)

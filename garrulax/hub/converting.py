@@ -29,17 +29,17 @@ def convert_folder(
     Memory holds one tensor at a time. The tokenizer's files and generation_config.json are copied.
 
     Args:
-      source: a model folder, or a name on the Hugging Face hub.
-      target: the folder to write.
-      dtype: dtype of all tensors, such as "bfloat16"; None keeps the stored ones.
-      max_shard_size: as in `save`.
-      dialect: format of the checkpoint, if the family has several: "glm", for example, turns a ChatGLM checkpoint into
-        one that transformers loads with its own class. None keeps the format.
-      progress: as in `save`.
+        source: A model folder, or a name on the Hugging Face hub.
+        target: The folder to write.
+        dtype: Dtype of all tensors, such as "bfloat16"; None keeps the stored ones.
+        max_shard_size: As in `save`.
+        dialect: Format of the checkpoint, if the family has several: "glm", for example, turns a ChatGLM checkpoint
+            into one that transformers loads with its own class. None keeps the format.
+        progress: As in `save`.
 
     Raises:
-      FileNotFoundError: as in `load`.
-      ValueError: one folder contains the other, or the dtype or dialect is unknown; and as in `load` and `save`.
+        FileNotFoundError: As in `load`.
+        ValueError: One folder contains the other, or the dtype or dialect is unknown; and as in `load` and `save`.
     """
     numpy_dtype = _parse_dtype(dtype)
     folder, goal = find_folder(source).resolve(), Path(target).expanduser().resolve()

@@ -13,8 +13,8 @@ def find_folder(path: str | Path) -> Path:
     """The local folder `path`, or a download of it if there is none and `path` looks like `organisation/name`.
 
     Raises:
-      FileNotFoundError: there is no such folder, and the hub did not give it; the message says what to do.
-      ValueError: `path` is a file.
+        FileNotFoundError: There is no such folder, and the hub did not give it; the message says what to do.
+        ValueError: `path` is a file.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():

@@ -13,12 +13,12 @@ def read_object(path: Path, limit: int = CONFIG_BYTES, unique: bool = False) -> 
     """The object in a JSON file.
 
     Args:
-      path: the file.
-      limit: largest size of the file in bytes.
-      unique: whether to refuse a key that appears twice in an object.
+        path: The file.
+        limit: Largest size of the file in bytes.
+        unique: Whether to refuse a key that appears twice in an object.
 
     Raises:
-      ValueError: the file is too large, not UTF-8, not JSON, not an object, or nested too deeply.
+        ValueError: The file is too large, not UTF-8, not JSON, not an object, or nested too deeply.
     """
     size = path.stat().st_size
     if size > limit:

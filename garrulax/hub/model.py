@@ -13,16 +13,16 @@ class Model:
     """A configuration, its parameters, and the tokenizer of its texts.
 
     Attributes:
-      config: the Config of a family.
-      params: the tree of arrays that `garrulax.forward` takes, stacked or unstacked.
-      tokenizer: the tokenizer, or None.
+        config: The Config of a family.
+        params: The tree of arrays that `garrulax.forward` takes, stacked or unstacked.
+        tokenizer: The tokenizer, or None.
 
     Example:
-      >>> import jax, garrulax as gx
-      >>> config = gx.preset("gpt2-tiny", layers=1, width=32, heads=2)
-      >>> model = gx.Model(config, gx.init(config, jax.random.key(0)))
-      >>> model.replace(params=gx.unstack(model.params)).config == config
-      True
+        >>> import jax, garrulax as gx
+        >>> config = gx.preset("gpt2-tiny", layers=1, width=32, heads=2)
+        >>> model = gx.Model(config, gx.init(config, jax.random.key(0)))
+        >>> model.replace(params=gx.unstack(model.params)).config == config
+        True
     """
 
     config: ModelConfig

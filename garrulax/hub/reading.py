@@ -39,30 +39,30 @@ def load(
     of one layer at a time. All checks are made before any parameter is allocated.
 
     Args:
-      path: the folder, or a name on the Hugging Face hub such as "openai-community/gpt2" (extra `hub`).
-      mesh: shards the parameters by `rules` from the start. Each process then reads only the parts of the files that
-        its devices need.
-      dtype: dtype of the parameters; None keeps the stored one.
-      rules: name or table of sharding rules (`core.sharding`); used only with a mesh.
-      only: top-level names of the parameters to read, such as ("tokens", "head"); None reads all.
+        path: The folder, or a name on the Hugging Face hub such as "openai-community/gpt2" (extra `hub`).
+        mesh: Shards the parameters by `rules` from the start. Each process then reads only the parts of the files that
+            its devices need.
+        dtype: Dtype of the parameters; None keeps the stored one.
+        rules: Name or table of sharding rules (`core.sharding`); used only with a mesh.
+        only: top-level names of the parameters to read, such as ("tokens", "head"); None reads all.
 
     Returns:
-      The model; its tokenizer is None if the folder has none.
+        The model; its tokenizer is None if the folder has none.
 
     Raises:
-      FileNotFoundError: the folder or a file in it is missing.
-      ValueError: a key of config.json is unknown or not implemented; or a tensor is missing, unknown or of another
-        shape. The message names the keys or tensors.
+        FileNotFoundError: The folder or a file in it is missing.
+        ValueError: A key of config.json is unknown or not implemented; or a tensor is missing, unknown or of another
+            shape. The message names the keys or tensors.
 
     Example:
-      >>> import jax, garrulax as gx
-      >>> import tempfile
-      >>> config = gx.preset("gpt2-tiny", layers=1, width=32, heads=2)
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     gx.save(gx.Model(config, gx.init(config, jax.random.key(0))), folder)
-      ...     model = gx.load(folder, dtype="bfloat16")
-      >>> model.config == config, model.params["tokens"].dtype.name
-      (True, 'bfloat16')
+        >>> import jax, garrulax as gx
+        >>> import tempfile
+        >>> config = gx.preset("gpt2-tiny", layers=1, width=32, heads=2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     gx.save(gx.Model(config, gx.init(config, jax.random.key(0))), folder)
+        ...     model = gx.load(folder, dtype="bfloat16")
+        >>> model.config == config, model.params["tokens"].dtype.name
+        (True, 'bfloat16')
     """
     checkpoint = open_checkpoint(find_folder(path))
     specs = {name: tree for name, tree in checkpoint.specs.items() if only is None or name in only}
@@ -78,10 +78,10 @@ class Checkpoint:
     """A folder whose config.json and tensors fit each other.
 
     Attributes:
-      folder: the folder.
-      config: configuration of the model.
-      specs: its ParamSpec tree.
-      tensors: the stored tensors, by the names in the ParamSpec tree.
+        folder: The folder.
+        config: Configuration of the model.
+        specs: Its ParamSpec tree.
+        tensors: The stored tensors, by the names in the ParamSpec tree.
     """
 
     folder: Path
@@ -142,13 +142,13 @@ def match(
     Missing prefixes are added and extra ones removed, buffers are dropped, and of two tied tensors one is kept.
 
     Args:
-      found: the tensors of the checkpoint, by their names there.
-      specs: ParamSpec tree of the model.
-      config: the configuration of the model.
-      folder: the folder, for messages.
+        found: The tensors of the checkpoint, by their names there.
+        specs: ParamSpec tree of the model.
+        config: The configuration of the model.
+        folder: The folder, for messages.
 
     Raises:
-      ValueError: the tensors do not fit `specs`; the message names every kind of misfit.
+        ValueError: The tensors do not fit `specs`; the message names every kind of misfit.
     """
     _check_amounts(found, specs, folder)
     more = family(config).tensor_names(config)

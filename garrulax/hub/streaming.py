@@ -38,10 +38,10 @@ class Window:
     """A part of a stored tensor and the array that receives it.
 
     Attributes:
-      tensor: the stored tensor.
-      target: the array, with its dimensions in the order of the file and any strides.
-      first: index of the part's first number in the flattened tensor.
-      steps: for each dimension of `target`, the distance in the file from one entry to the next, in numbers.
+        tensor: The stored tensor.
+        target: The array, with its dimensions in the order of the file and any strides.
+        first: Index of the part's first number in the flattened tensor.
+        steps: For each dimension of `target`, the distance in the file from one entry to the next, in numbers.
     """
 
     tensor: StoredTensor
@@ -62,13 +62,13 @@ def window(tensor: StoredTensor, layout: TensorLayout, target: np.ndarray, index
     """The window that makes `target` equal to `parameter[index]`.
 
     Args:
-      tensor: the stored tensor that contains the parameter.
-      layout: layout of the parameter in the tensor.
-      target: array of the shape of `parameter[index]`.
-      index: a slice of every dimension of the parameter; empty for the entire parameter.
+        tensor: The stored tensor that contains the parameter.
+        layout: Layout of the parameter in the tensor.
+        target: Array of the shape of `parameter[index]`.
+        index: A slice of every dimension of the parameter; empty for the entire parameter.
 
     Raises:
-      ValueError: `tensor` has another size than the layout.
+        ValueError: `tensor` has another size than the layout.
     """
     split = layout.split
     if math.prod(split) != math.prod(tensor.shape):
@@ -87,7 +87,7 @@ def read_windows(windows: Iterable[Window]) -> None:
     """Reads every window into its target. Takes no memory besides two scratch buffers a thread.
 
     Raises:
-      ValueError: a file became shorter while it was read, or a float16 target cannot hold a number.
+        ValueError: A file became shorter while it was read, or a float16 target cannot hold a number.
     """
     blocks = itertools.chain.from_iterable(map(_blocks, windows))
     lock, stop = threading.Lock(), threading.Event()
@@ -117,12 +117,12 @@ class Block:
     """Rows of numbers and the array that receives them. The numbers of a row are contiguous in the file.
 
     Attributes:
-      tensor: the stored tensor.
-      target: array [rows, columns].
-      first: index of the first number in the flattened tensor.
-      step: distance in the file from row to row, in numbers.
-      dtype: the dtype as which the numbers are read.
-      straight: whether they can be read into `target` directly.
+        tensor: The stored tensor.
+        target: Array [rows, columns].
+        first: Index of the first number in the flattened tensor.
+        step: Distance in the file from row to row, in numbers.
+        dtype: The dtype as which the numbers are read.
+        straight: Whether they can be read into `target` directly.
     """
 
     tensor: StoredTensor
@@ -205,13 +205,13 @@ def read_bytes(tensor: StoredTensor, first: int, step: int, rows: list) -> None:
     """Fills buffers from the file: row i begins at number `first + i * step` of the flattened tensor.
 
     Args:
-      tensor: the stored tensor.
-      first: index of the first number of row 0.
-      step: distance from row to row, in numbers.
-      rows: writable buffers, all of one size in bytes.
+        tensor: The stored tensor.
+        first: Index of the first number of row 0.
+        step: Distance from row to row, in numbers.
+        rows: Writable buffers, all of one size in bytes.
 
     Raises:
-      ValueError: the file ends too early.
+        ValueError: The file ends too early.
     """
     size = tensor.numpy_dtype.itemsize
     start, width = tensor.start + first * size, len(rows[0])

@@ -37,10 +37,10 @@ class StoredTensor:
     """One tensor of a file.
 
     Attributes:
-      shape: its shape.
-      dtype: its dtype in the notation of safetensors, such as "BF16".
-      file: the open file.
-      start: position of its first byte in the file.
+        shape: Its shape.
+        dtype: Its dtype in the notation of safetensors, such as "BF16".
+        file: The open file.
+        start: Position of its first byte in the file.
     """
 
     shape: tuple[int, ...]
@@ -58,8 +58,8 @@ def open_tensors(folder: Path) -> dict[str, StoredTensor]:
     """The tensors of the checkpoint in `folder`, by name. Reads only headers.
 
     Raises:
-      FileNotFoundError: there are no safetensors, or a file that the index names is missing.
-      ValueError: a file is damaged, a name is in two files, or the index contradicts the files.
+        FileNotFoundError: There are no safetensors, or a file that the index names is missing.
+        ValueError: A file is damaged, a name is in two files, or the index contradicts the files.
     """
     tensors: dict[str, StoredTensor] = {}
     files, index = _files(folder)
@@ -114,7 +114,7 @@ def checked_file(folder: Path, name: str) -> Path:
     Other links are refused: a folder made by strangers must not give access to files elsewhere.
 
     Raises:
-      ValueError: it is not a plain file, or a link to a file elsewhere.
+        ValueError: It is not a plain file, or a link to a file elsewhere.
     """
     path = folder / name
     if not path.is_file():
@@ -203,12 +203,12 @@ def write_tensors(path: Path, layout: dict[str, tuple[np.dtype, tuple[int, ...]]
     """Writes a safetensors file.
 
     Args:
-      path: the file.
-      layout: name -> (dtype, shape) of every tensor.
-      data: the tensors, in the order of `layout`; only one is in memory at a time if this is a generator.
+        path: The file.
+        layout: Name -> (dtype, shape) of every tensor.
+        data: The tensors, in the order of `layout`; only one is in memory at a time if this is a generator.
 
     Raises:
-      ValueError: a dtype is not in DTYPES, or a tensor does not fit `layout`.
+        ValueError: A dtype is not in DTYPES, or a tensor does not fit `layout`.
     """
     names = {np.dtype(kind): name for name, kind in DTYPES.items()}
     odd = sorted({str(dtype) for dtype, _ in layout.values() if dtype not in names})

@@ -26,16 +26,16 @@ def train_sentencepiece(
     the same tokenizer, byte for byte.
 
     Args:
-      texts: documents; about the first 64 Mi characters are used.
-      folder: where to save it; None does not save it.
-      vocab: number of ids, including 256 bytes and the control tokens.
-      specials: control tokens, with ids from 1 on. `<|endoftext|>` among them becomes eos, and pad unless there is
-        `[PAD]`.
-      model_type: "bpe" (4096 ids from 12 MB in about 2 s) or "unigram" (5 % fewer tokens, ten times slower).
+        texts: Documents; about the first 64 Mi characters are used.
+        folder: Where to save it; None does not save it.
+        vocab: Number of ids, including 256 bytes and the control tokens.
+        specials: Control tokens, with ids from 1 on. `<|endoftext|>` among them becomes eos, and pad unless there is
+            `[PAD]`.
+        model_type: "bpe" (4096 ids from 12 MB in about 2 s) or "unigram" (5 % fewer tokens, ten times slower).
 
     Raises:
-      ValueError: there is no text, the text is too short for `vocab`, or `vocab` is too small for bytes and control
-        tokens.
+        ValueError: There is no text, the text is too short for `vocab`, or `vocab` is too small for bytes and control
+            tokens.
     """
     if model_type not in ("bpe", "unigram"):
         raise ValueError(f"model_type must be 'bpe' or 'unigram', not {model_type!r}")
@@ -109,12 +109,12 @@ def train_chars(
     for other characters.
 
     Args:
-      text: one text or several.
-      folder: where to save it; None does not save it.
-      specials: control tokens of two characters or more.
+        text: One text or several.
+        folder: Where to save it; None does not save it.
+        specials: Control tokens of two characters or more.
 
     Raises:
-      ValueError: there is no text, or a control token is too short.
+        ValueError: There is no text, or a control token is too short.
     """
     characters = sorted(set(text) if isinstance(text, str) else set().union(*map(set, text)))
     if not characters:

@@ -42,10 +42,10 @@ class TensorPart:
     """A parameter, or one layer of it, and how to write it into the stored tensor that contains it.
 
     Attributes:
-      spec: the parameter.
-      dtype: dtype of the stored tensor.
-      write: writes the parameter to its place in the stored tensor (the argument). Every process must call it, since it
-        may gather a sharded array; a process that writes no files passes None.
+        spec: The parameter.
+        dtype: Dtype of the stored tensor.
+        write: Writes the parameter to its place in the stored tensor (the argument). Every process must call it, since
+            it may gather a sharded array; a process that writes no files passes None.
     """
 
     spec: spec.ParamSpec
@@ -67,24 +67,24 @@ def save(model: Model, path: str | Path, max_shard_size: int | str = "5GB", prog
     edited is kept.
 
     Args:
-      model: its parameters may be stacked or unstacked, on one device or sharded. With several processes all must call
-        `save`; the first one writes.
-      path: the folder.
-      max_shard_size: most bytes of one safetensors file, such as 200_000_000, "200MB" or "5GB". A larger model is
-        written as several files and an index.
-      progress: called after every tensor with the number of bytes written and the number of all bytes.
+        model: Its parameters may be stacked or unstacked, on one device or sharded. With several processes all must
+            call `save`; the first one writes.
+        path: The folder.
+        max_shard_size: Most bytes of one safetensors file, such as 200_000_000, "200MB" or "5GB". A larger model is
+            written as several files and an index.
+        progress: Called after every tensor with the number of bytes written and the number of all bytes.
 
     Raises:
-      ValueError: the parameters do not fit the config, or `path` holds other files than a model's.
+        ValueError: The parameters do not fit the config, or `path` holds other files than a model's.
 
     Example:
-      >>> import jax, garrulax as gx
-      >>> import pathlib, tempfile
-      >>> config = gx.preset("gpt2-tiny", layers=1, width=32, heads=2)
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     gx.save(gx.Model(config, gx.init(config, jax.random.key(0))), folder)
-      ...     sorted(file.name for file in pathlib.Path(folder).iterdir())
-      ['README.md', 'config.json', 'generation_config.json', 'model.safetensors']
+        >>> import jax, garrulax as gx
+        >>> import pathlib, tempfile
+        >>> config = gx.preset("gpt2-tiny", layers=1, width=32, heads=2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     gx.save(gx.Model(config, gx.init(config, jax.random.key(0))), folder)
+        ...     sorted(file.name for file in pathlib.Path(folder).iterdir())
+        ['README.md', 'config.json', 'generation_config.json', 'model.safetensors']
     """
     entries = _entries(parameters(model.config), model.params)
 
@@ -107,16 +107,16 @@ def write_folder(
     """Writes a model folder from parts of tensors.
 
     Args:
-      path: the folder.
-      config: configuration of the model.
-      entries: the parts of every tensor.
-      max_shard_size: as in `save`.
-      origin: how the files came about, for the model card.
-      add_files: called with the new folder to add files such as the tokenizer's.
-      progress: as in `save`.
+        path: The folder.
+        config: Configuration of the model.
+        entries: The parts of every tensor.
+        max_shard_size: As in `save`.
+        origin: How the files came about, for the model card.
+        add_files: Called with the new folder to add files such as the tokenizer's.
+        progress: As in `save`.
 
     Raises:
-      ValueError: as in `save`.
+        ValueError: As in `save`.
     """
     folder, limit = path.expanduser().resolve(), parse_size(max_shard_size)
     dtype = str(functools.reduce(jnp.promote_types, {part.dtype for parts in entries.values() for part in parts}))

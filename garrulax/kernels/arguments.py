@@ -25,21 +25,21 @@ def common(
 
     Args:
         query: [B, T, H, C].
-        key_shape: shape that the streams of the keys must have: (B, S), or (pages, page size).
-        mask: which pairs attend; None is all.
-        alibi: slopes [H].
-        relative: bias in steps of the distance.
+        key_shape: Shape that the streams of the keys must have: (B, S), or (pages, page size).
+        mask: Which pairs attend; None is all.
+        alibi: Slopes [H].
+        relative: Bias in steps of the distance.
         sinks: [H].
-        scale: factor on the scores; None is 1 / sqrt(C). An array is multiplied into the query.
-        softcap: positive, or None.
-        dropout: rate of dropout; 0.0 is none.
+        scale: Factor on the scores; None is 1 / sqrt(C). An array is multiplied into the query.
+        softcap: Positive, or None.
+        dropout: Rate of dropout; 0.0 is none.
 
     Returns:
         The options, and by field name: query, query_streams, key_streams, slopes, steps and sinks.
 
     Raises:
-        TypeError: for a mask of another type, or for alibi, relative or sinks that are not floating-point.
-        ValueError: for a missing stream or one of the wrong shape, alibi, relative or sinks for another number of
+        TypeError: For a mask of another type, or for alibi, relative or sinks that are not floating-point.
+        ValueError: For a missing stream or one of the wrong shape, alibi, relative or sinks for another number of
             heads, or a softcap that is not positive.
     """
     query_streams, key_streams = _streams(mask, query.shape[:2], key_shape, alibi is not None or relative is not None)

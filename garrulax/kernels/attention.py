@@ -55,26 +55,26 @@ def attention(
         key: [B, S, K, C], or [B·K, S, C] as the cache stores it. H is a multiple of K: query head h reads key/value
             head h // (H / K).
         value: [B, S, K, Cv] or [B·K, S, Cv].
-        mask: which pairs attend; None is all. N masks are for N equal groups of consecutive heads.
-        bias: broadcastable to [B, H, T, S], added after the scaling; a dimension of size 1 is not expanded in memory.
-        alibi: slopes [H], constants; slope * (key position - query position) is added after the scaling, with the
+        mask: Which pairs attend; None is all. N masks are for N equal groups of consecutive heads.
+        bias: Broadcastable to [B, H, T, S], added after the scaling; a dimension of size 1 is not expanded in memory.
+        alibi: Slopes [H], constants; slope * (key position - query position) is added after the scaling, with the
             positions from the mask's stream `position` (Press et al. 2022, arXiv 2108.12409).
-        relative: a learned bias in steps of the same distance (`relative.t5`).
+        relative: A learned bias in steps of the same distance (`relative.t5`).
         sinks: [H], learned; exp(sink) is added to the denominator of the softmax (gpt-oss).
-        scale: factor on the scores; None is 1 / sqrt(C). An array is multiplied into the query, in the query's dtype.
-        softcap: scores become softcap * tanh(scores / softcap), before anything is added.
-        dropout: rate of dropout on the probabilities; used only with dropout_key.
-        dropout_key: random key.
-        implementation: a name in `IMPLEMENTATIONS` or an object like those; None is the fastest that supports the
+        scale: Factor on the scores; None is 1 / sqrt(C). An array is multiplied into the query, in the query's dtype.
+        softcap: Scores become softcap * tanh(scores / softcap), before anything is added.
+        dropout: Rate of dropout on the probabilities; used only with dropout_key.
+        dropout_key: Random key.
+        implementation: A name in `IMPLEMENTATIONS` or an object like those; None is the fastest that supports the
             request. For a few queries over more keys that is one of `kernels.decode`.
 
     Returns:
         [B, T, H, Cv] in the dtype of the query.
 
     Raises:
-        ValueError: for shapes that disagree, a stream that the mask reads and does not have, an unknown implementation,
+        ValueError: For shapes that disagree, a stream that the mask reads and does not have, an unknown implementation,
             or a named one that does not support the request (with the reason).
-        TypeError: for integers, or queries, keys and values of different dtypes.
+        TypeError: For integers, or queries, keys and values of different dtypes.
 
     Example:
         >>> import jax

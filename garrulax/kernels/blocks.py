@@ -29,11 +29,11 @@ def block_map(
     """Classifies all blocks of a request.
 
     Args:
-        rule: the mask's rule.
-        query: streams int32 [B, rows·block_q].
-        key: streams int32 [B, columns·block_k].
-        block_q: queries of a block.
-        block_k: keys of a block.
+        rule: The mask's rule.
+        query: Streams int32 [B, rows·block_q].
+        key: Streams int32 [B, columns·block_k].
+        block_q: Queries of a block.
+        block_k: Keys of a block.
         shape: (B, rows, columns).
 
     Returns:
@@ -53,10 +53,10 @@ def pad_to_blocks(options: Options, operands: Operands, block_q: int, block_k: i
     bounds of its block as they are; the caller cuts their output off.
 
     Args:
-        options: static part of the request.
-        operands: arrays of the request.
-        block_q: queries of a block.
-        block_k: keys of a block.
+        options: Static part of the request.
+        operands: Arrays of the request.
+        block_q: Queries of a block.
+        block_k: Keys of a block.
 
     Returns:
         The padded request.

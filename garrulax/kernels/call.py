@@ -18,11 +18,11 @@ class Options:
     """The static part of a request: a change of any field compiles another program.
 
     Attributes:
-        rule: which query attends to which key, over the streams of `Operands`.
-        scale: factor on the products of queries and keys.
-        softcap: if given, scores become softcap * tanh(scores / softcap), after scaling and before anything is added.
-        dropout: rate of dropout on the probabilities; 0.0 is none.
-        starts: for `Operands.steps`: ascending distances at which the next step begins.
+        rule: Which query attends to which key, over the streams of `Operands`.
+        scale: Factor on the products of queries and keys.
+        softcap: If given, scores become softcap * tanh(scores / softcap), after scaling and before anything is added.
+        dropout: Rate of dropout on the probabilities; 0.0 is none.
+        starts: For `Operands.steps`: ascending distances at which the next step begins.
         causal: True if query t attends exactly to the keys 0, 1, ..., t whatever the streams hold. Libraries without
             streams (cuDNN) then use their own causal mask.
     """

@@ -36,8 +36,8 @@ class GradientInputs(NamedTuple):
     Attributes:
         lse: [b, H, t].
         delta: [b, H, t], sum of output * cotangent over the width.
-        cotangent: of the output, [b, H, t, Cv].
-        transposed: the queries [b·K, C, G·t] and the cotangent [b·K, Cv, G·t], for the gradients of keys and values.
+        cotangent: Of the output, [b, H, t, Cv].
+        transposed: The queries [b·K, C, G·t] and the cotangent [b·K, Cv, G·t], for the gradients of keys and values.
     """
 
     lse: jax.Array
@@ -98,10 +98,10 @@ def gradients(options: Options, operands: Operands, inputs: GradientInputs, mask
     which are the larger array and make the product several times slower on XLA:CPU.
 
     Args:
-        options: static part of the request.
-        operands: the chunk's queries and keys.
-        inputs: further arrays of the queries.
-        mask: of `mask_of`, or None if every query attends to every key.
+        options: Static part of the request.
+        operands: The chunk's queries and keys.
+        inputs: Further arrays of the queries.
+        mask: Of `mask_of`, or None if every query attends to every key.
     """
     o, cotangent = operands, inputs.cotangent
     x, slope = _scores(options, o, mask)  # [b, H, t, s]

@@ -64,7 +64,7 @@ def _exponentials(x: jax.Array, mask: jax.Array, sinks: jax.Array | None) -> tup
     """Numerators and denominators of the softmax.
 
     Args:
-        x: scores [B, H, T, S].
+        x: Scores [B, H, T, S].
         mask: bool, broadcastable to them.
         sinks: [H] or None.
 

@@ -15,7 +15,7 @@ def keep_mask(seed: jax.Array, query: jax.Array, key: jax.Array, rate: float) ->
         seed: uint32, of a batch row and head.
         query: int32 indices of the queries.
         key: int32 indices of the keys.
-        rate: share of the probabilities to drop.
+        rate: Share of the probabilities to drop.
 
     Returns:
         bool, of the shape to which the arguments broadcast.

@@ -106,10 +106,10 @@ class Band(Rule):
     """low <= query - key <= high of one stream. `Band(s, 0, INF)` is causal in s; `Band(s, 0, 0)` is equality.
 
     Attributes:
-        stream: name of the stream of the queries.
-        low: least difference, or -INF.
-        high: greatest difference, or INF.
-        of: name of the stream of the keys; None is the same name.
+        stream: Name of the stream of the queries.
+        low: Least difference, or -INF.
+        high: Greatest difference, or INF.
+        of: Name of the stream of the keys; None is the same name.
     """
 
     stream: str
@@ -284,8 +284,8 @@ class Mask:
     Attributes:
         query: int32 [B, T] by stream name.
         key: int32 [B, S] by stream name; None where the queries are the keys (self-attention).
-        rule: static: another rule compiles another program, other streams do not.
-        causal: static. True only if the mask is plainly causal (query t attends to the keys 0, 1, ..., t) for any
+        rule: Static: another rule compiles another program, other streams do not.
+        causal: Static. True only if the mask is plainly causal (query t attends to the keys 0, 1, ..., t) for any
             values of the streams. Libraries without masks (cuDNN) then use their own causal mask.
 
     Example:
@@ -328,16 +328,16 @@ class Mask:
         """The streams that the rule reads, checked.
 
         Args:
-            more: names of further streams to return, of queries and of keys.
-            query: shape that the streams of the queries must have; None is any.
-            key: shape that the streams of the keys must have; None is any.
+            more: Names of further streams to return, of queries and of keys.
+            query: Shape that the streams of the queries must have; None is any.
+            key: Shape that the streams of the keys must have; None is any.
 
         Returns:
             The streams of the queries and those of the keys.
 
         Raises:
-            ValueError: for a missing stream or one of another shape.
-            TypeError: for a stream that is not int32.
+            ValueError: For a missing stream or one of another shape.
+            TypeError: For a stream that is not int32.
         """
         names = self.rule.streams() | StreamNames(frozenset(more), frozenset(more))
         return (

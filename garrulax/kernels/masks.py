@@ -121,9 +121,9 @@ def within(mask: Mask, reach: jax.Array | int, stride: int = 0) -> Mask:
     GPT-3 alternates dense and banded layers: in a scan over the layers each has its own `reach`.
 
     Args:
-        mask: a mask with the stream `position` of queries and keys.
-        reach: width of the window: an int, or an int32 scalar that may be traced; `kernels.mask.INF` is no window.
-        stride: if not 0, the token also keeps keys at a distance that is a multiple of `stride`, as in `strided`.
+        mask: A mask with the stream `position` of queries and keys.
+        reach: Width of the window: an int, or an int32 scalar that may be traced; `kernels.mask.INF` is no window.
+        stride: If not 0, the token also keeps keys at a distance that is a multiple of `stride`, as in `strided`.
     """
     key = mask.key_streams()
     rule: Rule = Within()
@@ -166,15 +166,15 @@ def bigbird(segment: jax.Array, key: jax.Array, *, block: int, first: int = 1, n
 
     Args:
         segment: int32 [B, T], the document of each token.
-        key: random key; the same key and segments give the same random blocks.
-        block: tokens of a block, at least 1.
-        first: number of first blocks, at least 1.
-        near: number of blocks on either side of the own one, at least 0.
-        random: number of random blocks, drawn once for each block, without repetition, from the blocks that are neither
+        key: Random key; the same key and segments give the same random blocks.
+        block: Tokens of a block, at least 1.
+        first: Number of first blocks, at least 1.
+        near: Number of blocks on either side of the own one, at least 0.
+        random: Number of random blocks, drawn once for each block, without repetition, from the blocks that are neither
             first nor near. A short document takes as many as there are.
 
     Raises:
-        ValueError: for a size below its least value.
+        ValueError: For a size below its least value.
     """
     _check(block=block, first=first, near=near + 1, random=random + 1)
     index, position = _index(segment), _position(segment)
@@ -244,7 +244,7 @@ def tree(parents: Sequence[int] | np.ndarray | jax.Array, slots: jax.Array) -> M
         A mask of N queries and S keys.
 
     Raises:
-        ValueError: for no node or more than 90, and (unless parents is traced) for a parent not before its node.
+        ValueError: For no node or more than 90, and (unless parents is traced) for a parent not before its node.
     """
     if not isinstance(parents, jax.core.Tracer):
         given = np.asarray(parents)

@@ -33,10 +33,10 @@ class GPUAttention(ForwardBackward):
     are 64 or 128 wide, without a bias and relative positions, and all gradients are computed by XLA.
 
     Attributes:
-        sizes: of the forward pass on Hopper; None chooses them by the widths of the heads.
-        interpret: replaces Hopper's matrix products by JAX's, so that Mosaic GPU's interpreter can run the kernels on
+        sizes: Of the forward pass on Hopper; None chooses them by the widths of the heads.
+        interpret: Replaces Hopper's matrix products by JAX's, so that Mosaic GPU's interpreter can run the kernels on
             a CPU.
-        architecture: the GPU whose kernels are taken. None takes those of the GPU that the program is for, and
+        architecture: The GPU whose kernels are taken. None takes those of the GPU that the program is for, and
             Hopper's where that is not known.
     """
 

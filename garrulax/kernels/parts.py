@@ -40,7 +40,7 @@ def with_sinks(out: jax.Array, lse: jax.Array, sinks: jax.Array | None) -> tuple
     Args:
         out: [B, T, H, Cv].
         lse: [B, H, T].
-        sinks: logits [H], or None, which changes nothing.
+        sinks: Logits [H], or None, which changes nothing.
 
     Returns:
         Output and lse over the keys and the sink.

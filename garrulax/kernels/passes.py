@@ -27,7 +27,7 @@ class ForwardBackward(abc.ABC):
     `attention_lse`, so that remat policies can save them.
 
     Attributes:
-        auto_partitionable: whether XLA can split it over a mesh in Auto mode. It cannot split a Pallas kernel.
+        auto_partitionable: Whether XLA can split it over a mesh in Auto mode. It cannot split a Pallas kernel.
     """
 
     auto_partitionable = False
@@ -55,11 +55,11 @@ class ForwardBackward(abc.ABC):
         With p = exp(score - lse), the gradient of a score is p * (cotangent·value - delta).
 
         Args:
-            options: static part of the request.
-            operands: arrays of the request.
+            options: Static part of the request.
+            operands: Arrays of the request.
             lse: [B, H, T], `EMPTY_ROW_LSE` for queries that attend to no key.
-            delta: sum of output * cotangent over the width, [B, H, T] in the dtype of lse.
-            cotangent: of the output, [B, T, H, Cv].
+            delta: Sum of output * cotangent over the width, [B, H, T] in the dtype of lse.
+            cotangent: Of the output, [B, T, H, Cv].
 
         Returns:
             The gradients of the operands.
@@ -93,12 +93,12 @@ def backward(
     """Cotangents of all operands.
 
     Args:
-        passes: the implementation.
-        options: static part of the request.
-        operands: arrays of the request.
-        out: output of `forward`, [B, T, H, Cv].
-        lse: of `forward`, [B, H, T].
-        cotangent: of the output, [B, T, H, Cv].
+        passes: The implementation.
+        options: Static part of the request.
+        operands: Arrays of the request.
+        out: Output of `forward`, [B, T, H, Cv].
+        lse: Of `forward`, [B, H, T].
+        cotangent: Of the output, [B, T, H, Cv].
 
     Returns:
         Operands that hold the cotangent of each operand; zeros for operands that are not learned.

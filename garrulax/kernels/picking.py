@@ -18,11 +18,11 @@ class Registry:
     """The implementations of one operation.
 
     Attributes:
-        operation: its name, for messages.
-        implementations: name -> "module:Class"; a class is imported when it is first used.
-        preferred: names to try, the fastest first, by platform ("tpu") or platform and GPU architecture ("gpu sm_90").
+        operation: Its name, for messages.
+        implementations: Name -> "module:Class"; a class is imported when it is first used.
+        preferred: Names to try, the fastest first, by platform ("tpu") or platform and GPU architecture ("gpu sm_90").
             The last one must support every request.
-        wrap: applied to an implementation before it is asked or called, such as `sharded.Sharded`.
+        wrap: Applied to an implementation before it is asked or called, such as `sharded.Sharded`.
     """
 
     operation: str
@@ -36,11 +36,11 @@ class Registry:
         The log says once for each reason why a preferred one was skipped.
 
         Args:
-            name: a name, an implementation, or None for the preferred one.
-            request: the arguments with which the implementation will be called.
+            name: A name, an implementation, or None for the preferred one.
+            request: The arguments with which the implementation will be called.
 
         Raises:
-            ValueError: for an unknown name, and for a named implementation that does not support the request.
+            ValueError: For an unknown name, and for a named implementation that does not support the request.
         """
         if name is not None:
             chosen = self.wrap(self.implementation(name))

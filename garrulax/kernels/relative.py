@@ -15,7 +15,7 @@ class Relative:
     Attributes:
         steps: float [len(starts) + 1, H]: steps[0] where distance < starts[0], steps[i] where starts[i - 1] <= distance
             < starts[i], the last one from the last start on.
-        starts: ascending distances; static.
+        starts: Ascending distances; static.
     """
 
     steps: jax.Array
@@ -30,15 +30,15 @@ def t5(table: jax.Array, *, bidirectional: bool, max_distance: int = 128) -> Rel
 
     Args:
         table: [buckets, H], the bias of each bucket and head.
-        bidirectional: if True, half of the buckets are for keys after the query; if False, such keys share the bucket
+        bidirectional: If True, half of the buckets are for keys after the query; if False, such keys share the bucket
             of distance 0.
-        max_distance: distance at which the last bucket begins.
+        max_distance: Distance at which the last bucket begins.
 
     Returns:
         The bias, for `attention(relative=...)`.
 
     Raises:
-        ValueError: for a table without logarithmic buckets, or a max_distance within the buckets of one distance.
+        ValueError: For a table without logarithmic buckets, or a max_distance within the buckets of one distance.
     """
     count = table.shape[0]
     exact = (count // 2 if bidirectional else count) // 2

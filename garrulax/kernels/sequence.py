@@ -48,12 +48,12 @@ def over_sequence(
     """`inner`, made to attend to the keys of all devices along the axes.
 
     Args:
-        inner: computes a device's queries over the keys that it is given.
-        strategy: one of `STRATEGIES`, or None, which leaves it to `choose_strategy`.
-        axes: mesh axes that split the sequence.
-        parts: the number of parts.
-        options: static part of the request.
-        operands: a device's part of the arrays.
+        inner: Computes a device's queries over the keys that it is given.
+        strategy: One of `STRATEGIES`, or None, which leaves it to `choose_strategy`.
+        axes: Mesh axes that split the sequence.
+        parts: The number of parts.
+        options: Static part of the request.
+        operands: A device's part of the arrays.
     """
     if not isinstance(inner, ForwardBackward):
         return RingPasses(inner, axes, parts) if strategy == "ring" else AllGather(inner, axes, parts)
@@ -66,9 +66,9 @@ class AllGather:
     """Gathers the keys of all devices for an implementation that JAX differentiates.
 
     Attributes:
-        inner: the implementation.
-        axes: mesh axes that split the sequence.
-        parts: the number of parts.
+        inner: The implementation.
+        axes: Mesh axes that split the sequence.
+        parts: The number of parts.
     """
 
     inner: Implementation
@@ -91,9 +91,9 @@ class AllGatherPasses(ForwardBackward):
     Between the passes a device keeps only its own part; with `AllGather`, JAX keeps the keys of all devices.
 
     Attributes:
-        inner: the implementation.
-        axes: mesh axes that split the sequence.
-        parts: the number of parts.
+        inner: The implementation.
+        axes: Mesh axes that split the sequence.
+        parts: The number of parts.
     """
 
     inner: ForwardBackward
@@ -126,9 +126,9 @@ class RingPasses(ForwardBackward):
     device. Outputs are merged by their lse. In the backward pass the gradients of keys and values travel with them.
 
     Attributes:
-        inner: the implementation; `unsupported_reason` says why it must be a `ForwardBackward`.
-        axes: mesh axes that split the sequence.
-        parts: the number of parts.
+        inner: The implementation; `unsupported_reason` says why it must be a `ForwardBackward`.
+        axes: Mesh axes that split the sequence.
+        parts: The number of parts.
     """
 
     inner: Any

@@ -32,11 +32,11 @@ class MeshLayout:
     """How a mesh splits a request.
 
     Attributes:
-        mesh: the mesh in the query's type; only its Explicit axes count.
-        batch: mesh axes that split the batch, B.
-        queries: mesh axes that split the queries, T.
-        heads: mesh axes that split the query heads, H.
-        keys: mesh axes that split the keys, S: those of `queries`, or none.
+        mesh: The mesh in the query's type; only its Explicit axes count.
+        batch: Mesh axes that split the batch, B.
+        queries: Mesh axes that split the queries, T.
+        heads: Mesh axes that split the query heads, H.
+        keys: Mesh axes that split the keys, S: those of `queries`, or none.
     """
 
     mesh: AbstractMesh
@@ -120,8 +120,8 @@ class Sharded:
     """An implementation on every device of a mesh; without a mesh, the implementation itself.
 
     Attributes:
-        inner: the implementation; it computes a device's part.
-        sequence: strategy for queries that attend to keys of other devices, if the mesh splits the sequence: "gather",
+        inner: The implementation; it computes a device's part.
+        sequence: Strategy for queries that attend to keys of other devices, if the mesh splits the sequence: "gather",
             "ring", or None, which leaves it to `sequence.choose_strategy`.
     """
 

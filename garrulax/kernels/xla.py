@@ -25,7 +25,7 @@ class Chunked(ForwardBackward):
     """Attention in chunks, for any platform and request. A small request is computed without a loop.
 
     Attributes:
-        scores: greatest number of scores in a chunk, over its batch rows and heads. By default they fit into the
+        scores: Greatest number of scores in a chunk, over its batch rows and heads. By default they fit into the
             caches of a CPU.
     """
 

@@ -34,14 +34,14 @@ class Rope:
         original_context: Tokens that the model was trained on (yarn, longrope, llama3), or its context (dynamic).
         low: llama3's lower limit, in wavelengths per original context.
         high: llama3's upper limit.
-        beta_fast: yarn's upper limit, in rotations over the original context.
-        beta_slow: yarn's lower limit.
+        beta_fast: Yarn's upper limit, in rotations over the original context.
+        beta_slow: Yarn's lower limit.
         truncate: Whether yarn rounds the limits to whole frequencies.
         attention_factor: Factor of cosine and sine; None derives it.
-        mscale: yarn's other way to give the attention factor, together with the next.
+        mscale: Yarn's other way to give the attention factor, together with the next.
         mscale_all_dim: See mscale.
-        short_factors: longrope's divisor of each frequency, in texts up to the original context.
-        long_factors: longrope's divisor of each frequency, in longer texts.
+        short_factors: Longrope's divisor of each frequency, in texts up to the original context.
+        long_factors: Longrope's divisor of each frequency, in longer texts.
     """
 
     theta: Positive = 10_000.0

@@ -51,9 +51,9 @@ class Side:
     """The scores of one embedding table.
 
     Attributes:
-      scores: float64 [V], distance of each row from the centre of the untrained rows, divided by the mean distance.
-      threshold: rows with a score up to this one look untrained; None if no group of rows stands apart.
-      start: the start of the search that found the centre.
+        scores: float64 [V], distance of each row from the centre of the untrained rows, divided by the mean distance.
+        threshold: Rows with a score up to this one look untrained; None if no group of rows stands apart.
+        start: The start of the search that found the centre.
     """
 
     scores: np.ndarray = dataclasses.field(repr=False)
@@ -71,13 +71,13 @@ class GlitchToken:
     """One token of the ranking.
 
     Attributes:
-      rank: place in the ranking, from 1, the most suspect.
-      id: token id.
-      text: text of the token, with bytes that are not UTF-8 as \\xNN, or name of a control token; None without a
-        tokenizer.
-      kind: "text", "control", or "padding" for a row beyond the tokenizer's vocabulary.
-      scores: score by side.
-      flagged: the sides on which the token looks untrained.
+        rank: Place in the ranking, from 1, the most suspect.
+        id: Token id.
+        text: Text of the token, with bytes that are not UTF-8 as \\xNN, or name of a control token; None without a
+            tokenizer.
+        kind: "text", "control", or "padding" for a row beyond the tokenizer's vocabulary.
+        scores: Score by side.
+        flagged: The sides on which the token looks untrained.
     """
 
     rank: int
@@ -93,10 +93,10 @@ class GlitchTokens:
     """The result of `glitch_tokens`.
 
     Attributes:
-      tokens: the ranking.
-      count: number of tokens of the vocabulary, without padding rows, that look untrained on at least one side.
-      vocab: number of tokens of the vocabulary, without padding rows.
-      sides: scores by side.
+        tokens: The ranking.
+        count: Number of tokens of the vocabulary, without padding rows, that look untrained on at least one side.
+        vocab: Number of tokens of the vocabulary, without padding rows.
+        sides: Scores by side.
     """
 
     tokens: tuple[GlitchToken, ...]
@@ -115,26 +115,26 @@ def glitch_tokens(model: ModelLike, *, top: int | None = None, side: str | None 
     size.
 
     Args:
-      model: from `gx.load`, or (params, config), with parameters of any dtype, stacked or not, sharded or not. Only the
-        embedding tables are read.
-      top: number of tokens to list, flagged or not; None lists the flagged ones.
-      side: "input" or "output" to search one table only. A tied table counts as input.
+        model: From `gx.load`, or (params, config), with parameters of any dtype, stacked or not, sharded or not. Only
+            the embedding tables are read.
+        top: Number of tokens to list, flagged or not; None lists the flagged ones.
+        side: "input" or "output" to search one table only. A tied table counts as input.
 
     Returns:
-      The ranking, and the scores of all tokens.
+        The ranking, and the scores of all tokens.
 
     Raises:
-      TypeError: `model` is not a model.
-      ValueError: an unknown side, a top below 1, or embeddings that are not finite.
+        TypeError: `model` is not a model.
+        ValueError: An unknown side, a top below 1, or embeddings that are not finite.
 
     Example:
-      >>> import jax, garrulax as gx
-      >>> config = gx.preset("gpt2-tiny", layers=1, width=32, heads=2, vocab=257, eos=None)
-      >>> params = gx.init(config, jax.random.key(0))
-      >>> params["tokens"] = params["tokens"].at[7:9].set(0.0)
-      >>> found = gx.glitch_tokens((params, config))
-      >>> [token.id for token in found.tokens], found.count, found.vocab
-      ([7, 8], 2, 257)
+        >>> import jax, garrulax as gx
+        >>> config = gx.preset("gpt2-tiny", layers=1, width=32, heads=2, vocab=257, eos=None)
+        >>> params = gx.init(config, jax.random.key(0))
+        >>> params["tokens"] = params["tokens"].at[7:9].set(0.0)
+        >>> found = gx.glitch_tokens((params, config))
+        >>> [token.id for token in found.tokens], found.count, found.vocab
+        ([7, 8], 2, 257)
     """
     params, config, tokenizer = unpack_model(model)
     tables = {name: params[table] for name, table in SIDES.items() if table in params}
@@ -238,11 +238,11 @@ def split(distances: np.ndarray, width: int) -> tuple[float, float] | None:
     is narrower counts as this wide.
 
     Args:
-      distances: float64 [N], distances from the centre.
-      width: D, number of dimensions of a row.
+        distances: float64 [N], distances from the centre.
+        width: D, number of dimensions of a row.
 
     Returns:
-      The threshold, and the gain in log likelihood (nats) over one normal distribution; None if there is one group.
+        The threshold, and the gain in log likelihood (nats) over one normal distribution; None if there is one group.
     """
     n, mean = len(distances), distances.mean()
     if n < 4 or not mean:

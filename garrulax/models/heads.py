@@ -25,13 +25,13 @@ def add_tokens(params: Tree, config: Config, count: int, key: jax.Array) -> tupl
     Their rows in the embedding, and in the output head if it is not tied, are drawn as at initialisation.
 
     Args:
-      params: of the model.
-      config: of the model.
-      count: number of new tokens.
-      key: PRNG key for the new rows.
+        params: Of the model.
+        config: Of the model.
+        count: Number of new tokens.
+        key: PRNG key for the new rows.
 
     Returns:
-      The parameters, which share all other leaves with `params`, and the config.
+        The parameters, which share all other leaves with `params`, and the config.
     """
     wider = dataclasses.replace(config, vocab=config.vocab + count)
     specs = parameters(wider)
@@ -50,8 +50,8 @@ def classifier(config: gpt.Config, outputs: int) -> Tree:
     The names in a checkpoint are those of Hugging Face's OpenAIGPTDoubleHeadsModel.
 
     Args:
-      config: of the model.
-      outputs: N.
+        config: Of the model.
+        outputs: N.
     """
     declare = Declare(normal(config.init_std), D=config.width, N=outputs)
     head = declare.linear("weight", "multiple_choice_head.summary", "N D -> D N", bias=True)
@@ -62,11 +62,11 @@ def state_at(x: jax.Array, index: jax.Array) -> jax.Array:
     """Picks the hidden state of one token of every sequence.
 
     Args:
-      x: hidden states [..., T, D].
-      index: of the token, int32 [...].
+        x: Hidden states [..., T, D].
+        index: Of the token, int32 [...].
 
     Returns:
-      [..., D].
+        [..., D].
     """
     selected = jnp.arange(x.shape[-2], dtype=index.dtype) == index[..., None]  # [..., T]
     # A sum with one term that is not 0: unlike a gather, it works if T is sharded.
@@ -79,15 +79,15 @@ def head_logits(
     """Applies a head to the states of the sequences of every example.
 
     Args:
-      states: [B, S, D].
-      p: parameters of the head: weight [D, N], bias [N].
-      choose: False adds the states of the S sequences (one text, or two texts in both orders) and classifies the sum.
-        True gives every sequence one logit, from a head with N = 1: to choose among answers.
-      rate: of dropout of the states; all sequences of an example lose the same entries.
-      key: PRNG key for dropout; None is without dropout.
+        states: [B, S, D].
+        p: Parameters of the head: weight [D, N], bias [N].
+        choose: False adds the states of the S sequences (one text, or two texts in both orders) and classifies the sum.
+            True gives every sequence one logit, from a head with N = 1: to choose among answers.
+        rate: Of dropout of the states; all sequences of an example lose the same entries.
+        key: PRNG key for dropout; None is without dropout.
 
     Returns:
-      [B, N], or [B, S] if `choose`.
+        [B, N], or [B, S] if `choose`.
     """
     if not choose:
         states = states.sum(axis=1, keepdims=True)  # [B, 1, D]

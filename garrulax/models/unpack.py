@@ -69,10 +69,10 @@ def unpack_model(model: ModelLike) -> tuple[Tree, ModelConfig, TokenizerLike | N
     """Returns the parameters, the configuration and the tokenizer (or None) of a model.
 
     Args:
-      model: the result of `garrulax.load`, or a tuple (params, config).
+        model: The result of `garrulax.load`, or a tuple (params, config).
 
     Raises:
-      TypeError: `model` is something else, or its config is not the Config of a family.
+        TypeError: `model` is something else, or its config is not the Config of a family.
     """
     parts: tuple[Any, ...]
     if isinstance(model, tuple):

@@ -18,11 +18,11 @@ class PartA:
     """A text with blanks.
 
     Attributes:
-      ids: token ids of the text, with its masks and the control tokens around it.
-      mask_indices: indices of the masks in `ids`.
-      literals: the text before each mask, and after the last one.
-      space_before: for each mask, whether a space stood before it. Tokens of words begin with their space, so the space
-        is left out of `ids`, and the answer begins with it.
+        ids: Token ids of the text, with its masks and the control tokens around it.
+        mask_indices: Indices of the masks in `ids`.
+        literals: The text before each mask, and after the last one.
+        space_before: For each mask, whether a space stood before it. Tokens of words begin with their space, so the
+            space is left out of `ids`, and the answer begins with it.
     """
 
     ids: list[int]
@@ -35,14 +35,14 @@ def part_a(prompt: Prompt, config: ModelConfig, tokenizer: TokenizerLike | None,
     """Returns the part A of a text with [MASK]s, or of its ids.
 
     Args:
-      prompt: a text, or token ids that are used as they are.
-      config: the family's Config.
-      tokenizer: needed for a text.
-      name: name of the prompt in errors.
+        prompt: A text, or token ids that are used as they are.
+        config: The family's Config.
+        tokenizer: Needed for a text.
+        name: Name of the prompt in errors.
 
     Raises:
-      TypeError: the model is not trained on blanks.
-      ValueError: the text has no blank, or an id is outside the vocabulary.
+        TypeError: The model is not trained on blanks.
+        ValueError: The text has no blank, or an id is outside the vocabulary.
     """
     blanks = blanks_of(config)
     if isinstance(prompt, str):
@@ -103,15 +103,15 @@ def answer_prompt(
     """Returns the prompt after which the model writes the answer to one mask: the text, sop, and the answer so far.
 
     Args:
-      ids: token ids of the text.
-      mask_index: index in `ids` of the mask.
-      limit: greatest number of new tokens.
-      config: the family's Config.
-      name: name of the prompt in errors.
-      answer: tokens of the answer so far.
+        ids: Token ids of the text.
+        mask_index: Index in `ids` of the mask.
+        limit: Greatest number of new tokens.
+        config: The family's Config.
+        name: Name of the prompt in errors.
+        answer: Tokens of the answer so far.
 
     Raises:
-      ValueError: an id is outside the vocabulary, or the text and `limit` new tokens do not fit into the context.
+        ValueError: An id is outside the vocabulary, or the text and `limit` new tokens do not fit into the context.
     """
     check_ids([*ids, *answer], config, name)
     blanks = blanks_of(config)
@@ -135,17 +135,17 @@ def last_blank_prompt(
     to the first [gMASK], or else to the first mask; a text without a mask gets a [gMASK] at its end.
 
     Args:
-      prompt: a text without blanks, or token ids.
-      limit: greatest number of new tokens.
-      config: the family's Config.
-      tokenizer: needed for a text.
-      name: name of the prompt in errors.
+        prompt: A text without blanks, or token ids.
+        limit: Greatest number of new tokens.
+        config: The family's Config.
+        tokenizer: Needed for a text.
+        name: Name of the prompt in errors.
 
     Returns:
-      The prompt; None for ids without sop if the family continues them causally.
+        The prompt; None for ids without sop if the family continues them causally.
 
     Raises:
-      ValueError: a text with blanks; a sop without a mask before it; or a second sop.
+        ValueError: A text with blanks; a sop without a mask before it; or a second sop.
     """
     blanks = blanks_of(config)
     ids = token_ids(prompt, tokenizer, name)

@@ -38,20 +38,20 @@ class Filled:
     """A text with its blanks filled.
 
     Attributes:
-      tokens: ids of the text, with the answers in place of their masks, without the tokens that ended the answers.
-      text: the whole text; None if the model has no tokenizer.
-      spans: the answers, in the order of the text.
+        tokens: Ids of the text, with the answers in place of their masks, without the tokens that ended the answers.
+        text: The whole text; None if the model has no tokenizer.
+        spans: The answers, in the order of the text.
 
     Example:
-      >>> import jax, garrulax as gx
-      >>> config = gx.preset("glm-tiny", layers=1, width=32, heads=2)
-      >>> params = gx.init(config, jax.random.key(0))
-      >>> ids = [config.cls, 50, config.mask, 60, config.eos]
-      >>> filled = gx.fill((params, config), ids, max_new_tokens=3)
-      >>> filled.tokens[:2], filled.tokens[-2:], filled.text
-      ([1, 50], [60, 0], None)
-      >>> [isinstance(span, gx.Completion) for span in filled.spans]
-      [True]
+        >>> import jax, garrulax as gx
+        >>> config = gx.preset("glm-tiny", layers=1, width=32, heads=2)
+        >>> params = gx.init(config, jax.random.key(0))
+        >>> ids = [config.cls, 50, config.mask, 60, config.eos]
+        >>> filled = gx.fill((params, config), ids, max_new_tokens=3)
+        >>> filled.tokens[:2], filled.tokens[-2:], filled.text
+        ([1, 50], [60, 0], None)
+        >>> [isinstance(span, gx.Completion) for span in filled.spans]
+        [True]
     """
 
     tokens: list[int]
@@ -87,35 +87,35 @@ def fill(
     The answers in a text depend only on that text, its sampling arguments and its seed.
 
     Args:
-      model: from `gx.load`, or (params, config); of a family that is trained on blanks.
-      texts: one text or a list, each with [MASK] for every blank (or [sMASK], [gMASK], for models that distinguish
-        blanks of sentences and of the rest of a text). A text may be a list of token ids with the mask ids of the
-        config; ids are read as they are.
-      max_new_tokens: greatest number of new tokens for each blank; like the next four, one number, or one a text.
-      temperature: divisor of the logits; 0 is greedy.
-      top_k: number of most probable tokens to sample from; 0 is off.
-      top_p: probability of the nucleus to sample from; 1 is off.
-      seed: seed of the random stream.
-      stop: strings that end an answer and are not part of it.
-      transform: transform of the logits, see `generate`.
+        model: From `gx.load`, or (params, config); of a family that is trained on blanks.
+        texts: One text or a list, each with [MASK] for every blank (or [sMASK], [gMASK], for models that distinguish
+            blanks of sentences and of the rest of a text). A text may be a list of token ids with the mask ids of the
+            config; ids are read as they are.
+        max_new_tokens: Greatest number of new tokens for each blank; like the next four, one number, or one a text.
+        temperature: Divisor of the logits; 0 is greedy.
+        top_k: Number of most probable tokens to sample from; 0 is off.
+        top_p: Probability of the nucleus to sample from; 1 is off.
+        seed: Seed of the random stream.
+        stop: Strings that end an answer and are not part of it.
+        transform: Transform of the logits, see `generate`.
 
     Returns:
-      The Filled of a single text, or the list of those of a list.
+        The Filled of a single text, or the list of those of a list.
 
     Raises:
-      TypeError: the model is not trained on blanks.
-      ValueError: a text without a blank, or an error of `generate`.
-      FloatingPointError: the logits are not finite.
+        TypeError: The model is not trained on blanks.
+        ValueError: A text without a blank, or an error of `generate`.
+        FloatingPointError: The logits are not finite.
 
     Example:
-      >>> import jax, garrulax as gx
-      >>> config = gx.preset("glm-tiny", layers=1, width=32, heads=2)
-      >>> params = gx.unstack(gx.init(config, jax.random.key(0)))
-      >>> one = [config.cls, 50, config.mask, 60, config.eos]
-      >>> two = [config.cls, config.mask, 70, config.mask, config.eos]
-      >>> filled = gx.fill((params, config), [one, two], max_new_tokens=3)
-      >>> [len(text.spans) for text in filled]
-      [1, 2]
+        >>> import jax, garrulax as gx
+        >>> config = gx.preset("glm-tiny", layers=1, width=32, heads=2)
+        >>> params = gx.unstack(gx.init(config, jax.random.key(0)))
+        >>> one = [config.cls, 50, config.mask, 60, config.eos]
+        >>> two = [config.cls, config.mask, 70, config.mask, config.eos]
+        >>> filled = gx.fill((params, config), [one, two], max_new_tokens=3)
+        >>> [len(text.spans) for text in filled]
+        [1, 2]
     """
     texts, single = prompt_list(texts)
     knobs = knobs_per_prompt(
@@ -144,34 +144,35 @@ def fill_stream(
     of `fill`.
 
     Args:
-      model: see `fill`.
-      text: a text with blanks, or a list of token ids.
-      max_new_tokens: see `fill`, like the arguments up to `transform`.
-      temperature: divisor of the logits.
-      top_k: number of most probable tokens to sample from.
-      top_p: probability of the nucleus to sample from.
-      seed: seed of the random stream.
-      stop: strings that end an answer.
-      transform: transform of the logits.
-      every: number of tokens between two pieces.
+        model: See `fill`.
+        text: A text with blanks, or a list of token ids.
+        max_new_tokens: See `fill`, like the arguments up to `transform`.
+        temperature: Divisor of the logits.
+        top_k: Number of most probable tokens to sample from.
+        top_p: Probability of the nucleus to sample from.
+        seed: Seed of the random stream.
+        stop: Strings that end an answer.
+        transform: Transform of the logits.
+        every: Number of tokens between two pieces.
 
     Returns:
-      A generator of pieces, whose return value is the Filled.
+        A generator of pieces, whose return value is the Filled.
 
     Raises:
-      TypeError: the model is not trained on blanks; raised by the call itself, before the first piece, like ValueError.
-      ValueError: see `fill`.
-      FloatingPointError: the logits are not finite; raised by the generator.
+        TypeError: The model is not trained on blanks; raised by the call itself, before the first piece, like
+            ValueError.
+        ValueError: See `fill`.
+        FloatingPointError: The logits are not finite; raised by the generator.
 
     Example:
-      >>> import jax, garrulax as gx
-      >>> from garrulax.hub.tokenizers import GLM_SPECIALS, ByteTokenizer
-      >>> ids = dict(eos=256, pad=256, cls=257, mask=258, sop=261, eop=262)
-      >>> config = gx.preset("glm-tiny", layers=1, width=32, heads=2, vocab=264, **ids)
-      >>> model = gx.Model(config, gx.init(config, jax.random.key(0)), ByteTokenizer(GLM_SPECIALS))
-      >>> pieces = list(gx.fill_stream(model, "It is [MASK].", max_new_tokens=6, every=2))
-      >>> pieces[0], "".join(pieces) == gx.fill(model, "It is [MASK].", max_new_tokens=6).text
-      ('It is', True)
+        >>> import jax, garrulax as gx
+        >>> from garrulax.hub.tokenizers import GLM_SPECIALS, ByteTokenizer
+        >>> ids = dict(eos=256, pad=256, cls=257, mask=258, sop=261, eop=262)
+        >>> config = gx.preset("glm-tiny", layers=1, width=32, heads=2, vocab=264, **ids)
+        >>> model = gx.Model(config, gx.init(config, jax.random.key(0)), ByteTokenizer(GLM_SPECIALS))
+        >>> pieces = list(gx.fill_stream(model, "It is [MASK].", max_new_tokens=6, every=2))
+        >>> pieces[0], "".join(pieces) == gx.fill(model, "It is [MASK].", max_new_tokens=6).text
+        ('It is', True)
     """
     texts, single = prompt_list(text)
     if not single:
@@ -189,14 +190,14 @@ def start_next_blank(params: Tree, state: State, position: jax.Array, limit: jax
     """Prepares the state for the next blank of each row, whose answer stays behind the answers so far.
 
     Args:
-      params: unstacked or stacked.
-      state: after the answers to the previous blanks. It is donated.
-      position: int32 [B, 2], position of the next [sop].
-      limit: int32 [B], greatest number of new tokens; 0 for a row without a further blank.
-      config: the family's Config.
+        params: Unstacked or stacked.
+        state: After the answers to the previous blanks. It is donated.
+        position: int32 [B, 2], position of the next [sop].
+        limit: int32 [B], greatest number of new tokens; 0 for a row without a further blank.
+        config: The family's Config.
 
     Returns:
-      The state before the first token of the next answers.
+        The state before the first token of the next answers.
     """
     # Later tokens do not attend to the token that ended an answer, as in training. The last token of an answer that was
     # cut off belongs to the answer; no step has read it yet, so it is read here.

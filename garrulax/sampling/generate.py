@@ -52,34 +52,34 @@ def generate(
     * Without <sop>, GLM-130B and ChatGLM-6B: they get [gMASK], unless they have a mask, and <sop>.
 
     Args:
-      model: from `gx.load`, or (params, config). Stacked parameters are unstacked in every call: to call often, pass
-        the result of `gx.unstack`.
-      prompts: a text, a list of token ids, or a list of these. A text gets the tokens that its tokenizer puts around a
-        prompt, such as bos; token ids are read as `gx.forward` reads them.
-      max_new_tokens: greatest number of new tokens; like the next four, one number, or one a prompt.
-      temperature: divisor of the logits; 0 is greedy.
-      top_k: number of most probable tokens to sample from; 0 is off.
-      top_p: probability of the nucleus to sample from; 1 is off. Applied after temperature and top_k.
-      seed: seed of the random stream.
-      stop: strings that end a completion and are not part of it.
-      transform: transform of the logits (`sampling.transforms`). Each transform is compiled once; other values of the
-        arguments above compile nothing.
+        model: From `gx.load`, or (params, config). Stacked parameters are unstacked in every call: to call often, pass
+            the result of `gx.unstack`.
+        prompts: A text, a list of token ids, or a list of these. A text gets the tokens that its tokenizer puts around
+            a prompt, such as bos; token ids are read as `gx.forward` reads them.
+        max_new_tokens: Greatest number of new tokens; like the next four, one number, or one a prompt.
+        temperature: Divisor of the logits; 0 is greedy.
+        top_k: Number of most probable tokens to sample from; 0 is off.
+        top_p: Probability of the nucleus to sample from; 1 is off. Applied after temperature and top_k.
+        seed: Seed of the random stream.
+        stop: Strings that end a completion and are not part of it.
+        transform: Transform of the logits (`sampling.transforms`). Each transform is compiled once; other values of the
+            arguments above compile nothing.
 
     Returns:
-      The Completion of a single prompt, or the list of those of a list.
+        The Completion of a single prompt, or the list of those of a list.
 
     Raises:
-      ValueError: an empty prompt, one that does not fit into the context with max_new_tokens, an id outside the
-        vocabulary, a text without a tokenizer, or a bad argument. The message says what to do.
-      FloatingPointError: the logits are not finite.
+        ValueError: An empty prompt, one that does not fit into the context with max_new_tokens, an id outside the
+            vocabulary, a text without a tokenizer, or a bad argument. The message says what to do.
+        FloatingPointError: The logits are not finite.
 
     Example:
-      >>> import jax, garrulax as gx
-      >>> config = gx.preset("gpt2-tiny", layers=1, width=32, heads=2, vocab=257, eos=None)
-      >>> params = gx.unstack(gx.init(config, jax.random.key(0)))
-      >>> short, long = gx.generate((params, config), [[5, 17, 3], [9]], max_new_tokens=[2, 4], temperature=0)
-      >>> len(short.tokens), len(long.tokens), long.finish_reason
-      (2, 4, 'length')
+        >>> import jax, garrulax as gx
+        >>> config = gx.preset("gpt2-tiny", layers=1, width=32, heads=2, vocab=257, eos=None)
+        >>> params = gx.unstack(gx.init(config, jax.random.key(0)))
+        >>> short, long = gx.generate((params, config), [[5, 17, 3], [9]], max_new_tokens=[2, 4], temperature=0)
+        >>> len(short.tokens), len(long.tokens), long.finish_reason
+        (2, 4, 'length')
     """
     prompts, single = prompt_list(prompts)
     knobs = knobs_per_prompt(
@@ -107,32 +107,32 @@ def stream(
     A piece never ends inside a character and never contains the beginning of a stop string.
 
     Args:
-      model: see `generate`.
-      prompt: a text or a list of token ids.
-      max_new_tokens: see `generate`, like the arguments up to `transform`.
-      temperature: divisor of the logits.
-      top_k: number of most probable tokens to sample from.
-      top_p: probability of the nucleus to sample from.
-      seed: seed of the random stream.
-      stop: strings that end the completion.
-      transform: transform of the logits.
-      every: number of tokens between two pieces.
+        model: See `generate`.
+        prompt: A text or a list of token ids.
+        max_new_tokens: See `generate`, like the arguments up to `transform`.
+        temperature: Divisor of the logits.
+        top_k: Number of most probable tokens to sample from.
+        top_p: Probability of the nucleus to sample from.
+        seed: Seed of the random stream.
+        stop: Strings that end the completion.
+        transform: Transform of the logits.
+        every: Number of tokens between two pieces.
 
     Returns:
-      A generator of pieces, whose return value is the Completion.
+        A generator of pieces, whose return value is the Completion.
 
     Raises:
-      ValueError: see `generate`; raised by the call itself, before the first piece.
-      FloatingPointError: the logits are not finite; raised by the generator.
+        ValueError: See `generate`; raised by the call itself, before the first piece.
+        FloatingPointError: The logits are not finite; raised by the generator.
 
     Example:
-      >>> import jax, garrulax as gx
-      >>> from garrulax.hub.tokenizers import ByteTokenizer
-      >>> config = gx.preset("gpt2-tiny", layers=1, width=32, heads=2, vocab=257, eos=None)
-      >>> model = gx.Model(config, gx.init(config, jax.random.key(0)), ByteTokenizer())
-      >>> pieces = list(gx.stream(model, "Once", max_new_tokens=8, seed=1, every=2))
-      >>> "".join(pieces) == gx.generate(model, "Once", max_new_tokens=8, seed=1).text
-      True
+        >>> import jax, garrulax as gx
+        >>> from garrulax.hub.tokenizers import ByteTokenizer
+        >>> config = gx.preset("gpt2-tiny", layers=1, width=32, heads=2, vocab=257, eos=None)
+        >>> model = gx.Model(config, gx.init(config, jax.random.key(0)), ByteTokenizer())
+        >>> pieces = list(gx.stream(model, "Once", max_new_tokens=8, seed=1, every=2))
+        >>> "".join(pieces) == gx.generate(model, "Once", max_new_tokens=8, seed=1).text
+        True
     """
     prompts, single = prompt_list(prompt)
     if not single:

@@ -20,13 +20,13 @@ def decode_step(params: Tree, state: State, config: ModelConfig, transform: Tran
     """Reads the last token of each row and samples the next one. Pure; the shapes of the state do not change.
 
     Args:
-      params: unstacked (`models.unstack`), which decodes fastest, or stacked; the same form as in `prefill`.
-      state: from `prefill` or an earlier step. Rows that are done keep their tokens.
-      config: the family's Config.
-      transform: the transform of the logits.
+        params: Unstacked (`models.unstack`), which decodes fastest, or stacked; the same form as in `prefill`.
+        state: From `prefill` or an earlier step. Rows that are done keep their tokens.
+        config: The family's Config.
+        transform: The transform of the logits.
 
     Returns:
-      The next state.
+        The next state.
     """
     active = ~state.done  # [B]
     # A finished row keeps stepping with the batch. Its tokens are marked as padding, so that the row does not attend
@@ -69,14 +69,14 @@ def decode_steps(
     """Takes up to `steps` steps, fewer if all rows are done before.
 
     Args:
-      params: see `decode_step`.
-      state: from `prefill` or an earlier call. It is donated, so that the cache is updated in place.
-      steps: int32 scalar. It is traced, so that `generate` and `stream` share one executable.
-      config: see `decode_step`.
-      transform: see `decode_step`.
+        params: See `decode_step`.
+        state: From `prefill` or an earlier call. It is donated, so that the cache is updated in place.
+        steps: int32 scalar. It is traced, so that `generate` and `stream` share one executable.
+        config: See `decode_step`.
+        transform: See `decode_step`.
 
     Returns:
-      The last state.
+        The last state.
     """
 
     def unfinished(carry):

@@ -22,13 +22,13 @@ class EncodedPrompt(NamedTuple):
     """The token ids of a prompt, and how the model reads them. R is the number of rows of positions (1 or 2).
 
     Attributes:
-      ids: token ids. The first new token follows the last of them.
-      prefix: number of leading tokens that attend to one another (a text with blanks). Each later token attends to the
-        tokens before it.
-      positions: int32 [R, len(ids)].
-      stride: int32 [R], increase of the position from the last token to the first new one, and from each to the next.
-      random_offset: offset into the row's random stream: random numbers already used by earlier blanks, besides one
-        for each token of `ids`.
+        ids: Token ids. The first new token follows the last of them.
+        prefix: Number of leading tokens that attend to one another (a text with blanks). Each later token attends to
+            the tokens before it.
+        positions: int32 [R, len(ids)].
+        stride: int32 [R], increase of the position from the last token to the first new one, and from each to the next.
+        random_offset: Offset into the row's random stream: random numbers already used by earlier blanks, besides one
+            for each token of `ids`.
     """
 
     ids: list[int]
@@ -52,8 +52,8 @@ def prepare_model(model: ModelLike) -> tuple[Tree, ModelConfig, TokenizerLike | 
     """Returns the unstacked parameters, which decode fastest, the configuration and the tokenizer (or None) of a model.
 
     Raises:
-      TypeError: `model` is neither the result of `garrulax.load` nor (params, config).
-      ValueError: the parameters are on several devices.
+        TypeError: `model` is neither the result of `garrulax.load` nor (params, config).
+        ValueError: The parameters are on several devices.
     """
     params, config, tokenizer = unpack_model(model)
     if any(isinstance(x, jax.Array) and len(x.sharding.device_set) > 1 for x in jax.tree.leaves(params)):
@@ -70,7 +70,7 @@ def prompt_list(prompts: Any) -> tuple[list[Prompt], bool]:
     """Returns (a list of prompts, whether `prompts` was a single one).
 
     Raises:
-      ValueError: there is no prompt.
+        ValueError: There is no prompt.
     """
     if isinstance(prompts, str):
         return [prompts], True
@@ -86,7 +86,7 @@ def token_ids(prompt: Prompt, tokenizer: TokenizerLike | None, name: str) -> lis
     """Returns the ids of a text, or the given ids as integers. `name` is the prompt's name in errors.
 
     Raises:
-      ValueError: a text without a tokenizer, or an element that is not an integer.
+        ValueError: A text without a tokenizer, or an element that is not an integer.
     """
     if isinstance(prompt, str):
         if tokenizer is None:
@@ -120,7 +120,7 @@ def causal_prompt(ids: list[int], limit: int, config: ModelConfig, name: str) ->
     """Returns a prompt that is read causally, as `garrulax.forward` does by default.
 
     Raises:
-      ValueError: an id is outside the vocabulary, or the prompt and `limit` new tokens do not fit into the context.
+        ValueError: An id is outside the vocabulary, or the prompt and `limit` new tokens do not fit into the context.
     """
     check_ids(ids, config, name)
     check_length(len(ids), limit, config, name)
@@ -154,7 +154,7 @@ def knobs_per_prompt(count: int, **knobs: Any) -> dict[str, list[Any]]:
     """Returns each knob as a list with one value for each of `count` prompts.
 
     Raises:
-      ValueError: a bad value or a wrong number of values; the message names the knob.
+        ValueError: A bad value or a wrong number of values; the message names the knob.
     """
     return {name: [_checked(name, v) for v in _per_prompt(name, value, count)] for name, value in knobs.items()}
 
@@ -191,12 +191,12 @@ def assemble(prompts: Sequence[EncodedPrompt], knobs: Mapping[str, Sequence[Any]
     a prompt have limit 0, so they are done from the start.
 
     Args:
-      prompts: at least one.
-      knobs: from `knobs_per_prompt`, with all five names of `_KNOB_RULES`.
-      config: the family's Config.
+        prompts: At least one.
+        knobs: From `knobs_per_prompt`, with all five names of `_KNOB_RULES`.
+        config: The family's Config.
 
     Returns:
-      The inputs of `prefill`, as NumPy arrays.
+        The inputs of `prefill`, as NumPy arrays.
     """
     rows, count = bucket(len(prompts)), len(prompts)
     width = bucket(max(len(prompt.ids) - 1 for prompt in prompts) or 1, least=16)  # P

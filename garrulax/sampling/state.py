@@ -24,19 +24,19 @@ class Requests:
     axis of 2 after B.
 
     Attributes:
-      context: int32 [B, P], tokens to read, padded on the right.
-      segment: int32 [B, P], 0 for a token, PAD for padding.
-      rank: int32 [B, P], attention order: a token attends to the tokens of its own or a lower rank.
-      positions: int32 [B, P] or [B, 2, P].
-      token: int32 [B], the token after the context.
-      position: int32 [B] or [B, 2], position of `token`.
-      stride: int32 [B] or [B, 2], increase of the position from each token to the next.
-      length: int32 [B], tokens of the row so far: context and `token`, and for a later blank also `random_offset`
-        (`requests.EncodedPrompt`); 0 for an unused row.
-      limit: int32 [B], greatest number of new tokens.
-      seed: uint32 [B].
-      knobs: sampling parameters for the transforms, name -> [B].
-      end_tokens: int32 [E], tokens that end a row (PAD is none).
+        context: int32 [B, P], tokens to read, padded on the right.
+        segment: int32 [B, P], 0 for a token, PAD for padding.
+        rank: int32 [B, P], attention order: a token attends to the tokens of its own or a lower rank.
+        positions: int32 [B, P] or [B, 2, P].
+        token: int32 [B], the token after the context.
+        position: int32 [B] or [B, 2], position of `token`.
+        stride: int32 [B] or [B, 2], increase of the position from each token to the next.
+        length: int32 [B], tokens of the row so far: context and `token`, and for a later blank also `random_offset`
+            (`requests.EncodedPrompt`); 0 for an unused row.
+        limit: int32 [B], greatest number of new tokens.
+        seed: uint32 [B].
+        knobs: Sampling parameters for the transforms, name -> [B].
+        end_tokens: int32 [E], tokens that end a row (PAD is none).
     """
 
     context: jax.Array
@@ -58,20 +58,20 @@ class State:
     """The state of decoding between two steps.
 
     Attributes:
-      cache: keys and values of all tokens read so far.
-      token: int32 [B], last token of each row, which the model has not read yet.
-      position: int32 [B] or [B, 2], position of `token`.
-      stride: int32 [B] or [B, 2], increase of the position from each token to the next.
-      length: int32 [B], tokens of the row so far, with `token`; index into the random stream of the row's seed.
-      seed: uint32 [B].
-      limit: int32 [B], greatest number of new tokens.
-      generated: int32 [B], number of new tokens so far.
-      done: bool [B], whether the row gets no more tokens.
-      end_tokens: int32 [E], tokens that end a row.
-      column: int32 scalar, number of steps so far; the column of `tokens` that the next step writes.
-      tokens: int32 [B, N], new tokens; valid in the first `generated` columns of a row.
-      logprobs: float32 [B, N], their log-probabilities in the model's distribution, before any transform.
-      transform_state: state of the transform.
+        cache: Keys and values of all tokens read so far.
+        token: int32 [B], last token of each row, which the model has not read yet.
+        position: int32 [B] or [B, 2], position of `token`.
+        stride: int32 [B] or [B, 2], increase of the position from each token to the next.
+        length: int32 [B], tokens of the row so far, with `token`; index into the random stream of the row's seed.
+        seed: uint32 [B].
+        limit: int32 [B], greatest number of new tokens.
+        generated: int32 [B], number of new tokens so far.
+        done: bool [B], whether the row gets no more tokens.
+        end_tokens: int32 [E], tokens that end a row.
+        column: int32 scalar, number of steps so far; the column of `tokens` that the next step writes.
+        tokens: int32 [B, N], new tokens; valid in the first `generated` columns of a row.
+        logprobs: float32 [B, N], their log-probabilities in the model's distribution, before any transform.
+        transform_state: State of the transform.
     """
 
     cache: Cache
@@ -97,15 +97,15 @@ def prefill(
     """Reads the context of every row into a new cache.
 
     Args:
-      params: unstacked (`models.unstack`) or stacked.
-      requests: the batch.
-      config: the family's Config.
-      transform: the transform of the logits.
-      max_new: N, at least the greatest limit.
-      slots: number of cache slots after those of the context, at least `max_new`.
+        params: Unstacked (`models.unstack`) or stacked.
+        requests: The batch.
+        config: The family's Config.
+        transform: The transform of the logits.
+        max_new: N, at least the greatest limit.
+        slots: Number of cache slots after those of the context, at least `max_new`.
 
     Returns:
-      The state before the first new token.
+        The state before the first new token.
     """
     B, P = requests.context.shape
     cache = models.cache_for(params, config, B, P + slots)

@@ -25,8 +25,8 @@ class Transform(NamedTuple):
     module return the same object for equal arguments.
 
     Attributes:
-      init: function from knobs (name -> [B]) to the first state, a pytree of arrays whose first axis is B.
-      update: function from (logits float32 [B, V], state) to (logits float32 [B, V], state).
+        init: Function from knobs (name -> [B]) to the first state, a pytree of arrays whose first axis is B.
+        update: Function from (logits float32 [B, V], state) to (logits float32 [B, V], state).
     """
 
     init: Callable[[Knobs], Any]
@@ -110,12 +110,12 @@ def top_mask(values: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Arr
     and on every platform far cheaper than a sort.
 
     Args:
-      values: float32 [B, V].
-      weights: float32 [B, V], not negative.
-      limit: float32 [B].
+        values: float32 [B, V].
+        weights: float32 [B, V], not negative.
+        limit: float32 [B].
 
     Returns:
-      bool [B, V], True where the weights of all greater values of the row sum to less than its limit.
+        bool [B, V], True where the weights of all greater values of the row sum to less than its limit.
     """
     bits = jax.lax.bitcast_convert_type(jnp.where(values == 0, 0.0, values), jnp.uint32)  # [B, V]; -0 becomes 0
     negative = (bits >> 31).astype(bool)
@@ -138,12 +138,12 @@ def sample(logits: jax.Array, seed: jax.Array, position: jax.Array) -> jax.Array
     (Gumbel 1954): exact, in one pass.
 
     Args:
-      logits: float32 [B, V].
-      seed: uint32 [B].
-      position: int32 [B], index into the random stream of the seed.
+        logits: float32 [B, V].
+        seed: uint32 [B].
+        position: int32 [B], index into the random stream of the seed.
 
     Returns:
-      int32 [B].
+        int32 [B].
     """
 
     def noise(seed, position):

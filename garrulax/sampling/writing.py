@@ -24,18 +24,18 @@ class Completion:
     """The tokens that a model wrote after a prompt or into a blank.
 
     Attributes:
-      tokens: ids of the new tokens, with the token that ended the text if there is one.
-      text: their text, without the stop string and the text after it; None if the model has no tokenizer.
-      logprobs: log-probability of each token in the model's own distribution (before temperature, top-k and top-p;
-        natural logarithm, float32).
-      finish_reason: "eos" (a token that ends texts), "stop" (a stop string) or "length" (max_new_tokens).
+        tokens: Ids of the new tokens, with the token that ended the text if there is one.
+        text: Their text, without the stop string and the text after it; None if the model has no tokenizer.
+        logprobs: log-probability of each token in the model's own distribution (before temperature, top-k and top-p;
+            natural logarithm, float32).
+        finish_reason: "eos" (a token that ends texts), "stop" (a stop string) or "length" (max_new_tokens).
 
     Example:
-      >>> import jax, garrulax as gx
-      >>> config = gx.preset("gpt2-tiny", layers=1, width=32, heads=2, vocab=257, eos=None)
-      >>> completion = gx.generate((gx.init(config, jax.random.key(0)), config), [5, 17, 3], max_new_tokens=2)
-      >>> isinstance(completion, gx.Completion), len(completion.tokens), len(completion.logprobs)
-      (True, 2, 2)
+        >>> import jax, garrulax as gx
+        >>> config = gx.preset("gpt2-tiny", layers=1, width=32, heads=2, vocab=257, eos=None)
+        >>> completion = gx.generate((gx.init(config, jax.random.key(0)), config), [5, 17, 3], max_new_tokens=2)
+        >>> isinstance(completion, gx.Completion), len(completion.tokens), len(completion.logprobs)
+        (True, 2, 2)
     """
 
     tokens: list[int]
@@ -54,10 +54,10 @@ class Writer:
     decided: the text that `push` returns is final.
 
     Attributes:
-      tokens: ids so far.
-      logprobs: their log-probabilities.
-      reason: why the row is finished (`Completion.finish_reason`); None while it is not.
-      streamed: everything that `push` has returned.
+        tokens: Ids so far.
+        logprobs: Their log-probabilities.
+        reason: Why the row is finished (`Completion.finish_reason`); None while it is not.
+        streamed: Everything that `push` has returned.
     """
 
     def __init__(
@@ -72,11 +72,11 @@ class Writer:
         """Begins a row.
 
         Args:
-          tokenizer: None for a row without text.
-          limit: greatest number of tokens; a row with 0 is finished.
-          end_tokens: ids that end the text.
-          stop: strings that end the text.
-          space_before: put a space in front of a streamed text that begins without one.
+            tokenizer: None for a row without text.
+            limit: Greatest number of tokens; a row with 0 is finished.
+            end_tokens: Ids that end the text.
+            stop: Strings that end the text.
+            space_before: Put a space in front of a streamed text that begins without one.
         """
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
@@ -142,18 +142,18 @@ def decode_pieces(
     """Decodes until every writer is finished, and yields the new text of each row every `every` steps.
 
     Args:
-      params: unstacked or stacked.
-      state: from `prefill`. It is donated.
-      writers: one for each of the first rows of the state; the other rows are unused.
-      every: number of steps between two pieces.
-      config: the family's Config.
-      transform: the transform of the logits.
+        params: Unstacked or stacked.
+        state: From `prefill`. It is donated.
+        writers: One for each of the first rows of the state; the other rows are unused.
+        every: Number of steps between two pieces.
+        config: The family's Config.
+        transform: The transform of the logits.
 
     Returns:
-      A generator, which returns the last state.
+        A generator, which returns the last state.
 
     Raises:
-      FloatingPointError: the logits are not finite.
+        FloatingPointError: The logits are not finite.
     """
     while True:
         state = decode_steps(params, state, np.int32(every), config, transform)
@@ -197,7 +197,7 @@ def check_stop(stop: str | Sequence[str], tokenizer: TokenizerLike | None) -> tu
     """Returns the stop strings as a tuple.
 
     Raises:
-      ValueError: an empty string, an element that is not a string, or stop strings without a tokenizer.
+        ValueError: An empty string, an element that is not a string, or stop strings without a tokenizer.
     """
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     if any(not isinstance(s, str) or not s for s in stop):

@@ -24,12 +24,12 @@ class Data:
     """Batches to train on and to evaluate on.
 
     Attributes:
-      batch_at: maps a step number to this process's rows [B / processes, ...] of the batch. The same number always
-        gives the same batch.
-      held_out: starts a new pass over the held-out batches. Each has `batch` rows over all processes, and one more
-        array than a training batch: bytes, float32 [B], the bytes of text that the weighted targets of a row stand
-        for (0 if unknown).
-      identity: hashes, by name, of everything that the batches depend on.
+        batch_at: Maps a step number to this process's rows [B / processes, ...] of the batch. The same number always
+            gives the same batch.
+        held_out: Starts a new pass over the held-out batches. Each has `batch` rows over all processes, and one more
+            array than a training batch: bytes, float32 [B], the bytes of text that the weighted targets of a row stand
+            for (0 if unknown).
+        identity: Hashes, by name, of everything that the batches depend on.
     """
 
     batch_at: Callable[[int], HostBatch]
@@ -41,14 +41,14 @@ def make_data(dataset: Dataset, settings: Settings, config: ModelConfig, tokeniz
     """Makes batches for the objective that the settings name, or else for the default objective of the model's family.
 
     Args:
-      dataset: the token ids, from `shards.build_shards`.
-      settings: of the run.
-      config: of the model.
-      tokenizer: the one that the data set was made with.
+        dataset: The token ids, from `shards.build_shards`.
+        settings: Of the run.
+        config: Of the model.
+        tokenizer: The one that the data set was made with.
 
     Raises:
-      ValueError: if the window is longer than the model's context, the vocabulary larger than the model's, a control
-        token is missing, or the text shorter than a window.
+        ValueError: If the window is longer than the model's context, the vocabulary larger than the model's, a control
+            token is missing, or the text shorter than a window.
     """
     if settings.window > config.context:
         raise ValueError(f"window={settings.window} is longer than the model's context={config.context}")
@@ -64,11 +64,11 @@ def causal_data(dataset: Dataset, settings: Settings) -> Data:
     """Makes batches for next-token prediction. Evaluation predicts each held-out token exactly once.
 
     Args:
-      dataset: the token ids.
-      settings: of the run; uses window, batch and seed.
+        dataset: The token ids.
+        settings: Of the run; uses window, batch and seed.
 
     Raises:
-      ValueError: if the text is shorter than a window.
+        ValueError: If the text is shorter than a window.
     """
     split = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     sampler = Sampler(dataset.train, settings.window, settings.batch, settings.seed, **split)
@@ -85,10 +85,10 @@ def causal_batch(windows: np.ndarray) -> HostBatch:
     """Makes a batch for next-token prediction.
 
     Args:
-      windows: int32 [B, T + 1], plain text.
+        windows: int32 [B, T + 1], plain text.
 
     Returns:
-      tokens and targets, int32 [B, T]; weights, float32 [B, T], all 1.
+        tokens and targets, int32 [B, T]; weights, float32 [B, T], all 1.
     """
     return {
         "tokens": windows[:, :-1],
@@ -101,13 +101,13 @@ def infill_data(dataset: Dataset, settings: Settings, tokenizer: InfillTokenizer
     """Makes batches for blank infilling. The held-out text gets the same blanks in every evaluation of every run.
 
     Args:
-      dataset: the token ids.
-      settings: of the run; uses window, batch, seed and the frequencies of the kinds of blanks.
-      tokenizer: gives the number of bytes of every token.
-      ids: control tokens of the tokenizer.
+        dataset: The token ids.
+        settings: Of the run; uses window, batch, seed and the frequencies of the kinds of blanks.
+        tokenizer: Gives the number of bytes of every token.
+        ids: Control tokens of the tokenizer.
 
     Raises:
-      ValueError: if the text or the window is too short.
+        ValueError: If the text or the window is too short.
     """
     split = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     mix = BlankMix(settings.token_blanks, settings.sentence_blanks, settings.document_blanks)
@@ -133,9 +133,9 @@ def on_devices(batch: HostBatch, mesh: Mesh | None, micro_batches: int | None = 
     """Copies a host batch to the devices: rows sharded over the mesh's batch axes, tokens over its sequence axis.
 
     Args:
-      batch: arrays [B, ...], this process's rows.
-      mesh: None is one device.
-      micro_batches: A, to split the rows into: the arrays become [A, B / A, ...]. None keeps [B, ...].
+        batch: Arrays [B, ...], this process's rows.
+        mesh: None is one device.
+        micro_batches: A, to split the rows into: the arrays become [A, B / A, ...]. None keeps [B, ...].
     """
     if micro_batches is not None:
         batch = {k: v.reshape(micro_batches, v.shape[0] // micro_batches, *v.shape[1:]) for k, v in batch.items()}
@@ -156,7 +156,7 @@ def check_batch(settings: Settings, mesh: Mesh | None) -> None:
     """Checks that processes and devices can share a micro-batch evenly.
 
     Raises:
-      ValueError: if they cannot; it says which setting to change.
+        ValueError: If they cannot; it says which setting to change.
     """
     rows = settings.batch // settings.accumulation
     devices = 1 if mesh is None else int(np.prod([mesh.shape[a] for a in ("data", "fsdp") if a in mesh.shape]))

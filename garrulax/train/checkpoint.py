@@ -21,9 +21,9 @@ class Checkpoints:
     does not damage the earlier ones. Saving runs in the background. Use as a context manager.
 
     Args:
-      folder: of the checkpoints; it is created if it does not exist.
-      identity: of this run (`settings.run_identity`). It is saved in every checkpoint and compared on restore.
-      keep: number of latest checkpoints to keep. The one with the lowest held-out loss is kept as well.
+        folder: Of the checkpoints; it is created if it does not exist.
+        identity: Of this run (`settings.run_identity`). It is saved in every checkpoint and compared on restore.
+        keep: Number of latest checkpoints to keep. The one with the lowest held-out loss is kept as well.
     """
 
     def __init__(self, folder: str | os.PathLike, identity: Mapping[str, Any], keep: int = 2):
@@ -67,12 +67,12 @@ class Checkpoints:
         """Starts to write the state in the background. Its arrays may be donated as soon as this returns.
 
         Args:
-          state: to save. If its step is the latest checkpoint already, nothing is written.
-          step: must be the state's.
-          loss: held-out loss at this step, nats per token, to find the best checkpoint; None if not evaluated.
+            state: To save. If its step is the latest checkpoint already, nothing is written.
+            step: Must be the state's.
+            loss: held-out loss at this step, nats per token, to find the best checkpoint; None if not evaluated.
 
         Raises:
-          OSError: if this save or an earlier one failed; it names the checkpoints that are complete.
+            OSError: If this save or an earlier one failed; it names the checkpoints that are complete.
         """
         if step == self.latest:
             return
@@ -89,12 +89,12 @@ class Checkpoints:
         """Loads a checkpoint.
 
         Args:
-          target: shapes, dtypes and shardings of the state (`state.abstract_state`).
-          step: of the checkpoint; None is the latest.
+            target: Shapes, dtypes and shardings of the state (`state.abstract_state`).
+            step: Of the checkpoint; None is the latest.
 
         Raises:
-          FileNotFoundError: if there is no such checkpoint.
-          ValueError: if the checkpoint is of another run; it names the differences.
+            FileNotFoundError: If there is no such checkpoint.
+            ValueError: If the checkpoint is of another run; it names the differences.
         """
         if self.latest is None:
             raise FileNotFoundError(f"{self._folder} holds no complete checkpoint")

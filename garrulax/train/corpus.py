@@ -32,8 +32,8 @@ class Document:
     """One text.
 
     Attributes:
-      name: the source: `file`, or `file:line` for JSONL.
-      text: the content.
+        name: The source: `file`, or `file:line` for JSONL.
+        text: The content.
     """
 
     name: str
@@ -55,19 +55,19 @@ class Corpus:
     """Documents from files, folders and globs.
 
     Args:
-      sources: paths of files, folders (all files in them, recursively, except hidden ones) or glob patterns (`**`
-        works); or "stdlib". A `.jsonl` file has one document a line, in the field `text`. Any other file is UTF-8
-        text and is one document, or several if it is longer than 64 MiB. Each of them may be compressed as `.gz`.
-        Documents come in the order of the sources, and sorted by path within a folder or glob.
-      valid: sources of the held-out text. If None, documents of `sources` are held out: those with the smallest
-        hashes, until they make up `fraction` of the bytes; a larger document than that is never held out. If whole
-        documents cannot give that share (they are few or of very different sizes), the last tenth of every document
-        is held out instead, from the start of a line.
-      fraction: share of the bytes to hold out.
+        sources: Paths of files, folders (all files in them, recursively, except hidden ones) or glob patterns (`**`
+            works); or "stdlib". A `.jsonl` file has one document a line, in the field `text`. Any other file is UTF-8
+            text and is one document, or several if it is longer than 64 MiB. Each of them may be compressed as `.gz`.
+            Documents come in the order of the sources, and sorted by path within a folder or glob.
+        valid: Sources of the held-out text. If None, documents of `sources` are held out: those with the smallest
+            hashes, until they make up `fraction` of the bytes; a larger document than that is never held out. If whole
+            documents cannot give that share (they are few or of very different sizes), the last tenth of every document
+            is held out instead, from the start of a line.
+        fraction: Share of the bytes to hold out.
 
     Raises:
-      FileNotFoundError: when the corpus is read, for a source that matches no file.
-      ValueError: when the corpus is read, for binary files, JSONL lines without `text`, and a corpus without text.
+        FileNotFoundError: When the corpus is read, for a source that matches no file.
+        ValueError: When the corpus is read, for binary files, JSONL lines without `text`, and a corpus without text.
     """
 
     def __init__(
@@ -154,11 +154,11 @@ def xz_bits_per_byte(texts: Iterable[str], limit: int = 2**24) -> float:
     """Bits per byte of a text compressed by `xz -9`, a baseline for the bits per byte of a model.
 
     Args:
-      texts: the held-out text alone, such as `(d.text for d in corpus.split("valid"))`; they are joined.
-      limit: compress only this many bytes from the beginning.
+        texts: The held-out text alone, such as `(d.text for d in corpus.split("valid"))`; they are joined.
+        limit: Compress only this many bytes from the beginning.
 
     Raises:
-      ValueError: if there is no text.
+        ValueError: If there is no text.
     """
     joined = bytearray()
     for text in texts:

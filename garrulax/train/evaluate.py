@@ -20,9 +20,9 @@ class Evaluation:
     """The result of an evaluation.
 
     Attributes:
-      loss: mean negative log-likelihood, nats per token.
-      tokens: number of predicted tokens.
-      bytes: size of the text that they stand for, 0 if unknown.
+        loss: Mean negative log-likelihood, nats per token.
+        tokens: Number of predicted tokens.
+        bytes: Size of the text that they stand for, 0 if unknown.
     """
 
     loss: float
@@ -49,10 +49,10 @@ def make_evaluate(
     takes all batches. Totals are summed in float64.
 
     Args:
-      config: of the model.
-      objective: to evaluate.
-      mesh: of the parameters; None is one device.
-      precision: dtype of the computation, a name in `settings.PRECISIONS`.
+        config: Of the model.
+        objective: To evaluate.
+        mesh: Of the parameters; None is one device.
+        precision: Dtype of the computation, a name in `settings.PRECISIONS`.
     """
 
     @jax.jit

@@ -32,8 +32,8 @@ def train_flops_per_token(config: ModelConfig, window: int) -> int:
     tokens, also those that a causal mask hides. Recomputation by remat is not counted.
 
     Args:
-      config: of the model.
-      window: T, tokens in a row.
+        config: Of the model.
+        window: T, tokens in a row.
     """
     return 3 * flops_per_token(config, window)
 

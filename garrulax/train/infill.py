@@ -48,16 +48,16 @@ class InfillTokens:
     """The token ids that blank infilling uses.
 
     Attributes:
-      cls: begins a row.
-      mask: replaces a token-level blank.
-      sentence_mask: replaces a sentence-level blank; the same as `mask` in models without task masks.
-      document_mask: replaces a document-level blank; the same as `mask` in models without task masks.
-      start: start of piece, in front of a span in part B.
-      end: end of piece, the last target of a span.
-      eos: separates documents.
-      pad: fills up a row.
-      sentence_ends: bool [V], whether a sentence ends after the token.
-      block: [dBLOCK], which may replace single input tokens of a span; None if the tokenizer has no such token.
+        cls: Begins a row.
+        mask: Replaces a token-level blank.
+        sentence_mask: Replaces a sentence-level blank; the same as `mask` in models without task masks.
+        document_mask: Replaces a document-level blank; the same as `mask` in models without task masks.
+        start: Start of piece, in front of a span in part B.
+        end: End of piece, the last target of a span.
+        eos: Separates documents.
+        pad: Fills up a row.
+        sentence_ends: bool [V], whether a sentence ends after the token.
+        block: [dBLOCK], which may replace single input tokens of a span; None if the tokenizer has no such token.
     """
 
     cls: int
@@ -76,11 +76,11 @@ class InfillTokens:
         """Finds the ids in a tokenizer that has GLM's control tokens.
 
         Args:
-          tokenizer: to read them from.
-          task_mask: whether the model has [sMASK] for sentences and [gMASK] for documents, or [MASK] for all blanks.
+            tokenizer: To read them from.
+            task_mask: Whether the model has [sMASK] for sentences and [gMASK] for documents, or [MASK] for all blanks.
 
         Raises:
-          ValueError: if control tokens are missing; it lists them.
+            ValueError: If control tokens are missing; it lists them.
         """
         specials = tokenizer.specials
         names = {
@@ -114,12 +114,12 @@ class BlankMix:
     """How often each kind of blanks is drawn, and the parameters of each kind. The defaults are GLM-10B's.
 
     Attributes:
-      token: relative frequency of rows with token-level blanks (short spans).
-      sentence: relative frequency of rows with sentence-level blanks (whole sentences).
-      document: relative frequency of rows with a document-level blank (one long span).
-      document_ratio: a document-level blank covers between this share and all of the text.
-      interior: probability that a document-level blank lies inside the text instead of at its end.
-      block: probability that [dBLOCK] replaces an input token of a token-level span.
+        token: Relative frequency of rows with token-level blanks (short spans).
+        sentence: Relative frequency of rows with sentence-level blanks (whole sentences).
+        document: Relative frequency of rows with a document-level blank (one long span).
+        document_ratio: A document-level blank covers between this share and all of the text.
+        interior: Probability that a document-level blank lies inside the text instead of at its end.
+        block: Probability that [dBLOCK] replaces an input token of a token-level span.
     """
 
     token: float = 0.5
@@ -145,10 +145,10 @@ def source_window(length: int) -> int:
     of the text and are 3.16 tokens long on average; a quarter more spans than that fit into the row, plus four.
 
     Args:
-      length: T, tokens in a row.
+        length: T, tokens in a row.
 
     Raises:
-      ValueError: if the row is too short for any window.
+        ValueError: If the row is too short for any window.
     """
     window = int((length - 8) / (1 + 2 * 1.25 * MASK_RATIO / 3.16)) - 2
     if window < 8:
@@ -167,24 +167,24 @@ def infill_batch(
     """Makes a blank-infilling example of `length` tokens from every row of text.
 
     Args:
-      windows: int [B, N], plain text, which may have eos between documents.
-      examples: int [B], the numbers of these rows in the run (`Sampler.examples_at(step)`).
-      seed: of the run; together with the number of the example it decides all random choices.
-      ids: control tokens.
-      length: T, at least N + 3. Spans that do not fit are not hidden (`source_window` makes that rare).
-      mix: frequencies of the kinds of blanks; None is `BlankMix()`.
+        windows: int [B, N], plain text, which may have eos between documents.
+        examples: int [B], the numbers of these rows in the run (`Sampler.examples_at(step)`).
+        seed: Of the run; together with the number of the example it decides all random choices.
+        ids: Control tokens.
+        length: T, at least N + 3. Spans that do not fit are not hidden (`source_window` makes that rare).
+        mix: Frequencies of the kinds of blanks; None is `BlankMix()`.
 
     Returns:
-      A dict of
-      tokens: int32 [B, T];
-      targets: int32 [B, T], predicted by the logits of the same index;
-      weights: float32 [B, T], 1 for the targets that count in the loss, else 0;
-      positions: int32 [B, 2, T], in the corrupted text and within the span;
-      rank: int32 [B, T], 0 in part A and t + 1 in part B; t attends to s if rank[s] <= rank[t];
-      segment: int32 [B, T], 0 for tokens and -1 for padding. Padding has position 0 and rank 0.
+        A dict of
+        tokens: int32 [B, T];
+        targets: int32 [B, T], predicted by the logits of the same index;
+        weights: float32 [B, T], 1 for the targets that count in the loss, else 0;
+        positions: int32 [B, 2, T], in the corrupted text and within the span;
+        rank: int32 [B, T], 0 in part A and t + 1 in part B; t attends to s if rank[s] <= rank[t];
+        segment: int32 [B, T], 0 for tokens and -1 for padding. Padding has position 0 and rank 0.
 
     Raises:
-      ValueError: if `length` is too short for a window, or [dBLOCK] is wanted and missing.
+        ValueError: If `length` is too short for a window, or [dBLOCK] is wanted and missing.
     """
     mix = mix or BlankMix()
     size = windows.shape[1] + 1
@@ -232,11 +232,11 @@ def corrupt(source: np.ndarray, rng: np.random.Generator, ids: InfillTokens, mix
     """Draws the kind of blanks and then the blanks for one text.
 
     Args:
-      source: int [L], the text, which starts with [CLS].
-      rng: for all random choices.
-      ids: control tokens.
-      mix: frequencies of the kinds of blanks.
-      max_spans: greatest number of blanks.
+        source: int [L], the text, which starts with [CLS].
+        rng: For all random choices.
+        ids: Control tokens.
+        mix: Frequencies of the kinds of blanks.
+        max_spans: Greatest number of blanks.
     """
     shares = np.array([mix.token, mix.sentence, mix.document])
     kind = int(np.searchsorted(np.cumsum(shares) / shares.sum(), rng.random(), side="right"))
@@ -268,17 +268,17 @@ def assemble(
     Source: THUDM/GLM blocklm_utils.py, make_block_data.
 
     Args:
-      source: int [L], the text.
-      spans: [begin, stop) of every blank, disjoint, in the order of part B.
-      mask: the id that replaces a span in part A.
-      start: the id in front of every span in part B.
-      end: the target after every span. None for a span that is the rest of the text, which ends without an
-        end-of-piece token; its last token is a target but no input.
-      inputs: int [L], the input tokens of part B if they differ from `source` because of [dBLOCK].
+        source: int [L], the text.
+        spans: [begin, stop) of every blank, disjoint, in the order of part B.
+        mask: The id that replaces a span in part A.
+        start: The id in front of every span in part B.
+        end: The target after every span. None for a span that is the rest of the text, which ends without an
+            end-of-piece token; its last token is a target but no input.
+        inputs: int [L], the input tokens of part B if they differ from `source` because of [dBLOCK].
 
     Returns:
-      (tokens [T], targets [T], positions [2, T], split), where part B starts at index `split`. The targets of part A
-      repeat its tokens; the loss ignores them.
+        (tokens [T], targets [T], positions [2, T], split), where part B starts at index `split`. The targets of part A
+        repeat its tokens; the loss ignores them.
     """
     inputs = source if inputs is None else inputs
     pieces: list[Any] = []
@@ -318,14 +318,14 @@ def token_spans(source: np.ndarray, rng: np.random.Generator, eos: int, max_span
     probabilities in proportion to the free tokens there.
 
     Args:
-      source: int [L], the text, which starts with [CLS].
-      rng: for all random choices.
-      eos: id of the token between documents.
-      max_spans: greatest number of spans.
+        source: int [L], the text, which starts with [CLS].
+        rng: For all random choices.
+        eos: Id of the token between documents.
+        max_spans: Greatest number of spans.
 
     Returns:
-      [begin, stop) of every span, in the order of the text. Between two spans is at least one token; no span contains
-      [CLS], an eos or the last token.
+        [begin, stop) of every span, in the order of the text. Between two spans is at least one token; no span contains
+        [CLS], an eos or the last token.
     """
     documents = _documents(source, eos)
     free = np.array([stop - begin for begin, stop in documents])
@@ -353,12 +353,12 @@ def sentence_spans(source: np.ndarray, rng: np.random.Generator, ids: InfillToke
     The text after the last sentence end is no sentence, since the window may have cut it off anywhere.
 
     Args:
-      source: int [L], the text, which starts with [CLS].
-      rng: for the order of the sentences.
-      ids: control tokens, and the tokens that end a sentence.
+        source: int [L], the text, which starts with [CLS].
+        rng: For the order of the sentences.
+        ids: Control tokens, and the tokens that end a sentence.
 
     Returns:
-      [begin, stop) of every sentence, in the order drawn. Two of them may be adjacent.
+        [begin, stop) of every sentence, in the order drawn. Two of them may be adjacent.
     """
     ends = np.flatnonzero(ids.sentence_ends[source] | (source == ids.eos))
     begins = np.concatenate([[1], ends[:-1] + 1]) if len(ends) else ends

@@ -42,12 +42,12 @@ class Run:
     """The inputs of a training run, and the folder for its results.
 
     Attributes:
-      config: of the model.
-      settings: of the run.
-      data: batches to train on and to evaluate on.
-      folder: for run.json, metrics.jsonl, events/, checkpoints/ and loss.png.
-      objective: None takes the one that the settings name.
-      params: parameters to start from, such as those of a loaded model; None draws random ones.
+        config: Of the model.
+        settings: Of the run.
+        data: Batches to train on and to evaluate on.
+        folder: For run.json, metrics.jsonl, events/, checkpoints/ and loss.png.
+        objective: None takes the one that the settings name.
+        params: Parameters to start from, such as those of a loaded model; None draws random ones.
     """
 
     config: ModelConfig
@@ -63,12 +63,12 @@ class Result:
     """The result of a training run.
 
     Attributes:
-      params: after `step` updates.
-      step: number of updates.
-      finished: False if the run was stopped before its last step.
-      evaluation: of the final parameters; None if the run was stopped.
-      best: step of the checkpoint with the lowest held-out loss; None if none was evaluated.
-      picture: path of loss.png; None if it was not drawn.
+        params: After `step` updates.
+        step: Number of updates.
+        finished: False if the run was stopped before its last step.
+        evaluation: Of the final parameters; None if the run was stopped.
+        best: Step of the checkpoint with the lowest held-out loss; None if none was evaluated.
+        picture: Path of loss.png; None if it was not drawn.
     """
 
     params: Tree
@@ -91,18 +91,18 @@ def train(
     With several processes, all of them call this with the same arguments after `jax.distributed.initialize()`.
 
     Args:
-      run: what to train. Without `resume`, its folder must not have a run in it.
-      resume: continue from the latest checkpoint in the folder, on the same or another mesh. The result is exactly
-        that of a run which was never stopped.
-      on_finish: called with the result while the mesh is set, to export the model; also for a stopped run.
-      out: where to write the progress; None is stderr.
+        run: What to train. Without `resume`, its folder must not have a run in it.
+        resume: Continue from the latest checkpoint in the folder, on the same or another mesh. The result is exactly
+            that of a run which was never stopped.
+        on_finish: Called with the result while the mesh is set, to export the model; also for a stopped run.
+        out: Where to write the progress; None is stderr.
 
     Raises:
-      ValueError: if the settings do not fit together, or do not fit the devices or the checkpoint.
-      FileExistsError: if the folder has a run in it and `resume` is False.
-      FileNotFoundError: if the folder has no checkpoint and `resume` is True.
-      Diverged: if the loss is not finite. The last checkpoint is intact.
-      OSError: if saving a checkpoint failed. The earlier ones are intact.
+        ValueError: If the settings do not fit together, or do not fit the devices or the checkpoint.
+        FileExistsError: If the folder has a run in it and `resume` is False.
+        FileNotFoundError: If the folder has no checkpoint and `resume` is True.
+        Diverged: If the loss is not finite. The last checkpoint is intact.
+        OSError: If saving a checkpoint failed. The earlier ones are intact.
     """
     settings = run.settings
     mesh = _mesh(settings)

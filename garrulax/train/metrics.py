@@ -17,11 +17,11 @@ class MetricsLog:
     Use as a context manager.
 
     Args:
-      folder: of the run.
-      step: of the state that the run starts from. Records of later steps, left by a killed run, are deleted.
+        folder: Of the run.
+        step: Of the state that the run starts from. Records of later steps, left by a killed run, are deleted.
 
     Attributes:
-      note: says why no TensorBoard events are written; None if they are.
+        note: Says why no TensorBoard events are written; None if they are.
     """
 
     def __init__(self, folder: str | os.PathLike, step: int = 0):
@@ -52,8 +52,8 @@ class MetricsLog:
         """Writes one record.
 
         Args:
-          step: number of updates before the measurement.
-          values: measured, by name; None values are left out.
+            step: Number of updates before the measurement.
+            values: Measured, by name; None values are left out.
         """
         values = {k: v for k, v in values.items() if v is not None}
         if self._file is not None:

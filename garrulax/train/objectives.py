@@ -35,14 +35,14 @@ def causal_lm(
     A row may have several documents: then the batch has the mask streams of `mask_of`.
 
     Args:
-      params: of the model.
-      batch: tokens, targets, weights; positions, rank and segment if rows are packed.
-      config: of the model.
-      key: PRNG key for dropout; None is without dropout.
-      **options: passed on to `garrulax.forward`.
+        params: Of the model.
+        batch: Tokens, targets, weights; positions, rank and segment if rows are packed.
+        config: Of the model.
+        key: PRNG key for dropout; None is without dropout.
+        **options: Passed on to `garrulax.forward`.
 
     Returns:
-      The mean, and the metrics: tokens, the sum of the weights.
+        The mean, and the metrics: tokens, the sum of the weights.
     """
     return _token_loss(params, batch, config, key, options)
 
@@ -53,17 +53,17 @@ def blank_infilling(
     """Mean negative log-likelihood (nats) of the tokens in the blanks (Du et al. 2022, eq. 1).
 
     Args:
-      params: of the model.
-      batch: from `infill.infill_batch`.
-      config: of the model.
-      key: PRNG key for dropout; None is without dropout.
-      **options: passed on to `garrulax.forward`.
+        params: Of the model.
+        batch: From `infill.infill_batch`.
+        config: Of the model.
+        key: PRNG key for dropout; None is without dropout.
+        **options: Passed on to `garrulax.forward`.
 
     Returns:
-      The mean, and the metrics: tokens, the sum of the weights.
+        The mean, and the metrics: tokens, the sum of the weights.
 
     Raises:
-      ValueError: if the batch has no positions or no rank.
+        ValueError: If the batch has no positions or no rank.
     """
     missing = {"positions", "rank"} - batch.keys()
     if missing:
@@ -91,11 +91,11 @@ def negative_log_likelihood(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """-log softmax(logits)[target], in at least float32.
 
     Args:
-      logits: [..., V], of any float dtype.
-      targets: int32 [...].
+        logits: [..., V], of any float dtype.
+        targets: int32 [...].
 
     Returns:
-      Nats, [...].
+        Nats, [...].
     """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     # A masked sum picks the target's logit: XLA fuses it into one reduction and, unlike a gather, it works on a

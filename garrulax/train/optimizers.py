@@ -20,8 +20,8 @@ def make_optimizer(settings: Settings, specs: Tree) -> optax.GradientTransformat
     projection, norms and biases use AdamW at `adam_lr` then.
 
     Args:
-      settings: of the run.
-      specs: ParamSpec tree of the parameters.
+        settings: Of the run.
+        specs: ParamSpec tree of the parameters.
     """
     clip = optax.clip_by_global_norm(settings.clip) if settings.clip else optax.identity()
     if settings.optimizer == "adamw":

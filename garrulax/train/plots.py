@@ -18,14 +18,14 @@ def draw(folder: str | os.PathLike, title: str) -> Path | None:
     If bits per byte are known, a second axis shows them.
 
     Args:
-      folder: of the run.
-      title: of the picture.
+        folder: Of the run.
+        title: Of the picture.
 
     Returns:
-      Path of the picture; None if the run has no losses yet.
+        Path of the picture; None if the run has no losses yet.
 
     Raises:
-      ImportError: if matplotlib is not installed.
+        ImportError: If matplotlib is not installed.
     """
     from matplotlib.figure import Figure  # unlike pyplot, it has no global state and needs no display
 
@@ -54,11 +54,11 @@ def smooth(values: np.ndarray, share: float = 0.02) -> np.ndarray:
     """Exponential moving average over about `share` of the values, run forwards and backwards so that it has no lag.
 
     Args:
-      values: [N].
-      share: of the N values.
+        values: [N].
+        share: Of the N values.
 
     Returns:
-      [N].
+        [N].
     """
     decay = 1 - 1 / max(1.0, share * len(values))
     return (_average(values, decay) + _average(values[::-1], decay)[::-1]) / 2

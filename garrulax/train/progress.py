@@ -16,7 +16,7 @@ class StepTimer:
     the end of every interval.
 
     Attributes:
-      per_step: seconds per step, a moving average over the intervals; None before the first.
+        per_step: Seconds per step, a moving average over the intervals; None before the first.
     """
 
     def __init__(self) -> None:
@@ -57,11 +57,11 @@ class Progress:
     """Writes the progress of a run. Only the first process writes.
 
     Args:
-      steps: of the whole run.
-      tokens: in one step.
-      flops: of one token, forward and backward pass.
-      peak: FLOP/s of all devices together; None if unknown.
-      out: where to write; None is stderr.
+        steps: Of the whole run.
+        tokens: In one step.
+        flops: Of one token, forward and backward pass.
+        peak: FLOP/s of all devices together; None if unknown.
+        out: Where to write; None is stderr.
     """
 
     def __init__(self, steps: int, tokens: int, flops: int, peak: float | None, out: TextIO | None = None):
@@ -75,10 +75,10 @@ class Progress:
         """Shows the latest step.
 
         Args:
-          step: its number.
-          loss: nats per token.
-          lr: learning rate.
-          seconds: per step; None if not known yet.
+            step: Its number.
+            loss: Nats per token.
+            lr: Learning rate.
+            seconds: Per step; None if not known yet.
         """
         now = time.perf_counter()
         if self._quiet or (not self._live and now - self._last < PLAIN_EVERY):

@@ -17,19 +17,19 @@ class Sampler:
     """Random windows of a long text.
 
     Args:
-      tokens: the text, a `Tokens` or an integer array [N].
-      window: T, the length of a row. A window has T + 1 tokens, for inputs and targets.
-      batch: B, rows in a batch over all processes.
-      seed: decides the order; any int, taken modulo 2**64.
-      process_index: of this process.
-      process_count: number of processes. Each gets B / process_count rows; the rows of all processes, in order, are
-        the batch that a single process would get.
+        tokens: The text, a `Tokens` or an integer array [N].
+        window: T, the length of a row. A window has T + 1 tokens, for inputs and targets.
+        batch: B, rows in a batch over all processes.
+        seed: Decides the order; any int, taken modulo 2**64.
+        process_index: Of this process.
+        process_count: Number of processes. Each gets B / process_count rows; the rows of all processes, in order, are
+            the batch that a single process would get.
 
     Attributes:
-      windows_per_epoch: number of windows that the text is cut into.
+        windows_per_epoch: Number of windows that the text is cut into.
 
     Raises:
-      ValueError: if the text is shorter than one window, or B is not a multiple of process_count.
+        ValueError: If the text is shorter than one window, or B is not a multiple of process_count.
     """
 
     def __init__(
@@ -94,18 +94,18 @@ def eval_windows(
     """Yields consecutive windows in which every token of a text, except the first, is a target exactly once.
 
     Args:
-      tokens: the text, a `Tokens` or an integer array [N].
-      window: T, the length of a row.
-      batch: B, rows in a batch over all processes.
-      process_index: of this process.
-      process_count: number of processes.
+        tokens: The text, a `Tokens` or an integer array [N].
+        window: T, the length of a row.
+        batch: B, rows in a batch over all processes.
+        process_index: Of this process.
+        process_count: Number of processes.
 
     Yields:
-      windows, int32 [B / process_count, T + 1], and weights of the targets, float32 [B / process_count, T]. The last
-      windows are padded with token 0 and weight 0.
+        windows, int32 [B / process_count, T + 1], and weights of the targets, float32 [B / process_count, T]. The last
+        windows are padded with token 0 and weight 0.
 
     Raises:
-      ValueError: if the text has fewer than two tokens, or B is not a multiple of process_count.
+        ValueError: If the text has fewer than two tokens, or B is not a multiple of process_count.
     """
     if len(tokens) < 2:
         raise ValueError(f"the held-out text has {len(tokens)} tokens: too few to evaluate on, use more text")
@@ -132,13 +132,13 @@ def permute(index: np.ndarray, size: int, seed: int, epoch: np.ndarray | int) ->
     Ciphers with Arbitrary Finite Domains, 2002).
 
     Args:
-      index: int64, any shape.
-      size: of the permuted range.
-      seed: together with the epoch chooses the permutation.
-      epoch: of every index; broadcast to its shape.
+        index: int64, any shape.
+        size: Of the permuted range.
+        seed: Together with the epoch chooses the permutation.
+        epoch: Of every index; broadcast to its shape.
 
     Returns:
-      int64, the shape of `index`.
+        int64, the shape of `index`.
     """
     a = max(1, int(np.ceil(np.sqrt(size))))
     b = -(-size // a)

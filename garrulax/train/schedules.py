@@ -19,20 +19,21 @@ def make_schedule(
     """Makes a schedule that rises to `peak` in the warm-up and then falls to `min_ratio * peak`.
 
     Args:
-      kind: "constant" stays at the peak. "linear" and "cosine" (Loshchilov & Hutter 2017, eq. 5) fall from the warm-up
-        to the last step. "wsd" (warm-up, stable, decay: Hu et al. 2024, arXiv 2404.06395) stays at the peak and falls
-        linearly at the end. "warmup_linear" is GPT-1's: it decays during the warm-up too, and its first rate is 0.
-      peak: highest learning rate.
-      steps: number of updates in the run.
-      warmup: number of steps, or a share of all steps if below 1.
-      min_ratio: last learning rate divided by the peak.
-      decay: length of wsd's decay: number of steps, or a share of all steps if below 1.
+        kind: "constant" stays at the peak. "linear" and "cosine" (Loshchilov & Hutter 2017, eq. 5) fall from the
+            warm-up to the last step. "wsd" (warm-up, stable, decay: Hu et al. 2024, arXiv 2404.06395) stays at the peak
+            and falls linearly at the end. "warmup_linear" is GPT-1's: it decays during the warm-up too, and its first
+            rate is 0.
+        peak: Highest learning rate.
+        steps: Number of updates in the run.
+        warmup: Number of steps, or a share of all steps if below 1.
+        min_ratio: Last learning rate divided by the peak.
+        decay: Length of wsd's decay: number of steps, or a share of all steps if below 1.
 
     Returns:
-      A function from the step number (int or int32 scalar) to the learning rate.
+        A function from the step number (int or int32 scalar) to the learning rate.
 
     Raises:
-      ValueError: for an unknown kind, and if warm-up and decay are longer than the run.
+        ValueError: For an unknown kind, and if warm-up and decay are longer than the run.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown schedule {kind!r}: choose from {', '.join(KINDS)}")

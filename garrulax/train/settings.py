@@ -27,49 +27,49 @@ class Settings:
     """All settings of a training run, except the fields of the model's config.
 
     Attributes:
-      preset: the model to start from; `garrulax info --all` lists them.
-      corpus: text to train on: files, folders, glob patterns, or stdlib (the source of Python's standard library).
-      valid: held-out text, written like corpus; if empty, a part of the corpus is held out.
-      tokenizer: sentencepiece (trained on the corpus), bytes or chars (one id for each), or a path.
-      vocab: number of token ids, if a sentencepiece tokenizer is trained.
-      objective: causal or infill; none is the default of the model's family.
-      token_blanks: relative frequency of infill's rows with short blanks.
-      sentence_blanks: relative frequency of infill's rows with blanks of whole sentences.
-      document_blanks: relative frequency of infill's rows with one long blank.
+        preset: The model to start from; `garrulax info --all` lists them.
+        corpus: Text to train on: files, folders, glob patterns, or stdlib (the source of Python's standard library).
+        valid: held-out text, written like corpus; if empty, a part of the corpus is held out.
+        tokenizer: Sentencepiece (trained on the corpus), bytes or chars (one id for each), or a path.
+        vocab: Number of token ids, if a sentencepiece tokenizer is trained.
+        objective: Causal or infill; none is the default of the model's family.
+        token_blanks: Relative frequency of infill's rows with short blanks.
+        sentence_blanks: Relative frequency of infill's rows with blanks of whole sentences.
+        document_blanks: Relative frequency of infill's rows with one long blank.
 
-      steps: number of updates.
-      batch: rows in a step, over all processes.
-      window: tokens in a row.
-      accumulation: micro-batches in a batch, computed one after another to save memory.
+        steps: Number of updates.
+        batch: Rows in a step, over all processes.
+        window: Tokens in a row.
+        accumulation: micro-batches in a batch, computed one after another to save memory.
 
-      optimizer: muon or adamw.
-      lr: peak learning rate; none is 0.02 with muon, 0.001 with adamw.
-      adam_lr: with muon, peak rate of embeddings, output, norms and biases, which use Adam; none is 0.004.
-      schedule: how the learning rate changes: constant, linear, cosine, wsd or warmup_linear.
-      warmup: number of warm-up steps, or a share of all steps if below 1.
-      decay: number of steps of wsd's decay, or a share of all steps if below 1.
-      min_lr_ratio: last learning rate divided by the peak.
-      weight_decay: decoupled weight decay; none is 0 with muon, 0.1 with adamw.
-      clip: norm that gradients are clipped to; 0 does not clip.
-      beta1: decay rate of Adam's first moment.
-      beta2: decay rate of Adam's second moment.
-      eps: added to the denominator in Adam.
-      momentum: decay rate of Muon's momentum.
+        optimizer: Muon or adamw.
+        lr: Peak learning rate; none is 0.02 with muon, 0.001 with adamw.
+        adam_lr: With muon, peak rate of embeddings, output, norms and biases, which use Adam; none is 0.004.
+        schedule: How the learning rate changes: constant, linear, cosine, wsd or warmup_linear.
+        warmup: Number of warm-up steps, or a share of all steps if below 1.
+        decay: Number of steps of wsd's decay, or a share of all steps if below 1.
+        min_lr_ratio: Last learning rate divided by the peak.
+        weight_decay: Decoupled weight decay; none is 0 with muon, 0.1 with adamw.
+        clip: Norm that gradients are clipped to; 0 does not clip.
+        beta1: Decay rate of Adam's first moment.
+        beta2: Decay rate of Adam's second moment.
+        eps: Added to the denominator in Adam.
+        momentum: Decay rate of Muon's momentum.
 
-      seed: decides initial parameters, order of the data, and dropout.
-      precision: dtype of the computation: float32 or bfloat16; the parameters stay in float32.
-      remat: recomputed in the backward pass to save memory: none, dots (all but matrix products) or full.
-      unroll: compile the layers as straight code, not as a loop; none does so for few layers on a CPU.
-      dropout: whether to apply the dropout rates of the model's config.
+        seed: Decides initial parameters, order of the data, and dropout.
+        precision: Dtype of the computation: float32 or bfloat16; the parameters stay in float32.
+        remat: Recomputed in the backward pass to save memory: none, dots (all but matrix products) or full.
+        unroll: Compile the layers as straight code, not as a loop; none does so for few layers on a CPU.
+        dropout: Whether to apply the dropout rates of the model's config.
 
-      mesh: devices by axis, such as fsdp=4,tensor=2; empty is one device.
-      rules: how parameters are sharded over the mesh: ddp, fsdp, tp or fsdp+tp.
+        mesh: Devices by axis, such as fsdp=4,tensor=2; empty is one device.
+        rules: How parameters are sharded over the mesh: ddp, fsdp, tp or fsdp+tp.
 
-      log_every: steps between records of the training loss.
-      eval_every: steps between evaluations; the last step is always evaluated.
-      eval_tokens: most tokens of an evaluation, 0 for all; the one after the last step takes all.
-      checkpoint_every: steps between checkpoints; the last step is always saved.
-      keep: number of latest checkpoints to keep, besides the best one.
+        log_every: Steps between records of the training loss.
+        eval_every: Steps between evaluations; the last step is always evaluated.
+        eval_tokens: Most tokens of an evaluation, 0 for all; the one after the last step takes all.
+        checkpoint_every: Steps between checkpoints; the last step is always saved.
+        keep: Number of latest checkpoints to keep, besides the best one.
     """
 
     preset: str = "gpt2"
@@ -165,13 +165,13 @@ def read_settings(
     the overrides.
 
     Args:
-      file: TOML, or None.
-      overrides: `key=value` texts, which replace values of the file.
-      start: settings to change; None is the defaults.
+        file: TOML, or None.
+        overrides: `key=value` texts, which replace values of the file.
+        start: Settings to change; None is the defaults.
 
     Raises:
-      ValueError: for an unknown key, naming the nearest known one, and for values of a wrong type or out of range.
-      FileNotFoundError: if the file does not exist.
+        ValueError: For an unknown key, naming the nearest known one, and for values of a wrong type or out of range.
+        FileNotFoundError: If the file does not exist.
     """
     changes = {**_toml(file), **_pairs(overrides)}
     model = changes.pop("model", {})
@@ -192,12 +192,12 @@ def read_run_file(folder: str | os.PathLike, overrides: Iterable[str] = ()) -> t
     """Reads the settings and the model's config from a run's folder, to resume the run.
 
     Args:
-      folder: of the run.
-      overrides: settings to change, as `key=value` texts.
+        folder: Of the run.
+        overrides: Settings to change, as `key=value` texts.
 
     Raises:
-      FileNotFoundError: if it is not the folder of a run.
-      ValueError: as `read_settings` does.
+        FileNotFoundError: If it is not the folder of a run.
+        ValueError: As `read_settings` does.
     """
     file = Path(folder, "run.json")
     if not file.exists():
@@ -211,9 +211,9 @@ def run_identity(settings: Settings, config: ModelConfig, data: Mapping[str, str
     """The JSON object that identifies a run in run.json and in every checkpoint.
 
     Args:
-      settings: of the run.
-      config: of the model.
-      data: hashes, by name, of everything that the batches depend on (`batches.Data.identity`).
+        settings: Of the run.
+        config: Of the model.
+        data: Hashes, by name, of everything that the batches depend on (`batches.Data.identity`).
     """
     record = {"settings": dataclasses.asdict(settings), "config": dataclasses.asdict(config), "data": dict(data)}
     return json.loads(json.dumps(record))  # tuples become lists, as in a record read from a file
@@ -223,8 +223,8 @@ def differences(current: Mapping[str, Any], saved: Mapping[str, Any]) -> list[st
     """The differences that forbid a run to resume from a checkpoint, such as "config.layers is 4, was 6".
 
     Args:
-      current: `run_identity` of the run.
-      saved: `run_identity` in the checkpoint.
+        current: `run_identity` of the run.
+        saved: `run_identity` in the checkpoint.
     """
     found = []
     for part in ("config", "data", "settings"):

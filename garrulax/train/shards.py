@@ -56,9 +56,9 @@ class Tokens:
     `len(tokens)` is the number of tokens; `tokens[i]` is an int, `tokens[a:b]` an int32 array (copied from disk).
 
     Attributes:
-      bytes: size of the text in UTF-8 without separators: the denominator of bits per byte.
-      documents: int64 [D + 1], the index of the first token of each document, then `len(tokens)`. The separator after
-        a document belongs to it.
+        bytes: Size of the text in UTF-8 without separators: the denominator of bits per byte.
+        documents: int64 [D + 1], the index of the first token of each document, then `len(tokens)`. The separator after
+            a document belongs to it.
     """
 
     def __init__(self, shards: Sequence[np.ndarray], bytes: int, documents: np.ndarray):
@@ -92,11 +92,11 @@ class Tokens:
         """Windows of equal length.
 
         Args:
-          starts: int64 [B], index of the first token of every window.
-          length: of a window.
+            starts: int64 [B], index of the first token of every window.
+            length: Of a window.
 
         Returns:
-          int32 [B, length].
+            int32 [B, length].
         """
         shard = np.searchsorted(self._ends, starts, side="right")
         # Fast path: all windows lie in one shard.
@@ -111,16 +111,16 @@ class Dataset:
     """A data set on disk, opened.
 
     Args:
-      folder: of the data set.
+        folder: Of the data set.
 
     Attributes:
-      train: `Tokens` to train on.
-      valid: held-out `Tokens`.
-      meta: the content of meta.json: format, hashes of corpus and tokenizer, vocab, eos, dtype, sizes of each split.
+        train: `Tokens` to train on.
+        valid: held-out `Tokens`.
+        meta: The content of meta.json: format, hashes of corpus and tokenizer, vocab, eos, dtype, sizes of each split.
 
     Raises:
-      FileNotFoundError: if the folder is not a data set.
-      ValueError: if its files are damaged or of another format.
+        FileNotFoundError: If the folder is not a data set.
+        ValueError: If its files are damaged or of another format.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -176,16 +176,16 @@ def build_shards(
     with a line, to bound the memory. Several processes may call this at once: one builds, the others wait.
 
     Args:
-      corpus: to tokenize.
-      tokenizer: any tokenizer of garrulax.hub. Its vocab decides between uint16 and uint32.
-      root: folder of all data sets; None is `default_root()`.
-      shard_tokens: most tokens in one file.
-      progress: called after every batch of documents.
+        corpus: To tokenize.
+        tokenizer: Any tokenizer of garrulax.hub. Its vocab decides between uint16 and uint32.
+        root: Folder of all data sets; None is `default_root()`.
+        shard_tokens: Most tokens in one file.
+        progress: Called after every batch of documents.
 
     Raises:
-      ValueError: if a split has several documents and the tokenizer has no eos to separate them, or if the tokenizer
-        cannot encode a document, which is named.
-      OSError: if the disk is full; the incomplete data set is deleted.
+        ValueError: If a split has several documents and the tokenizer has no eos to separate them, or if the tokenizer
+            cannot encode a document, which is named.
+        OSError: If the disk is full; the incomplete data set is deleted.
     """
     root = default_root() if root is None else Path(root)
     root.mkdir(parents=True, exist_ok=True)

@@ -18,10 +18,10 @@ class TrainState:
     """The state of a run.
 
     Attributes:
-      step: int32 scalar, number of updates so far.
-      params: parameters of the model, in the dtype that they are updated in.
-      opt_state: of the Optax optimizer.
-      key: PRNG key of the run. It never changes: dropout folds the step into it.
+        step: int32 scalar, number of updates so far.
+        params: Parameters of the model, in the dtype that they are updated in.
+        opt_state: Of the Optax optimizer.
+        key: PRNG key of the run. It never changes: dropout folds the step into it.
     """
 
     step: Any
@@ -44,15 +44,15 @@ def init_state(
     """Makes the state before the first step.
 
     Args:
-      config: of the model.
-      optimizer: from `optimizers.make_optimizer`.
-      seed: of the initial parameters and of dropout.
-      mesh: to create the state on, already sharded. It must be set with `jax.set_mesh`. None is one device.
-      rules: of sharding, such as a name in `core.sharding.RULES`.
-      dtype: of the parameters.
-      params: parameters to start from, as arrays of any kind; None draws random ones. They are copied, because a step
-        donates its state.
-      specs: ParamSpec tree of `params`, if they have more leaves than the config's family says, such as a head.
+        config: Of the model.
+        optimizer: From `optimizers.make_optimizer`.
+        seed: Of the initial parameters and of dropout.
+        mesh: To create the state on, already sharded. It must be set with `jax.set_mesh`. None is one device.
+        rules: Of sharding, such as a name in `core.sharding.RULES`.
+        dtype: Of the parameters.
+        params: Parameters to start from, as arrays of any kind; None draws random ones. They are copied, because a step
+            donates its state.
+        specs: ParamSpec tree of `params`, if they have more leaves than the config's family says, such as a head.
     """
     init_key, key = jax.random.split(jax.random.key(seed))
     if params is None:
@@ -80,12 +80,12 @@ def abstract_state(
     """The shapes, dtypes and shardings of `init_state`'s result, to restore a checkpoint into. Allocates nothing.
 
     Args:
-      config: of the model.
-      optimizer: from `optimizers.make_optimizer`.
-      mesh: of the state; None is one device.
-      rules: of sharding, such as a name in `core.sharding.RULES`.
-      dtype: of the parameters.
-      specs: ParamSpec tree of the parameters, if it is not that of the config's family.
+        config: Of the model.
+        optimizer: From `optimizers.make_optimizer`.
+        mesh: Of the state; None is one device.
+        rules: Of sharding, such as a name in `core.sharding.RULES`.
+        dtype: Of the parameters.
+        specs: ParamSpec tree of the parameters, if it is not that of the config's family.
     """
     specs = models.parameters(config) if specs is None else specs
     params = spec.abstract(specs, dtype, None if mesh is None else sharding.shardings(specs, mesh, rules))

@@ -30,10 +30,10 @@ def make_train_step(
     finite (bool).
 
     Args:
-      config: of the model.
-      settings: of the run; uses precision, remat, unroll, dropout and the learning-rate schedule.
-      optimizer: from `optimizers.make_optimizer`.
-      objective: to minimise, see `train.objectives`.
+        config: Of the model.
+        settings: Of the run; uses precision, remat, unroll, dropout and the learning-rate schedule.
+        optimizer: From `optimizers.make_optimizer`.
+        objective: To minimise, see `train.objectives`.
     """
     gradient = _gradient(config, settings, objective)
     schedule = schedule_of(settings, settings.lr)

@@ -47,9 +47,9 @@ class ControlTokens:
     """Ids of the control tokens.
 
     Attributes:
-      start: begins a sequence.
-      delimiter: separates two texts.
-      classify: ends a sequence; the head reads its state.
+        start: Begins a sequence.
+        delimiter: Separates two texts.
+        classify: Ends a sequence; the head reads its state.
     """
 
     start: int
@@ -70,13 +70,13 @@ def sequences(task: str, texts: Sequence[Sequence[int]], control: ControlTokens,
     the length, as in the original code.
 
     Args:
-      task: a name in `TASKS`.
-      texts: token ids of the texts that `TASKS` lists for the task.
-      control: ids of the control tokens.
-      length: greatest length of a sequence.
+        task: A name in `TASKS`.
+        texts: Token ids of the texts that `TASKS` lists for the task.
+        control: Ids of the control tokens.
+        length: Greatest length of a sequence.
 
     Raises:
-      ValueError: for a wrong number of texts, and for a length that is too short for them.
+        ValueError: For a wrong number of texts, and for a length that is too short for them.
     """
     _check_task(task)
     fits = {"classification": len(texts) == 1, "multiple_choice": len(texts) > 2}.get(task, len(texts) == 2)
@@ -114,16 +114,16 @@ def make_batch(
     """Makes a batch, see the module docstring.
 
     Args:
-      task: a name in `TASKS`.
-      examples: B examples, each a list of texts as for `sequences`.
-      labels: of the examples.
-      control: ids of the control tokens.
-      length: T.
-      pad: id that fills up the rows.
+        task: A name in `TASKS`.
+        examples: B examples, each a list of texts as for `sequences`.
+        labels: Of the examples.
+        control: Ids of the control tokens.
+        length: T.
+        pad: Id that fills up the rows.
 
     Raises:
-      ValueError: as `sequences` does; and if the examples have different numbers of choices, or labels are missing or
-        out of range.
+        ValueError: As `sequences` does; and if the examples have different numbers of choices, or labels are missing or
+            out of range.
     """
     rows = [sequences(task, texts, control, length) for texts in examples]
     if len(rows) != len(labels) or not rows:
@@ -153,13 +153,13 @@ def make_objective(
     examples predicted right), task_loss and lm_loss.
 
     Args:
-      task: a name in `TASKS`.
-      lm_weight: of the language-model loss (lambda in the paper).
-      lm_outputs: the outputs that the language model chooses from, see `lm_losses`.
-      head_dropout: rate of dropout of the states before the head.
+        task: A name in `TASKS`.
+        lm_weight: Of the language-model loss (lambda in the paper).
+        lm_outputs: The outputs that the language model chooses from, see `lm_losses`.
+        head_dropout: Rate of dropout of the states before the head.
 
     Raises:
-      ValueError: for an unknown task or `lm_outputs`, and a rate outside 0 <= rate < 1.
+        ValueError: For an unknown task or `lm_outputs`, and a rate outside 0 <= rate < 1.
     """
     _check_task(task)
     if lm_outputs not in LM_OUTPUTS:
@@ -199,14 +199,14 @@ def hidden_states(
     """Hidden states [B, S, T, D] of a batch.
 
     Args:
-      params: of the model.
-      batch: see the module docstring.
-      config: of the model.
-      key: PRNG key for dropout; None is without dropout.
-      **options: passed on to `models.hidden`.
+        params: Of the model.
+        batch: See the module docstring.
+        config: Of the model.
+        key: PRNG key for dropout; None is without dropout.
+        **options: Passed on to `models.hidden`.
 
     Raises:
-      ValueError: if the rows are longer than the model's context.
+        ValueError: If the rows are longer than the model's context.
     """
     tokens = batch["tokens"]
     examples, sequences, length = tokens.shape
@@ -223,15 +223,15 @@ def task_logits(
     """Applies the head to the last token of every sequence, which is `classify`.
 
     Args:
-      params: of the model and the head.
-      x: hidden states [B, S, T, D].
-      batch: see the module docstring; its weights say where the sequences end.
-      task: a name in `TASKS`.
-      rate: of dropout before the head.
-      key: PRNG key for dropout; None is without dropout.
+        params: Of the model and the head.
+        x: Hidden states [B, S, T, D].
+        batch: See the module docstring; its weights say where the sequences end.
+        task: A name in `TASKS`.
+        rate: Of dropout before the head.
+        key: PRNG key for dropout; None is without dropout.
 
     Returns:
-      Logits [B, N], or [B, S] for multiple choice.
+        Logits [B, N], or [B, S] for multiple choice.
     """
     _check_task(task)
     last = jnp.sum(batch["weights"], axis=-1).astype(jnp.int32) - 1  # [B, S]
@@ -243,18 +243,18 @@ def lm_losses(params: Tree, x: jax.Array, batch: Batch, config: gpt.Config, outp
     """Mean negative log-likelihood (nats) of the tokens of each sequence, except its first.
 
     Args:
-      params: of the model.
-      x: hidden states [B, S, T, D].
-      batch: see the module docstring.
-      config: of the model.
-      outputs: "vocabulary": softmax over the tokens. "matrix": softmax over the tokens and the positions, since the
-        original code has both in one tied matrix and uses all its rows as outputs.
+        params: Of the model.
+        x: Hidden states [B, S, T, D].
+        batch: See the module docstring.
+        config: Of the model.
+        outputs: "vocabulary": softmax over the tokens. "matrix": softmax over the tokens and the positions, since the
+            original code has both in one tied matrix and uses all its rows as outputs.
 
     Returns:
-      [B, S].
+        [B, S].
 
     Raises:
-      ValueError: for "matrix" if the output head is not tied.
+        ValueError: For "matrix" if the output head is not tied.
     """
     if outputs == "matrix" and not config.tied:
         raise ValueError("lm_outputs='matrix' needs a tied output: the matrix is the embedding's")

@@ -18,13 +18,13 @@ def replace(instance: T, changes: Mapping[str, Any], prefix: str = "") -> T:
     """A copy of a dataclass instance with some fields changed.
 
     Args:
-      instance: of a dataclass.
-      changes: new values by field. Keys may be dotted ("rope.theta"); values may be texts, as on a command line.
-      prefix: put before the names of fields in errors, such as "model.".
+        instance: Of a dataclass.
+        changes: New values by field. Keys may be dotted ("rope.theta"); values may be texts, as on a command line.
+        prefix: Put before the names of fields in errors, such as "model.".
 
     Raises:
-      ValueError: for an unknown field, naming the nearest known one, and for a value of another type. Errors of the
-        dataclass's own checks are passed on.
+        ValueError: For an unknown field, naming the nearest known one, and for a value of another type. Errors of the
+            dataclass's own checks are passed on.
     """
     hints = typing.get_type_hints(type(instance))
     values: dict[str, Any] = {}
@@ -51,12 +51,12 @@ def convert(hint: Any, value: Any, name: str) -> Any:
     """Converts a value, such as a text from a command line, to the type of a field.
 
     Args:
-      hint: bool, int, float, str, a tuple of one of them, or a union of these.
-      value: to convert.
-      name: of the field, for errors.
+        hint: bool, int, float, str, a tuple of one of them, or a union of these.
+        value: To convert.
+        name: Of the field, for errors.
 
     Raises:
-      ValueError: if the value is not of that type.
+        ValueError: If the value is not of that type.
     """
     if isinstance(hint, types.UnionType):
         return _one_of(typing.get_args(hint), value, name)

@@ -19,19 +19,19 @@ class Tokenizer(abc.ABC):
     """Text to ids and back.
 
     Attributes:
-      vocab: number of ids; every id is in 0 .. vocab - 1 (some ids may stand for nothing).
-      bos: id that begins a text, or None.
-      eos: id that ends a text and separates documents, or None.
-      pad: id that fills batches, or None.
-      specials: text -> id of the control tokens, which `encode` never returns.
-      prefix: ids that models of this tokenizer expect before a prompt; `prompt` adds them, `encode` never.
-      suffix: ids that they expect after a prompt.
-      ends: ids besides eos that end an answer in a conversation.
-      config: content of tokenizer_config.json, perhaps with the Jinja source `chat_template`.
-      chat_format: name of the published chat format of the family (`chat.FORMATS`), or None.
-      strips_space: whether decoding drops one leading space from the first token of a text (SentencePiece puts a dummy
-        space before every text).
-      spaces_words: whether a token that ends a word includes a space, which is shown only if a word follows (GPT-1).
+        vocab: Number of ids; every id is in 0 .. vocab - 1 (some ids may stand for nothing).
+        bos: Id that begins a text, or None.
+        eos: Id that ends a text and separates documents, or None.
+        pad: Id that fills batches, or None.
+        specials: Text -> id of the control tokens, which `encode` never returns.
+        prefix: Ids that models of this tokenizer expect before a prompt; `prompt` adds them, `encode` never.
+        suffix: Ids that they expect after a prompt.
+        ends: Ids besides eos that end an answer in a conversation.
+        config: Content of tokenizer_config.json, perhaps with the Jinja source `chat_template`.
+        chat_format: Name of the published chat format of the family (`chat.FORMATS`), or None.
+        strips_space: Whether decoding drops one leading space from the first token of a text (SentencePiece puts a
+            dummy space before every text).
+        spaces_words: Whether a token that ends a word includes a space, which is shown only if a word follows (GPT-1).
     """
 
     vocab: int
@@ -69,11 +69,11 @@ class Tokenizer(abc.ABC):
         """Ids of a plain text; never control tokens.
 
         Args:
-          text: the text.
-          start: False if the text continues an earlier one; it then gets no dummy space in front.
+            text: The text.
+            start: False if the text continues an earlier one; it then gets no dummy space in front.
 
         Raises:
-          ValueError: the vocabulary cannot express the text.
+            ValueError: The vocabulary cannot express the text.
         """
         return self.encode_batch([text], start=start)[0]
 
@@ -92,15 +92,15 @@ class Tokenizer(abc.ABC):
         """The ids of a conversation, ready for the model to answer. No message can forge control tokens.
 
         Args:
-          messages: `{"role": "user", "content": "..."}`, oldest first.
-          add_generation_prompt: whether to append the tokens that begin an answer.
-          template: name of a published format (`chat.FORMATS`), or Jinja source. By default the Jinja `chat_template`
-            of the folder, or else the published format of its family.
-          variables: further variables of a Jinja template, such as `tools`.
+            messages: `{"role": "user", "content": "..."}`, oldest first.
+            add_generation_prompt: Whether to append the tokens that begin an answer.
+            template: Name of a published format (`chat.FORMATS`), or Jinja source. By default the Jinja `chat_template`
+                of the folder, or else the published format of its family.
+            variables: Further variables of a Jinja template, such as `tools`.
 
         Raises:
-          ValueError: there are no messages, a role is unknown, or there is no template.
-          ImportError: a Jinja template needs jinja2 (extra `chat`).
+            ValueError: There are no messages, a role is unknown, or there is no template.
+            ImportError: A Jinja template needs jinja2 (extra `chat`).
         """
         return chat.encode_conversation(self, messages, add_generation_prompt, template, variables)
 
@@ -126,11 +126,11 @@ class Tokenizer(abc.ABC):
         """The text of `tokens`, without control tokens; bytes that are not UTF-8 become U+FFFD.
 
         Args:
-          tokens: ids.
-          start: False if the tokens continue an earlier text; a leading space is then kept.
+            tokens: Ids.
+            start: False if the tokens continue an earlier text; a leading space is then kept.
 
         Raises:
-          ValueError: an id is outside 0 .. vocab - 1.
+            ValueError: An id is outside 0 .. vocab - 1.
         """
         stream = self.stream(start=start)
         return stream.push(tokens) + stream.flush()
@@ -166,10 +166,10 @@ class StreamDecoder:
     The pushed texts and `flush()` together equal `tokenizer.decode` of all the ids.
 
     Example:
-      >>> from garrulax.hub.tokenizers import ByteTokenizer
-      >>> stream = ByteTokenizer().stream()
-      >>> [stream.push([token]) for token in "né".encode()]
-      ['n', '', 'é']
+        >>> from garrulax.hub.tokenizers import ByteTokenizer
+        >>> stream = ByteTokenizer().stream()
+        >>> [stream.push([token]) for token in "né".encode()]
+        ['n', '', 'é']
     """
 
     def __init__(self, tokenizer: Tokenizer, *, start: bool = True):

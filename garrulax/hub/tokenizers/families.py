@@ -46,13 +46,13 @@ class TokenizerFamily:
     """Facts that the code of a family adds to its tokenizer's files.
 
     Attributes:
-      added: control tokens whose ids follow the vocabulary, in this order; None leaves an id free. Ids that files of
-        the folder list take precedence.
-      names: bos_token, eos_token and pad_token, used where tokenizer_config.json does not name them.
-      prefix: control tokens before a prompt.
-      suffix: control tokens after a prompt.
-      ends: tokens besides eos that end an answer.
-      chat: name of the format (`chat.FORMATS`) of the family's chat models.
+        added: Control tokens whose ids follow the vocabulary, in this order; None leaves an id free. Ids that files of
+            the folder list take precedence.
+        names: bos_token, eos_token and pad_token, used where tokenizer_config.json does not name them.
+        prefix: Control tokens before a prompt.
+        suffix: Control tokens after a prompt.
+        ends: Tokens besides eos that end an answer.
+        chat: Name of the format (`chat.FORMATS`) of the family's chat models.
     """
 
     added: tuple[str | None, ...] = ()
@@ -142,17 +142,17 @@ def recognise(
     """The family of a tokenizer file, found by the six tests that the module's docstring explains.
 
     Args:
-      file: name of the tokenizer file.
-      config: content of tokenizer_config.json.
-      model: content of config.json.
-      added: added tokens that files of the folder name.
-      ranks: number of ranks in a tiktoken file; 0 for other files.
+        file: Name of the tokenizer file.
+        config: Content of tokenizer_config.json.
+        model: Content of config.json.
+        added: Added tokens that files of the folder name.
+        ranks: Number of ranks in a tiktoken file; 0 for other files.
 
     Returns:
-      A key of `TOKENIZER_FAMILIES`, or None if no test succeeds.
+        A key of `TOKENIZER_FAMILIES`, or None if no test succeeds.
 
     Raises:
-      ValueError: `garrulax_family` is not a key of `TOKENIZER_FAMILIES`.
+        ValueError: `garrulax_family` is not a key of `TOKENIZER_FAMILIES`.
     """
     # 1. Our own `save` wrote it.
     name = config.get("garrulax_family")
@@ -192,10 +192,10 @@ def complete_config(
     """tokenizer_config.json, completed with the facts of the family. Entries of the file take precedence.
 
     Args:
-      family: a key of `TOKENIZER_FAMILIES`, or None.
-      config: content of tokenizer_config.json.
-      generation: content of generation_config.json, in which Baichuan's chat models name their role tokens.
-      added: the control tokens that exist; older models of a family may lack some.
+        family: A key of `TOKENIZER_FAMILIES`, or None.
+        config: Content of tokenizer_config.json.
+        generation: Content of generation_config.json, in which Baichuan's chat models name their role tokens.
+        added: The control tokens that exist; older models of a family may lack some.
     """
     own = {} if family is None else {"garrulax_family": family}
     if family is not None:
@@ -209,9 +209,9 @@ def added_tokens(family: str | None, size: int, listed: dict[str, int]) -> dict[
     """Text -> id of the control tokens outside of the vocabulary.
 
     Args:
-      family: a key of `TOKENIZER_FAMILIES`, or None.
-      size: number of ids in the vocabulary; the tokens of the family follow it.
-      listed: text -> id of the control tokens that files list. They take precedence, and so do their ids.
+        family: A key of `TOKENIZER_FAMILIES`, or None.
+        size: Number of ids in the vocabulary; the tokens of the family follow it.
+        listed: Text -> id of the control tokens that files list. They take precedence, and so do their ids.
     """
     own = {} if family is None else {content: size + i for i, content in enumerate(TOKENIZER_FAMILIES[family].added)}
     return {content: i for content, i in own.items() if content and i not in listed.values()} | listed
@@ -221,7 +221,7 @@ def apply_family(tokenizer: Tokenizer, family: str | None) -> Tokenizer:
     """Gives `tokenizer` the prefix, suffix, ends and chat format of its family; a prefix from its file stays.
 
     Raises:
-      ValueError: the tokenizer lacks a token of the family's prefix or suffix.
+        ValueError: The tokenizer lacks a token of the family's prefix or suffix.
     """
     if family is not None:
         facts, ids = TOKENIZER_FAMILIES[family], tokenizer.specials

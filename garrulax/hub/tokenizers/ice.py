@@ -23,13 +23,13 @@ class IceTokenizer(SentencePieceTokenizer):
     As in the published tokenizer, the text "<n>" decodes to a line break, and "<|blank_4|>" to four spaces.
 
     Args:
-      model: content of ice_text.model. If it lacks the control, whitespace and byte tokens (icetk's own file does),
-        they are appended to its pieces, as the published code does.
-      specials: as in SentencePieceTokenizer.
-      config: as in SentencePieceTokenizer; `num_image_tokens` (default 20000) is added to every id of the model.
+        model: Content of ice_text.model. If it lacks the control, whitespace and byte tokens (icetk's own file does),
+            they are appended to its pieces, as the published code does.
+        specials: As in SentencePieceTokenizer.
+        config: As in SentencePieceTokenizer; `num_image_tokens` (default 20000) is added to every id of the model.
 
     Raises:
-      ValueError: `num_image_tokens` is not a count.
+        ValueError: `num_image_tokens` is not a count.
     """
 
     file = "ice_text.model"

@@ -47,13 +47,13 @@ def encode_with_template(
     """The ids of a conversation in a Jinja template.
 
     Args:
-      tokenizer: encodes the rendered text; its control tokens are protected.
-      source: the template.
-      messages: the conversation; plain data (texts, numbers, lists, dicts).
-      variables: variables of the template, as in transformers, such as `add_generation_prompt` and `tools`.
+        tokenizer: Encodes the rendered text; its control tokens are protected.
+        source: The template.
+        messages: The conversation; plain data (texts, numbers, lists, dicts).
+        variables: Variables of the template, as in transformers, such as `add_generation_prompt` and `tools`.
 
     Raises:
-      ValueError: the template fails or exceeds a limit, or the messages are not plain data; always one line.
+        ValueError: The template fails or exceeds a limit, or the messages are not plain data; always one line.
     """
     if len(source) > LARGEST:
         raise ValueError(f"the chat template has {len(source)} characters, more than {LARGEST}")

@@ -22,11 +22,11 @@ class JsonTokenizer(Tokenizer):
     """A tokenizer of the Hugging Face `tokenizers` library, as stored in tokenizer.json.
 
     Args:
-      tokenizer: the library's object; its padding and truncation are switched off.
-      config: content of tokenizer_config.json, which may name bos, eos and pad.
+        tokenizer: The library's object; its padding and truncation are switched off.
+        config: Content of tokenizer_config.json, which may name bos, eos and pad.
 
     Raises:
-      ValueError: `config` names a token that does not exist, or the decoder is of type CTC.
+        ValueError: `config` names a token that does not exist, or the decoder is of type CTC.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, config: dict[str, Any] | None = None):
@@ -157,13 +157,13 @@ class ByteTokenizer(Tokenizer):
     `save` writes a byte-level tokenizer.json, which loads as a `JsonTokenizer` with the same ids.
 
     Args:
-      specials: texts of the control tokens.
+        specials: Texts of the control tokens.
 
     Example:
-      >>> from garrulax.hub.tokenizers import ByteTokenizer
-      >>> tokenizer = ByteTokenizer()
-      >>> tokenizer.encode("né"), tokenizer.eos
-      ([110, 195, 169], 256)
+        >>> from garrulax.hub.tokenizers import ByteTokenizer
+        >>> tokenizer = ByteTokenizer()
+        >>> tokenizer.encode("né"), tokenizer.eos
+        ([110, 195, 169], 256)
     """
 
     def __init__(self, specials: Sequence[str] = GPT_SPECIALS):

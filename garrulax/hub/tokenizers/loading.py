@@ -36,11 +36,11 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     the eos of the SentencePiece model, or else a control token with a usual name, such as <|endoftext|>.
 
     Args:
-      path: a tokenizer file (`*.model`, `tokenizer.json`, ...) or a folder that holds one.
+        path: A tokenizer file (`*.model`, `tokenizer.json`, ...) or a folder that holds one.
 
     Raises:
-      FileNotFoundError: there is no tokenizer.
-      ValueError: the content of a file does not fit its name.
+        FileNotFoundError: There is no tokenizer.
+        ValueError: The content of a file does not fit its name.
     """
     path = Path(path)
     if not path.exists():
@@ -68,7 +68,7 @@ def find_tokenizer(folder: Path) -> Path | None:
     vocabularies in vocab.json and vocab.txt need further files or assumptions.
 
     Raises:
-      ValueError: there are several *.model, and no file of a higher rank decides.
+        ValueError: There are several *.model, and no file of a higher rank decides.
     """
     pieces = sorted(file.name for file in folder.glob("*.model"))
     names = ["tokenizer.json", "tokenizer.model", *pieces[:1], *MERGES, "vocab.txt"]
@@ -83,11 +83,11 @@ class _JsonFiles:
     """Content of the JSON files beside a tokenizer file.
 
     Attributes:
-      config: tokenizer_config.json, completed with special_tokens_map.json and chat_template.jinja.
-      model: config.json.
-      generation: generation_config.json.
-      listed: text -> id of the control tokens that files list.
-      named: texts of all added tokens that files name, control tokens or not.
+        config: tokenizer_config.json, completed with special_tokens_map.json and chat_template.jinja.
+        model: Config.json.
+        generation: generation_config.json.
+        listed: Text -> id of the control tokens that files list.
+        named: Texts of all added tokens that files name, control tokens or not.
     """
 
     config: dict[str, Any]

@@ -23,13 +23,13 @@ class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model with its control tokens, and perhaps further control tokens outside of the model.
 
     Args:
-      model: content of a `.model` file.
-      specials: text -> id of further control tokens, usually with ids after those of the model.
-      config: content of tokenizer_config.json, which may name bos, eos and pad.
-      offset: added to every id of the model; the ids below stand for nothing (GLM-130B's pictures).
+        model: Content of a `.model` file.
+        specials: Text -> id of further control tokens, usually with ids after those of the model.
+        config: Content of tokenizer_config.json, which may name bos, eos and pad.
+        offset: Added to every id of the model; the ids below stand for nothing (GLM-130B's pictures).
 
     Raises:
-      ValueError: `config` names a token that does not exist.
+        ValueError: `config` names a token that does not exist.
     """
 
     file = "tokenizer.model"  # the name under which `save` writes the model

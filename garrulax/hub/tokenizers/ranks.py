@@ -46,8 +46,8 @@ def tokenizer_from_ranks(ranks: dict[bytes, int], pattern: str = PATTERN) -> tok
     """A byte-level BPE tokenizer without control tokens.
 
     Args:
-      ranks: token -> id, as from `read_ranks`.
-      pattern: regular expression that cuts a text into pieces before merging.
+        ranks: Token -> id, as from `read_ranks`.
+        pattern: Regular expression that cuts a text into pieces before merging.
     """
     shown = {byte: character for character, byte in byte_alphabet().items()}
     names = {token: "".join(map(shown.__getitem__, token)) for token in ranks}

@@ -8,14 +8,14 @@ def role_ids(config: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, int
     """The ids of bos, eos and pad, as far as tokenizer_config.json names these tokens.
 
     Args:
-      config: the content of tokenizer_config.json.
-      ids: text -> id of all tokens.
+        config: The content of tokenizer_config.json.
+        ids: Text -> id of all tokens.
 
     Returns:
-      Ids by role: "bos", "eos" or "pad".
+        Ids by role: "bos", "eos" or "pad".
 
     Raises:
-      ValueError: `config` names a token that has no id.
+        ValueError: `config` names a token that has no id.
     """
     roles = {}
     for role in ("bos", "eos", "pad"):

@@ -73,29 +73,29 @@ def decode(
         key: [B, K, S, C] or folded [B·K, S, C]; with a table, pages [P, K, page, C]. The cache already contains the T
             newest tokens. H is a multiple of K: query head h reads key/value head h // (H / K).
         value: [B, K, S, Cv] or folded [B·K, S, Cv]; with a table, pages [P, K, page, Cv].
-        mask: which pairs attend, with int32 streams [B, T] of the queries and [B, S], or [P, page], of the keys; None
+        mask: Which pairs attend, with int32 streams [B, T] of the queries and [B, S], or [P, page], of the keys; None
             is all within the lengths.
         table: int32 [B, N], the pages of each sequence in order. Entries beyond its length may hold any number.
         lengths: int32 [B], the number of valid slots of each sequence, its first ones; None is all. The other slots
             must hold finite numbers.
         key_scales: float32 [B, K, S] or [P, K, page], the factor of each slot's key; required for caches of int8,
             float8_e4m3fn or float8_e5m2, and not allowed for others.
-        value_scales: likewise for values.
-        alibi: as in `kernels.attention`.
-        relative: as in `kernels.attention`.
-        sinks: as in `kernels.attention`.
-        scale: as in `kernels.attention`.
-        softcap: as in `kernels.attention`.
-        implementation: a name in `IMPLEMENTATIONS` or an object like those; None is the fastest that supports the
+        value_scales: Likewise for values.
+        alibi: As in `kernels.attention`.
+        relative: As in `kernels.attention`.
+        sinks: As in `kernels.attention`.
+        scale: As in `kernels.attention`.
+        softcap: As in `kernels.attention`.
+        implementation: A name in `IMPLEMENTATIONS` or an object like those; None is the fastest that supports the
             request.
 
     Returns:
         [B, T, H, Cv] in the dtype of the query.
 
     Raises:
-        ValueError: for shapes that disagree, a stream that the mask reads and does not have, a quantised cache without
+        ValueError: For shapes that disagree, a stream that the mask reads and does not have, a quantised cache without
             scales, an unknown implementation, or a named one that does not support the request (with the reason).
-        TypeError: for an unsupported dtype.
+        TypeError: For an unsupported dtype.
     """
     options, operands = request(
         query, key, value, mask, table, lengths, key_scales, value_scales, alibi, relative, sinks, scale, softcap

@@ -21,10 +21,10 @@ class DecodeOperands:
             sequence's length may hold any number.
         lengths: int32 [B], the number of valid slots of each sequence, its first ones; None is all.
         key_scales: float32 [B, K, S] or [P, K, page], the factor of each slot's key; None without quantisation.
-        value_scales: likewise for values.
-        slopes: as in `kernels.call.Operands`.
-        steps: as in `kernels.call.Operands`.
-        sinks: as in `kernels.call.Operands`.
+        value_scales: Likewise for values.
+        slopes: As in `kernels.call.Operands`.
+        steps: As in `kernels.call.Operands`.
+        sinks: As in `kernels.call.Operands`.
     """
 
     query: jax.Array

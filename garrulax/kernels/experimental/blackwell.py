@@ -49,21 +49,21 @@ class BlackwellForwardScratch(NamedTuple):
         out: [tiles, 128, Cv], the output on its way to global memory; None where Cv = C, since it then takes the
             place of the query.
         lse: float32 [tiles, 128], on its way to global memory.
-        scores_and_weights: two views of the same columns of tensor memory. The first is float32
+        scores_and_weights: Two views of the same columns of tensor memory. The first is float32
             [128, tiles * 128], the scores. Once they are in registers, the probabilities take their place: the second
             view, of a dtype of half the size, has twice as many columns. A tile's probabilities lie in the first half
             of its scores. The tensor cores can read the left side of a product from there, so that probabilities need
             no shared memory.
         sums: float32 [128, tiles * Cv] in tensor memory, the output so far, not normalised.
-        ready_query: the queries of both tiles have arrived.
-        ready_key: by slot: the keys have arrived.
-        ready_value: by slot: the values have arrived.
-        ready_streams: by slot: the key streams have arrived; None without key streams.
-        free_key: by slot: the products have read the keys; the next copy may overwrite them.
-        free_value: by slot: the products have read the values.
-        free_streams: by slot: both tiles have read the key streams; None without key streams.
-        scores: by tile: its scores are written, and all earlier products of the tile are done.
-        weights: by tile: its probabilities are written and its output is rescaled.
+        ready_query: The queries of both tiles have arrived.
+        ready_key: By slot: the keys have arrived.
+        ready_value: By slot: the values have arrived.
+        ready_streams: By slot: the key streams have arrived; None without key streams.
+        free_key: By slot: the products have read the keys; the next copy may overwrite them.
+        free_value: By slot: the products have read the values.
+        free_streams: By slot: both tiles have read the key streams; None without key streams.
+        scores: By tile: its scores are written, and all earlier products of the tile are done.
+        weights: By tile: its probabilities are written and its output is rescaled.
     """
 
     query: Any
@@ -100,9 +100,9 @@ def forward(options: Options, operands: Operands, lists: BlockLists) -> tuple[ja
     """Attention of all heads.
 
     Args:
-        options: the static part of the request.
-        operands: lengths are multiples of `BLOCK_Q` and `KEYS`, widths are in `WIDTHS`.
-        lists: the blocks to visit, of `BLOCK_Q` queries and `KEYS` keys.
+        options: The static part of the request.
+        operands: Lengths are multiples of `BLOCK_Q` and `KEYS`, widths are in `WIDTHS`.
+        lists: The blocks to visit, of `BLOCK_Q` queries and `KEYS` keys.
 
     Returns:
         Output [B, T, H, Cv] and lse [B, H, T], float32, natural logarithm.

@@ -29,12 +29,12 @@ def backward(
     """Gradients of queries, keys and values, as of `passes.ForwardBackward.backward`, for bfloat16 or float16 operands.
 
     Args:
-        options: the static part of the request.
-        operands: of any lengths and widths, without a bias and steps.
+        options: The static part of the request.
+        operands: Of any lengths and widths, without a bias and steps.
         lse: float32 [B, H, T], natural logarithm.
         delta: float32 [B, H, T].
         cotangent: [B, T, H, Cv], of the output.
-        interpret: whether the kernels are interpreted.
+        interpret: Whether the kernels are interpreted.
     """
     (T, C), (S, Cv) = operands.query.shape[1::2], operands.value.shape[1::2]
     wide = pad_widths(operands)

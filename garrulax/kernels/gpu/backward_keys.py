@@ -34,10 +34,10 @@ class KeysPlan:
     """How the work of a program is divided.
 
     Attributes:
-        keys: of its tile.
-        queries: of a block.
-        stages: slots of the ring, how many blocks of queries are in shared memory.
-        together: the two warpgroups that compute work on the same 64 keys, one for the gradient of the values, the
+        keys: Of its tile.
+        queries: Of a block.
+        stages: Slots of the ring, how many blocks of queries are in shared memory.
+        together: The two warpgroups that compute work on the same 64 keys, one for the gradient of the values, the
             other for that of the keys, because one warpgroup's registers cannot hold both. Otherwise each computes
             both gradients of 64 keys.
     """
@@ -71,14 +71,14 @@ def gradients(
     """Gradients of keys and values.
 
     Args:
-        options: the static part of the request.
-        operands: lengths are multiples of the plan's, widths of 16.
-        lists: the plan's blocks to visit, by key.
+        options: The static part of the request.
+        operands: Lengths are multiples of the plan's, widths of 16.
+        lists: The plan's blocks to visit, by key.
         lse: float32 [B, H, T], in base 2.
         delta: float32 [B, H, T].
         cotangent: [B, T, H, Cv], in the dtype of the query.
-        plan: how the work is divided.
-        interpret: whether the kernel is interpreted.
+        plan: How the work is divided.
+        interpret: Whether the kernel is interpreted.
 
     Returns:
         The gradients, in the shapes and dtypes of keys and values.
@@ -186,9 +186,9 @@ class KeysBackwardProgram(BackwardProgram):
     """One program. `head` is a key/value head, `row` the index of its tile of keys, `start` that of the first key.
 
     Attributes:
-        plan: how the work is divided.
-        dkey: reference to the gradient of the keys, [B, S, K, C].
-        dvalue: reference to the gradient of the values, [B, S, K, Cv].
+        plan: How the work is divided.
+        dkey: Reference to the gradient of the keys, [B, S, K, C].
+        dvalue: Reference to the gradient of the values, [B, S, K, Cv].
     """
 
     plan: KeysPlan

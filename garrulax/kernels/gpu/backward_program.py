@@ -31,8 +31,8 @@ class BackwardInputs(NamedTuple):
         own_streams: int32 [B, tokens] by name, of the side of which a program owns a tile.
         visited_streams: int32 [B, streams, tokens], sorted by name, of the side whose blocks it visits; None where
             there are none.
-        extra: optional inputs of scores.
-        lists: the blocks to visit.
+        extra: Optional inputs of scores.
+        lists: The blocks to visit.
     """
 
     query: Any
@@ -52,16 +52,16 @@ class BackwardProgram:
     """One program, as its warpgroups know it.
 
     Attributes:
-        options: the static part of the request.
-        tile: how a tile of scores lies in registers: 64 own tokens by the tokens of a block.
-        names: of the visited side's streams, in their order in the stacked array.
-        interpret: whether the kernel is interpreted.
-        inputs: references to the operands.
-        scratch: references to shared memory and barriers, by name.
-        batch: index of the sequence, int32 scalar.
-        head: that owns the tile, int32 scalar: a key/value head or a query head.
-        row: index of the tile, int32 scalar.
-        start: index of the first own token, int32 scalar.
+        options: The static part of the request.
+        tile: How a tile of scores lies in registers: 64 own tokens by the tokens of a block.
+        names: Of the visited side's streams, in their order in the stacked array.
+        interpret: Whether the kernel is interpreted.
+        inputs: References to the operands.
+        scratch: References to shared memory and barriers, by name.
+        batch: Index of the sequence, int32 scalar.
+        head: That owns the tile, int32 scalar: a key/value head or a query head.
+        row: Index of the tile, int32 scalar.
+        start: Index of the first own token, int32 scalar.
     """
 
     options: Options

@@ -27,11 +27,11 @@ class QueriesPlan:
     """How the work of a program is divided.
 
     Attributes:
-        keys: of a block.
-        key_stages: slots of the ring of keys and their streams.
-        value_stages: slots of the ring of values. There may be fewer, since a block's values are read once and early,
+        keys: Of a block.
+        key_stages: Slots of the ring of keys and their streams.
+        value_stages: Slots of the ring of values. There may be fewer, since a block's values are read once and early,
             and its keys twice.
-        queries: of a tile.
+        queries: Of a tile.
     """
 
     keys: int
@@ -62,14 +62,14 @@ def gradients(
     """Gradient of queries.
 
     Args:
-        options: the static part of the request.
-        operands: lengths are multiples of the plan's, widths of 16.
-        lists: the plan's blocks to visit.
+        options: The static part of the request.
+        operands: Lengths are multiples of the plan's, widths of 16.
+        lists: The plan's blocks to visit.
         lse: float32 [B, H, T], in base 2.
         delta: float32 [B, H, T].
         cotangent: [B, T, H, Cv], in the dtype of the query.
-        plan: how the work is divided.
-        interpret: whether the kernel is interpreted.
+        plan: How the work is divided.
+        interpret: Whether the kernel is interpreted.
 
     Returns:
         The gradient, in the shape and dtype of the queries.
@@ -158,9 +158,9 @@ class QueriesBackwardProgram(BackwardProgram):
     first query.
 
     Attributes:
-        plan: how the work is divided.
-        warpgroup: index of the warpgroup, int32 scalar.
-        dquery: reference to the gradient of the queries, [B, T, H, C].
+        plan: How the work is divided.
+        warpgroup: Index of the warpgroup, int32 scalar.
+        dquery: Reference to the gradient of the queries, [B, T, H, C].
     """
 
     plan: QueriesPlan

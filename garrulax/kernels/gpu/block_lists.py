@@ -45,13 +45,13 @@ def block_lists(
     """Lists the blocks to visit.
 
     Args:
-        rule: the mask's rule.
+        rule: The mask's rule.
         query: int32 [B, T] by name, streams of the queries.
         key: int32 [B, S] by name, streams of the keys.
-        block_q: queries of a block.
-        block_k: keys of a block.
+        block_q: Queries of a block.
+        block_k: Keys of a block.
         shape: (B, T / block_q, S / block_k).
-        by_key: rows are blocks of keys and columns blocks of queries, as the gradients of keys and values need them.
+        by_key: Rows are blocks of keys and columns blocks of queries, as the gradients of keys and values need them.
 
     Returns:
         The lists, one for every row of every sequence of the batch.

@@ -37,9 +37,9 @@ class HopperForwardSizes(NamedTuple):
     """How the forward pass is divided.
 
     Attributes:
-        block_k: keys of a block.
-        stages: slots of the ring, how many blocks of keys and values are in shared memory.
-        warpgroups: that compute, 64 queries each.
+        block_k: Keys of a block.
+        stages: Slots of the ring, how many blocks of keys and values are in shared memory.
+        warpgroups: That compute, 64 queries each.
     """
 
     block_k: int
@@ -63,12 +63,12 @@ class HopperForwardScratch(NamedTuple):
         out: [warpgroups, 64, Cv], the output on its way to global memory; None where Cv = C, since it then takes the
             place of the query.
         lse: float32 [warpgroups, 64], on its way to global memory.
-        ready_query: by warpgroup: its query has arrived.
-        ready_key: by slot: the keys have arrived.
-        ready_value: by slot: the values, and the key streams, have arrived.
-        free_key: by slot: the products of all warpgroups have read the keys; the next copy may overwrite them.
-        free_value: by slot: likewise for the values and the key streams.
-        turn: by warpgroup: it may use the tensor cores.
+        ready_query: By warpgroup: its query has arrived.
+        ready_key: By slot: the keys have arrived.
+        ready_value: By slot: the values, and the key streams, have arrived.
+        free_key: By slot: the products of all warpgroups have read the keys; the next copy may overwrite them.
+        free_value: By slot: likewise for the values and the key streams.
+        turn: By warpgroup: it may use the tensor cores.
     """
 
     query: Any
@@ -91,11 +91,11 @@ def forward(
     """Attention of all heads.
 
     Args:
-        options: the static part of the request.
-        operands: lengths are multiples of the blocks, widths of 16.
-        lists: the blocks to visit, of `sizes.block_q` queries and `sizes.block_k` keys.
-        sizes: how the work is divided.
-        interpret: whether the kernel is interpreted.
+        options: The static part of the request.
+        operands: Lengths are multiples of the blocks, widths of 16.
+        lists: The blocks to visit, of `sizes.block_q` queries and `sizes.block_k` keys.
+        sizes: How the work is divided.
+        interpret: Whether the kernel is interpreted.
 
     Returns:
         Output [B, T, H, Cv] and lse [B, H, T], float32, natural logarithm.
@@ -123,8 +123,8 @@ class HopperForwardProgram(ForwardProgram):
     and top and total float32 [64].
 
     Attributes:
-        warpgroups: that compute.
-        interpret: whether the kernel is interpreted.
+        warpgroups: That compute.
+        interpret: Whether the kernel is interpreted.
     """
 
     warpgroups: int

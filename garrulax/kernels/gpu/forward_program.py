@@ -27,8 +27,8 @@ class ForwardInputs(NamedTuple):
         value: [B, S, K, Cv].
         query_streams: int32 [B, T] by name.
         key_streams: int32 [B, streams, S], sorted by name; None where there are none.
-        lists: the blocks to visit, one row of blocks for the queries of one program.
-        extra: optional inputs of scores.
+        lists: The blocks to visit, one row of blocks for the queries of one program.
+        extra: Optional inputs of scores.
     """
 
     query: Any
@@ -47,20 +47,20 @@ class ForwardProgram:
     Subclasses define `run`, which gives every warpgroup its work.
 
     Attributes:
-        options: the static part of the request.
-        tile: how a tile of scores lies in registers; its rows are the queries of one warpgroup.
-        block_q: queries of the program.
-        block_k: keys of a block.
-        stages: slots of the ring of keys and values.
-        names: of the key streams, in their order in the stacked array.
-        inputs: references to the operands.
-        out: reference to the output, [B, T, H, Cv].
-        lse: reference to the log-sum-exp of each query, float32 [B, H, T], natural logarithm.
-        scratch: shared memory and barriers of the program.
-        index: of the warpgroup, int32 scalar.
-        head: of the query, int32 scalar.
-        batch: index of the sequence, int32 scalar.
-        row: index of the row of blocks, int32 scalar.
+        options: The static part of the request.
+        tile: How a tile of scores lies in registers; its rows are the queries of one warpgroup.
+        block_q: Queries of the program.
+        block_k: Keys of a block.
+        stages: Slots of the ring of keys and values.
+        names: Of the key streams, in their order in the stacked array.
+        inputs: References to the operands.
+        out: Reference to the output, [B, T, H, Cv].
+        lse: Reference to the log-sum-exp of each query, float32 [B, H, T], natural logarithm.
+        scratch: Shared memory and barriers of the program.
+        index: Of the warpgroup, int32 scalar.
+        head: Of the query, int32 scalar.
+        batch: Index of the sequence, int32 scalar.
+        row: Index of the row of blocks, int32 scalar.
     """
 
     options: Options
@@ -138,7 +138,7 @@ class ForwardProgram:
         """Writes the output, which is in shared memory, and the lse to global memory.
 
         Args:
-            buffer: reference [queries, Cv] in shared memory with the output.
+            buffer: Reference [queries, Cv] in shared memory with the output.
             attended: bool, one entry a query: whether it attends to any key.
             top: float32, each query's greatest score, in base 2.
             total: float32, the sum of exp2(score - top), 1 where a query attends to nothing.
@@ -164,12 +164,12 @@ def launch(
     """Runs a forward kernel.
 
     Args:
-        program: makes a `ForwardProgram` of the fields that are not static.
-        operands: with lengths that are multiples of the blocks.
-        lists: the blocks to visit.
-        block_q: queries of a program.
-        warpgroups: of a program.
-        scratch: the types of the program's scratch, a NamedTuple.
+        program: Makes a `ForwardProgram` of the fields that are not static.
+        operands: With lengths that are multiples of the blocks.
+        lists: The blocks to visit.
+        block_q: Queries of a program.
+        warpgroups: Of a program.
+        scratch: The types of the program's scratch, a NamedTuple.
 
     Returns:
         Output [B, T, H, Cv] and lse [B, H, T], float32, natural logarithm.

@@ -25,8 +25,8 @@ def operand(dtype: Any, *shape: int) -> Any:
     Rows are cut into tiles of the widest swizzle that divides them: 128, 64 or 32 bytes, and at most 64 entries.
 
     Args:
-        dtype: of 1, 2 or 4 bytes.
-        shape: the last axis is a row of at least 32 bytes, and a multiple of 16 entries.
+        dtype: Of 1, 2 or 4 bytes.
+        shape: The last axis is a row of at least 32 bytes, and a multiple of 16 entries.
     """
     entries = math.gcd(64, shape[-1])
     while entries * dtype.itemsize > 128:

@@ -30,9 +30,9 @@ def accumulate(body: Callable[..., None], *initial: jax.Array, interpret: bool) 
     """Runs body(*accumulators) and returns the accumulators' values after all products that it has started.
 
     Args:
-        body: starts products with `multiply`.
-        initial: the accumulators' first values, float32 [64, columns].
-        interpret: whether the kernel is interpreted.
+        body: Starts products with `multiply`.
+        initial: The accumulators' first values, float32 [64, columns].
+        interpret: Whether the kernel is interpreted.
     """
     if interpret:
         plain = [_PlainAccumulator(x) for x in initial]
@@ -46,10 +46,10 @@ def multiply(accumulator: Any, left: Any, right: Any, *, transposed: bool = Fals
     """Starts accumulator += left @ right.
 
     Args:
-        accumulator: one of those that `accumulate` gives to its body.
+        accumulator: One of those that `accumulate` gives to its body.
         left: [64, N], a reference in shared memory, or an array in registers.
         right: [N, columns], a reference in shared memory; [columns, N] where `transposed`.
-        transposed: whether the transpose of `right` is taken, which costs the tensor cores nothing.
+        transposed: Whether the transpose of `right` is taken, which costs the tensor cores nothing.
     """
     if not isinstance(accumulator, _PlainAccumulator):
         return plgpu.wgmma(accumulator, left, right.T if transposed else right)

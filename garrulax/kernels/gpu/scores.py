@@ -69,7 +69,7 @@ class Tile:
     Attributes:
         shape: (rows, columns).
         query_axis: 0 where rows are queries and columns are keys, 1 the other way round.
-        layout: of the tile.
+        layout: Of the tile.
     """
 
     shape: tuple[int, int]
@@ -106,13 +106,13 @@ class ScoreBlock:
     """A block of pairs, as its scores are computed from it.
 
     Attributes:
-        tile: how the block lies in registers.
+        tile: How the block lies in registers.
         batch: int32 scalar, index of the sequence.
         head: int32 scalar, index of the query head.
         query_start: int32 scalar, index of the block's first query.
         key_start: int32 scalar, index of the block's first key.
-        query: streams of the queries by name, vectors in the tile's query layout.
-        key: streams of the keys by name, vectors in the tile's key layout.
+        query: Streams of the queries by name, vectors in the tile's query layout.
+        key: Streams of the keys by name, vectors in the tile's key layout.
     """
 
     tile: Tile

@@ -28,11 +28,11 @@ def initial_scores(
     With a softcap, which applies to the products alone, or a scale that is not positive, only the mask is in it.
 
     Args:
-        options: the static part of the request.
-        block: the block of pairs.
-        extra: references to the optional inputs of scores.
-        lse: gives float32, one entry a query, in base 2. A function, because it is not always called.
-        masked: whether not every pair of the block attends.
+        options: The static part of the request.
+        block: The block of pairs.
+        extra: References to the optional inputs of scores.
+        lse: Gives float32, one entry a query, in base 2. A function, because it is not always called.
+        masked: Whether not every pair of the block attends.
     """
     start = zeros(*block.tile.shape)
     if _begins_at_lse(options):

@@ -37,12 +37,12 @@ class HopperDecoding:
     Entries of the cache to which no query attends must be finite.
 
     Attributes:
-        block: keys of a step, a multiple of 64.
-        stages: slots of the ring; None makes the ring 64 KiB, or 48 KiB of a quantised cache.
-        programs: how many run at once on the device.
-        waves: how many times that number all sequences are split into, so that few programs run alone at the end.
-        least: blocks of a split, unless there are then too few splits for all programs.
-        interpret: computes products by XLA, for the interpreter, which cannot multiply registers (`wgmma`).
+        block: Keys of a step, a multiple of 64.
+        stages: Slots of the ring; None makes the ring 64 KiB, or 48 KiB of a quantised cache.
+        programs: How many run at once on the device.
+        waves: How many times that number all sequences are split into, so that few programs run alone at the end.
+        least: Blocks of a split, unless there are then too few splits for all programs.
+        interpret: Computes products by XLA, for the interpreter, which cannot multiply registers (`wgmma`).
     """
 
     block: int = 64
@@ -79,8 +79,8 @@ class HopperDecoding:
         """Attention over the cache, without sinks.
 
         Args:
-            options: the static part of the request.
-            cached: its arrays.
+            options: The static part of the request.
+            cached: Its arrays.
 
         Returns:
             Output [B, T, H, Cv] in the query's dtype and lse [B, H, T], float32, natural logarithm; 0 and -inf where a
@@ -174,12 +174,12 @@ def _decode_splits(
     """Runs the first kernel.
 
     Args:
-        s: the sizes.
-        options: the static part of the request.
-        ops: operations of a warpgroup.
-        cached: the request's arrays.
-        streams: of the keys, in the order of each sequence.
-        schedule: the lists of blocks and their splits, by the names of `program.decode_split`.
+        s: The sizes.
+        options: The static part of the request.
+        ops: Operations of a warpgroup.
+        cached: The request's arrays.
+        streams: Of the keys, in the order of each sequence.
+        schedule: The lists of blocks and their splits, by the names of `program.decode_split`.
 
     Returns:
         Of I splits, float32: output [I, R, Cv] and lse [I, R] in base 2; R is K * tiles * rows, filled up to whole

@@ -22,12 +22,12 @@ def merge_splits(
     """Merges the results of I splits of B sequences.
 
     Args:
-        ops: operations of a warpgroup.
+        ops: Operations of a warpgroup.
         out: float32 [I, R, Cv], the output of each split, normalised by itself; R is a multiple of 64.
         lse: float32 [I, R], in base 2; MASKED where a row attends to nothing.
         first: int32 [B], the first split of each sequence.
         parts: int32 [B], how many splits each sequence has; they follow each other.
-        dtype: of the output.
+        dtype: Of the output.
 
     Returns:
         Output [B, R, Cv] and lse [B, R], float32, natural logarithm; 0 and -inf where a row attends to nothing.

@@ -37,17 +37,17 @@ class DecodeSizes(NamedTuple):
     """The static sizes of a program.
 
     Attributes:
-        block: keys of a step.
-        stages: slots of the ring.
+        block: Keys of a step.
+        stages: Slots of the ring.
         heads: K, key/value heads.
         width: C, of queries and keys.
         value_width: Cv.
-        tiles: programs a split and head, for 64 rows of queries each.
-        rows: how many of these 64 rows are written.
-        page: slots of a page.
-        copies: pages of a block; 1 if a page is larger than a block.
-        chunk: columns of the output that are written at a time.
-        quantised: whether the cache has 8 bits an entry, and scales.
+        tiles: Programs a split and head, for 64 rows of queries each.
+        rows: How many of these 64 rows are written.
+        page: Slots of a page.
+        copies: Pages of a block; 1 if a page is larger than a block.
+        chunk: Columns of the output that are written at a time.
+        quantised: Whether the cache has 8 bits an entry, and scales.
     """
 
     block: int
@@ -67,9 +67,9 @@ def scratch_types(s: DecodeSizes, dtype: Any, cache: Any) -> dict[str, Any]:
     """Shared memory and barriers of a program, by name.
 
     Args:
-        s: the static sizes.
-        dtype: of the queries.
-        cache: dtype of the cache.
+        s: The static sizes.
+        dtype: Of the queries.
+        cache: Dtype of the cache.
     """
     # The rings take the names of the arrays that they hold a part of.
     types = {
@@ -98,10 +98,10 @@ def decode_split(
     """The kernel: attends from 64 rows of queries to the keys of one split, and writes the result and its lse.
 
     Args:
-        s: the static sizes.
-        options: the static part of the request.
-        ops: operations of a warpgroup.
-        arrays: references to operands and results in global memory, by name:
+        s: The static sizes.
+        options: The static part of the request.
+        ops: Operations of a warpgroup.
+        arrays: References to operands and results in global memory, by name:
             query: [B * K, tiles * 64, C], the queries of all heads that share keys.
             key, value: [P * K, page, C] and [P * K, page, Cv], pages of the cache.
             key scales, value scales: float32 [P * K, page], of a quantised cache.
@@ -113,7 +113,7 @@ def decode_split(
             keys' NAME: int32 [B, N * block], a stream of the keys.
             slopes: float32 [K, tiles * 64], of ALiBi, by row of queries.
             out, lse: float32 [I, R, Cv] and [I, R], the results, R at least K * tiles * rows.
-        scratch: references to shared memory and barriers, as in `scratch_types`.
+        scratch: References to shared memory and barriers, as in `scratch_types`.
     """
     split, head, tile = (lax.axis_index(name) for name in ("split", "head", "tile"))
     start, stop = arrays["start"][split], arrays["stop"][split]
@@ -129,17 +129,17 @@ class DecodeProgram:
     """One program.
 
     Attributes:
-        sizes: the static sizes.
-        options: the static part of the request.
-        ops: operations of a warpgroup.
-        arrays: as in `decode_split`.
-        scratch: as in `decode_split`.
-        split: index of the split, int32 scalar.
-        head: index of the key/value head, int32 scalar.
-        tile: index of the 64 rows of queries, int32 scalar.
-        sequence: index of the sequence, int32 scalar.
-        start: the split's first entry of the sequence's list of blocks, int32 scalar.
-        stop: the entry behind its last one, int32 scalar.
+        sizes: The static sizes.
+        options: The static part of the request.
+        ops: Operations of a warpgroup.
+        arrays: As in `decode_split`.
+        scratch: As in `decode_split`.
+        split: Index of the split, int32 scalar.
+        head: Index of the key/value head, int32 scalar.
+        tile: Index of the 64 rows of queries, int32 scalar.
+        sequence: Index of the sequence, int32 scalar.
+        start: The split's first entry of the sequence's list of blocks, int32 scalar.
+        stop: The entry behind its last one, int32 scalar.
     """
 
     sizes: DecodeSizes
@@ -227,9 +227,9 @@ class DecodeProgram:
         """The i-th block of the split.
 
         Args:
-            length: valid slots of the sequence, int32 scalar.
-            alibi: slopes and positions of the rows of queries, [64] each, or None.
-            i: index in the split.
+            length: Valid slots of the sequence, int32 scalar.
+            alibi: Slopes and positions of the rows of queries, [64] each, or None.
+            i: Index in the split.
             carry: float32, sums [64, Cv], maximum and sum of exponentials [64].
         """
         s, arrays, ops, options = self.sizes, self.arrays, self.ops, self.options
@@ -303,12 +303,12 @@ def _copy(s: DecodeSizes, source: Any, ring: Any, ready: Any, index: Any, pages:
     """Starts the copy of a block into a slot of the ring.
 
     Args:
-        s: the static sizes.
-        source: reference [P * K, page, ...].
-        ring: reference to the slot, [block, ...].
-        ready: barrier of the slot.
-        index: of the block in its sequence.
-        pages: indices of the block's pages in `source`.
+        s: The static sizes.
+        source: Reference [P * K, page, ...].
+        ring: Reference to the slot, [block, ...].
+        ready: Barrier of the slot.
+        index: Of the block in its sequence.
+        pages: Indices of the block's pages in `source`.
     """
     for j, page in enumerate(pages):
         into, at = ring, 0

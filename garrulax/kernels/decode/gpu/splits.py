@@ -34,11 +34,11 @@ def active_blocks(
     """Lists, for every sequence, the blocks in which some query attends to some key.
 
     Args:
-        rule: the mask's rule.
+        rule: The mask's rule.
         query: int32 [B, T] by name, streams of the queries.
         key: int32 [B, N * block] by name, streams of the keys.
         lengths: int32 [B], valid slots of each sequence.
-        block: keys of a block.
+        block: Keys of a block.
         shape: (B, N), sequences and blocks.
 
     Returns:
@@ -61,9 +61,9 @@ def split_blocks(counts: jax.Array, aim: int, fewest: int, least: int) -> tuple[
 
     Args:
         counts: int32 [B], blocks in each list.
-        aim: splits wanted, of all sequences together.
-        fewest: splits that keep all processors busy.
-        least: blocks that a split should have, unless there are then fewer splits than `fewest`.
+        aim: Splits wanted, of all sequences together.
+        fewest: Splits that keep all processors busy.
+        least: Blocks that a split should have, unless there are then fewer splits than `fewest`.
 
     Returns:
         The splits, I = aim + B of them, and int32 [B] each: every sequence's first split and its number of splits.

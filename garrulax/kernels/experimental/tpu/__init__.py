@@ -27,9 +27,9 @@ class TpuAttention(ForwardBackward):
     """Attention for TPUs, of float32, bfloat16 or float16 (computed as float32), with any widths and lengths.
 
     Attributes:
-        block_q: queries of a block, a multiple of 128; None chooses by the request.
-        block_k: keys of a block, a multiple of 128; None chooses by the request.
-        chunk: keys of a block whose scores are computed together.
+        block_q: Queries of a block, a multiple of 128; None chooses by the request.
+        block_k: Keys of a block, a multiple of 128; None chooses by the request.
+        chunk: Keys of a block whose scores are computed together.
         span_bytes: VMEM for the gradients of keys and values; longer texts take several passes over spans of keys.
         interpret: True, or `pltpu.InterpretParams`, to run without a TPU.
     """

@@ -36,11 +36,11 @@ def backward(
     """Gradients of queries, keys and values.
 
     Args:
-        plan: of the call.
-        operands: of a request of whole blocks; its keys may be a span of those of the request.
+        plan: Of the call.
+        operands: Of a request of whole blocks; its keys may be a span of those of the request.
         rows: `cotangent` [B, K, G, T, Cv], `lse` and `delta` float32 [B, K, G, T].
-        first_key: index of the first key of the operands among all keys of the request.
-        dtype: of the queries' gradient.
+        first_key: Index of the first key of the operands among all keys of the request.
+        dtype: Of the queries' gradient.
 
     Returns:
         Gradients of the query [B, K, G, T, C] in `dtype`, of the key [B, K, S, C] and of the value [B, K, S, Cv] in
@@ -134,15 +134,15 @@ def tile_gradients(
     """Probabilities of a chunk of keys, and gradients of their scores, computed again from lse.
 
     Args:
-        plan: of the call.
-        scalars: references to scalar memory.
-        x: references to the blocks of the arrays.
-        block: the block of pairs.
-        j: index of the group of heads.
-        c: first key of the chunk, counted from the start of the block.
-        partial: whether to evaluate the mask.
-        buffer: reference to float32 scratch [c, s] for T5's bias; None without it.
-        products: whether the gradient is that of the scaled products of queries and keys; else that of the terms added
+        plan: Of the call.
+        scalars: References to scalar memory.
+        x: References to the blocks of the arrays.
+        block: The block of pairs.
+        j: Index of the group of heads.
+        c: First key of the chunk, counted from the start of the block.
+        partial: Whether to evaluate the mask.
+        buffer: Reference to float32 scratch [c, s] for T5's bias; None without it.
+        products: Whether the gradient is that of the scaled products of queries and keys; else that of the terms added
             to them, which a softcap does not touch.
 
     Returns:

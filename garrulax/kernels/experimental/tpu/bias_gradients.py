@@ -30,10 +30,10 @@ def bias_gradient(plan: TpuPlan, operands: Operands, bias: jax.Array, rows: Name
     one another, and the pipeline keeps that block in VMEM until the sum is complete.
 
     Args:
-        plan: of the call.
-        operands: of a request of whole blocks.
-        bias: the operands' bias.
-        rows: as in `backward.backward`.
+        plan: Of the call.
+        operands: Of a request of whole blocks.
+        bias: The operands' bias.
+        rows: As in `backward.backward`.
     """
     x = layout.kernel_arrays(plan, operands) | rows
     active, full = layout.block_activity(plan, operands)
@@ -108,10 +108,10 @@ def steps_gradient(plan: TpuPlan, operands: Operands, steps: jax.Array, rows: Na
     would cost more.
 
     Args:
-        plan: of the call.
-        operands: of a request of whole blocks.
-        steps: the operands' steps [N, H].
-        rows: as in `backward.backward`.
+        plan: Of the call.
+        operands: Of a request of whole blocks.
+        steps: The operands' steps [N, H].
+        rows: As in `backward.backward`.
     """
     x = layout.kernel_arrays(plan, operands) | rows
     scalars, count = layout.with_schedule(plan, operands, layout.kernel_scalars(plan, operands))

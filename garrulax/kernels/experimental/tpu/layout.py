@@ -35,17 +35,17 @@ class TpuPlan:
     """The static part of a kernel call.
 
     Attributes:
-        options: the static part of the request.
-        block_q: queries of a block.
-        block_k: keys of a block.
-        chunk: keys of a block whose scores are computed together; divides block_k.
-        heads: query heads of a key/value head (G).
-        group: query heads that are multiplied by a chunk of keys in one product; divides `heads`.
-        strip: queries whose scores are masked together; divides block_q. The heads of a group share the mask.
-        query_names: names of the query streams, in the order of their rows.
-        key_names: names of the key streams, in the order of their rows.
-        precision: of the matrix products.
-        interpret: passed to `pallas_call`.
+        options: The static part of the request.
+        block_q: Queries of a block.
+        block_k: Keys of a block.
+        chunk: Keys of a block whose scores are computed together; divides block_k.
+        heads: Query heads of a key/value head (G).
+        group: Query heads that are multiplied by a chunk of keys in one product; divides `heads`.
+        strip: Queries whose scores are masked together; divides block_q. The heads of a group share the mask.
+        query_names: Names of the query streams, in the order of their rows.
+        key_names: Names of the key streams, in the order of their rows.
+        precision: Of the matrix products.
+        interpret: Passed to `pallas_call`.
     """
 
     options: Options
@@ -113,7 +113,7 @@ def stack_streams(streams: dict[str, jax.Array], names: Sequence[str], like: jax
 
     Args:
         streams: int32 [B, T] by name.
-        names: names of the streams, in the order of the rows.
+        names: Names of the streams, in the order of the rows.
         like: [B, T, ...], an array that gives the shape where there is no stream.
     """
     if not names:
@@ -151,9 +151,9 @@ def kernel_scalars(plan: TpuPlan, operands: Operands, first_key: Any = 0) -> Nam
     """The arrays that the kernels read from scalar memory, without the list of blocks.
 
     Args:
-        plan: of the call.
-        operands: of the request.
-        first_key: index of the first key of the operands among all keys of the request, for dropout.
+        plan: Of the call.
+        operands: Of the request.
+        first_key: Index of the first key of the operands among all keys of the request, for dropout.
     """
     o, x = operands, {}
     if o.slopes is not None:
@@ -196,9 +196,9 @@ def block_specs(plan: TpuPlan, x: Named, index: Callable[..., BlockIndex]) -> Na
     block whose index does not change between two steps is not copied again, such as the queries along a row.
 
     Args:
-        plan: of the call.
-        x: arrays, or their shapes, by name.
-        index: the block of a step, from the indices of the grid and the scalars.
+        plan: Of the call.
+        x: Arrays, or their shapes, by name.
+        index: The block of a step, from the indices of the grid and the scalars.
     """
     G, q, k = plan.heads, plan.block_q, plan.block_k
 
@@ -242,15 +242,15 @@ def launch(
     """Calls one kernel.
 
     Args:
-        body: the kernel, from four dicts of references: scalars, inputs, outputs and scratch.
-        name: of the kernel, for profiles.
-        plan: of the call.
-        grid: the number of steps of each axis, the last axis fastest.
-        parallel: number of leading axes whose steps are independent, so that cores may share them. The steps of the
+        body: The kernel, from four dicts of references: scalars, inputs, outputs and scratch.
+        name: Of the kernel, for profiles.
+        plan: Of the call.
+        grid: The number of steps of each axis, the last axis fastest.
+        parallel: Number of leading axes whose steps are independent, so that cores may share them. The steps of the
             other axes run in order, since they add to the same scratch or output.
-        inputs: scalars, arrays, and block specs of the arrays.
-        outputs: shapes and block specs.
-        scratch: buffers that keep their contents from step to step.
+        inputs: Scalars, arrays, and block specs of the arrays.
+        outputs: Shapes and block specs.
+        scratch: Buffers that keep their contents from step to step.
 
     Returns:
         The outputs by name.

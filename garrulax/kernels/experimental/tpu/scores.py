@@ -25,10 +25,10 @@ def score_mask(plan: TpuPlan, query: Streams, key: Streams, shape: tuple[int, in
     """A function that sets the scores of a tile's pairs that do not attend to `LOWEST`.
 
     Args:
-        plan: of the call.
-        query: query streams of the tile, broadcastable to its shape.
-        key: key streams of the tile, broadcastable to its shape.
-        shape: of the tile.
+        plan: Of the call.
+        query: Query streams of the tile, broadcastable to its shape.
+        key: Key streams of the tile, broadcastable to its shape.
+        shape: Of the tile.
     """
     attends = jnp.broadcast_to(plan.options.rule.evaluate(query, key), shape)
     if plan.group == 1:
@@ -52,15 +52,15 @@ def tile_scores(
     """Scores of one head's tile, before masking and without `alibi_offset`, in base 2.
 
     Args:
-        plan: of the call.
-        scalars: references to scalar memory.
-        block: the block that the tile lies in.
-        head: index among all query heads.
+        plan: Of the call.
+        scalars: References to scalar memory.
+        block: The block that the tile lies in.
+        head: Index among all query heads.
         products: query·key, float32, of the tile's shape.
-        query: query streams, broadcastable to the tile.
-        key: key streams, broadcastable to the tile.
-        bias: broadcastable to the tile, or None.
-        buffer: reference to float32 scratch of the tile's shape, for T5's bias; None without it.
+        query: Query streams, broadcastable to the tile.
+        key: Key streams, broadcastable to the tile.
+        bias: Broadcastable to the tile, or None.
+        buffer: Reference to float32 scratch of the tile's shape, for T5's bias; None without it.
 
     Returns:
         The scores, and the derivative of the softcap at each of them (None without a softcap).
@@ -131,13 +131,13 @@ def dropout_mask(
     so that the backward pass draws the same ones.
 
     Args:
-        plan: of the call.
-        scalars: references to scalar memory.
-        block: the block that the tile lies in.
-        head: index among all query heads.
-        corner: the tile's first query and first key, counted from the start of the block.
-        shape: of the tile.
-        key_axis: the axis of the tile along which its keys lie.
+        plan: Of the call.
+        scalars: References to scalar memory.
+        block: The block that the tile lies in.
+        head: Index among all query heads.
+        corner: The tile's first query and first key, counted from the start of the block.
+        shape: Of the tile.
+        key_axis: The axis of the tile along which its keys lie.
     """
     q, k = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (1 - key_axis, key_axis))
     q += block.row * plan.block_q + corner[0]
@@ -149,10 +149,10 @@ def bias_tile(plan: TpuPlan, bias: Any, head: Any, corner: tuple[int, int]) -> j
     """Bias of a head's tile, queries by keys: [strip or 1, chunk].
 
     Args:
-        plan: of the call.
-        bias: reference to the bias of the block, or None.
-        head: index among the query heads of the key/value head.
-        corner: the tile's first query and first key, counted from the start of the block.
+        plan: Of the call.
+        bias: Reference to the bias of the block, or None.
+        head: Index among the query heads of the key/value head.
+        corner: The tile's first query and first key, counted from the start of the block.
     """
     if bias is None:
         return None

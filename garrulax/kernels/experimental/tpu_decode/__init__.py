@@ -26,10 +26,10 @@ class TpuDecode:
     """Decoding attention for TPUs; scores are in float32.
 
     Attributes:
-        step_bytes: bytes of keys and values that a step reads, about.
-        most_keys: slots that a step reads at most.
-        splits: number of parts into which each sequence is divided, for chips whose cores share a grid.
-        vmem_bytes: vector memory that the kernel may use.
+        step_bytes: Bytes of keys and values that a step reads, about.
+        most_keys: Slots that a step reads at most.
+        splits: Number of parts into which each sequence is divided, for chips whose cores share a grid.
+        vmem_bytes: Vector memory that the kernel may use.
         interpret: True, or `pltpu.InterpretParams`, to run without a TPU.
     """
 
@@ -76,10 +76,10 @@ class TpuDecode:
         """The steps of a call.
 
         Args:
-            plan: of the call.
-            rule: as from `step_list.ordered_streams`.
-            streams: key streams, as from `step_list.ordered_streams`.
-            cached: the arrays of the request.
+            plan: Of the call.
+            rule: As from `step_list.ordered_streams`.
+            streams: Key streams, as from `step_list.ordered_streams`.
+            cached: The arrays of the request.
         """
         B, n = cached.query.shape[0], plan.pages
         # With pages, the mask decides for each of them, so that inactive pages of an active block are not read.

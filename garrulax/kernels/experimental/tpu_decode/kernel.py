@@ -31,11 +31,11 @@ class DecodeBody:
     """The static part of the kernel's body.
 
     Attributes:
-        plan: of the call.
-        options: of the request.
-        inputs: names of the inputs, in order.
-        key_names: names of the key streams, in the order of their rows.
-        dtype: of the query; keys, values and probabilities are multiplied in it.
+        plan: Of the call.
+        options: Of the request.
+        inputs: Names of the inputs, in order.
+        key_names: Names of the key streams, in the order of their rows.
+        dtype: Of the query; keys, values and probabilities are multiplied in it.
     """
 
     plan: TpuDecodePlan
@@ -65,11 +65,11 @@ def call_kernel(
     """Output and lse; see `decode.Implementation`.
 
     Args:
-        plan: of the call.
-        options: of the request, with the rule of `step_list.ordered_streams`.
-        streams: key streams of `step_list.ordered_streams`.
-        steps: the steps of the grid.
-        c: the arrays of the request.
+        plan: Of the call.
+        options: Of the request, with the rule of `step_list.ordered_streams`.
+        streams: Key streams of `step_list.ordered_streams`.
+        steps: The steps of the grid.
+        c: The arrays of the request.
     """
     (B, T, H, _), (_, K, _, Cv) = c.query.shape, c.value.shape
     specs = DecodeSpecs(plan, B)

@@ -39,17 +39,17 @@ class TpuDecodePlan:
     """The static part of a kernel call.
 
     Attributes:
-        rows: rows of a key/value head, padded to whole tiles.
-        size: slots of a step.
-        columns: steps that a sequence can have at most.
-        pages: pages of a step; 0 for a contiguous cache.
-        edge: slots of the last block that lie inside a contiguous cache; 0 if that is all of them.
-        transposed: which of "key" and "value" are read as [..., width, slots]. XLA stores arrays whose width does not
+        rows: Rows of a key/value head, padded to whole tiles.
+        size: Slots of a step.
+        columns: Steps that a sequence can have at most.
+        pages: Pages of a step; 0 for a contiguous cache.
+        edge: Slots of the last block that lie inside a contiguous cache; 0 if that is all of them.
+        transposed: Which of "key" and "value" are read as [..., width, slots]. XLA stores arrays whose width does not
             fill lanes that way, so that `swapaxes` changes no byte, where the other order would copy the cache.
-        query_names: names of the query streams, in the order of their columns.
-        splits: as in `TpuDecode`.
-        vmem_bytes: as in `TpuDecode`.
-        interpret: as in `TpuDecode`.
+        query_names: Names of the query streams, in the order of their columns.
+        splits: As in `TpuDecode`.
+        vmem_bytes: As in `TpuDecode`.
+        interpret: As in `TpuDecode`.
     """
 
     rows: int

@@ -55,9 +55,9 @@ def ordered_streams(options: Options, cached: DecodeOperands, size: int) -> tupl
     the stream of its last slot, so that the block_bounds of blocks stay tight, and do not attend.
 
     Args:
-        options: of the request.
-        cached: of the request.
-        size: slots of a step; the streams are padded to a multiple of it.
+        options: Of the request.
+        cached: Of the request.
+        size: Slots of a step; the streams are padded to a multiple of it.
 
     Returns:
         The rule, and streams int32 [B, columns · size].
@@ -91,10 +91,10 @@ def block_activity(
     """Which blocks of keys are active and which are full.
 
     Args:
-        rule: as from `ordered_streams`.
-        query: query streams [B, T].
-        key: key streams, as from `ordered_streams`.
-        size: keys of a block.
+        rule: As from `ordered_streams`.
+        query: Query streams [B, T].
+        key: Key streams, as from `ordered_streams`.
+        size: Keys of a block.
         shape: (rows, columns) of blocks.
 
     Returns:
@@ -111,8 +111,8 @@ def decode_steps(active: jax.Array, full: jax.Array, splits: int, table: jax.Arr
 
     Args:
         active: bool [B, columns] of blocks, or [B, columns, n] of the n pages of each block, as from `block_activity`.
-        full: of the same shape.
-        splits: number of parts of about as many steps, into which each row's active blocks are divided in order.
+        full: Of the same shape.
+        splits: Number of parts of about as many steps, into which each row's active blocks are divided in order.
         table: int32 [B, columns, n], page numbers, if the cache has pages.
     """
     page_active = active

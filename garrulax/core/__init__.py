@@ -1,1 +1,1 @@
-"""Floor 0: ParamSpec trees, products with weight leaves, logical axes and meshes. Imports nothing of Garrulax."""
+"""Layer 0: declarations of parameters, products with weights, logical axes and meshes. Imports no other package."""

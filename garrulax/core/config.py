@@ -1,4 +1,4 @@
-"""What the Config of every family offers, and the types that say which values its fields may hold."""
+"""The contract of a family's Config, and field types that say which values are allowed."""
 
 import dataclasses
 import functools
@@ -8,9 +8,9 @@ from typing import Annotated, Any, ClassVar, Protocol, get_args, get_type_hints
 
 
 class ModelConfig(Protocol):
-    """What every package may ask of a model's configuration, whatever its family: a frozen dataclass with these names.
+    """The names that every Config has, as fields or as properties. A Config is a frozen dataclass.
 
-    Fields or properties, as the family likes. Each family has more fields of its own, which only its own files read.
+    Other packages read these names only. A family's Config has more fields, which the files of the family read.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
@@ -64,7 +64,7 @@ class ModelConfig(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """What a field of a Config may hold: the annotation of a type such as `Size`.
+    """A condition on the value of a field: the annotation of a type such as `Size`.
 
     Attributes:
         allowed: Whether a value is right.

@@ -8,15 +8,23 @@ from garrulax.core.sharding import BATCH_AXES, axis_names, spec_of
 
 
 def einsum(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """`jnp.einsum(spec, x, w)` of activations x and a weight leaf w.
+    """`jnp.einsum(spec, x, w)` of activations and a weight.
 
     On one device the letters are merged, so that the product is of two matrices: XLA:CPU multiplies [B·T, D] by
     [D, F] 1.4 times faster than [B, T, D] by [D, F] (in the backward pass). On a mesh in Explicit mode the output
-    keeps the shardings of its letters, weights are gathered over the axes for the batch (FSDP), and a
-    contraction over a sharded letter is summed across its axis (tensor parallelism).
+    keeps the shardings of its letters, weights are gathered over the axes of the batch (FSDP), and a contraction over
+    a sharded letter is summed across its axis (tensor parallelism).
 
-    x: [..., contracted]; w: contracted letters first ("BTD,DHC->BTHC") or last ("BTD,VD->BTV").
-    Returns the product in x's dtype. Raises ValueError where a letter has two sizes.
+    Args:
+        spec: Letters of x, w and the result, such as "BTD,DHC->BTHC".
+        x: Activations, contracted letters last.
+        w: Weight, contracted letters first ("BTD,DHC->BTHC") or last ("BTD,VD->BTV").
+
+    Returns:
+        The product in x's dtype.
+
+    Raises:
+        ValueError: A letter has two sizes.
     """
     terms, out = spec.replace(" ", "").split("->")
     left, right = terms.split(",")
@@ -69,7 +77,7 @@ def _sharded(left: str, right: str, out: str, x: jax.Array, w: jax.Array) -> jax
 
 
 def gather(w: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """A small weight (norm gain, bias, position table) in `dtype`, whole on every device."""
+    """A small weight (scale, bias, position table) in `dtype`, complete on every device."""
     w = w.astype(dtype)
     mesh = jax.typeof(w).sharding.mesh
     if mesh.empty or not mesh.are_all_axes_explicit:
@@ -78,9 +86,16 @@ def gather(w: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
-    """Rows of `table` [V, D] for ids [...], as [..., D]; an id outside 0..V-1 gives NaN, never another row.
+    """Rows of a table; an id outside 0..V-1 gives NaN, never another row.
 
-    On a mesh the table is gathered over the axes that shard the ids; the result is sharded like the ids, D whole.
+    On a mesh the table is gathered over the axes that shard the ids.
+
+    Args:
+        table: [V, D].
+        ids: Integers [...].
+
+    Returns:
+        [..., D], sharded like the ids, with D complete on every device.
     """
     table = jnp.asarray(table)
     mesh = jax.typeof(table).sharding.mesh

@@ -61,8 +61,8 @@ def parse_layout(name: str, pattern: str, sizes: Mapping[str, int], parts: Mappi
         name: Name of the stored tensor, for messages too.
         pattern: Such as `"(H three C) D -> D H C"`.
         sizes: Size of every letter; `two` and `three` need none.
-        parts: What is taken of the letters that are on the left side only: an entry (`three=1`, the letter goes), or a
-            range (`N=slice(0, 4)`, a letter that is on the right side only takes its place).
+        parts: The part to take of each letter that is on the left side only: an entry (`three=1`, the letter goes), or
+            a range (`N=slice(0, 4)`, a letter that is on the right side only takes its place).
 
     Raises:
         ValueError: The pattern is malformed, or letters, sizes and parts do not fit each other.

@@ -15,10 +15,11 @@ from garrulax.core import spec as specs_
 
 Rules = dict[str, str | tuple[str, ...] | None]
 
-MESH_AXES = ("data", "fsdp", "tensor", "sequence")  # neighbours in the last are neighbours on the machine
+MESH_AXES = ("data", "fsdp", "tensor", "sequence")  # in this order: devices along the last axis are closest
 BATCH_AXES = ("data", "fsdp")  # the mesh axes that shard the examples of a batch
-SEQUENCE_AXIS = "sequence"  # the mesh axis that shards the tokens of a text; attention sees across (`kernels.sequence`)
-#: Kept whole where the mesh does not divide them: published vocabularies are odd (50257), key/value heads few.
+SEQUENCE_AXIS = "sequence"  # the mesh axis that shards the tokens of a text (`kernels.sequence`)
+#: Logical axes that are not sharded where the mesh does not divide them: published vocabularies are odd numbers
+#: (50257), and key/value heads are few.
 MAY_STAY_WHOLE = ("vocab", "kv_heads")
 
 _REPLICATED: Rules = {"layers": None, "position": None, "head": None}
@@ -37,9 +38,19 @@ RULES: dict[str, Rules] = {
 
 
 def make_mesh(axes: str | dict[str, int]) -> Mesh:
-    """A mesh in Explicit mode from `"fsdp=4,tensor=2"` or `{"fsdp": 4, "tensor": 2}`.
+    """A mesh in Explicit mode.
 
-    Raises ValueError for an unknown axis, a size below 1, or a product that is not the number of devices.
+    Args:
+        axes: Size of each axis, as `"fsdp=4,tensor=2"` or `{"fsdp": 4, "tensor": 2}`; the axes are `MESH_AXES`.
+
+    Raises:
+        ValueError: An axis is unknown, a size is below 1, or their product is not the number of devices.
+
+    Example:
+        >>> import jax, garrulax as gx
+        >>> mesh = gx.make_mesh({"data": jax.device_count()})
+        >>> mesh.axis_names
+        ('data',)
     """
     sizes = _parse(axes) if isinstance(axes, str) else dict(axes)
     for name, size in sizes.items():
@@ -70,9 +81,14 @@ def _parse(text: str) -> dict[str, int]:
 def shardings(specs: specs_.Tree, mesh: Mesh, rules: str | Rules = "fsdp+tp") -> specs_.Tree:
     """NamedSharding of every parameter of a ParamSpec tree.
 
-    rules: a name in `RULES` or a table of your own; mesh axes that the mesh lacks are left out.
-    Raises ValueError for a logical axis without a rule, and for a dimension that its mesh axes do not divide (those
-    in `MAY_STAY_WHOLE` then stay whole).
+    Args:
+        specs: The ParamSpec tree.
+        mesh: The mesh; mesh axes of the rules that it does not have are left out.
+        rules: A name in `RULES`, or a table from logical axes to mesh axes.
+
+    Raises:
+        ValueError: A logical axis has no rule, or its mesh axes do not divide a dimension (those in `MAY_STAY_WHOLE`
+            are not sharded then).
     """
     table = rules if isinstance(rules, dict) else _table(rules)
 
@@ -105,13 +121,13 @@ def _axis(s: specs_.ParamSpec, i: int, mesh: Mesh, table: Rules) -> str | tuple[
 
 
 def batch_sharding(mesh: Mesh) -> P:
-    """PartitionSpec of a batch's leading axis: over `data` and `fsdp`, as far as the mesh has them."""
+    """PartitionSpec of the leading axis of a batch: the axes `data` and `fsdp` that the mesh has."""
     names = tuple(a for a in BATCH_AXES if a in mesh.shape)
     return P(names if names else None)
 
 
 def token_sharding(mesh: Mesh) -> P:
-    """PartitionSpec of tokens [B, T]: examples as of `batch_sharding`, a text over `sequence` where the mesh has it."""
+    """PartitionSpec of tokens [B, T]: B as in `batch_sharding`, T over `sequence` where the mesh has that axis."""
     return P(*batch_sharding(mesh), SEQUENCE_AXIS if SEQUENCE_AXIS in mesh.shape else None)
 
 

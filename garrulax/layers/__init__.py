@@ -1,1 +1,1 @@
-"""Floor 2: pure functions on arrays, of which the families are built."""
+"""Layer 2: pure functions on arrays, from which the families are built."""

@@ -12,7 +12,7 @@ from garrulax.core.hf import HFConfig, find_format, key
 from garrulax.layers.rope import Rope
 from garrulax.layers.rope_hf import partial_rope_from_hf, rope_from_hf, rope_to_hf
 
-#: The one value that a dialect's config.json can say of settings that others leave open.
+#: Settings that have only one value in a dialect.
 FIXED: dict[str, dict[str, Any]] = {
     "chatglm": {"rotary": 0.5, "activation": "silu", "tied": False, "output_norms": False},
     "glm": {"residual_dropout": 0.0, "residual_after_norm": False, "output_norms": False},
@@ -34,7 +34,11 @@ NAMES = {"chatglm": _CHATGLM_NAMES, "glm": _GLM_NAMES, "glm4": _GLM_NAMES}
 
 
 def check_dialect(c: Any) -> None:
-    """Raises ValueError for an unknown dialect and for a setting that the config's dialect cannot say."""
+    """Checks that the config.json of a Config's dialect can express its settings.
+
+    Raises:
+        ValueError: The dialect is unknown, or cannot express a setting.
+    """
     if c.dialect not in FIXED:
         raise ValueError(f"unknown dialect {c.dialect!r}: choose from {', '.join(FIXED)}")
     for name, value in FIXED[c.dialect].items():
@@ -134,10 +138,10 @@ CHATGLM3_EOS = (2, 64795, 64797)  # </s>, <|user|>, <|observation|>
 
 
 def read(raw: dict) -> dict[str, Any]:
-    """Fields of the Config of a parsed config.json with model_type chatglm (ChatGLM2 and after), glm or glm4.
+    """Fields of a `chatglm.Config` from a parsed config.json with model_type chatglm (ChatGLM2 and after), glm or glm4.
 
-    Raises ValueError as `core.hf.HFConfig.read` and `layers.rope_hf.rope_from_hf` do, and where rope_ratio may mean
-    two things.
+    Raises:
+        ValueError: As `core.hf.HFConfig.read` and `layers.rope_hf.rope_from_hf`, and where rope_ratio is ambiguous.
     """
     dialect = find_format(DIALECTS, raw)
     fields = dialect.read(raw) | {"dialect": dialect.model_type}
@@ -180,8 +184,11 @@ def rope_ratio(settings: Rope) -> float:
 
 
 def _chatglm_rope(raw: dict, ratio: Any, context: int) -> Rope:
-    """What rope_ratio means: ChatGLM3's and GLM-4's code multiplies the base by it, ChatGLM2-6B-32k's divides the
-    positions. Their keys are the same: the name tells, or rope_theta and rope_scaling, which the code does not read."""
+    """The rotary settings that rope_ratio stands for.
+
+    The code of ChatGLM3 and GLM-4 multiplies the base by it, that of ChatGLM2-6B-32k divides the positions by it, under
+    the same key. The model's name tells which, or rope_theta and rope_scaling, which the code itself does not read.
+    """
     check_value("rope_ratio", ratio, Positive)
     if raw.get("rope_theta") or raw.get("rope_scaling"):
         settings = rope_from_hf(raw, context)

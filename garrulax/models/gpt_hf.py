@@ -89,7 +89,7 @@ NEO = dataclasses.replace(NEO, ignored=NEO.ignored | {"attention_types", "attent
 
 DIALECTS = (GPT2, GPT1, GPT3, NEO)
 
-#: What a format has no key for, and the value that its models have.
+#: Settings for which a dialect has no key, with the value that its models have.
 _IMPLIED: dict[str, dict[str, Any]] = {
     "openai-gpt": {
         "mlp_width": None, "qkv_bias": True, "scale_attention": True, "scale_by_layer": False, "band": 0,
@@ -102,7 +102,11 @@ _AFN = {"gelu": "gelu_new", "relu": "relu", "silu": "silu", "swish": "swish"}
 
 
 def check_dialect(c: Any) -> None:
-    """Raises ValueError for a `gpt.Config` whose dialect has no word for one of its settings."""
+    """Checks that the config.json of a `gpt.Config`'s dialect can express its settings.
+
+    Raises:
+        ValueError: It cannot express one.
+    """
     for name, value in _IMPLIED.get(c.dialect, {}).items():
         if getattr(c, name) != value:
             raise ValueError(f"dialect {c.dialect!r} cannot say {name}={getattr(c, name)!r}, only {value!r}")
@@ -115,8 +119,9 @@ def check_dialect(c: Any) -> None:
 def read(raw: dict[str, Any]) -> dict[str, Any]:
     """Fields of a `gpt.Config` from a parsed config.json of one of `DIALECTS`.
 
-    Raises ValueError as `core.hf.HFConfig.read` does, and for GPT-Neo layers that are neither all global nor global
-    and local by turns.
+    Raises:
+        ValueError: As `core.hf.HFConfig.read`, and for GPT-Neo layers that are neither all global nor alternately
+            global and local.
     """
     dialect = find_format(DIALECTS, raw)
     fields = dialect.read(raw)
@@ -153,7 +158,7 @@ def _bands(raw: dict[str, Any], layers: int, window: int) -> dict[str, int]:
     if not kinds or kinds != _kinds(layers, band, parity) or raw.get("attention_layers", kinds) != kinds:
         raise ValueError(
             f"config.json: attention_types={types!r} is not implemented for {layers} layers and window_size={window} "
-            "(only global, or global and local by turns)"
+            "(only global, or alternately global and local)"
         )
     return {"band": band, "band_parity": parity}
 

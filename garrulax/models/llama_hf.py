@@ -98,7 +98,7 @@ BAICHUAN2_VOCAB = 125696
 
 
 def _fixed(c: Any) -> dict[str, dict[str, Any]]:
-    """For each dialect the settings that its config.json cannot say, with the one value that they have there."""
+    """For each dialect the settings that its config.json cannot express, with the one value that they have there."""
     rotary = {"positions": "rope", "normalized_head": False}
     unbiased = {"qkv_bias": False, "out_bias": False, "mlp_bias": False}
     whole = {"kv_heads": c.heads, "width": c.heads * c.head_dim}  # one W_pack [3 * width, width]
@@ -111,8 +111,11 @@ def _fixed(c: Any) -> dict[str, dict[str, Any]]:
 
 
 def check_dialect(c: Any) -> None:
-    """Raises ValueError for a Config with a setting that the config.json of its dialect cannot say, naming those that
-    can."""
+    """Checks that the config.json of a `llama.Config`'s dialect can express its settings.
+
+    Raises:
+        ValueError: The dialect is unknown, or cannot express a setting; the message names the dialects that can.
+    """
     fixed = _fixed(c)
     if c.dialect not in fixed:
         raise ValueError(f"unknown dialect {c.dialect!r}: choose from {', '.join(fixed)}")
@@ -125,10 +128,11 @@ def check_dialect(c: Any) -> None:
 
 
 def read(raw: dict[str, Any]) -> dict[str, Any]:
-    """Fields of `llama.Config` from a parsed config.json, with RoPE settings of transformers 5 or of before.
+    """Fields of a `llama.Config` from a parsed config.json, with RoPE settings in either notation.
 
-    Raises ValueError as `core.hf.HFConfig.read` and `layers.rope_hf.rope_from_hf` do, and for layer_types other than
-    full attention first and then a sliding window.
+    Raises:
+        ValueError: As `core.hf.HFConfig.read` and `layers.rope_hf.rope_from_hf`, and for layer_types other than full
+            attention first and then a sliding window.
     """
     hf = find_format(DIALECTS, raw)
     fields: dict[str, Any] = {**hf.read(raw), "dialect": hf.model_type}

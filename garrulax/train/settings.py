@@ -29,10 +29,10 @@ class Settings:
     Attributes:
         preset: The model to start from; `garrulax info --all` lists them.
         corpus: Text to train on: files, folders, glob patterns, or stdlib (the source of Python's standard library).
-        valid: held-out text, written like corpus; if empty, a part of the corpus is held out.
-        tokenizer: Sentencepiece (trained on the corpus), bytes or chars (one id for each), or a path.
+        valid: Held-out text, written like corpus; if empty, a part of the corpus is held out.
+        tokenizer: sentencepiece (trained on the corpus), bytes or chars (one id for each), or a path.
         vocab: Number of token ids, if a sentencepiece tokenizer is trained.
-        objective: Causal or infill; none is the default of the model's family.
+        objective: causal or infill; none is the default of the model's family.
         token_blanks: Relative frequency of infill's rows with short blanks.
         sentence_blanks: Relative frequency of infill's rows with blanks of whole sentences.
         document_blanks: Relative frequency of infill's rows with one long blank.
@@ -40,9 +40,9 @@ class Settings:
         steps: Number of updates.
         batch: Rows in a step, over all processes.
         window: Tokens in a row.
-        accumulation: micro-batches in a batch, computed one after another to save memory.
+        accumulation: Micro-batches in a batch, computed one after another to save memory.
 
-        optimizer: Muon or adamw.
+        optimizer: muon or adamw.
         lr: Peak learning rate; none is 0.02 with muon, 0.001 with adamw.
         adam_lr: With muon, peak rate of embeddings, output, norms and biases, which use Adam; none is 0.004.
         schedule: How the learning rate changes: constant, linear, cosine, wsd or warmup_linear.

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import garrulax as gx
 from garrulax import models
+from garrulax.core import spec
 from garrulax.kernels import picking
 from garrulax.kernels.attention import IMPLEMENTATIONS, PREFERRED, REGISTRY, attention, request
 from garrulax.kernels.dense import Dense
@@ -205,7 +206,7 @@ def test_a_scale_that_is_an_array_is_as_exact_as_a_number():
 
 
 def _projections(config):
-    params = models.spec.abstract(models.family(config).parameters(config))
+    params = spec.abstract(models.parameters(config))
     tokens = jnp.arange(46).reshape(2, 23) % config.vocab
     return jax.make_jaxpr(lambda p: gx.forward(p, tokens, config))(params).jaxpr
 

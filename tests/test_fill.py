@@ -20,6 +20,9 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 GREEDY = {"temperature": 0}
 
 
+forward = jax.jit(models.forward, static_argnames="config")
+
+
 @functools.partial(jax.jit, static_argnames="config")
 def full_pass(params, ids, positions, context, config):
     mask = prefix(context, ids.shape[1])
@@ -75,9 +78,9 @@ def test_prefill_and_cached_steps_give_the_originals_logits():
     cache = state.cache
     for t in range(split, len(ids)):
         positions = jnp.asarray(z["gen_pos"][:, :, t : t + 1], jnp.int32)
-        logits, cache = models.forward(params, jnp.array([[ids[t]]]), config, positions=positions, cache=cache)
+        logits, cache = forward(params, jnp.array([[ids[t]]]), config, positions=positions, cache=cache)
         assert oracle.relative_error(logits[:, 0], z["gen_logits"][:, t]) < 2e-5
-    first = sampling.decode_step(params, state, config)
+    first = jax.jit(sampling.decode_step, static_argnames="config")(params, state, config)
     assert int(first.tokens[0, 0]) == z["gen_logits"][0, split].argmax()
 
 

@@ -13,6 +13,8 @@ from garrulax.kernels.mask import CAUSAL, Mask
 from garrulax.layers.attention import alibi_slopes
 from garrulax.layers.call import mask_and_cache
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 B, T, C = 2, 6, 8
 TABLES = np.load(pathlib.Path(__file__).parent / "oracles" / "tables.npz")  # slopes by the original authors' code
 

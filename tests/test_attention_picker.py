@@ -24,6 +24,8 @@ from garrulax.kernels.passes import ForwardBackward
 from garrulax.kernels.sharded import Sharded
 from garrulax.kernels.xla import Chunked
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SHAPE = (2, 8, 4, 16)
 QKV = (jnp.ones(SHAPE),) * 3
 

@@ -11,6 +11,8 @@ import pytest
 
 from garrulax.hub.tokenizers import ByteTokenizer, JsonTokenizer, SentencePieceTokenizer, load_tokenizer
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 DATA = os.environ.get("GARRULAX_DATA")
 real_files = pytest.mark.skipif(DATA is None, reason="set GARRULAX_DATA to a folder with real tokenizer files")
 

@@ -17,6 +17,8 @@ from garrulax.core.spec import Declare, normal
 from garrulax.models import llama
 from garrulax.models.contract import register
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 REQUIRED = {name: getattr(llama, name) for name in (
     "Config", "PRESETS", "DIALECTS", "parameters", "hidden", "from_hf", "to_hf", "tensor_names",
 )}  # fmt: skip

@@ -21,6 +21,8 @@ from garrulax.hub import card, streaming, writing
 from garrulax.hub.converting import convert_folder
 from garrulax.hub.tokenizers import ByteTokenizer
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.mark.parametrize("case", [*CAUSAL, "glm_original"])
 def test_a_converted_folder_is_what_load_and_save_would_write(case, tmp_path):

@@ -9,6 +9,8 @@ import pytest
 
 from garrulax.kernels import masks
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 DOCS = Path(__file__).parent.parent / "docs"
 
 

@@ -7,6 +7,8 @@ import pytest
 import garrulax as gx
 from garrulax import flax as garrulax_flax
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 OBJECTS = {f"gx.{name}": getattr(gx, name) for name in gx.__all__ if name != "__version__"}
 OBJECTS |= {f"flax.{name}": getattr(garrulax_flax, name) for name in garrulax_flax.__all__}
 

@@ -19,6 +19,8 @@ from garrulax.core import sharding, spec
 from garrulax.hub.tokenizers import ByteTokenizer
 from garrulax.models import glitch
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 VOCAB = 60
 _SMALL = {"vocab": VOCAB, "context": 32, "width": 32, "layers": 1, "heads": 2, "bos": None, "eos": None}
 TRAINED = {

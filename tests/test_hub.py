@@ -28,6 +28,8 @@ from garrulax.hub import reading, streaming, writing
 from garrulax.hub.streaming import read_windows, window
 from garrulax.hub.tensors import open_tensors
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CASES = (*CAUSAL, "glm_original")
 
 

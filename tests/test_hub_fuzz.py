@@ -16,6 +16,8 @@ from test_hub import folder_of
 import garrulax as gx
 from garrulax.hub.tokenizers import ByteTokenizer, load_tokenizer
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SECONDS = 20  # for one file, on a busy machine
 NUMBERS = ("0", "-1", "1", "3", "255", "65537", str(2**31), str(2**63), str(2**64 - 1), "1000000000000", "9" * 400,
            "9" * 5000, "1e400", "-1e-9", "0.5", "NaN", "Infinity")  # fmt: skip

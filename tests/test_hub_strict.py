@@ -16,6 +16,8 @@ import garrulax as gx
 from garrulax.hub import reading
 from garrulax.hub.tensors import BITS, DTYPES, open_tensors, write_tensors
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(autouse=True)
 def _nothing_is_allocated(monkeypatch, request):

@@ -16,6 +16,8 @@ from garrulax.core import spec
 from garrulax.kernels import masks
 from garrulax.layers.rope import Rope
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CONTRACT = 2e-6
 forward = jax.jit(gx.forward, static_argnums=2)
 

@@ -14,6 +14,9 @@ from garrulax.layers.call import mask_and_cache
 from garrulax.layers.rope import Rope
 
 #: build_alibi_tensor of transformers 5.23.0, in float32: biases of the first and last two of so many heads.
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 POSITIONS = [0, 1, 3, 11, 257, 1000, 3000]
 ALIBI = {
     4: [[0, 0.25, 0.75, 2.75, 64, 250, 752], [0, 0.0625, 0.1875, 0.6875, 16, 62.5, 188],

@@ -9,6 +9,8 @@ from oracle import arrays, config, params, relative_error
 import garrulax as gx
 from garrulax.kernels import masks
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 MODES = ("token", "token_noshuffle", "token_dblock", "sentence", "document", "document_midspan")
 CONTRACT = 2e-6
 forward = jax.jit(gx.forward, static_argnums=2)

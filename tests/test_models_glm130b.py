@@ -15,6 +15,8 @@ from garrulax import models
 from garrulax.core import spec
 from garrulax.kernels import masks
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CONTRACT = 2e-6
 forward = jax.jit(gx.forward, static_argnums=2)
 ROW = {"glm130b": "GLM-130B", **dict.fromkeys(CHATGLM_6B, "ChatGLM-6B")}

@@ -18,6 +18,8 @@ from garrulax.layers.norms import unit_norm
 from garrulax.layers.rope import Rope
 from garrulax.models import llama
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CONTRACT = 2e-6
 BAICHUAN = ("baichuan7b", "baichuan13b", "baichuan2_7b_composite", "baichuan2_13b")
 SIZES = {"vocab": 40, "context": 16, "width": 8, "layers": 3, "heads": 2, "kv_heads": 2, "mlp_width": 12}

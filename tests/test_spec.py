@@ -20,6 +20,8 @@ from garrulax.core.einsum import einsum, lookup
 from garrulax.core.layout import bias_pattern, parse_layout
 from garrulax.core.spec import Declare, normal, ones, stacked
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 NAMES = ("gpt2-tiny", "glm-tiny", "llama-tiny", *FAMILIES)
 
 

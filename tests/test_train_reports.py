@@ -17,6 +17,8 @@ from garrulax.train.evaluate import Evaluation, make_evaluate
 from garrulax.train.settings import Settings
 from garrulax.train.shards import Tokens
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def constant_objective(params, batch, config, key, **options):
     """Half a nat for every token below 5, two nats for the others."""

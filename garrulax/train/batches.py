@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from garrulax import models
 from garrulax.core.config import ModelConfig
 from garrulax.core.sharding import SEQUENCE_AXIS, token_sharding
 from garrulax.train.infill import BlankMix, HostBatch, InfillTokenizer, InfillTokens, infill_batch, source_window
@@ -56,7 +57,8 @@ def make_data(dataset: Dataset, settings: Settings, config: ModelConfig, tokeniz
         raise ValueError(f"the tokenizer has {tokenizer.vocab} ids, the model's vocab is {config.vocab}")
     if objective_name(settings.objective, config) == "causal":
         return causal_data(dataset, settings)
-    has_task_masks = getattr(config, "sentence_mask", None) is not None
+    blanks = models.blanks(config)
+    has_task_masks = blanks is not None and blanks.masks["s"] != blanks.masks[""]
     return infill_data(dataset, settings, tokenizer, InfillTokens.of(tokenizer, has_task_masks))
 
 

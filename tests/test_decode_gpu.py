@@ -6,6 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import kernel_cases as cases
 import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import params as interpreter
@@ -126,7 +127,11 @@ def paged(cached, page, seed=3):
 
 @pytest.mark.parametrize(
     ("widths", "heads", "dtype"),
-    [((64, 64), (2, 1), jnp.bfloat16), ((80, 80), (4, 2), jnp.float16), ((96, 16), (8, 1), jnp.bfloat16)],
+    [
+        pytest.param((64, 64), (2, 1), jnp.bfloat16, marks=pytest.mark.slow),
+        ((80, 80), (4, 2), jnp.float16),
+        pytest.param((96, 16), (8, 1), jnp.bfloat16, marks=pytest.mark.slow),
+    ],
 )
 def test_ragged_lengths(widths, heads, dtype):
     """Of any length, the cache's end inside a block, one sequence empty."""
@@ -151,7 +156,7 @@ def test_drafts_and_empty_rows():
     assert jnp.isneginf(lse[0, :, :5]).all()
 
 
-@pytest.mark.parametrize("page", [16, 128, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("page", [16, *(pytest.param(size, marks=pytest.mark.slow) for size in (64, 128))])
 def test_pages_in_any_order(page):
     """The same bits as the contiguous cache gives."""
     contiguous = request([200, 70])
@@ -166,7 +171,7 @@ def test_pages_in_any_order(page):
         np.testing.assert_array_equal(np.asarray(ours, np.float32), np.asarray(theirs, np.float32))
 
 
-@pytest.mark.parametrize("programs", [1, 12])
+@pytest.mark.parametrize("programs", [pytest.param(1, marks=pytest.mark.slow), 12])
 def test_pieces_equal_one_pass(programs):
     """One piece a sequence, and one a block."""
     cached = request([300, 33], S=300)
@@ -231,7 +236,7 @@ def test_softcap_and_alibi():
     assert_agrees(options(softcap=2.0), cached)
 
 
-@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn, pytest.param(jnp.float8_e5m2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", cases.some([jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2], jnp.int8))
 def test_quantised(dtype):
     """With the scales in the kernel, also of pages: those of one block side by side."""
     cached = quantised(request([200, 70], H=4, K=2), dtype)

@@ -69,7 +69,7 @@ def model_of(name):
     return spec.map_specs(lambda s, x: x * (scale if s.role == "matrix" else 1), specs, params), config
 
 
-NAMES = pytest.mark.parametrize("name", ["chatglm", "glm130b"])
+NAMES = pytest.mark.parametrize("name", [pytest.param("chatglm", marks=pytest.mark.slow), "glm130b"])
 
 
 @NAMES

@@ -41,25 +41,29 @@ def test_extras_together_and_a_mask_with_empty_rows():
     cases.assert_agrees(SMALL, cases.nothing(200), (200, 200, 2, 1, 16), extras=extras, bound=2 * BOUND)
 
 
-@pytest.mark.parametrize("shape", [(200, 200, 3, 3, 64), (150, 150, 11, 1, 16)], ids=["MHA", "MQA"])
+@pytest.mark.parametrize(
+    "shape", [pytest.param((200, 200, 3, 3, 64), marks=pytest.mark.slow), (150, 150, 11, 1, 16)], ids=["MHA", "MQA"]
+)
 def test_heads(shape):
     """11 heads do not divide into groups of at most 8: they are a loop of the kernel's."""
     cases.assert_agrees(SMALL, cases.packed(shape[0]), shape, bound=BOUND)
 
 
-@pytest.mark.parametrize(
-    ("C", "Cv"), cases.some([(64, 64), (80, 96), (128, 64), (256, 128), (192, 256)], (80, 96), (256, 128))
-)
+@pytest.mark.parametrize(("C", "Cv"), cases.some([(64, 64), (80, 96), (128, 64), (256, 128), (192, 256)], (80, 96)))
 def test_widths(C, Cv):
     cases.assert_agrees(SMALL, cases.causal(130), (130, 130, 2, 1, C, Cv), bound=BOUND)
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(jnp.bfloat16, 2e-2), (jnp.float16, 2e-3)], ids=["bf16", "f16"])
+@pytest.mark.parametrize(
+    ("dtype", "bound"),
+    [(jnp.bfloat16, 2e-2), pytest.param(jnp.float16, 2e-3, marks=pytest.mark.slow)],
+    ids=["bf16", "f16"],
+)
 def test_narrow_dtypes(dtype, bound):
     cases.assert_agrees(SMALL, cases.packed(200), (200, 200, 4, 2, 16), dtype=dtype, bound=bound)
 
 
-@pytest.mark.parametrize("case", ["cached", "tree"])
+@pytest.mark.parametrize("case", cases.some(["cached", "tree"], "tree"))
 def test_more_keys_than_queries(case):
     cases.assert_agrees(SMALL, getattr(cases, case)(40, 300), (40, 300, 4, 2, 16), bound=BOUND)
 

@@ -12,6 +12,14 @@ import garrulax as gx
 from garrulax.kernels import masks
 
 CONFIGS = {name: entry.with_all_parts for name, entry in FAMILIES.items()}
+
+
+def families(*quick):
+    """All families, of which `make test` runs some only."""
+    params = [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
+    return pytest.mark.parametrize("family", params)
+
+
 TOKENS = np.random.default_rng(0).integers(0, 40, (3, 10))
 
 
@@ -39,7 +47,7 @@ def assert_close(a, b, bound=2e-6):
         assert np.abs(np.asarray(x) - np.asarray(y)).max() <= bound * max(np.abs(np.asarray(y)).max(), 1)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@families("gpt", "glm130b", "llama")
 def test_gradient_equals_finite_differences(family):
     """In float64, along a random direction through every parameter at once."""
     c = CONFIGS[family]
@@ -60,7 +68,7 @@ def test_gradient_equals_finite_differences(family):
         assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(gradient))
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@families("gpt", "llama")
 def test_every_form_gives_the_same_loss_and_gradients(family):
     """Scanned, laid out, unstacked, recomputed; with dropout, since its keys must fall on the same layers."""
     c, key = CONFIGS[family], jax.random.key(7)
@@ -73,7 +81,7 @@ def test_every_form_gives_the_same_loss_and_gradients(family):
     assert_close(loss(gx.unstack(params(family)), TOKENS, c, key=key), expected[0])  # and without jit
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@families("glm", "llama")
 def test_vmap_over_parameters_and_over_batches(family):
     c = CONFIGS[family]
     ensemble = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), params(family))
@@ -86,7 +94,7 @@ def test_vmap_over_parameters_and_over_batches(family):
     assert_close(jax.tree.map(lambda g: g.mean(0), gradients), expected)  # per-example gradients
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@families("llama")
 def test_vmap_over_caches(family):
     """Each row of an outer batch with a cache of its own, filled to another length."""
     c, p = CONFIGS[family], params(family)

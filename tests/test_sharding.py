@@ -111,7 +111,7 @@ def test_rules_may_split_the_key_value_heads_alone():
         assert relative(loss(sharded, batch, config), expected) <= 1e-5
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gpt", "glm"))])
 def test_tokens_may_be_whole_on_every_device(family):
     config = CONFIGS[family]
     (expected, _), params = single(family, "float32")

@@ -230,7 +230,7 @@ def examples(task, rng, count):
 
 
 @pytest.mark.parametrize(
-    "task", [task if task != "entailment" else pytest.param(task, marks=pytest.mark.slow) for task in HEAD]
+    "task", [task if task == "multiple_choice" else pytest.param(task, marks=pytest.mark.slow) for task in HEAD]
 )
 def test_every_head_learns(task):
     rng = np.random.default_rng(0)
@@ -279,6 +279,7 @@ def test_fine_tuning_on_a_mesh_equals_one_device():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, gradients)
 
 
+@pytest.mark.slow
 def test_the_example_runs(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["gpt1_tasks.py", "--steps", "2"])
     runpy.run_path("examples/gpt1_tasks.py", run_name="__main__")

@@ -88,7 +88,7 @@ def test_a_step_on_texts_in_parts_is_a_step(mesh):
     np.testing.assert_allclose(found["loss"], metrics["loss"], rtol=1e-6)
 
 
-@pytest.mark.parametrize(("mesh", "micro"), [(None, 1), ("fsdp=4,tensor=2", 2)])
+@pytest.mark.parametrize(("mesh", "micro"), [pytest.param(None, 1, marks=pytest.mark.slow), ("fsdp=4,tensor=2", 2)])
 def test_a_step_that_is_not_finite_changes_nothing(mesh, micro):
     bad = host_batch()
     bad["weights"][3, 2] = np.nan
@@ -132,7 +132,7 @@ def test_dropout_differs_from_step_to_step_and_is_repeated_by_the_seed():
     assert float(one_step(settings, batch=twice, micro=2)[1]["loss"]) != losses[0]
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("optimizer", ["muon", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_state_is_born_sharded_and_stays_so(optimizer):
     settings = dataclasses.replace(SETTINGS, optimizer=optimizer)
     single, _ = one_step(settings, steps=2, micro=2)

@@ -63,8 +63,16 @@ def single(family, precision):
     return jax.jit(jax.value_and_grad(loss), static_argnums=2)(params, jnp.asarray(tokens(config)), config), params
 
 
-def relative(a, b):
-    return float(np.abs(np.asarray(a) - np.asarray(b)).max() / (np.abs(np.asarray(b)).max() + 1e-30))
+def relative(a, b, floor=1e-30):
+    return float(np.abs(np.asarray(a) - np.asarray(b)).max() / (np.abs(np.asarray(b)).max() + floor))
+
+
+def worst_errors(grads, gradients, bound):
+    """The gradients that differ by more than the bound, by name. The floor is for those that are zero but for rounding:
+    of a key bias without rotary positions, which the softmax does not see."""
+    floor = 1e-6 * max(np.abs(np.asarray(x)).max() for x in jax.tree.leaves(gradients))
+    errors = jax.tree.map(lambda a, b: relative(a, b, floor), grads, gradients)
+    return {name: error for name, error in spec.named_leaves(errors).items() if error > bound}
 
 
 @pytest.mark.parametrize(("family", "mesh", "precision"), CASES)
@@ -79,8 +87,7 @@ def test_loss_and_gradients_equal_one_device(family, mesh, precision):
             batch = jax.device_put(tokens(config), NamedSharding(m, sharding.token_sharding(m)))
             value, grads = jax.jit(jax.value_and_grad(loss), static_argnums=(2, 3))(sharded, batch, config, "dots")
         assert relative(value, expected) <= bound
-        worst = jax.tree.map(relative, grads, gradients)
-        assert max(jax.tree.leaves(worst)) <= bound, worst
+        assert not worst_errors(grads, gradients, bound)
         placed = jax.tree.map(lambda g, s: g.sharding.is_equivalent_to(s, g.ndim), grads, places)
         assert all(jax.tree.leaves(placed)), placed  # gradients come back where their parameters are
 

@@ -5,11 +5,13 @@ from typing import Any
 
 from garrulax.core.config import ModelConfig
 from garrulax.core.names import nearest
-from garrulax.models import chatglm, falcon, glm, glm130b, gpt, gpt_neox, llama
+from garrulax.models import chatglm, falcon, glm, glm130b, gpt, gpt_neox, llama, opt
 from garrulax.models.contract import Family, register
 
 #: A new family is a word here and one in the import above.
-FAMILIES: tuple[Family, ...] = tuple(register(file) for file in (gpt, gpt_neox, glm, glm130b, llama, chatglm, falcon))
+FAMILIES: tuple[Family, ...] = tuple(
+    register(file) for file in (gpt, gpt_neox, opt, glm, glm130b, llama, chatglm, falcon)
+)
 
 
 def family(config: ModelConfig) -> Family:

@@ -64,7 +64,7 @@ def matmul_parameters(config: ModelConfig) -> int:
     """Parameters that multiply every token: all matrices, and the embedding that gives the logits."""
     specs = spec.named_specs(models.parameters(config))
     matrices = sum(math.prod(s.shape) for s in specs.values() if s.role == "matrix")
-    return matrices + config.vocab * config.width
+    return matrices + math.prod(specs["tokens" if config.tied else "head"].shape)
 
 
 def flops_per_token(config: ModelConfig, length: int) -> int:

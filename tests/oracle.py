@@ -26,6 +26,13 @@ FOLDER = pathlib.Path(__file__).parent / "oracles"
 LLAMA = tuple(case for case, row in CAUSAL.items() if row == "LLaMA 1/2/3")
 CHATGLM = tuple(case for case, row in CAUSAL.items() if row == "ChatGLM2/3-6B")
 
+#: Cases whose caches, masks and positions are those of another case.
+LIKE_OTHERS = (
+    "gptneo", "llama", "llama_tied", "llama_linear", "llama_yarn", "llama3", "qwen2", "baichuan7b",
+    "baichuan2_7b_composite", "chatglm2_mha", "chatglm2_post", "glm4", "falcon7b", "falcon40b", "falconrw_alibi_pow2",
+    "opt_350m",
+)  # fmt: skip
+
 #: ChatGLM-6B's code as published, and changed.
 CHATGLM_6B = {
     "chatglm1_ref": {},

@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from oracle import LLAMA, arrays, config, params, relative_error
+from oracle import LIKE_OTHERS, LLAMA, arrays, config, params, relative_error
 from registry import CAUSAL, FAMILIES
 
 import garrulax as gx
@@ -23,12 +23,10 @@ def unstacked(case):
 
 
 UNSTACKED = [case for entry in FAMILIES.values() for case in entry.unstacked]
-FORMS = pytest.mark.parametrize(
-    ("case", "form"), [*((case, params) for case in CAUSAL), *((case, unstacked) for case in UNSTACKED)]
-)
+FORMS = [*((case, params) for case in CAUSAL), *((case, unstacked) for case in UNSTACKED)]
 
 
-@FORMS
+@pytest.mark.parametrize(("case", "form"), FORMS)
 def test_full_pass(case, form, table):
     z = arrays(case)
     logits, cache = forward(form(case), jnp.asarray(z["input_ids"]), config(case))
@@ -38,7 +36,9 @@ def test_full_pass(case, form, table):
     assert error <= CONTRACT
 
 
-@FORMS
+@pytest.mark.parametrize(
+    ("case", "form"), [pytest.param(*f, marks=pytest.mark.slow) if f[0] in LIKE_OTHERS else f for f in FORMS]
+)
 def test_prefill_and_cached_steps(case, form, table):
     """Five tokens at once, then one at a time, in a cache with slots to spare."""
     z = arrays(case)

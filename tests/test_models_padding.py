@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import arrays, config, params, relative_error
+from oracle import LIKE_OTHERS, arrays, config, params, relative_error
 from registry import CAUSAL
 
 import garrulax as gx
@@ -29,12 +29,6 @@ def padded_batch(rows, width, left, pad=0):
 def some(names):
     """Parameters of a test: all of `names`; `make test` leaves out those whose masks and positions are another's."""
     return [n if n not in LIKE_OTHERS else pytest.param(n, marks=pytest.mark.slow) for n in names]
-
-
-LIKE_OTHERS = (
-    "gptneo", "llama", "llama_tied", "llama_linear", "llama_yarn", "llama3", "qwen2", "baichuan7b",
-    "baichuan2_7b_composite", "chatglm2_mha", "chatglm2_post", "glm4", "falcon7b", "falcon40b", "falconrw_alibi_pow2",
-)  # fmt: skip
 
 
 @pytest.mark.parametrize("case", some([case for case in CAUSAL if case != "llama_longrope"]))  # has a test of its own

@@ -92,10 +92,8 @@ class Entry:
         elif change is None:
             assert name in COMMON_CHANGES, f"give another value of {name} in `changes` of the family's Entry"
             change = Change(COMMON_CHANGES[name])
-        assert change.value != value, (
-            f"{name} is {value!r} already: give another value in `changes` of the family's Entry"
-        )
         base = dataclasses.replace(self.config, **change.base)
+        assert change.value != getattr(base, name), f"{name} is {value!r} already: give another value in `changes`"
         return base, dataclasses.replace(base, **{name: change.value, **change.also})
 
 

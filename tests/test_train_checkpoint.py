@@ -17,8 +17,6 @@ from garrulax.train.optimizers import make_optimizer
 from garrulax.train.settings import Settings
 from garrulax.train.state import TrainState, abstract_state, init_state
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = models.gpt.Config(vocab=48, context=8, width=16, layers=2, heads=4)
 IDENTITY = settings.run_identity(Settings(), CONFIG, {"corpus": "abc", "tokenizer": "def"})
 

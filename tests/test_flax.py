@@ -254,6 +254,7 @@ def example(monkeypatch, capsys, *words):
     return [float(line.split()[3]) for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
 
 
+@pytest.mark.slow
 def test_the_example_learns_and_saves_a_model(tmp_path, monkeypatch, capsys):
     losses = example(monkeypatch, capsys, "--steps", 8, "--out", tmp_path / "model")
     assert losses[-1] < losses[0] - 1

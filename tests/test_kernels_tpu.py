@@ -224,7 +224,7 @@ def checked(kernel=SMALL):
 @pytest.mark.parametrize(
     ("case", "extras"),
     [
-        ("packed", ()),
+        pytest.param("packed", (), marks=pytest.mark.slow),
         ("nothing", ("alibi",)),
         pytest.param("window", ("key_bias",), marks=pytest.mark.slow),
         pytest.param("bigbird", ("dropout", "relative", "softcap"), marks=pytest.mark.slow),

@@ -35,7 +35,11 @@ ALL |= {(config, "data=2,sequence=4", "float64") for config in FAMILIES}
 ALL |= {(config, "data=2,fsdp=2,tensor=2", "float32") for config in FAMILIES}  # the bound of float64 says more
 #: One family on every mesh, and every other on one that has all axes; the rest is slow.
 QUICK = {("llama", mesh, "float64") for mesh in MESHES}
-QUICK |= {(config, "data=2,fsdp=2,tensor=2", "float64") for config in CONFIGS if config not in FAMILIES}
+QUICK |= {
+    (config, "data=2,fsdp=2,tensor=2", "float64")
+    for config in CONFIGS
+    if config not in (*FAMILIES, "strided", "one key")
+}
 QUICK |= {(config, "fsdp=2,tensor=2,sequence=2", "float64") for config in (*FAMILIES, "alibi")}
 CASES = [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in sorted(ALL)]
 

@@ -20,7 +20,7 @@ INK = matplotlib.colors.ListedColormap(["white", "#9db7d5", "#1f4e79"])  # none,
 
 def schedule(mask: Mask) -> np.ndarray:
     """How kernels treat each block of the mask: 0 is skipped, 1 evaluates the rule, 2 is computed without a mask."""
-    query, key = mask.required_streams()
+    query, key = mask.read()
     rows, columns = (next(iter(s.values())).shape[1] // BLOCK for s in (query, key))
     some, every = block_map(mask.rule, query, key, BLOCK, BLOCK, (1, rows, columns))
     return np.asarray(some[0], int) + np.asarray(every[0], int)

@@ -70,6 +70,24 @@ def test_a_config_that_lacks_something_is_refused(config, message):
         register(file(Config=config, PRESETS={}))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"PRESETS": [1]}, "PRESETS of the family new must be a dict"),
+        ({"DIALECTS": llama.DIALECTS[0]}, "DIALECTS of the family new must be a tuple of HFConfigs"),
+        (
+            {"hidden": lambda params, tokens, config, mask: None},
+            r"hidden of the family new must be a function of \(params",
+        ),
+        ({"keys_atended": llama.keys_attended}, "has a name keys_atended: did you mean keys_attended"),
+        ({"Config": gx.preset("llama-tiny")}, "Config of the family new must be a dataclass"),
+    ],
+)
+def test_a_name_of_another_kind_is_refused(changes, message):
+    with pytest.raises(TypeError, match=message):
+        register(file(**changes))
+
+
 def test_a_preset_of_another_config_is_refused():
     with pytest.raises(TypeError, match="presets of the family new are not of its Config: small"):
         register(file(PRESETS={"small": Small()}))
@@ -111,8 +129,29 @@ def test_parameters_that_lack_a_part_or_have_another_are_named(unstacked):
 
     blocks = params["blocks"]
     wrong = (blocks[0], misspelt(blocks[1])) if unstacked else misspelt(blocks)
-    with pytest.raises(ValueError, match=r"config: blocks/mlp/up missing; blocks/mlp/upp unknown"):
+    with pytest.raises(ValueError, match=r"config: blocks(/1)?/mlp/up missing, blocks(/1)?/mlp/upp unknown"):
         gx.forward({**params, "blocks": wrong}, tokens, config)
+
+
+def test_parameters_of_another_shape_or_depth_are_named():
+    params, tokens, config = arguments()
+    with pytest.raises(ValueError, match=r"blocks has 1 layers, not 2"):
+        gx.forward({**params, "blocks": gx.unstack(params)["blocks"][:1]}, tokens, config)
+    with pytest.raises(ValueError, match=r"tokens is \(41, 8\), not \(40, 8\)"):
+        gx.forward({**params, "tokens": jnp.ones((41, 8))}, tokens, config)
+    deeper = gx.init(dataclasses.replace(config, layers=3), jax.random.key(0))
+    with pytest.raises(ValueError, match=r"blocks/attention/key is \(3, 8, 2, 4\), not \(2, 8, 2, 4\)"):
+        gx.forward(deeper, tokens, config)
+    with pytest.raises(
+        ValueError, match=r"blocks must be a dict \(stacked\) or a tuple of dicts \(unstacked\), not list"
+    ):
+        gx.forward({**params, "blocks": list(gx.unstack(params)["blocks"])}, tokens, config)
+    with pytest.raises(ValueError, match="a cache of 3 rows does not fit tokens of 2"):
+        gx.forward(params, tokens, config, cache=gx.cache_for(params, config, 3, 8))
+    with pytest.raises(ValueError, match="tokens must be an array of integers"):
+        gx.forward(params, [[1, 2]], config)
+    with pytest.raises(ValueError, match="positions must be an array of integers"):
+        gx.forward(params, tokens, config, positions=[[0, 1, 2, 3, 4]] * 2)
 
 
 def test_a_weight_declared_without_its_transposition_is_refused_when_it_is_used():

@@ -227,7 +227,10 @@ def test_misuse_is_named():
     ):
         with pytest.raises(ValueError, match="do not fit the config: norm missing; final unknown"):
             broken()
-    with pytest.raises(ValueError, match="do not fit the config: blocks, head, norm, positions, tokens missing"):
+    with pytest.raises(
+        ValueError,
+        match="do not fit the config: blocks missing, head missing, norm missing, positions missing, tokens missing",
+    ):
         linen_module(config).apply({}, TOKENS)
     for make in (linen_module, nnx_module):
         with pytest.raises(TypeError, match="dict is not the Config of a family"):

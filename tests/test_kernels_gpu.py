@@ -106,7 +106,7 @@ def test_rows(case, by_key):
     some, every = dense.any(axis=(2, 4)), dense.all(axis=(2, 4))
     if by_key:
         some, every = some.swapaxes(1, 2), every.swapaxes(1, 2)
-    query, key = mask.required_streams()
+    query, key = mask.read()
     columns, counts, order = map(np.asarray, block_lists(mask.rule, query, key, 32, 16, shape, by_key=by_key))
     for b, r in np.ndindex(some.shape[:2]):
         whole, count = counts[b, r]
@@ -120,7 +120,7 @@ def test_rows(case, by_key):
 def test_rows_of_causal_attention():
     """Nothing is visited that need not be, nothing masked but the diagonal."""
     mask = cases.causal(128)
-    query, key = mask.required_streams()
+    query, key = mask.read()
     _, counts, order = block_lists(mask.rule, query, key, 32, 32, (cases.B, 4, 4))
     assert (counts == np.stack([np.arange(4), np.arange(1, 5)], axis=1)).all()
     assert (order == np.arange(4)[::-1]).all()

@@ -177,4 +177,4 @@ def test_a_missing_stream_is_named():
 )
 def test_streams_that_do_not_fit_are_named(streams, shapes, error, message):
     with pytest.raises(error, match=message):
-        Mask(streams, rule=CAUSAL).required_streams(**shapes)
+        Mask(streams, rule=CAUSAL).read(**shapes)

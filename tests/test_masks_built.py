@@ -284,7 +284,7 @@ COSTS = {
 
 
 def map_of(mask, block=BLOCK):
-    query, key = mask.required_streams()
+    query, key = mask.read()
     length, width = (next(iter(s.values())).shape[1] for s in (query, key))
     high = min(block, length)
     return block_map(mask.rule, query, key, high, block, (1, length // high, width // block))

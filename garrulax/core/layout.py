@@ -125,15 +125,17 @@ def _renamed(
         part = parts.get(letter)
         if part is None:
             raise error(f"{letter} is on the left side only: say which part is taken of it, such as {letter}=0")
+        if isinstance(part, bool) or not isinstance(part, int | slice):
+            raise error(f"{letter}={part!r} must be an entry, such as {letter}=0, or a range, such as slice(0, 2)")
         if isinstance(part, int):
             if not 0 <= part < sizes[letter]:
                 raise error(f"{letter}={part} is not an entry of {sizes[letter]}")
             continue
-        count = len(range(sizes[letter])[part])
-        if not new or sizes[new[0]] != count or part.stop > sizes[letter]:
-            raise error(
-                f"{letter}={part.start}:{part.stop} of {sizes[letter]} needs a letter of that size on the right"
-            )
+        start, stop = part.start or 0, sizes[letter] if part.stop is None else part.stop
+        if part.step is not None or not 0 <= start < stop <= sizes[letter]:
+            raise error(f"{letter}={start}:{stop} is not a range of {sizes[letter]} entries without steps")
+        if not new or sizes[new[0]] != stop - start:
+            raise error(f"{letter}={start}:{stop} of {sizes[letter]} needs a letter of that size on the right")
         renamed[letter] = new.pop(0)
     if new:
         raise error(f"{', '.join(new)} is on the right side only")

@@ -8,7 +8,7 @@ once.
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -211,37 +211,43 @@ def decay_mask(specs: Tree) -> Tree:
     return map_specs(lambda s: s.role != "vector", specs)
 
 
-def check_names(specs: Tree, params: Tree) -> None:
-    """Checks that parameters have the names of their ParamSpec tree.
+def check_params(specs: Tree, params: Tree) -> None:
+    """Checks that parameters have the names and shapes of their ParamSpec tree.
 
     Args:
         specs: The ParamSpec tree.
-        params: Parameters, stacked or unstacked (`models.unstack`). Leaves may be of any kind.
+        params: Parameters, stacked or unstacked (`models.unstack`). Leaves may be of any kind; those with a shape are
+            compared.
 
     Raises:
-        ValueError: Names are missing or unknown.
+        ValueError: Names are missing or unknown, or shapes or the number of layers differ.
     """
-    missing, unknown = _differing_names(specs, params, "")
-    if missing or unknown:
-        named = {"missing": missing, "unknown": unknown}
-        shown = [f"{', '.join(sorted(names)[:8])} {what}" for what, names in named.items() if names]
-        raise ValueError(f"the parameters do not fit the config: {'; '.join(shown)}")
+    misfits = list(_misfits(specs, params, ""))
+    if misfits:
+        more = f", and {len(misfits) - 8} more" if len(misfits) > 8 else ""
+        raise ValueError(f"the parameters do not fit the config: {', '.join(misfits[:8])}{more}")
 
 
-def _differing_names(specs: Tree, params: Tree, path: str) -> tuple[list[str], list[str]]:
+def _misfits(specs: Tree, params: Tree, path: str, unstacked: bool = False) -> Iterator[str]:
     if is_spec(specs):
-        return [], []
-    if isinstance(params, tuple):  # unstacked: one tree a layer
-        found = [_differing_names(specs, layer, path) for layer in params]
-        return next((names for names in found if any(names)), ([], []))
-    if not isinstance(params, Mapping):
-        return [path.removesuffix("/") or "all"], []
-    missing = [f"{path}{name}" for name in specs if name not in params]
-    unknown = [f"{path}{name}" for name in params if name not in specs]
-    for name in specs.keys() & params.keys():
-        below = _differing_names(specs[name], params[name], f"{path}{name}/")
-        missing, unknown = missing + below[0], unknown + below[1]
-    return missing, unknown
+        wanted = specs.layer_shape if unstacked else specs.shape
+        if tuple(getattr(params, "shape", wanted)) != wanted:
+            yield f"{path} is {tuple(params.shape)}, not {wanted}"
+    elif isinstance(params, tuple) and path == "blocks":
+        layers = jax.tree.leaves(specs, is_leaf=is_spec)[0].layers
+        if len(params) != layers:
+            yield f"blocks has {len(params)} layers, not {layers}"
+        for i, layer in enumerate(params):
+            yield from _misfits(specs, layer, f"blocks/{i}", unstacked=True)
+    elif not isinstance(params, Mapping):
+        kinds = "a dict (stacked) or a tuple of dicts (unstacked)" if path == "blocks" else "a dict"
+        yield f"{path or 'the tree'} must be {kinds}, not {type(params).__name__}"
+    else:
+        below = f"{path}/" if path else ""
+        yield from (f"{below}{name} missing" for name in sorted(specs.keys() - params.keys()))
+        yield from (f"{below}{name} unknown" for name in sorted(params.keys() - specs.keys()))
+        for name in sorted(specs.keys() & params.keys()):
+            yield from _misfits(specs[name], params[name], f"{below}{name}", unstacked)
 
 
 def named_leaves(tree: Tree, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class LinenModel(linen.Module):
     def _params(self) -> spec.Tree:
         # self.param accepts only leaves like those of `setup`; these may be unstacked, or boxed with metadata.
         params = linen.unbox(self.variables.get("params", {}))
-        spec.check_names(models.parameters(self.config), params)
+        spec.check_params(models.parameters(self.config), params)
         return params
 
     def _dropout_key(self) -> jax.Array | None:

@@ -85,7 +85,7 @@ def nnx_module(
         params = models.init(config, rngs.params(), dtype=dtype)
     elif rngs is not None or params is None:
         raise ValueError("give rngs, for new parameters, or params, for those you have")
-    spec.check_names(models.parameters(config), params)
+    spec.check_params(models.parameters(config), params)
     return NNXModel(config, params)
 
 

@@ -121,7 +121,7 @@ def read_config_json(folder: Path) -> dict[str, Any]:
 
 
 def family_of(raw: dict[str, Any]) -> Family:
-    """The family module that a parsed config.json belongs to. Raises ValueError that names the nearest model_type."""
+    """The family that a parsed config.json belongs to. Raises ValueError that names the nearest model_type."""
     for module in FAMILIES:
         if any(dialect.claims(raw) for dialect in module.DIALECTS):
             return module

@@ -85,7 +85,7 @@ def _streams(
         raise ValueError("alibi and relative need a mask with the stream 'position' of queries and keys")
     if mask is None:
         return {}, {}
-    return mask.required_streams(*(("position",) if distances else ()), query=query, key=key)
+    return mask.read(*(("position",) if distances else ()), query=query, key=key)
 
 
 def _check_heads(heads: int, alibi: jax.Array | None, steps: jax.Array | None, sinks: jax.Array | None) -> None:

@@ -315,14 +315,14 @@ class Mask:
 
         Raises ValueError for a missing stream.
         """
-        query, key = self.required_streams()
+        query, key = self.read()
         (batch, queries), (_, keys) = (next(iter(s.values())).shape for s in (self.query, self.key_streams()))
         allowed = self.rule.evaluate(
             {name: s[:, :, None] for name, s in query.items()}, {name: s[:, None, :] for name, s in key.items()}
         )
         return jnp.broadcast_to(allowed, (batch, queries, keys))
 
-    def required_streams(
+    def read(
         self, *more: str, query: tuple[int, ...] | None = None, key: tuple[int, ...] | None = None
     ) -> tuple[Streams, Streams]:
         """The streams that the rule reads, checked.

@@ -40,7 +40,10 @@ class Call:
 
         Rotary positions that depend on the length take this one, so that they do not change while a text grows.
         """
-        return self.positions.max(axis=1) + 1 if self.cache is None else self.cache.planned
+        if self.cache is not None:
+            return self.cache.planned
+        places = self.positions[:, 0] if self.positions.ndim == 3 else self.positions  # [B, T]
+        return places.max(axis=1) + 1
 
 
 def default_positions(tokens: jax.Array, cache: Cache | None, rows: int) -> jax.Array:
@@ -79,7 +82,9 @@ def mask_and_cache(
     query = {**mask.query, "position": jnp.zeros_like(tokens, jnp.int32) + positions.astype(jnp.int32)}
     if cache is None:
         return dataclasses.replace(mask, query=query), None
-    count = tokens.shape[1]
+    rows, count = tokens.shape
+    if len(cache.planned) != rows:
+        raise ValueError(f"a cache of {len(cache.planned)} rows does not fit tokens of {rows}")
     if not isinstance(cache.used, jax.core.Tracer) and int(cache.used) + count > cache.size:
         raise ValueError(f"the cache has {cache.size} slots: {int(cache.used)} used, no room for {count} more")
     if mask.key is not None:

@@ -13,6 +13,7 @@ A file may have these too; otherwise the functions of the same name below stand 
     norm, logits, blanks, keys_attended, OBJECTIVE, CONTROL_TOKENS
 """
 
+import inspect
 import types
 from collections.abc import Mapping
 from typing import Any, Protocol, cast
@@ -23,6 +24,7 @@ from garrulax.core.blanks import Blanks
 from garrulax.core.config import ModelConfig
 from garrulax.core.einsum import einsum
 from garrulax.core.hf import HFConfig, TensorNames
+from garrulax.core.names import nearest
 from garrulax.core.spec import Tree
 from garrulax.layers.cache import Cache
 from garrulax.layers.call import Call
@@ -135,11 +137,30 @@ def register(file: FamilyFile) -> Family:
     if missing := [required for required in _REQUIRED if not hasattr(file, required)]:
         raise TypeError(f"the family {name} lacks {', '.join(missing)}: see garrulax/models/contract.py")
     check_config_class(file.Config, name)
+    _check_kinds(file, name)
     if odd := [preset for preset, c in file.PRESETS.items() if not isinstance(c, file.Config)]:
         raise TypeError(f"presets of the family {name} are not of its Config: {', '.join(odd)}")
     given = {required: getattr(file, required) for required in _REQUIRED}
     optional = {option: getattr(file, option, default) for option, default in DEFAULTS.items()}
     return cast(Family, _Registered(__name__=name, **given, **optional))
+
+
+def _check_kinds(file: FamilyFile, family: str) -> None:
+    """Raises TypeError for a name of another kind than the contract says, and for a misspelt optional name."""
+    if not isinstance(file.PRESETS, Mapping):
+        raise TypeError(f"PRESETS of the family {family} must be a dict from names to Configs")
+    if not isinstance(file.DIALECTS, tuple) or not all(isinstance(d, HFConfig) for d in file.DIALECTS):
+        raise TypeError(f"DIALECTS of the family {family} must be a tuple of HFConfigs")
+    for name in (*_REQUIRED, *DEFAULTS):
+        model = vars(FamilyFile).get(name, DEFAULTS.get(name))
+        function = getattr(file, name, None)
+        if function is not None and inspect.isfunction(model):
+            wanted = [p for p in inspect.signature(model).parameters if p != "self"]
+            if not callable(function) or len(inspect.signature(function).parameters) != len(wanted):
+                raise TypeError(f"{name} of the family {family} must be a function of ({', '.join(wanted)})")
+    for name in (name for name in vars(file) if name not in DEFAULTS):
+        if meant := nearest(name, DEFAULTS, cutoff=0.9):
+            raise TypeError(f"the family {family} has a name {name}: did you mean {meant}?")
 
 
 def check_config_class(kind: type, family: str) -> None:
@@ -149,7 +170,7 @@ def check_config_class(kind: type, family: str) -> None:
         TypeError: It is not a frozen dataclass, or lacks a field or property of `ModelConfig`.
     """
     options = getattr(kind, "__dataclass_params__", None)
-    if options is None or not options.frozen:
+    if options is None or not options.frozen or not isinstance(kind, type):
         raise TypeError(
             f"Config of the family {family} must be a dataclass(frozen=True): jit takes it as a static argument"
         )

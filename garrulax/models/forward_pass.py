@@ -123,7 +123,7 @@ def forward(
         (1, 3, 4096)
     """
     module = family(config)
-    spec.check_names(parameters(config), params)
+    spec.check_params(parameters(config), params)
     x, cache = hidden(
         params, tokens, config, positions=positions, mask=mask, cache=cache, key=key, remat=remat, unroll=unroll
     )
@@ -147,9 +147,11 @@ def hidden(
     Arguments and errors as in `forward`; the parameters need no output head.
     """
     module = family(config)
+    if not hasattr(tokens, "shape"):
+        raise ValueError(f"tokens must be an array of integers [batch, length], not a {type(tokens).__name__}")
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"tokens must be integers [batch, length], not {tokens.dtype} {tokens.shape}")
-    spec.check_names(_without_head(parameters(config)), _without_head(params))
+    spec.check_params(_without_head(parameters(config)), _without_head(params))
     _check_mask(mask)
     rows = _position_rows(config)
     positions = default_positions(tokens, cache, rows) if positions is None else positions
@@ -178,6 +180,8 @@ def _check_mask(mask: Any) -> None:
 
 
 def _check_positions(positions: jax.Array, tokens: jax.Array, rows: int) -> None:
+    if not hasattr(positions, "shape"):
+        raise ValueError(f"positions must be an array of integers, not a {type(positions).__name__}")
     batch, length = tokens.shape
     inner = (2, length) if rows == 2 else (length,)
     if positions.shape not in ((batch, *inner), (1, *inner)):

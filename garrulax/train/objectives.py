@@ -76,7 +76,12 @@ OBJECTIVES: dict[str, Objective] = {"causal": causal_lm, "infill": blank_infilli
 
 def objective_name(wanted: str | None, config: ModelConfig) -> str:
     """`wanted`, or if that is None the default objective of the config's family."""
-    return wanted or models.family(config).OBJECTIVE or "causal"
+    name = wanted or models.family(config).OBJECTIVE
+    if name is None:
+        raise ValueError(
+            f"{models.family(config).__name__} has no default objective: name one of {', '.join(OBJECTIVES)}"
+        )
+    return name
 
 
 def mask_of(batch: Batch) -> Mask | None:

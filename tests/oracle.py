@@ -28,7 +28,7 @@ CHATGLM = tuple(case for case, row in CAUSAL.items() if row == "ChatGLM2/3-6B")
 
 #: Cases whose caches, masks and positions are those of another case.
 LIKE_OTHERS = (
-    "gptneo", "llama", "llama_tied", "llama_linear", "llama_yarn", "llama3", "qwen2", "baichuan7b",
+    "gptneo", "llama_tied", "llama_linear", "llama_yarn", "llama3", "qwen2", "baichuan7b",
     "baichuan2_7b_composite", "chatglm2_mha", "chatglm2_post", "glm4", "falcon7b", "falcon40b", "falconrw_alibi_pow2",
     "opt_350m",
 )  # fmt: skip

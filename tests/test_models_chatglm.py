@@ -155,7 +155,7 @@ def test_what_a_rope_ratio_means(changes, rope):
         (CHATGLM2, {"multi_query_group_num": 3}, "heads 32 is not a multiple of kv_heads 3"),
         (CHATGLM2, {"multi_query_group_num": 32}, "multi_query_group_num for every head"),
         (CHATGLM2, {"multi_query_attention": 2}, "multi_query_attention=2 must be true or false"),
-        (CHATGLM2, {"kv_channels": 2}, "rotary=0.5 must turn an even part of head_dim 2"),
+        (CHATGLM2, {"kv_channels": 2}, "rotary=0.5 must rotate an even part of head_dim 2"),
         (CHATGLM2, {"rope_ratio": "8"}, "rope_ratio='8' must be a number"),
         (CHATGLM2, {"rope_ratio": 8, "rope_theta": 10000}, "rope_ratio=8 and rope_theta or rope_scaling disagree"),
         (CHATGLM2, {"rope_ratio": 16, "_name_or_path": "mine"}, "rope_ratio=16 divides the positions in"),

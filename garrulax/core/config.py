@@ -23,7 +23,7 @@ class ModelConfig(Protocol):
 
     @property
     def context(self) -> int:
-        """Tokens of a text that the model was trained on."""
+        """Longest text of the training, in tokens."""
 
     @property
     def max_length(self) -> int:

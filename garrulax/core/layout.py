@@ -2,7 +2,7 @@
 
 The notation is that of einops (Rogozhnikov 2022): on the left the stored tensor, on the right the parameter. Letters in
 parentheses lie in one stored dimension, slowest first. A pattern can therefore split dimensions, take a part of one,
-and transpose; nothing else can be said, so a layout that would reshape one matrix into another does not exist.
+and transpose; a pattern cannot express a reshape that mixes dimensions.
 """
 
 import dataclasses
@@ -61,8 +61,8 @@ def parse_layout(name: str, pattern: str, sizes: Mapping[str, int], parts: Mappi
         name: Name of the stored tensor, for messages too.
         pattern: Such as `"(H three C) D -> D H C"`.
         sizes: Size of every letter; `two` and `three` need none.
-        parts: The part to take of each letter that is on the left side only: an entry (`three=1`, the letter goes), or
-            a range (`N=slice(0, 4)`, a letter that is on the right side only takes its place).
+        parts: The part to take of each letter that is on the left side only: an entry (`three=1`, the dimension is
+            dropped), or a range (`N=slice(0, 4)`, a letter that is on the right side only takes its place).
 
     Raises:
         ValueError: The pattern is malformed, or letters, sizes and parts do not fit each other.

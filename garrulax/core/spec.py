@@ -1,8 +1,8 @@
 """Declarations of parameters: one tree of `ParamSpec`s a family, from which everything else about them is derived.
 
 From the tree come initial values, abstract shapes, shardings (`core.sharding`), counts, the weight-decay mask, Muon's
-dimension numbers, and the names and layouts of the tensors in a Hugging Face checkpoint (`hub`). Each fact is said
-once.
+dimension numbers, and the names and layouts of the tensors in a Hugging Face checkpoint (`hub`). No fact is
+repeated.
 """
 
 import dataclasses
@@ -89,7 +89,7 @@ def zeros(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 
 class Declare:
-    """Declares the parameters of one model: what a family's `parameters` is written with.
+    """Declares the parameters of one model; used in a family's `parameters`.
 
     Dimensions are letters; the same letter has the same size and the same logical axis (`AXES`) everywhere.
 
@@ -99,7 +99,7 @@ class Declare:
     """
 
     def __init__(self, init: Initializer, **sizes: int):
-        """Keeps what the parameters have in common.
+        """Sets the initial values and the letter sizes of all parameters.
 
         Args:
             init: Initial values of matrices and embeddings.

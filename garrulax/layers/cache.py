@@ -25,7 +25,7 @@ class Cache:
         streams: int32 [B, S] by name; the segment of an empty slot is PAD_KEY.
         used: int32 scalar, number of slots filled.
         planned: int32 [B], the length that each row's whole text is to have, for rotary positions that depend on it.
-            If they took the length so far, every step would change what the cached keys should have been.
+            If they took the length so far, the keys already cached would have been rotated by other angles.
     """
 
     layers: Any

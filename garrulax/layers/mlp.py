@@ -64,6 +64,6 @@ def linear(pattern: str, x: jax.Array, p: Tree, name: str) -> jax.Array:
 
 
 def split_heads(pattern: str, x: jax.Array, p: Tree, name: str) -> tuple[jax.Array, ...]:
-    """The parts of a linear layer that are fused on axis 2: query, key and value of "BTD,DnHC->BTnHC"."""
+    """A linear layer, its output split along axis 2: query, key and value of "BTD,DnHC->BTnHC"."""
     y = linear(pattern, x, p, name)
     return tuple(y[:, :, i] for i in range(y.shape[2]))

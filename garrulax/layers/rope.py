@@ -111,7 +111,7 @@ def check_rotary(config: Any) -> None:
         ValueError: It does not.
     """
     if config.rotary > 1 or config.rotary_width % 2 or not config.rotary_width:
-        raise ValueError(f"rotary={config.rotary} must turn an even part of head_dim {config.head_dim}")
+        raise ValueError(f"rotary={config.rotary} must rotate an even part of head_dim {config.head_dim}")
 
 
 def frequencies(rope: Rope, width: int, length: jax.Array | None = None) -> np.ndarray | jax.Array:

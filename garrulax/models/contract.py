@@ -65,7 +65,7 @@ class FamilyFile(Protocol):
 
 
 class Family(FamilyFile, Protocol):
-    """A registered family, as other packages see it: a family file, with the defaults below where it says nothing."""
+    """A registered family, as other packages see it: a family file, with defaults for the names that it leaves out."""
 
     @property
     def OBJECTIVE(self) -> str | None:

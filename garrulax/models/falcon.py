@@ -5,7 +5,7 @@ width, F feed-forward width, V vocabulary, L layers. Sources: Almazrouei et al. 
 2023 (2306.01116); transformers' modeling_falcon.py.
 
 Queries are [D, K, G, C], as they lie in a checkpoint: tensor parallelism splits the key/value heads, each with its
-queries, and leaves Falcon-7B's attention whole (it has one, and 71 query heads).
+queries, and does not split the attention of Falcon-7B, which has one key/value head.
 """
 
 import dataclasses
@@ -73,7 +73,7 @@ class Config:
         if self.alibi and self.rope != Rope():
             raise ValueError("alibi takes the place of rotary positions: give no rope")
         if not self.alibi and self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} must be even: rotary positions turn pairs")
+            raise ValueError(f"head_dim {self.head_dim} must be even: rotary positions rotate pairs")
 
 
 def parameters(c: Config) -> Tree:

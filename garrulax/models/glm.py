@@ -47,8 +47,8 @@ class Config:
     pad: TokenId = 0
     cls: TokenId = 101
     mask: TokenId = 103  # [MASK], a blank of a few words
-    sentence_mask: OptionalTokenId = None  # [sMASK], a blank of sentences; None where [MASK] serves
-    generation_mask: OptionalTokenId = None  # [gMASK], the rest of a text; None where [MASK] serves
+    sentence_mask: OptionalTokenId = None  # [sMASK], a blank of sentences; None: [MASK] is used instead
+    generation_mask: OptionalTokenId = None  # [gMASK], the rest of a text; None: [MASK] is used instead
     sop: TokenId = 30522  # begins an answer
     eop: TokenId = 30523  # ends an answer
 
@@ -134,7 +134,7 @@ def blanks(c: Config) -> Blanks:
         end_tokens=(c.eop, c.eos),
         before=(c.cls,),
         after=(c.eos,),
-        open_ended=("g",),  # which is the rest of the text, its end included
+        open_ended=("g",),  # an answer to [gMASK] runs to the end of the text
         insert_answers=False,
         causal=True,
     )

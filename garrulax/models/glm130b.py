@@ -5,8 +5,9 @@ Sources: Zeng et al. 2023 (arXiv 2210.02414), section 2; THUDM/GLM-130B generate
 sat/model/official/glm130B_model.py; THUDM/chatglm-6b modeling_chatglm.py.
 
 A block adds to its *normalised* input, x = alpha LN(x) + f(LN(x)): DeepNorm, with each norm at the start of the next
-sub-layer. As in the original GLM what stands before <sop> sees itself both ways (`kernels.masks.prefix`), and answers
-stand behind it. Their positions: one row in GLM-130B, two in ChatGLM-6B (`blanks`).
+sub-layer. As in the original GLM, the tokens before <sop> attend to one another in both directions
+(`kernels.masks.prefix`), and the answers follow them. Tokens have one row of positions in GLM-130B and two in
+ChatGLM-6B (`blanks`).
 """
 
 import dataclasses
@@ -59,8 +60,8 @@ class Config:
     norm_eps: Positive = 1e-5
     tied: Flag = True  # the output head is the token embedding
     mask: TokenId = 130000  # [MASK], a blank of a few words
-    sentence_mask: OptionalTokenId = None  # [sMASK], a blank of sentences; None where [MASK] serves
-    generation_mask: OptionalTokenId = 130001  # [gMASK], the rest of a text; None where [MASK] serves
+    sentence_mask: OptionalTokenId = None  # [sMASK], a blank of sentences; None: [MASK] is used instead
+    generation_mask: OptionalTokenId = 130001  # [gMASK], the rest of a text; None: [MASK] is used instead
     sop: TokenId = 130004  # begins an answer
     eop: TokenId = 130005  # ends an answer
     eos: OptionalTokenId = None  # ends a text; None where texts have no such token
@@ -76,7 +77,7 @@ class Config:
         fields.check_heads(self.width, self.heads)
         pairs = 4 if self.positions_2d else 2
         if self.head_dim % pairs:
-            raise ValueError(f"head width {self.head_dim} must be a multiple of {pairs}: rotary positions turn pairs")
+            raise ValueError(f"head width {self.head_dim} must be a multiple of {pairs}: rotary positions rotate pairs")
         if self.dialect not in _FORMATS:
             raise ValueError(f"dialect={self.dialect!r} must be one of {', '.join(_FORMATS)}")
         for name, value in _CHATGLM.items():
@@ -157,7 +158,7 @@ def hidden(params: Tree, call: Call, c: Config) -> tuple[jax.Array, Cache | None
 
 
 def _frequencies(c: Config) -> np.ndarray:
-    """Angle a position of each pair of entries, of half a head or of a whole one."""
+    """Rotation in radians per position, for each pair of entries of half a head or of a whole one."""
     exact = rope.frequencies(Rope(), c.head_dim // 2 if c.positions_2d else c.head_dim)
     return np.asarray(exact, np.float16 if c.half_frequencies else np.float64)
 
@@ -174,10 +175,11 @@ OBJECTIVE = None  # the batches of blanks that `garrulax train` makes are those 
 def blanks(c: Config) -> Blanks:
     """How the family reads blanks: masks anywhere in the text, <sop> and the answer behind it.
 
-    With two rows of positions an answer stands at its mask, whatever the kind, and counts in the second row. With one,
-    the answer to [gMASK] counts on from the text, and all of any other is at its mask. (chatglm-6b `get_position_ids`;
-    GLM-130B generate.py. Until 31 March 2023 the code of ChatGLM-6B placed the <sop> of a [gMASK], but no token
-    after it, behind its mask; we follow what it became, for the vocabulary of then as well.)
+    With two rows, all tokens of an answer have the position of its mask, and the second row numbers them. With one row,
+    an answer to [gMASK] continues the positions of the text; the tokens of other answers have the position of the mask.
+    (chatglm-6b `get_position_ids`; GLM-130B generate.py. Until 31 March 2023 the code of ChatGLM-6B placed the <sop> of
+    a [gMASK], but no token after it, behind its mask; we follow the later code, also for models with the older
+    vocabulary.)
     """
     counting = () if c.positions_2d or c.generation_mask is None else (c.generation_mask,)
     return Blanks(

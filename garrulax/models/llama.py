@@ -80,9 +80,9 @@ class Config:
         if self.positions not in ("rope", "alibi"):
             raise ValueError(f"unknown positions {self.positions!r}: choose from rope, alibi")
         if self.positions == "rope" and self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} must be even: rotary positions turn pairs")
+            raise ValueError(f"head_dim {self.head_dim} must be even: rotary positions rotate pairs")
         if self.positions == "alibi" and self.rope != Rope():
-            raise ValueError(f"positions 'alibi' turn nothing: {self.rope} would do nothing")
+            raise ValueError(f"with positions='alibi' there are no rotary positions: {self.rope} would do nothing")
         if self.normalized_head and self.tied:
             raise ValueError("normalized_head and tied: a normalised head cannot be the token embedding")
         llama_hf.check_dialect(self)
@@ -159,8 +159,14 @@ def logits(params: Tree, x: jax.Array, c: Config) -> jax.Array:
 
 
 def fold_head(params: Tree, c: Config) -> tuple[Tree, Config]:
-    """(params, config) whose head holds the normalised rows themselves: for decoding, which then need not normalise
-    them in every step, and for the other dialects (`dataclasses.replace(config, dialect="llama")`), which cannot."""
+    """Normalises the rows of the output head once.
+
+    Decoding then skips this step, and other dialects (`dataclasses.replace(config, dialect="llama")`), which cannot
+    store a head that is normalised when it is used, can store the model.
+
+    Returns:
+        The parameters, and the Config with `normalized_head` false.
+    """
     if not c.normalized_head:
         return params, c
     head = unit_norm(params["head"], HEAD_EPS)

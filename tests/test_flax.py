@@ -225,7 +225,7 @@ def test_misuse_is_named():
         lambda: nnx_module(config, params=other),
         lambda: linen_module(config).apply({"params": other}, TOKENS),
     ):
-        with pytest.raises(ValueError, match="do not fit the config: norm missing; final unknown"):
+        with pytest.raises(ValueError, match="do not fit the config: norm missing, final unknown"):
             broken()
     with pytest.raises(
         ValueError,

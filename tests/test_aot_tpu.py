@@ -49,7 +49,7 @@ def assert_no_square(result):
     ("chip", "least"),
     [
         ("v5p", 0.78),
-        ("v6e", 0.35),
+        pytest.param("v6e", 0.35, marks=pytest.mark.slow),
         pytest.param("v5e", 0.7, marks=pytest.mark.slow),
         pytest.param("tpu7x", 0.35, marks=pytest.mark.slow),
     ],

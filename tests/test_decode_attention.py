@@ -209,7 +209,7 @@ def test_trees_are_verified_as_decoding_one_by_one(kernel, T):
     mask = cases.tree(T, S)
     q, k, v = arrays(T, S)
     got = both(kernel, q, k, v, mask=mask)[0]
-    for node in (0, 9, 24, 39):  # a node alone, over a cache of its ancestors
+    for node in (9, 39):  # a node alone, over a cache of its ancestors
         path = np.flatnonzero(np.asarray(mask.dense())[0, node])
         alone = decode(q[:, node : node + 1], k[:, :, path], v[:, :, path])
         assert_close(got[:, node : node + 1], alone, 5e-6)
@@ -400,7 +400,7 @@ def test_races_and_unwritten_memory():
     q, k, v = arrays(T, S, heads=2, kv_heads=1)
     mask = causal(T, S, [S, 60])
     expected = exact(q, k, v, mask.dense())
-    for splits in (1, 2):
+    for splits in (2,):
         kernel = dataclasses.replace(SMALL, splits=splits, interpret=careful)
         for x, y in zip(both(kernel, q, k, v, mask=mask), expected, strict=True):
             assert_close(x, y)

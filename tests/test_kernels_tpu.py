@@ -31,7 +31,7 @@ def test_masks(case):
     cases.assert_agrees(SMALL, cases.CASES[case](300), (300, 300, 4, 2, 16, 24), bound=BOUND)
 
 
-@pytest.mark.parametrize("extra", cases.some(cases.EXTRAS, "bias"))  # the next tests have them all
+@pytest.mark.parametrize("extra", cases.some(cases.EXTRAS))  # the next tests have them all
 def test_extras(extra):
     cases.assert_agrees(SMALL, cases.window(200), (200, 200, 4, 2, 16), extras=(extra,), bound=BOUND)
 
@@ -111,6 +111,7 @@ def test_vmap():
             np.testing.assert_allclose(x[i], y, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_scan_and_remat():
     """Two layers in a scan that computes them again on the way back."""
     q, k, v, c = (jnp.asarray(x, jnp.float32) for x in cases.inputs(130, 130, 2, 1, 16))
@@ -137,6 +138,7 @@ def test_other_data_are_no_other_program():
     assert f._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_the_same_twice():
     q, k, v, c = (jnp.asarray(x, jnp.float32) for x in cases.inputs(200, 200, 4, 2, 16))
 

@@ -20,7 +20,7 @@ def test_masks(case):
     cases.assert_agrees(SMALL, cases.CASES[case](100), (100, 100, 4, 2, 16, 24))
 
 
-@pytest.mark.parametrize("extra", cases.some(cases.EXTRAS, "shared_bias", "key_bias"))  # test_float64: the others
+@pytest.mark.parametrize("extra", cases.some(cases.EXTRAS, "shared_bias"))  # the next tests have the others
 def test_extras(extra):
     cases.assert_agrees(SMALL, cases.window(100), (100, 100, 4, 2, 16), extras=(extra,))
 
@@ -30,7 +30,7 @@ def test_without_a_loop(extras):
     cases.assert_agrees(Chunked(), cases.packed(40), (40, 40, 4, 2, 16, 24), extras=extras)
 
 
-@pytest.mark.parametrize("mask", [cases.cached, cases.tree])
+@pytest.mark.parametrize("mask", cases.some([cases.cached, cases.tree], cases.tree))
 @pytest.mark.parametrize("implementation", [SMALL, Chunked()], ids=["chunks", "at once"])
 def test_more_keys_than_queries(mask, implementation):
     cases.assert_agrees(implementation, mask(41, 150), (41, 150, 4, 2, 16))
@@ -123,6 +123,7 @@ def test_batch_rows_share_chunks():
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow  # as test_attention_transforms
 def test_transformations():
     """vmap, remat and scan give what plain calls give."""
     query, key, value, cotangent = (jnp.asarray(x, jnp.float32) for x in cases.inputs(50, 50, 4, 2, 8))
@@ -158,7 +159,6 @@ def test_memory_is_linear(dtype):
         plan = jax.jit(both).lower(*shapes, mask).compile().memory_analysis()
         return plan.temp_size_in_bytes / 2**20
 
-    once, odd, twice = (mebibytes(T) for T in (16384, 16001, 32768))
-    assert once <= 250
+    odd, twice = (mebibytes(T) for T in (16001, 32768))
     assert odd <= 250
-    assert twice <= 2.1 * once
+    assert twice <= 2.15 * odd

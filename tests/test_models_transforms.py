@@ -39,6 +39,7 @@ def loss(p, tokens, c, **options):
     return jnp.mean(jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0])
 
 
+forward = jax.jit(gx.forward, static_argnums=2)
 value_and_grad = jax.jit(jax.value_and_grad(loss), static_argnums=2, static_argnames=("remat", "unroll"))
 
 
@@ -74,11 +75,12 @@ def test_every_form_gives_the_same_loss_and_gradients(family):
     c, key = CONFIGS[family], jax.random.key(7)
     expected = value_and_grad(params(family), TOKENS, c, key=key)
     if family == "gpt":  # one function runs the layers of all families
-        for options in ({"remat": "full"}, {"remat": "dots"}, {"unroll": True}):
+        for options in ({"remat": "full"}, {"remat": "dots", "unroll": True}):
             assert_close(value_and_grad(params(family), TOKENS, c, key=key, **options), expected)
     value, gradient = value_and_grad(gx.unstack(params(family)), TOKENS, c, key=key)
     assert_close((value, gradient["blocks"]), (expected[0], gx.unstack(expected[1])["blocks"]))
-    assert_close(loss(gx.unstack(params(family)), TOKENS, c, key=key), expected[0])  # and without jit
+    if family == "llama":
+        assert_close(loss(gx.unstack(params(family)), TOKENS, c, key=key), expected[0])  # and without jit
 
 
 @families("glm", "llama")
@@ -88,7 +90,7 @@ def test_vmap_over_parameters_and_over_batches(family):
     tokens = jnp.asarray(np.stack([TOKENS, TOKENS[::-1]]))
     got = jax.jit(jax.vmap(lambda p, t: gx.forward(p, t, c)[0]))(ensemble, tokens)
     for i in range(2):
-        assert_close(got[i], gx.forward(jax.tree.map(lambda x, i=i: x[i], ensemble), tokens[i], c)[0])
+        assert_close(got[i], forward(jax.tree.map(lambda x, i=i: x[i], ensemble), tokens[i], c)[0])
     gradients = jax.jit(jax.vmap(jax.grad(lambda p, t: loss(p, t[None], c)), (None, 0)))(params(family), TOKENS)
     _, expected = value_and_grad(params(family), TOKENS, c)
     assert_close(jax.tree.map(lambda g: g.mean(0), gradients), expected)  # per-example gradients
@@ -99,12 +101,13 @@ def test_vmap_over_caches(family):
     """Each row of an outer batch with a cache of its own, filled to another length."""
     c, p = CONFIGS[family], params(family)
 
+    @jax.jit
     def step(tokens, cache):
         return gx.forward(p, tokens, c, cache=cache)
 
     caches = [step(TOKENS[:1, :n], gx.cache_for(p, c, 1, 8))[1] for n in (3, 5)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *caches)
-    got, _ = jax.vmap(step)(jnp.asarray([TOKENS[:1, 3:4], TOKENS[:1, 5:6]]), stacked)
+    got, _ = jax.jit(jax.vmap(step))(jnp.asarray([TOKENS[:1, 3:4], TOKENS[:1, 5:6]]), stacked)
     for i, n in enumerate((3, 5)):
         assert_close(got[i], step(TOKENS[:1, n : n + 1], caches[i])[0])
 
@@ -113,21 +116,21 @@ def test_vmap_over_caches(family):
 def test_bfloat16_parameters_give_bfloat16_logits_near_float32(family):
     c = CONFIGS[family]
     p = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params(family))
-    logits, _ = gx.forward(p, TOKENS, c)
+    logits, _ = forward(p, TOKENS, c)
     assert logits.dtype == jnp.bfloat16
-    exact, _ = gx.forward(jax.tree.map(lambda x: x.astype(jnp.float32), p), TOKENS, c)
+    exact, _ = forward(jax.tree.map(lambda x: x.astype(jnp.float32), p), TOKENS, c)
     assert np.abs(np.asarray(logits, np.float32) - exact).max() <= 0.1 * np.abs(exact).max()
 
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_a_token_outside_the_vocabulary_gives_nan_in_what_follows(family):
     tokens = jnp.asarray(TOKENS).at[0, 5].set(40)
-    logits, _ = gx.forward(params(family), tokens, CONFIGS[family])
+    logits, _ = forward(params(family), tokens, CONFIGS[family])
     assert np.isnan(logits[0, 5:]).all()
     assert np.isfinite(logits[1:]).all()
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@families("gpt", "glm")
 def test_misuse_is_named(family):
     c, p = CONFIGS[family], params(family)
     with pytest.raises(ValueError, match=r"integers \[batch, length\], not float32 \(2, 3\)"):

@@ -37,7 +37,7 @@ def folders(root):
     return sorted(p.name for p in root.iterdir() if p.is_dir())
 
 
-@pytest.mark.parametrize("shard_tokens", [2**27, 1000, 7])
+@pytest.mark.parametrize("shard_tokens", [2**27, 1000, 70])
 def test_content(corpus, tmp_path, shard_tokens):
     tokenizer = ByteTokenizer()
     data = build_shards(corpus, tokenizer, tmp_path / "cache", shard_tokens=shard_tokens)

@@ -416,6 +416,16 @@ def test_reading_a_part_equals_part_of_the_whole(case):
             np.testing.assert_array_equal(target, wanted)
 
 
+def test_a_transposed_tensor_wider_than_a_block_is_read_whole(tmp_path):
+    """Its rows are read in several parts: 64 rows of 5000 columns are more than a block holds."""
+    x = np.random.default_rng(0).normal(size=(80, 5000)).astype(np.float32)
+    save_file({"x": x}, tmp_path / "model.safetensors")
+    target = np.zeros(x.T.shape, np.float32)
+    layout = TensorLayout("x", "", x.shape, x.shape, (slice(None), slice(None)), (1, 0), x.T.shape, 1)
+    read_windows([window(open_tensors(tmp_path)["x"], layout, target)])
+    np.testing.assert_array_equal(target, x.T)
+
+
 # -- Saving -----------------------------------------------------------------------------------------------------------
 
 

@@ -59,9 +59,8 @@ def test_forward(chip, least):
     assert share(chip, 2, 128, hot(chip, "full128", "forward")) >= least
 
 
-@pytest.mark.parametrize(
-    "chip", ["v5p", *(pytest.param(chip, marks=pytest.mark.slow) for chip in ("v5e", "v6e", "tpu7x"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["v5p", "v5e", "v6e", "tpu7x"])
 def test_partial_blocks(chip):
     """A block with a mask is not much slower: windows and packed rows have nothing but such blocks, where causal rows
     of 16 blocks have 120 whole ones to 16. The kernel for a mask has both bodies."""

@@ -1,4 +1,4 @@
-"""Every decoder family against logits of the reference code, in optimised programs: full pass, cached steps."""
+"""Every decoder family against logits of the reference code: full pass (optimised programs), cached steps."""
 
 import dataclasses
 import functools
@@ -36,6 +36,7 @@ def test_full_pass(case, form, table):
     assert error <= CONTRACT
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("case", "form"), [pytest.param(*f, marks=pytest.mark.slow) if f[0] in LIKE_OTHERS else f for f in FORMS]
 )

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Trains a small GPT and a small GLM on the source of Python's standard library, then generates text with them. It takes
-# about five minutes on two CPU cores. Every line after a $ is a command that you can type yourself.
+# Trains a small GPT on the source of Python's standard library and a small GLM on the order of the chemical elements,
+# and lets them write: three to five minutes on two CPU cores. Every line after a $ is a command that you can type.
 set -eu
 
 run() {
@@ -31,24 +31,27 @@ fresh() { # the name of a new folder, so that earlier runs are kept
 
 gpt=$(fresh runs/quickstart-gpt)
 glm=$(fresh runs/quickstart-glm)
+elements=$(fresh runs/elements.txt)
 
-say "1. A GPT-2 of 1.3 million parameters learns to continue Python code (about three minutes)."
+say "1. A GPT-2 of 1.3 million parameters learns to continue Python code (about two minutes)."
 echo "   The text is the source of Python's standard library. A tokenizer is trained first. Bits/byte say how well the"
 echo "   model compresses text it was not trained on; xz is printed for comparison. Ctrl-C saves and stops."
-run train gpt2-tiny steps=3200 eval_every=500 --run "$gpt"
+run train gpt2-tiny steps=1500 eval_every=500 --run "$gpt"
 
 say "2. It completes a function definition. The same seed gives the same text."
 run generate "$gpt" 'def read_file(path, encoding=' --max-new-tokens 80 --temperature 0.6 --seed 1
 
-say "3. A GLM of the same size learns to fill blanks (about ninety seconds)."
-echo "   It reads the text before and after a [MASK] and writes the missing part."
-run train glm-tiny steps=1000 eval_every=500 --run "$glm"
+say "3. A smaller GLM learns the order of the chemical elements by heart, by filling blanks (about one minute)."
+printf '\n$ python examples/elements.py > %s\n' "$elements"
+mkdir -p runs
+python "$(dirname "$0")/elements.py" > "$elements"
+tail -n 2 "$elements"
+run train glm-tiny corpus="$elements" vocab=512 model.layers=2 batch=24 window=32 steps=1000 eval_every=500 \
+    token_blanks=0.7 sentence_blanks=0 document_blanks=0.3 --run "$glm"
 
-say "4. It fills two blanks of one text."
-echo "   After such a short training the form is right but the meaning is not; more steps improve it."
-run fill "$glm" 'def __init__([MASK], name):
-    self.name = [MASK]
-' --max-new-tokens 12 --temperature 0
+say "4. It reads the text before and after each blank and fills in what is missing."
+run fill "$glm" 'Iron, symbol [MASK], comes after [MASK] and before [MASK].' --temperature 0
+run fill "$glm" 'Sodium, symbol Na, comes after [MASK] and before [MASK].' --temperature 0
 
 say "Done."
 cat <<EOF
@@ -60,5 +63,6 @@ Next commands to try
   garrulax train --list                                    every setting, its default and its meaning
   garrulax train llama-tiny corpus=YOUR_FOLDER --run runs/mine   another family on your own text
   garrulax generate $gpt 'class Stack:' --temperature 0.8
+  garrulax fill $glm 'Gallium, symbol [MASK], comes after [MASK].' --temperature 0
   python examples/research_loop.py                         a custom training loop in 40 lines
 EOF

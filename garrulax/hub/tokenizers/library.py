@@ -57,9 +57,10 @@ class JsonTokenizer(Tokenizer):
         self._byte_of = byte_alphabet() if "ByteLevel" in steps else None
         self._byte_fallback = "ByteFallback" in steps
         # Other decoders may treat the first token of a text differently. So `_decoded` decodes a token together with an
-        # ordinary token before it, the anchor, and removes the text of the anchor.
-        ordinary = (i for i in sorted(contents) if i not in self._controls and tokenizer.decode([i]).strip().isalpha())
-        self._anchor = None if self._byte_of or self._word_end else next(ordinary, None)
+        # ordinary token before it, the anchor, and removes the text of the anchor: letters, or any token that has text.
+        texts = {i: tokenizer.decode([i]).strip() for i in sorted(contents) if i not in self._controls}
+        anchors = [i for i, text in texts.items() if text.isalpha()] or [i for i, text in texts.items() if text]
+        self._anchor = None if self._byte_of or self._word_end or not anchors else anchors[0]
         decoded = ((i, self._decoded(i)) for i in sorted(contents))
         spaced = next((i for i, text in decoded if text.startswith(b" ") and text.strip()), None)
         self.strips_space = spaced is not None and not tokenizer.decode([spaced]).startswith(" ")

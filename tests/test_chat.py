@@ -113,6 +113,15 @@ def test_llama3(llama3):
     assert said(llama3, tool) == f"<|begin_of_text|>{header.format('ipython')}5<|eot_id|>"
 
 
+def test_rounds_of_chatglm_count_from_0_and_of_chatglm2_from_1():
+    """As `chat` of ChatGLM-6B's modeling_chatglm.py and `build_prompt` of ChatGLM2's tokenization_chatglm.py write them."""
+    t = ByteTokenizer(["<|endoftext|>", "[gMASK]", "<sop>", "sop"])
+    talk = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"))]
+    first, second = (t.apply_chat_template(talk, template=name) for name in ("chatglm", "chatglm2"))
+    assert t.decode(first) == "[Round 0]\n问：a\n答：b\n[Round 1]\n问：c\n答："
+    assert t.decode(second) == "[Round 1]\n\n问：a\n\n答：b\n\n[Round 2]\n\n问：c\n\n答："
+
+
 def test_chatglm3_system_and_tools(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(made.pieces())
     (tmp_path / "tokenizer_config.json").write_text(

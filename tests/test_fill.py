@@ -114,6 +114,22 @@ def test_four_blanks_are_filled_as_by_full_passes(glm):
     assert filled.tokens == rest
 
 
+def test_random_numbers_are_counted_over_the_whole_row(glm):
+    """The number of a token's noise is that of the tokens before it: the text, [sop]s and answers."""
+    config = glm.config
+    flat = jax.tree.map(jnp.zeros_like, glm.params)  # every token is as likely as the others
+    spans = gx.fill((flat, config), [config.mask, 5, config.mask], max_new_tokens=4, seed=1).spans
+    before = len(part_a([config.mask, 5, config.mask], config, None, "").ids)
+    for span in spans:
+        before += 1  # [sop]
+        numbers = before + jnp.arange(len(span.tokens))
+        seeds = jnp.ones(len(span.tokens), jnp.uint32)
+        assert (
+            span.tokens == sampling.transforms.sample(jnp.zeros((len(numbers), config.vocab)), seeds, numbers).tolist()
+        )
+        before += len(span.tokens)
+
+
 def test_texts_with_different_numbers_of_blanks_share_a_batch(glm):
     config = dataclasses.replace(
         glm.config, eop=brute_force(glm.params, glm.config, ids_with_blanks(glm.config, 3), 5)[0][2]

@@ -1,6 +1,7 @@
 """Hugging Face folders in and out: bytes, names, shards, meshes, and what is refused."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 import sys
@@ -115,7 +116,9 @@ def test_shards_and_index(tmp_path):
     stored = {name: file.name for file in files for name in load_file(file)}
     assert index["weight_map"] == stored
     assert index["metadata"]["total_size"] == 4 * gx.count(model.config)
-    assert all(sum(x.nbytes for x in load_file(file).values()) <= 30_000 for file in files)
+    sizes = [[x.nbytes for x in load_file(file).values()] for file in files]
+    assert all(sum(size) <= 30_000 for size in sizes)
+    assert all(sum(size) + later[0] > 30_000 for size, later in itertools.pairwise(sizes))  # no file has room to spare
     same_bytes(gx.load(tmp_path / "m").params, model.params)
     gx.save(model, tmp_path / "m")  # one file again: the shards and the index are gone
     assert sorted(file.suffix for file in (tmp_path / "m").iterdir()) == [".json", ".json", ".md", ".safetensors"]

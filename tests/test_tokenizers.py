@@ -74,6 +74,11 @@ def test_round_trip(name):
     assert tokenizer.encode_batch([TEXT, TRICKY, ""]) == [tokenizer.encode(t) for t in (TEXT, TRICKY, "")]
 
 
+def test_a_vocabulary_without_letters_has_text():
+    tokenizer = train_chars("12 + 3 = 15\n")
+    assert tokenizer.decode(tokenizer.encode("3 + 12 = 15\n")) == "3 + 12 = 15\n"
+
+
 @pytest.mark.parametrize("name", ANY_TEXT)
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"])) | st.text("\u2581 \n\t<>|[]MASKé🙂你"))

@@ -114,7 +114,7 @@ def test_llama3(llama3):
 
 
 def test_rounds_of_chatglm_count_from_0_and_of_chatglm2_from_1():
-    """As `chat` of ChatGLM-6B's modeling_chatglm.py and `build_prompt` of ChatGLM2's tokenization_chatglm.py write them."""
+    """As `chat` of ChatGLM-6B (modeling_chatglm.py) and `build_prompt` of ChatGLM2 (tokenization_chatglm.py) do."""
     t = ByteTokenizer(["<|endoftext|>", "[gMASK]", "<sop>", "sop"])
     talk = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"))]
     first, second = (t.apply_chat_template(talk, template=name) for name in ("chatglm", "chatglm2"))

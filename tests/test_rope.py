@@ -28,10 +28,10 @@ def test_frequencies_equal_the_reference_tables(name, width, rope):
 
 
 def test_yarns_ramp_ends_at_the_last_entry():
-    """One turn in the original context would be at 8 ln(4096 / 2 pi) / (2 ln 10) = 11.3, beyond the width of 8."""
-    rope = Rope(theta=10.0, kind="yarn", factor=4.0, original_context=4096)
+    """One turn in the original context would be at 8 ln(360 / 2 pi) / (2 ln 10) = 7.03, beyond the last entry, 7."""
+    rope = Rope(theta=10.0, kind="yarn", factor=4.0, original_context=360)
     plain = 10.0 ** -(np.arange(4) / 4)
-    low = np.floor(8 * np.log(4096 / (32 * 2 * np.pi)) / (2 * np.log(10)))
+    low = 1  # the entry before 32 turns: 8 ln(360 / 64 pi) / (2 ln 10) = 1.01
     slow = np.clip((np.arange(4) - low) / (7 - low), 0, 1)
     np.testing.assert_allclose(ropes.frequencies(rope, 8), plain / 4 * slow + plain * (1 - slow), rtol=1e-6)
 

@@ -19,6 +19,7 @@ from garrulax.core import config as fields
 from garrulax.core.config import Flag, OptionalSize, OptionalTokenId, Positive, Rate, Size, TokenIds
 from garrulax.core.einsum import lookup
 from garrulax.core.hf import HFConfig, TensorNames, find_format, key
+from garrulax.core.hf_keys import is_width_over_heads
 from garrulax.core.spec import Declare, Tree, normal, stacked
 from garrulax.kernels.mask import Mask
 from garrulax.layers import rope
@@ -28,7 +29,7 @@ from garrulax.layers.call import Call
 from garrulax.layers.dropout import dropout, split
 from garrulax.layers.mlp import check_activation, linear, mlp
 from garrulax.layers.rope import Rope, rope_max_length
-from garrulax.layers.rope_hf import rope_from_hf, rope_to_hf
+from garrulax.layers.rope_hf import base_in, rope_from_hf, rope_to_hf
 from garrulax.layers.stack import scan_layers
 from garrulax.models.contract import norm
 
@@ -179,13 +180,19 @@ HF = HFConfig(
         "ff_factor",  # of Falcon-11B, beside ffn_hidden_size
         "rope_parameters", "rope_scaling", "rope_theta",  # read by `rope_from_hf`
     }),
+    pinned={
+        "head_dim": is_width_over_heads,
+        "rotary": lambda value, c, raw: value == (not c["alibi"]),
+        "rotary_emb_base": lambda value, c, raw: value == base_in(raw),
+    },
 )  # fmt: skip
 
 
 def _first_release(model_type: str, **defaults: bool) -> HFConfig:
     """The format of the first releases, which is read only."""
     fields = {name: dataclasses.replace(HF.fields[name], default=default) for name, default in defaults.items()}
-    return dataclasses.replace(HF, model_type=model_type, architecture="RWForCausalLM", fields={**HF.fields, **fields})
+    named = dataclasses.replace(HF, model_type=model_type, architecture="RWForCausalLM", remote=True)
+    return dataclasses.replace(named, fields={**HF.fields, **fields})
 
 
 DIALECTS = (

@@ -173,6 +173,7 @@ HF = HFConfig(
         "checkpoint_activations", "checkpoint_num_layers", "max_memory_length", "output_predict", "parallel_output",
         "pool_token", "spell_func", "use_scaled_init_for_output_weights",
     }),
+    remote=True,
     marker="max_sequence_length",  # GLM-4 says model_type glm as well
 )  # fmt: skip
 

@@ -218,7 +218,8 @@ _FORMATS = {
             "pad": key("pad_token_id", default=0),
         },
         fixed={"quantization_bit": 0, "pre_seq_len": None, "add_cross_attention": False},
-        ignored=frozenset({"prefix_projection", "cross_attention_hidden_size", "tie_encoder_decoder"}),
+        ignored=frozenset({"prefix_projection", "cross_attention_hidden_size"}),
+        remote=True,
         marker="inner_hidden_size",  # ChatGLM2 and 3 say model_type chatglm as well
     ),
     "glm-130b": HFConfig(
@@ -241,6 +242,7 @@ _FORMATS = {
             "eop": key("eop_token_id"),
             "eos": key("eos_token_id", null=True),
         },
+        remote=True,
     ),
 }
 

@@ -14,6 +14,7 @@ from garrulax.core import config as fields
 from garrulax.core.config import Flag, OptionalTokenId, Positive, Rate, Size, TokenIds
 from garrulax.core.einsum import lookup
 from garrulax.core.hf import HFConfig, TensorNames, find_format, key
+from garrulax.core.hf_keys import is_width_over_heads
 from garrulax.core.spec import Declare, Tree, normal, stacked
 from garrulax.layers import rope
 from garrulax.layers.attention import cached_attention
@@ -134,6 +135,7 @@ HF = HFConfig(
     },
     ignored=frozenset({"rope_parameters", "rope_scaling", "rope_theta", "rotary_emb_base", "rotary_pct",
                        "partial_rotary_factor"}),  # read by `partial_rope_from_hf`
+    pinned={"head_dim": is_width_over_heads},
 )  # fmt: skip
 DIALECTS = (HF,)
 

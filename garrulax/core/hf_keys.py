@@ -72,9 +72,10 @@ def check_quantised(raw: Mapping[str, Any]) -> None:
     """Raises ValueError if a key of config.json says that the weights are quantised."""
     for key, value in raw.items():
         if is_quantisation(key) and not _says_no(value):
+            said = _shown(key) if isinstance(value, dict) else f"{_shown(key)}={reprlib.repr(value)}"
             raise ValueError(
-                f"config.json: the weights are quantised ({_method(key, value)}), which is not implemented: take the "
-                f"checkpoint from which they were made; or, if they are not quantised, ignore=[{key!r}] or --ignore"
+                f"config.json: {said} is not implemented: the weights are quantised ({_method(key, value)}). Take the "
+                f"checkpoint from which they were made; if they are not quantised, ignore=[{key[:40]!r}] or --ignore"
             )
 
 
@@ -90,9 +91,9 @@ def _says_no(value: Any) -> bool:
 
 
 def _method(key: str, value: Any) -> str:
-    """The method and the bits in a quantization_config, as far as it says them; else the key with its value."""
+    """The method and the bits of a quantisation, as far as its key in config.json says them."""
     if not isinstance(value, dict):
-        return f"{_shown(key)}={reprlib.repr(value)}"
+        return f"{value} bits" if type(value) is int else _shown(key)
     names = [_shown(str(value[k])) for k in ("quant_method", "quant_algo", "format") if value.get(k)][:1]
     bits = [f"{value[k]} bits" for k in ("bits", "w_bit") if type(value.get(k)) is int][:1]
     return ", ".join(names + bits) or _shown(key)

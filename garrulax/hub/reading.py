@@ -113,18 +113,31 @@ def load_config(path: str | Path, ignore: Collection[str] = ()) -> ModelConfig:
         FileNotFoundError: As `load` does.
         TypeError: As `load` does.
         ValueError: As `load` does, for config.json.
+
+    Example:
+        >>> import pathlib, tempfile, garrulax as gx
+        >>> text = '''{"model_type": "gpt2", "vocab_size": 96, "n_positions": 64, "n_embd": 32, "n_layer": 1,
+        ...     "n_head": 2, "logit_scale": 1}'''
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = pathlib.Path(folder, "config.json").write_text(text)
+        ...     gx.load_config(folder, ignore=["logit_scale"]).width
+        32
     """
     return config_in(find_folder(path), ignore)
 
 
 def config_in(folder: Path, ignore: Collection[str] = ()) -> ModelConfig:
     """The Config of a local folder. Raises as `load` does."""
-    raw = without(read_config_json(folder), ignore)
+    return parse_config(without(read_config_json(folder), ignore), str(folder / "config.json"))
+
+
+def parse_config(raw: dict[str, Any], label: str = "config.json") -> ModelConfig:
+    """The Config of a parsed config.json, which `label` names in errors. Raises ValueError as `load` does."""
     module = family_of(raw)
     try:
         return module.from_hf(raw)
     except (TypeError, AttributeError, LookupError, ArithmeticError) as error:  # any key may have a value of any type
-        raise ValueError(f"{folder / 'config.json'} has a value of the wrong kind: {error}") from error
+        raise ValueError(f"{label} has a value of the wrong kind: {error}") from error
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:

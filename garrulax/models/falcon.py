@@ -239,12 +239,13 @@ def tensor_names(c: Config) -> TensorNames:
     return TensorNames(prefix="transformer.", heads=("lm_head.weight",), buffers=buffers)
 
 
-#: As published, all with tied embeddings (what 40B and 11B say was not checked against the checkpoints).
+#: As published. Sources: config.json of tiiuae/falcon-7b, falcon-40b, falcon-11B and falcon-rw-1b. That of falcon-180B
+#: is not public: its sizes are the paper's (arXiv 2311.16867), and it is taken to be tied as 7B and 40B are.
 PRESETS = {
     "falcon-7b": Config(),
     "falcon-40b": Config(width=8192, layers=60, heads=128, kv_heads=8, norms=2),
     "falcon-180b": Config(width=14848, layers=80, heads=232, kv_heads=8, norms=2),
-    "falcon-11b": Config(context=8192, width=4096, layers=60, heads=32, kv_heads=8, rope=Rope(theta=500_042.0)),
+    "falcon-11b": Config(context=8192, width=4096, layers=60, heads=32, kv_heads=8, rope=Rope(theta=500_042.0), tied=False),
     "falcon-rw-1b": Config(
         vocab=50304, width=2048, layers=24, heads=32, kv_heads=32, parallel=False, norms=2, alibi=True, bias=True,
         bos=1, eos=2,

@@ -165,7 +165,7 @@ def _pythia(width: int, layers: int, heads: int, vocab: int = 50304) -> Config:
     return Config(vocab=vocab, width=width, layers=layers, heads=heads, mlp_width=4 * width, activation="gelu")
 
 
-#: As published.
+#: As published. Sources: config.json of EleutherAI/gpt-neox-20b and pythia-*.
 PRESETS = {
     "gpt-neox-20b": Config(),
     "pythia-14m": _pythia(128, 6, 4),

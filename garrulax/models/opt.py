@@ -181,7 +181,7 @@ def _opt(layers: int, width: int, heads: int, **more: Any) -> Config:
     return Config(layers=layers, width=width, heads=heads, mlp_width=4 * width, **more)
 
 
-#: As published; the 175B has no public config.json.
+#: As published. Sources: config.json of facebook/opt-*; the 175B has no public one.
 PRESETS = {
     "opt-125m": Config(),
     "opt-350m": _opt(24, 1024, 16, embedding_width=512, pre_norm=False),

@@ -77,6 +77,13 @@ def test_misfits_say_what_they_may_be(change, message, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_an_adapter_beside_a_model_is_not_applied_silently(tmp_path, caplog):
+    folder = folder_of("llama_gqa", tmp_path / "m")
+    (folder / "adapter_config.json").write_text("{}")
+    gx.load(folder, only=("norm",))
+    assert [line for line in caplog.messages if "adapter_config.json), which is not applied" in line]
+
+
 def test_a_folder_with_an_adapter_alone(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"it is an adapter .*merge it into its model first"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import reprlib
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -25,6 +26,9 @@ from garrulax.hub.model import Model
 from garrulax.hub.tensors import StoredTensor, open_tensors
 from garrulax.hub.tokenizers import Tokenizer, find_tokenizer, load_tokenizer
 from garrulax.models import FAMILIES, Family, parameters
+
+
+_log = logging.getLogger("garrulax")
 
 
 def load(
@@ -98,6 +102,8 @@ class Checkpoint:
 def open_checkpoint(folder: Path, ignore: Collection[str] = ()) -> Checkpoint:
     """The checkpoint in a folder, checked; only config.json and headers are read. Raises as `load` does."""
     config = config_in(folder, ignore)
+    if (folder / "adapter_config.json").exists():
+        _log.warning("%s holds an adapter too (adapter_config.json), which is not applied to the weights", folder)
     specs = parameters(config)
     return Checkpoint(folder, config, specs, match(open_tensors(folder), specs, config, folder))
 

@@ -245,7 +245,9 @@ PRESETS = {
     "falcon-7b": Config(),
     "falcon-40b": Config(width=8192, layers=60, heads=128, kv_heads=8, norms=2),
     "falcon-180b": Config(width=14848, layers=80, heads=232, kv_heads=8, norms=2),
-    "falcon-11b": Config(context=8192, width=4096, layers=60, heads=32, kv_heads=8, rope=Rope(theta=500_042.0), tied=False),
+    "falcon-11b": Config(
+        context=8192, width=4096, layers=60, heads=32, kv_heads=8, rope=Rope(theta=500_042.0), tied=False
+    ),
     "falcon-rw-1b": Config(
         vocab=50304, width=2048, layers=24, heads=32, kv_heads=32, parallel=False, norms=2, alibi=True, bias=True,
         bos=1, eos=2,

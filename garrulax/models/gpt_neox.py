@@ -6,6 +6,7 @@ EleutherAI/gpt-neox; transformers 5.23.0, configuration_gpt_neox.py and modeling
 """
 
 import dataclasses
+import reprlib
 from typing import Any
 
 import jax
@@ -144,7 +145,13 @@ def from_hf(raw: dict[str, Any]) -> Config:
     """The Config of a parsed config.json. Raises ValueError as `HFConfig.read` and `partial_rope_from_hf` do."""
     values = find_format(DIALECTS, raw).read(raw)
     renamed = {"rope_theta": raw.get("rotary_emb_base"), "partial_rotary_factor": raw.get("rotary_pct")}
-    given = {**{name: value for name, value in renamed.items() if value is not None}, **raw}
+    renamed = {name: value for name, value in renamed.items() if value is not None}
+    for name, value in renamed.items():
+        if raw.get(name) not in (None, value):
+            raise ValueError(
+                f"config.json gives two values of {name}: {reprlib.repr(raw[name])}, {reprlib.repr(value)}"
+            )
+    given = {**raw, **renamed}
     settings, rotary = partial_rope_from_hf(given, values["context"], default=0.25)
     return Config(**values, rope=settings, rotary=rotary)
 

@@ -226,8 +226,8 @@ _BAICHUAN = Config(vocab=64000, context=4096, dialect="baichuan")
 _BAICHUAN_13B = _sized(_BAICHUAN, **{**_13B, "mlp_width": 13696}, positions="alibi")
 _BAICHUAN2: dict[str, Any] = {"vocab": llama_hf.BAICHUAN2_VOCAB, "normalized_head": True}
 
-#: All but the last as published (Qwen 2: the base models); llama-tiny trains on a laptop in minutes. Sources: for LLaMA-1
-#: Meta's params.json, as its conversions (decapoda-research/llama-*-hf) have them; otherwise config.json of
+#: All but the last as published (Qwen 2: the base models); llama-tiny trains on a laptop in minutes. Sources: for
+#: LLaMA-1 Meta's params.json, as its conversions (decapoda-research/llama-*-hf) have them; otherwise config.json of
 #: meta-llama/Llama-2-*-hf, Meta-Llama-3-*, Llama-3.1-*, Llama-3.2-* and Llama-3.3-*, mistralai/Mistral-7B-*,
 #: Qwen/Qwen2-*, baichuan-inc/Baichuan-* and Baichuan2-*. Where tests/config_files.json has a copy, a test compares.
 PRESETS = {

@@ -27,7 +27,6 @@ from garrulax.hub.tensors import StoredTensor, open_tensors
 from garrulax.hub.tokenizers import Tokenizer, find_tokenizer, load_tokenizer
 from garrulax.models import FAMILIES, Family, parameters
 
-
 _log = logging.getLogger("garrulax")
 
 

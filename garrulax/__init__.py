@@ -26,6 +26,7 @@ _HOME = {
     "make_mesh": "garrulax.core.sharding",
     "Mask": "garrulax.kernels.mask",
     "load": "garrulax.hub",
+    "load_config": "garrulax.hub",
     "save": "garrulax.hub",
     "Model": "garrulax.hub",
     "generate": "garrulax.sampling",

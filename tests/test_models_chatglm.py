@@ -90,7 +90,7 @@ GLM4 = CHATGLM2 | {
     "padded_vocab_size": 151552, "rope_ratio": 500, "seq_length": 131072, "vocab_size": 151552,
 }  # fmt: skip
 GLM4_0414 = {
-    "architectures": ["Glm4ForCausalLM"], "model_type": "glm4", "attention_bias": False, "attention_dropout": 0.0,
+    "architectures": ["Glm4ForCausalLM"], "model_type": "glm4", "attention_bias": True, "attention_dropout": 0.0,
     "eos_token_id": [151329, 151336, 151338], "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096,
     "initializer_range": 0.02, "intermediate_size": 13696, "max_position_embeddings": 32768, "num_attention_heads": 32,
     "num_hidden_layers": 40, "num_key_value_heads": 2, "pad_token_id": 151329, "partial_rotary_factor": 0.5,

@@ -73,6 +73,7 @@ NEW_40B = _RW | _SIZES | {"model_type": "falcon", "new_decoder_architecture": Tr
 NEW_11B = NEW_40B | {
     "hidden_size": 4096, "num_attention_heads": 32, "num_ln_in_parallel_attn": 1, "max_position_embeddings": 8192,
     "rope_theta": 500042.0, "ffn_hidden_size": None, "activation": "gelu", "ff_factor": 4,
+    "tie_word_embeddings": False,
 }  # fmt: skip
 
 

@@ -147,6 +147,14 @@ def _parser() -> argparse.ArgumentParser:
         "--max-shard-size", default="5GB", metavar="SIZE", help="greatest size of a file, such as 200MB (5GB)"
     )
     convert.add_argument("--dialect", help="checkpoint format, if the family has several, such as glm")
+    for name in ("generate", "fill", "info", "glitch", "convert"):
+        commands.choices[name].add_argument(
+            "--ignore",
+            type=lambda text: text.split(","),
+            default=(),
+            metavar="KEY,...",
+            help="leave out these keys of the folder's config.json, which otherwise would be refused",
+        )
     for command in commands.choices.values():
         command.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     return parser

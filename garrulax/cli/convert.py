@@ -16,7 +16,7 @@ def convert(args: argparse.Namespace) -> None:
     progress = Bar() if sys.stderr.isatty() else None
     convert_folder(
         find_model(args.source), args.target, args.dtype, args.max_shard_size, args.dialect,
-        None if progress is None else progress.update,
+        None if progress is None else progress.update, args.ignore,
     )  # fmt: skip
     if progress is not None:
         progress.close()

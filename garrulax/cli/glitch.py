@@ -12,7 +12,7 @@ from garrulax.models.glitch import MIN_DISTANCE, SIDES, GlitchTokens, glitch_tok
 
 def glitch(args: argparse.Namespace) -> None:
     """Prints the ranking, and draws it if asked to. Reads only the embeddings from the model folder."""
-    model = hub.load(find_model(args.model), only=SIDES.values())
+    model = hub.load(find_model(args.model), only=SIDES.values(), ignore=args.ignore)
     found = glitch_tokens(model, top=args.top, side=args.side)
     print(describe(args.model, found))
     if args.plot:

@@ -3,12 +3,13 @@
 import argparse
 import dataclasses
 import math
+from collections.abc import Collection
 from pathlib import Path
 
 from garrulax import hub, models
 from garrulax.cli.models import find_model
 from garrulax.core.config import ModelConfig
-from garrulax.hub.reading import open_checkpoint
+from garrulax.hub.matching import match
 from garrulax.hub.tensors import BITS, open_tensors
 from garrulax.models.summary import Summary, bytes_of, summarize
 
@@ -20,13 +21,18 @@ def info(args: argparse.Namespace) -> None:
     if args.all or args.model is None:
         print("\n".join(models.presets()))
         return
-    print(describe(args.model, config_of(args.model)))
+    config = config_of(args.model, args.ignore)
+    print(describe(args.model, config))
     if args.model not in models.presets() and Path(args.model).exists():
-        print("\n" + _section("weights", _weights(Path(find_model(args.model)))))
+        print("\n" + _section("weights", _weights(Path(find_model(args.model)), config)))
 
 
-def config_of(name: str) -> ModelConfig:
+def config_of(name: str, ignore: Collection[str] = ()) -> ModelConfig:
     """The config of a preset, a model folder or a run.
+
+    Args:
+        name: Its name.
+        ignore: Keys of config.json to leave out, as in `gx.load`.
 
     Raises:
         ValueError: For an unknown name, naming the nearest preset, and for a folder without a readable model.
@@ -35,7 +41,7 @@ def config_of(name: str) -> ModelConfig:
     if name in models.presets():
         return models.preset(name)
     if Path(name).exists():
-        return hub.load_config(find_model(name))
+        return hub.load_config(find_model(name), ignore)
     return models.preset(name)  # raises an error that names the nearest preset
 
 
@@ -53,12 +59,13 @@ def _section(title: str, rows: list[tuple[str, str]]) -> str:
     return "\n".join([title, *(f"  {left:<{width}}  {right}" for left, right in rows)])
 
 
-def _weights(folder: Path) -> list[tuple[str, str]]:
+def _weights(folder: Path, config: ModelConfig) -> list[tuple[str, str]]:
     """Rows about the weights in a folder, from the headers of its files."""
     try:
-        tensors = open_tensors(folder).values()
+        found = open_tensors(folder)
     except (FileNotFoundError, ValueError) as error:
         return [("none", str(error))]
+    tensors = found.values()
     files = sorted({Path(str(t.file.name)).name for t in tensors})
     rows = [("files", ", ".join(files) if len(files) < 4 else f"{files[0]} ... {files[-1]} ({len(files)})")]
     for dtype in sorted({t.dtype for t in tensors}):
@@ -66,8 +73,8 @@ def _weights(folder: Path) -> list[tuple[str, str]]:
         size = _size(sum(numbers) * BITS[dtype] // 8)
         rows.append((dtype, f"{len(numbers):,} tensors, {sum(numbers):,} numbers, {size}"))
     try:
-        open_checkpoint(folder)
-    except ValueError as error:
+        match(found, models.parameters(config), config, folder)
+    except (FileNotFoundError, ValueError) as error:
         return [*rows, ("misfit", str(error))]
     return [*rows, ("fit", "all that config.json asks for is there")]
 

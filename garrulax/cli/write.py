@@ -11,7 +11,7 @@ from garrulax.sampling.requests import end_tokens
 
 def generate(args: argparse.Namespace) -> None:
     """Continues a text, or answers it with `--chat`."""
-    model = gx.load(find_model(args.model))
+    model = gx.load(find_model(args.model), ignore=args.ignore)
     model = model.replace(params=gx.unstack(model.params))
     text = _text(args)
     prompt: str | list[int] = text
@@ -27,7 +27,7 @@ def generate(args: argparse.Namespace) -> None:
 
 def fill(args: argparse.Namespace) -> None:
     """Fills the blanks of a text."""
-    model = gx.load(find_model(args.model))
+    model = gx.load(find_model(args.model), ignore=args.ignore)
     model = model.replace(params=gx.unstack(model.params))
     for piece in gx.fill_stream(model, _text(args), **_options(args)):
         print(piece, end="", flush=True)

@@ -5,6 +5,8 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from garrulax.core.hf_keys import Pins, check_quantised, check_unknown, is_quantisation
+
 #: Keys that change nothing in what a decoder computes: bookkeeping, heads of other tasks, defaults of generation.
 IRRELEVANT = frozenset(
     """
@@ -16,7 +18,7 @@ IRRELEVANT = frozenset(
     max_length min_length no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences
     output_attentions output_hidden_states output_past output_scores pad_token_id predict_special_tokens prefix
     pretraining_tp problem_type pruned_heads remove_invalid_values repetition_penalty return_dict
-    return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
+    return_dict_in_generate suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder
     tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config transformers_version typical_p
     unsloth_fixed unsloth_version use_bfloat16 use_cache
     """.split()  # noqa: SIM905 (eighty quoted strings would be harder to read)
@@ -57,6 +59,9 @@ class HFConfig:
         fields: Field of the Config -> key of config.json.
         fixed: Key -> the one value that is implemented; anything else is refused. The key may be absent.
         ignored: Further keys that do not change what the model computes.
+        pinned: Further keys that are read only with the value that the model computes anyway, and are not written.
+        remote: Whether the model's code lies beside its checkpoints and not in transformers: that code may read any
+            key, so that none is skipped.
         marker: A key that tells the files of this format from others of the same model_type.
     """
 
@@ -65,6 +70,8 @@ class HFConfig:
     fields: Mapping[str, Key]
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
+    pinned: Pins = dataclasses.field(default_factory=dict)
+    remote: bool = False
     marker: str | None = None
 
     def claims(self, raw: Mapping[str, Any]) -> bool:
@@ -85,23 +92,18 @@ class HFConfig:
             Values of the Config's fields by name; lists become tuples.
 
         Raises:
-            ValueError: Keys are missing or unknown, contradict each other, or have a value that is not implemented.
+            ValueError: Keys are missing, contradict each other, have a value that is not implemented, or are unknown
+                and may change what the model computes (`core.hf_keys`).
         """
+        check_quantised(raw)
         values = {field: self._value(key, raw) for field, key in self.fields.items()}
-        known = {
-            "model_type",
-            *self.fixed,
-            *self.ignored,
-            *IRRELEVANT,
-            *(n for k in self.fields.values() for n in k.names),
-        }
         for key, value in self.fixed.items():
-            if key in raw and raw[key] != value:
+            nothing = is_quantisation(key) or (raw.get(key) is None and not self.remote)
+            if key in raw and raw[key] != value and not nothing:
                 raise ValueError(f"config.json: {key}={reprlib.repr(raw[key])} is not implemented (only {value!r})")
-        unknown = sorted(raw.keys() - known)
-        if unknown:
-            named = ", ".join(key[:40] if key.isprintable() else reprlib.repr(key) for key in unknown[:12])
-            raise ValueError(f"config.json of a {self.model_type} has unknown keys {named}")
+        names = (name for key in self.fields.values() for name in key.names)
+        known = {"model_type", *self.fixed, *self.ignored, *IRRELEVANT, *names}
+        check_unknown(raw, known, values, self.model_type, self.architecture, self.pinned, self.remote)
         return values
 
     def _value(self, key: Key, raw: Mapping[str, Any]) -> Any:

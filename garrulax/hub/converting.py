@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from garrulax.core import spec
 from garrulax.hub import streaming
 from garrulax.hub.download import find_folder
 from garrulax.hub.reading import open_checkpoint, stored_dtype
-from garrulax.hub.tensors import DTYPES, StoredTensor, checked_file
+from garrulax.hub.tensors import DTYPES, StoredTensor, file_to_copy
 from garrulax.hub.writing import COMPANIONS, Entries, Progress, TensorPart, write_folder
 from garrulax.models import family, parameters
 
@@ -23,6 +24,7 @@ def convert_folder(
     max_shard_size: int | str = "5GB",
     dialect: str | None = None,
     progress: Progress | None = None,
+    ignore: Collection[str] = (),
 ) -> None:
     """Writes the model in `source` to the folder `target` as `save` would, without loading it.
 
@@ -36,16 +38,18 @@ def convert_folder(
         dialect: Format of the checkpoint, if the family has several: "glm", for example, turns a ChatGLM checkpoint
             into one that transformers loads with its own class. None keeps the format.
         progress: As in `save`.
+        ignore: Keys of config.json to leave out, as in `load`.
 
     Raises:
         FileNotFoundError: As in `load`.
+        TypeError: As in `load`.
         ValueError: One folder contains the other, or the dtype or dialect is unknown; and as in `load` and `save`.
     """
     numpy_dtype = _parse_dtype(dtype)
     folder, goal = find_folder(source).resolve(), Path(target).expanduser().resolve()
     if folder == goal or folder in goal.parents or goal in folder.parents:
         raise ValueError(f"{target} and {source} are one folder, or one lies in the other: choose another target")
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder, ignore)
     config = checkpoint.config
     if dialect is not None:
         if "dialect" not in {field.name for field in dataclasses.fields(config)}:
@@ -56,7 +60,7 @@ def convert_folder(
     def add_files(temporary: Path) -> None:
         for pattern in COMPANIONS:
             for file in folder.glob(pattern):
-                shutil.copyfile(checked_file(folder, file.name), temporary / file.name)
+                shutil.copyfile(file_to_copy(folder, file.name), temporary / file.name)
 
     write_folder(goal, config, entries, max_shard_size, "converted by `garrulax convert`", add_files, progress)
 

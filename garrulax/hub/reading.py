@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import reprlib
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -15,15 +16,18 @@ from jax.typing import DTypeLike
 
 from garrulax.core import sharding, spec
 from garrulax.core.config import ModelConfig
-from garrulax.core.hf import TensorNames
+from garrulax.core.hf_keys import without
 from garrulax.core.names import nearest
 from garrulax.hub import streaming
 from garrulax.hub.download import find_folder
 from garrulax.hub.json_files import read_object
+from garrulax.hub.matching import match
 from garrulax.hub.model import Model
-from garrulax.hub.tensors import DTYPES, StoredTensor, open_tensors
+from garrulax.hub.tensors import StoredTensor, open_tensors
 from garrulax.hub.tokenizers import Tokenizer, find_tokenizer, load_tokenizer
-from garrulax.models import FAMILIES, Family, family, parameters
+from garrulax.models import FAMILIES, Family, parameters
+
+_log = logging.getLogger("garrulax")
 
 
 def load(
@@ -32,6 +36,7 @@ def load(
     dtype: DTypeLike | None = None,
     rules: str | sharding.Rules = "fsdp+tp",
     only: Collection[str] | None = None,
+    ignore: Collection[str] = (),
 ) -> Model:
     """Loads the model in a Hugging Face folder: config.json, safetensors (with an index if several), tokenizer.
 
@@ -45,14 +50,17 @@ def load(
         dtype: Dtype of the parameters; None keeps the stored one.
         rules: Name or table of sharding rules (`core.sharding`); used only with a mesh.
         only: top-level names of the parameters to read, such as ("tokens", "head"); None reads all.
+        ignore: Keys of config.json to leave out, as if the file did not have them, such as ["sparsity"] or
+            ["rope_scaling.finetuned"]: a way past keys that are refused but do not change what the model computes.
 
     Returns:
         The model; its tokenizer is None if the folder has none.
 
     Raises:
         FileNotFoundError: The folder or a file in it is missing.
-        ValueError: A key of config.json is unknown or not implemented; or a tensor is missing, unknown or of another
-            shape. The message names the keys or tensors.
+        TypeError: `ignore` is one string.
+        ValueError: A key of config.json is not implemented, or is unknown and may change what the model computes; or a
+            tensor is missing, unknown or of another shape. The message names the keys or tensors.
 
     Example:
         >>> import jax, garrulax as gx
@@ -64,7 +72,7 @@ def load(
         >>> model.config == config, model.params["tokens"].dtype.name
         (True, 'bfloat16')
     """
-    checkpoint = open_checkpoint(find_folder(path))
+    checkpoint = open_checkpoint(find_folder(path), ignore)
     specs = {name: tree for name, tree in checkpoint.specs.items() if only is None or name in only}
     tensors = checkpoint.tensors
     places = spec.map_specs(lambda _: None, specs) if mesh is None else sharding.shardings(specs, mesh, rules)
@@ -90,32 +98,62 @@ class Checkpoint:
     tensors: dict[str, StoredTensor]
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, ignore: Collection[str] = ()) -> Checkpoint:
     """The checkpoint in a folder, checked; only config.json and headers are read. Raises as `load` does."""
-    config = config_in(folder)
+    config = config_in(folder, ignore)
+    if (folder / "adapter_config.json").exists():
+        _log.warning("%s holds an adapter too (adapter_config.json), which is not applied to the weights", folder)
     specs = parameters(config)
     return Checkpoint(folder, config, specs, match(open_tensors(folder), specs, config, folder))
 
 
-def load_config(path: str | Path) -> ModelConfig:
-    """The Config of a Hugging Face folder or of a name on the hub; reads no tensors. Raises as `load` does."""
-    return config_in(find_folder(path))
+def load_config(path: str | Path, ignore: Collection[str] = ()) -> ModelConfig:
+    """The Config of a Hugging Face folder or of a name on the hub; reads no tensors.
+
+    Args:
+        path: The folder or name.
+        ignore: Keys of config.json to leave out, as in `load`.
+
+    Raises:
+        FileNotFoundError: As `load` does.
+        TypeError: As `load` does.
+        ValueError: As `load` does, for config.json.
+
+    Example:
+        >>> import pathlib, tempfile, garrulax as gx
+        >>> text = '''{"model_type": "gpt2", "vocab_size": 96, "n_positions": 64, "n_embd": 32, "n_layer": 1,
+        ...     "n_head": 2, "logit_scale": 1}'''
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = pathlib.Path(folder, "config.json").write_text(text)
+        ...     gx.load_config(folder, ignore=["logit_scale"]).width
+        32
+    """
+    return config_in(find_folder(path), ignore)
 
 
-def config_in(folder: Path) -> ModelConfig:
+def config_in(folder: Path, ignore: Collection[str] = ()) -> ModelConfig:
     """The Config of a local folder. Raises as `load` does."""
-    raw = read_config_json(folder)
+    return parse_config(without(read_config_json(folder), ignore), str(folder / "config.json"))
+
+
+def parse_config(raw: dict[str, Any], label: str = "config.json") -> ModelConfig:
+    """The Config of a parsed config.json, which `label` names in errors. Raises ValueError as `load` does."""
     module = family_of(raw)
     try:
         return module.from_hf(raw)
     except (TypeError, AttributeError, LookupError, ArithmeticError) as error:  # any key may have a value of any type
-        raise ValueError(f"{folder / 'config.json'} has a value of the wrong kind: {error}") from error
+        raise ValueError(f"{label} has a value of the wrong kind: {error}") from error
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:
     """The parsed config.json of a folder. Raises FileNotFoundError, or ValueError if it is not a JSON object."""
     path = folder / "config.json"
     if not path.is_file():
+        if (folder / "adapter_config.json").exists():
+            raise FileNotFoundError(
+                f"{folder} has no config.json: it is an adapter (adapter_config.json), not a model; merge it into its "
+                "model first, with peft's merge_and_unload(), and save that"
+            )
         raise FileNotFoundError(f"{folder} has no config.json: it is not a Hugging Face model folder")
     return read_object(path)
 
@@ -131,95 +169,6 @@ def family_of(raw: dict[str, Any]) -> Family:
     hint = f"the nearest are {close}; " if close else ""
     raise ValueError(
         f"config.json: {key} {reprlib.repr(raw.get(key))} is not implemented ({hint}there are: {', '.join(known)})"
-    )
-
-
-def match(
-    found: dict[str, StoredTensor], specs: spec.Tree, config: ModelConfig, folder: Path | str
-) -> dict[str, StoredTensor]:
-    """The tensors of a checkpoint by the names in the ParamSpec tree.
-
-    Missing prefixes are added and extra ones removed, buffers are dropped, and of two tied tensors one is kept.
-
-    Args:
-        found: The tensors of the checkpoint, by their names there.
-        specs: ParamSpec tree of the model.
-        config: The configuration of the model.
-        folder: The folder, for messages.
-
-    Raises:
-        ValueError: The tensors do not fit `specs`; the message names every kind of misfit.
-    """
-    _check_amounts(found, specs, folder)
-    more = family(config).tensor_names(config)
-    ties = dict.fromkeys(more.heads, specs["tokens"].name) if config.tied else {}
-    wanted = {name: s for s in jax.tree.leaves(specs, is_leaf=spec.is_spec) for name in s.names}
-    tensors, unknown, twice = {}, [], []
-    for stored, tensor in found.items():
-        name = _canonical(stored, wanted.keys() | ties.keys(), more)
-        if name is None:
-            if not (more.buffers and stored.endswith(more.buffers)):
-                unknown.append(stored)
-        elif name in tensors:
-            twice.append(stored)
-        else:
-            tensors[name] = tensor
-    tied = {name: tensors.pop(name) for name in ties if name in tensors}
-    for name, tensor in tied.items():
-        tensors.setdefault(ties[name], tensor)
-    missing = [name for name in wanted if name not in tensors]
-    shapes, kinds = [], []
-    for name, tensor in tensors.items():
-        expected = wanted[name].layout.stored_shape
-        if tensor.shape != expected:
-            shapes.append(f"{name} is {tensor.shape}, not {expected}")
-        if tensor.dtype not in DTYPES:
-            kinds.append(f"{name} is {tensor.dtype}")
-    problems = [
-        _listed("missing", missing),
-        _listed("unknown", unknown),
-        _listed("given twice under names that mean the same", twice),
-        _listed("of a shape that config.json does not give", shapes),
-        _listed(f"of a dtype that is not {', '.join(DTYPES)}", kinds),
-    ]
-    if any(problems):
-        raise ValueError(f"the tensors in {folder} do not fit its config.json: {'; '.join(filter(None, problems))}")
-    for name, tensor in tied.items():
-        _check_equal(name, tensor, ties[name], tensors[ties[name]])
-    return tensors
-
-
-def _canonical(stored: str, known: set[str], more: TensorNames) -> str | None:
-    """The known name of a stored tensor, with prefixes corrected; None if it is unknown."""
-    short = stored.removeprefix(more.extra_prefix)
-    return next((name for name in (stored, short, more.prefix + short) if name in known), None)
-
-
-def _listed(what: str, names: list[str], shown: int = 4) -> str:
-    if not names:
-        return ""
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return f"{len(names)} {what} ({', '.join(names[:shown])}{more})"
-
-
-def _check_amounts(found: dict[str, StoredTensor], specs: spec.Tree, folder: Path | str, spare: int = 1000) -> None:
-    """Raises ValueError if config.json asks for far more tensors than exist; their names could fill the memory."""
-    leaves = jax.tree.leaves(specs, is_leaf=spec.is_spec)
-    names = sum({s.name: max(s.layers, 1) for s in leaves}.values())
-    if names > len(found) + spare:
-        raise ValueError(f"config.json asks for {names:,} tensors, but {folder} holds {len(found):,}")
-
-
-def _check_equal(name: str, tensor: StoredTensor, other_name: str, other: StoredTensor) -> None:
-    """Raises ValueError if two tied tensors differ."""
-    if tensor is other:
-        return
-    if (tensor.shape, tensor.dtype) == (other.shape, other.dtype):
-        pairs = zip(streaming.chunks(tensor), streaming.chunks(other), strict=True)
-        if all(np.array_equal(a, b) for a, b in pairs):
-            return
-    raise ValueError(
-        f"config.json ties {name} to {other_name}, but they differ: it should say tie_word_embeddings=false"
     )
 
 

@@ -226,10 +226,10 @@ def read_bytes(tensor: StoredTensor, first: int, step: int, rows: list) -> None:
             done += count
 
 
-def chunks(tensor: StoredTensor) -> Iterator[np.ndarray]:
-    """The bytes of a tensor in chunks. Each array is valid only until the next one is taken."""
-    size, memory = math.prod(tensor.shape), np.empty(STRAIGHT, np.uint8)
-    for first in range(0, size, STRAIGHT // tensor.numpy_dtype.itemsize):
-        part = memory[: (size - first) * tensor.numpy_dtype.itemsize]
-        read_bytes(tensor, first, 0, [part])
+def chunks(tensor: StoredTensor, count: int = STRAIGHT // 8) -> Iterator[np.ndarray]:
+    """The numbers of a tensor, `count` at a time. Each array is valid only until the next one is taken."""
+    size, memory = math.prod(tensor.shape), np.empty(count, tensor.numpy_dtype)
+    for first in range(0, size, count):
+        part = memory[: size - first]
+        read_bytes(tensor, first, 0, [part.view(np.uint8)])
         yield part

@@ -58,45 +58,50 @@ def open_tensors(folder: Path) -> dict[str, StoredTensor]:
     """The tensors of the checkpoint in `folder`, by name. Reads only headers.
 
     Raises:
-        FileNotFoundError: There are no safetensors, or a file that the index names is missing.
-        ValueError: A file is damaged, a name is in two files, or the index contradicts the files.
+        FileNotFoundError: There are no safetensors.
+        ValueError: A file is damaged, or a name is in two files.
     """
     tensors: dict[str, StoredTensor] = {}
-    files, index = _files(folder)
-    for path in files:
+    for path in _files(folder):
         for name, tensor in _open_file(path).items():
             if name in tensors:
                 raise ValueError(f"{folder}: tensor {name} is in two files, the second is {path.name}")
             tensors[name] = tensor
-    for name, file in index.items():
-        if name not in tensors:
-            raise ValueError(f"{folder / INDEX} names tensor {name}, which {file} does not hold")
-        if Path(str(tensors[name].file.name)).name != file:
-            raise ValueError(f"{folder / INDEX} says that {file} holds {name}, but it is in another file")
     return tensors
 
 
-def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
-    """The safetensors files of a folder; and the file name of every tensor, if there is an index."""
+def read_index(folder: Path) -> dict[str, str]:
+    """Name -> file of the tensors in the index of a folder that is read by it; empty if there is none.
+
+    Only the headers of the files say which tensors exist. Writers leave names in an index that are in no file, such as
+    a tied output head's; whoever misses a tensor can say what the index claims.
+
+    Raises:
+        ValueError: It is damaged, or names something else than files of the folder.
+    """
+    if (folder / FILE).exists() or not (folder / INDEX).exists():
+        return {}
+    index = read_object(folder / INDEX, INDEX_BYTES, unique=True).get("weight_map")
+    if not isinstance(index, dict) or not index or not all(isinstance(file, str) for file in index.values()):
+        raise ValueError(f"{folder / INDEX} is damaged: it has no weight_map from tensors to files")
+    odd = next((name for name in index if not is_printable_name(name)), None)
+    if odd is not None:
+        raise ValueError(f"{folder / INDEX} names a tensor {odd[:200]!r}")
+    for name in sorted(set(index.values())):
+        if Path(name).name != name or name == ".." or not is_printable_name(name):
+            raise ValueError(f"{folder / INDEX} names {name[:200]!r}, which is not a file of this folder")
+    return index
+
+
+def _files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder; of those that an index names, the ones that exist."""
     if (folder / FILE).exists():
-        return [checked_file(folder, FILE)], {}
-    if (folder / INDEX).exists():
-        index = read_object(folder / INDEX, INDEX_BYTES, unique=True).get("weight_map")
-        if not isinstance(index, dict) or not index or not all(isinstance(file, str) for file in index.values()):
-            raise ValueError(f"{folder / INDEX} is damaged: it has no weight_map from tensors to files")
-        odd = next((name for name in index if not is_printable_name(name)), None)
-        if odd is not None:
-            raise ValueError(f"{folder / INDEX} names a tensor {odd[:200]!r}")
-        names = sorted(set(index.values()))
-        for name in names:
-            if Path(name).name != name or name == ".." or not is_printable_name(name):
-                raise ValueError(f"{folder / INDEX} names {name[:200]!r}, which is not a file of this folder")
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} lacks {name}, one of the {len(names)} files that {INDEX} names")
-        return [checked_file(folder, name) for name in names], index
+        return [_plain_file(folder / FILE)]
+    if index := read_index(folder):
+        return [_plain_file(folder / name) for name in sorted(set(index.values())) if (folder / name).exists()]
     found = sorted(folder.glob("*.safetensors"))
     if len(found) == 1:
-        return [checked_file(folder, found[0].name)], {}
+        return [_plain_file(found[0])]
     if found:
         raise FileNotFoundError(f"{folder} has {len(found)} safetensors files but no {INDEX} that says which belong")
     raise FileNotFoundError(_why_none(folder))
@@ -107,20 +112,26 @@ def is_printable_name(name: str) -> bool:
     return 0 < len(name) <= 200 and name.isprintable()
 
 
-def checked_file(folder: Path, name: str) -> Path:
-    """`folder / name`, checked.
+def _plain_file(path: Path) -> Path:
+    """`path`, which may be a link. Raises ValueError if it is not a file."""
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file")
+    return path
+
+
+def file_to_copy(folder: Path, name: str) -> Path:
+    """`folder / name`, checked for copying it elsewhere.
 
     A link may point into the folder or, in the cache of huggingface_hub (models--x/snapshots/y), to the cache's blobs.
-    Other links are refused: a folder made by strangers must not give access to files elsewhere.
+    Other links are refused: a folder made by strangers must not make copies of files elsewhere. Links are followed when
+    weights are read: that gives strangers nothing, and people keep big files on other disks.
 
     Raises:
         ValueError: It is not a plain file, or a link to a file elsewhere.
     """
-    path = folder / name
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file")
+    path = _plain_file(folder / name)
     real, home = path.resolve(), folder.resolve()
-    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    homes = [home, (home.parent.parent / "blobs").resolve()] if home.parent.name == "snapshots" else [home]
     if not any(real.is_relative_to(place) for place in homes):
         raise ValueError(f"{path} is a link to {real}, outside of the folder: put the file itself there")
     return path

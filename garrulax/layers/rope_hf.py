@@ -30,6 +30,17 @@ _REQUIRED = {
 }
 
 
+_PINNED = {"partial_rotary_factor": 1}  # further keys, with the one value that is computed anyway
+_PINNED_YARN = _PINNED | {"finetuned": True, "attn_factor": 1, "extrapolation_factor": 1}
+
+
+def base_in(raw: Mapping[str, Any]) -> Any:
+    """The base of the angles in a parsed config.json, under any of its names; 10,000 where it has none."""
+    places = (raw, raw.get("rope_parameters"), raw.get("rope_scaling"))
+    found = [p["rope_theta"] for p in places if isinstance(p, Mapping) and p.get("rope_theta") is not None]
+    return found[0] if found else 10_000
+
+
 def rope_from_hf(raw: Mapping[str, Any], context: int) -> Rope:
     """The rotary settings in a parsed config.json.
 
@@ -55,12 +66,22 @@ def rope_from_hf(raw: Mapping[str, Any], context: int) -> Rope:
 def _read(settings: Any, theta: float | None, context: int) -> Rope:
     if not isinstance(settings, dict):
         raise ValueError(f"config.json: the RoPE settings must be an object, not {settings!r}")
-    kind = settings.get("rope_type", settings.get("type", "default"))
+    kinds = [settings[name] for name in ("rope_type", "type") if settings.get(name) is not None] or ["default"]
+    kind = kinds[0]
     if kind not in KINDS:
         raise ValueError(f"config.json: RoPE kind {kind!r} is not implemented: only {', '.join(KINDS)}")
-    unknown = sorted(settings.keys() - {"rope_type", "type", "rope_theta", *_FIELDS.values()})
+    if kinds[-1] != kind:
+        raise ValueError(f"config.json: the RoPE settings give two kinds, {kind!r} and {kinds[-1]!r}")
+    pinned = _PINNED_YARN if kind == "yarn" else _PINNED
+    known = {"rope_type", "type", "rope_theta", *_FIELDS.values()}
+    unknown = sorted(
+        key for key, value in settings.items() if key not in known and value is not None and pinned.get(key) != value
+    )
     if unknown:
-        raise ValueError(f"config.json: RoPE settings have unknown keys {', '.join(unknown)}")
+        raise ValueError(
+            f"config.json: RoPE settings have unknown keys {', '.join(unknown)}: if they do not change the angles, "
+            f'leave them out with ignore=["rope_scaling.{unknown[0]}", ...] or --ignore'
+        )
     missing = [key for key in _REQUIRED[kind] if settings.get(key) is None]
     if missing:
         raise ValueError(f"config.json: RoPE kind {kind!r} lacks {', '.join(missing)}")

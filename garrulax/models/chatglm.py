@@ -158,8 +158,10 @@ def tensor_names(c: Config) -> TensorNames:
 _CHATGLM3 = Config(context=8192, eos=chatglm_hf.CHATGLM3_EOS)
 _GLM4 = Config(vocab=151552, context=8192, layers=40, norm_eps=1.5625e-7, eos=(151329, 151336, 151338), pad=151329)
 
-#: As published, in the dialect that was published first. The rope ratios (16, 50, 500) stand in other projects' files
-#: and were not checked against the checkpoints; nor were attention_bias and norm_eps of GLM-4-9B-0414.
+#: As published, in the dialect that was published first. Sources: config.json of THUDM/chatglm2-6b, chatglm3-6b,
+#: glm-4-9b and glm-4-9b-chat; for chatglm2-6b-32k (rope ratio 16) and GLM-4-9B-0414 (attention_bias true, where the
+#: 32B says false) what other projects say of them. A copy of chatglm3-6b-32k's file says seq_length 16384, its model
+#: card 32K.
 PRESETS = {
     "chatglm2-6b": Config(),
     "chatglm2-6b-32k": Config(rope=Rope(kind="linear", factor=16.0)),
@@ -167,7 +169,5 @@ PRESETS = {
     "chatglm3-6b-32k": dataclasses.replace(_CHATGLM3, context=32768, rope=Rope(theta=500_000.0)),
     "glm-4-9b": _GLM4,
     "glm-4-9b-chat": dataclasses.replace(_GLM4, context=131072, rope=Rope(theta=5_000_000.0)),
-    "glm-4-9b-0414": dataclasses.replace(
-        _GLM4, context=32768, norm_eps=1e-5, qkv_bias=False, output_norms=True, dialect="glm4"
-    ),
+    "glm-4-9b-0414": dataclasses.replace(_GLM4, context=32768, norm_eps=1e-5, output_norms=True, dialect="glm4"),
 }

@@ -102,8 +102,9 @@ CHATGLM = HFConfig(
         "apply_query_key_layer_scaling", "attention_softmax_in_fp32", "bias_dropout_fusion",  # change no result
         "prefix_projection",  # of pre_seq_len
         "rope_scaling", "rope_theta",  # read by `_chatglm_rope`
-        "tie_word_embeddings", "add_cross_attention", "cross_attention_hidden_size", "tie_encoder_decoder",  # unused
+        "tie_word_embeddings", "add_cross_attention", "cross_attention_hidden_size",  # unused
     }),
+    remote=True,
     marker="padded_vocab_size",  # ChatGLM-6B says model_type chatglm as well
 )  # fmt: skip
 
@@ -130,6 +131,7 @@ GLM = HFConfig(
         "pad": key("pad_token_id", default=151329, null=True),
     },
     ignored=frozenset({"partial_rotary_factor", "rope_parameters", "rope_scaling", "rope_theta"}),
+    pinned={"rope_interleaved": True, "mlp_bias": False, "bias": False},
     marker="num_key_value_heads",  # the original GLM says model_type glm as well
 )
 

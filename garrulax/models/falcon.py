@@ -19,6 +19,7 @@ from garrulax.core import config as fields
 from garrulax.core.config import Flag, OptionalSize, OptionalTokenId, Positive, Rate, Size, TokenIds
 from garrulax.core.einsum import lookup
 from garrulax.core.hf import HFConfig, TensorNames, find_format, key
+from garrulax.core.hf_keys import is_width_over_heads
 from garrulax.core.spec import Declare, Tree, normal, stacked
 from garrulax.kernels.mask import Mask
 from garrulax.layers import rope
@@ -28,7 +29,7 @@ from garrulax.layers.call import Call
 from garrulax.layers.dropout import dropout, split
 from garrulax.layers.mlp import check_activation, linear, mlp
 from garrulax.layers.rope import Rope, rope_max_length
-from garrulax.layers.rope_hf import rope_from_hf, rope_to_hf
+from garrulax.layers.rope_hf import base_in, rope_from_hf, rope_to_hf
 from garrulax.layers.stack import scan_layers
 from garrulax.models.contract import norm
 
@@ -179,13 +180,19 @@ HF = HFConfig(
         "ff_factor",  # of Falcon-11B, beside ffn_hidden_size
         "rope_parameters", "rope_scaling", "rope_theta",  # read by `rope_from_hf`
     }),
+    pinned={
+        "head_dim": is_width_over_heads,
+        "rotary": lambda value, c, raw: value == (not c["alibi"]),
+        "rotary_emb_base": lambda value, c, raw: value == base_in(raw),
+    },
 )  # fmt: skip
 
 
 def _first_release(model_type: str, **defaults: bool) -> HFConfig:
     """The format of the first releases, which is read only."""
     fields = {name: dataclasses.replace(HF.fields[name], default=default) for name, default in defaults.items()}
-    return dataclasses.replace(HF, model_type=model_type, architecture="RWForCausalLM", fields={**HF.fields, **fields})
+    named = dataclasses.replace(HF, model_type=model_type, architecture="RWForCausalLM", remote=True)
+    return dataclasses.replace(named, fields={**HF.fields, **fields})
 
 
 DIALECTS = (
@@ -232,12 +239,15 @@ def tensor_names(c: Config) -> TensorNames:
     return TensorNames(prefix="transformer.", heads=("lm_head.weight",), buffers=buffers)
 
 
-#: As published, all with tied embeddings (what 40B and 11B say was not checked against the checkpoints).
+#: As published. Sources: config.json of tiiuae/falcon-7b, falcon-40b, falcon-11B and falcon-rw-1b. That of falcon-180B
+#: is not public: its sizes are the paper's (arXiv 2311.16867), and it is taken to be tied as 7B and 40B are.
 PRESETS = {
     "falcon-7b": Config(),
     "falcon-40b": Config(width=8192, layers=60, heads=128, kv_heads=8, norms=2),
     "falcon-180b": Config(width=14848, layers=80, heads=232, kv_heads=8, norms=2),
-    "falcon-11b": Config(context=8192, width=4096, layers=60, heads=32, kv_heads=8, rope=Rope(theta=500_042.0)),
+    "falcon-11b": Config(
+        context=8192, width=4096, layers=60, heads=32, kv_heads=8, rope=Rope(theta=500_042.0), tied=False
+    ),
     "falcon-rw-1b": Config(
         vocab=50304, width=2048, layers=24, heads=32, kv_heads=32, parallel=False, norms=2, alibi=True, bias=True,
         bos=1, eos=2,

@@ -173,6 +173,7 @@ HF = HFConfig(
         "checkpoint_activations", "checkpoint_num_layers", "max_memory_length", "output_predict", "parallel_output",
         "pool_token", "spell_func", "use_scaled_init_for_output_weights",
     }),
+    remote=True,
     marker="max_sequence_length",  # GLM-4 says model_type glm as well
 )  # fmt: skip
 
@@ -187,7 +188,8 @@ _CHINESE_IDS = {"eos": 50000, "pad": 50000, "cls": 50002, "mask": 50003, "senten
 _LARGE = {"width": 1024, "layers": 24, "heads": 16}
 _10B = {"context": 1024, "width": 4096, "layers": 48, "heads": 64}
 
-#: All but the last as published; glm-tiny trains on a laptop in minutes.
+#: All but the last as published; glm-tiny trains on a laptop in minutes. Sources: config.json of THUDM/glm-2b, glm-10b,
+#: glm-large-chinese and glm-10b-chinese; for the others the files config/model_blocklm_*.sh of THUDM/GLM.
 PRESETS = {
     "glm-base": Config(),
     "glm-large": Config(**_LARGE),

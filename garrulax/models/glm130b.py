@@ -218,7 +218,8 @@ _FORMATS = {
             "pad": key("pad_token_id", default=0),
         },
         fixed={"quantization_bit": 0, "pre_seq_len": None, "add_cross_attention": False},
-        ignored=frozenset({"prefix_projection", "cross_attention_hidden_size", "tie_encoder_decoder"}),
+        ignored=frozenset({"prefix_projection", "cross_attention_hidden_size"}),
+        remote=True,
         marker="inner_hidden_size",  # ChatGLM2 and 3 say model_type chatglm as well
     ),
     "glm-130b": HFConfig(
@@ -241,6 +242,7 @@ _FORMATS = {
             "eop": key("eop_token_id"),
             "eos": key("eos_token_id", null=True),
         },
+        remote=True,
     ),
 }
 
@@ -270,7 +272,8 @@ def tensor_names(c: Config) -> TensorNames:
 
 _FIRST_IDS: dict[str, Any] = {"vocab": 150528, "mask": 150000, "generation_mask": 150001, "sop": 150004, "eop": 150005}
 
-#: As published; chatglm-6b-v0 is the release of March 2023, whose vocabulary begins with 20,000 image tokens.
+#: As published. Sources: configs/model_glm_130b.sh of THUDM/GLM-130B; config.json of THUDM/chatglm-6b. chatglm-6b-v0 is
+#: its release of March 2023, whose vocabulary begins with 20,000 image tokens.
 PRESETS = {
     "glm-130b": Config(
         **_FIRST_IDS, width=12288, layers=70, heads=96, mlp_width=32768, gated=True, positions_2d=False,

@@ -191,8 +191,9 @@ _GPT3 = {
     "2.7b": (32, 2560, 32), "6.7b": (32, 4096, 32), "13b": (40, 5120, 40), "175b": (96, 12288, 96),
 }  # fmt: skip
 
-#: All but the last as published. GPT-3's band, which of its layers are banded and its dropout are not: they are
-#: GPT-Neo's (dense first, then 256 tokens; none).
+#: All but the last as published. Sources: config.json of openai-community/openai-gpt, gpt2, gpt2-medium, gpt2-large and
+#: gpt2-xl; table 2.1 of the GPT-3 paper (arXiv 2005.14165). Not published are GPT-3's band, which of its layers are
+#: banded, and its dropout: they are GPT-Neo's (dense first, then 256 tokens; none).
 PRESETS = {
     "gpt1": Config(vocab=40478, context=512, post_norm=True, bos=None, eos=None),
     "gpt2": Config(),

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from garrulax.core.hf import HFConfig, Key, find_format, key
+from garrulax.core.hf_keys import is_width_over_heads
 
 GPT2 = HFConfig(
     model_type="gpt2",
@@ -32,6 +33,7 @@ GPT2 = HFConfig(
         "eos": key("eos_token_id", default=50256, null=True),
     },
     fixed={"add_cross_attention": False},
+    pinned={"head_dim": is_width_over_heads},
     ignored=frozenset({
         "n_ctx", "n_special", "reorder_and_upcast_attn", "summary_activation", "summary_first_dropout",
         "summary_proj_to_labels", "summary_type", "summary_use_proj",
@@ -68,6 +70,7 @@ GPT3 = _like_gpt2(
         "band_parity": key("attention_band_parity"),
     },
 )
+GPT3 = dataclasses.replace(GPT3, remote=True)
 
 NEO = _like_gpt2(
     "gpt_neo",

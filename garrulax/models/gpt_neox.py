@@ -6,6 +6,7 @@ EleutherAI/gpt-neox; transformers 5.23.0, configuration_gpt_neox.py and modeling
 """
 
 import dataclasses
+import reprlib
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from garrulax.core import config as fields
 from garrulax.core.config import Flag, OptionalTokenId, Positive, Rate, Size, TokenIds
 from garrulax.core.einsum import lookup
 from garrulax.core.hf import HFConfig, TensorNames, find_format, key
+from garrulax.core.hf_keys import is_width_over_heads
 from garrulax.core.spec import Declare, Tree, normal, stacked
 from garrulax.layers import rope
 from garrulax.layers.attention import cached_attention
@@ -134,6 +136,7 @@ HF = HFConfig(
     },
     ignored=frozenset({"rope_parameters", "rope_scaling", "rope_theta", "rotary_emb_base", "rotary_pct",
                        "partial_rotary_factor"}),  # read by `partial_rope_from_hf`
+    pinned={"head_dim": is_width_over_heads},
 )  # fmt: skip
 DIALECTS = (HF,)
 
@@ -142,7 +145,13 @@ def from_hf(raw: dict[str, Any]) -> Config:
     """The Config of a parsed config.json. Raises ValueError as `HFConfig.read` and `partial_rope_from_hf` do."""
     values = find_format(DIALECTS, raw).read(raw)
     renamed = {"rope_theta": raw.get("rotary_emb_base"), "partial_rotary_factor": raw.get("rotary_pct")}
-    given = {**{name: value for name, value in renamed.items() if value is not None}, **raw}
+    renamed = {name: value for name, value in renamed.items() if value is not None}
+    for name, value in renamed.items():
+        if raw.get(name) not in (None, value):
+            raise ValueError(
+                f"config.json gives two values of {name}: {reprlib.repr(raw[name])}, {reprlib.repr(value)}"
+            )
+    given = {**raw, **renamed}
     settings, rotary = partial_rope_from_hf(given, values["context"], default=0.25)
     return Config(**values, rope=settings, rotary=rotary)
 
@@ -163,7 +172,7 @@ def _pythia(width: int, layers: int, heads: int, vocab: int = 50304) -> Config:
     return Config(vocab=vocab, width=width, layers=layers, heads=heads, mlp_width=4 * width, activation="gelu")
 
 
-#: As published.
+#: As published. Sources: config.json of EleutherAI/gpt-neox-20b and pythia-*.
 PRESETS = {
     "gpt-neox-20b": Config(),
     "pythia-14m": _pythia(128, 6, 4),

@@ -226,12 +226,15 @@ _BAICHUAN = Config(vocab=64000, context=4096, dialect="baichuan")
 _BAICHUAN_13B = _sized(_BAICHUAN, **{**_13B, "mlp_width": 13696}, positions="alibi")
 _BAICHUAN2: dict[str, Any] = {"vocab": llama_hf.BAICHUAN2_VOCAB, "normalized_head": True}
 
-#: All but the last as published (Qwen 2: the base models); llama-tiny trains on a laptop in minutes.
+#: All but the last as published (Qwen 2: the base models); llama-tiny trains on a laptop in minutes. Sources: for
+#: LLaMA-1 Meta's params.json, as its conversions (decapoda-research/llama-*-hf) have them; otherwise config.json of
+#: meta-llama/Llama-2-*-hf, Meta-Llama-3-*, Llama-3.1-*, Llama-3.2-* and Llama-3.3-*, mistralai/Mistral-7B-*,
+#: Qwen/Qwen2-*, baichuan-inc/Baichuan-* and Baichuan2-*. Where tests/config_files.json has a copy, a test compares.
 PRESETS = {
     "llama-7b": Config(),
     "llama-13b": _sized(Config(), **_13B),
     "llama-33b": _sized(Config(), width=6656, layers=60, heads=52, kv_heads=52, mlp_width=17920),
-    "llama-65b": _sized(Config(), width=8192, layers=80, heads=64, kv_heads=64, mlp_width=22016),
+    "llama-65b": _sized(Config(), width=8192, layers=80, heads=64, kv_heads=64, mlp_width=22016, norm_eps=1e-5),
     "llama2-7b": _LLAMA2,
     "llama2-13b": _sized(_LLAMA2, **_13B),
     "llama2-70b": _sized(_LLAMA2, **_70B),

@@ -5,12 +5,14 @@ configuration_baichuan.py beside the published checkpoints (Baichuan has no clas
 those of `garrulax.models.llama.Config`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from garrulax.core.config import Count, Size, check_value
 from garrulax.core.hf import HFConfig, find_format, key
+from garrulax.core.hf_keys import Pin
 from garrulax.layers.rope import Rope
-from garrulax.layers.rope_hf import rope_from_hf, rope_to_hf
+from garrulax.layers.rope_hf import base_in, rope_from_hf, rope_to_hf
 
 _FIELDS = {
     "vocab": key("vocab_size"),
@@ -34,6 +36,27 @@ _GROUPED = {
 }
 _ROPE = {"rope_theta", "rope_scaling", "rope_parameters"}  # read by `rope_from_hf`
 
+
+def _alike(kind: Callable[[dict[str, Any]], str]) -> Pin:
+    """The pin of layer_types: every layer of one kind, which follows from the other fields."""
+
+    def holds(kinds: Any, c: Any, raw: Any) -> bool:
+        return isinstance(kinds, list) and len(kinds) == c["layers"] and {*map(str, kinds)} == {kind(c)}
+
+    return holds
+
+
+#: Keys of other classes and tools.
+_PINNED: dict[str, Any] = {
+    "activation": lambda value, c, raw: value in ("swiglu", "silu") and c["activation"] == "silu",
+    "alibi": False,
+    "bias": False,
+    "partial_rotary_factor": lambda value, c, raw: value == 1,
+    "rotary_emb_base": lambda value, c, raw: value == base_in(raw),
+    "rotary_pct": lambda value, c, raw: value == 1,
+    "use_bias": False,
+}
+
 LLAMA = HFConfig(
     model_type="llama",
     architecture="LlamaForCausalLM",
@@ -45,6 +68,13 @@ LLAMA = HFConfig(
     },
     # max_sequence_length: beside max_position_embeddings in early conversions of LLaMA-1
     ignored=frozenset({"max_sequence_length", *_ROPE}),
+    pinned=_PINNED
+    | {
+        "layer_types": _alike(lambda c: "full_attention"),
+        "max_window_layers": lambda value, c, raw: not raw.get("use_sliding_window"),  # of a Qwen 2 made into a LLaMA
+        "qkv_bias": lambda value, c, raw: value == c["qkv_bias"],
+        "sliding_window": lambda value, c, raw: raw.get("use_sliding_window") is False,
+    },
 )
 MISTRAL = HFConfig(
     model_type="mistral",
@@ -56,6 +86,13 @@ MISTRAL = HFConfig(
         "window": key("sliding_window", default=4096, null=True),
     },
     ignored=frozenset(_ROPE),
+    pinned=_PINNED
+    | {
+        "attention_bias": False,
+        "layer_types": _alike(lambda c: "full_attention" if c["window"] is None else "sliding_attention"),
+        "mlp_bias": False,
+        "qkv_bias": False,
+    },
 )
 QWEN2 = HFConfig(
     model_type="qwen2",
@@ -71,17 +108,17 @@ QWEN2 = HFConfig(
     },
     fixed={"use_mrope": False},
     ignored=frozenset({"use_sliding_window", "layer_types", *_ROPE}),  # the first two are read by `_qwen2_window`
+    pinned=_PINNED | {"attention_bias": True, "mlp_bias": False, "no_bias": True, "qkv_bias": True},
 )
 #: Keys that the remote code reads in training alone (z_loss_weight) or that transformers 4 writes for all classes.
-_BAICHUAN_IGNORED = frozenset(
-    {"z_loss_weight", "_from_model_config", "add_cross_attention", "cross_attention_hidden_size", "tie_encoder_decoder"}
-)
+_BAICHUAN_IGNORED = frozenset({"z_loss_weight", "add_cross_attention", "cross_attention_hidden_size"})
 #: Baichuan with rotary positions: 7B, Baichuan2-7B (which has a model_max_length too).
 BAICHUAN_ROPE = HFConfig(
     model_type="baichuan",
     architecture="BaiChuanForCausalLM",
     fields={**_FIELDS, "normalized_head": key("normalized_head", default=None)},
     ignored=_BAICHUAN_IGNORED | {"model_max_length"},
+    remote=True,
     marker="max_position_embeddings",
 )
 #: Baichuan with ALiBi: 13B, Baichuan2-13B.
@@ -90,6 +127,7 @@ BAICHUAN_ALIBI = HFConfig(
     architecture="BaichuanForCausalLM",
     fields={**BAICHUAN_ROPE.fields, "context": key("model_max_length")},
     ignored=_BAICHUAN_IGNORED,
+    remote=True,
 )
 
 DIALECTS = (LLAMA, MISTRAL, QWEN2, BAICHUAN_ROPE, BAICHUAN_ALIBI)

@@ -15,6 +15,7 @@ from garrulax.core import config as fields
 from garrulax.core.config import Flag, OptionalSize, OptionalTokenId, Positive, Rate, Size, TokenIds
 from garrulax.core.einsum import lookup
 from garrulax.core.hf import HFConfig, TensorNames, find_format, key
+from garrulax.core.hf_keys import is_width_over_heads
 from garrulax.core.spec import Declare, Tree, normal, stacked
 from garrulax.layers.attention import cached_attention
 from garrulax.layers.cache import Cache
@@ -156,6 +157,7 @@ HF = HFConfig(
         "eos": key("eos_token_id", default=2, null=True),
     },
     fixed={"layer_norm_elementwise_affine": True, "layerdrop": 0.0},
+    pinned={"head_dim": is_width_over_heads},
 )
 DIALECTS = (HF,)
 
@@ -179,7 +181,7 @@ def _opt(layers: int, width: int, heads: int, **more: Any) -> Config:
     return Config(layers=layers, width=width, heads=heads, mlp_width=4 * width, **more)
 
 
-#: As published; the 175B has no public config.json.
+#: As published. Sources: config.json of facebook/opt-*; the 175B has no public one.
 PRESETS = {
     "opt-125m": Config(),
     "opt-350m": _opt(24, 1024, 16, embedding_width=512, pre_norm=False),

@@ -45,7 +45,7 @@ ENTRY = Entry(
     elsewhere=("context", "dialect", "pad"),
     counts={
         **dict.fromkeys(("chatglm2-6b", "chatglm2-6b-32k", "chatglm3-6b", "chatglm3-6b-32k"), 6_243_584_000),
-        "glm-4-9b": 9_399_951_360, "glm-4-9b-chat": 9_399_951_360, "glm-4-9b-0414": 9_400_094_720,
+        "glm-4-9b": 9_399_951_360, "glm-4-9b-chat": 9_399_951_360, "glm-4-9b-0414": 9_400_279_040,
     },
     foreign="gpt2",
     rich=Config(

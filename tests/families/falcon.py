@@ -50,7 +50,7 @@ ENTRY = Entry(
     elsewhere=("context",),
     counts={
         "falcon-7b": 6_921_720_704, "falcon-40b": 41_303_293_952, "falcon-180b": 178_557_088_768,
-        "falcon-11b": 10_836_484_096, "falcon-rw-1b": 1_311_625_216,
+        "falcon-11b": 11_102_822_400, "falcon-rw-1b": 1_311_625_216,
     },
     rich=Config(
         **SIZES, kv_heads=1, norms=2, alibi=True, attention_dropout=0.2, residual_dropout=0.2, init_std=0.3,

@@ -19,6 +19,7 @@ from garrulax.core.hf import TensorNames
 from garrulax.core.names import nearest
 from garrulax.hub import streaming
 from garrulax.hub.download import find_folder
+from garrulax.hub.generation import read_generation, with_ends
 from garrulax.hub.json_files import read_object
 from garrulax.hub.model import Model
 from garrulax.hub.tensors import DTYPES, StoredTensor, open_tensors
@@ -47,7 +48,8 @@ def load(
         only: top-level names of the parameters to read, such as ("tokens", "head"); None reads all.
 
     Returns:
-        The model; its tokenizer is None if the folder has none.
+        The model; its tokenizer is None if the folder has none. The end tokens in generation_config.json win over those
+        in config.json.
 
     Raises:
         FileNotFoundError: The folder or a file in it is missing.
@@ -65,12 +67,14 @@ def load(
         (True, 'bfloat16')
     """
     checkpoint = open_checkpoint(find_folder(path))
+    generation = read_generation(checkpoint.folder)
     specs = {name: tree for name, tree in checkpoint.specs.items() if only is None or name in only}
     tensors = checkpoint.tensors
     places = spec.map_specs(lambda _: None, specs) if mesh is None else sharding.shardings(specs, mesh, rules)
     dtypes = spec.map_specs(lambda s: _jax_dtype(s, stored_dtype(s, tensors, dtype)), specs)
     params = spec.map_specs(lambda s, kind, place: _parameter(s, tensors, kind, place), specs, dtypes, places)
-    return Model(checkpoint.config, params, _tokenizer(checkpoint.folder))
+    config = with_ends(checkpoint.config, generation)
+    return Model(config, params, _tokenizer(checkpoint.folder), generation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +103,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 def load_config(path: str | Path) -> ModelConfig:
     """The Config of a Hugging Face folder or of a name on the hub; reads no tensors. Raises as `load` does."""
-    return config_in(find_folder(path))
+    folder = find_folder(path)
+    return with_ends(config_in(folder), read_generation(folder))
 
 
 def config_in(folder: Path) -> ModelConfig:

@@ -11,6 +11,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from garrulax.core.text import whole_characters
 from garrulax.hub.tokenizers.base import Tokenizer, sha256
 from garrulax.hub.tokenizers.interface import GPT_SPECIALS, Span
 from garrulax.hub.tokenizers.token_config import role_ids
@@ -85,8 +86,9 @@ class JsonTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str], *, start: bool = True) -> list[list[int]]:
         """`encode` of every text, on all cores. Raises ValueError that names characters missing in the vocabulary."""
         tokenizer = self._tokenizer if start else self._without_dummy
+        texts = list(map(whole_characters, texts))
         try:
-            encoded = [e.ids for e in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+            encoded = [e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
         except Exception as error:  # the library raises nothing more specific
             known = tokenizer.get_vocab()
             missing = sorted({c for text in texts for c in text if c not in known})
@@ -176,7 +178,7 @@ class ByteTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str], *, start: bool = True) -> list[list[int]]:
         """The bytes of every text."""
-        return [list(text.encode()) for text in texts]
+        return [list(whole_characters(text).encode()) for text in texts]
 
     def token_bytes(self, token: int) -> bytes:
         """The byte itself."""

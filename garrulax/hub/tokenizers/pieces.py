@@ -10,6 +10,7 @@ from typing import Any
 
 import sentencepiece
 
+from garrulax.core.text import whole_characters
 from garrulax.hub.tokenizers.base import Tokenizer, sha256
 from garrulax.hub.tokenizers.token_config import role_ids
 
@@ -74,6 +75,7 @@ class SentencePieceTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str], *, start: bool = True) -> list[list[int]]:
         """`encode` of every text, on all cores. A model without byte pieces maps unknown characters to its <unk>."""
         sp = self._sp if start or not self.strips_space else self._without_dummy
+        texts = list(map(whole_characters, texts))
         threads = min(len(texts), os.cpu_count() or 1) or 1
         encoded = sp.encode([self._prepare(text) for text in texts], num_threads=threads)
         if self._offset:

@@ -66,7 +66,7 @@ def test_the_text_of_a_conversation():
     with pytest.raises(ValueError, match=r"a message spells the control token '<\|end\|>'"):
         t.apply_chat_template([TALK[0] | {"content": "<|end|>"}], tokenize=False)
     llama = SentencePieceTokenizer(made.pieces())
-    text = llama.apply_chat_template(TALK, tokenize=False, template="llama2")
+    text = llama.apply_chat_template(TALK, False, tokenize=False, template="llama2")
     assert text == "<s>[INST] q [/INST] The answer is </s>"
 
 
@@ -127,7 +127,7 @@ LOOKS = {
     "{{ c[c.find('</think>') + 8:] }}": " 42 <b>",
     "{{ c[:7] == '<think>' }}{{ c[:7] != '<think>' }}{{ c[:7] is eq('<think>') }}": "TrueFalseTrue",
     "{{ c[:7] in ['<think>', 'x'] }}{{ c[:7] in {'<think>': 1} }}": "TrueTrue",
-    "{{ c.lstrip('<thinkse|').rstrip('>b<') }}": "cret</think> 42 ",
+    "{{ c.lstrip('<thinkse|').rstrip('>b<') }}": ">se|cret</think> 42 ",
     "{{ c.split(maxsplit=1)[1] }}|{{ c.split() | length }}": "42 <b>|3",
 }
 

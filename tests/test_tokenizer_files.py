@@ -106,7 +106,7 @@ def test_sentencepiece_without_a_dummy_space():
 
 
 def test_flags_of_bert(tmp_path):
-    words = b"\n".join([b"[UNK]", b"Caf\xc3\xa9", b"cafe"])
+    words = b"\n".join([b"[UNK]", b"Caf\xc3\xa9", b"cafe", b"[SEP]", b"[CLS]"])
     folder = write(tmp_path / "a", vocab__txt=words, tokenizer_config__json={"do_lower_case": False})
     assert load_tokenizer(folder).encode("Caf\u00e9") == [1]
     write(folder, tokenizer_config__json={"do_lower_case": True})
@@ -126,7 +126,7 @@ def test_byte_order_marks(tmp_path):
             if file.suffix != ".model":
                 file.write_bytes(mark + file.read_bytes())
         assert load_tokenizer(folder).encode(made.TEXT) == want
-    folder = write(tmp_path / "bert", vocab__txt=mark + b"hello\n[UNK]\n")
+    folder = write(tmp_path / "bert", vocab__txt=mark + b"hello\n[UNK]\n[SEP]\n[CLS]\n")
     assert load_tokenizer(folder).encode("hello") == [0]
     ranks = made.ranks(made.trained_ranks())
     folder = write(tmp_path / "ranks", tokenizer__model=mark + ranks, config__json={"model_type": "llama"})

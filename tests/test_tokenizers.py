@@ -268,9 +268,8 @@ def test_errors_say_what_to_do(tmp_path):
         train_chars("hello").encode("helloZé")
     with pytest.raises(ValueError, match="two characters or more"):
         train_chars("hello", specials=("x",))
-    for ids in ([264], [-1]):
-        with pytest.raises(ValueError, match=r"out of range: this tokenizer has ids 0\.\.263"):
-            ByteTokenizer(GLM_SPECIALS).decode(ids)
+    with pytest.raises(ValueError, match="token id -1 is out of range"):
+        ByteTokenizer(GLM_SPECIALS).decode([-1])
 
     with pytest.raises(FileNotFoundError, match="no tokenizer at"):
         load_tokenizer(tmp_path / "nowhere")
@@ -285,8 +284,8 @@ def test_errors_say_what_to_do(tmp_path):
     with pytest.raises(ValueError, match="tiktoken"):
         load_tokenizer(tmp_path / "tokenizer.model")
     ByteTokenizer().save(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
-    with pytest.raises(ValueError, match="names eos_token '</s>', which the tokenizer does not have"):
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": ["</s>"]}')
+    with pytest.raises(ValueError, match="eos_token is not a text but"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):

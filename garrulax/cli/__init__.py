@@ -164,7 +164,10 @@ def _add_writing(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", help="a run, a Hugging Face model folder, or a name on its hub")
     command.add_argument("text", help="the text; - reads it from standard input")
     command.add_argument(
-        "--max-new-tokens", type=int, default=128, metavar="N", help="greatest length of each answer (128)"
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="greatest length of each answer (as many tokens as fit into the model's context, up to 128)",
     )
     command.add_argument(
         "--temperature", type=float, default=0.8, metavar="T", help="0 always takes the likeliest token (0.8)"

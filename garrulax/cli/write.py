@@ -1,12 +1,11 @@
 """`garrulax generate` and `garrulax fill`: print text while it is sampled."""
 
 import argparse
-import dataclasses
 import sys
 
 import garrulax as gx
 from garrulax.cli.models import find_model
-from garrulax.sampling.requests import end_tokens
+from garrulax.core.text import whole_characters
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -14,11 +13,15 @@ def generate(args: argparse.Namespace) -> None:
     model = gx.load(find_model(args.model), ignore=args.ignore)
     model = model.replace(params=gx.unstack(model.params))
     text = _text(args)
-    prompt: str | list[int] = text
-    if args.chat:
-        model, prompt = _chat(model, text)
+    prompt = _conversation(model, text) if args.chat else text
     pieces = gx.stream(model, prompt, stop=tuple(args.stop), **_options(args))  # errors come before anything is printed
     if not args.chat:
+        if model.tokenizer is not None and model.tokenizer.has_chat_format:
+            print(
+                "garrulax generate: this model has a chat format, and the text is continued as it is: "
+                "add --chat to send it as a message",
+                file=sys.stderr,
+            )
         print(text, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
@@ -34,19 +37,17 @@ def fill(args: argparse.Namespace) -> None:
     print()
 
 
-def _chat(model: gx.Model, text: str) -> tuple[gx.Model, list[int]]:
-    """The model with its chat end tokens as eos, and the ids of a conversation with the message `text`."""
+def _conversation(model: gx.Model, text: str) -> list[int]:
+    """The ids of a conversation with the message `text`."""
     if model.tokenizer is None:
         raise ValueError("--chat needs the model's tokenizer, which its folder lacks")
-    if model.tokenizer.chat_format is None and not model.tokenizer.config.get("chat_template"):
+    if not model.tokenizer.has_chat_format:
         raise ValueError("no chat format is known for this model, and its folder has no template: leave --chat out")
-    ids = model.tokenizer.apply_chat_template([{"role": "user", "content": text}])
-    ends = (*end_tokens(model.config), *model.tokenizer.ends)
-    return model.replace(config=dataclasses.replace(model.config, eos=ends)), ids
+    return model.tokenizer.apply_chat_template([{"role": "user", "content": text}])
 
 
 def _text(args: argparse.Namespace) -> str:
-    return sys.stdin.read() if args.text == "-" else args.text
+    return whole_characters(sys.stdin.read() if args.text == "-" else args.text)
 
 
 def _options(args: argparse.Namespace) -> dict:

@@ -60,7 +60,9 @@ def convert_folder(
     def add_files(temporary: Path) -> None:
         for pattern in COMPANIONS:
             for file in folder.glob(pattern):
-                shutil.copyfile(file_to_copy(folder, file.name), temporary / file.name)
+                copy = temporary / file.relative_to(folder)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file_to_copy(folder, str(file.relative_to(folder))), copy)
 
     write_folder(goal, config, entries, max_shard_size, "converted by `garrulax convert`", add_files, progress)
 

@@ -4,9 +4,13 @@ import re
 from pathlib import Path
 
 #: Files that a model needs. Other files of a repository, such as weights for other frameworks, are not downloaded.
-FILES = ("*.safetensors", "*.json", "*.model", "merges.txt", "vocab.txt", "chat_template.jinja")
-#: Files that match `FILES` but are not needed: other formats in sub-folders, and a second copy of Mistral's weights.
-LEFT_OUT = ("*/*", "consolidated*")
+FILES = (
+    "*.safetensors", "*.json", "*.model", "merges.txt", "vocab.txt", "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+)  # fmt: skip
+#: Files that match `FILES` but are not needed: other formats in sub-folders (all those whose name does not begin as
+#: that of the templates), and a second copy of Mistral's weights.
+LEFT_OUT = ("[!a]*/*", "a[!d]*/*", "ad[!d]*/*", "consolidated*")
 
 
 def find_folder(path: str | Path) -> Path:

@@ -28,8 +28,8 @@ def read_object(path: Path, limit: int = CONFIG_BYTES, unique: bool = False) -> 
 
 def parse_object(content: bytes, label: str, unique: bool = False) -> dict[str, Any]:
     """The object in `content`, JSON in UTF-8; `label` names it in errors. Raises as `read_object` does."""
-    try:
-        value = json.loads(content.decode("utf-8"), object_pairs_hook=_object_of if unique else None)
+    try:  # utf-8-sig drops a byte order mark, which some editors write
+        value = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_object_of if unique else None)
     except RecursionError:
         raise ValueError(f"{label} is nested too deeply") from None
     except ValueError as error:

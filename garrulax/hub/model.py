@@ -1,6 +1,7 @@
 """A loaded model: configuration, parameters, tokenizer."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from garrulax.core.config import ModelConfig
@@ -16,6 +17,9 @@ class Model:
         config: The Config of a family.
         params: The tree of arrays that `garrulax.forward` takes, stacked or unstacked.
         tokenizer: The tokenizer, or None.
+        generation: The content of generation_config.json as loaded; `garrulax.save` writes it back. Its end tokens are
+            in `config.eos`, which decides. Nothing else in it has an effect: temperature and the like are arguments of
+            `garrulax.generate`.
 
     Example:
         >>> import jax, garrulax as gx
@@ -28,6 +32,7 @@ class Model:
     config: ModelConfig
     params: Tree = dataclasses.field(repr=False)
     tokenizer: Tokenizer | None = None
+    generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def replace(self, **changes: Any) -> "Model":
         """A copy with the given fields changed."""

@@ -20,6 +20,7 @@ from garrulax.core.hf_keys import without
 from garrulax.core.names import nearest
 from garrulax.hub import streaming
 from garrulax.hub.download import find_folder
+from garrulax.hub.generation import read_generation, with_ends
 from garrulax.hub.json_files import read_object
 from garrulax.hub.matching import match
 from garrulax.hub.model import Model
@@ -54,7 +55,8 @@ def load(
             ["rope_scaling.finetuned"]: a way past keys that are refused but do not change what the model computes.
 
     Returns:
-        The model; its tokenizer is None if the folder has none.
+        The model; its tokenizer is None if the folder has none. The end tokens in generation_config.json win over those
+        in config.json.
 
     Raises:
         FileNotFoundError: The folder or a file in it is missing.
@@ -73,12 +75,14 @@ def load(
         (True, 'bfloat16')
     """
     checkpoint = open_checkpoint(find_folder(path), ignore)
+    generation = read_generation(checkpoint.folder)
     specs = {name: tree for name, tree in checkpoint.specs.items() if only is None or name in only}
     tensors = checkpoint.tensors
     places = spec.map_specs(lambda _: None, specs) if mesh is None else sharding.shardings(specs, mesh, rules)
     dtypes = spec.map_specs(lambda s: _jax_dtype(s, stored_dtype(s, tensors, dtype)), specs)
     params = spec.map_specs(lambda s, kind, place: _parameter(s, tensors, kind, place), specs, dtypes, places)
-    return Model(checkpoint.config, params, _tokenizer(checkpoint.folder))
+    config = with_ends(checkpoint.config, generation)
+    return Model(config, params, _tokenizer(checkpoint.folder), generation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +132,8 @@ def load_config(path: str | Path, ignore: Collection[str] = ()) -> ModelConfig:
         ...     gx.load_config(folder, ignore=["logit_scale"]).width
         32
     """
-    return config_in(find_folder(path), ignore)
+    folder = find_folder(path)
+    return with_ends(config_in(folder, ignore), read_generation(folder))
 
 
 def config_in(folder: Path, ignore: Collection[str] = ()) -> ModelConfig:

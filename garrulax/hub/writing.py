@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,17 @@ from jax.experimental import multihost_utils
 from garrulax.core import spec
 from garrulax.core.config import ModelConfig
 from garrulax.hub.card import CARD, card_text, write_card
+from garrulax.hub.generation import content_to_write
 from garrulax.hub.model import Model
 from garrulax.hub.tensors import FILE, INDEX, write_tensors
 from garrulax.models import family, parameters
 
+TEMPLATES = "additional_chat_templates"
 #: Files beside the config and the weights that belong to a model folder.
 COMPANIONS = (
     "generation_config.json", "tokenizer.json", "*.model", "vocab.json", "merges.txt", "vocab.txt",
     "encoder_bpe_40000.json", "vocab_40000.bpe", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja",
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", f"{TEMPLATES}/*.jinja",
 )  # fmt: skip
 #: All files of a model folder. A folder with any other file is not replaced.
 KNOWN_FILES = ("config.json", "*.safetensors", INDEX, CARD, *COMPANIONS)
@@ -92,7 +94,8 @@ def save(model: Model, path: str | Path, max_shard_size: int | str = "5GB", prog
         if model.tokenizer is not None:
             model.tokenizer.save(folder)
 
-    write_folder(Path(path), model.config, entries, max_shard_size, "written by `garrulax.save`", add_files, progress)
+    origin = "written by `garrulax.save`"
+    write_folder(Path(path), model.config, entries, max_shard_size, origin, add_files, progress, model.generation)
 
 
 def write_folder(
@@ -103,6 +106,7 @@ def write_folder(
     origin: str,
     add_files: Callable[[Path], None],
     progress: Progress | None,
+    generation: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a model folder from parts of tensors.
 
@@ -114,6 +118,7 @@ def write_folder(
         origin: How the files came about, for the model card.
         add_files: Called with the new folder to add files such as the tokenizer's.
         progress: As in `save`.
+        generation: As in `Model`; None writes the ids of the config only.
 
     Raises:
         ValueError: As in `save`.
@@ -121,13 +126,12 @@ def write_folder(
     folder, limit = path.expanduser().resolve(), parse_size(max_shard_size)
     dtype = str(functools.reduce(jnp.promote_types, {part.dtype for parts in entries.values() for part in parts}))
     raw = family(config).to_hf(config) | {"torch_dtype": dtype}
-    ids = {key: raw.get(key) for key in ("bos_token_id", "eos_token_id")}
     writes = jax.process_index() == 0
     with _replacing(folder) if writes else contextlib.nullcontext(folder) as temporary:
         _write_shards(entries, temporary if writes else None, limit, progress)
         if writes:
             _write_json(temporary / "config.json", raw)
-            _write_json(temporary / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
+            _write_json(temporary / "generation_config.json", content_to_write(config, raw, generation or {}))
             write_card(folder, temporary, card_text(config, dtype, origin))
             add_files(temporary)
     if jax.process_count() > 1:
@@ -253,7 +257,7 @@ def _replacing(folder: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        for file in temporary.iterdir():
+        for file in filter(Path.is_file, temporary.rglob("*")):
             with file.open("rb") as f:
                 os.fsync(f.fileno())
         _check_replaceable(folder)
@@ -275,7 +279,9 @@ def _check_replaceable(folder: Path) -> None:
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file: choose another place for the model")
     files = {file.name for file in folder.iterdir()}
-    known = {file.name for pattern in KNOWN_FILES for file in folder.glob(pattern)}
+    if TEMPLATES in files and not (folder / TEMPLATES).is_symlink():
+        files = files - {TEMPLATES} | {f"{TEMPLATES}/{file.name}" for file in (folder / TEMPLATES).iterdir()}
+    known = {str(file.relative_to(folder)) for pattern in KNOWN_FILES for file in folder.glob(pattern)}
     if files and not ("config.json" in files and files <= known):
         foreign = sorted(files - known)[:3] or ["no config.json"]
         raise ValueError(f"{folder} holds more than a model ({', '.join(foreign)}): choose another folder")

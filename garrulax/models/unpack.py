@@ -21,7 +21,10 @@ class DecoderLike(Protocol):
 
 
 class TokenizerLike(Protocol):
-    """The members of `hub.tokenizers.Tokenizer` that sampling and the search for glitch tokens use."""
+    """The members of `hub.tokenizers.Tokenizer` that sampling and the search for glitch tokens use.
+
+    A tokenizer with a chat format also has `answer_ends`, the ids that end an answer, at which `generate` ends a text.
+    """
 
     vocab: int
     specials: dict[str, int]

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from garrulax import models
 from garrulax.core.blanks import Blanks
 from garrulax.core.config import ModelConfig
+from garrulax.core.text import whole_characters
 from garrulax.models.unpack import TokenizerLike
-from garrulax.sampling.requests import EncodedPrompt, Prompt, check_ids, check_length, token_ids
+from garrulax.sampling.requests import MOST_NEW_TOKENS, EncodedPrompt, Prompt, check_ids, new_tokens, token_ids
 
 BLANK = re.compile(r"\[([sg]?)MASK\]")
 
@@ -46,7 +47,7 @@ def part_a(prompt: Prompt, config: ModelConfig, tokenizer: TokenizerLike | None,
     """
     blanks = blanks_of(config)
     if isinstance(prompt, str):
-        part = _encode_text(prompt, blanks, tokenizer, name)
+        part = _encode_text(whole_characters(prompt), blanks, tokenizer, name)
     else:
         ids = token_ids(prompt, tokenizer, name)
         check_ids(ids, config, name)
@@ -98,14 +99,14 @@ def _split_ids(ids: list[int], blanks: Blanks, tokenizer: TokenizerLike | None) 
 
 
 def answer_prompt(
-    ids: list[int], mask_index: int, limit: int, config: ModelConfig, name: str, answer: Sequence[int] = ()
+    ids: list[int], mask_index: int, limit: int | None, config: ModelConfig, name: str, answer: Sequence[int] = ()
 ) -> EncodedPrompt:
     """Returns the prompt after which the model writes the answer to one mask: the text, sop, and the answer so far.
 
     Args:
         ids: Token ids of the text.
         mask_index: Index in `ids` of the mask.
-        limit: Greatest number of new tokens.
+        limit: Greatest number of new tokens; None is as many as fit (`requests.new_tokens`).
         config: The family's Config.
         name: Name of the prompt in errors.
         answer: Tokens of the answer so far.
@@ -115,19 +116,42 @@ def answer_prompt(
     """
     check_ids([*ids, *answer], config, name)
     blanks = blanks_of(config)
-    if blanks.insert_answers:
-        check_length(len(ids) + len(answer), limit, config, name)
-    elif len(ids) > config.context + 1:
-        raise ValueError(f"{name} has {len(ids)} tokens, but the model's context is {config.context}: shorten it")
-    elif len(answer) + limit >= config.context:
-        raise ValueError(f"max_new_tokens={limit} does not fit into the model's context of {config.context}: lower it")
+    limit = answer_tokens(len(ids), len(answer), limit, config, blanks, name)
     positions = blanks.positions(ids, mask_index, len(answer) + 2)  # of sop, the answer and the first new token
     stride = positions[:, -1] - positions[:, -2]
-    return EncodedPrompt([*ids, blanks.sop, *answer], len(ids), positions[:, :-1], stride)
+    return EncodedPrompt([*ids, blanks.sop, *answer], len(ids), positions[:, :-1], stride, limit)
+
+
+def answer_tokens(
+    size: int, written: int, limit: int | None, config: ModelConfig, blanks: Blanks, name: str, count: int = 1
+) -> int:
+    """Returns the greatest number of new tokens of an answer.
+
+    Args:
+        size: Number of tokens of the text.
+        written: Number of tokens of the answer so far.
+        limit: The number that is asked for; None is as many as fit (`requests.new_tokens`).
+        config: The family's Config.
+        blanks: The family's conventions.
+        name: Name of the text in errors.
+        count: Number of blanks. Where answers are inserted, the text must have space for all of them.
+
+    Raises:
+        ValueError: The text or the new tokens do not fit into the model's context.
+    """
+    if blanks.insert_answers:
+        return new_tokens(size + written, limit, config, name, count)
+    if size > config.context + 1:
+        raise ValueError(f"{name} has {size} tokens, but the model's context is {config.context}: shorten it")
+    if limit is None:
+        limit = max(1, min(MOST_NEW_TOKENS, config.context - 1 - written))
+    if written + limit >= config.context:
+        raise ValueError(f"max_new_tokens={limit} does not fit into the model's context of {config.context}: lower it")
+    return limit
 
 
 def last_blank_prompt(
-    prompt: Prompt, limit: int, config: ModelConfig, tokenizer: TokenizerLike | None, name: str
+    prompt: Prompt, limit: int | None, config: ModelConfig, tokenizer: TokenizerLike | None, name: str
 ) -> EncodedPrompt | None:
     """Returns the prompt after which `generate` continues a text: the model answers a blank at the end of the text.
 
@@ -136,7 +160,7 @@ def last_blank_prompt(
 
     Args:
         prompt: A text without blanks, or token ids.
-        limit: Greatest number of new tokens.
+        limit: Greatest number of new tokens; None is as many as fit (`requests.new_tokens`).
         config: The family's Config.
         tokenizer: Needed for a text.
         name: Name of the prompt in errors.

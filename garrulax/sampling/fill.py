@@ -17,20 +17,21 @@ from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
 from garrulax.kernels.mask import PAD, Mask
 from garrulax.models.unpack import ModelLike
-from garrulax.sampling.blanks import PartA, answer_prompt, blanks_of, part_a
+from garrulax.sampling.blanks import PartA, answer_prompt, answer_tokens, blanks_of, part_a
+from garrulax.sampling.ends import StopStrings, ends_of
 from garrulax.sampling.requests import (
     EncodedPrompt,
     Prompt,
     assemble,
     bucket,
-    end_tokens,
     knobs_per_prompt,
     prepare_model,
     prompt_list,
+    without_padding,
 )
 from garrulax.sampling.state import State, cache_tokens, prefill
 from garrulax.sampling.transforms import DEFAULT, Transform
-from garrulax.sampling.writing import Completion, Pieces, Writer, check_stop, decode_pieces, exhaust, first_row
+from garrulax.sampling.writing import Completion, Pieces, Writer, decode_pieces, exhaust, first_row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +67,13 @@ def fill(
     model: ModelLike,
     texts: Prompt | Sequence[Prompt],
     *,
-    max_new_tokens: int | Sequence[int] = 64,
-    temperature: float | Sequence[float] = 1.0,
-    top_k: int | Sequence[int] = 0,
-    top_p: float | Sequence[float] = 1.0,
+    max_new_tokens: int | Sequence[int | None] | None = None,
+    temperature: float | Sequence[float | None] | None = 1.0,
+    top_k: int | Sequence[int | None] | None = 0,
+    top_p: float | Sequence[float | None] | None = 1.0,
     seed: int | Sequence[int] = 0,
     stop: str | Sequence[str] = (),
+    end_tokens: int | Sequence[int] | None = None,
     transform: Transform = DEFAULT,
 ) -> Filled | list[Filled]:
     """Fills the blanks of texts.
@@ -91,12 +93,14 @@ def fill(
         texts: One text or a list, each with [MASK] for every blank (or [sMASK], [gMASK], for models that distinguish
             blanks of sentences and of the rest of a text). A text may be a list of token ids with the mask ids of the
             config; ids are read as they are.
-        max_new_tokens: Greatest number of new tokens for each blank; like the next four, one number, or one a text.
-        temperature: Divisor of the logits; 0 is greedy.
-        top_k: Number of most probable tokens to sample from; 0 is off.
-        top_p: Probability of the nucleus to sample from; 1 is off.
+        max_new_tokens: Greatest number of new tokens for each blank; None is as many as fit into the context, up to
+            128. Like the next four, one value, or one a text.
+        temperature: Divisor of the logits; 0 is greedy, 1 or None is off.
+        top_k: Number of most probable tokens to sample from; 0 or None is off.
+        top_p: Probability of the nucleus to sample from; 1 or None is off.
         seed: Seed of the random stream.
-        stop: Strings that end an answer and are not part of it.
+        stop: Strings that end an answer and are not part of it; see `generate`.
+        end_tokens: Ids of the tokens that end an answer; None takes all that the model's files give, see `generate`.
         transform: Transform of the logits, see `generate`.
 
     Returns:
@@ -121,7 +125,7 @@ def fill(
     knobs = knobs_per_prompt(
         len(texts), max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
     )
-    filled = exhaust(_fill(model, texts, knobs, stop, None, transform))
+    filled = exhaust(_fill(model, texts, knobs, stop, end_tokens, None, transform))
     return filled[0] if single else filled
 
 
@@ -129,12 +133,13 @@ def fill_stream(
     model: ModelLike,
     text: Prompt,
     *,
-    max_new_tokens: int = 64,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    max_new_tokens: int | None = None,
+    temperature: float | None = 1.0,
+    top_k: int | None = 0,
+    top_p: float | None = 1.0,
     seed: int = 0,
     stop: str | Sequence[str] = (),
+    end_tokens: int | Sequence[int] | None = None,
     transform: Transform = DEFAULT,
     every: int = 4,
 ) -> Generator[str, None, Filled]:
@@ -152,6 +157,7 @@ def fill_stream(
         top_p: Probability of the nucleus to sample from.
         seed: Seed of the random stream.
         stop: Strings that end an answer.
+        end_tokens: Ids that end an answer.
         transform: Transform of the logits.
         every: Number of tokens between two pieces.
 
@@ -182,7 +188,7 @@ def fill_stream(
     )
     if every < 1:
         raise ValueError(f"every={every} must be at least 1")
-    return first_row(_fill(model, texts, knobs, stop, every, transform))
+    return first_row(_fill(model, texts, knobs, stop, end_tokens, every, transform))
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
@@ -223,25 +229,27 @@ def _fill(
     texts: list[Prompt],
     knobs: dict[str, list],
     stop: str | Sequence[str],
+    end_tokens: int | Sequence[int] | None,
     every: int | None,
     transform: Transform,
 ) -> Pieces[list[Filled]]:
     """Checks the arguments at once; returns a generator that fills, `every` steps at a time (None: all at once)."""
     params, config, tokenizer = prepare_model(model)
     blanks = blanks_of(config)
-    stop = check_stop(stop, tokenizer)
+    stops = StopStrings(stop, tokenizer)
+    ends = ends_of(model, config, tokenizer, end_tokens)
+    transform = without_padding(transform, config, tokenizer, ends)
     parts = [part_a(text, config, tokenizer, f"text {i}") for i, text in enumerate(texts)]
-    limits = knobs["max_new_tokens"]
-    first_prompts = []
-    for i, (part, limit) in enumerate(zip(parts, limits, strict=True)):
-        # If answers are inserted, the text itself must have space for all of them.
-        new_tokens = limit * len(part.mask_indices) if blanks.insert_answers else limit
-        first_prompts.append(answer_prompt(part.ids, part.mask_indices[0], new_tokens, config, f"text {i}"))
+    limits, first_prompts = [], []
+    for i, (part, limit) in enumerate(zip(parts, knobs["max_new_tokens"], strict=True)):
+        count = len(part.mask_indices)
+        limits.append(answer_tokens(len(part.ids), 0, limit, config, blanks, f"text {i}", count))
+        first_prompts.append(answer_prompt(part.ids, part.mask_indices[0], limits[-1], config, f"text {i}"))
     rounds = max(len(part.mask_indices) for part in parts)
     max_new = bucket(max(limits), least=16)
     slots = max_new if blanks.insert_answers else bucket(rounds * (max_new + 1) - 1)
     # With stop strings, check after each token: tokens sampled past the stop string must not enter the cache.
-    check_every = 1 if stop else every or max_new
+    check_every = 1 if stops else every or max_new
 
     def steps():
         answers: list[list[Writer]] = [[] for _ in parts]
@@ -255,14 +263,14 @@ def _fill(
                     _prompt_with_answers(part, row, config) if limit else prompt
                     for part, row, limit, prompt in zip(parts, answers, blank_limits, first_prompts, strict=True)
                 ]
-                requests = assemble(prompts, {**knobs, "max_new_tokens": blank_limits}, config)
+                requests = assemble(prompts, {**knobs, "max_new_tokens": blank_limits}, config, ends)
                 state = prefill(params, requests, config, transform, max_new, slots)
             else:
                 position, limit = _next_blanks(parts, blank_limits, blank, len(state.done), blanks)
                 state = start_next_blank(params, state, position, limit, config)
             yield _literals(parts, blank)
             writers = [
-                Writer(tokenizer, limit, end_tokens(config), stop, space_before=limit > 0 and part.space_before[blank])
+                Writer(tokenizer, limit, ends, stops, space_before=limit > 0 and part.space_before[blank])
                 for part, limit in zip(parts, blank_limits, strict=True)
             ]
             state = yield from decode_pieces(params, state, writers, check_every, config, transform)

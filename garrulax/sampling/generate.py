@@ -6,21 +6,22 @@ from garrulax import models
 from garrulax.core.config import ModelConfig
 from garrulax.models.unpack import ModelLike, TokenizerLike
 from garrulax.sampling.blanks import last_blank_prompt
+from garrulax.sampling.ends import StopStrings, ends_of
 from garrulax.sampling.requests import (
     EncodedPrompt,
     Prompt,
     assemble,
     bucket,
     causal_prompt,
-    end_tokens,
     knobs_per_prompt,
     prepare_model,
     prompt_list,
     token_ids,
+    without_padding,
 )
 from garrulax.sampling.state import prefill
 from garrulax.sampling.transforms import DEFAULT, Transform
-from garrulax.sampling.writing import Completion, Pieces, Writer, check_stop, decode_pieces, exhaust, first_row
+from garrulax.sampling.writing import Completion, Pieces, Writer, decode_pieces, exhaust, first_row
 
 STOP_CHECK_STEPS = 8  # steps between two checks for stop strings
 
@@ -29,12 +30,13 @@ def generate(
     model: ModelLike,
     prompts: Prompt | Sequence[Prompt],
     *,
-    max_new_tokens: int | Sequence[int] = 128,
-    temperature: float | Sequence[float] = 1.0,
-    top_k: int | Sequence[int] = 0,
-    top_p: float | Sequence[float] = 1.0,
+    max_new_tokens: int | Sequence[int | None] | None = None,
+    temperature: float | Sequence[float | None] | None = 1.0,
+    top_k: int | Sequence[int | None] | None = 0,
+    top_p: float | Sequence[float | None] | None = 1.0,
     seed: int | Sequence[int] = 0,
     stop: str | Sequence[str] = (),
+    end_tokens: int | Sequence[int] | None = None,
     transform: Transform = DEFAULT,
 ) -> Completion | list[Completion]:
     """Continues texts.
@@ -56,12 +58,17 @@ def generate(
             the result of `gx.unstack`.
         prompts: A text, a list of token ids, or a list of these. A text gets the tokens that its tokenizer puts around
             a prompt, such as bos; token ids are read as `gx.forward` reads them.
-        max_new_tokens: Greatest number of new tokens; like the next four, one number, or one a prompt.
-        temperature: Divisor of the logits; 0 is greedy.
-        top_k: Number of most probable tokens to sample from; 0 is off.
-        top_p: Probability of the nucleus to sample from; 1 is off. Applied after temperature and top_k.
+        max_new_tokens: Greatest number of new tokens; None is as many as fit into the context, up to 128. Like the next
+            four, one value, or one a prompt.
+        temperature: Divisor of the logits; 0 is greedy, 1 or None is off.
+        top_k: Number of most probable tokens to sample from; 0 or None is off.
+        top_p: Probability of the nucleus to sample from; 1 or None is off. Applied after temperature and top_k.
         seed: Seed of the random stream.
-        stop: Strings that end a completion and are not part of it.
+        stop: Strings that end a completion and are not part of it. A control token in them, such as "<|user|>", stands
+            for its id, and for its text too.
+        end_tokens: Ids of the tokens that end a completion (finish_reason "eos"). None takes all that the model's files
+            give: the `eos` of the config, in which `load` puts the ids of generation_config.json, and the tokens that
+            end an answer in the tokenizer's chat format (`Tokenizer.answer_ends`), such as "<|im_end|>".
         transform: Transform of the logits (`sampling.transforms`). Each transform is compiled once; other values of the
             arguments above compile nothing.
 
@@ -85,7 +92,9 @@ def generate(
     knobs = knobs_per_prompt(
         len(prompts), max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
     )
-    completions = exhaust(_generate(model, prompts, knobs, stop, STOP_CHECK_STEPS if stop else None, transform))
+    completions = exhaust(
+        _generate(model, prompts, knobs, stop, end_tokens, STOP_CHECK_STEPS if stop else None, transform)
+    )
     return completions[0] if single else completions
 
 
@@ -93,12 +102,13 @@ def stream(
     model: ModelLike,
     prompt: Prompt,
     *,
-    max_new_tokens: int = 128,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    max_new_tokens: int | None = None,
+    temperature: float | None = 1.0,
+    top_k: int | None = 0,
+    top_p: float | None = 1.0,
     seed: int = 0,
     stop: str | Sequence[str] = (),
+    end_tokens: int | Sequence[int] | None = None,
     transform: Transform = DEFAULT,
     every: int = 4,
 ) -> Generator[str, None, Completion]:
@@ -115,6 +125,7 @@ def stream(
         top_p: Probability of the nucleus to sample from.
         seed: Seed of the random stream.
         stop: Strings that end the completion.
+        end_tokens: Ids that end the completion.
         transform: Transform of the logits.
         every: Number of tokens between two pieces.
 
@@ -142,7 +153,7 @@ def stream(
     )
     if every < 1:
         raise ValueError(f"every={every} must be at least 1")
-    return first_row(_generate(model, prompts, knobs, stop, every, transform))
+    return first_row(_generate(model, prompts, knobs, stop, end_tokens, every, transform))
 
 
 def _generate(
@@ -150,22 +161,25 @@ def _generate(
     prompts: list[Prompt],
     knobs: dict[str, list],
     stop: str | Sequence[str],
+    end_tokens: int | Sequence[int] | None,
     every: int | None,
     transform: Transform,
 ) -> Pieces[list[Completion]]:
     """Checks the arguments at once; returns a generator that decodes, `every` steps at a time (None: all at once)."""
     params, config, tokenizer = prepare_model(model)
-    stop = check_stop(stop, tokenizer)
-    limits = knobs["max_new_tokens"]
+    stops = StopStrings(stop, tokenizer)
+    ends = ends_of(model, config, tokenizer, end_tokens)
+    transform = without_padding(transform, config, tokenizer, ends)
     encoded = [
         _encode(prompt, limit, config, tokenizer, f"prompt {i}")
-        for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
+        for i, (prompt, limit) in enumerate(zip(prompts, knobs["max_new_tokens"], strict=True))
     ]
-    requests = assemble(encoded, knobs, config)
+    limits = [prompt.limit for prompt in encoded]
+    requests = assemble(encoded, {**knobs, "max_new_tokens": limits}, config, ends)
     max_new = bucket(max(limits), least=16)
 
     def steps():
-        writers = [Writer(tokenizer, limit, end_tokens(config), stop) for limit in limits]
+        writers = [Writer(tokenizer, limit, ends, stops) for limit in limits]
         state = prefill(params, requests, config, transform, max_new, max_new)
         yield from decode_pieces(params, state, writers, every or max_new, config, transform)
         return [writer.completion() for writer in writers]
@@ -174,7 +188,7 @@ def _generate(
 
 
 def _encode(
-    prompt: Prompt, limit: int, config: ModelConfig, tokenizer: TokenizerLike | None, name: str
+    prompt: Prompt, limit: int | None, config: ModelConfig, tokenizer: TokenizerLike | None, name: str
 ) -> EncodedPrompt:
     if models.blanks(config) is not None:
         encoded = last_blank_prompt(prompt, limit, config, tokenizer, name)

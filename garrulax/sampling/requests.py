@@ -13,8 +13,11 @@ from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
 from garrulax.kernels.mask import PAD
 from garrulax.models.unpack import ModelLike, TokenizerLike, unpack_model
+from garrulax.sampling.ends import end_tokens
 from garrulax.sampling.state import Requests
+from garrulax.sampling.transforms import Transform, chain, only
 
+MOST_NEW_TOKENS = 128  # without an explicit number
 Prompt = str | Sequence[int]
 
 
@@ -27,6 +30,7 @@ class EncodedPrompt(NamedTuple):
             the tokens before it.
         positions: int32 [R, len(ids)].
         stride: int32 [R], increase of the position from the last token to the first new one, and from each to the next.
+        limit: Greatest number of new tokens.
         random_offset: Offset into the row's random stream: random numbers already used by earlier blanks, besides one
             for each token of `ids`.
     """
@@ -35,6 +39,7 @@ class EncodedPrompt(NamedTuple):
     prefix: int
     positions: np.ndarray
     stride: np.ndarray
+    limit: int = 0
     random_offset: int = 0
 
     @property
@@ -64,6 +69,19 @@ def prepare_model(model: ModelLike) -> tuple[Tree, ModelConfig, TokenizerLike | 
 
 
 _unstack = jax.jit(models.unstack)
+
+
+def without_padding(
+    transform: Transform, config: ModelConfig, tokenizer: TokenizerLike | None, ends: Sequence[int]
+) -> Transform:
+    """Returns `transform` after one that leaves out the rows which only pad the model's embedding.
+
+    A vocabulary may be padded to a round number. The rows from the tokenizer's size on stand for no token; a model that
+    was trained never chooses them, but an untrained one does. End tokens stay, wherever they are.
+    """
+    if tokenizer is None or tokenizer.vocab >= config.vocab:
+        return transform
+    return chain(only(tokenizer.vocab, tuple(sorted(i for i in ends if i >= tokenizer.vocab))), transform)
 
 
 def prompt_list(prompts: Any) -> tuple[list[Prompt], bool]:
@@ -107,45 +125,57 @@ def check_ids(ids: list[int], config: ModelConfig, name: str) -> None:
         raise ValueError(f"{name} has token id {wrong[0]}: this model's ids are 0 to {config.vocab - 1}")
 
 
-def check_length(size: int, limit: int, config: ModelConfig, name: str) -> None:
-    """Raises ValueError if `size` tokens and `limit` new ones do not fit into the model's context."""
-    if size + limit > config.max_length:
+def new_tokens(size: int, limit: int | None, config: ModelConfig, name: str, blanks: int = 1) -> int:
+    """Returns the greatest number of new tokens, for each of `blanks`, after a prompt of `size` tokens.
+
+    Args:
+        size: Number of tokens of the prompt.
+        limit: The number that is asked for; None is as many as fit, up to `MOST_NEW_TOKENS`.
+        config: The family's Config.
+        name: Name of the prompt in errors.
+        blanks: Number of blanks that share the context.
+
+    Raises:
+        ValueError: The prompt and the new tokens do not fit into the model's context.
+    """
+    if limit is None:
+        if size + blanks > config.max_length:
+            raise ValueError(
+                f"{name} has {size} tokens, which leaves no space in the model's context of {config.max_length}: "
+                "shorten the prompt"
+            )
+        return min(MOST_NEW_TOKENS, (config.max_length - size) // blanks)
+    if size + limit * blanks > config.max_length:
         raise ValueError(
-            f"{name} has {size} tokens and {limit} new ones are asked for, but the model's context is "
+            f"{name} has {size} tokens and {limit * blanks} new ones are asked for, but the model's context is "
             f"{config.max_length}: shorten the prompt or lower max_new_tokens"
         )
+    return limit
 
 
-def causal_prompt(ids: list[int], limit: int, config: ModelConfig, name: str) -> EncodedPrompt:
+def causal_prompt(ids: list[int], limit: int | None, config: ModelConfig, name: str) -> EncodedPrompt:
     """Returns a prompt that is read causally, as `garrulax.forward` does by default.
 
     Raises:
         ValueError: An id is outside the vocabulary, or the prompt and `limit` new tokens do not fit into the context.
     """
     check_ids(ids, config, name)
-    check_length(len(ids), limit, config, name)
+    limit = new_tokens(len(ids), limit, config, name)
     blanks = models.blanks(config)
     rows = 1 if blanks is None else blanks.rows
     positions, stride = np.zeros((rows, len(ids)), np.int32), np.zeros(rows, np.int32)
     positions[0], stride[0] = np.arange(len(ids)), 1
-    return EncodedPrompt(ids, 0, positions, stride)
-
-
-def end_tokens(config: ModelConfig) -> tuple[int, ...]:
-    """Ids of the tokens that end a text or the answer to a blank."""
-    blanks = models.blanks(config)
-    if blanks is not None:
-        return blanks.end_tokens
-    return config.eos if isinstance(config.eos, tuple) else () if config.eos is None else (config.eos,)
+    return EncodedPrompt(ids, 0, positions, stride, limit)
 
 
 _INTEGER_KNOBS = ("max_new_tokens", "top_k", "seed")
+_OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": None}  # what None stands for
 #: knob -> (test of a valid value, what a valid value is)
 _KNOB_RULES = {
-    "max_new_tokens": (lambda x: 1 <= x < 2**31, "a whole number of at least 1"),
-    "temperature": (lambda x: 0 <= x < math.inf, "a number of at least 0 (0 is greedy)"),
-    "top_k": (lambda x: 0 <= x < 2**31, "a whole number of at least 0 (0 is off)"),
-    "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1 (1 is off)"),
+    "max_new_tokens": (lambda x: 1 <= x < 2**31, "a whole number of at least 1, or None (as many as fit)"),
+    "temperature": (lambda x: 0 <= x < math.inf, "a number of at least 0 (0 is greedy, 1 or None is off)"),
+    "top_k": (lambda x: 0 <= x < 2**31, "a whole number of at least 0 (0 or None is off)"),
+    "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1 (1 or None is off)"),
     "seed": (lambda x: 0 <= x < 2**32, "a whole number from 0 to 2**32 - 1"),
 }
 
@@ -168,7 +198,9 @@ def _per_prompt(name: str, value: Any, count: int) -> list[Any]:
     return list(value)
 
 
-def _checked(name: str, value: Any) -> int | float:
+def _checked(name: str, value: Any) -> int | float | None:
+    if value is None and name in _OFF:
+        return _OFF[name]
     allowed, wanted = _KNOB_RULES[name]
     try:
         number = operator.index(value) if name in _INTEGER_KNOBS else float(value)
@@ -184,7 +216,12 @@ def bucket(size: int, least: int = 1) -> int:
     return max(least, 1 << (size - 1).bit_length())
 
 
-def assemble(prompts: Sequence[EncodedPrompt], knobs: Mapping[str, Sequence[Any]], config: ModelConfig) -> Requests:
+def assemble(
+    prompts: Sequence[EncodedPrompt],
+    knobs: Mapping[str, Sequence[Any]],
+    config: ModelConfig,
+    ends: Sequence[int] | None = None,
+) -> Requests:
     """Puts prompts into the arrays of one batch.
 
     The number of rows and the context length are rounded up to buckets. Contexts are padded on the right. Rows without
@@ -194,10 +231,12 @@ def assemble(prompts: Sequence[EncodedPrompt], knobs: Mapping[str, Sequence[Any]
         prompts: At least one.
         knobs: From `knobs_per_prompt`, with all five names of `_KNOB_RULES`.
         config: The family's Config.
+        ends: Ids of the tokens that end a row; None takes those of the config.
 
     Returns:
         The inputs of `prefill`, as NumPy arrays.
     """
+    ends = end_tokens(config) if ends is None else ends
     rows, count = bucket(len(prompts)), len(prompts)
     width = bucket(max(len(prompt.ids) - 1 for prompt in prompts) or 1, least=16)  # P
     R = len(prompts[0].stride)
@@ -237,5 +276,5 @@ def assemble(prompts: Sequence[EncodedPrompt], knobs: Mapping[str, Sequence[Any]
             "top_k": column([0 if g else k for g, k in zip(greedy, knobs["top_k"], strict=True)], np.int32),
             "top_p": column([1 if g else p for g, p in zip(greedy, knobs["top_p"], strict=True)], np.float32, 1),
         },
-        end_tokens=cast(jax.Array, np.array(end_tokens(config) or (PAD,), np.int32)),
+        end_tokens=cast(jax.Array, np.array(tuple(ends) or (PAD,), np.int32)),
     )

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Knobs = Mapping[str, Any]
 
@@ -101,6 +102,17 @@ def top_p() -> Transform:
         return jax.lax.cond(jnp.any(p < 1), cut, lambda x, _: x, logits, p), p
 
     return Transform(lambda knobs: knobs["top_p"], update)
+
+
+@functools.cache
+def only(size: int, others: tuple[int, ...] = ()) -> Transform:
+    """Keeps the ids below `size`, and `others`."""
+
+    def update(logits, state):
+        ids = np.arange(logits.shape[-1])[None]  # [1, V]
+        return jnp.where((ids < size) | np.isin(ids, others), logits, -jnp.inf), state
+
+    return Transform(lambda knobs: (), update)
 
 
 def top_mask(values: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ import numpy as np
 from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
 from garrulax.models.unpack import DecoderLike, TokenizerLike
+from garrulax.sampling.ends import StopStrings
 from garrulax.sampling.loop import decode_steps
 from garrulax.sampling.state import State
 from garrulax.sampling.transforms import Transform
@@ -65,7 +66,7 @@ class Writer:
         tokenizer: TokenizerLike | None,
         limit: int,
         end_tokens: Sequence[int],
-        stop: Sequence[str] = (),
+        stop: StopStrings | Sequence[str] = (),
         *,
         space_before: bool = False,
     ):
@@ -82,9 +83,9 @@ class Writer:
         self.logprobs: list[float] = []
         self.reason: str | None = None if limit else "length"
         self.streamed = ""
-        self._vocab = 0 if tokenizer is None else tokenizer.vocab
         self._decoder = None if tokenizer is None else tokenizer.stream(start=False)
-        self._limit, self._end_tokens, self._stop, self._space_before = limit, end_tokens, stop, space_before
+        self._limit, self._end_tokens, self._space_before = limit, end_tokens, space_before
+        self._stop = stop if isinstance(stop, StopStrings) else StopStrings(stop, tokenizer)
         self._pieces: list[str] = []
         self._withheld = ""
 
@@ -110,23 +111,19 @@ class Writer:
         return piece
 
     def _decode(self, token: int, decoder: DecoderLike) -> str:
-        if token < self._vocab and self.reason != "eos":  # ids from the tokenizer's vocabulary size on have no text
-            self._withheld += decoder.push([token])
+        if self.reason != "eos":
+            self._withheld += decoder.push([token]) + self._stop.mark(token)
         if self.reason is not None:
             self._withheld += decoder.flush()
-        stops = [at for at in map(self._withheld.find, self._stop) if at >= 0]
-        if stops:
+        size = self._stop.find(self._withheld)
+        if size is not None:
             self.reason = "stop"
-        size = min(stops) if stops else len(self._withheld) if self.reason else self._final_size()
+        elif self.reason is not None:
+            size = len(self._withheld)
+        else:
+            size = self._stop.final_size(self._withheld)
         piece, self._withheld = self._withheld[:size], self._withheld[size:]
-        return piece
-
-    def _final_size(self) -> int:
-        """Length of the withheld text up to its longest ending that is the beginning of a stop string."""
-        for size in range(max(map(len, self._stop), default=1) - 1, 0, -1):
-            if size <= len(self._withheld) and any(s.startswith(self._withheld[-size:]) for s in self._stop):
-                return len(self._withheld) - size
-        return len(self._withheld)
+        return self._stop.visible(piece)
 
     def completion(self) -> Completion:
         """Returns the completion of a finished row; ValueError for an unfinished one."""
@@ -191,17 +188,3 @@ def exhaust(pieces: Pieces[T]) -> T:
             next(pieces)
         except StopIteration as end:
             return end.value
-
-
-def check_stop(stop: str | Sequence[str], tokenizer: TokenizerLike | None) -> tuple[str, ...]:
-    """Returns the stop strings as a tuple.
-
-    Raises:
-        ValueError: An empty string, an element that is not a string, or stop strings without a tokenizer.
-    """
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    if any(not isinstance(s, str) or not s for s in stop):
-        raise ValueError(f"stop must be a text or several, none of them empty, not {stop!r}")
-    if stop and tokenizer is None:
-        raise ValueError("stop strings need a tokenizer, which the model does not have")
-    return stop

@@ -7,9 +7,10 @@ import itertools
 import json
 import os
 import re
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from garrulax.hub.tokenizers import chat
 from garrulax.hub.tokenizers.interface import Message, Span
@@ -26,7 +27,7 @@ class Tokenizer(abc.ABC):
         specials: Text -> id of the control tokens, which `encode` never returns.
         prefix: Ids that models of this tokenizer expect before a prompt; `prompt` adds them, `encode` never.
         suffix: Ids that they expect after a prompt.
-        ends: Ids besides eos that end an answer in a conversation.
+        ends: Ids besides eos that the code of the family says end an answer; `answer_ends` are all that do.
         config: Content of tokenizer_config.json, perhaps with the Jinja source `chat_template`.
         chat_format: Name of the published chat format of the family (`chat.FORMATS`), or None.
         strips_space: Whether decoding drops one leading space from the first token of a text (SentencePiece puts a
@@ -68,6 +69,8 @@ class Tokenizer(abc.ABC):
     def encode(self, text: str, *, start: bool = True) -> list[int]:
         """Ids of a plain text; never control tokens.
 
+        Half a character (a lone surrogate, as JSON may hold) is read as U+FFFD, like bytes that are not UTF-8.
+
         Args:
             text: The text.
             start: False if the text continues an earlier one; it then gets no dummy space in front.
@@ -78,31 +81,90 @@ class Tokenizer(abc.ABC):
         return self.encode_batch([text], start=start)[0]
 
     def prompt(self, text: str) -> list[int]:
-        """The ids from which a model continues a text: `encode` between `prefix` and `suffix`."""
+        """The ids from which a model continues a text: `encode` between `prefix` and `suffix`.
+
+        An eos is never among them, not even if tokenizer_config.json says `add_eos_token`: it would end the text.
+        """
         return [*self.prefix, *self.encode(text), *self.suffix]
+
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool | None = None,
+        *,
+        template: str | None = None,
+        tokenize: Literal[True] = True,
+        continue_final_message: bool | str = False,
+        **variables: Any,
+    ) -> list[int]: ...
+
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool | None = None,
+        *,
+        template: str | None = None,
+        tokenize: Literal[False],
+        continue_final_message: bool | str = False,
+        **variables: Any,
+    ) -> str: ...
 
     def apply_chat_template(
         self,
         messages: Sequence[Message],
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
         *,
         template: str | None = None,
+        tokenize: bool = True,
+        continue_final_message: bool | str = False,
         **variables: Any,
-    ) -> list[int]:
+    ) -> list[int] | str:
         """The ids of a conversation, ready for the model to answer. No message can forge control tokens.
 
         Args:
             messages: `{"role": "user", "content": "..."}`, oldest first.
-            add_generation_prompt: Whether to append the tokens that begin an answer.
-            template: Name of a published format (`chat.FORMATS`), or Jinja source. By default the Jinja `chat_template`
-                of the folder, or else the published format of its family.
-            variables: Further variables of a Jinja template, such as `tools`.
+            add_generation_prompt: Whether to append the tokens that begin an answer; None does so unless
+                `continue_final_message` is given.
+            template: Name of one of the folder's templates or of a published format (`chat.FORMATS`), or Jinja source.
+                By default the template "default" of the folder ("tool_use" if there is one and `tools` are given), or
+                else the published format of its family.
+            tokenize: False returns the text of the conversation, with its control tokens spelled out. It is for
+                reading: `encode`, and `generate` of a text, take the control tokens in it for plain text.
+            continue_final_message: Ends where the last message ends, so that the model continues this message. True, or
+                the key of the message's text if it is not "content".
+            variables: Further variables of a Jinja template, such as `tools` and `documents`.
 
         Raises:
-            ValueError: There are no messages, a role is unknown, or there is no template.
+            ValueError: There are no messages, a role is unknown, there is no template, or an argument of transformers'
+                method that is not implemented, such as `return_tensors`.
             ImportError: A Jinja template needs jinja2 (extra `chat`).
         """
-        return chat.encode_conversation(self, messages, add_generation_prompt, template, variables)
+        conversation = chat.conversation_of(
+            messages, add_generation_prompt, template, continue_final_message, variables
+        )
+        return (chat.conversation_ids if tokenize else chat.conversation_text)(self, conversation)
+
+    @property
+    def has_chat_format(self) -> bool:
+        """Whether the folder has a chat template, or its family a published chat format."""
+        return bool(self.chat_format or chat.named_templates(self.config.get("chat_template")))
+
+    @property
+    def answer_ends(self) -> tuple[int, ...]:
+        """Ids that end an answer in a conversation; () without a chat format.
+
+        They are eos, `ends`, and the control token that the chat template writes behind an answer. `garrulax.generate`
+        ends a text at each of them.
+        """
+        if not self.has_chat_format:
+            return ()
+        key = (json.dumps(self.config.get("chat_template")), self.chat_format)
+        known = _ANSWER_ENDS.setdefault(self, {})
+        if key not in known:
+            known[key] = chat.answer_ends(self)
+        return tuple(dict.fromkeys((*(() if self.eos is None else (self.eos,)), *self.ends, *known[key])))
 
     def find_specials(self, text: str) -> list[Span]:
         """Places where `text` spells control tokens. For the texts of templates, never for those of users."""
@@ -125,12 +187,14 @@ class Tokenizer(abc.ABC):
     def decode(self, tokens: Iterable[int], *, start: bool = True) -> str:
         """The text of `tokens`, without control tokens; bytes that are not UTF-8 become U+FFFD.
 
+        Ids from `vocab` on have no text: they are rows that only pad a model's embedding.
+
         Args:
             tokens: Ids.
             start: False if the tokens continue an earlier text; a leading space is then kept.
 
         Raises:
-            ValueError: An id is outside 0 .. vocab - 1.
+            ValueError: An id is negative.
         """
         stream = self.stream(start=start)
         return stream.push(tokens) + stream.flush()
@@ -160,6 +224,10 @@ class Tokenizer(abc.ABC):
         return list(itertools.chain(self.encode(parts[0], start=start), *rest))
 
 
+#: Tokenizer -> {its template and format: `chat.answer_ends`}, since writing a conversation takes milliseconds.
+_ANSWER_ENDS: weakref.WeakKeyDictionary["Tokenizer", dict[tuple, tuple[int, ...]]] = weakref.WeakKeyDictionary()
+
+
 class StreamDecoder:
     """Turns ids that arrive one by one into text: `push` returns only finished characters.
 
@@ -180,14 +248,12 @@ class StreamDecoder:
         self._space_due = not start
 
     def push(self, tokens: Iterable[int]) -> str:
-        """The characters that `tokens` finish. Raises ValueError for an id outside the vocabulary."""
+        """The characters that `tokens` finish. Raises ValueError for a negative id."""
         pieces = []
         for token in map(int, tokens):
-            if not 0 <= token < self._tokenizer.vocab:
-                raise ValueError(
-                    f"token id {token} is out of range: this tokenizer has ids 0..{self._tokenizer.vocab - 1}"
-                )
-            piece = self._tokenizer.token_bytes(token)
+            if token < 0:
+                raise ValueError(f"token id {token} is out of range: ids begin with 0")
+            piece = self._tokenizer.token_bytes(token) if token < self._tokenizer.vocab else b""
             if piece and self._strip:
                 piece, self._strip = piece.removeprefix(b" "), False
             if piece and self._spaces:  # hold back the space at the end of a word until another word follows

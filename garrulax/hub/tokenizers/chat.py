@@ -6,50 +6,155 @@ ChatGLM-6B and ChatGLM2 the roles are plain text; there a message can imitate th
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from garrulax.hub.tokenizers.interface import ChatTokenizer, Message
+from garrulax.hub.tokenizers import endings
+from garrulax.hub.tokenizers.interface import ChatTokenizer, Message, Span
 
 ChatPart = int | str | tuple[str, ...]  # an id, a text, or one text in pieces that are encoded separately
 Turns = list[tuple[str, str]]  # (role, content) of each message
+#: Parameters of transformers' method of the same name that this one lacks, and what to do instead.
+UNAVAILABLE = {
+    "conversation": "give the messages as the first argument",
+    "chat_template": "give template=",
+    "return_tensors": "the result is a list of ids, and numpy.array([ids]) is a batch",
+    "return_dict": "the result is the list of ids",
+    "return_assistant_tokens_mask": "encode the conversation up to each answer to find where it begins",
+    "padding": "gx.generate takes prompts of different lengths",
+    "truncation": "leave out messages",
+    "max_length": "leave out messages",
+    "tokenizer_kwargs": "there are no others",
+}
 
 
-def encode_conversation(
-    tokenizer: ChatTokenizer,
+class Conversation(NamedTuple):
+    """A conversation to write; the attributes are the arguments of `Tokenizer.apply_chat_template`.
+
+    Attributes:
+        messages: The messages.
+        begin_answer: Whether to append what begins an answer.
+        template: Name or source of a template, or None.
+        continued: Key of the last message's text that the model continues, or None.
+        variables: Variables of a Jinja template.
+    """
+
+    messages: Sequence[Message]
+    begin_answer: bool = False
+    template: str | None = None
+    continued: str | None = None
+    variables: Mapping[str, Any] = {}
+
+
+def conversation_of(
     messages: Sequence[Message],
-    begin_answer: bool,
+    begin_answer: bool | None,
     template: str | None,
-    variables: dict[str, Any],
-) -> list[int]:
-    """The ids of a conversation. Arguments and errors are those of `Tokenizer.apply_chat_template`."""
+    continue_last: bool | str,
+    variables: Mapping[str, Any],
+) -> Conversation:
+    """Checks the arguments of `Tokenizer.apply_chat_template`, except for those that a template checks."""
     _check_messages(messages)
-    source = template if template is not None else _template_of(tokenizer.config.get("chat_template"), variables)
-    name = template if template in FORMATS else tokenizer.chat_format if source is None else None
-    if name is None:
-        return _encode_with_jinja(tokenizer, source, messages, begin_answer, variables)
-    if variables:
-        raise ValueError(f"the {name} format has no variables ({', '.join(variables)}): a Jinja template may")
+    for name, advice in UNAVAILABLE.items():
+        if variables.get(name) not in (None, False):
+            raise ValueError(f"apply_chat_template has no {name}: {advice}")
+    if variables.get("sanitize_control_tokens", True) is not True:
+        raise ValueError("sanitize_control_tokens=False: no message may become control tokens")
+    if begin_answer and continue_last:
+        raise ValueError("give add_generation_prompt for a new answer, or continue_final_message: not both")
+    if template is not None and not isinstance(template, str):
+        raise ValueError(f"template must be a name or the source of a template, not {template!r:.40}")
+    variables = {name: x for name, x in variables.items() if name not in {*UNAVAILABLE, "sanitize_control_tokens"}}
+    begin_answer = not continue_last if begin_answer is None else bool(begin_answer)
+    key = continue_last if isinstance(continue_last, str) else "content" if continue_last else None
+    return Conversation(messages, begin_answer, template, key, variables)
+
+
+def conversation_ids(tokenizer: ChatTokenizer, conversation: Conversation) -> list[int]:
+    """The ids of a conversation. Raises as `Tokenizer.apply_chat_template` does."""
+    written = _write(tokenizer, conversation)
+    if isinstance(written, tuple):
+        return tokenizer.encode_with_specials(*written)
+    return [token for part in written for token in _encode_part(tokenizer, part)]
+
+
+def conversation_text(tokenizer: ChatTokenizer, conversation: Conversation) -> str:
+    """The text of a conversation, with its control tokens spelled out.
+
+    Raises:
+        ValueError: As `conversation_ids`; or a message spells a control token, which no text can tell from a real one.
+    """
+    text, spans = _text_and_spans(tokenizer, _write(tokenizer, conversation))
+    found = tokenizer.find_specials(text)
+    if found != spans:
+        start, end, _ = next((span for span in found if span not in spans), (0, 0, 0))
+        raise ValueError(
+            f"tokenize=False: a message spells the control token {text[start:end]!r}, and no text can tell it from a "
+            "real one: take the ids"
+        )
+    return text
+
+
+def answer_ends(tokenizer: ChatTokenizer) -> tuple[int, ...]:
+    """The control token that stands behind an answer in the tokenizer's chat format, if there is one.
+
+    It is found by writing a conversation. A template that refuses this conversation gives nothing.
+    """
+    probe = "garrulax"
+    messages = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", probe), ("user", "b"))]
     try:
-        parts = list(FORMATS[name](tokenizer, messages, begin_answer))
+        text, spans = _text_and_spans(tokenizer, _write(tokenizer, Conversation(messages)))
+    except (ValueError, ImportError):
+        return ()
+    end = text.rfind(probe) + len(probe)
+    return tuple(token for start, _, token in spans if start >= end and not text[end:start].strip())[:1]
+
+
+Written = list[ChatPart] | tuple[str, list[Span]]
+
+
+def _write(tokenizer: ChatTokenizer, conversation: Conversation) -> Written:
+    """The parts of a conversation in a published format, or its text and control tokens in a Jinja template."""
+    messages, begin_answer, _, continued, variables = conversation
+    name, source = _find_template(tokenizer, conversation)
+    if source is not None:
+        from garrulax.hub.tokenizers import jinja  # here, since jinja2 is optional
+
+        variables = {"add_generation_prompt": begin_answer, **variables}
+        return jinja.render(tokenizer, source, messages, variables, continued)
+    if given := [key for key, value in variables.items() if value is not None]:
+        raise ValueError(f"the {name} format has no variables ({', '.join(given)}): a Jinja template may")
+    given_messages = [*messages[:-1], endings.marked(messages[-1], continued)] if continued else messages
+    try:
+        parts = list(FORMATS[name](tokenizer, given_messages, begin_answer))
     except KeyError as error:
         raise ValueError(f"the {name} format needs the token {error}, which this tokenizer does not have") from error
-    return [token for part in parts for token in _encode_part(tokenizer, part)]
+    return parts if continued is None else _cut(parts, messages[-1], continued)
 
 
-def _encode_with_jinja(
-    tokenizer: ChatTokenizer,
-    source: str | None,
-    messages: Sequence[Message],
-    begin_answer: bool,
-    variables: dict[str, Any],
-) -> list[int]:
-    if source is None or not ("{{" in source or "{%" in source):
-        problem = "this tokenizer has no chat template" if source is None else f"there is no chat format {source!r}"
-        raise ValueError(f"{problem}: give template=, one of {', '.join(FORMATS)}, or the source of a Jinja template")
-    from garrulax.hub.tokenizers import jinja  # here, since jinja2 is optional
+def _cut(parts: list[ChatPart], message: Message, key: str) -> list[ChatPart]:
+    """The parts up to the mark in the last message."""
+    texts = [part if isinstance(part, str) else "".join(part) if isinstance(part, tuple) else "" for part in parts]
+    endings.check("".join(texts), message, key)
+    last = max(i for i, text in enumerate(texts) if endings.has_mark(text))
+    part = parts[last]
+    if isinstance(part, tuple):
+        piece = max(i for i, text in enumerate(part) if endings.has_mark(text))
+        return [*parts[:last], (*part[:piece], endings.cut(part[piece]))]
+    return [*parts[:last], endings.cut(texts[last])]
 
-    return jinja.encode_with_template(tokenizer, source, messages, {"add_generation_prompt": begin_answer, **variables})
+
+def _text_and_spans(tokenizer: ChatTokenizer, written: Written) -> tuple[str, list[Span]]:
+    if isinstance(written, tuple):
+        return written
+    names = {i: content for content, i in tokenizer.specials.items()}
+    text, spans = "", []
+    for part in written:
+        piece = names.get(part, "") if isinstance(part, int) else part if isinstance(part, str) else "".join(part)
+        if isinstance(part, int):
+            spans.append((len(text), len(text) + len(piece), part))
+        text += piece
+    return text, spans
 
 
 def _check_messages(messages: Sequence[Message]) -> None:
@@ -63,20 +168,39 @@ def _check_messages(messages: Sequence[Message]) -> None:
             raise ValueError(f"message {i} has role {role!r}: a role is a word such as user, assistant or system")
 
 
-def _template_of(template: Any, variables: dict[str, Any]) -> str | None:
-    """The Jinja source in an entry `chat_template`, which is one template or several by name."""
+def _find_template(tokenizer: ChatTokenizer, conversation: Conversation) -> tuple[str, str | None]:
+    """Name of a published format and None, or any name and the source of a Jinja template."""
+    template, own = conversation.template, tokenizer.config.get("chat_template")
+    named = named_templates(own)
+    if template is None and named:
+        template = "tool_use" if conversation.variables.get("tools") and "tool_use" in named else "default"
+        if template not in named:
+            raise ValueError(
+                f"the chat templates of this tokenizer are {', '.join(named)}: give template= the name of one"
+            )
+    elif template is None and own is not None:
+        raise ValueError(f"the chat_template of this tokenizer is not a text but {own!r:.40}: give template=")
+    elif template is None:
+        template = tokenizer.chat_format
+    if template in named:
+        return "", named[template]
+    if template in FORMATS:
+        return template, None
+    if template is None or not ("{{" in template or "{%" in template):
+        problem = "this tokenizer has no chat template" if template is None else f"there is no chat format {template!r}"
+        names = ", ".join(dict.fromkeys((*named, *FORMATS)))
+        raise ValueError(f"{problem}: give template=, one of {names}, or the source of a Jinja template")
+    return "", template
+
+
+def named_templates(template: Any) -> dict[str, str]:
+    """The Jinja sources by name in an entry `chat_template`, which is one template ("default") or several."""
+    if isinstance(template, str):
+        return {"default": template}
     if isinstance(template, list):
         template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-    if isinstance(template, dict):
-        name = "tool_use" if variables.get("tools") and "tool_use" in template else "default"
-        if name not in template:
-            raise ValueError(
-                f"the chat templates of this tokenizer are {', '.join(map(str, template))}: give template= one"
-            )
-        template = template[name]
-    if template is not None and not isinstance(template, str):
-        raise ValueError(f"the chat_template of this tokenizer is not a text but {template!r:.40}: give template=")
-    return template
+    entries = template.items() if isinstance(template, dict) else ()
+    return {name: text for name, text in entries if text and isinstance(name, str) and isinstance(text, str)}
 
 
 def _encode_part(tokenizer: ChatTokenizer, part: ChatPart) -> list[int]:

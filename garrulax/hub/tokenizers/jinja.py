@@ -14,11 +14,9 @@ ValueError of one line:
 One limit remains: except for products and powers, the size of a value is checked after it has been computed. A hostile
 template can therefore take gigabytes for a moment, for example with `str.replace`.
 
-Why messages are escaped: users write messages, and a message that spells `<|im_end|>` must not end a message. So while
-the template runs, the first and last characters of control tokens are replaced, in all messages, by private characters,
-one for one. Whatever the template does with a message (strip, split, replace, join), all control tokens in the rendered
-text then come from the template. Their positions are noted, the private characters are replaced back, and the text
-between the control tokens is encoded as plain text.
+Messages are escaped (`escaping`), so that all control tokens in the rendered text come from the template. Their
+positions are noted, the original characters are put back, and the text between the control tokens is encoded as plain
+text.
 """
 
 import datetime
@@ -34,33 +32,48 @@ try:
 except ImportError as error:
     raise ImportError("a Jinja chat template needs jinja2: pip install 'garrulax[chat]'") from error
 
-from garrulax.hub.tokenizers.interface import ChatTokenizer, Message
+from garrulax.core.text import whole_characters
+from garrulax.hub.tokenizers import endings, escaping
+from garrulax.hub.tokenizers.escaping import Escaper, Original
+from garrulax.hub.tokenizers.interface import ChatTokenizer, Message, Span
 from garrulax.hub.tokenizers.token_config import token_variables
 
 SECONDS = 2.0  # time limit of a template
 LARGEST = 10_000_000  # limit of characters of a text, elements of a list, and the value of a whole number
 
 
-def encode_with_template(
-    tokenizer: ChatTokenizer, source: str, messages: Sequence[Message], variables: Mapping[str, Any]
-) -> list[int]:
-    """The ids of a conversation in a Jinja template.
+def render(
+    tokenizer: ChatTokenizer,
+    source: str,
+    messages: Sequence[Message],
+    variables: Mapping[str, Any],
+    continued: str | None = None,
+) -> tuple[str, list[Span]]:
+    """A conversation in a Jinja template: its text, and the places of the control tokens that the template wrote.
 
     Args:
-        tokenizer: Encodes the rendered text; its control tokens are protected.
+        tokenizer: Its control tokens are protected.
         source: The template.
         messages: The conversation; plain data (texts, numbers, lists, dicts).
         variables: Variables of the template, as in transformers, such as `add_generation_prompt` and `tools`.
+        continued: Key of the last message's text after which the result ends; None for the whole conversation.
 
     Raises:
         ValueError: The template fails or exceeds a limit, or the messages are not plain data; always one line.
     """
     if len(source) > LARGEST:
         raise ValueError(f"the chat template has {len(source)} characters, more than {LARGEST}")
-    escaper = _Escaper(tokenizer.specials, source, [messages, variables])
-    names = token_variables(tokenizer.config)
-    given = {"messages": escaper.escape(messages), "tools": None, "documents": None, **names}
-    rendered = _render(source, given | escaper.escape(variables))
+    source = whole_characters(source)
+    escaper = Escaper(tokenizer.specials, [source, messages, variables])
+    escaped = escaper.escape(messages)
+    if continued is not None:
+        escaped[-1] = endings.marked(escaped[-1], continued)
+    given = {"messages": escaped, "tools": None, "documents": None, **token_variables(tokenizer.config)}
+    rendered = _render(source, given | escaper.escape(variables), escaper.original)
+    if continued is not None:
+        endings.check(rendered, messages[-1], continued, escaper.escape)
+        rendered = endings.cut(rendered)
+    rendered = whole_characters(rendered)
     # Some tokenizer files read other letters, such as full-width ones, as a control token. These are not escaped and
     # may come from a message; so a span counts only if it contains the token's own text.
     spans = [
@@ -68,80 +81,17 @@ def encode_with_template(
         for start, end, token in tokenizer.find_specials(rendered)
         if any(content in rendered[start:end] for content, i in tokenizer.specials.items() if i == token)
     ]
-    return tokenizer.encode_with_specials(escaper.unescape(rendered), spans)
-
-
-class _Escaper:
-    """Replaces the first and last characters of control tokens by private characters, and back."""
-
-    def __init__(self, specials: Iterable[str], source: str, data: Any):
-        self._specials = specials = list(filter(None, specials))
-        ends = sorted({end for content in specials for end in (content[0], content[-1])})
-        used = set(json.dumps(data, ensure_ascii=False, default=str)) | set(source)
-        private = (chr(code) for code in range(0x100000, 0x10FFFE) if chr(code) not in used)
-        self._to_private = dict(zip(map(ord, ends), private, strict=False))
-        self._from_private = {ord(private): chr(end) for end, private in self._to_private.items()}
-        # A template may search messages for a text such as </think>. Such texts are not escaped, provided that they
-        # share no characters with a control token.
-        literals = {literal for literal in _literals(source) if not any(_can_overlap(literal, c) for c in specials)}
-        literals = {literal for literal in literals if literal != literal.translate(self._to_private)}
-        self._literal = re.compile("|".join(map(re.escape, sorted(literals, key=len, reverse=True))) or r"(?!)")
-
-    def escape(self, value: Any, key: str = "") -> Any:
-        """Plain data with all its texts escaped, except keys and roles that are words: templates compare those."""
-        if isinstance(value, str):
-            return value if key == "role" and self._is_word(value) else self._escape_text(value)
-        if value is None or type(value) in (bool, int, float):
-            return value
-        if isinstance(value, Mapping):
-            named = {str(name): entry for name, entry in value.items()}
-            return {
-                name if self._is_word(name) else self._escape_text(name): self.escape(entry, name)
-                for name, entry in named.items()
-            }
-        if isinstance(value, list | tuple):
-            return [self.escape(entry) for entry in value]
-        raise ValueError(f"a chat template takes texts, numbers, lists and dicts, not {type(value).__name__}")
-
-    def _is_word(self, text: str) -> bool:
-        return bool(re.fullmatch(r"[\w-]+", text)) and not any(content in text for content in self._specials)
-
-    def _escape_text(self, text: str) -> str:
-        pieces, at = [], 0
-        for match in self._literal.finditer(text):
-            pieces += [text[at : match.start()].translate(self._to_private), match[0]]
-            at = match.end()
-        return "".join([*pieces, text[at:].translate(self._to_private)])
-
-    def unescape(self, text: str) -> str:
-        """The text with its original characters; as long as `text`, so that positions stay valid."""
-        return text.translate(self._from_private)
-
-
-def _literals(source: str) -> set[str]:
-    """The texts that a template contains as constants."""
-    try:
-        constants = _Sandbox().parse(source).find_all(nodes.Const)
-        return {constant.value for constant in constants if isinstance(constant.value, str)}
-    except (jinja2.TemplateError, RecursionError):
-        return set()  # `_render` raises the error
-
-
-def _can_overlap(a: str, b: str) -> bool:
-    """Whether `a` and `b` can share characters of one text."""
-    if a in b or b in a:
-        return True
-    return any(a.endswith(b[:n]) or b.endswith(a[:n]) for n in range(1, min(len(a), len(b))))
+    return escaper.original(rendered), spans
 
 
 # -- The sandbox ------------------------------------------------------------------------------------------------------
 
 
-def _render(source: str, variables: dict[str, Any]) -> str:
+def _render(source: str, variables: dict[str, Any], original: Original) -> str:
     """The output of a template. Raises ValueError of one line for whatever goes wrong in it."""
-    environment = _Sandbox()
+    environment = _Sandbox(original)
     try:
-        tree = _LimitInserter().visit(environment.parse(source))
+        tree = _CheckInserter().visit(environment.parse(source))
         template = environment.template_class.from_code(environment, environment.compile(tree), environment.globals)
         return environment.concat(template.generate(**variables))
     except _TemplateException as error:
@@ -161,15 +111,20 @@ class _TemplateException(Exception):
 
 
 class _Sandbox(sandbox.ImmutableSandboxedEnvironment):
-    """jinja2's sandbox with limits of time and size; `_LimitInserter` inserts the calls that check them."""
+    """jinja2's sandbox with limits of time and size; `_CheckInserter` inserts the calls that check them."""
 
     intercepted_binops = frozenset(["*", "**"])
 
-    def __init__(self) -> None:
+    def __init__(self, original: Original) -> None:
         super().__init__(
             trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols, _Generation], optimized=False
         )
-        self.filters["tojson"] = _to_json
+        self._original = original
+        self.filters |= {"tojson": _to_json, "replace": self._replace}
+        self.tests |= dict.fromkeys(("eq", "==", "equalto"), self.equal) | {
+            "in": lambda x, whole: self.contains(whole, x)
+        }
+        self.tests |= dict.fromkeys(("ne", "!="), lambda a, b: not self.equal(a, b))
         self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
         del self.globals["lipsum"]  # writes texts of any length
         self._deadline = time.monotonic() + SECONDS
@@ -186,6 +141,26 @@ class _Sandbox(sandbox.ImmutableSandboxedEnvironment):
         if abs(size) > LARGEST:
             raise jinja2.TemplateRuntimeError(f"a value grows beyond {LARGEST}")
         return value
+
+    def equal(self, a: Any, b: Any) -> bool:
+        """`a == b` in a template, of original texts."""
+        return escaping.equal(self._original, a, b)
+
+    def contains(self, whole: Any, part: Any) -> bool:
+        """`part in whole` in a template, of original texts."""
+        return escaping.contains(self._original, whole, part)
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        """Any call in a template; methods that look for a text in a text get the original texts."""
+        text, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
+        if isinstance(text, str) and name in escaping.SEARCHES:
+            given = {key: x for key, x in kwargs.items() if key not in ("_loop_vars", "_block_vars")}  # jinja2's own
+            return escaping.search(__self._original, text, name, *args, **given)
+        return super().call(__context, __obj, *args, **kwargs)
+
+    def _replace(self, text: Any, old: str, new: str, count: int | None = None) -> str:
+        counts = () if count is None else (count,)
+        return escaping.search(self._original, str(text), "replace", str(old), str(new), *counts)
 
     def concat(self, pieces: Iterable[str]) -> str:
         """The output of a template, a macro or a block; its length is checked before it is joined."""
@@ -206,8 +181,11 @@ class _Sandbox(sandbox.ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
 
-class _LimitInserter(visitor.NodeTransformer):
-    """Inserts `tick` into every loop and macro, and `checked` around every expression that can create a large value."""
+class _CheckInserter(visitor.NodeTransformer):
+    """Inserts `tick` into every loop and macro, and `checked` around every expression that can create a large value.
+
+    Comparisons become calls of `equal` and `contains`.
+    """
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
@@ -226,6 +204,15 @@ class _LimitInserter(visitor.NodeTransformer):
     def visit_Expression(self, node: nodes.Expr) -> nodes.Node:
         self.generic_visit(node)
         return _call("checked", node)
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
+        self.generic_visit(node)
+        if len(node.ops) > 1 or node.ops[0].op not in ("eq", "ne", "in", "notin"):
+            return node
+        operator, right = node.ops[0].op, node.ops[0].expr
+        is_search = operator.endswith("in")
+        answer = _call("contains", right, node.expr) if is_search else _call("equal", node.expr, right)
+        return nodes.Not(answer) if operator in ("ne", "notin") else answer
 
     visit_Add = visit_Concat = visit_Mul = visit_Pow = visit_Mod = visit_Call = visit_Expression
 
@@ -265,6 +252,6 @@ def _to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
     text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
-    if ensure_ascii:  # private characters stay: `_Escaper.unescape` must find them
+    if ensure_ascii:  # private characters stay: `Escaper.original` must find them
         text = re.sub(r"[^\x00-\x7f\U00100000-\U0010fffd]", lambda match: json.dumps(match[0])[1:-1], text)
     return text

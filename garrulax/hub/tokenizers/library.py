@@ -11,9 +11,10 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from garrulax.core.text import whole_characters
 from garrulax.hub.tokenizers.base import Tokenizer, sha256
 from garrulax.hub.tokenizers.interface import GPT_SPECIALS, Span
-from garrulax.hub.tokenizers.token_config import role_ids
+from garrulax.hub.tokenizers.token_config import extra_tokens, role_ids
 
 EOS_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")  # eos, if the files do not name it
 
@@ -23,10 +24,10 @@ class JsonTokenizer(Tokenizer):
 
     Args:
         tokenizer: The library's object; its padding and truncation are switched off.
-        config: Content of tokenizer_config.json, which may name bos, eos and pad.
+        config: Content of tokenizer_config.json, which may name bos, eos, pad and further control tokens.
 
     Raises:
-        ValueError: `config` names a token that does not exist, or the decoder is of type CTC.
+        ValueError: A token in `config` is not a text, or the decoder is of type CTC.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, config: dict[str, Any] | None = None):
@@ -43,6 +44,7 @@ class JsonTokenizer(Tokenizer):
         self.pad = named.get("pad", self.specials.get("[PAD]"))
         contents = {i: content for content, i in ids.items()}
         self.specials |= {contents[i]: i for i in (self.bos, self.eos, self.pad) if i is not None}
+        self.specials |= {content: ids[content] for content in extra_tokens(self.config) if content in ids}
         self.vocab = max(ids.values(), default=-1) + 1
         unknown = getattr(tokenizer.model, "unk_token", None)  # plain text may encode to it
         self._controls = {i for content, i in self.specials.items() if content != unknown}
@@ -86,8 +88,9 @@ class JsonTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str], *, start: bool = True) -> list[list[int]]:
         """`encode` of every text, on all cores. Raises ValueError that names characters missing in the vocabulary."""
         tokenizer = self._tokenizer if start else self._without_dummy
+        texts = list(map(whole_characters, texts))
         try:
-            encoded = [e.ids for e in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+            encoded = [e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
         except Exception as error:  # the library raises nothing more specific
             known = tokenizer.get_vocab()
             missing = sorted({c for text in texts for c in text if c not in known})
@@ -177,7 +180,7 @@ class ByteTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str], *, start: bool = True) -> list[list[int]]:
         """The bytes of every text."""
-        return [list(text.encode()) for text in texts]
+        return [list(whole_characters(text).encode()) for text in texts]
 
     def token_bytes(self, token: int) -> bytes:
         """The byte itself."""

@@ -4,7 +4,9 @@ The work has three steps: `find_tokenizer` chooses a file; `_read_json_files` re
 `_load_file` builds the tokenizer, with the facts of its family (`families`), which the files do not state.
 """
 
+import codecs
 import dataclasses
+import logging
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -17,11 +19,13 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from garrulax.hub.json_files import read_object
 from garrulax.hub.tokenizers import families, token_config
 from garrulax.hub.tokenizers.base import Tokenizer
+from garrulax.hub.tokenizers.chat import named_templates
 from garrulax.hub.tokenizers.ice import IceTokenizer
 from garrulax.hub.tokenizers.library import EOS_NAMES, JsonTokenizer
 from garrulax.hub.tokenizers.pieces import SentencePieceTokenizer
 from garrulax.hub.tokenizers.ranks import is_ranks, read_ranks, tokenizer_from_ranks
 
+_log = logging.getLogger(__name__)
 #: File of a vocabulary -> file of its merges, as Hugging Face and as openai/finetune-transformer-lm name them.
 MERGES = {"vocab.json": "merges.txt", "encoder_bpe_40000.json": "vocab_40000.bpe"}
 
@@ -31,9 +35,12 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 
     A folder may hold tokenizer.json, tokenizer.model (or any single *.model, of SentencePiece or tiktoken), vocab.json
     with merges.txt, or vocab.txt. Names of bos, eos and pad come from tokenizer_config.json or special_tokens_map.json
-    beside it, further control tokens from added_tokens.json, a chat template from tokenizer_config.json or
-    chat_template.jinja. Facts that only the code of a family states come from `families`. If no source names eos, it is
-    the eos of the SentencePiece model, or else a control token with a usual name, such as <|endoftext|>.
+    beside it, further control tokens from added_tokens.json or tokenizer_config.json. Facts that only the code of a
+    family states come from `families`. If no source names eos, it is the eos of the SentencePiece model, or else a
+    control token with a usual name, such as <|endoftext|>.
+
+    Chat templates come from additional_chat_templates/NAME.jinja, and the one named "default" from chat_template.jinja,
+    chat_template.json or tokenizer_config.json, in this order.
 
     Args:
         path: A tokenizer file (`*.model`, `tokenizer.json`, ...) or a folder that holds one.
@@ -83,10 +90,11 @@ class _JsonFiles:
     """Content of the JSON files beside a tokenizer file.
 
     Attributes:
-        config: tokenizer_config.json, completed with special_tokens_map.json and chat_template.jinja.
+        config: tokenizer_config.json, completed with special_tokens_map.json and the files of chat templates.
         model: Config.json.
         generation: generation_config.json.
         listed: Text -> id of the control tokens that files list.
+        ordinary: Text -> id of the added tokens that files list as ordinary ones.
         named: Texts of all added tokens that files name, control tokens or not.
     """
 
@@ -94,6 +102,7 @@ class _JsonFiles:
     model: dict[str, Any]
     generation: dict[str, Any]
     listed: dict[str, int]
+    ordinary: dict[str, int]
     named: frozenset[str]
 
     def family(self, file: str, ranks: int = 0) -> str | None:
@@ -109,34 +118,48 @@ def _read_json_files(folder: Path) -> _JsonFiles:
     names = ("special_tokens_map.json", "tokenizer_config.json", "config.json", "generation_config.json")
     tokens, config, model, generation = (_read_json(folder / name) for name in names)
     config = tokens | config
-    if (template := folder / "chat_template.jinja").is_file():
-        config["chat_template"] = template.read_text(encoding="utf-8")
-    listed = _read_json(folder / "added_tokens.json")
-    named = frozenset(listed)
-    for token, entry in config.get("added_tokens_decoder", {}).items():
-        named |= {entry["content"]}
-        if entry.get("special"):
-            listed[entry["content"]] = int(token)
-    return _JsonFiles(config, model, generation, listed, named)
+    if (templates := _chat_templates(folder, config)) is not None:
+        config["chat_template"] = templates
+    listed: dict[str, int] = _read_json(folder / "added_tokens.json")
+    ordinary: dict[str, int] = {}
+    for token, entry in (config.get("added_tokens_decoder") or {}).items():
+        (listed if entry.get("special") else ordinary)[entry["content"]] = int(token)
+    return _JsonFiles(config, model, generation, listed, ordinary, frozenset((*listed, *ordinary)))
+
+
+def _chat_templates(folder: Path, config: dict[str, Any]) -> str | list[dict[str, str]] | None:
+    """The entry `chat_template` with the templates in files, which take precedence; None if there are no such files."""
+    files = {path.stem: path for path in sorted(folder.glob("additional_chat_templates/*.jinja"))}
+    if (main := folder / "chat_template.jinja").is_file():
+        files["default"] = main
+    found = {name: path.read_text(encoding="utf-8-sig") for name, path in files.items()}
+    if "default" not in found and (more := _read_json(folder / "chat_template.json").get("chat_template")):
+        found |= named_templates(more)
+    if not found:
+        return None
+    found = named_templates(config.get("chat_template")) | found
+    if found.keys() == {"default"}:
+        return found["default"]
+    return [{"name": name, "template": source} for name, source in found.items()]  # as transformers writes several
 
 
 def _load_file(file: Path) -> Tokenizer:
     """The tokenizer in `file`, read by its name; a .model by its content."""
     beside = _read_json_files(file.parent)
     if file.suffix == ".model":
-        content = file.read_bytes()
+        content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
         return (_load_ranks if is_ranks(content) else _load_sentencepiece)(file.name, content, beside)
     if file.name == "tokenizer.json":
-        tokenizer = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+        tokenizer = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8-sig"))
+        _add_listed(tokenizer, beside)
         specials = frozenset(t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special)
         beside = dataclasses.replace(beside, named=specials)  # tokenizer.json itself lists its added tokens
         family = beside.family(file.name)
         return families.apply_family(JsonTokenizer(tokenizer, beside.settings(family, specials)), family)
     if file.name in MERGES:
-        return _assemble(_bpe(file, file.with_name(MERGES[file.name])), beside, beside.family(file.name))
+        return _assemble(_bpe(file, file.with_name(MERGES[file.name]), beside.config), beside, beside.family(file.name))
     if file.name == "vocab.txt":
-        lowercase = beside.config.get("do_lower_case", True)
-        return _assemble(_bert(file, lowercase), beside, beside.family(file.name))
+        return _assemble(_bert(file, beside.config), beside, beside.family(file.name))
     raise ValueError("unknown kind of file; expected *.model, tokenizer.json, vocab.json or vocab.txt")
 
 
@@ -173,7 +196,7 @@ def _assemble(tokenizer: tokenizers.Tokenizer, beside: _JsonFiles, family: str |
     """Adds control tokens and the family's prefix. Raises ValueError if a token would not get the id in its file."""
     added = families.added_tokens(family, tokenizer.get_vocab_size(), beside.listed)
     config = beside.settings(family, added)
-    own = token_config.token_variables(config).values()
+    own = (*token_config.token_variables(config).values(), *token_config.extra_tokens(config))
     tokenizer.add_special_tokens([content for content in own if tokenizer.token_to_id(content) is not None])
     for content, token in sorted(added.items(), key=lambda item: item[1]):
         tokenizer.add_special_tokens([content])
@@ -181,7 +204,13 @@ def _assemble(tokenizer: tokenizers.Tokenizer, beside: _JsonFiles, family: str |
             raise ValueError(
                 f"token {content!r} would have id {tokenizer.token_to_id(content)}, but its file says {token}"
             )
-    if family is not None and (prefix := families.TOKENIZER_FAMILIES[family].prefix):
+    prefix = () if family is None else families.TOKENIZER_FAMILIES[family].prefix
+    if not prefix and token_config.flag(config, "add_bos_token"):
+        bos = token_config.token_content(config.get("bos_token"))
+        if bos is None or tokenizer.token_to_id(bos) is None:
+            raise ValueError(f"tokenizer_config.json: add_bos_token needs a bos_token that has an id, not {bos!r}")
+        prefix = (bos,)
+    if prefix:
         # In the tokenizer.json that `save` writes, other libraries find the prefix in the post-processor.
         ids = [(content, tokenizer.token_to_id(content)) for content in prefix]
         single, pair = ([*prefix, *texts] for texts in (["$A"], ["$A", "$B"]))
@@ -189,23 +218,55 @@ def _assemble(tokenizer: tokenizers.Tokenizer, beside: _JsonFiles, family: str |
     return families.apply_family(JsonTokenizer(tokenizer, config), family)
 
 
-def _bpe(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
+def _add_listed(tokenizer: tokenizers.Tokenizer, beside: _JsonFiles) -> None:
+    """Adds the tokens that files beside a tokenizer.json list and it lacks, but none that would get another id."""
+    for content, token in sorted((beside.ordinary | beside.listed).items(), key=lambda item: item[1]):
+        known = tokenizer.token_to_id(content)
+        if known is None and token == max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1:
+            is_control = content in beside.listed
+            (tokenizer.add_special_tokens if is_control else tokenizer.add_tokens)([content])
+        elif known != token:
+            _log.warning(
+                "token %r is left out: its file says id %d, tokenizer.json has %s", content, token,
+                "no place for it" if known is None else f"it at {known}",
+            )  # fmt: skip
+        elif content in beside.listed:
+            tokenizer.add_special_tokens([content])
+
+
+def _bpe(vocab: Path, merges: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
     """Byte-level BPE as openai/gpt-2 published it, or GPT-1's BPE, recognised by the many tokens that end in </w>."""
     if not merges.exists():
         raise FileNotFoundError(f"no tokenizer: {vocab} needs a {merges.name} beside it")
-    if 4 * sum(token.endswith("</w>") for token in _read_json(vocab)) > len(_read_json(vocab)):
-        return _gpt1(vocab, merges)
-    tokenizer = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    ids, pairs = _read_json(vocab), _read_merges(merges)
+    if 4 * sum(token.endswith("</w>") for token in ids) > len(ids):
+        return _gpt1(ids, pairs)
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=pairs))
+    add_prefix_space = token_config.flag(config, "add_prefix_space")
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([name for name in EOS_NAMES if tokenizer.token_to_id(name) is not None])
     return tokenizer
 
 
-def _gpt1(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
+def _read_merges(path: Path) -> list[tuple[str, str]]:
+    """The merges in a file: two tokens a line, after lines of comment."""
+    merges = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+        line = line.removesuffix("\r")
+        if not line or line.startswith("#version"):
+            continue
+        pair = line.split(" ")
+        if len(pair) != 2:
+            raise ValueError(f"{path.name}: line {number} is not two tokens: {line[:40]!r}")
+        merges.append((pair[0], pair[1]))
+    return merges
+
+
+def _gpt1(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
     """GPT-1's BPE after BERT's lower-casing and splitting, as in transformers without spaCy: newlines become spaces."""
     tokenizer = tokenizers.Tokenizer(
-        models.BPE.from_file(str(vocab), str(merges), unk_token="<unk>", end_of_word_suffix="</w>")
+        models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", end_of_word_suffix="</w>")
     )
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -213,9 +274,17 @@ def _gpt1(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _bert(vocab: Path, lowercase: bool) -> tokenizers.Tokenizer:
+def _bert(vocab: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
     """WordPiece as google-research/bert published it; GLM-base and -large use it."""
-    wordpiece = tokenizers.BertWordPieceTokenizer(str(vocab), lowercase=lowercase)
+    if not token_config.flag(config, "do_basic_tokenize", default=True):
+        raise ValueError("tokenizer_config.json: do_basic_tokenize=false is not implemented")
+    words = vocab.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    wordpiece = tokenizers.BertWordPieceTokenizer(
+        {word.rstrip(): i for i, word in enumerate(words)},
+        lowercase=token_config.flag(config, "do_lower_case", default=True),
+        handle_chinese_chars=token_config.flag(config, "tokenize_chinese_chars", default=True),
+        strip_accents=None if config.get("strip_accents") is None else token_config.flag(config, "strip_accents"),
+    )
     return tokenizers.Tokenizer.from_str(wordpiece.to_str())
 
 

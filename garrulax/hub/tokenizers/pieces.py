@@ -10,8 +10,9 @@ from typing import Any
 
 import sentencepiece
 
+from garrulax.core.text import whole_characters
 from garrulax.hub.tokenizers.base import Tokenizer, sha256
-from garrulax.hub.tokenizers.token_config import role_ids
+from garrulax.hub.tokenizers.token_config import extra_tokens, flag, role_ids
 
 SPACE = "\u2581"  # SentencePiece's visible space
 #: Appended to a model, these bytes set add_dummy_prefix=False: field 3 (normalizer_spec) of the protobuf, with field 3
@@ -25,11 +26,11 @@ class SentencePieceTokenizer(Tokenizer):
     Args:
         model: Content of a `.model` file.
         specials: Text -> id of further control tokens, usually with ids after those of the model.
-        config: Content of tokenizer_config.json, which may name bos, eos and pad.
+        config: Content of tokenizer_config.json, which may name bos, eos, pad and further control tokens.
         offset: Added to every id of the model; the ids below stand for nothing (GLM-130B's pictures).
 
     Raises:
-        ValueError: `config` names a token that does not exist.
+        ValueError: A setting in `config` has a value of the wrong kind.
     """
 
     file = "tokenizer.model"  # the name under which `save` writes the model
@@ -44,11 +45,14 @@ class SentencePieceTokenizer(Tokenizer):
         self._model, self._offset = model, offset
         self.config = dict(config or {})
         self._sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+        if not flag(self.config, "add_prefix_space", default=True):
+            self._sp = self._without_dummy
         size = self._sp.vocab_size()
         pieces = {self._sp.id_to_piece(i): i + offset for i in range(size)}
         controls = {content: i for content, i in pieces.items() if self._sp.is_control(i - offset)}
         unknown = self._sp.unk_id() + offset
-        self.specials = controls | {content: i for content, i in (specials or {}).items() if i != unknown}
+        extra = {content: pieces[content] for content in extra_tokens(self.config) if content in pieces}
+        self.specials = controls | {c: i for c, i in (extra | (specials or {})).items() if i != unknown}
         self.vocab = max([size + offset, *(i + 1 for i in self.specials.values())])
         self._controls = {i: content for content, i in self.specials.items()}
         self._forgeable = self._controls.keys() & (set(pieces.values()) - set(controls.values()))
@@ -57,7 +61,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.bos, self.eos, self.pad = (roles.get(role) for role in ("bos", "eos", "pad"))
         # LLaMA's own tokenizer class adds bos unless the file says otherwise.
         is_llama = str(self.config.get("tokenizer_class", "")).startswith("Llama")
-        if self.bos is not None and self.config.get("add_bos_token", is_llama):
+        if self.bos is not None and flag(self.config, "add_bos_token", default=is_llama):
             self.prefix = (self.bos,)
         self._restarts_after_specials = self.config.get("legacy", True)  # as in transformers
         self.strips_space = self._sp.encode("a", out_type=str)[0].startswith(SPACE)
@@ -74,6 +78,7 @@ class SentencePieceTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str], *, start: bool = True) -> list[list[int]]:
         """`encode` of every text, on all cores. A model without byte pieces maps unknown characters to its <unk>."""
         sp = self._sp if start or not self.strips_space else self._without_dummy
+        texts = list(map(whole_characters, texts))
         threads = min(len(texts), os.cpu_count() or 1) or 1
         encoded = sp.encode([self._prepare(text) for text in texts], num_threads=threads)
         if self._offset:

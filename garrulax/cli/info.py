@@ -9,7 +9,11 @@ from pathlib import Path
 from garrulax import hub, models
 from garrulax.cli.models import find_model
 from garrulax.core.config import ModelConfig
+from garrulax.hub.download import find_folder
+from garrulax.hub.gguf import read_container
+from garrulax.hub.gguf.blocks import FORMATS
 from garrulax.hub.matching import match
+from garrulax.hub.reading import open_checkpoint
 from garrulax.hub.tensors import BITS, open_tensors
 from garrulax.models.summary import Summary, bytes_of, summarize
 
@@ -24,11 +28,11 @@ def info(args: argparse.Namespace) -> None:
     config = config_of(args.model, args.ignore)
     print(describe(args.model, config))
     if args.model not in models.presets() and Path(args.model).exists():
-        print("\n" + _section("weights", _weights(Path(find_model(args.model)), config)))
+        print("\n" + _section("weights", _weights(find_folder(find_model(args.model)), config)))
 
 
 def config_of(name: str, ignore: Collection[str] = ()) -> ModelConfig:
-    """The config of a preset, a model folder or a run.
+    """The config of a preset, a model folder, a GGUF file or a run.
 
     Args:
         name: Its name.
@@ -60,23 +64,36 @@ def _section(title: str, rows: list[tuple[str, str]]) -> str:
 
 
 def _weights(folder: Path, config: ModelConfig) -> list[tuple[str, str]]:
-    """Rows about the weights in a folder, from the headers of its files."""
+    """Rows about the weights in a folder or GGUF file, from the headers of its files."""
     try:
-        found = open_tensors(folder)
+        tensors = _stored(folder)
     except (FileNotFoundError, ValueError) as error:
         return [("none", str(error))]
-    tensors = found.values()
-    files = sorted({Path(str(t.file.name)).name for t in tensors})
+    files = sorted({name for name, *_ in tensors})
     rows = [("files", ", ".join(files) if len(files) < 4 else f"{files[0]} ... {files[-1]} ({len(files)})")]
-    for dtype in sorted({t.dtype for t in tensors}):
-        numbers = [math.prod(t.shape) for t in tensors if t.dtype == dtype]
-        size = _size(sum(numbers) * BITS[dtype] // 8)
-        rows.append((dtype, f"{len(numbers):,} tensors, {sum(numbers):,} numbers, {size}"))
+    for dtype in sorted({kind for _, kind, *_ in tensors}):
+        of_kind = [(numbers, size) for _, kind, numbers, size in tensors if kind == dtype]
+        numbers, size = (sum(column) for column in zip(*of_kind, strict=True))
+        rows.append((dtype, f"{len(of_kind):,} tensors, {numbers:,} numbers, {_size(size)}"))
     try:
-        match(found, models.parameters(config), config, folder)
+        if folder.is_file():
+            open_checkpoint(folder)
+        else:  # config.json has been read: its warnings are not repeated
+            match(open_tensors(folder), models.parameters(config), config, folder)
     except (FileNotFoundError, ValueError) as error:
         return [*rows, ("misfit", str(error))]
     return [*rows, ("fit", "all that config.json asks for is there")]
+
+
+def _stored(folder: Path) -> list[tuple[str, str, int, int]]:
+    """Name of the file, type, number of numbers and of bytes of each stored tensor."""
+    if folder.is_file():
+        entries = [
+            (Path(str(e.file.name)).name, FORMATS[e.kind], e.shape) for e in read_container(folder).tensors.values()
+        ]
+        return [(file, kind.name, math.prod(shape), kind.size(shape)) for file, kind, shape in entries]
+    found = [(Path(str(t.file.name)).name, t.dtype, math.prod(t.shape)) for t in open_tensors(folder).values()]
+    return [(file, dtype, count, count * BITS[dtype] // 8) for file, dtype, count in found]
 
 
 def _fields(config: ModelConfig) -> list[tuple[str, str]]:

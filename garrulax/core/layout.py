@@ -53,6 +53,20 @@ class TensorLayout:
         """Puts the parameter to its place in the tensor to store, which must be contiguous: the inverse of `read`."""
         stored.reshape(self.split)[self.index] = parameter.transpose(np.argsort(self.order))
 
+    def transposed(self) -> "TensorLayout":
+        """The layout of the same parameter in the transpose of the stored tensor, which must have two dimensions."""
+        rows, columns = re.findall(r"\([\w ]+\)|\w+", self.pattern.partition("->")[0])
+        cut, count = len(rows.strip("()").split()), len(self.split)
+        moved = [(at - cut) % count for at, i in enumerate(self.index) if not isinstance(i, int)]
+        return dataclasses.replace(
+            self,
+            pattern=f"{columns} {rows} ->{self.pattern.partition('->')[2]}",
+            stored_shape=self.stored_shape[::-1],
+            split=self.split[cut:] + self.split[:cut],
+            index=self.index[cut:] + self.index[:cut],
+            order=tuple(sorted(moved).index(moved[i]) for i in self.order),
+        )
+
 
 def parse_layout(name: str, pattern: str, sizes: Mapping[str, int], parts: Mapping[str, Part]) -> TensorLayout:
     """The layout that a pattern describes.

@@ -1,4 +1,4 @@
-"""Converts a model folder: to another dtype, other file sizes, or another dialect of config.json and tensor names."""
+"""Converts a model folder or GGUF file: to another dtype, other file sizes, or another dialect of config.json."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ import numpy as np
 from garrulax.core import spec
 from garrulax.hub import streaming
 from garrulax.hub.download import find_folder
-from garrulax.hub.reading import open_checkpoint, stored_dtype
+from garrulax.hub.reading import open_checkpoint, stored_dtype, tokenizer_of
 from garrulax.hub.tensors import DTYPES, StoredTensor, file_to_copy
 from garrulax.hub.writing import COMPANIONS, Entries, Progress, TensorPart, write_folder
 from garrulax.models import family, parameters
@@ -28,12 +28,14 @@ def convert_folder(
 ) -> None:
     """Writes the model in `source` to the folder `target` as `save` would, without loading it.
 
-    Memory holds one tensor at a time. The tokenizer's files and generation_config.json are copied.
+    Memory holds one tensor at a time. The tokenizer's files and generation_config.json are copied; those of a GGUF
+    file are made from its metadata.
 
     Args:
-        source: A model folder, or a name on the Hugging Face hub.
+        source: A model folder, a GGUF file, or a name on the Hugging Face hub.
         target: The folder to write.
-        dtype: Dtype of all tensors, such as "bfloat16"; None keeps the stored ones.
+        dtype: Dtype of all tensors, such as "bfloat16"; None keeps the stored ones. Of a GGUF file, None means the
+            dtype of its matrices, or float32 where they are quantised.
         max_shard_size: As in `save`.
         dialect: Format of the checkpoint, if the family has several: "glm", for example, turns a ChatGLM checkpoint
             into one that transformers loads with its own class. None keeps the format.
@@ -50,7 +52,10 @@ def convert_folder(
     if folder == goal or folder in goal.parents or goal in folder.parents:
         raise ValueError(f"{target} and {source} are one folder, or one lies in the other: choose another target")
     checkpoint = open_checkpoint(folder, ignore)
-    config = checkpoint.config
+    config, gguf = checkpoint.config, checkpoint.gguf
+    tokenizer = None if gguf is None else tokenizer_of(checkpoint)
+    if gguf is not None and numpy_dtype is None:
+        numpy_dtype = gguf.dtype
     if dialect is not None:
         if "dialect" not in {field.name for field in dataclasses.fields(config)}:
             raise ValueError(f"dialect={dialect!r}: a {family(config).DIALECTS[0].model_type} has only one")
@@ -58,6 +63,10 @@ def convert_folder(
     entries = _converted_entries(checkpoint.specs, parameters(config), checkpoint.tensors, numpy_dtype)
 
     def add_files(temporary: Path) -> None:
+        if gguf is not None:
+            if tokenizer is not None:
+                tokenizer.save(temporary)
+            return
         for pattern in COMPANIONS:
             for file in folder.glob(pattern):
                 copy = temporary / file.relative_to(folder)

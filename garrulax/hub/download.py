@@ -1,7 +1,9 @@
-"""Finds the folder of a model; downloads it from the Hugging Face hub if needed."""
+"""Finds the folder or GGUF file of a model; downloads a folder from the Hugging Face hub if needed."""
 
 import re
 from pathlib import Path
+
+from garrulax.hub.gguf import find_gguf, is_gguf
 
 #: Files that a model needs. Other files of a repository, such as weights for other frameworks, are not downloaded.
 FILES = (
@@ -14,17 +16,23 @@ LEFT_OUT = ("[!a]*/*", "a[!d]*/*", "ad[!d]*/*", "consolidated*")
 
 
 def find_folder(path: str | Path) -> Path:
-    """The local folder `path`, or a download of it if there is none and `path` looks like `organisation/name`.
+    """The local folder or GGUF file `path`, or a download of it if there is none and it looks like `organisation/name`.
+
+    Of a folder without config.json that holds one GGUF file, that file.
 
     Raises:
         FileNotFoundError: There is no such folder, and the hub did not give it; the message says what to do.
-        ValueError: `path` is a file.
+        ValueError: `path` is another file, or a folder with several GGUF files.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
+        return find_gguf(folder) or folder
+    if is_gguf(folder):
         return folder
     if folder.exists():
-        raise ValueError(f"{path} is a file: give the folder that holds config.json and the safetensors")
+        raise ValueError(
+            f"{path} is a file: give the folder that holds config.json and the safetensors, or a file in GGUF format"
+        )
     if not isinstance(path, str) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
         raise FileNotFoundError(f"there is no folder {path}")
     return _download(path)

@@ -1,4 +1,4 @@
-"""Loads a Hugging Face folder as a Model: every tensor is read from its file directly into its final array."""
+"""Loads a Hugging Face folder or a GGUF file as a Model: every tensor is read directly into its final array."""
 
 import dataclasses
 import functools
@@ -21,6 +21,7 @@ from garrulax.core.names import nearest
 from garrulax.hub import streaming
 from garrulax.hub.download import find_folder
 from garrulax.hub.generation import read_generation, with_ends
+from garrulax.hub.gguf import GGUFModel, open_gguf, read_gguf_config, read_gguf_tokenizer
 from garrulax.hub.json_files import read_object
 from garrulax.hub.matching import match
 from garrulax.hub.model import Model
@@ -39,24 +40,26 @@ def load(
     only: Collection[str] | None = None,
     ignore: Collection[str] = (),
 ) -> Model:
-    """Loads the model in a Hugging Face folder: config.json, safetensors (with an index if several), tokenizer.
+    """Loads the model in a Hugging Face folder (config.json, safetensors, tokenizer) or in a GGUF file.
 
     On CPUs the parameters are read directly into their final memory. For other devices, host memory holds two tensors
     of one layer at a time. All checks are made before any parameter is allocated.
 
     Args:
-        path: The folder, or a name on the Hugging Face hub such as "openai-community/gpt2" (extra `hub`).
+        path: The folder; a GGUF file, or a folder with one; or a name on the Hugging Face hub such as
+            "openai-community/gpt2" (extra `hub`).
         mesh: Shards the parameters by `rules` from the start. Each process then reads only the parts of the files that
             its devices need.
-        dtype: Dtype of the parameters; None keeps the stored one.
+        dtype: Dtype of the parameters; None keeps the stored one. Of a GGUF file, None means float32 on CPUs, and on
+            other devices the dtype of its matrices, or bfloat16 where they are quantised.
         rules: Name or table of sharding rules (`core.sharding`); used only with a mesh.
         only: top-level names of the parameters to read, such as ("tokens", "head"); None reads all.
         ignore: Keys of config.json to leave out, as if the file did not have them, such as ["sparsity"] or
             ["rope_scaling.finetuned"]: a way past keys that are refused but do not change what the model computes.
 
     Returns:
-        The model; its tokenizer is None if the folder has none. The end tokens in generation_config.json win over those
-        in config.json.
+        The model; its tokenizer is None if the folder or file has none. The end tokens in generation_config.json win
+        over those in config.json.
 
     Raises:
         FileNotFoundError: The folder or a file in it is missing.
@@ -77,33 +80,39 @@ def load(
     checkpoint = open_checkpoint(find_folder(path), ignore)
     generation = read_generation(checkpoint.folder)
     specs = {name: tree for name, tree in checkpoint.specs.items() if only is None or name in only}
-    tensors = checkpoint.tensors
+    tensors, tokenizer = checkpoint.tensors, tokenizer_of(checkpoint)
+    if dtype is None and checkpoint.gguf is not None:
+        dtype = _gguf_dtype(checkpoint.gguf, mesh)
     places = spec.map_specs(lambda _: None, specs) if mesh is None else sharding.shardings(specs, mesh, rules)
     dtypes = spec.map_specs(lambda s: _jax_dtype(s, stored_dtype(s, tensors, dtype)), specs)
     params = spec.map_specs(lambda s, kind, place: _parameter(s, tensors, kind, place), specs, dtypes, places)
-    config = with_ends(checkpoint.config, generation)
-    return Model(config, params, _tokenizer(checkpoint.folder), generation)
+    return Model(with_ends(checkpoint.config, generation), params, tokenizer, generation)
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A folder whose config.json and tensors fit each other.
+    """A folder whose config.json and tensors fit each other, or a GGUF file.
 
     Attributes:
-        folder: The folder.
+        folder: The folder, or the GGUF file.
         config: Configuration of the model.
         specs: Its ParamSpec tree.
         tensors: The stored tensors, by the names in the ParamSpec tree.
+        gguf: What else a GGUF file says; None for a folder.
     """
 
     folder: Path
     config: ModelConfig
     specs: spec.Tree
     tensors: dict[str, StoredTensor]
+    gguf: GGUFModel | None = None
 
 
 def open_checkpoint(folder: Path, ignore: Collection[str] = ()) -> Checkpoint:
-    """The checkpoint in a folder, checked; only config.json and headers are read. Raises as `load` does."""
+    """The checkpoint in a folder or GGUF file, checked; reads config.json and headers only. Raises as `load` does."""
+    if folder.is_file():
+        found = open_gguf(folder, family_of)
+        return Checkpoint(folder, found.config, found.specs, found.tensors, found)
     config = config_in(folder, ignore)
     if (folder / "adapter_config.json").exists():
         _log.warning("%s holds an adapter too (adapter_config.json), which is not applied to the weights", folder)
@@ -112,10 +121,10 @@ def open_checkpoint(folder: Path, ignore: Collection[str] = ()) -> Checkpoint:
 
 
 def load_config(path: str | Path, ignore: Collection[str] = ()) -> ModelConfig:
-    """The Config of a Hugging Face folder or of a name on the hub; reads no tensors.
+    """The Config of a Hugging Face folder, of a GGUF file or of a name on the hub; reads no tensors.
 
     Args:
-        path: The folder or name.
+        path: The folder, file or name.
         ignore: Keys of config.json to leave out, as in `load`.
 
     Raises:
@@ -137,7 +146,9 @@ def load_config(path: str | Path, ignore: Collection[str] = ()) -> ModelConfig:
 
 
 def config_in(folder: Path, ignore: Collection[str] = ()) -> ModelConfig:
-    """The Config of a local folder. Raises as `load` does."""
+    """The Config of a local folder or GGUF file. Raises as `load` does."""
+    if folder.is_file():
+        return read_gguf_config(folder, family_of)[3]
     return parse_config(without(read_config_json(folder), ignore), str(folder / "config.json"))
 
 
@@ -257,5 +268,16 @@ def _read_parameter(
     return out if stacked else out[0]
 
 
-def _tokenizer(folder: Path) -> Tokenizer | None:
-    return None if find_tokenizer(folder) is None else load_tokenizer(folder)
+def _gguf_dtype(found: GGUFModel, mesh: Mesh | None) -> np.dtype:
+    """Dtype of the parameters of a GGUF file where none is asked for."""
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    if platform == "cpu":
+        return np.dtype(np.float32)
+    return jnp.dtype(jnp.bfloat16) if found.quantised else found.dtype
+
+
+def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer | None:
+    """The tokenizer of a checkpoint; None if it has none. Raises ValueError for one that cannot be read."""
+    if checkpoint.gguf is not None:
+        return read_gguf_tokenizer(checkpoint.gguf.container.metadata, checkpoint.gguf.raw, checkpoint.folder)
+    return None if find_tokenizer(checkpoint.folder) is None else load_tokenizer(checkpoint.folder)

@@ -187,10 +187,10 @@ class Scratch:
 def _read_block(b: Block, scratch: Scratch, converted: Scratch) -> None:
     rows, columns = b.target.shape
     if b.straight:
-        read_bytes(b.tensor, b.first, b.step, list(b.target.view(np.uint8)))
+        b.tensor.read(b.first, b.step, list(b.target.view(np.uint8)))
         return
     block, buffers = scratch.rows(rows, columns * b.dtype.itemsize)
-    read_bytes(b.tensor, b.first, b.step, buffers)
+    b.tensor.read(b.first, b.step, buffers)
     numbers = block.view(b.dtype)  # [rows, columns]
     if b.target.dtype != b.dtype:  # convert, then transpose: both in one assignment is six times slower
         numbers = converted.rows(rows, columns * b.target.itemsize)[0].view(b.target.dtype)
@@ -201,35 +201,10 @@ def _read_block(b: Block, scratch: Scratch, converted: Scratch) -> None:
     b.target[...] = numbers
 
 
-def read_bytes(tensor: StoredTensor, first: int, step: int, rows: list) -> None:
-    """Fills buffers from the file: row i begins at number `first + i * step` of the flattened tensor.
-
-    Args:
-        tensor: The stored tensor.
-        first: Index of the first number of row 0.
-        step: Distance from row to row, in numbers.
-        rows: Writable buffers, all of one size in bytes.
-
-    Raises:
-        ValueError: The file ends too early.
-    """
-    size = tensor.numpy_dtype.itemsize
-    start, width = tensor.start + first * size, len(rows[0])
-    if step * size == width and os.preadv(tensor.file.fileno(), rows, start) == width * len(rows):
-        return
-    for i, row in enumerate(rows):
-        done = 0
-        while done < width:
-            count = os.preadv(tensor.file.fileno(), [row[done:]], start + i * step * size + done)
-            if not count:
-                raise ValueError(f"{tensor.file.name} became shorter while it was read")
-            done += count
-
-
 def chunks(tensor: StoredTensor, count: int = STRAIGHT // 8) -> Iterator[np.ndarray]:
     """The numbers of a tensor, `count` at a time. Each array is valid only until the next one is taken."""
     size, memory = math.prod(tensor.shape), np.empty(count, tensor.numpy_dtype)
     for first in range(0, size, count):
         part = memory[: size - first]
-        read_bytes(tensor, first, 0, [part.view(np.uint8)])
+        tensor.read(first, 0, [part.view(np.uint8)])
         yield part

@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,37 @@ class StoredTensor:
     def numpy_dtype(self) -> np.dtype:
         """The dtype for numpy. Raises KeyError if it is not in DTYPES."""
         return np.dtype(DTYPES[self.dtype])
+
+    def read(self, first: int, step: int, rows: list) -> None:
+        """Fills buffers from the file: row i begins at number `first + i * step` of the flattened tensor.
+
+        Args:
+            first: Index of the first number of row 0.
+            step: Distance from row to row, in numbers.
+            rows: Writable buffers, all of one size in bytes.
+
+        Raises:
+            ValueError: The file ends too early.
+        """
+        size, width = self.numpy_dtype.itemsize, len(rows[0])
+        read_buffers(self.file, self.start + first * size, step * size, rows, width)
+
+
+def read_buffers(file: io.FileIO, start: int, step: int, buffers: list, width: int) -> None:
+    """Fills buffers of `width` bytes from a file; buffer i begins at byte `start + i * step`.
+
+    Raises:
+        ValueError: The file ends too early.
+    """
+    if step == width and os.preadv(file.fileno(), buffers, start) == width * len(buffers):
+        return
+    for i, buffer in enumerate(buffers):
+        done = 0
+        while done < width:
+            count = os.preadv(file.fileno(), [buffer[done:]], start + i * step + done)
+            if not count:
+                raise ValueError(f"{file.name} became shorter while it was read")
+            done += count
 
 
 def open_tensors(folder: Path) -> dict[str, StoredTensor]:

@@ -1,0 +1,76 @@
+"""Tensors of GGUF files, in the form in which the Hugging Face checkpoint of the same model stores them."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+
+from garrulax.hub.gguf.blocks import FORMATS, Format
+from garrulax.hub.gguf.container import Entry
+from garrulax.hub.tensors import DTYPES, StoredTensor, read_buffers
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockTensor(StoredTensor):
+    """A tensor in blocks, or with its rows in another order: `read` gives the numbers that the checkpoint has.
+
+    Attributes:
+        format: How the numbers are stored; a row is a whole number of blocks.
+        rows: For each row of the checkpoint's tensor its row in the file; None where the order is the same.
+    """
+
+    format: Format
+    rows: np.ndarray | None
+
+    def read(self, first: int, step: int, rows: list) -> None:
+        """As `StoredTensor.read`; numbers of quantised tensors are float32."""
+        for (phase, count), pieces in itertools.groupby(self._pieces(first, step, rows), lambda piece: piece[1:3]):
+            starts, _, _, buffers = zip(*pieces, strict=True)
+            for buffer, numbers in zip(buffers, self._numbers(starts, phase, count), strict=True):
+                np.frombuffer(buffer, np.uint8)[:] = numbers.view(np.uint8)
+
+    def _pieces(self, first: int, step: int, rows: list) -> Iterator[tuple[int, int, int, memoryview]]:
+        """The runs of numbers, cut where the order of rows changes: (first block, number in it, count, buffer)."""
+        size, width = self.numpy_dtype.itemsize, self.shape[-1] if len(self.shape) > 1 else 1
+        for i, row in enumerate(rows):
+            at, buffer = first + i * step, memoryview(row)
+            while len(buffer):
+                count, place = len(buffer) // size, at
+                if self.rows is not None:
+                    number, column = divmod(at, width)
+                    count = min(count, width - column)
+                    place = int(self.rows[number]) * width + column
+                yield (*divmod(place, self.format.values), count, buffer[: count * size])
+                at, buffer = at + count, buffer[count * size :]
+
+    def _numbers(self, starts: tuple[int, ...], phase: int, count: int) -> np.ndarray:
+        """`count` numbers of each run, which begins with number `phase` of the block `starts[i]`: [runs, count]."""
+        blocks = -(-(phase + count) // self.format.values)
+        raw = np.empty((len(starts), blocks * self.format.bytes), np.uint8)
+        steps = set(np.diff(starts).tolist()) or {0}
+        if len(steps) == 1:  # evenly spaced: perhaps one piece of the file
+            step = steps.pop() * self.format.bytes
+            read_buffers(self.file, self.start + starts[0] * self.format.bytes, step, list(raw), raw.shape[1])
+        else:
+            for start, buffer in zip(starts, raw, strict=True):
+                read_buffers(self.file, self.start + start * self.format.bytes, 0, [buffer], raw.shape[1])
+        if self.format.decode is None:
+            return raw.view(self.numpy_dtype)
+        numbers = self.format.decode(raw.reshape(-1, self.format.bytes))
+        return np.ascontiguousarray(numbers.reshape(len(starts), -1)[:, phase : phase + count])
+
+
+def stored_tensor(entry: Entry, shape: tuple[int, ...], rows: np.ndarray | None = None) -> StoredTensor:
+    """The tensor of a checkpoint that an entry of a GGUF file holds.
+
+    Args:
+        entry: The entry.
+        shape: Shape of the tensor in the checkpoint.
+        rows: As in `BlockTensor`.
+    """
+    format = FORMATS[entry.kind]
+    if format.dtype is not None and rows is None:
+        return StoredTensor(shape, format.name, entry.file, entry.start)
+    dtype = format.name if format.name in DTYPES else "F32"
+    return BlockTensor(shape, dtype, entry.file, entry.start, format, rows)

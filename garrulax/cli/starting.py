@@ -11,6 +11,7 @@ from pathlib import Path
 import garrulax as gx
 from garrulax import models
 from garrulax.cli.models import find_model
+from garrulax.core import spec
 from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
 from garrulax.hub.json_files import read_object
@@ -95,6 +96,8 @@ def chosen(file: str | None, words: Sequence[str]) -> tuple[Settings, gx.Model, 
         return settings_.absolute_paths(settings), gx.Model(config, {}), False
     model = gx.load(find_model(expanded(name)), only=())
     settings, config = settings_.apply_changes(settings_.finetuning(model.config, changes), config=model.config)
+    if config != model.config:  # such as another dropout; not another shape
+        spec.check_params(models.parameters(config), spec.abstract(models.parameters(model.config)))
     return settings_.absolute_paths(settings), model.replace(config=config), True
 
 

@@ -47,7 +47,7 @@ def test_it_starts_from_the_weights_and_ends_in_the_same_format(source, cache, c
     run = cache / "run"
     train(source / "model", f"corpus={source / 'text.py'}", "steps=1", "lr=0", "adam_lr=0", "--run", run)
     said = capsys.readouterr().err
-    assert f"next: garrulax generate {run} 'def f" in said
+    assert f"next: garrulax generate {run} 'return x" in said
     before, after = gx.load(source / "model"), gx.load(run / "model")
     jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
     assert after.config == before.config

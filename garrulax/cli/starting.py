@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import re
+import shlex
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -67,7 +68,8 @@ def start(args: argparse.Namespace) -> Start:
     folder = Path(expanded(args.run)) if args.run else Path("runs", name)
     if (folder / "run.json").exists():
         raise FileExistsError(
-            f"{folder} holds a run: continue it with garrulax train --resume {folder}, or choose another --run"
+            f"{folder} holds a run: continue it with garrulax train --resume {shlex.quote(str(folder))}, or choose "
+            "another --run"
         )
     if (folder / "config.json").exists():
         raise FileExistsError(f"{folder} is the folder of a model: choose another --run")
@@ -244,7 +246,7 @@ def check_corpus(begun: Start, corpus: Corpus) -> None:
             raise
         raise type(error)(
             f"{error}. {where}, and its token ids are not in {default_root()}: give the place of the text with "
-            f"--resume {begun.folder} corpus=PATH, or the folder of the ids in GARRULAX_CACHE"
+            f"--resume {shlex.quote(str(begun.folder))} corpus=PATH, or the folder of the ids in GARRULAX_CACHE"
         ) from error
     began = begun.recorded.get("corpus", found)
     if found == began:

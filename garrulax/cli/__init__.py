@@ -38,7 +38,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     # argparse accepts a list of positionals in one place only, but settings may come before and after options.
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    if args.command == "train" and not any(word.startswith("-") for word in rest):
+    if args.command in ("train", "info") and not any(word.startswith("-") for word in rest):
         args.settings += rest
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -90,7 +90,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Train a model on text. Settings are written as KEY=VALUE, such as steps=500 model.layers=6; "
         "`garrulax train --list` explains all of them.",
     )
-    train.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="a setting; a word without = is the preset")
+    train.add_argument(
+        "settings",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="a setting; a word without = is the model: a preset, or a folder, GGUF file, run or hub name with weights",
+    )
     train.add_argument("--run", metavar="FOLDER", help="folder for the run (default: runs/PRESET)")
     train.add_argument("--resume", metavar="FOLDER", help="continue the run in this folder")
     train.add_argument("--config", metavar="FILE", help="read settings from this TOML file")
@@ -127,7 +132,11 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument(
         "model", help="a preset (`garrulax info --all` lists them), a model folder, a GGUF file, or a run", nargs="?"
     )
+    info.add_argument(
+        "settings", nargs="*", metavar="KEY=VALUE", help="with --train: a setting, such as batch=8 or weights=bfloat16"
+    )
     info.add_argument("--all", action="store_true", help="list all presets")
+    info.add_argument("--train", action="store_true", help="show the memory and time that training takes instead")
     glitch = commands.add_parser(
         "glitch",
         help="list the tokens that look untrained",

@@ -3,10 +3,11 @@
 import argparse
 import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from garrulax import hub, models
+from garrulax.cli import costs, starting
 from garrulax.cli.models import find_model
 from garrulax.core.config import ModelConfig
 from garrulax.hub.download import find_folder
@@ -16,12 +17,18 @@ from garrulax.hub.matching import match
 from garrulax.hub.reading import open_checkpoint
 from garrulax.hub.tensors import BITS, open_tensors
 from garrulax.models.summary import Summary, bytes_of, summarize
+from garrulax.train.progress import duration
 
 DTYPES = ("float32", "bfloat16", "int8")
 
 
 def info(args: argparse.Namespace) -> None:
     """Prints the table of a preset or a model folder, or the list of presets."""
+    if args.train:
+        print(describe_training(([args.model] if args.model else []) + args.settings))
+        return
+    if args.settings:
+        raise ValueError(f"{args.settings[0]}: settings are for --train only")
     if args.all or args.model is None:
         print("\n".join(models.presets()))
         return
@@ -29,6 +36,46 @@ def info(args: argparse.Namespace) -> None:
     print(describe(args.model, config))
     if args.model not in models.presets() and Path(args.model).exists():
         print("\n" + _section("weights", _weights(find_folder(find_model(args.model)), config)))
+
+
+def describe_training(words: Sequence[str]) -> str:
+    """Memory and time of a training run as text.
+
+    Args:
+        words: As after `garrulax train`: the model and settings.
+    """
+    settings, model, loaded = starting.chosen(None, starting.settings_words(words))
+    config, c = model.config, costs.training_costs(model.config, settings)
+    rate, origin = costs.device_rate(settings.precision)
+    seconds = c.flops / rate / costs.EFFICIENCY
+    n = models.count(config)
+    of = {"float32": 4, "bfloat16": 2}
+    memory = [
+        ("parameters", f"{_size(c.parameters)}  = {of[settings.weights]} x {n:,} ({settings.weights})"),
+        ("gradients", f"{_size(c.gradients)}  of every parameter"),
+        ("optimizer", f"{_size(c.optimizer)}  {settings.optimizer} in float32"),
+        ("computation", f"{_size(c.copies)}  parameters once more in {settings.precision}"),
+        ("activations", f"{_size(c.activations)}  = {settings.batch // settings.accumulation} rows x {settings.window} "
+                        f"tokens x {costs.saved_per_token(config, settings.remat):,} numbers x "
+                        f"{of[settings.precision]} bytes: inputs and outputs of all products, remat={settings.remat}"),
+        ("logits", f"{_size(c.logits)}  = rows x tokens x {config.vocab:,} ids, and their gradient"),
+        ("saving", f"{_size(c.save)}  copy of the state while a checkpoint is written"),
+        ("program", f"{_size(costs.PROGRAM)}  Python, JAX and the compiled step, roughly"),
+        ("all", f"{_size(c.memory + costs.PROGRAM)}  on one device; a mesh shares it"),
+    ]  # fmt: skip
+    if not c.copies:
+        memory = [row for row in memory if row[0] != "computation"]
+    begin = "its own weights" if loaded else "random weights"
+    disk = settings.keep + 1
+    work = [
+        ("a step", f"{settings.batch} rows x {settings.window} tokens, {_power(c.flops)} (6 N a token, and attention)"),
+        ("rate", f"{_power(rate)}/s: {origin}; training reaches about {costs.EFFICIENCY:.0%} of it"),
+        ("time", f"{seconds:.3g} s a step, {duration(seconds * settings.steps)} for {settings.steps:,} steps, without "
+                 "evaluation and compilation"),
+        ("disk", f"{_size(disk * c.save)}  = {disk} checkpoints (keep={settings.keep} and the best one)"),
+    ]  # fmt: skip
+    head = f"training {settings.preset} from {begin}: {models.family(config).__name__} family, {n:,} parameters"
+    return "\n\n".join([head, _section("memory", memory), _section("work", work)])
 
 
 def config_of(name: str, ignore: Collection[str] = ()) -> ModelConfig:

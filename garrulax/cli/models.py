@@ -1,5 +1,6 @@
 """Finds the model for a name on the command line."""
 
+import shlex
 from pathlib import Path
 
 
@@ -13,5 +14,5 @@ def find_model(name: str) -> str:
     if (folder / "model" / "config.json").exists():
         return str(folder / "model")
     if (folder / "run.json").exists():
-        raise FileNotFoundError(f"{name} has no model yet: finish it with garrulax train --resume {name}")
+        raise FileNotFoundError(f"{name} has no model yet: finish it with garrulax train --resume {shlex.quote(name)}")
     return name

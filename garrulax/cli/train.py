@@ -3,31 +3,27 @@
 import argparse
 import dataclasses
 import re
+import shlex
 import shutil
 import sys
-import tempfile
 import textwrap
-from pathlib import Path
 
 import jax
 
 import garrulax as gx
 from garrulax import models
-from garrulax.core.config import ModelConfig
-from garrulax.hub.tokenizer_training import train_chars, train_sentencepiece
-from garrulax.hub.tokenizers import GLM_SPECIALS, GPT_SPECIALS, ByteTokenizer, Tokenizer, load_tokenizer
-from garrulax.train import settings as settings_
-from garrulax.train.batches import make_data
+from garrulax.cli import starting
+from garrulax.cli.starting import Start, fit
+from garrulax.hub.tokenizers import Tokenizer
+from garrulax.train.batches import check_length, make_data
 from garrulax.train.corpus import Corpus, xz_bits_per_byte
 from garrulax.train.loop import Result, Run
 from garrulax.train.loop import train as run_training
 from garrulax.train.objectives import objective_name
 from garrulax.train.settings import Settings
-from garrulax.train.shards import build_shards
+from garrulax.train.shards import Dataset, build_shards
 
-# Folders in the folder of a run.
-TOKENIZER = "tokenizer"
-MODEL = "model"
+MODEL = "model"  # folder of the trained model in the folder of a run
 #: The first setting of each group in `garrulax train --list`, and the title of the group.
 GROUPS = {
     "preset": "Model and data",
@@ -46,41 +42,45 @@ def train(args: argparse.Namespace) -> None:
         return
     if args.distributed is not None:
         _initialize_distributed(args.distributed)
-    settings, config, folder = _read_arguments(args)
+    begun = starting.start(args)
+    settings, resume = begun.settings, bool(args.resume)
     corpus = Corpus(settings.corpus, valid=settings.valid or None)
-    say(f"corpus: {', '.join(settings.corpus)}, {corpus.documents:,} documents, {corpus.bytes:,} bytes, "
-        f"sha256 {corpus.hash[:12]}")  # fmt: skip
-    tokenizer = _tokenizer(settings, config, corpus, folder, resume=bool(args.resume))
-    dataset = build_shards(corpus, tokenizer)
+    dataset = starting.cached_dataset(begun)
+    if dataset is None:
+        starting.check_corpus(begun, corpus)
+        say(f"corpus: {', '.join(settings.corpus)}, {corpus.documents:,} documents, {corpus.bytes:,} bytes, "
+            f"sha256 {corpus.hash[:12]}")  # fmt: skip
+        begun = begun if resume else starting.with_tokenizer(begun, corpus)
+        dataset = build_shards(corpus, _tokenizer_of(begun))
+    else:
+        say(f"corpus: {', '.join(settings.corpus)}, its token ids from the cache, "
+            f"sha256 {begun.recorded['corpus'][:12]}")  # fmt: skip
+    tokenizer = _tokenizer_of(begun)
+    check_length(dataset.valid, 1)
     say(f"tokens: {len(dataset.train):,} to train on, {len(dataset.valid):,} held out, "
         f"{dataset.valid.bytes / len(dataset.valid):.2f} bytes a token, {tokenizer.vocab:,} token ids")  # fmt: skip
-    config = config if args.resume else fit(config, settings, tokenizer)
+    config = begun.model.config
+    if begun.loaded:
+        starting.check(config, settings, tokenizer)
+    elif not resume:
+        config = fit(config, settings, tokenizer)
+    begun = dataclasses.replace(begun, model=begun.model.replace(config=config))
     say(f"model: {settings.preset}, {gx.count(config):,} parameters, on {_devices(settings)}")
-    run = Run(config, settings, make_data(dataset, settings, config, tokenizer), folder)
-    if not args.resume and jax.process_index() == 0:
-        _refuse_old_run(folder)
-        tokenizer.save(folder / TOKENIZER)
+    data = make_data(dataset, settings, config, tokenizer)
+    if not resume and jax.process_index() == 0:
+        starting.save_tokenizer(begun)
 
     def export(result: Result) -> None:
-        gx.save(gx.Model(config, result.params, tokenizer), folder / MODEL)
+        gx.save(begun.model.replace(params=result.params), begun.folder / MODEL)
 
-    result = run_training(run, resume=bool(args.resume), on_finish=export)
-    _report(result, settings, config, corpus, folder)
+    run = Run(config, settings, data, begun.folder, params=begun.params)
+    _report(run_training(run, resume=resume, on_finish=export), begun, corpus, dataset)
 
 
 def say(line: str) -> None:
     """Prints a line to stderr, in the first process only."""
     if jax.process_index() == 0:
         print(line, file=sys.stderr, flush=True)
-
-
-def _read_arguments(args: argparse.Namespace) -> tuple[Settings, ModelConfig, Path]:
-    words = [*args.settings, *([f"mesh={args.mesh}"] if args.mesh else [])]
-    words = [word if "=" in word else f"preset={word}" for word in words]
-    if args.resume:
-        return *settings_.read_run_file(args.resume, words), Path(args.resume)
-    settings, config = settings_.read_settings(args.config, words)
-    return settings, config, Path(args.run or Path("runs", settings.preset))
 
 
 def _initialize_distributed(value: str) -> None:
@@ -93,77 +93,9 @@ def _initialize_distributed(value: str) -> None:
     jax.distributed.initialize(address, int(numbers[0]), int(numbers[1]))
 
 
-def _refuse_old_run(folder: Path) -> None:
-    if (folder / "run.json").exists():
-        raise FileExistsError(
-            f"{folder} holds a run: continue it with garrulax train --resume {folder}, or choose another --run"
-        )
-
-
-def _tokenizer(settings: Settings, config: ModelConfig, corpus: Corpus, folder: Path, resume: bool) -> Tokenizer:
-    if resume:
-        return load_tokenizer(folder / TOKENIZER)
-    with tempfile.TemporaryDirectory() as temporary:  # save and load it, as a resumed run does, to get the same ids
-        _new_tokenizer(settings, config, corpus).save(temporary)
-        return load_tokenizer(temporary)
-
-
-def _new_tokenizer(settings: Settings, config: ModelConfig, corpus: Corpus) -> Tokenizer:
-    specials = GPT_SPECIALS if models.blanks(config) is None else GLM_SPECIALS
-    if settings.tokenizer == "sentencepiece":
-        texts = (document.text for document in corpus.split("train"))
-        try:
-            return train_sentencepiece(texts, vocab=settings.vocab, specials=specials)
-        except ValueError as error:
-            if "vocabulary" not in str(error):
-                raise
-            raise ValueError(f"{error}; set it with vocab=NUMBER (now vocab={settings.vocab})") from error
-    if settings.tokenizer == "chars":
-        return train_chars("".join(document.text for document in corpus), specials=specials)
-    if settings.tokenizer == "bytes":
-        return ByteTokenizer(specials)
-    return load_tokenizer(settings.tokenizer)
-
-
-def fit(config: ModelConfig, settings: Settings, tokenizer: Tokenizer) -> ModelConfig:
-    """Fits a model's config to a tokenizer.
-
-    Args:
-        config: Of the model.
-        settings: Of the run.
-        tokenizer: To take the control tokens from, and the size of the vocabulary if `config.vocab` is the preset's. A
-            different `config.vocab`, chosen by the user, is kept.
-
-    Raises:
-        ValueError: If the vocabulary is too small for the tokenizer, the window longer than the model's context, or a
-            control token missing; and for the GLMs whose blanks `train.infill` cannot make (GLM-130B, ChatGLM-6B).
-    """
-    family = models.family(config)
-    if family.OBJECTIVE is None:
-        raise ValueError(
-            f"garrulax train makes the blanks of the original GLM, not those of {settings.preset}: choose a glm "
-            "preset, or give garrulax.train.step batches of your own"
-        )
-    if config.vocab == models.preset(settings.preset).vocab:
-        config = dataclasses.replace(config, vocab=tokenizer.vocab)
-    if config.vocab < tokenizer.vocab:
-        trains_one = settings.tokenizer == "sentencepiece"
-        raise ValueError(
-            f"model.vocab={config.vocab} is smaller than the tokenizer's {tokenizer.vocab} ids: leave out model.vocab"
-            + (f", or train a smaller tokenizer with vocab={config.vocab}" if trains_one else "")
-        )
-    if settings.window > config.context:
-        raise ValueError(f"window={settings.window} is longer than model.context={config.context}: change one of them")
-    missing = [name for name in family.CONTROL_TOKENS.values() if name not in tokenizer.specials]
-    if not family.CONTROL_TOKENS:
-        return dataclasses.replace(config, bos=tokenizer.bos, eos=tokenizer.eos)
-    if missing or tokenizer.eos is None:
-        raise ValueError(
-            f"{family.__name__} needs control tokens that the tokenizer lacks: {', '.join(missing) or 'an end of text'}"
-        )
-    ids = {field: tokenizer.specials[name] for field, name in family.CONTROL_TOKENS.items()}
-    pad = tokenizer.eos if tokenizer.pad is None else tokenizer.pad
-    return dataclasses.replace(config, **ids, eos=tokenizer.eos, pad=pad)
+def _tokenizer_of(begun: Start) -> Tokenizer:
+    assert begun.model.tokenizer is not None  # `starting` has set or refused it
+    return begun.model.tokenizer
 
 
 def _devices(settings: Settings) -> str:
@@ -179,7 +111,12 @@ def _list_settings() -> str:
     rows = [(f.name, f"{f.name}={_written(f.default)}") for f in dataclasses.fields(Settings)]
     left = max(len(row) for _, row in rows) + 4
     width = max(60, min(120, shutil.get_terminal_size((120, 24)).columns))
-    lines = ["Settings with their defaults. Write them as KEY=VALUE, and lists with commas: corpus=one.txt,two.txt"]
+    lines = [
+        "Settings with their defaults. Write them as KEY=VALUE, and lists with commas: corpus=one.txt,two.txt",
+        "For a model with weights other defaults hold: tokenizer=model optimizer=adamw lr=3e-05 weight_decay=0 "
+        "warmup=0.1",
+        "steps=200 batch=4 window=512 (or the model's context) eval_every=50 checkpoint_every=100",
+    ]
     for name, row in rows:
         lines += ["", GROUPS[name]] if name in GROUPS else []
         lines += textwrap.wrap(
@@ -196,17 +133,43 @@ def _written(value: object) -> str:
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
-def _report(result: Result, settings: Settings, config: ModelConfig, corpus: Corpus, folder: Path) -> None:
-    e = result.evaluation
+def _report(result: Result, begun: Start, corpus: Corpus, dataset: Dataset) -> None:
+    e, folder, config = result.evaluation, begun.folder, begun.model.config
     if not result.finished or e is None:
         return
     say(f"\nheld-out loss {e.loss:.4f} nats a token, perplexity {e.perplexity:.2f}")
-    if e.bits_per_byte is not None and objective_name(settings.objective, config) == "causal":
-        xz = xz_bits_per_byte(document.text for document in corpus.split("valid"))
-        say(f"{e.bits_per_byte:.3f} bits a byte of held-out text; xz -9 needs {xz:.3f} for the same text "
-            f"(corpus sha256 {corpus.hash[:12]})")  # fmt: skip
+    if e.bits_per_byte is not None and objective_name(begun.settings.objective, config) == "causal":
+        sha256 = str(dataset.meta["corpus"])
+        xz = _xz(corpus, sha256)
+        same = "" if xz is None else f"; xz -9 needs {xz:.3f} for the same text"
+        say(f"{e.bits_per_byte:.3f} bits a byte of held-out text{same} (corpus sha256 {sha256[:12]})")
     say(f"model in {folder / MODEL}" + (f", loss curves in {result.picture}" if result.picture else ""))
-    if models.blanks(config) is not None:
-        say(f"next: garrulax fill {folder} 'for i in [MASK](10):'")
-    else:
-        say(f"next: garrulax generate {folder} 'def main():'")
+    command = "generate" if models.blanks(config) is None else "fill"
+    say(f"next: {shlex.join(['garrulax', command, str(folder), _prompt(begun, dataset)])}")
+
+
+def _xz(corpus: Corpus, sha256: str) -> float | None:
+    """Bits a byte of `xz -9`; None if a resumed run's text is not there any more, or is another one."""
+    try:
+        return xz_bits_per_byte(d.text for d in corpus.split("valid")) if corpus.hash == sha256 else None
+    except (OSError, ValueError):
+        return None
+
+
+def _prompt(begun: Start, dataset: Dataset) -> str:
+    """A beginning for the trained model to continue, or a text with a blank, out of the held-out text.
+
+    So it has no character that the tokenizer does not know. It takes at most a quarter of the model's context.
+    """
+    tokenizer, config = _tokenizer_of(begun), begun.model.config
+    ids = [int(i) for i in dataset.valid[:256] if int(i) not in tokenizer.specials.values()]
+    lines = [line.strip().split("\ufffd")[0] for line in tokenizer.decode(ids).splitlines()]
+    line = next((line for line in lines if len(line) > 1 and not line.startswith("-")), "a")[:40]
+    line = line.rsplit(" ", 1)[0] if len(line) == 40 else line
+    while len(line) > 1 and len(tokenizer.prompt(line)) > max(1, config.context // 4):
+        line = line[:-1]
+    if models.blanks(config) is None:
+        return line
+    words = line.split(" ")
+    return " ".join(["[MASK]" if i == len(words) // 2 else word for i, word in enumerate(words)] if len(words) > 1
+                    else [f"{line}[MASK]"])  # fmt: skip

@@ -10,14 +10,18 @@ from jax.sharding import Mesh
 from garrulax import models
 from garrulax.core.config import ModelConfig
 from garrulax.core.sharding import SEQUENCE_AXIS, token_sharding
-from garrulax.train.infill import BlankMix, HostBatch, InfillTokenizer, InfillTokens, infill_batch, source_window
+from garrulax.train.documents import isolated_causal, isolated_infill, segments_at
+from garrulax.train.infill import BlankMix, InfillTokenizer, InfillTokens, infill_batch, source_window
 from garrulax.train.objectives import Batch, objective_name
+from garrulax.train.rows import HostBatch
 from garrulax.train.sampler import Sampler, eval_windows
 from garrulax.train.settings import Settings
-from garrulax.train.shards import Dataset
+from garrulax.train.shards import Dataset, Tokens
 
 # Seed of the blanks in the held-out text. It is the same in every run, so that held-out losses can be compared.
 HELD_OUT_SEED = 2**40
+# Tokens of the shortest text that blank infilling is evaluated on.
+_SHORTEST = 9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,22 +69,37 @@ def make_data(dataset: Dataset, settings: Settings, config: ModelConfig, tokeniz
 def causal_data(dataset: Dataset, settings: Settings) -> Data:
     """Makes batches for next-token prediction. Evaluation predicts each held-out token exactly once.
 
+    With `isolate`, a document sees only itself, and its first token is not predicted (`documents.isolated_causal`).
+
     Args:
         dataset: The token ids.
-        settings: Of the run; uses window, batch and seed.
+        settings: Of the run; uses window, batch, seed and isolate.
 
     Raises:
-        ValueError: If the text is shorter than a window.
+        ValueError: If the text is shorter than a window, or the held-out text than two tokens.
     """
+    check_length(dataset.valid, 2)
     split = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    sampler = Sampler(dataset.train, settings.window, settings.batch, settings.seed, **split)
-    bytes_per_token = dataset.valid.bytes / max(1, len(dataset.valid) - 1)
+    length = settings.window
+    sampler = Sampler(dataset.train, length, settings.batch, settings.seed, **split, name="training text")
+    bytes_per_token = dataset.valid.bytes / (len(dataset.valid) - 1)
+
+    def made(tokens: Tokens, windows: np.ndarray, starts: np.ndarray) -> HostBatch:
+        if not settings.isolate:
+            return causal_batch(windows)
+        return isolated_causal(windows, segments_at(tokens.documents, starts, length + 1))
+
+    def batch_at(step):
+        return made(dataset.train, sampler.batch_at(step), sampler.starts_at(step))
 
     def held_out():
-        for windows, weights in eval_windows(dataset.valid, settings.window, settings.batch, **split):
-            yield {**causal_batch(windows), "weights": weights, "bytes": weights.sum(1) * np.float32(bytes_per_token)}
+        for i, (windows, present) in enumerate(eval_windows(dataset.valid, length, settings.batch, **split)):
+            rows = i * settings.batch + jax.process_index() * len(windows) + np.arange(len(windows))
+            batch = made(dataset.valid, windows, rows * length)
+            weights = batch["weights"] * present
+            yield {**batch, "weights": weights, "bytes": weights.sum(1) * np.float32(bytes_per_token)}
 
-    return Data(lambda step: causal_batch(sampler.batch_at(step)), held_out, _identity(dataset))
+    return Data(batch_at, held_out, _identity(dataset))
 
 
 def causal_batch(windows: np.ndarray) -> HostBatch:
@@ -102,9 +121,12 @@ def causal_batch(windows: np.ndarray) -> HostBatch:
 def infill_data(dataset: Dataset, settings: Settings, tokenizer: InfillTokenizer, ids: InfillTokens) -> Data:
     """Makes batches for blank infilling. The held-out text gets the same blanks in every evaluation of every run.
 
+    A held-out text that is shorter than a window is evaluated whole, in every row of one batch with other blanks. With
+    `isolate`, every document is an example of its own (`documents.isolated_infill`).
+
     Args:
         dataset: The token ids.
-        settings: Of the run; uses window, batch, seed and the frequencies of the kinds of blanks.
+        settings: Of the run; uses window, batch, seed, isolate and the frequencies of the kinds of blanks.
         tokenizer: Gives the number of bytes of every token.
         ids: Control tokens of the tokenizer.
 
@@ -112,23 +134,48 @@ def infill_data(dataset: Dataset, settings: Settings, tokenizer: InfillTokenizer
         ValueError: If the text or the window is too short.
     """
     split = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    check_length(dataset.valid, _SHORTEST)
     mix = BlankMix(settings.token_blanks, settings.sentence_blanks, settings.document_blanks)
     width = source_window(settings.window)
-    sampler = Sampler(dataset.train, width, settings.batch, settings.seed, **split)
+    sampler = Sampler(dataset.train, width, settings.batch, settings.seed, **split, name="training text")
+    valid = Sampler(dataset.valid, min(width, len(dataset.valid) - 1), settings.batch, HELD_OUT_SEED, **split)
     sizes = np.array([len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab)], np.float32)  # [V]
 
-    def batch_at(step):
+    def made(sampler: Sampler, step: int) -> HostBatch:
         windows, examples = sampler.batch_at(step), sampler.examples_at(step)
-        return infill_batch(windows, examples, settings.seed, ids, settings.window, mix)
+        if not settings.isolate:
+            return infill_batch(windows, examples, sampler.seed, ids, settings.window, mix)
+        segments = segments_at(sampler.tokens.documents, sampler.starts_at(step), windows.shape[1])
+        return isolated_infill(windows, segments, examples, sampler.seed, ids, settings.window, mix)
+
+    def batch_at(step):
+        return made(sampler, step)
 
     def held_out():
-        valid = Sampler(dataset.valid, width, settings.batch, HELD_OUT_SEED, **split)
         for step in range(max(1, valid.windows_per_epoch // settings.batch)):
-            windows, examples = valid.batch_at(step), valid.examples_at(step)
-            batch = infill_batch(windows, examples, HELD_OUT_SEED, ids, settings.window, mix)
+            batch = made(valid, step)
             yield {**batch, "bytes": (sizes[batch["targets"]] * batch["weights"]).sum(1)}
 
     return Data(batch_at, held_out, _identity(dataset))
+
+
+def check_length(held_out: Tokens, least: int) -> None:
+    """Checks that there is held-out text enough to evaluate on. Raises ValueError that says what to do."""
+    if len(held_out) < least:
+        raise ValueError(
+            f"the held-out text has {len(held_out)} tokens ({held_out.bytes} bytes), too few to evaluate on: use more "
+            f"text, or name a held-out text of at least {least} tokens with valid="
+        )
+
+
+def check_held_out(data: Data) -> None:
+    """Makes the held-out batches up to the first with a token to predict, so that no run stops at its evaluation.
+
+    Raises:
+        ValueError: If there is no such token. Errors of making the batches are passed on.
+    """
+    if not any(batch["weights"].any() for batch in data.held_out()) and jax.process_count() == 1:
+        raise ValueError("the held-out text has no token to predict: use more text, or name one with valid=")
 
 
 def on_devices(batch: HostBatch, mesh: Mesh | None, micro_batches: int | None = None) -> Batch:

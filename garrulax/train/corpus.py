@@ -20,10 +20,14 @@ from typing import IO, Any, Literal
 
 import numpy as np
 
-STDLIB = "stdlib"  # a source that needs no download: the standard library of the running Python
+from garrulax.train.sources import STDLIB, expanded
+
 Split = Literal["train", "valid"]
 _NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _LONGEST = 2**26  # bytes; a longer plain file is read as several documents, to bound the memory
+_LONGEST_LINE = 2**20  # bytes; a document that is cut goes on to the end of its line, but not further than this
+_LONGEST_RECORD = 2**28  # bytes of a line of JSONL
+_BOM = b"\xef\xbb\xbf"  # the byte order mark in UTF-8, which some editors write at the start of a file
 _TAIL = 0.10  # share of every document that is held out if whole documents cannot be
 
 
@@ -56,9 +60,11 @@ class Corpus:
 
     Args:
         sources: Paths of files, folders (all files in them, recursively, except hidden ones) or glob patterns (`**`
-            works); or "stdlib". A `.jsonl` file has one document a line, in the field `text`. Any other file is UTF-8
-            text and is one document, or several if it is longer than 64 MiB. Each of them may be compressed as `.gz`.
-            Documents come in the order of the sources, and sorted by path within a folder or glob.
+            works; `~` is the home folder); or "stdlib". A `.jsonl` file has one document a line, in the field `text`;
+            a line has at most 256 MiB. Any other file is UTF-8 text and is one document, or several if it is longer
+            than 64 MiB: cut at the end of a line, or within one that is longer than 1 MiB. Each of them may be
+            compressed as `.gz`. A byte order mark is left out. Documents come in the order of the sources, and sorted
+            by path within a folder or glob.
         valid: Sources of the held-out text. If None, documents of `sources` are held out: those with the smallest
             hashes, until they make up `fraction` of the bytes; a larger document than that is never held out. If whole
             documents cannot give that share (they are few or of very different sizes), the last tenth of every document
@@ -213,13 +219,14 @@ def _documents(sources: Sequence[str | os.PathLike]) -> Iterator[Document]:
 
 
 def _files(source: str | os.PathLike) -> list[Path]:
+    source = expanded(source)
     path = Path(source)
     if path.is_file():
         return [path]
     if path.is_dir():
         inside = (file for file in path.rglob("*") if file.is_file())
         return sorted(f for f in inside if not any(part.startswith(".") for part in f.relative_to(path).parts))
-    found = sorted(Path(file) for file in glob.glob(str(source), recursive=True) if os.path.isfile(file))
+    found = sorted(Path(file) for file in glob.glob(source, recursive=True) if os.path.isfile(file))
     if not found:
         raise FileNotFoundError(f"no text at {source}: no such file or folder, and no file matches it as a pattern")
     return found
@@ -237,17 +244,41 @@ def _read(file: Path) -> Iterator[Document]:
 
 
 def _read_text(file: Path, stream: IO[Any]) -> Iterator[Document]:
-    start = 0
-    while block := stream.read(_LONGEST):
+    start, rest = 0, b""
+    while block := rest + stream.read(_LONGEST - len(rest)):
         if len(block) == _LONGEST:
-            block += stream.readline()  # up to the end of a line
-        yield Document(f"{file}@{start}" if start else str(file), _decode(block, str(file), start))
+            block += stream.readline(_LONGEST_LINE)  # up to the end of a line
+        block, rest = _whole_characters(block)
+        text = block.removeprefix(_BOM) if start == 0 else block
+        yield Document(
+            f"{file}@{start}" if start else str(file), _decode(text, str(file), start + len(block) - len(text))
+        )
         start += len(block)
 
 
+def _whole_characters(block: bytes) -> tuple[bytes, bytes]:
+    """Splits the beginning of a character off the end of a long block of UTF-8, if the block ends within one."""
+    if len(block) < _LONGEST:  # the end of the file
+        return block, b""
+    for size in range(1, min(4, len(block))):
+        if block[-size] >= 0xC0:  # the first byte of a character, which says how many follow
+            following = 1 + (block[-size] >= 0xE0) + (block[-size] >= 0xF0)
+            return (block[:-size], block[-size:]) if following >= size else (block, b"")
+        if block[-size] < 0x80:
+            break
+    return block, b""
+
+
 def _read_jsonl(file: Path, stream: IO[Any]) -> Iterator[Document]:
-    for number, line in enumerate(stream, 1):
+    lines = iter(lambda: stream.readline(_LONGEST_RECORD + 1), b"")
+    for number, line in enumerate(lines, 1):
         where = f"{file}:{number}"
+        if len(line) > _LONGEST_RECORD:
+            raise ValueError(
+                f"{where} is longer than {_LONGEST_RECORD >> 20} MiB: cut its text into several lines, or give it as a "
+                "plain .txt file"
+            )
+        line = line.removeprefix(_BOM) if number == 1 else line
         if not line.strip():
             continue
         try:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-HostBatch = dict[str, np.ndarray]
+from garrulax.train.rows import HostBatch, empty_batch, row_generator, write_row
 
 MASK_RATIO = 0.15  # share of the tokens to hide
 _SENTENCE_ENDS = ".?!;:。？！；：…\n"
@@ -194,35 +194,10 @@ def infill_batch(
         raise ValueError("the mix asks for [dBLOCK], which this tokenizer lacks")
     batch = empty_batch(len(windows), length, ids.pad)
     for row, (window, example) in enumerate(zip(windows, examples, strict=True)):
-        rng = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, int(example)], np.uint64)))
+        rng = row_generator(seed, int(example))
         source = np.concatenate([[ids.cls], window]).astype(np.int32)
         write_row(batch, row, *corrupt(source, rng, ids, mix, max_spans=(length - size) // 2))
     return batch
-
-
-def empty_batch(rows: int, length: int, pad: int) -> HostBatch:
-    """A batch of padding with the arrays of `infill_batch`, for `write_row` to write into."""
-    return {
-        "tokens": np.full((rows, length), pad, np.int32),
-        "targets": np.full((rows, length), pad, np.int32),
-        "weights": np.zeros((rows, length), np.float32),
-        "positions": np.zeros((rows, 2, length), np.int32),
-        "rank": np.zeros((rows, length), np.int32),
-        "segment": np.full((rows, length), -1, np.int32),
-    }
-
-
-def write_row(
-    batch: HostBatch, row: int, tokens: np.ndarray, targets: np.ndarray, positions: np.ndarray, split: int
-) -> None:
-    """Writes one example, the result of `assemble`, into a row of an `empty_batch`."""
-    size = len(tokens)
-    batch["tokens"][row, :size] = tokens
-    batch["targets"][row, :size] = targets
-    batch["weights"][row, split:size] = 1
-    batch["positions"][row, :, :size] = positions
-    batch["rank"][row, split:size] = np.arange(split + 1, size + 1)
-    batch["segment"][row, :size] = 0
 
 
 Example = tuple[np.ndarray, np.ndarray, np.ndarray, int]  # tokens, targets, positions, split; see `assemble`

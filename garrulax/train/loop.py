@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import shlex
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +17,13 @@ from garrulax.core.sharding import make_mesh
 from garrulax.core.spec import Tree
 from garrulax.train import plots
 from garrulax.train import settings as settings_
-from garrulax.train.batches import Data, check_batch, on_devices
+from garrulax.train.batches import Data, check_batch, check_held_out, on_devices
 from garrulax.train.checkpoint import Checkpoints
+from garrulax.train.continuing import continued
 from garrulax.train.evaluate import Evaluation, make_evaluate
 from garrulax.train.flops import peak_flops, train_flops_per_token
 from garrulax.train.interrupts import Interrupts
-from garrulax.train.metrics import MetricsLog
+from garrulax.train.metrics import MetricsLog, held_out_losses
 from garrulax.train.objectives import OBJECTIVES, Objective, objective_name
 from garrulax.train.optimizers import make_optimizer
 from garrulax.train.progress import Progress, StepTimer
@@ -47,7 +49,8 @@ class Run:
         data: Batches to train on and to evaluate on.
         folder: For run.json, metrics.jsonl, events/, checkpoints/ and loss.png.
         objective: None takes the one that the settings name.
-        params: Parameters to start from, such as those of a loaded model; None draws random ones.
+        params: Parameters to start from, such as those of a loaded model, or a function that returns them, which keeps
+            no second copy in memory; None draws random ones. They are not needed to resume.
     """
 
     config: ModelConfig
@@ -55,7 +58,7 @@ class Run:
     data: Data
     folder: Path
     objective: Objective | None = None
-    params: Tree | None = None
+    params: Tree | Callable[[], Tree] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +101,8 @@ def train(
         out: Where to write the progress; None is stderr.
 
     Raises:
-        ValueError: If the settings do not fit together, or do not fit the devices or the checkpoint.
+        ValueError: If the settings do not fit together, or do not fit the devices or the checkpoint; or if there is no
+            held-out token to evaluate on.
         FileExistsError: If the folder has a run in it and `resume` is False.
         FileNotFoundError: If the folder has no checkpoint and `resume` is True.
         Diverged: If the loss is not finite. The last checkpoint is intact.
@@ -107,13 +111,18 @@ def train(
     settings = run.settings
     mesh = _mesh(settings)
     check_batch(settings, mesh)
+    check_held_out(run.data)
     identity = settings_.run_identity(settings, run.config, run.data.identity)
     run.folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         if mesh is not None:
             stack.enter_context(jax.set_mesh(mesh))
-        checkpoints = stack.enter_context(Checkpoints(run.folder / "checkpoints", identity, settings.keep))
+        losses = held_out_losses(run.folder) if resume else {}
+        checkpoints = stack.enter_context(Checkpoints(run.folder / "checkpoints", identity, settings.keep, losses))
+        run, line = _continued(run, checkpoints) if resume else (run, None)
         loop = _Loop(run, mesh, checkpoints, _progress(run, mesh, out))
+        if line is not None:
+            loop.progress.say(line)
         state = loop.first_state(resume)
         log = stack.enter_context(MetricsLog(run.folder, int(state.step)))
         with Interrupts() as interrupts:
@@ -129,6 +138,16 @@ def _mesh(settings: Settings) -> Mesh | None:
     if jax.process_count() > 1:
         raise ValueError(f"{jax.process_count()} processes need a mesh: such as mesh=data={jax.device_count()}")
     return None
+
+
+def _continued(run: Run, checkpoints: Checkpoints) -> tuple[Run, str | None]:
+    """The run with the learning rate that `continuing.continued` decides, and what to say about it."""
+    saved, step = checkpoints.saved_identity, checkpoints.latest
+    if saved is None or step is None:
+        return run, None
+    settings, line = continued(run.settings, saved["settings"], step)
+    checkpoints.identity = settings_.run_identity(settings, run.config, run.data.identity)
+    return dataclasses.replace(run, settings=settings), line
 
 
 def _progress(run: Run, mesh: Mesh | None, out: TextIO | None) -> Progress:
@@ -149,6 +168,7 @@ class _Loop:
         self.train_step = make_train_step(c, s, self.optimizer, objective)
         self.evaluate = make_evaluate(c, objective, mesh=mesh, precision=s.precision)
         self.timer = StepTimer()
+        self.evaluated = False
         # Steps that are not reported yet, and their metrics, which the device may still compute.
         self.pending: deque[tuple[int, Metrics]] = deque()
 
@@ -156,7 +176,7 @@ class _Loop:
         """The state to start from: new, or of the latest checkpoint. Writes run.json."""
         run, s = self.run, self.run.settings
         if resume:
-            target = abstract_state(run.config, self.optimizer, mesh=self.mesh, rules=s.rules)
+            target = abstract_state(run.config, self.optimizer, mesh=self.mesh, rules=s.rules, dtype=s.weights)
             state = self.checkpoints.restore(target)
             self.progress.say(f"resumed {run.folder} at step {int(state.step):,}")
         elif self.checkpoints.latest is not None:
@@ -164,7 +184,15 @@ class _Loop:
                 f"{run.folder} holds a run of {self.checkpoints.latest} steps: resume it or choose another folder"
             )
         else:
-            state = init_state(run.config, self.optimizer, s.seed, mesh=self.mesh, rules=s.rules, params=run.params)
+            state = init_state(
+                run.config,
+                self.optimizer,
+                s.seed,
+                mesh=self.mesh,
+                rules=s.rules,
+                dtype=s.weights,
+                params=run.params,
+            )
         if jax.process_index() == 0:
             settings_.write_run_file(run.folder, s, run.config, run.data.identity)
         return state
@@ -176,6 +204,8 @@ class _Loop:
         s, first, evaluation = self.run.settings, int(state.step), None
         if log.note:
             self.progress.say(log.note)
+        if first and self.is_evaluated(first) and first not in self.checkpoints.losses:
+            evaluation = self.measure(log, state, first)  # the run ended before or in this evaluation
         for step in range(first + 1, s.steps + 1):
             batch = on_devices(self.run.data.batch_at(step - 1), self.mesh, s.accumulation)
             state, metrics = self.train_step(state, batch)
@@ -184,13 +214,17 @@ class _Loop:
             stop = interrupts.stop_after(step)
             if (step - AHEAD) % s.log_every == 0 or last or stop:
                 self.report(log)
-            should_evaluate = (step % s.eval_every == 0 or last) and not stop
-            evaluation = self.measure(log, state, step, last) if should_evaluate else None
-            if step % s.checkpoint_every == 0 or last or stop:
-                self.save(log, state, step, evaluation)
+            should_evaluate = self.is_evaluated(step) and not stop
+            if step % s.checkpoint_every == 0 or should_evaluate or stop:
+                self.save(log, state, step)
+            evaluation = self.measure(log, state, step) if should_evaluate else None
             if stop:
                 return state, step, evaluation
         return state, max(first, s.steps), evaluation
+
+    def is_evaluated(self, step: int) -> bool:
+        """Whether the held-out loss is measured after this step."""
+        return step % self.run.settings.eval_every == 0 or step == self.run.settings.steps
 
     def wait(self, step: int, metrics: Metrics, compiling: bool) -> None:
         """Waits until the device has at most `AHEAD` unfinished steps; after the first step, which compiles, none."""
@@ -232,23 +266,30 @@ class _Loop:
         saved = "no checkpoint was saved yet" if latest is None else f"the checkpoint of step {latest} is intact"
         return f"step {step}: loss {loss}, gradient norm {norm}; {saved}; try a lower lr, a longer warmup or float32"
 
-    def measure(self, log: MetricsLog, state: TrainState, step: int, last: bool) -> Evaluation:
-        """Evaluates, logs and shows the held-out loss; after the last step on all of the held-out text."""
-        self.report(log, ahead=0)
+    def measure(self, log: MetricsLog, state: TrainState, step: int) -> Evaluation:
+        """Evaluates, logs and shows the held-out loss; after the last step on all of the held-out text.
+
+        The step is saved already. The first evaluation, which compiles and takes the most memory, waits until the
+        checkpoint is complete.
+        """
         self.timer.stop()
-        tokens = 0 if last else self.run.settings.eval_tokens
+        if not self.evaluated:
+            self.checkpoints.wait()
+            self.evaluated = True
+        tokens = 0 if step == self.run.settings.steps else self.run.settings.eval_tokens
         e = self.evaluate(state.params, self.run.data.held_out(), tokens)
+        self.checkpoints.record(step, e.loss)
         log.write(step, {"valid_loss": e.loss, "perplexity": e.perplexity, "bits_per_byte": e.bits_per_byte})
         bits = f"  {e.bits_per_byte:.3f} bits/byte" if e.bits_per_byte is not None else ""
         self.progress.say(f"step {step:,}  held-out loss {e.loss:.4f}  perplexity {e.perplexity:.2f}{bits}")
         self.timer.start()
         return e
 
-    def save(self, log: MetricsLog, state: TrainState, step: int, evaluation: Evaluation | None) -> None:
+    def save(self, log: MetricsLog, state: TrainState, step: int) -> None:
         """Starts to write a checkpoint, after `report` has checked that all steps up to it are finite."""
         self.report(log, ahead=0)
         self.timer.stop()
-        self.checkpoints.save(state, step, None if evaluation is None else evaluation.loss)
+        self.checkpoints.save(state, step)
         self.timer.start()
 
     def finish(self, state: TrainState, step: int, evaluation: Evaluation | None) -> Result:
@@ -260,7 +301,8 @@ class _Loop:
             evaluation = self.evaluate(state.params, run.data.held_out())
         if not finished:
             self.progress.say(
-                f"stopped and saved at step {step:,}; continue with: garrulax train --resume {run.folder}"
+                f"stopped and saved at step {step:,}; continue with: garrulax train --resume "
+                f"{shlex.quote(str(run.folder))}"
             )
         return Result(
             state.params, step, finished, evaluation, self.checkpoints.best, self.draw() if finished else None

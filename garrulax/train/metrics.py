@@ -31,8 +31,8 @@ class MetricsLog:
             return
         path = Path(folder, NAME)
         valid = [r for r in read_metrics(folder) if r["step"] <= step] if step and path.exists() else []
-        path.write_text("".join(json.dumps(r) + "\n" for r in valid))
-        self._file = path.open("a", buffering=1)
+        path.write_text("".join(json.dumps(r) + "\n" for r in valid), encoding="utf-8")
+        self._file = path.open("a", buffering=1, encoding="utf-8")
         try:
             from tensorboardX import SummaryWriter
         except ImportError:
@@ -66,9 +66,15 @@ class MetricsLog:
 def read_metrics(folder: str | os.PathLike) -> list[dict[str, Any]]:
     """All complete records of a run's metrics.jsonl, without half a line that a killed run may have left."""
     records = []
-    for line in Path(folder, NAME).read_text().splitlines():
+    for line in Path(folder, NAME).read_text(encoding="utf-8").splitlines():
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
             break
     return records
+
+
+def held_out_losses(folder: str | os.PathLike) -> dict[int, float]:
+    """The held-out loss after each step that a run evaluated, from its metrics.jsonl; empty if it has none."""
+    records = read_metrics(folder) if Path(folder, NAME).exists() else []
+    return {r["step"]: r["valid_loss"] for r in records if "valid_loss" in r}

@@ -44,6 +44,7 @@ def schedule_of(settings: Settings, peak: float | None) -> Schedule:
         warmup=settings.warmup,
         min_ratio=settings.min_lr_ratio,
         decay=settings.decay,
+        tail=(settings.tail_step, settings.tail_ratio) if settings.tail_step else None,
     )
 
 

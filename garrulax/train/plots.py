@@ -82,7 +82,7 @@ def _frame(axes: Any, title: str, train: np.ndarray, held_out: np.ndarray) -> No
     losses = np.concatenate([train[len(train) // 50 :, 1], held_out[:, 1]])  # the steep start would flatten the rest
     margin = 0.05 * (losses.max() - losses.min()) + 1e-3
     axes.set_ylim(losses.min() - margin, losses.max() + margin)
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(loc="upper right", frameon=False, fontsize=9)
 
 
 def _bits_axis(axes: Any, records: list[dict]) -> None:

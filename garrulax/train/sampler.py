@@ -24,6 +24,7 @@ class Sampler:
         process_index: Of this process.
         process_count: Number of processes. Each gets B / process_count rows; the rows of all processes, in order, are
             the batch that a single process would get.
+        name: What to call the text in errors.
 
     Attributes:
         windows_per_epoch: Number of windows that the text is cut into.
@@ -40,12 +41,13 @@ class Sampler:
         seed: int = 0,
         process_index: int = 0,
         process_count: int = 1,
+        name: str = "text",
     ):
         if window < 1 or batch < 1:
             raise ValueError(f"window and batch must be positive, not {window} and {batch}")
         if len(tokens) < window + 1:
             raise ValueError(
-                f"the text has {len(tokens)} tokens, fewer than one window of {window} + 1: "
+                f"the {name} has {len(tokens)} tokens, fewer than one window of {window} + 1: "
                 "use a smaller window or more text"
             )
         if batch % process_count or not 0 <= process_index < process_count:

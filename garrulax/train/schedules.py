@@ -14,7 +14,14 @@ KINDS = ("constant", "linear", "cosine", "wsd", "warmup_linear")
 
 
 def make_schedule(
-    kind: str, peak: float, steps: int, *, warmup: float = 0.0, min_ratio: float = 0.0, decay: float = 0.2
+    kind: str,
+    peak: float,
+    steps: int,
+    *,
+    warmup: float = 0.0,
+    min_ratio: float = 0.0,
+    decay: float = 0.2,
+    tail: tuple[int, float] | None = None,
 ) -> Schedule:
     """Makes a schedule that rises to `peak` in the warm-up and then falls to `min_ratio * peak`.
 
@@ -28,6 +35,8 @@ def make_schedule(
         warmup: Number of steps, or a share of all steps if below 1.
         min_ratio: Last learning rate divided by the peak.
         decay: Length of wsd's decay: number of steps, or a share of all steps if below 1.
+        tail: (step, ratio) of the end of an earlier run that goes on here: without a warm-up, the rate falls from
+            `ratio * peak` at that step as it otherwise falls from the peak, or stays if it is at its end already.
 
     Returns:
         A function from the step number (int or int32 scalar) to the learning rate.
@@ -37,7 +46,9 @@ def make_schedule(
     """
     if kind not in KINDS:
         raise ValueError(f"unknown schedule {kind!r}: choose from {', '.join(KINDS)}")
-    rise, fall = _steps(warmup, steps), _steps(decay, steps) if kind == "wsd" else 0
+    rise, fall = warmup_steps(warmup, steps), warmup_steps(decay, steps) if kind == "wsd" else 0
+    if tail is not None:
+        return _tail(kind, peak, steps, *tail, min_ratio, fall)
     if rise + fall > steps:
         raise ValueError(f"warmup={warmup} and decay={decay} are longer than the {steps} steps of the run")
     if kind == "warmup_linear":
@@ -45,16 +56,25 @@ def make_schedule(
     begin = steps - fall if kind == "wsd" else rise
 
     def schedule(step):
-        done = jnp.clip((step - begin) / max(1, steps - begin), 0, 1)  # share of the decay
-        if kind == "constant":
-            ratio = jnp.ones_like(done)
-        elif kind == "cosine":
-            ratio = min_ratio + (1 - min_ratio) * 0.5 * (1 + jnp.cos(jnp.pi * done))
-        else:
-            ratio = 1 - (1 - min_ratio) * done
+        ratio = _fall(kind, step, begin, steps, 1, min_ratio)
         return peak * ratio * jnp.clip((step + 1) / max(1, rise), 0, 1)
 
     return schedule
+
+
+def _fall(kind: str, step: jax.Array | int, begin: int, steps: int, ratio: float, end: float) -> jax.Array:
+    """Learning rate divided by the peak: `ratio` until `begin`, then falling to `end` at the last step."""
+    done = jnp.clip((step - begin) / max(1, steps - begin), 0, 1)  # share of the decay
+    if kind == "constant":
+        return jnp.full_like(done, ratio)
+    if kind == "cosine":
+        return end + (ratio - end) * 0.5 * (1 + jnp.cos(jnp.pi * done))
+    return ratio - (ratio - end) * done
+
+
+def _tail(kind: str, peak: float, steps: int, at: int, ratio: float, min_ratio: float, fall: int) -> Schedule:
+    begin = max(at, steps - fall) if kind == "wsd" else at
+    return lambda step: peak * _fall(kind, step, begin, steps, ratio, min(ratio, min_ratio))
 
 
 def _warmup_linear(peak: float, steps: int, warmup: float, min_ratio: float) -> Schedule:
@@ -71,5 +91,6 @@ def _warmup_linear(peak: float, steps: int, warmup: float, min_ratio: float) -> 
     return schedule
 
 
-def _steps(value: float, steps: int) -> int:
+def warmup_steps(value: float, steps: int) -> int:
+    """Number of steps from a setting such as warmup: a number, or a share of all steps if below 1."""
     return round(value * steps) if value < 1 else int(value)

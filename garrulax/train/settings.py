@@ -14,12 +14,18 @@ from garrulax.core.sharding import RULES
 from garrulax.layers.stack import REMAT
 from garrulax.train import schedules, typed
 from garrulax.train.objectives import OBJECTIVES
+from garrulax.train.sources import absolute_source, expanded, split_sources
 
 OPTIMIZERS = ("muon", "adamw")
 PRECISIONS = ("float32", "bfloat16")
 
 #: Default (lr, adam_lr, weight_decay) of each optimizer.
 _DEFAULT_RATES = {"muon": (0.02, 4e-3, 0.0), "adamw": (1e-3, 1e-3, 0.1)}
+_RATES = ("lr", "adam_lr", "weight_decay")
+#: The same for a model that was trained before.
+_FINETUNING_RATES = {"muon": (6e-4, 3e-5, 0.0), "adamw": (3e-5, 3e-5, 0.0)}
+#: Tokenizers that are no paths; `model` is the one of the model's own folder.
+TOKENIZERS = ("sentencepiece", "bytes", "chars", "model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,15 +33,16 @@ class Settings:
     """All settings of a training run, except the fields of the model's config.
 
     Attributes:
-        preset: The model to start from; `garrulax info --all` lists them.
+        preset: Model to train: a preset (`garrulax info --all`), or a folder, GGUF file, run or hub name with weights.
         corpus: Text to train on: files, folders, glob patterns, or stdlib (the source of Python's standard library).
         valid: Held-out text, written like corpus; if empty, a part of the corpus is held out.
-        tokenizer: sentencepiece (trained on the corpus), bytes or chars (one id for each), or a path.
+        tokenizer: sentencepiece (trained on the corpus), bytes or chars (one id for each), model (its own), or a path.
         vocab: Number of token ids, if a sentencepiece tokenizer is trained.
         objective: causal or infill; none is the default of the model's family.
         token_blanks: Relative frequency of infill's rows with short blanks.
         sentence_blanks: Relative frequency of infill's rows with blanks of whole sentences.
         document_blanks: Relative frequency of infill's rows with one long blank.
+        isolate: Whether the documents in a row are kept apart: no attention from one to another, own positions each.
 
         steps: Number of updates.
         batch: Rows in a step, over all processes.
@@ -49,6 +56,8 @@ class Settings:
         warmup: Number of warm-up steps, or a share of all steps if below 1.
         decay: Number of steps of wsd's decay, or a share of all steps if below 1.
         min_lr_ratio: Last learning rate divided by the peak.
+        tail_step: Step from which the rate falls from tail_ratio; none: set when resumed with other steps, 0: never.
+        tail_ratio: Learning rate at tail_step divided by the peak.
         weight_decay: Decoupled weight decay; none is 0 with muon, 0.1 with adamw.
         clip: Norm that gradients are clipped to; 0 does not clip.
         beta1: Decay rate of Adam's first moment.
@@ -57,7 +66,8 @@ class Settings:
         momentum: Decay rate of Muon's momentum.
 
         seed: Decides initial parameters, order of the data, and dropout.
-        precision: Dtype of the computation: float32 or bfloat16; the parameters stay in float32.
+        precision: Dtype of the computation: float32 or bfloat16.
+        weights: Dtype of the parameters: float32, or bfloat16 with stochastic rounding, which halves their memory.
         remat: Recomputed in the backward pass to save memory: none, dots (all but matrix products) or full.
         unroll: Compile the layers as straight code, not as a loop; none does so for few layers on a CPU.
         dropout: Whether to apply the dropout rates of the model's config.
@@ -81,6 +91,7 @@ class Settings:
     token_blanks: float = 0.5
     sentence_blanks: float = 0.3
     document_blanks: float = 0.2
+    isolate: bool = False
 
     steps: int = 2000
     batch: int = 12
@@ -94,6 +105,8 @@ class Settings:
     warmup: float = 0.05
     decay: float = 0.2
     min_lr_ratio: float = 0.1
+    tail_step: int | None = None
+    tail_ratio: float = 1.0
     weight_decay: float | None = None
     clip: float = 1.0
     beta1: float = 0.9
@@ -103,6 +116,7 @@ class Settings:
 
     seed: int = 0
     precision: str = "float32"
+    weights: str = "float32"
     remat: str = "none"
     unroll: bool | None = None
     dropout: bool = False
@@ -124,11 +138,11 @@ class Settings:
         for name in ("steps", "batch", "window", "accumulation", "log_every", "eval_every", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name, default in zip(("lr", "adam_lr", "weight_decay"), _DEFAULT_RATES[self.optimizer], strict=True):
+        for name, default in zip(_RATES, _DEFAULT_RATES[self.optimizer], strict=True):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
-        for name in ("lr", "adam_lr", "weight_decay", "clip", "warmup", "decay", "eval_tokens"):
-            if getattr(self, name) < 0:
+        for name in (*_RATES, "clip", "warmup", "decay", "eval_tokens", "tail_step", "tail_ratio"):
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.batch % self.accumulation:
             raise ValueError(f"batch={self.batch} cannot be cut into accumulation={self.accumulation} equal parts")
@@ -139,6 +153,7 @@ _CHOICES = {
     "optimizer": OPTIMIZERS,
     "schedule": schedules.KINDS,
     "precision": PRECISIONS,
+    "weights": PRECISIONS,
     "remat": tuple(REMAT),
     "rules": tuple(RULES),
 }
@@ -149,11 +164,18 @@ FIXED_ON_RESUME = (
     "token_blanks",
     "sentence_blanks",
     "document_blanks",
+    "isolate",
+    "weights",
     "batch",
     "window",
     "optimizer",
     "seed",
 )
+
+
+_PATHS = ("preset", "corpus", "valid", "tokenizer")
+#: Settings that a resumed run takes from its folder: the tokenizer is there, and the model in the checkpoint.
+_IN_THE_FOLDER = ("preset", "tokenizer", "vocab")
 
 
 def read_settings(
@@ -173,19 +195,65 @@ def read_settings(
         ValueError: For an unknown key, naming the nearest known one, and for values of a wrong type or out of range.
         FileNotFoundError: If the file does not exist.
     """
-    changes = {**_toml(file), **_pairs(overrides)}
+    return apply_changes(read_changes(file, overrides), start)
+
+
+def read_changes(file: str | os.PathLike | None = None, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """The values in a settings file and in `key=value` texts, unchecked, by name. Arguments as for `read_settings`."""
+    return {**_toml(file), **_pairs(overrides)}
+
+
+def apply_changes(
+    changes: Mapping[str, Any], start: Settings | None = None, config: ModelConfig | None = None
+) -> tuple[Settings, ModelConfig]:
+    """The settings and the model's config with some values changed.
+
+    Args:
+        changes: From `read_changes`.
+        start: Settings to change; None is the defaults.
+        config: Config to change; None is that of the preset.
+
+    Raises:
+        ValueError: As `read_settings` does.
+    """
+    changes = dict(changes)
     model = changes.pop("model", {})
     if not isinstance(model, Mapping):
         raise ValueError(f"model={model!r} is not a table of model fields: write model.layers=4")
     model = {**model, **{k[6:]: changes.pop(k) for k in list(changes) if k.startswith("model.")}}
-    settings = typed.replace(start or Settings(), changes)
-    return settings, typed.replace(models.preset(settings.preset), model, "model.")
+    if "optimizer" in changes:  # its own default rates, not those of the optimizer before
+        changes = {**dict.fromkeys(_RATES), **changes}
+    settings = typed.replace(start or Settings(), _with_lists(changes))
+    return settings, typed.replace(config or models.preset(settings.preset), model, "model.")
+
+
+def finetuning(config: ModelConfig, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The changes with defaults for a model that was trained before: its tokenizer, AdamW, low rates, long rows.
+
+    Args:
+        config: Of the model.
+        changes: From `read_changes`; they win over the defaults.
+    """
+    optimizer = changes.get("optimizer", "adamw")
+    rates = _FINETUNING_RATES.get(optimizer, (None, None, None))  # of an unknown one: it is refused later
+    return {
+        "optimizer": optimizer,
+        **dict(zip(_RATES, rates, strict=True)),
+        "tokenizer": "model",
+        "steps": 200,
+        "batch": 4,
+        "window": min(512, config.context),
+        "warmup": 0.1,
+        "eval_every": 50,
+        "checkpoint_every": 100,
+        **changes,
+    }
 
 
 def write_run_file(folder: str | os.PathLike, settings: Settings, config: ModelConfig, data: Mapping[str, str]) -> None:
     """Writes run.json, the `run_identity`, into a run's folder."""
     record = run_identity(settings, config, data)
-    Path(folder, "run.json").write_text(json.dumps(record, indent=2) + "\n")
+    Path(folder, "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def read_run_file(folder: str | os.PathLike, overrides: Iterable[str] = ()) -> tuple[Settings, ModelConfig]:
@@ -199,12 +267,34 @@ def read_run_file(folder: str | os.PathLike, overrides: Iterable[str] = ()) -> t
         FileNotFoundError: If it is not the folder of a run.
         ValueError: As `read_settings` does.
     """
+    record = read_record(folder)
+    recorded, changes = typed.replace(Settings(), record["settings"]), _with_lists(_pairs(overrides))
+    given = absolute_paths(typed.replace(recorded, changes))  # what the record says stays as it is
+    settings = dataclasses.replace(
+        typed.replace(recorded, changes), **{k: getattr(given, k) for k in _PATHS if k in changes}
+    )
+    for name in _IN_THE_FOLDER:
+        if getattr(settings, name) != getattr(recorded, name):
+            raise ValueError(
+                f"{name}={changes[name]}: {folder} goes on with {name}={getattr(recorded, name)}, with which it began"
+            )
+    return settings, typed.replace(_any_config(record), record["config"], "model.")
+
+
+def read_record(folder: str | os.PathLike) -> dict[str, Any]:
+    """The object in a run's run.json, see `run_identity`. Raises as `read_run_file` does."""
     file = Path(folder, "run.json")
     if not file.exists():
         raise FileNotFoundError(f"{folder} is not the folder of a run: it has no run.json")
-    record = json.loads(file.read_text())
-    settings = typed.replace(typed.replace(Settings(), record["settings"]), _pairs(overrides))
-    return settings, typed.replace(models.preset(settings.preset), record["config"], "model.")
+    return json.loads(file.read_text(encoding="utf-8-sig"))
+
+
+def _any_config(record: Mapping[str, Any]) -> ModelConfig:
+    """A Config of the run's family, all of whose fields the record replaces."""
+    for family in models.FAMILIES:
+        if _family_name(family) == record.get("family"):
+            return next(iter(family.PRESETS.values()))
+    return models.preset(record["settings"]["preset"])  # run.json of an older version does not name the family
 
 
 def run_identity(settings: Settings, config: ModelConfig, data: Mapping[str, str]) -> dict[str, Any]:
@@ -215,7 +305,12 @@ def run_identity(settings: Settings, config: ModelConfig, data: Mapping[str, str
         config: Of the model.
         data: Hashes, by name, of everything that the batches depend on (`batches.Data.identity`).
     """
-    record = {"settings": dataclasses.asdict(settings), "config": dataclasses.asdict(config), "data": dict(data)}
+    record = {
+        "settings": dataclasses.asdict(settings),
+        "family": _family_name(models.family(config)),
+        "config": dataclasses.asdict(config),
+        "data": dict(data),
+    }
     return json.loads(json.dumps(record))  # tuples become lists, as in a record read from a file
 
 
@@ -227,6 +322,8 @@ def differences(current: Mapping[str, Any], saved: Mapping[str, Any]) -> list[st
         saved: `run_identity` in the checkpoint.
     """
     found = []
+    added = {field.name: field.default for field in dataclasses.fields(Settings)}  # since an older version saved it
+    saved = {**saved, "settings": {**added, **saved["settings"]}}
     for part in ("config", "data", "settings"):
         for name in sorted(current[part].keys() | saved[part].keys()):
             now, was = current[part].get(name), saved[part].get(name)
@@ -235,15 +332,39 @@ def differences(current: Mapping[str, Any], saved: Mapping[str, Any]) -> list[st
     return found
 
 
+def _family_name(family: models.Family) -> str:
+    return family.__name__.rsplit(".", 1)[-1]
+
+
+def absolute_paths(settings: Settings) -> Settings:
+    """The settings with paths that mean the same from every folder, so that the run can be resumed from anywhere."""
+    corpus, valid = (tuple(map(absolute_source, sources)) for sources in (settings.corpus, settings.valid))
+    model, tokenizer = settings.preset, settings.tokenizer
+    if model not in models.presets() and os.path.exists(expanded(model)):  # else it may be a name on the hub
+        model = os.path.abspath(expanded(model))
+    if tokenizer not in TOKENIZERS:
+        tokenizer = os.path.abspath(expanded(tokenizer))
+    return dataclasses.replace(settings, corpus=corpus, valid=valid, preset=model, tokenizer=tokenizer)
+
+
+def _with_lists(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Values in which a text that lists sources is a list."""
+    lists = {k: split_sources(changes[k]) for k in ("corpus", "valid") if isinstance(changes.get(k), str)}
+    return {**changes, **lists}
+
+
 def _toml(file: str | os.PathLike | None) -> dict[str, Any]:
     if file is None:
         return {}
-    if not Path(file).exists():
+    path = Path(expanded(file))
+    if not path.is_file():
         raise FileNotFoundError(f"no settings file {file}")
     try:
-        return tomllib.loads(Path(file).read_text())
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{file} is not valid TOML: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
 
 
 def _pairs(overrides: Iterable[str]) -> dict[str, str]:

@@ -185,17 +185,14 @@ def build_shards(
     Raises:
         ValueError: If a split has several documents and the tokenizer has no eos to separate them, or if the tokenizer
             cannot encode a document, which is named.
-        OSError: If the disk is full; the incomplete data set is deleted.
+        OSError: If the folder cannot be written or the disk is full; the incomplete data set is deleted.
     """
     root = default_root() if root is None else Path(root)
-    root.mkdir(parents=True, exist_ok=True)
-    identity = {"format": FORMAT, "corpus": corpus.hash, "tokenizer": tokenizer.fingerprint, "eos": tokenizer.eos,
-                "vocab": tokenizer.vocab, "shard_tokens": shard_tokens}  # fmt: skip
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
+    identity, key = _identity(corpus.hash, tokenizer, shard_tokens)
     final = root / key
     if final.exists():
         return Dataset(final)
-    with _lock(root / f"{key}.lock"):
+    with _explained(root), _lock(root / f"{key}.lock"):
         if final.exists():  # another process built it while this one waited
             return Dataset(final)
         for stale in root.glob(f".{key}-*"):  # left by a process that was killed, since we hold the lock
@@ -215,11 +212,59 @@ def build_shards(
     return Dataset(final)
 
 
+def find_shards(
+    corpus_hash: str, tokenizer: Encoder, root: str | os.PathLike | None = None, *, shard_tokens: int = 2**27
+) -> Dataset | None:
+    """The data set that `build_shards` once built of a corpus with this hash, or None; the text is not needed.
+
+    Args:
+        corpus_hash: `Corpus.hash`.
+        tokenizer: As for `build_shards`.
+        root: As for `build_shards`.
+        shard_tokens: As for `build_shards`.
+    """
+    _, key = _identity(corpus_hash, tokenizer, shard_tokens)
+    folder = (default_root() if root is None else Path(root)) / key
+    return Dataset(folder) if folder.exists() else None
+
+
 def default_root() -> Path:
-    """The folder of all data sets: $GARRULAX_CACHE/shards, or garrulax/shards in the user's cache folder."""
+    """The folder of all data sets: $GARRULAX_CACHE/shards, or garrulax/shards in the user's cache folder.
+
+    Raises:
+        OSError: If there is neither the variable nor a home folder.
+    """
     if cache := os.environ.get("GARRULAX_CACHE"):
-        return Path(cache) / "shards"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "garrulax" / "shards"
+        return Path(cache).expanduser() / "shards"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "garrulax" / "shards"
+    except RuntimeError as error:
+        raise OSError(
+            "there is no home folder to keep token ids in: set GARRULAX_CACHE to a folder for them"
+        ) from error
+
+
+def _identity(corpus_hash: str, tokenizer: Encoder, shard_tokens: int) -> tuple[dict[str, Any], str]:
+    """Everything that decides the content of a data set, and the hash of it that names the folder."""
+    identity = {"format": FORMAT, "corpus": corpus_hash, "tokenizer": tokenizer.fingerprint, "eos": tokenizer.eos,
+                "vocab": tokenizer.vocab, "shard_tokens": shard_tokens}  # fmt: skip
+    return identity, hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
+
+
+@contextmanager
+def _explained(root: Path) -> Iterator[None]:
+    """Makes the folder of the data sets. Says in the errors of writing there which variable names another folder."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        outside = error.filename is not None and not Path(os.fspath(error.filename)).is_relative_to(root)
+        parents = error.filename is not None and root.is_relative_to(Path(os.fspath(error.filename)))
+        if outside and not parents:  # an error of reading the corpus
+            raise
+        raise OSError(
+            f"token ids cannot be written to {root}: {error.strerror or error}; set GARRULAX_CACHE to another folder"
+        ) from error
 
 
 def _dtype(tokenizer: Encoder) -> np.dtype:

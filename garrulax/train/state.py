@@ -1,5 +1,6 @@
 """The state of a run: the arrays that a step updates and a checkpoint saves."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -38,7 +39,7 @@ def init_state(
     mesh: Mesh | None = None,
     rules: str | sharding.Rules = "fsdp+tp",
     dtype: Any = jnp.float32,
-    params: spec.Tree | None = None,
+    params: spec.Tree | Callable[[], spec.Tree] | None = None,
     specs: spec.Tree | None = None,
 ) -> TrainState:
     """Makes the state before the first step.
@@ -49,23 +50,34 @@ def init_state(
         seed: Of the initial parameters and of dropout.
         mesh: To create the state on, already sharded. It must be set with `jax.set_mesh`. None is one device.
         rules: Of sharding, such as a name in `core.sharding.RULES`.
-        dtype: Of the parameters.
+        dtype: Of the parameters. The optimizer's state is in float32 at least.
         params: Parameters to start from, as arrays of any kind; None draws random ones. They are copied, because a step
-            donates its state.
+            donates its state; the arrays that a function returns are not.
         specs: ParamSpec tree of `params`, if they have more leaves than the config's family says, such as a head.
+
+    Raises:
+        ValueError: If `params` do not fit the config; it names them.
     """
     init_key, key = jax.random.split(jax.random.key(seed))
     if params is None:
         params = models.init(config, init_key, mesh, dtype, rules)
     else:
-        params = jax.tree.map(lambda p: jnp.array(p, dtype, copy=True), params)
+        ours = callable(params)
+        specs = models.parameters(config) if specs is None else specs
+        params = params() if callable(params) else params
+        spec.check_params(specs, params)
+        params = jax.tree.map(lambda p: jnp.asarray(p, dtype) if ours else jnp.array(p, dtype, copy=True), params)
         if mesh is not None:
-            specs = models.parameters(config) if specs is None else specs
             params = jax.device_put(params, sharding.shardings(specs, mesh, rules))
     step = jnp.zeros((), jnp.int32)
     if mesh is not None:
         step, key = jax.device_put((step, key), jax.NamedSharding(mesh, jax.P()))
-    return TrainState(step, params, jax.jit(optimizer.init)(params), key)
+    return TrainState(step, params, jax.jit(lambda p: optimizer.init(in_full(p)))(params), key)
+
+
+def in_full(tree: spec.Tree) -> spec.Tree:
+    """A tree of arrays with those of 16 bits, such as bfloat16, in float32."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype in (jnp.bfloat16, jnp.float16) else x, tree)
 
 
 def abstract_state(
@@ -89,7 +101,7 @@ def abstract_state(
     """
     specs = models.parameters(config) if specs is None else specs
     params = spec.abstract(specs, dtype, None if mesh is None else sharding.shardings(specs, mesh, rules))
-    opt_state = jax.eval_shape(optimizer.init, params)
+    opt_state = jax.eval_shape(lambda p: optimizer.init(in_full(p)), params)
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state, key)
 

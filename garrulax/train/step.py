@@ -12,7 +12,7 @@ from garrulax.core.spec import Tree
 from garrulax.train.objectives import Batch, Objective
 from garrulax.train.optimizers import schedule_of
 from garrulax.train.settings import Settings
-from garrulax.train.state import TrainState
+from garrulax.train.state import TrainState, in_full
 
 Metrics = dict[str, jax.Array]
 
@@ -43,8 +43,7 @@ def make_train_step(
         loss, tokens, grads = _accumulated(gradient, state.params, batch, key)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        updates, opt_state = _update(optimizer, grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params, opt_state = _update(optimizer, grads, state)
         new = TrainState(state.step + 1, params, opt_state, state.key)
         metrics = {"loss": loss, "grad_norm": norm, "lr": schedule(state.step), "tokens": tokens, "finite": finite}
         return _select(finite, new, state), metrics
@@ -53,9 +52,9 @@ def make_train_step(
 
 
 def compute_dtype(params: Tree, precision: str) -> Tree:
-    """The parameters in the dtype of the computation: unchanged for "float32", cast for "bfloat16"."""
+    """The parameters in the dtype of the computation: those of 32 bits or more are unchanged for "float32"."""
     if precision == "float32":
-        return params
+        return in_full(params)
     dtype = jnp.dtype(precision)
     return jax.tree.map(lambda p: p.astype(dtype) if jnp.issubdtype(p.dtype, jnp.floating) else p, params)
 
@@ -90,23 +89,51 @@ def _accumulated(gradient: Callable, params: Tree, batch: Batch, key: jax.Array 
         (loss, aux), grads = gradient(params, part, None if key is None else jax.random.fold_in(key, i))
         tokens = aux["tokens"]
         return jax.tree.map(
-            lambda t, x: t + x * tokens.astype(x.dtype), total, (loss, jnp.ones_like(loss), grads)
+            lambda t, x: t + x.astype(t.dtype) * tokens.astype(t.dtype), total, (loss, jnp.ones_like(loss), grads)
         ), None
 
     shapes = jax.eval_shape(lambda: gradient(params, {k: v[0] for k, v in batch.items()}, key))
     zero = jnp.zeros((), shapes[0][0].dtype)
-    total = (zero, zero, jax.tree.map(jnp.zeros_like, params))
+    total = (zero, zero, jax.tree.map(jnp.zeros_like, in_full(params)))
     (loss, tokens, grads), _ = jax.lax.scan(add, total, (jnp.arange(micro_batches), batch))
     count = jnp.maximum(tokens, 1)
     return loss / count, tokens, jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
 
 
-def _update(optimizer: optax.GradientTransformation, grads: Tree, opt_state: Any, params: Tree) -> tuple[Tree, Any]:
-    """optimizer.update; on a mesh in Auto mode, since Explicit mode rejects Muon's products of sharded matrices."""
+def _update(optimizer: optax.GradientTransformation, grads: Tree, state: TrainState) -> tuple[Tree, Any]:
+    """The next parameters and optimizer state; on a mesh in Auto mode, since Explicit mode rejects Muon's products."""
+
+    def update(grads, opt_state, params, key):
+        full = in_full(params)
+        updates, opt_state = optimizer.update(in_full(grads), opt_state, full)
+        return _rounded(optax.apply_updates(full, updates), params, key), opt_state
+
+    arguments = (grads, state.opt_state, state.params, jax.random.fold_in(state.key, state.step))
     if jax.sharding.get_abstract_mesh().empty:
-        return optimizer.update(grads, opt_state, params)
-    shardings = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (params, opt_state))
-    return jax.sharding.auto_axes(optimizer.update, out_sharding=shardings)(grads, opt_state, params)
+        return update(*arguments)
+    shardings = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (state.params, state.opt_state))
+    return jax.sharding.auto_axes(update, out_sharding=shardings)(*arguments)
+
+
+def _rounded(new: Tree, like: Tree, key: jax.Array) -> Tree:
+    """The new parameters in the dtypes of the old ones; bfloat16 by stochastic rounding.
+
+    A bfloat16 has 8 bits: most updates are smaller than half a step between two of them and would be lost. Rounding up
+    with a probability equal to the distance from below keeps them in expectation.
+    """
+    leaves, tree = jax.tree.flatten(new)
+    rounded = [
+        stochastic_round(x, jax.random.fold_in(key, i)) if old.dtype == jnp.bfloat16 else x.astype(old.dtype)
+        for i, (x, old) in enumerate(zip(leaves, jax.tree.leaves(like), strict=True))
+    ]
+    return jax.tree.unflatten(tree, rounded)
+
+
+def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
+    """float32 to bfloat16, up or down at random, so that the expected value is x."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    bits = bits + jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)  # carries into the upper half
+    return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
 def _select(condition: jax.Array, new: TrainState, old: TrainState) -> TrainState:

@@ -1,0 +1,129 @@
+"""`garrulax info --train`: memory and time of a training run, stated before it begins."""
+
+import dataclasses
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from garrulax import models
+from garrulax.core import spec
+from garrulax.core.config import ModelConfig
+from garrulax.models.summary import bytes_of
+from garrulax.train.flops import peak_flops, train_flops_per_token
+from garrulax.train.optimizers import make_optimizer
+from garrulax.train.settings import Settings
+from garrulax.train.state import abstract_state
+
+#: Share of the rate of a large matrix product that training steps reach: seen from 0.3 (CPU) to 0.5 (GPU).
+EFFICIENCY = 0.4
+#: Memory of the program itself: Python, JAX and the compiled step.
+PROGRAM = 500 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Bytes and floating-point operations of a training run on one device.
+
+    Attributes:
+        parameters: Bytes.
+        gradients: Bytes.
+        optimizer: Bytes of the optimizer's state.
+        copies: Bytes of the parameters in the dtype of the computation, if it is another one.
+        activations: Bytes that the backward pass reads, without the logits.
+        logits: Bytes of the logits and their gradient.
+        save: Bytes of the copy of the state that is written in the background.
+        flops: Of one step.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    copies: int
+    activations: int
+    logits: int
+    save: int
+    flops: int
+
+    @property
+    def memory(self) -> int:
+        """Bytes at the most: all but `save` in a step, which may go on while a checkpoint is written."""
+        return (
+            self.parameters + self.gradients + self.optimizer + self.copies + self.activations + self.logits + self.save
+        )
+
+
+def training_costs(config: ModelConfig, settings: Settings) -> Costs:
+    """The costs of a run; arithmetic on shapes, which allocates nothing.
+
+    Args:
+        config: Of the model.
+        settings: Of the run; uses batch, accumulation, window, optimizer, weights, precision and remat.
+    """
+    state = abstract_state(config, make_optimizer(settings, models.parameters(config)), dtype=settings.weights)
+    count = models.count(config)
+    tokens = settings.batch // settings.accumulation * settings.window
+    size = jnp.dtype(settings.precision).itemsize
+    parameters, optimizer = bytes_of(count, settings.weights), _bytes(state.opt_state)
+    return Costs(
+        parameters=parameters,
+        gradients=bytes_of(count, "float32" if settings.accumulation > 1 else settings.weights),
+        optimizer=optimizer,
+        copies=0 if settings.precision == settings.weights else bytes_of(count, settings.precision),
+        activations=tokens * size * saved_per_token(config, settings.remat),
+        logits=tokens * config.vocab * (4 + size),
+        save=parameters + optimizer,
+        flops=settings.batch * settings.window * train_flops_per_token(config, settings.window),
+    )
+
+
+def saved_per_token(config: ModelConfig, remat: str) -> int:
+    """Numbers a token that the forward pass keeps for the backward pass.
+
+    A product needs its input there, and what follows needs its output: for each weight [inputs, outputs] both are
+    counted, and two more widths for the norms and the residual sum. With remat "dots" only the outputs are kept; with
+    "full" the input of every layer, and one layer is computed again at a time.
+
+    Args:
+        config: Of the model.
+        remat: none, dots or full.
+    """
+    blocks = [s for name, s in spec.named_specs(models.parameters(config)).items() if name.startswith("blocks/")]
+    matrices = [s for s in blocks if s.role == "matrix"]
+    outputs = sum(math.prod(s.layer_shape[s.inputs :]) for s in matrices)
+    both = outputs + sum(math.prod(s.layer_shape[: s.inputs]) for s in matrices)
+    layer = both + 2 * config.width
+    if remat == "full":
+        return config.layers * config.width + layer
+    if remat == "dots":
+        return config.layers * (outputs + config.width) + layer
+    return config.layers * layer
+
+
+def measured_rate(dtype: str) -> float:
+    """FLOP/s of a product of two square matrices of a dtype on the first device, measured in about a second."""
+    size = 1024 if jax.default_backend() == "cpu" else 8192
+    x = jnp.ones((size, size), dtype)
+    product = jax.jit(jnp.matmul)
+    product(x, x).block_until_ready()
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        product(x, x).block_until_ready()
+        seconds.append(time.perf_counter() - begin)
+    return 2 * size**3 / float(np.median(seconds))
+
+
+def device_rate(dtype: str) -> tuple[float, str]:
+    """FLOP/s of matrix products on the first device, and where the number is from: its data sheet, or measured."""
+    device = jax.devices()[0]
+    known = peak_flops(device) if dtype == "bfloat16" else None
+    if known is not None:
+        return known, f"the peak rate of {device.device_kind}"
+    return measured_rate(dtype), f"matrix products in {dtype}, measured now on {device.device_kind}"
+
+
+def _bytes(tree: spec.Tree) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -1,0 +1,260 @@
+"""What `garrulax train` starts from: a preset, a model with weights, or the folder of a run."""
+
+import argparse
+import dataclasses
+import json
+import re
+import shlex
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import garrulax as gx
+from garrulax import models
+from garrulax.cli.models import find_model
+from garrulax.core import spec
+from garrulax.core.config import ModelConfig
+from garrulax.core.spec import Tree
+from garrulax.hub.json_files import read_object
+from garrulax.hub.tokenizer_training import train_chars, train_sentencepiece
+from garrulax.hub.tokenizers import GLM_SPECIALS, GPT_SPECIALS, ByteTokenizer, Tokenizer, load_tokenizer
+from garrulax.train import settings as settings_
+from garrulax.train.corpus import Corpus
+from garrulax.train.settings import Settings
+from garrulax.train.shards import Dataset, default_root, find_shards
+from garrulax.train.sources import STDLIB, expanded
+
+#: Folder of the tokenizer in the folder of a run.
+TOKENIZER = "tokenizer"
+_GENERATION = "generation_config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """The start of a run.
+
+    Attributes:
+        settings: Of the run.
+        folder: Of the run.
+        model: Config and perhaps tokenizer, without weights. `garrulax.save` with the trained weights in their place
+            keeps everything else that came with a loaded model.
+        loaded: Whether the weights come from the model that `settings.preset` names.
+        recorded: Hashes of corpus and tokenizer in run.json, if a run is resumed; else empty.
+        text_given: Whether a resumed run was given another place of its text.
+    """
+
+    settings: Settings
+    folder: Path
+    model: gx.Model
+    loaded: bool = False
+    recorded: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    text_given: bool = False
+
+    @property
+    def params(self) -> Callable[[], Tree] | None:
+        """Reads the weights to start from; None draws random ones, or a checkpoint has them."""
+        if not self.loaded:
+            return None
+        return lambda: gx.load(find_model(self.settings.preset), dtype=self.settings.weights).params
+
+
+def start(args: argparse.Namespace) -> Start:
+    """The start that a command line describes; reads no weights and no text."""
+    words = settings_words([*args.settings, *([f"mesh={args.mesh}"] if args.mesh else [])])
+    if args.resume:
+        return _resumed(Path(expanded(args.resume)), words)
+    settings, model, loaded = chosen(args.config, words)
+    name = f"{_name(settings.preset)}-tuned" if loaded else settings.preset
+    folder = Path(expanded(args.run)) if args.run else Path("runs", name)
+    if (folder / "run.json").exists():
+        raise FileExistsError(
+            f"{folder} holds a run: continue it with garrulax train --resume {shlex.quote(str(folder))}, or choose "
+            "another --run"
+        )
+    if (folder / "config.json").exists():
+        raise FileExistsError(f"{folder} is the folder of a model: choose another --run")
+    return Start(settings, folder, model, loaded)
+
+
+def settings_words(words: Sequence[str]) -> list[str]:
+    """Words of a command line as `key=value`; a word that is no such pair, or a path, names the model."""
+    is_pair = re.compile(r"[A-Za-z_][\w.]*\s*=").match
+    return [word if is_pair(word) and not Path(expanded(word)).exists() else f"preset={word}" for word in words]
+
+
+def chosen(file: str | None, words: Sequence[str]) -> tuple[Settings, gx.Model, bool]:
+    """The settings of a new run, its model without weights, and whether the model has weights to start from.
+
+    A name of a preset is the preset; anything else is loaded, and the defaults are those of fine-tuning.
+
+    Raises:
+        ValueError: As `settings.read_settings` does, and if the word is neither a preset nor a model.
+        FileNotFoundError: If there is no such file.
+    """
+    changes = settings_.read_changes(file, words)
+    name = changes.get("preset", Settings.preset)
+    if not isinstance(name, str) or name in models.presets() or not _may_be_model(name):
+        settings, config = settings_.apply_changes(changes)
+        return settings_.absolute_paths(settings), gx.Model(config, {}), False
+    model = gx.load(find_model(expanded(name)), only=())
+    settings, config = settings_.apply_changes(settings_.finetuning(model.config, changes), config=model.config)
+    if config != model.config:  # such as another dropout; not another shape
+        spec.check_params(models.parameters(config), spec.abstract(models.parameters(model.config)))
+    return settings_.absolute_paths(settings), model.replace(config=config), True
+
+
+def _may_be_model(name: str) -> bool:
+    return Path(expanded(name)).exists() or "/" in name or name.endswith(".gguf")
+
+
+def _name(model: str) -> str:
+    path = Path(model)
+    parts = path.parts[:-1] if path.name == "model" and len(path.parts) > 1 else path.parts  # of a run
+    return parts[-1].removesuffix(".gguf")
+
+
+def _resumed(folder: Path, words: Sequence[str]) -> Start:
+    settings, config = settings_.read_run_file(folder, words)
+    model = gx.Model(config, {}, load_tokenizer(folder / TOKENIZER))
+    if (folder / TOKENIZER / _GENERATION).exists():
+        model = model.replace(generation=read_object(folder / TOKENIZER / _GENERATION))
+    given = any(word.partition("=")[0].strip() in ("corpus", "valid") for word in words)
+    return Start(settings, folder, model, recorded=settings_.read_record(folder)["data"], text_given=given)
+
+
+# -- Tokenizer --------------------------------------------------------------------------------------------------------
+
+
+def with_tokenizer(begun: Start, corpus: Corpus) -> Start:
+    """The start of a new run with its tokenizer: the model's own, one from a path, or one trained on the corpus."""
+    with tempfile.TemporaryDirectory() as temporary:  # save and load it, as a resumed run does, to get the same ids
+        _new_tokenizer(begun, corpus).save(temporary)
+        tokenizer = load_tokenizer(temporary)
+    return dataclasses.replace(begun, model=begun.model.replace(tokenizer=tokenizer))
+
+
+def save_tokenizer(begun: Start) -> None:
+    """Writes what a resumed run needs of the model besides its checkpoint into the run's folder."""
+    assert begun.model.tokenizer is not None
+    begun.model.tokenizer.save(begun.folder / TOKENIZER)
+    if generation := getattr(begun.model, "generation", None):
+        text = json.dumps(dict(generation), indent=2) + "\n"
+        (begun.folder / TOKENIZER / _GENERATION).write_text(text, encoding="utf-8")
+
+
+def _new_tokenizer(begun: Start, corpus: Corpus) -> Tokenizer:
+    settings, model = begun.settings, begun.model
+    if begun.loaded != (settings.tokenizer == "model") and settings.tokenizer in settings_.TOKENIZERS:
+        if begun.loaded:
+            raise ValueError(
+                f"tokenizer={settings.tokenizer}: the weights of {settings.preset} belong to their own tokenizer; "
+                "leave the setting out, or give the path of that tokenizer"
+            )
+        raise ValueError(f"tokenizer=model: the preset {settings.preset} has no tokenizer of its own")
+    if settings.tokenizer == "model":
+        if model.tokenizer is None:
+            raise ValueError(f"{settings.preset} has no tokenizer: give the path of one with tokenizer=")
+        return model.tokenizer
+    specials = GPT_SPECIALS if models.blanks(model.config) is None else GLM_SPECIALS
+    if settings.tokenizer == "sentencepiece":
+        texts = (document.text for document in corpus.split("train"))
+        try:
+            return train_sentencepiece(texts, vocab=settings.vocab, specials=specials)
+        except ValueError as error:
+            if "vocabulary" not in str(error):
+                raise
+            raise ValueError(f"{error}; set it with vocab=NUMBER (now vocab={settings.vocab})") from error
+    if settings.tokenizer == "chars":
+        return train_chars((document.text for document in corpus), specials=specials)
+    if settings.tokenizer == "bytes":
+        return ByteTokenizer(specials)
+    return load_tokenizer(settings.tokenizer)
+
+
+def fit(config: ModelConfig, settings: Settings, tokenizer: Tokenizer) -> ModelConfig:
+    """Fits a preset's config to a tokenizer.
+
+    Args:
+        config: Of the model.
+        settings: Of the run.
+        tokenizer: To take the control tokens from, and the size of the vocabulary if `config.vocab` is the preset's. A
+            different `config.vocab`, chosen by the user, is kept.
+
+    Raises:
+        ValueError: If a control token is missing, and as `check` does.
+    """
+    family = models.family(config)
+    if family.OBJECTIVE is not None and config.vocab == models.preset(settings.preset).vocab:
+        config = dataclasses.replace(config, vocab=tokenizer.vocab)
+    check(config, settings, tokenizer)
+    missing = [name for name in family.CONTROL_TOKENS.values() if name not in tokenizer.specials]
+    if not family.CONTROL_TOKENS:
+        return dataclasses.replace(config, bos=tokenizer.bos, eos=tokenizer.eos)
+    if missing or tokenizer.eos is None:
+        raise ValueError(
+            f"{family.__name__} needs control tokens that the tokenizer lacks: {', '.join(missing) or 'an end of text'}"
+        )
+    ids = {field: tokenizer.specials[name] for field, name in family.CONTROL_TOKENS.items()}
+    pad = tokenizer.eos if tokenizer.pad is None else tokenizer.pad
+    return dataclasses.replace(config, **ids, eos=tokenizer.eos, pad=pad)
+
+
+def check(config: ModelConfig, settings: Settings, tokenizer: Tokenizer) -> None:
+    """Checks that a model can be trained with these settings and this tokenizer.
+
+    Raises:
+        ValueError: If the vocabulary is too small for the tokenizer or the window longer than the model's context; and
+            for the GLMs whose blanks `train.infill` cannot make (GLM-130B, ChatGLM-6B).
+    """
+    if models.family(config).OBJECTIVE is None:
+        raise ValueError(
+            f"garrulax train makes the blanks of the original GLM, not those of {settings.preset}: choose a glm "
+            "preset, or give garrulax.train.step batches of your own"
+        )
+    if config.vocab < tokenizer.vocab:
+        trains_one = settings.tokenizer == "sentencepiece"
+        raise ValueError(
+            f"model.vocab={config.vocab} is smaller than the tokenizer's {tokenizer.vocab} ids: leave out model.vocab"
+            + (f", or train a smaller tokenizer with vocab={config.vocab}" if trains_one else "")
+        )
+    if settings.window > config.context:
+        raise ValueError(f"window={settings.window} is longer than model.context={config.context}: change one of them")
+
+
+# -- Text -------------------------------------------------------------------------------------------------------------
+
+
+def cached_dataset(begun: Start) -> Dataset | None:
+    """The token ids of a resumed run, if they are in the cache and it was not given another place of its text."""
+    if not begun.recorded or begun.text_given or begun.model.tokenizer is None:
+        return None
+    return find_shards(begun.recorded["corpus"], begun.model.tokenizer)
+
+
+def check_corpus(begun: Start, corpus: Corpus) -> None:
+    """Reads the text of a run, and checks that a resumed run gets the text that it began with.
+
+    Raises:
+        FileNotFoundError: If there is no text. For a resumed run it says where the name stands and what else to give.
+        ValueError: If the text is another one.
+    """
+    where = f"{begun.folder / 'run.json'} says corpus={','.join(begun.settings.corpus)}"
+    try:
+        found = corpus.hash
+    except (FileNotFoundError, ValueError) as error:
+        if not begun.recorded or begun.text_given:
+            raise
+        raise type(error)(
+            f"{error}. {where}, and its token ids are not in {default_root()}: give the place of the text with "
+            f"--resume {shlex.quote(str(begun.folder))} corpus=PATH, or the folder of the ids in GARRULAX_CACHE"
+        ) from error
+    began = begun.recorded.get("corpus", found)
+    if found == began:
+        return
+    reason = "the text has changed"
+    if STDLIB in begun.settings.corpus:
+        reason = "stdlib is the source of the running Python, which is another one now (or text beside it is)"
+    raise ValueError(
+        f"{where}, but {reason}: sha256 {found[:12]}, the run began with {began[:12]}. Give that one with corpus=PATH, "
+        f"or the folder of its token ids (now {default_root()}) in GARRULAX_CACHE"
+    )

@@ -76,9 +76,12 @@ def _sharded(left: str, right: str, out: str, x: jax.Array, w: jax.Array) -> jax
     return jnp.einsum(f"{left},{right}->{out}", x, w, out_sharding=sharding)
 
 
-def gather(w: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """A small weight (scale, bias, position table) in `dtype`, complete on every device."""
-    w = w.astype(dtype)
+def gather(w: jax.Array, x: jax.Array) -> jax.Array:
+    """A small weight (scale, bias) for products and sums with x, complete on every device.
+
+    It gets x's dtype, and axes of size 1 in front until it has as many axes as x, so that nothing is promoted.
+    """
+    w = jax.lax.expand_dims(jnp.asarray(w, x.dtype), range(x.ndim - w.ndim))
     mesh = jax.typeof(w).sharding.mesh
     if mesh.empty or not mesh.are_all_axes_explicit:
         return w

@@ -52,15 +52,19 @@ def _derivative(options, primals, tangents):
 def _clear_behind_lengths(operands: DecodeOperands) -> DecodeOperands:
     """The request with 0 in the slots behind the lengths."""
     o = operands
+    assert o.lengths is not None
     inside = jnp.arange(o.key.shape[2], dtype=jnp.int32)[None] < o.lengths[:, None]  # [B, S]
 
-    def cleared(x: jax.Array | None) -> jax.Array | None:  # [B, K, S] or [B, K, S, C]
-        if x is None:
-            return None
+    def cleared(x: jax.Array) -> jax.Array:  # [B, K, S] or [B, K, S, C]
         return jnp.where(inside.reshape(len(x), 1, -1, *(1,) * (x.ndim - 3)), x, jnp.zeros_like(x))
 
-    arrays = {name: cleared(getattr(o, name)) for name in ("key", "value", "key_scales", "value_scales")}
-    return dataclasses.replace(o, **arrays)
+    return dataclasses.replace(
+        o,
+        key=cleared(o.key),
+        value=cleared(o.value),
+        key_scales=None if o.key_scales is None else cleared(o.key_scales),
+        value_scales=None if o.value_scales is None else cleared(o.value_scales),
+    )
 
 
 def _attend(options: Options, c: DecodeOperands) -> tuple[jax.Array, jax.Array]:

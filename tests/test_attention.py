@@ -186,7 +186,7 @@ RANK = zeros(2, 3, dtype=int)
         ((zeros(2, 3, 4, 8), zeros(1, 3, 4, 8), zeros(1, 3, 4, 8)), {}, ValueError, "disagree"),
         ((zeros(2, 3, 4, 8), zeros(2, 5, 4, 8), zeros(2, 4, 4, 8)), {}, ValueError, "disagree"),
         ((zeros(2, 3, 4, 8), zeros(2, 0, 4, 8), zeros(2, 0, 4, 8)), {}, ValueError, "no empty arrays"),
-        ((zeros(2, 3, 4, 8, dtype=int), zeros(2, 3, 4, 8), zeros(2, 3, 4, 8)), {}, TypeError, "query is int32"),
+        ((zeros(2, 3, 4, 8, dtype=jnp.int32), zeros(2, 3, 4, 8), zeros(2, 3, 4, 8)), {}, TypeError, "query is int32"),
         (QKV, {"mask": masks.causal(2, 4)}, ValueError, r"'rank' has shape \(2, 4\), not \(2, 3"),
         (QKV, {"mask": Mask({"rank": RANK})}, ValueError, r"query streams \['segment'\], but only \['rank'\]"),
         (QKV, {"mask": Mask({"rank": zeros(2, 3)}, rule=CAUSAL)}, TypeError, "query stream 'rank' is float32"),

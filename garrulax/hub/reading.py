@@ -20,6 +20,7 @@ from garrulax.core.names import nearest
 from garrulax.hub import streaming
 from garrulax.hub.download import find_folder
 from garrulax.hub.json_files import read_object
+from garrulax.hub.memory import dtype_to_load
 from garrulax.hub.model import Model
 from garrulax.hub.tensors import DTYPES, StoredTensor, open_tensors
 from garrulax.hub.tokenizers import Tokenizer, find_tokenizer, load_tokenizer
@@ -42,7 +43,9 @@ def load(
         path: The folder, or a name on the Hugging Face hub such as "openai-community/gpt2" (extra `hub`).
         mesh: Shards the parameters by `rules` from the start. Each process then reads only the parts of the files that
             its devices need.
-        dtype: Dtype of the parameters; None keeps the stored one.
+        dtype: Dtype of the parameters, or "stored" for that of the files. None is the stored one too, but on CPUs
+            bfloat16 and float16 become float32 if that fits into the memory: CPUs compute in float32, and would
+            convert the parameters again in every step of decoding. The log says so.
         rules: Name or table of sharding rules (`core.sharding`); used only with a mesh.
         only: top-level names of the parameters to read, such as ("tokens", "head"); None reads all.
 
@@ -68,6 +71,7 @@ def load(
     specs = {name: tree for name, tree in checkpoint.specs.items() if only is None or name in only}
     tensors = checkpoint.tensors
     places = spec.map_specs(lambda _: None, specs) if mesh is None else sharding.shardings(specs, mesh, rules)
+    dtype = dtype_to_load(dtype, specs, tensors, on_mesh=mesh is not None)
     dtypes = spec.map_specs(lambda s: _jax_dtype(s, stored_dtype(s, tensors, dtype)), specs)
     params = spec.map_specs(lambda s, kind, place: _parameter(s, tensors, kind, place), specs, dtypes, places)
     return Model(checkpoint.config, params, _tokenizer(checkpoint.folder))

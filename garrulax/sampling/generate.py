@@ -52,8 +52,8 @@ def generate(
     * Without <sop>, GLM-130B and ChatGLM-6B: they get [gMASK], unless they have a mask, and <sop>.
 
     Args:
-        model: From `gx.load`, or (params, config). Stacked parameters are unstacked in every call: to call often, pass
-            the result of `gx.unstack`.
+        model: From `gx.load`, or (params, config). Stacked parameters are unstacked in every call, which copies them
+            unless they are on a CPU: elsewhere, to call often, pass the result of `gx.unstack`.
         prompts: A text, a list of token ids, or a list of these. A text gets the tokens that its tokenizer puts around
             a prompt, such as bos; token ids are read as `gx.forward` reads them.
         max_new_tokens: Greatest number of new tokens; like the next four, one number, or one a prompt.

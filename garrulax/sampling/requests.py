@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from garrulax import models
@@ -60,10 +61,7 @@ def prepare_model(model: ModelLike) -> tuple[Tree, ModelConfig, TokenizerLike | 
         raise ValueError(
             "decoding runs on one device, but the parameters are on several: gather them with jax.device_get(params)"
         )
-    return params if isinstance(params["blocks"], tuple) else _unstack(params), config, tokenizer
-
-
-_unstack = jax.jit(models.unstack)
+    return models.unstack(jax.tree.map(jnp.asarray, params)), config, tokenizer
 
 
 def prompt_list(prompts: Any) -> tuple[list[Prompt], bool]:

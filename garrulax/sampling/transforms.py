@@ -117,6 +117,7 @@ def top_mask(values: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Arr
     Returns:
         bool [B, V], True where the weights of all greater values of the row sum to less than its limit.
     """
+    values = values.astype(jnp.float32)
     bits = jax.lax.bitcast_convert_type(jnp.where(values == 0, 0.0, values), jnp.uint32)  # [B, V]; -0 becomes 0
     negative = (bits >> 31).astype(bool)
     order = jnp.where(negative, ~bits, bits | jnp.uint32(1 << 31))  # [B, V], integers in the order of the values

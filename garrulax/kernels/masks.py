@@ -184,11 +184,11 @@ def bigbird(segment: jax.Array, key: jax.Array, *, block: int, first: int = 1, n
     low = jnp.maximum(own - near, first)
     high = jnp.clip(own + near + 1, low, count)
     left = count - first - (high - low)
-    draws = jax.random.uniform(key, (random, *segment.shape))
+    draws = jax.random.uniform(key, (random, *segment.shape), jnp.float32)
     chosen: list[jax.Array] = []
     for i in range(random):
         draw = jnp.take_along_axis(draws[i], index - position % block, axis=1)  # one per block
-        pick = jnp.minimum((draw * (left - i)).astype(jnp.int32), left - i - 1)
+        pick = jnp.minimum((draw * (left - i).astype(jnp.float32)).astype(jnp.int32), left - i - 1)
         for earlier in chosen:  # ascending: skipping each block drawn before makes the draw one without repetition
             pick += (pick >= earlier).astype(jnp.int32)
         chosen = _ascending([*chosen, jnp.where(i < left, pick, INF)])

@@ -241,7 +241,7 @@ def unstack(params: spec.Tree) -> spec.Tree:
         return params
     leaves, tree = jax.tree.flatten(blocks)
     layers = zip(*map(_layers_of, leaves), strict=True)
-    return {**params, "blocks": tuple(tree.unflatten(layer) for layer in layers)}
+    return {**params, "blocks": tuple(jax.tree.unflatten(tree, layer) for layer in layers)}
 
 
 def _layers_of(stacked: Any) -> list[Any]:

@@ -127,7 +127,8 @@ def decode_steps(active: jax.Array, full: jax.Array, splits: int, table: jax.Arr
     in_split = active & (split == jnp.arange(splits, dtype=jnp.int32)[:, None, None])  # [splits, B, columns]
     # One sort of 2 * index + (not full) brings the blocks of each split to the front, in order, with their flag.
     end = jnp.int32(2 * B * columns)
-    keys = 2 * jnp.arange(B * columns, dtype=jnp.int32).reshape(B, columns) + ~full
+    keys = 2 * jnp.arange(B * columns, dtype=jnp.int32).reshape(B, columns)
+    keys += (~full).astype(jnp.int32)
     order = jnp.sort(jnp.where(in_split, keys, end).reshape(splits, -1), axis=1)  # [splits, L]
     shared = in_split.sum(axis=2, dtype=jnp.int32)
     counts = shared.sum(axis=1)
@@ -139,7 +140,8 @@ def decode_steps(active: jax.Array, full: jax.Array, splits: int, table: jax.Arr
     row, column = index // columns, index % columns
     row_before = jnp.pad(row[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     row_after = jnp.pad(jnp.where(idle, -1, row)[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
-    flags = FIRST * (row != row_before) + LAST * (row != row_after) + PARTIAL * (order & 1)
+    first, last_of_row = ((row != other).astype(jnp.int32) for other in (row_before, row_after))
+    flags = FIRST * first + LAST * last_of_row + PARTIAL * (order & 1)
     flags = jnp.where(idle, IDLE, flags)
     words = (flags | (column << _COLUMN) | (row << _ROW)).astype(jnp.int32)
     pages = jnp.zeros((1,), jnp.int32)

@@ -162,7 +162,7 @@ class RingPasses(ForwardBackward):
             return (merged, arriving), None
 
         carry = ((out.astype(wide), lse), self._pass_on(travelling))
-        ((out, lse), _), _ = jax.lax.scan(step, carry, jnp.arange(1, self.parts))
+        ((out, lse), _), _ = jax.lax.scan(step, carry, jnp.arange(1, self.parts, dtype=jnp.int32))
         return out.astype(operands.query.dtype), lse
 
     def backward(
@@ -183,7 +183,7 @@ class RingPasses(ForwardBackward):
             return (jax.tree.map(jnp.add, total, part), arriving), None
 
         carry = (total, self._pass_on(travelling))
-        (total, _), _ = jax.lax.scan(step, carry, jnp.arange(1, self.parts))
+        (total, _), _ = jax.lax.scan(step, carry, jnp.arange(1, self.parts, dtype=jnp.int32))
         total = self._pass_on_key_gradients(total)  # the last of `parts` moves brings them back to their device
         like = Gradients(operands.query, operands.key, operands.value, operands.bias, operands.steps)
         return jax.tree.map(lambda x, y: x.astype(y.dtype), total, like)

@@ -232,7 +232,7 @@ def _column_order(options: Options, o: Operands, grid: _ChunkGrid) -> _ColumnOrd
     some, every = blocks.block_map(options.rule, o.query_streams, o.key_streams, grid.t, grid.s, shape)
     some, every = (x.reshape(-1, grid.b, *shape[1:]) for x in (some, some & every))  # [groups, b, rows, columns]
     some, every = (x.reshape(-1, grid.columns) for x in (some.any(axis=1), every.all(axis=1)))  # [total, columns]
-    order = jnp.argsort(2 - some.astype(jnp.int32) - every, axis=1, stable=True).astype(jnp.int32)
+    order = jnp.argsort(2 - some.astype(jnp.int32) - every.astype(jnp.int32), axis=1, stable=True).astype(jnp.int32)
     return _ColumnOrder(order, every.sum(axis=1, dtype=jnp.int32), some.sum(axis=1, dtype=jnp.int32))
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from garrulax.core import half
 from garrulax.core.sharding import BATCH_AXES, axis_names, spec_of
 
 
@@ -56,7 +57,7 @@ def _matmul(left: str, right: str, out: str, x: jax.Array, w: jax.Array) -> jax.
         inner *= size
     x2 = x.reshape(-1, inner)
     w2 = w.reshape(inner, -1) if first else w.reshape(-1, inner)
-    y = jax.lax.dot_general(x2, w2, (((1,), (0 if first else 1,)), ((), ())))
+    y = (half.dot if half.applies(x2, w2) else half.plain_dot)(x2, w2, first)
     w_out = w.shape[len(contracted) :] if first else w.shape[: len(columns)]
     return y.reshape(*x.shape[: len(rows)], *w_out)
 
@@ -102,6 +103,8 @@ def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
     """
     table = jnp.asarray(table)
     mesh = jax.typeof(table).sharding.mesh
+    if mesh.empty and table.dtype == jnp.bfloat16:
+        return half.rows(table, ids)
     if mesh.empty or not mesh.are_all_axes_explicit:
         return table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
     table = jax.sharding.reshard(table, P(None, None))

@@ -51,6 +51,10 @@ def generate(
     * Without <sop>, original GLM: they are continued causally.
     * Without <sop>, GLM-130B and ChatGLM-6B: they get [gMASK], unless they have a mask, and <sop>.
 
+    Memory: the parameters in their dtype, and a cache of as many slots as prompt and new tokens have (rounded up to
+    powers of two). On a CPU nothing else of the size of the parameters is allocated; bfloat16 parameters are converted
+    in blocks, which takes about twice the time of float32 ones (`gx.load` gives float32 where memory allows).
+
     Args:
         model: From `gx.load`, or (params, config). Stacked parameters are unstacked in every call, which copies them
             unless they are on a CPU: elsewhere, to call often, pass the result of `gx.unstack`.

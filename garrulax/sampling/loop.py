@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from garrulax import models
+from garrulax.core import half
 from garrulax.core.config import ModelConfig
 from garrulax.core.dtypes import int32_indices
 from garrulax.core.spec import Tree
@@ -79,6 +80,8 @@ def decode_steps(
     Returns:
         The last state.
     """
+
+    params = half.from_bits(params)
 
     def unfinished(carry):
         count, state = carry

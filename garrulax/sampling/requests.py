@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from garrulax import models
+from garrulax.core import half
 from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
 from garrulax.kernels.mask import PAD
@@ -52,6 +53,8 @@ class EncodedPrompt(NamedTuple):
 def prepare_model(model: ModelLike) -> tuple[Tree, ModelConfig, TokenizerLike | None]:
     """Returns the unstacked parameters, which decode fastest, the configuration and the tokenizer (or None) of a model.
 
+    On CPUs bfloat16 parameters become their bits (`core.half.as_bits`), which `prefill` and `decode_steps` take too.
+
     Raises:
         TypeError: `model` is neither the result of `garrulax.load` nor (params, config).
         ValueError: The parameters are on several devices.
@@ -61,7 +64,7 @@ def prepare_model(model: ModelLike) -> tuple[Tree, ModelConfig, TokenizerLike | 
         raise ValueError(
             "decoding runs on one device, but the parameters are on several: gather them with jax.device_get(params)"
         )
-    return models.unstack(jax.tree.map(jnp.asarray, params)), config, tokenizer
+    return half.as_bits(models.unstack(jax.tree.map(jnp.asarray, params))), config, tokenizer
 
 
 def prompt_list(prompts: Any) -> tuple[list[Prompt], bool]:

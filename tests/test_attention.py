@@ -227,7 +227,8 @@ def test_alibi_is_a_bias_of_distances():
     q, k, v = (jax.random.normal(jax.random.key(i), (2, 5, 4, 8)) for i in range(3))
     slopes, position = jnp.asarray(alibi_slopes(4), jnp.float32), jnp.array([[0, 1, 2, 3, 4], [0, 0, 1, 2, 3]])
     mask, _ = mask_and_cache(position, position, masks.padded(jnp.array([[1] * 5, [0, 1, 1, 1, 1]])), None)
-    bias = slopes[:, None, None] * (position[:, None, :] - position[:, :, None])[:, None]
+    distance = (position[:, None, :] - position[:, :, None]).astype(jnp.float32)
+    bias = slopes[:, None, None] * distance[:, None]
     np.testing.assert_allclose(
         attention(q, k, v, mask=mask, alibi=slopes), attention(q, k, v, mask=mask, bias=bias), rtol=1e-6
     )

@@ -32,8 +32,9 @@ ARRAY_TESTS = $(addprefix tests/test_,attention.py attention_transforms.py decod
 test-x64: $(VENV)/.dev
 	JAX_ENABLE_X64=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARRAY_TESTS)
 
-test-strict: $(VENV)/.dev
-	JAX_NUMPY_DTYPE_PROMOTION=strict $(BIN)/python -m pytest -n 2 --dist loadfile $(ARRAY_TESTS)
+test-strict: $(VENV)/.dev  # but one test, which calls Optax itself: Optax relies on promotion
+	JAX_NUMPY_DTYPE_PROMOTION=strict $(BIN)/python -m pytest -n 2 --dist loadfile $(ARRAY_TESTS) \
+	--deselect tests/test_flax.py::test_training_in_nnx_and_in_linen_is_training_in_plain_jax
 
 # Random models of every family that transformers has, compared with transformers: a few minutes, and torch to install
 # (its build for CPUs is enough).

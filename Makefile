@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 PARITY = $(VENV)-parity
 CUDA = $(VENV)-cuda
 
-.PHONY: quickstart demo test test-slow parity real aot-gpu table pictures lint clean
+.PHONY: quickstart demo test test-slow test-x64 test-strict parity real aot-gpu table pictures lint clean
 
 quickstart: $(VENV)/.plots
 	@PATH="$(abspath $(BIN)):$$PATH" sh examples/quickstart.sh
@@ -27,6 +27,19 @@ test: $(VENV)/.dev lint
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
+
+# The tests of array code once more under JAX's settings: 64-bit numbers, and no implicit promotion of dtypes. (The
+# module test_jax_settings.py, which `make test` runs, traces every family under both and without rank promotion.)
+ARRAY_TESTS = $(addprefix tests/test_,attention.py attention_transforms.py decode_attention.py fill.py flax.py generate.py \
+	kernels_sharded.py kernels_xla.py masks.py masks_built.py models_oracle.py models_padding.py models_transforms.py \
+	relative.py sampling.py tasks.py train_step.py)
+
+test-x64: $(VENV)/.dev
+	JAX_ENABLE_X64=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARRAY_TESTS)
+
+test-strict: $(VENV)/.dev  # but one test, which calls Optax itself: Optax relies on promotion
+	JAX_NUMPY_DTYPE_PROMOTION=strict $(BIN)/python -m pytest -n 2 --dist loadfile $(ARRAY_TESTS) \
+	--deselect tests/test_flax.py::test_training_in_nnx_and_in_linen_is_training_in_plain_jax
 
 # Random models of every family that transformers has, compared with transformers: a few minutes, and torch to install
 # (its build for CPUs is enough).

@@ -10,6 +10,7 @@ import pytest
 
 from garrulax.kernels import attention, masks
 from garrulax.kernels.mask import CAUSAL, Mask
+from garrulax.kernels.xla import Chunked
 from garrulax.layers.attention import alibi_slopes
 from garrulax.layers.call import mask_and_cache
 
@@ -186,7 +187,7 @@ RANK = zeros(2, 3, dtype=int)
         ((zeros(2, 3, 4, 8), zeros(1, 3, 4, 8), zeros(1, 3, 4, 8)), {}, ValueError, "disagree"),
         ((zeros(2, 3, 4, 8), zeros(2, 5, 4, 8), zeros(2, 4, 4, 8)), {}, ValueError, "disagree"),
         ((zeros(2, 3, 4, 8), zeros(2, 0, 4, 8), zeros(2, 0, 4, 8)), {}, ValueError, "no empty arrays"),
-        ((zeros(2, 3, 4, 8, dtype=int), zeros(2, 3, 4, 8), zeros(2, 3, 4, 8)), {}, TypeError, "query is int32"),
+        ((zeros(2, 3, 4, 8, dtype=jnp.int32), zeros(2, 3, 4, 8), zeros(2, 3, 4, 8)), {}, TypeError, "query is int32"),
         (QKV, {"mask": masks.causal(2, 4)}, ValueError, r"'rank' has shape \(2, 4\), not \(2, 3"),
         (QKV, {"mask": Mask({"rank": RANK})}, ValueError, r"query streams \['segment'\], but only \['rank'\]"),
         (QKV, {"mask": Mask({"rank": zeros(2, 3)}, rule=CAUSAL)}, TypeError, "query stream 'rank' is float32"),
@@ -226,7 +227,8 @@ def test_alibi_is_a_bias_of_distances():
     q, k, v = (jax.random.normal(jax.random.key(i), (2, 5, 4, 8)) for i in range(3))
     slopes, position = jnp.asarray(alibi_slopes(4), jnp.float32), jnp.array([[0, 1, 2, 3, 4], [0, 0, 1, 2, 3]])
     mask, _ = mask_and_cache(position, position, masks.padded(jnp.array([[1] * 5, [0, 1, 1, 1, 1]])), None)
-    bias = slopes[:, None, None] * (position[:, None, :] - position[:, :, None])[:, None]
+    distance = (position[:, None, :] - position[:, :, None]).astype(jnp.float32)
+    bias = slopes[:, None, None] * distance[:, None]
     np.testing.assert_allclose(
         attention(q, k, v, mask=mask, alibi=slopes), attention(q, k, v, mask=mask, bias=bias), rtol=1e-6
     )
@@ -234,3 +236,49 @@ def test_alibi_is_a_bias_of_distances():
         attention(q[:, :, :2], k[:, :, :2], v[:, :, :2], mask=mask, alibi=slopes)
     with pytest.raises(ValueError, match="stream 'position'"):
         attention(q, k, v, alibi=slopes)
+
+
+@pytest.mark.parametrize("bias", [-np.inf, np.finfo(np.float32).min], ids=["infinity", "lowest"])
+@pytest.mark.parametrize("implementation", ["dense", "xla", Chunked(scores=4 * 8 * 8)], ids=["dense", "xla", "chunks"])
+def test_a_bias_that_closes_a_row(implementation, bias):
+    """-inf closes it: zeros. float32's lowest number, as in additive masks, is a number: the mean of the values."""
+    q, k, v = (jax.random.normal(jax.random.key(i), (1, 24, 4, 8), jnp.float32) for i in range(3))
+    row = jnp.zeros((1, 1, 24, 24), jnp.float32).at[:, :, 3].set(bias)
+
+    def run(*x):
+        return attention(*x[:3], bias=x[3], implementation=implementation)
+
+    out, back = jax.vjp(run, q, k, v, row)
+    np.testing.assert_allclose(out[:, 3], 0 * v[:, 3] if np.isinf(bias) else v.mean(axis=1), atol=1e-6)
+    assert all(np.isfinite(x).all() for x in back(jnp.ones_like(out)))
+
+
+@pytest.mark.parametrize("implementation", ["dense", "xla", Chunked(scores=4 * 8 * 8)], ids=["dense", "xla", "chunks"])
+def test_padding_that_is_not_a_number_does_not_reach_other_tokens(implementation):
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, 24, 4, 8), jnp.float32) for i in range(3))
+    segment = np.zeros((2, 24), np.int32)
+    segment[0, 19:] = segment[1, :3] = -1
+    mask = masks.packed(jnp.asarray(segment))
+    bad = [jnp.where(segment[:, :, None, None] < 0, jnp.nan, x) for x in (k, v)]
+    out = attention(q, *bad, mask=mask, implementation=implementation)
+    np.testing.assert_array_equal(out, attention(q, k, v, mask=mask, implementation=implementation))
+
+
+def test_second_derivatives_need_the_dense_implementation():
+    q = jax.random.normal(jax.random.key(0), (1, 3, 1, 4), jnp.float32)
+
+    def twice(implementation):
+        def loss(x):
+            return jnp.sum(jnp.sin(attention(x, q, q, mask=masks.causal(1, 3), implementation=implementation)))
+
+        return jax.grad(lambda x: jnp.sum(jax.grad(loss)(x) ** 2))(q)
+
+    def difference(x, step=1e-3):  # of the first derivative along the direction of all ones
+        def loss(y):
+            return jnp.sum(jnp.sin(attention(y, q, q, mask=masks.causal(1, 3), implementation="dense")))
+
+        return (jnp.sum(jax.grad(loss)(x + step) ** 2) - jnp.sum(jax.grad(loss)(x - step) ** 2)) / (2 * step)
+
+    np.testing.assert_allclose(twice("dense").sum(), difference(q), rtol=2e-3)
+    with pytest.raises(NotImplementedError, match='implementation="dense"'):
+        twice("xla")

@@ -494,3 +494,30 @@ def test_what_the_kernel_refuses():
     ):
         with pytest.raises(ValueError, match=message):
             request_of(**changes, implementation="pallas_tpu")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "page"),
+    [
+        pytest.param(kernel, page, marks=() if (name, page) in quick else pytest.mark.slow, id=f"{page}-{name}")
+        for quick in [(("xla", 0), ("xla", 24), ("tpu", 24))]
+        for name, kernel in KERNELS.items()
+        for page in (0, 24)
+    ],
+)
+def test_what_lies_behind_the_lengths_cannot_reach_the_output(kernel, page):
+    q, k, v = arrays(1, 130)
+    lengths = jnp.array([130, 37], jnp.int32)
+    poison = jnp.arange(130, dtype=jnp.int32)[None, None, :, None] >= lengths[:, None, None, None]
+    more = {"lengths": lengths}
+    good = bad = (k, v)
+    bad = jnp.where(poison, jnp.inf, k), jnp.where(poison, jnp.nan, v)
+    if page:
+        mask = causal(1, 130, lengths)
+        *good, _, table = paged(*good, mask, page)
+        *bad, _, _ = paged(*bad, mask, page)
+        unowned = np.setdiff1d(np.arange(len(bad[1])), table)  # pages of no sequence, which padding of a table names
+        bad[1] = bad[1].at[unowned].set(jnp.nan)
+        more["table"] = jnp.concatenate([table, jnp.full((B, 1), int(unowned[0]), jnp.int32)], axis=1)
+    for x, y in zip(both(kernel, q, *good, **more), both(kernel, q, *bad, **more), strict=True):
+        assert_close(y, x)

@@ -100,7 +100,7 @@ def test_generation_config_and_dtype(tmp_path):
     gx.save(gx.Model(c, half), tmp_path / "m")
     assert json.loads((tmp_path / "m/generation_config.json").read_text()) == {"eos_token_id": [2, 5]}
     assert json.loads((tmp_path / "m/config.json").read_text())["torch_dtype"] == "bfloat16"
-    model = gx.load(tmp_path / "m")
+    model = gx.load(tmp_path / "m", dtype="stored")
     assert model.config == c
     same_bytes(model.params, half)
     same_bytes(gx.load(tmp_path / "m", dtype="float32").params, jax.tree.map(lambda x: x.astype(jnp.float32), half))
@@ -212,7 +212,7 @@ def test_dtypes_that_cannot_be_kept_are_refused(tmp_path):
     name = "model.layers.1.input_layernorm.weight"
     folder_of("llama_gqa", tmp_path / "m", stored | {name: stored[name].astype(ml_dtypes.bfloat16)})
     with pytest.raises(ValueError, match=r"input_layernorm\.weight are stored as .*: give a dtype"):
-        gx.load(tmp_path / "m")
+        gx.load(tmp_path / "m", dtype="stored")
     assert gx.load(tmp_path / "m", dtype=jnp.float32).params["norm"]["scale"].dtype == jnp.float32
     folder_of("llama_gqa", tmp_path / "m", {k: v.astype(np.float64) for k, v in stored.items()})
     with pytest.raises(ValueError, match="would be float64, which JAX has only with jax_enable_x64"):

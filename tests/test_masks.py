@@ -165,7 +165,7 @@ def test_a_missing_stream_is_named():
 @pytest.mark.parametrize(
     ("streams", "shapes", "error", "message"),
     [
-        ({"rank": jnp.zeros((1, 3))}, {}, TypeError, "query stream 'rank' is float32, not int32"),
+        ({"rank": jnp.zeros((1, 3), jnp.float32)}, {}, TypeError, "query stream 'rank' is float32, not int32"),
         (
             {"rank": jnp.zeros((1, 3), int)},
             {"query": (1, 4)},

@@ -134,9 +134,9 @@ def test_a_token_outside_the_vocabulary_gives_nan_in_what_follows(family):
 def test_misuse_is_named(family):
     c, p = CONFIGS[family], params(family)
     with pytest.raises(ValueError, match=r"integers \[batch, length\], not float32 \(2, 3\)"):
-        gx.forward(p, jnp.ones((2, 3)), c)
+        gx.forward(p, jnp.ones((2, 3), jnp.float32), c)
     with pytest.raises(ValueError, match=r"not int32 \(3,\)"):
-        gx.forward(p, jnp.ones(3, int), c)
+        gx.forward(p, jnp.ones(3, jnp.int32), c)
     with pytest.raises(ValueError, match="unknown remat 'all': choose from none, dots, full"):
         gx.forward(p, TOKENS, c, remat="all")
     _, filled = gx.forward(p, TOKENS[:, :3], c, cache=gx.cache_for(p, c, 3, 4))

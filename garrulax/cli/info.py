@@ -167,6 +167,10 @@ def _memory(config: ModelConfig, s: Summary) -> list[tuple[str, str]]:
     rows.append(
         ("KV cache in bfloat16", f"{_size(cache)} a token, {_size(cache * config.context)} for {config.context:,}")
     )
+    wide, half = (_size(bytes_of(s.parameters + s.cache_values * config.context, d)) for d in ("float32", "bfloat16"))
+    rows.append(
+        ("generating, with full cache", f"{wide} in float32, as a CPU loads 16-bit files if it fits; else {half}")
+    )
     return rows
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from garrulax.core import half
 from garrulax.core.sharding import BATCH_AXES, axis_names, spec_of
 
 
@@ -56,7 +57,7 @@ def _matmul(left: str, right: str, out: str, x: jax.Array, w: jax.Array) -> jax.
         inner *= size
     x2 = x.reshape(-1, inner)
     w2 = w.reshape(inner, -1) if first else w.reshape(-1, inner)
-    y = jax.lax.dot_general(x2, w2, (((1,), (0 if first else 1,)), ((), ())))
+    y = (half.dot if half.applies(x2, w2) else half.plain_dot)(x2, w2, first)
     w_out = w.shape[len(contracted) :] if first else w.shape[: len(columns)]
     return y.reshape(*x.shape[: len(rows)], *w_out)
 
@@ -76,9 +77,12 @@ def _sharded(left: str, right: str, out: str, x: jax.Array, w: jax.Array) -> jax
     return jnp.einsum(f"{left},{right}->{out}", x, w, out_sharding=sharding)
 
 
-def gather(w: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """A small weight (scale, bias, position table) in `dtype`, complete on every device."""
-    w = w.astype(dtype)
+def gather(w: jax.Array, x: jax.Array) -> jax.Array:
+    """A small weight (scale, bias) for products and sums with x, complete on every device.
+
+    It gets x's dtype, and axes of size 1 in front until it has as many axes as x, so that nothing is promoted.
+    """
+    w = jax.lax.expand_dims(jnp.asarray(w, x.dtype), range(x.ndim - w.ndim))
     mesh = jax.typeof(w).sharding.mesh
     if mesh.empty or not mesh.are_all_axes_explicit:
         return w
@@ -99,6 +103,8 @@ def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
     """
     table = jnp.asarray(table)
     mesh = jax.typeof(table).sharding.mesh
+    if mesh.empty and table.dtype == jnp.bfloat16:
+        return half.rows(table, ids)
     if mesh.empty or not mesh.are_all_axes_explicit:
         return table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
     table = jax.sharding.reshard(table, P(None, None))

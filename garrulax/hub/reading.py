@@ -24,6 +24,7 @@ from garrulax.hub.generation import read_generation, with_ends
 from garrulax.hub.gguf import GGUFModel, open_gguf, read_gguf_config, read_gguf_tokenizer
 from garrulax.hub.json_files import read_object
 from garrulax.hub.matching import match
+from garrulax.hub.memory import dtype_to_load
 from garrulax.hub.model import Model
 from garrulax.hub.tensors import StoredTensor, open_tensors
 from garrulax.hub.tokenizers import Tokenizer, find_tokenizer, load_tokenizer
@@ -50,8 +51,10 @@ def load(
             "openai-community/gpt2" (extra `hub`).
         mesh: Shards the parameters by `rules` from the start. Each process then reads only the parts of the files that
             its devices need.
-        dtype: Dtype of the parameters; None keeps the stored one. Of a GGUF file, None means float32 on CPUs, and on
-            other devices the dtype of its matrices, or bfloat16 where they are quantised.
+        dtype: Dtype of the parameters, or "stored" for that of the files. None is the stored one too, but on CPUs
+            bfloat16 and float16 become float32 if that fits into the memory: CPUs compute in float32, and would
+            convert the parameters again in every step of decoding. The log says so. Of a GGUF file, None is float32 on
+            CPUs and "stored" elsewhere, which is the dtype of its matrices, or bfloat16 if they are quantised.
         rules: Name or table of sharding rules (`core.sharding`); used only with a mesh.
         only: top-level names of the parameters to read, such as ("tokens", "head"); None reads all.
         ignore: Keys of config.json to leave out, as if the file did not have them, such as ["sparsity"] or
@@ -81,9 +84,10 @@ def load(
     generation = read_generation(checkpoint.folder)
     specs = {name: tree for name, tree in checkpoint.specs.items() if only is None or name in only}
     tensors, tokenizer = checkpoint.tensors, tokenizer_of(checkpoint)
-    if dtype is None and checkpoint.gguf is not None:
-        dtype = _gguf_dtype(checkpoint.gguf, mesh)
+    if checkpoint.gguf is not None and (dtype is None or isinstance(dtype, str) and dtype == "stored"):
+        dtype = _gguf_dtype(checkpoint.gguf, mesh, dtype)
     places = spec.map_specs(lambda _: None, specs) if mesh is None else sharding.shardings(specs, mesh, rules)
+    dtype = dtype_to_load(dtype, specs, tensors, on_mesh=mesh is not None)
     dtypes = spec.map_specs(lambda s: _jax_dtype(s, stored_dtype(s, tensors, dtype)), specs)
     params = spec.map_specs(lambda s, kind, place: _parameter(s, tensors, kind, place), specs, dtypes, places)
     return Model(with_ends(checkpoint.config, generation), params, tokenizer, generation)
@@ -268,10 +272,10 @@ def _read_parameter(
     return out if stacked else out[0]
 
 
-def _gguf_dtype(found: GGUFModel, mesh: Mesh | None) -> np.dtype:
-    """Dtype of the parameters of a GGUF file where none is asked for."""
+def _gguf_dtype(found: GGUFModel, mesh: Mesh | None, asked: str | None) -> np.dtype:
+    """Dtype of the parameters of a GGUF file, where none or "stored" is asked for."""
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    if platform == "cpu":
+    if asked is None and platform == "cpu":
         return np.dtype(np.float32)
     return jnp.dtype(jnp.bfloat16) if found.quantised else found.dtype
 

@@ -124,7 +124,8 @@ def write_folder(
         ValueError: As in `save`.
     """
     folder, limit = path.expanduser().resolve(), parse_size(max_shard_size)
-    dtype = str(functools.reduce(jnp.promote_types, {part.dtype for parts in entries.values() for part in parts}))
+    with jax.numpy_dtype_promotion("standard"):  # strict promotion has no common dtype of a float32 and a bfloat16
+        dtype = str(functools.reduce(jnp.promote_types, {part.dtype for parts in entries.values() for part in parts}))
     raw = family(config).to_hf(config) | {"torch_dtype": dtype}
     writes = jax.process_index() == 0
     with _replacing(folder) if writes else contextlib.nullcontext(folder) as temporary:

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from garrulax.core.dtypes import at_least_float32
 from garrulax.kernels.call import Options
 from garrulax.kernels.mask import All, Mask, Streams
 from garrulax.kernels.relative import Relative
@@ -48,7 +49,8 @@ def common(
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be positive, not {softcap}")
     if isinstance(scale, jax.Array):  # options are static: an array cannot be one
-        query, scale = (query * scale).astype(query.dtype), 1.0
+        wide = at_least_float32(query.dtype)
+        query, scale = (query.astype(wide) * scale.astype(wide)).astype(query.dtype), 1.0
     options = Options(
         rule=All() if mask is None else mask.rule,
         scale=query.shape[-1] ** -0.5 if scale is None else float(scale),

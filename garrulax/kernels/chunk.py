@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from garrulax.core.dtypes import at_least_float32
 from garrulax.kernels import dropout
 from garrulax.kernels.call import Gradients, Operands, Options
 
@@ -49,7 +50,7 @@ class GradientInputs(NamedTuple):
 def empty_softmax(operands: Operands) -> PartialSoftmax:
     """Attention over no keys."""
     shape = operands.query.shape[:3]
-    dtype = jnp.promote_types(operands.query.dtype, jnp.float32)
+    dtype = at_least_float32(operands.query.dtype)
     weighted = jnp.zeros((*shape, operands.value.shape[-1]), dtype)
     return PartialSoftmax(weighted, jnp.zeros(shape, dtype), jnp.full(shape, -jnp.inf, dtype))
 
@@ -67,8 +68,20 @@ def partial_softmax(options: Options, operands: Operands, mask: jax.Array | None
     x, _ = _scores(options, o, mask)  # [b, H, t, s]
     top = x.max(axis=-1)
     p = jnp.exp(x - _finite(top)[..., None])
-    weighted = _product(_dropped(p, options, o).astype(o.value.dtype), o.value, 1)  # [b, H, t, Cv]
+    value = _clear_unseen(o.value, mask, o.query.shape[2])
+    weighted = _product(_dropped(p, options, o).astype(value.dtype), value, 1)  # [b, H, t, Cv]
     return PartialSoftmax(weighted, p.sum(axis=-1), top)
+
+
+def _clear_unseen(value: jax.Array, mask: jax.Array | None, queries: int) -> jax.Array:
+    """The values [b, K, s, Cv] with 0 for keys that no query of the chunk attends to, such as padding.
+
+    They may be NaN, and a probability of 0 times NaN is NaN. A few queries over many keys are left out: there the copy
+    of the values would cost as much as the product, and a cache has no NaN in its empty slots.
+    """
+    if mask is None or mask.ndim < 4 or 4 * queries < value.shape[2]:
+        return value
+    return jnp.where(mask.any(axis=2)[..., None], value, jnp.zeros_like(value))
 
 
 def merge(x: PartialSoftmax, y: PartialSoftmax) -> PartialSoftmax:
@@ -135,7 +148,7 @@ def _scores(options: Options, o: Operands, mask: jax.Array | None) -> tuple[jax.
     if o.bias is not None:
         x += o.bias.astype(x.dtype)
     if o.slopes is not None:
-        x += o.slopes.astype(x.dtype)[:, None, None] * _distance(o).astype(x.dtype)
+        x += o.slopes.astype(x.dtype)[None, :, None, None] * _distance(o).astype(x.dtype)
     if o.steps is not None:
         x += _step(o.steps.astype(x.dtype), options.starts, _distance(o))
     return x if mask is None else jnp.where(mask, x, -jnp.inf), slope
@@ -148,9 +161,9 @@ def _distance(o: Operands) -> jax.Array:
 
 def _step(steps: jax.Array, starts: tuple[int, ...], distance: jax.Array) -> jax.Array:
     """The step of each distance, [b, H, t, s]. XLA:CPU vectorises these comparisons; it does not vectorise a gather."""
-    x = steps[0][:, None, None]
+    x = steps[0][None, :, None, None]
     for start, step in zip(starts, steps[1:], strict=True):
-        x = jnp.where(distance >= start, step[:, None, None], x)
+        x = jnp.where(distance >= start, step[None, :, None, None], x)
     return x
 
 
@@ -187,7 +200,7 @@ def _product(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
 
 def _dot(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
     """Batched matrix product in at least float32: axis 2 of x [n, ., .] contracted with an axis of y [n, ., .]."""
-    dtype = jnp.promote_types(jnp.promote_types(x.dtype, y.dtype), jnp.float32)
+    dtype = at_least_float32(x.dtype, y.dtype)
     return jax.lax.dot_general(x, y, (((2,), (axis,)), ((0,), (0,))), preferred_element_type=dtype)
 
 

@@ -29,6 +29,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from garrulax.core.dtypes import as_int32
+
 INF = 2**30  # larger than any position, small enough that differences of two do not overflow int32
 PAD = -1  # segment of a padding query
 PAD_KEY = -2  # segment of a padding key or an empty cache slot: equals no query's segment
@@ -351,12 +353,13 @@ def _checked(side: str, given: Streams, names: frozenset[str], shape: tuple[int,
     missing = [name for name in wanted if name not in given]
     if missing:
         raise ValueError(f"the mask reads {side} streams {missing}, but only {sorted(given)} are given")
-    for name in wanted:
-        if shape is not None and given[name].shape != shape:
-            raise ValueError(f"{side} stream {name!r} has shape {given[name].shape}, not {shape}")
-        if given[name].dtype != jnp.int32:
-            raise TypeError(f"{side} stream {name!r} is {given[name].dtype}, not int32")
-    return {name: given[name] for name in wanted}
+    streams = {name: as_int32(given[name]) for name in wanted}
+    for name, stream in streams.items():
+        if shape is not None and stream.shape != shape:
+            raise ValueError(f"{side} stream {name!r} has shape {stream.shape}, not {shape}")
+        if stream.dtype != jnp.int32:
+            raise TypeError(f"{side} stream {name!r} is {stream.dtype}, not int32")
+    return streams
 
 
 def as_keys(streams: Streams) -> Streams:

@@ -35,7 +35,7 @@ def causal_from(tokens: jax.Array, start: jax.Array | int = 0) -> Mask:
 
 def padded(valid: jax.Array) -> Mask:
     """Causal among the tokens where `valid` (bool or int [B, T]) is true; the others, left or right, are padding."""
-    return packed(jnp.where(valid.astype(bool), 0, PAD))
+    return packed(jnp.where(valid.astype(bool), 0, jnp.int32(PAD)))
 
 
 def packed(segment: jax.Array) -> Mask:
@@ -58,7 +58,7 @@ def prefix(context: jax.Array, length: int) -> Mask:
         context: int32 [B], the length of part A.
         length: T.
     """
-    index = jnp.arange(length, dtype=jnp.int32)
+    index = jnp.arange(length, dtype=jnp.int32)[None]
     rank = jnp.where(index < context[:, None], 0, index + 1)
     return Mask({"rank": rank, "segment": jnp.zeros_like(rank)})
 
@@ -184,13 +184,13 @@ def bigbird(segment: jax.Array, key: jax.Array, *, block: int, first: int = 1, n
     low = jnp.maximum(own - near, first)
     high = jnp.clip(own + near + 1, low, count)
     left = count - first - (high - low)
-    draws = jax.random.uniform(key, (random, *segment.shape))
+    draws = jax.random.uniform(key, (random, *segment.shape), jnp.float32)
     chosen: list[jax.Array] = []
     for i in range(random):
         draw = jnp.take_along_axis(draws[i], index - position % block, axis=1)  # one per block
-        pick = jnp.minimum((draw * (left - i)).astype(jnp.int32), left - i - 1)
+        pick = jnp.minimum((draw * (left - i).astype(jnp.float32)).astype(jnp.int32), left - i - 1)
         for earlier in chosen:  # ascending: skipping each block drawn before makes the draw one without repetition
-            pick += pick >= earlier
+            pick += (pick >= earlier).astype(jnp.int32)
         chosen = _ascending([*chosen, jnp.where(i < left, pick, INF)])
     names = [f"random{i}" for i in range(random)]
     picks = {}
@@ -282,7 +282,7 @@ def _bit(node: jax.Array, word: int) -> jax.Array:
 
 def _index(like: jax.Array) -> jax.Array:
     """0, 1, 2, ... in every row of [B, T], int32; sharded like the argument."""
-    return jnp.zeros_like(like, jnp.int32) + jnp.arange(like.shape[1], dtype=jnp.int32)
+    return jnp.zeros_like(like, jnp.int32) + jnp.arange(like.shape[1], dtype=jnp.int32)[None]
 
 
 def _position(segment: jax.Array) -> jax.Array:

@@ -66,6 +66,10 @@ class GPUAttention(ForwardBackward):
 
     def forward(self, options: Options, operands: Operands) -> tuple[jax.Array, jax.Array]:
         """Output and lse, as `ForwardBackward.forward` describes them."""
+        with jax.enable_x64(False):  # indices in the kernels would be int64, which they do not take
+            return self._forward(options, operands)
+
+    def _forward(self, options: Options, operands: Operands) -> tuple[jax.Array, jax.Array]:
         T, Cv = operands.query.shape[1], operands.value.shape[3]
         if self._architecture(operands) == BLACKWELL:
             blackwell = _blackwell()
@@ -86,7 +90,8 @@ class GPUAttention(ForwardBackward):
         """Gradients, as `ForwardBackward.backward` describes them."""
         if operands.bias is not None or operands.steps is not None or self._architecture(operands) == BLACKWELL:
             return Chunked().backward(options, operands, lse, delta, cotangent)
-        return backward(options, operands, lse, delta, cotangent, self.interpret)
+        with jax.enable_x64(False):
+            return backward(options, operands, lse, delta, cotangent, self.interpret)
 
     def _architecture(self, operands: Operands) -> str:
         return self.architecture or picking.architecture(picking.target_device(operands)) or HOPPER

@@ -120,7 +120,22 @@ def backward(
     return dataclasses.replace(result, **{name: x for name, x in gradients._asdict().items() if x is not None})
 
 
+@jax.custom_jvp
+def _differentiated_once(operands: Operands) -> Operands:
+    """The operands. Only a second derivative differentiates this; JAX's own error for it does not name attention."""
+    return operands
+
+
+@_differentiated_once.defjvp
+def _refuse(primals, tangents):
+    raise NotImplementedError(
+        "attention has first derivatives only: for second ones (grad of grad, Hessians) give "
+        'attention(..., implementation="dense"), the formula with all scores in memory'
+    )
+
+
 def _attention_forward(passes, options, operands):
+    operands = _differentiated_once(operands)
     out, lse = forward(passes, options, operands)
     out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
     return out, (operands, out, lse)
@@ -158,7 +173,9 @@ def _vmap_as_batch(f: Callable) -> Callable:
         arguments, mapped = (operands, *arrays), tuple(mapped)
         of = mapped[0]  # for every operand whether it is mapped: its shape is then [N, ...]
         if operands.steps is not None or of.slopes:
-            result = jax.lax.map(lambda i: batched_f(*_example(arguments, mapped, i)), jnp.arange(size))
+            result = jax.lax.map(
+                lambda i: batched_f(*_example(arguments, mapped, i)), jnp.arange(size, dtype=jnp.int32)
+            )
             return result, jax.tree.map(lambda _: True, result)
         batch = operands.query.shape[1 if of.query else 0]
         folded = jax.tree.map(lambda x, is_mapped: _fold(x, is_mapped, size), arguments, mapped)

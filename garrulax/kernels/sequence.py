@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from garrulax.core.dtypes import at_least_float32
 from garrulax.kernels.blocks import block_map
 from garrulax.kernels.call import Gradients, Implementation, Operands, Options
 from garrulax.kernels.parts import merge
@@ -114,7 +115,7 @@ class AllGatherPasses(ForwardBackward):
 
     def _scatter(self, x: jax.Array) -> jax.Array:
         """Sums gradients [B, S·parts, K, C] over the devices; each keeps its own [B, S, K, C]."""
-        wide = jnp.promote_types(x.dtype, jnp.float32)
+        wide = at_least_float32(x.dtype)
         return jax.lax.psum_scatter(x.astype(wide), self.axes, scatter_dimension=1, tiled=True).astype(x.dtype)
 
 
@@ -151,7 +152,7 @@ class RingPasses(ForwardBackward):
         run = self._unless_masked(options, operands, compute, _empty_output)
         travelling = operands.key, operands.value, operands.key_streams
         out, lse = run(travelling, 0)  # the device's own keys
-        wide = jnp.promote_types(out.dtype, jnp.float32)
+        wide = at_least_float32(out.dtype)
 
         def step(carry, i):
             (out, lse), travelling = carry
@@ -161,7 +162,7 @@ class RingPasses(ForwardBackward):
             return (merged, arriving), None
 
         carry = ((out.astype(wide), lse), self._pass_on(travelling))
-        ((out, lse), _), _ = jax.lax.scan(step, carry, jnp.arange(1, self.parts))
+        ((out, lse), _), _ = jax.lax.scan(step, carry, jnp.arange(1, self.parts, dtype=jnp.int32))
         return out.astype(operands.query.dtype), lse
 
     def backward(
@@ -182,7 +183,7 @@ class RingPasses(ForwardBackward):
             return (jax.tree.map(jnp.add, total, part), arriving), None
 
         carry = (total, self._pass_on(travelling))
-        (total, _), _ = jax.lax.scan(step, carry, jnp.arange(1, self.parts))
+        (total, _), _ = jax.lax.scan(step, carry, jnp.arange(1, self.parts, dtype=jnp.int32))
         total = self._pass_on_key_gradients(total)  # the last of `parts` moves brings them back to their device
         like = Gradients(operands.query, operands.key, operands.value, operands.bias, operands.steps)
         return jax.tree.map(lambda x, y: x.astype(y.dtype), total, like)
@@ -213,7 +214,7 @@ class RingPasses(ForwardBackward):
 
     def _summand(self, part: Gradients, o: Operands, i: Any) -> Gradients:
         """The gradients of step i in at least float32; that of the bias padded with zeros to the whole sequence."""
-        part = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), part)
+        part = jax.tree.map(lambda x: x.astype(at_least_float32(x.dtype)), part)
         if o.bias is None or part.bias is None:
             return part
         bias = jnp.zeros(o.bias.shape, part.bias.dtype)
@@ -237,7 +238,7 @@ def sum_over_devices(x: jax.Array, axes: Axes) -> jax.Array:
     """x summed over the devices along the axes, in at least float32."""
     if not axes:
         return x
-    return jax.lax.psum(x.astype(jnp.promote_types(x.dtype, jnp.float32)), axes).astype(x.dtype)
+    return jax.lax.psum(x.astype(at_least_float32(x.dtype)), axes).astype(x.dtype)
 
 
 def _empty_output(shapes: tuple) -> tuple[jax.Array, jax.Array]:

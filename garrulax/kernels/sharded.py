@@ -227,7 +227,7 @@ def _head_selector(layout: MeshLayout, operands: Operands) -> Callable[[jax.Arra
     every = math.lcm(K, parts)
 
     def select(x):
-        mine = jax.lax.axis_index(layout.heads) * (every // parts) + jnp.arange(every // parts)
+        mine = jax.lax.axis_index(layout.heads) * (every // parts) + jnp.arange(every // parts, dtype=jnp.int32)
         return jnp.take(x, mine * K // every, axis=2)
 
     return select

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from garrulax.core.dtypes import at_least_float32, int32_indices
 from garrulax.kernels import blocks, chunk
 from garrulax.kernels.call import EMPTY_ROW_LSE, Gradients, Operands, Options
 from garrulax.kernels.mask import KRange
@@ -59,7 +60,7 @@ class Chunked(ForwardBackward):
             return (_write(results[0], _to_bits(out), b, first, 0, 0), _write(results[1], lse, b, 0, first)), None
 
         (B, T, H, _), C = o.query.shape, o.value.shape[-1]
-        dtype = jnp.promote_types(o.query.dtype, jnp.float32)
+        dtype = at_least_float32(o.query.dtype)
         results = _to_bits(jnp.zeros((B, T, H, C), o.query.dtype)), jnp.zeros((B, H, T), dtype)
         (out, lse), _ = jax.lax.scan(row, results, jnp.arange(grid.total, dtype=jnp.int32))
         return _from_bits(out, o.query.dtype), lse
@@ -209,7 +210,7 @@ class _ChunkGrid(NamedTuple):
         """
         start, sizes = [at[0]] + [0] * (x.ndim - 1), [min(self.b, len(x)), *x.shape[1:]]
         start[axis], sizes[axis] = at[1], min(size, x.shape[axis])
-        return _from_bits(jax.lax.dynamic_slice(_to_bits(x), _int32(*start), sizes), x.dtype)
+        return _from_bits(jax.lax.dynamic_slice(_to_bits(x), int32_indices(*start), sizes), x.dtype)
 
 
 class _ColumnOrder(NamedTuple):
@@ -231,7 +232,7 @@ def _column_order(options: Options, o: Operands, grid: _ChunkGrid) -> _ColumnOrd
     some, every = blocks.block_map(options.rule, o.query_streams, o.key_streams, grid.t, grid.s, shape)
     some, every = (x.reshape(-1, grid.b, *shape[1:]) for x in (some, some & every))  # [groups, b, rows, columns]
     some, every = (x.reshape(-1, grid.columns) for x in (some.any(axis=1), every.all(axis=1)))  # [total, columns]
-    order = jnp.argsort(2 - some.astype(jnp.int32) - every, axis=1, stable=True).astype(jnp.int32)
+    order = jnp.argsort(2 - some.astype(jnp.int32) - every.astype(jnp.int32), axis=1, stable=True).astype(jnp.int32)
     return _ColumnOrder(order, every.sum(axis=1, dtype=jnp.int32), some.sum(axis=1, dtype=jnp.int32))
 
 
@@ -269,17 +270,12 @@ def _tokens_of_chunks(length: int, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _write(x: jax.Array, part: jax.Array, *start: jax.Array | int) -> jax.Array:
     """x with a slice replaced by `part`."""
-    return jax.lax.dynamic_update_slice(x, part, _int32(*start))
+    return jax.lax.dynamic_update_slice(x, part, int32_indices(*start))
 
 
 def _add(x: jax.Array, part: jax.Array, *start: jax.Array | int) -> jax.Array:
     """x with `part` added to a slice."""
-    return _write(x, jax.lax.dynamic_slice(x, _int32(*start), part.shape) + part, *start)
-
-
-def _int32(*start: jax.Array | int) -> tuple[jax.Array, ...]:
-    """Indices as int32: slicing wants one dtype, and Python integers would be int64 where x64 is enabled."""
-    return tuple(jnp.asarray(i, jnp.int32) for i in start)
+    return _write(x, jax.lax.dynamic_slice(x, int32_indices(*start), part.shape) + part, *start)
 
 
 def _materialise(x: Any, i: jax.Array) -> Any:

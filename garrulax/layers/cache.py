@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from garrulax.core.dtypes import int32_indices
 from garrulax.kernels.mask import PAD_KEY, Streams
 
 KV = dict[str, jax.Array]  # "key", "value"
@@ -110,7 +111,7 @@ def extend(kv: KV, layer: jax.Array | int, key: jax.Array, value: jax.Array, slo
         new = {name: x.reshape(-1, *x.shape[2:]) for name, x in new.items()}
     if axes == 5:
         new = {name: x[None] for name, x in new.items()}
-    start = {3: (0, slot, 0), 4: (0, 0, slot, 0), 5: (layer, 0, 0, slot, 0)}[axes]
+    start = int32_indices(*{3: (0, slot, 0), 4: (0, 0, slot, 0), 5: (layer, 0, 0, slot, 0)}[axes])
     kv = {name: jax.lax.dynamic_update_slice(kv[name], x.astype(kv[name].dtype), start) for name, x in new.items()}
     if axes == 3:
         return kv, kv

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from garrulax.core.dtypes import as_int32, int32_indices
 from garrulax.kernels.mask import Mask, as_keys
 from garrulax.kernels.masks import causal_from
 from garrulax.layers.cache import Cache
@@ -58,7 +59,7 @@ def default_positions(tokens: jax.Array, cache: Cache | None, rows: int) -> jax.
         int32 [B, T], or [B, 2, T] for two rows.
     """
     start = 0 if cache is None else cache.used
-    first = jnp.zeros_like(tokens, jnp.int32) + jnp.arange(tokens.shape[1], dtype=jnp.int32) + start
+    first = jnp.zeros_like(tokens, jnp.int32) + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] + start
     return first if rows == 1 else jnp.stack([first, jnp.zeros_like(first)], axis=1)
 
 
@@ -79,7 +80,8 @@ def mask_and_cache(
     """
     if mask is None:
         mask = causal_from(tokens, 0 if cache is None else cache.used)
-    query = {**mask.query, "position": jnp.zeros_like(tokens, jnp.int32) + positions.astype(jnp.int32)}
+    given = {name: as_int32(stream) for name, stream in mask.query.items()}
+    query = {**given, "position": jnp.zeros_like(tokens, jnp.int32) + positions.astype(jnp.int32)}
     if cache is None:
         return dataclasses.replace(mask, query=query), None
     rows, count = tokens.shape
@@ -93,6 +95,6 @@ def mask_and_cache(
     missing = sorted(cache.streams.keys() - new.keys())
     if missing:
         raise ValueError(f"the cache keeps streams {missing}, which the mask does not give")
-    at = (0, cache.used)
+    at = int32_indices(0, cache.used)
     streams = {name: jax.lax.dynamic_update_slice(s, new[name], at) for name, s in cache.streams.items()}
     return Mask(query, streams, mask.rule), dataclasses.replace(cache, streams=streams, used=cache.used + count)

@@ -16,7 +16,9 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None, shape: tuple[int, 
     """
     if key is None or rate == 0:
         return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, shape or x.shape), x / (1 - rate), 0).astype(x.dtype)
+    # The rate's dtype is that of the random numbers: with x64 a Python float would draw others.
+    keep = jax.random.bernoulli(key, jnp.float32(1 - rate), shape or x.shape)
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
 def split(key: jax.Array | None, count: int) -> list[jax.Array | None]:

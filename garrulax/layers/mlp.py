@@ -60,7 +60,7 @@ def linear(pattern: str, x: jax.Array, p: Tree, name: str) -> jax.Array:
         raise KeyError(f"no parameter {name!r} among {', '.join(p)}")
     y = einsum(pattern, x, p[name])
     bias = p.get(f"{name}_bias")
-    return y if bias is None else y + gather(bias, y.dtype)
+    return y if bias is None else y + gather(bias, y)
 
 
 def split_heads(pattern: str, x: jax.Array, p: Tree, name: str) -> tuple[jax.Array, ...]:

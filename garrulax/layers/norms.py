@@ -3,16 +3,17 @@
 import jax
 import jax.numpy as jnp
 
+from garrulax.core.dtypes import at_least_float32
 from garrulax.core.einsum import gather
 
 
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
     """(x - mean) / sqrt(variance + eps) * scale + bias (Ba et al. 2016). x: [..., D]; scale, bias: [D]."""
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = at_least_float32(x.dtype)
     y = x.astype(dtype)
     y = y - y.mean(-1, keepdims=True)
     y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + eps)
-    return (y * gather(scale, dtype) + gather(bias, dtype)).astype(x.dtype)
+    return (y * gather(scale, y) + gather(bias, y)).astype(x.dtype)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -20,12 +21,12 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
     x: [..., D]; scale: [D].
     """
-    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    y = x.astype(at_least_float32(x.dtype))
     y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + eps)
-    return y.astype(x.dtype) * gather(scale, x.dtype)
+    return y.astype(x.dtype) * gather(scale, x)
 
 
 def unit_norm(x: jax.Array, eps: float) -> jax.Array:
     """x / max(|x|, eps), |x| the length of each row. x: [..., D]. A row of zeros stays, with finite gradients."""
-    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    y = x.astype(at_least_float32(x.dtype))
     return (y * jax.lax.rsqrt(jnp.maximum((y * y).sum(-1, keepdims=True), eps**2))).astype(x.dtype)

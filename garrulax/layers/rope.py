@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from garrulax.core.config import Flag, Positive, Size, check_fields, check_value
+from garrulax.core.dtypes import at_least_float32
 
 #: Fields that each kind uses, besides theta.
 USED = {
@@ -114,16 +115,17 @@ def check_rotary(config: Any) -> None:
         raise ValueError(f"rotary={config.rotary} must rotate an even part of head_dim {config.head_dim}")
 
 
-def frequencies(rope: Rope, width: int, length: jax.Array | None = None) -> np.ndarray | jax.Array:
+def frequencies(rope: Rope, width: int, length: jax.Array | None = None, dtype: Any = float) -> np.ndarray | jax.Array:
     """The angle by which each pair of entries turns from one position to the next.
 
     Args:
         rope: Rotary settings.
         width: Number of entries of a head that are rotated.
         length: int32 [B], length of each row's whole text, which the kinds dynamic and longrope read.
+        dtype: In which the angles of those two kinds are computed.
 
     Returns:
-        float64 [width / 2] radians, or [B, width / 2] where they depend on the length.
+        float64 [width / 2] radians, or [B, width / 2] in `dtype` where they depend on the length.
 
     Raises:
         ValueError: There is no length, or longrope has another number of factors.
@@ -141,14 +143,14 @@ def frequencies(rope: Rope, width: int, length: jax.Array | None = None) -> np.n
     if length is None:
         raise ValueError(f"RoPE kind {rope.kind!r} needs the length of the text")
     if rope.kind == "dynamic":
-        stretch = jnp.maximum(length, rope.original_context).astype(float) / rope.original_context
+        stretch = jnp.maximum(length, rope.original_context).astype(dtype) / rope.original_context
         base = rope.theta * (rope.factor * stretch - (rope.factor - 1)) ** (width / (width - 2))
-        return base[:, None] ** -exponent
+        return base[:, None] ** jnp.asarray(-exponent, dtype)[None]
     for name in ("short_factors", "long_factors"):
         if len(getattr(rope, name)) != width // 2:
             raise ValueError(f"longrope needs {width // 2} {name}, not {len(getattr(rope, name))}")
-    long = length[:, None] > rope.original_context
-    return plain / jnp.where(long, np.array(rope.long_factors), np.array(rope.short_factors))
+    long, short = (jnp.asarray(plain / np.array(x), dtype)[None] for x in (rope.long_factors, rope.short_factors))
+    return jnp.where(length[:, None] > rope.original_context, long, short)
 
 
 def _yarn(rope: Rope, plain: np.ndarray) -> np.ndarray:
@@ -203,15 +205,15 @@ def cos_sin(
     Returns:
         Two arrays [B, T, 1, width / 2].
     """
-    cosine, sine = cos_sin_of(frequencies(rope, width, length), positions, dtype)
+    cosine, sine = cos_sin_of(frequencies(rope, width, length, at_least_float32(dtype)), positions, dtype)
     return amplitude(rope) * cosine, amplitude(rope) * sine
 
 
 def cos_sin_of(angles: np.ndarray | jax.Array, positions: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine [B, T, 1, F] of positions int32 [B, T] times the angles a position, [F] or [B, F]."""
-    dtype = jnp.promote_types(dtype, jnp.float32)
+    dtype = at_least_float32(dtype)
     angles = jnp.asarray(angles, dtype)
-    angles = angles[:, None] if angles.ndim == 2 else angles  # [F] or [B, 1, F]
+    angles = angles[:, None] if angles.ndim == 2 else angles[None, None]  # [B or 1, 1, F]
     angle = (positions.astype(dtype)[..., None] * angles)[:, :, None]  # [B, T, 1, F]
     return jnp.cos(angle), jnp.sin(angle)
 

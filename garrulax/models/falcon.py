@@ -17,6 +17,7 @@ import ml_dtypes
 
 from garrulax.core import config as fields
 from garrulax.core.config import Flag, OptionalSize, OptionalTokenId, Positive, Rate, Size, TokenIds
+from garrulax.core.dtypes import at_least_float32
 from garrulax.core.einsum import lookup
 from garrulax.core.hf import HFConfig, TensorNames, find_format, key
 from garrulax.core.hf_keys import is_width_over_heads
@@ -139,14 +140,14 @@ def alibi(mask: Mask, c: Config, dtype: jnp.dtype) -> jax.Array:
     As Falcon was trained, slope, position and their product are rounded to bfloat16, and the product is divided with
     the scores (build_alibi_tensor).
     """
-    dtype = jnp.promote_types(dtype, jnp.float32)
+    dtype = at_least_float32(dtype)
 
     def rounded(x):  # to bfloat16; XLA would remove a cast there and back
         return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
     slopes = alibi_slopes(c.heads).astype(ml_dtypes.bfloat16).astype(dtype)
     position = rounded(mask.key_streams()["position"].astype(dtype))
-    return rounded(slopes[:, None, None] * position[:, None, None, :]) * c.head_dim**-0.5
+    return rounded(slopes[None, :, None, None] * position[:, None, None, :]) * c.head_dim**-0.5
 
 
 HF = HFConfig(

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from garrulax.core import sharding, spec
@@ -226,6 +227,9 @@ def cache_for(params: spec.Tree, config: ModelConfig, batch: int, size: int, *, 
 def unstack(params: spec.Tree) -> spec.Tree:
     """Parameters with the stacked layers as a tuple of one tree a layer: the faster form to decode in.
 
+    On a CPU the layers lie in the memory of the stacked arrays: nothing is copied. Elsewhere, and under `jit`, they are
+    new arrays.
+
     Example:
         >>> import jax, garrulax as gx
         >>> params = gx.unstack(gx.init(gx.preset("gpt2-tiny"), jax.random.key(0)))
@@ -235,5 +239,18 @@ def unstack(params: spec.Tree) -> spec.Tree:
     blocks = params["blocks"]
     if isinstance(blocks, tuple):
         return params
-    layers = jax.tree.leaves(blocks)[0].shape[0]
-    return {**params, "blocks": tuple(jax.tree.map(lambda a, i=i: a[i], blocks) for i in range(layers))}
+    leaves, tree = jax.tree.flatten(blocks)
+    layers = zip(*map(_layers_of, leaves), strict=True)
+    return {**params, "blocks": tuple(jax.tree.unflatten(tree, layer) for layer in layers)}
+
+
+def _layers_of(stacked: Any) -> list[Any]:
+    """`stacked[i]` for each layer, without a copy if the array lies in the memory of one CPU."""
+    if isinstance(stacked, jax.Array) and not isinstance(stacked, jax.core.Tracer):
+        (device, *more) = stacked.devices()
+        if device.platform == "cpu" and not more:
+            # A layer is copied only if its memory is not aligned as XLA needs it. The view keeps the stack alive.
+            view = np.asarray(stacked)
+            place = device if stacked.committed else None
+            return [jax.device_put(layer, place, may_alias=True) for layer in view]
+    return [stacked[i] for i in range(stacked.shape[0])]

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from garrulax.core.dtypes import at_least_float32
 from garrulax.models.unpack import ModelLike, TokenizerLike, unpack_model
 
 SIDES = {"input": "tokens", "output": "head"}  # side -> name of its table in the parameters
@@ -303,7 +304,7 @@ def _to_host(x: jax.Array) -> np.ndarray:
 
 def _promoted(table: jax.Array) -> jax.Array:
     """The table in at least float32. XLA converts each entry inside the sum, so there is no copy of the table."""
-    return table.astype(jnp.promote_types(table.dtype, jnp.float32))
+    return table.astype(at_least_float32(table.dtype))
 
 
 def _replicated(x: jax.Array) -> jax.Array:

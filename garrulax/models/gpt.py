@@ -144,7 +144,7 @@ def hidden(params: Tree, call: Call, c: Config) -> tuple[jax.Array, Cache | None
         else:
             q, k, v = (linear("BTD,DHC->BTHC", x, p, name) for name in ("query", "key", "value"))
         scale = c.head_dim**-0.5 if c.scale_attention else 1.0
-        scale = scale / (layer + 1) if c.scale_by_layer else scale
+        scale = scale / (layer + 1).astype(jnp.float32) if c.scale_by_layer else scale
         options = {"mask": mask(layer), "scale": scale, "dropout": c.attention_dropout, "dropout_key": key}
         y, kv = cached_attention(q, k, v, call, kv, layer, **options)
         return linear("BTHC,HCD->BTD", y, p, "out"), kv

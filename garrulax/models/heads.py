@@ -93,5 +93,5 @@ def head_logits(
         states = states.sum(axis=1, keepdims=True)  # [B, 1, D]
     batch, _, width = states.shape
     states = dropout(states, rate, key, (batch, 1, width))
-    logits = einsum("BSD,DN->BSN", states, p["weight"]) + gather(p["bias"], states.dtype)
+    logits = einsum("BSD,DN->BSN", states, p["weight"]) + gather(p["bias"], states)
     return logits[:, :, 0] if choose else logits[:, 0]

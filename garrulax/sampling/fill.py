@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from garrulax.core import half
 from garrulax.core.blanks import Blanks
 from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
@@ -205,10 +206,11 @@ def start_next_blank(params: Tree, state: State, position: jax.Array, limit: jax
     Returns:
         The state before the first token of the next answers.
     """
+    params = half.from_bits(params)
     # Later tokens do not attend to the token that ended an answer, as in training. The last token of an answer that was
     # cut off belongs to the answer; no step has read it yet, so it is read here.
-    cut_off = ~jnp.any(state.token[:, None] == state.end_tokens, axis=1)  # [B]
-    segment = jnp.where(cut_off, 0, PAD)[:, None]  # [B, 1]
+    cut_off = ~jnp.any(state.token[:, None] == state.end_tokens[None], axis=1)  # [B]
+    segment = jnp.where(cut_off, 0, jnp.int32(PAD))[:, None]  # [B, 1]
     mask = Mask({"rank": jnp.broadcast_to(state.cache.used, segment.shape), "segment": segment})
     cache = cache_tokens(params, state.cache, state.token[:, None], state.position[..., None], config, mask)
     return dataclasses.replace(

@@ -53,9 +53,13 @@ def generate(
     * Without <sop>, original GLM: they are continued causally.
     * Without <sop>, GLM-130B and ChatGLM-6B: they get [gMASK], unless they have a mask, and <sop>.
 
+    Memory: the parameters in their dtype, and a cache of as many slots as prompt and new tokens have (rounded up to
+    powers of two). On a CPU nothing else of the size of the parameters is allocated; bfloat16 parameters are converted
+    in blocks, which takes about twice the time of float32 ones (`gx.load` gives float32 where memory allows).
+
     Args:
-        model: From `gx.load`, or (params, config). Stacked parameters are unstacked in every call: to call often, pass
-            the result of `gx.unstack`.
+        model: From `gx.load`, or (params, config). Stacked parameters are unstacked in every call, which copies them
+            unless they are on a CPU: elsewhere, to call often, pass the result of `gx.unstack`.
         prompts: A text, a list of token ids, or a list of these. A text gets the tokens that its tokenizer puts around
             a prompt, such as bos; token ids are read as `gx.forward` reads them.
         max_new_tokens: Greatest number of new tokens; None is as many as fit into the context, up to 128. Like the next

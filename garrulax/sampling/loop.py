@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from garrulax import models
+from garrulax.core import half
 from garrulax.core.config import ModelConfig
+from garrulax.core.dtypes import int32_indices
 from garrulax.core.spec import Tree
 from garrulax.kernels.mask import PAD, Mask
 from garrulax.layers.cache import Cache
@@ -31,7 +33,7 @@ def decode_step(params: Tree, state: State, config: ModelConfig, transform: Tran
     active = ~state.done  # [B]
     # A finished row keeps stepping with the batch. Its tokens are marked as padding, so that the row does not attend
     # to them when its next blank is filled (`fill`).
-    segment = jnp.where(active, 0, PAD)[:, None]  # [B, 1]
+    segment = jnp.where(active, 0, jnp.int32(PAD))[:, None]  # [B, 1]
     mask = Mask({"rank": jnp.broadcast_to(state.cache.used, segment.shape), "segment": segment})
     logits, cache = models.forward(
         params, state.token[:, None], config, positions=state.position[..., None], mask=mask, cache=state.cache
@@ -42,17 +44,17 @@ def decode_step(params: Tree, state: State, config: ModelConfig, transform: Tran
     token = sample(transformed, state.seed, state.length)  # [B]
     logprob = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)  # [B]
 
-    generated = state.generated + active
-    ended = jnp.any(token[:, None] == state.end_tokens, axis=1) | (generated >= state.limit)
+    generated = state.generated + active.astype(jnp.int32)
+    ended = jnp.any(token[:, None] == state.end_tokens[None], axis=1) | (generated >= state.limit)
     # [B] or [B, 2]
     stride = jnp.where(active.reshape(-1, *(1,) * (state.stride.ndim - 1)), state.stride, 0)
-    at = (0, state.column)
+    at = int32_indices(0, state.column)
     return dataclasses.replace(
         state,
         cache=cast(Cache, cache),
         token=jnp.where(active, token, state.token),
         position=state.position + stride,
-        length=state.length + active,
+        length=state.length + active.astype(jnp.int32),
         generated=generated,
         done=state.done | ended,
         column=state.column + 1,
@@ -78,6 +80,8 @@ def decode_steps(
     Returns:
         The last state.
     """
+
+    params = half.from_bits(params)
 
     def unfinished(carry):
         count, state = carry

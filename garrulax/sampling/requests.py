@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from garrulax import models
+from garrulax.core import half
 from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
 from garrulax.kernels.mask import PAD
@@ -56,6 +58,8 @@ class EncodedPrompt(NamedTuple):
 def prepare_model(model: ModelLike) -> tuple[Tree, ModelConfig, TokenizerLike | None]:
     """Returns the unstacked parameters, which decode fastest, the configuration and the tokenizer (or None) of a model.
 
+    On CPUs bfloat16 parameters become their bits (`core.half.as_bits`), which `prefill` and `decode_steps` take too.
+
     Raises:
         TypeError: `model` is neither the result of `garrulax.load` nor (params, config).
         ValueError: The parameters are on several devices.
@@ -65,10 +69,7 @@ def prepare_model(model: ModelLike) -> tuple[Tree, ModelConfig, TokenizerLike | 
         raise ValueError(
             "decoding runs on one device, but the parameters are on several: gather them with jax.device_get(params)"
         )
-    return params if isinstance(params["blocks"], tuple) else _unstack(params), config, tokenizer
-
-
-_unstack = jax.jit(models.unstack)
+    return half.as_bits(models.unstack(jax.tree.map(jnp.asarray, params))), config, tokenizer
 
 
 def without_padding(

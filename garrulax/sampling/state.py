@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from garrulax import models
+from garrulax.core import half
 from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
 from garrulax.kernels.mask import Mask
@@ -107,6 +108,7 @@ def prefill(
     Returns:
         The state before the first new token.
     """
+    params = half.from_bits(params)
     B, P = requests.context.shape
     cache = models.cache_for(params, config, B, P + slots)
     cache = dataclasses.replace(cache, planned=requests.length + requests.limit)

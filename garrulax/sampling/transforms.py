@@ -62,7 +62,7 @@ def temperature() -> Transform:
         positive = value > 0  # [B]
         # Subtract the maximum first: no difference overflows, however low the temperature.
         scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / jnp.where(positive, value, 1)[:, None]  # [B, V]
-        greedy = jnp.where(jnp.arange(logits.shape[-1]) == argmax(logits)[:, None], 0.0, -jnp.inf)  # [B, V]
+        greedy = jnp.where(_index(logits) == argmax(logits)[:, None], jnp.zeros_like(logits), -jnp.inf)  # [B, V]
         return jnp.where(positive[:, None], scaled, greedy), value
 
     return Transform(lambda knobs: knobs["temperature"], update)
@@ -129,6 +129,7 @@ def top_mask(values: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Arr
     Returns:
         bool [B, V], True where the weights of all greater values of the row sum to less than its limit.
     """
+    values = values.astype(jnp.float32)
     bits = jax.lax.bitcast_convert_type(jnp.where(values == 0, 0.0, values), jnp.uint32)  # [B, V]; -0 becomes 0
     negative = (bits >> 31).astype(bool)
     order = jnp.where(negative, ~bits, bits | jnp.uint32(1 << 31))  # [B, V], integers in the order of the values
@@ -177,8 +178,13 @@ def argmax(logits: jax.Array) -> jax.Array:
     """
     size = logits.shape[-1]
     top = jnp.max(logits, axis=-1, keepdims=True)  # [B, 1]
-    index = jnp.min(jnp.where(logits == top, jnp.arange(size, dtype=jnp.int32), size), axis=-1)  # [B]
+    index = jnp.min(jnp.where(logits == top, _index(logits), size), axis=-1)  # [B]
     return jnp.minimum(index, size - 1)  # in a row of NaN no entry equals the maximum
+
+
+def _index(logits: jax.Array) -> jax.Array:
+    """int32 [1, V]: 0, 1, 2, ..."""
+    return jnp.arange(logits.shape[-1], dtype=jnp.int32)[None]
 
 
 #: Temperature, then top-k, then top-p: the order of transformers and vLLM.

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from garrulax import models
 from garrulax.core.config import ModelConfig
+from garrulax.core.dtypes import at_least_float32
 from garrulax.core.spec import Tree
 from garrulax.kernels.mask import Mask
 
@@ -102,10 +103,11 @@ def negative_log_likelihood(logits: jax.Array, targets: jax.Array) -> jax.Array:
     Returns:
         Nats, [...].
     """
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    logits = logits.astype(at_least_float32(logits.dtype))
     # A masked sum picks the target's logit: XLA fuses it into one reduction and, unlike a gather, it works on a
     # sharded vocabulary.
-    is_target = jnp.arange(logits.shape[-1], dtype=targets.dtype) == targets[..., None]  # [..., V]
+    ids = jax.lax.expand_dims(jnp.arange(logits.shape[-1], dtype=targets.dtype), range(targets.ndim))
+    is_target = ids == targets[..., None]  # [..., V]
     return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
 
 

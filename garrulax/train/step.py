@@ -41,11 +41,12 @@ def make_train_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step) if settings.dropout else None
         loss, tokens, grads = _accumulated(gradient, state.params, batch, key)
-        norm = optax.tree.norm(grads)
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # Optax relies on promotion
+            norm, lr = optax.tree.norm(grads), schedule(state.step)
+            params, opt_state = _update(optimizer, grads, state)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        params, opt_state = _update(optimizer, grads, state)
         new = TrainState(state.step + 1, params, opt_state, state.key)
-        metrics = {"loss": loss, "grad_norm": norm, "lr": schedule(state.step), "tokens": tokens, "finite": finite}
+        metrics = {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": tokens, "finite": finite}
         return _select(finite, new, state), metrics
 
     return jax.jit(step, donate_argnums=0)
@@ -95,7 +96,7 @@ def _accumulated(gradient: Callable, params: Tree, batch: Batch, key: jax.Array 
     shapes = jax.eval_shape(lambda: gradient(params, {k: v[0] for k, v in batch.items()}, key))
     zero = jnp.zeros((), shapes[0][0].dtype)
     total = (zero, zero, jax.tree.map(jnp.zeros_like, in_full(params)))
-    (loss, tokens, grads), _ = jax.lax.scan(add, total, (jnp.arange(micro_batches), batch))
+    (loss, tokens, grads), _ = jax.lax.scan(add, total, (jnp.arange(micro_batches, dtype=jnp.int32), batch))
     count = jnp.maximum(tokens, 1)
     return loss / count, tokens, jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
 

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from garrulax import models
+from garrulax.core.dtypes import at_least_float32
 from garrulax.core.einsum import einsum
 from garrulax.core.spec import Tree
 from garrulax.layers.dropout import dropout, split
@@ -273,7 +274,7 @@ def lm_losses(params: Tree, x: jax.Array, batch: Batch, config: gpt.Config, outp
 
 
 def _log_sum(logits: jax.Array) -> jax.Array:
-    return jax.nn.logsumexp(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), axis=-1)
+    return jax.nn.logsumexp(logits.astype(at_least_float32(logits.dtype)), axis=-1)
 
 
 def _with_embedding_dropout(params: Tree, config: gpt.Config, key: jax.Array) -> tuple[Tree, gpt.Config]:

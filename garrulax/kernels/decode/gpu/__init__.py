@@ -86,6 +86,10 @@ class HopperDecoding:
             Output [B, T, H, Cv] in the query's dtype and lse [B, H, T], float32, natural logarithm; 0 and -inf where a
             query attends to nothing.
         """
+        with jax.enable_x64(False):  # indices in the kernel would be int64, which the GPU's kernels do not take
+            return self._compute(options, cached)
+
+    def _compute(self, options: Options, cached: DecodeOperands) -> tuple[jax.Array, jax.Array]:
         (B, T, H, _), K, Cv = cached.query.shape, cached.key.shape[1], cached.value.shape[3]
         s = _sizes(self, cached)
         cached, lengths = _at_least_a_block(cached, self.block)

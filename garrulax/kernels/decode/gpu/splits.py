@@ -48,12 +48,12 @@ def active_blocks(
     B, N = shape
     queries = next((s.shape[1] for s in query.values()), 1)
     some, every = (x[:, 0] for x in block_map(rule, query, key, queries, block, (B, 1, N)))  # [B, N]
-    begin = jnp.arange(N, dtype=jnp.int32) * block
+    begin = jnp.arange(N, dtype=jnp.int32)[None] * block
     some &= begin < lengths[:, None]
     every &= begin + block <= lengths[:, None]
-    order = jnp.argsort(~some, axis=1, stable=True)  # active blocks first
-    blocks = 2 * order + jnp.take_along_axis(every, order, axis=1)
-    return blocks.astype(jnp.int32), some.sum(axis=1, dtype=jnp.int32)
+    order = jnp.argsort(~some, axis=1, stable=True).astype(jnp.int32)  # active blocks first
+    blocks = 2 * order + jnp.take_along_axis(every, order, axis=1).astype(jnp.int32)
+    return blocks, some.sum(axis=1, dtype=jnp.int32)
 
 
 def split_blocks(counts: jax.Array, aim: int, fewest: int, least: int) -> tuple[KeySplits, jax.Array, jax.Array]:
@@ -68,17 +68,19 @@ def split_blocks(counts: jax.Array, aim: int, fewest: int, least: int) -> tuple[
     Returns:
         The splits, I = aim + B of them, and int32 [B] each: every sequence's first split and its number of splits.
     """
-    B, total = counts.shape[0], counts.sum()
+    B, total = counts.shape[0], counts.sum(dtype=jnp.int32)
     size = jnp.maximum(jnp.maximum(-(-total // aim), jnp.minimum(least, -(-total // fewest))), 1)  # blocks of a split
     parts = -(-counts // size)  # [B], splits of a sequence
-    ends = jnp.cumsum(parts)
+    ends = jnp.cumsum(parts, dtype=jnp.int32)
     first = ends - parts
     index = jnp.arange(aim + B, dtype=jnp.int32)
-    sequence = jnp.minimum(jnp.searchsorted(ends, index, side="right", method="compare_all"), B - 1)  # [I]
+    sequence = jnp.minimum(jnp.searchsorted(ends, index, side="right", method="compare_all"), B - 1).astype(
+        jnp.int32
+    )  # [I]
     # Split `part` of a sequence's n: the first `more` splits have a block more than the others.
     part, n = index - first[sequence], jnp.maximum(parts[sequence], 1)
     even, more = counts[sequence] // n, counts[sequence] % n
     start = part * even + jnp.minimum(part, more)
-    stop = jnp.where(index < ends[-1], start + even + (part < more), start)
+    stop = jnp.where(index < ends[-1], start + even + (part < more).astype(jnp.int32), start)
     splits = KeySplits(*(x.astype(jnp.int32) for x in (sequence, start, stop)))
     return splits, first.astype(jnp.int32), parts.astype(jnp.int32)

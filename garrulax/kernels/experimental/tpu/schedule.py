@@ -63,8 +63,8 @@ def block_schedule(active: jax.Array, full: jax.Array) -> BlockSchedule:
     order = jnp.argsort(~flat, stable=True).astype(jnp.int32)
     length = flat.sum(dtype=jnp.int32)
     line, batch = order // columns, order // (rows * columns)  # line: row among the rows of all sequences
-    valid = jnp.arange(order.size) < length
-    flags = jnp.where(full.reshape(-1)[order], 0, PARTIAL)
+    valid = jnp.arange(order.size, dtype=jnp.int32) < length
+    flags = jnp.where(full.reshape(-1)[order], 0, jnp.int32(PARTIAL))
     for group, first, last in ((line, FIRST_OF_ROW, LAST_OF_ROW), (batch, FIRST_OF_BATCH, LAST_OF_BATCH)):
         group = jnp.where(valid, group, -1)
         flags |= jnp.where(group != jnp.roll(group, 1).at[0].set(-2), first, 0)

@@ -79,7 +79,7 @@ def call_kernel(
         functools.partial(_kernel, body),
         out_shape=[jax.ShapeDtypeStruct((plan.splits, B, K, plan.rows, n), jnp.float32) for n in (Cv, LANES)],
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=3,
             grid=(plan.splits, steps.most),
             in_specs=[spec for _, spec in inputs.values()],
             out_specs=[specs.of_split(K, plan.rows, n) for n in (Cv, LANES)],
@@ -91,7 +91,7 @@ def call_kernel(
         ),
         interpret=plan.interpret,
         name="decode",
-    )(steps.words, steps.pages, *[x for x, _ in inputs.values()])
+    )(steps.words, steps.pages, step_list.lengths_of(c), *[x for x, _ in inputs.values()])
     out = out[:, :, :, : H // K * T].reshape(-1, B, H, T, Cv).swapaxes(2, 3)  # [splits, B, T, H, Cv]
     lse = lse[:, :, :, : H // K * T, 0].reshape(-1, B, H, T)
     if plan.splits == 1:
@@ -103,16 +103,17 @@ def call_kernel(
     return out.astype(c.query.dtype), lse
 
 
-def _kernel(body: DecodeBody, words: Any, _pages: Any, *refs: Any) -> None:
-    """One step. words, _pages: as in `DecodeSteps`; the page numbers are for the block specs only."""
+def _kernel(body: DecodeBody, words: Any, _pages: Any, lengths: Any, *refs: Any) -> None:
+    """One step. words, _pages: as in `DecodeSteps`; the page numbers are for the block specs only. lengths: [B]."""
     x = dict(zip(body.inputs, refs, strict=False))
     out, lse, *scratch = refs[len(body.inputs) :]
     carry = DecodeCarry(*scratch)
     word = words[pl.program_id(0) * (words.shape[0] // body.plan.splits) + pl.program_id(1)]
     pl.when((word & step_list.FIRST) != 0)(functools.partial(_start, carry))
     flags = word & (step_list.PARTIAL | step_list.IDLE)
-    pl.when(flags == 0)(functools.partial(_block, body, x, carry, word, False))
-    pl.when(flags == step_list.PARTIAL)(functools.partial(_block, body, x, carry, word, True))
+    inside = lengths[step_list.row_of(word)] - step_list.column_of(word) * body.plan.size
+    pl.when(flags == 0)(functools.partial(_block, body, x, carry, None))
+    pl.when(flags == step_list.PARTIAL)(functools.partial(_block, body, x, carry, inside))
     pl.when((word & step_list.LAST) != 0)(functools.partial(_finish, carry, out, lse))
 
 
@@ -122,14 +123,20 @@ def _start(carry: DecodeCarry) -> None:
     carry.output[...] = jnp.zeros_like(carry.output)
 
 
-def _block(body: DecodeBody, x: dict[str, Any], carry: DecodeCarry, word: jax.Array, masked: bool) -> None:
-    """Adds a block to the softmax of every key/value head. masked: whether to evaluate the mask."""
+def _block(body: DecodeBody, x: dict[str, Any], carry: DecodeCarry, inside: jax.Array | None) -> None:
+    """Adds a block to the softmax of every key/value head.
+
+    Args:
+        body: Static part of the kernel.
+        x: References to the inputs, by name.
+        carry: References to the running softmax.
+        inside: int32 scalar, the first slots of the block that lie within the sequence's length, where the mask has to
+            be evaluated; None for a block in which all pairs attend.
+    """
     plan, K = body.plan, carry.top.shape[0]
     q, k = _streams(body, x)
-    attends = body.options.rule.evaluate(q, k) if masked else None  # [rows, size]
+    attends = None if inside is None else body.options.rule.evaluate(q, k)  # [rows, size]
     distance = (k["position"] - q["position"]).astype(jnp.float32) if "slopes" in x else None
-    last = step_list.column_of(word) == plan.columns - 1
-    inside = jnp.where(last, plan.edge, plan.size)
 
     def scores(h):
         return _scores(body, x, h, attends, distance)
@@ -149,10 +156,11 @@ def _block(body: DecodeBody, x: dict[str, Any], carry: DecodeCarry, word: jax.Ar
         carry.total[h] = fade * carry.total[h] + p.sum(axis=1, keepdims=True)
         if "value_scales" in x:
             p = p * x["value_scales"][0, h : h + 1]
+            p = p if attends is None else jnp.where(attends, p, 0)  # a scale that does not count may be NaN
         value = _slots(plan, x, "value", h)  # [size, Cv], or transposed
         axis = int("value" in plan.transposed)
-        if masked and plan.edge:
-            # Memory behind the end of the cache may hold NaN or infinity, which a probability of 0 does not cancel.
+        if inside is not None:
+            # Slots behind the length may hold NaN or infinity, which a probability of 0 does not cancel.
             value = jnp.where(jax.lax.broadcasted_iota(jnp.int32, value.shape, axis) < inside, value, 0)
         output = carry.output[h] * _widen(fade, carry.output.shape[2])  # [rows, Cv]
         carry.output[h] = output + _product(p.astype(body.dtype), value.astype(body.dtype), axis)

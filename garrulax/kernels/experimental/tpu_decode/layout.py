@@ -43,7 +43,6 @@ class TpuDecodePlan:
         size: Slots of a step.
         columns: Steps that a sequence can have at most.
         pages: Pages of a step; 0 for a contiguous cache.
-        edge: Slots of the last block that lie inside a contiguous cache; 0 if that is all of them.
         transposed: Which of "key" and "value" are read as [..., width, slots]. XLA stores arrays whose width does not
             fill lanes that way, so that `swapaxes` changes no byte, where the other order would copy the cache.
         query_names: Names of the query streams, in the order of their columns.
@@ -56,7 +55,6 @@ class TpuDecodePlan:
     size: int
     columns: int
     pages: int
-    edge: int
     transposed: frozenset[str]
     query_names: tuple[str, ...]
     splits: int
@@ -87,7 +85,6 @@ def make_plan(
         size=size,
         columns=-(-total // size),
         pages=pages,
-        edge=total % size if cached.table is None else 0,
         transposed=frozenset(name for name, n in (("key", C), ("value", Cv)) if n % LANES and together == 1),
         query_names=tuple(sorted(cached.query_streams)),
         splits=splits,
@@ -108,7 +105,7 @@ class DecodeSpecs:
 
     def _at(self, shape: tuple[int, ...], index: Any) -> pl.BlockSpec:
         """A block with the index index(word, split)."""
-        return pl.BlockSpec(shape, lambda s, i, words, _: index(words[s * self.steps + i], s))
+        return pl.BlockSpec(shape, lambda s, i, words, *_: index(words[s * self.steps + i], s))
 
     def of_row(self, *shape: int) -> pl.BlockSpec:
         """The step's sequence of an array [B, *shape]."""
@@ -131,7 +128,7 @@ class DecodeSpecs:
         """The j-th page of the step of an array of pages [P, *shape]."""
         n = self.plan.pages
 
-        def index(s: Any, i: Any, _: Any, pages: Any) -> tuple:
+        def index(s: Any, i: Any, _words: Any, pages: Any, _lengths: Any) -> tuple:
             return (pages[(s * self.steps + i) * n + j], *[0] * len(shape))
 
         return pl.BlockSpec((1, *shape), index)

@@ -48,6 +48,18 @@ def column_of(word: jax.Array) -> jax.Array:
     return (word >> _COLUMN) & (MAX_COLUMNS - 1)
 
 
+def slots_of(cached: DecodeOperands) -> int:
+    """Number of slots that a sequence has at most."""
+    return cached.key.shape[2] * (1 if cached.table is None else cached.table.shape[1])
+
+
+def lengths_of(cached: DecodeOperands) -> jax.Array:
+    """int32 [B], the number of valid slots of each sequence."""
+    if cached.lengths is None:
+        return jnp.full((cached.query.shape[0],), slots_of(cached), jnp.int32)
+    return jnp.minimum(cached.lengths, slots_of(cached))
+
+
 def ordered_streams(options: Options, cached: DecodeOperands, size: int) -> tuple[Rule, Streams]:
     """The rule with the lengths in it, and the key streams of each sequence in the order of its tokens.
 
@@ -62,11 +74,8 @@ def ordered_streams(options: Options, cached: DecodeOperands, size: int) -> tupl
     Returns:
         The rule, and streams int32 [B, columns · size].
     """
-    streams = cached.key_streams
-    if cached.table is None:
-        B, slots = cached.query.shape[0], cached.key.shape[2]
-    else:
-        B, slots = cached.table.shape[0], cached.table.shape[1] * cached.key.shape[2]
+    streams, B, slots = cached.key_streams, cached.query.shape[0], slots_of(cached)
+    if cached.table is not None:
         streams = {
             name: jnp.take(s, cached.table, axis=0, mode="clip").reshape(B, slots) for name, s in streams.items()
         }
@@ -74,8 +83,8 @@ def ordered_streams(options: Options, cached: DecodeOperands, size: int) -> tupl
     streams = {name: pad_axis(s, more, mode="edge") for name, s in streams.items()}
     if cached.lengths is None and not more:
         return options.rule, streams
-    lengths = jnp.full((B,), slots, jnp.int32) if cached.lengths is None else jnp.minimum(cached.lengths, slots)
-    index = jnp.arange(slots + more, dtype=jnp.int32)
+    lengths = lengths_of(cached)
+    index = jnp.arange(slots + more, dtype=jnp.int32)[None]
     live = index < lengths[:, None]  # [B, columns · size]
     if cached.lengths is not None:
         last = jnp.maximum(lengths - 1, 0)[:, None]
@@ -127,7 +136,8 @@ def decode_steps(active: jax.Array, full: jax.Array, splits: int, table: jax.Arr
     in_split = active & (split == jnp.arange(splits, dtype=jnp.int32)[:, None, None])  # [splits, B, columns]
     # One sort of 2 * index + (not full) brings the blocks of each split to the front, in order, with their flag.
     end = jnp.int32(2 * B * columns)
-    keys = 2 * jnp.arange(B * columns, dtype=jnp.int32).reshape(B, columns) + ~full
+    keys = 2 * jnp.arange(B * columns, dtype=jnp.int32).reshape(B, columns)
+    keys += (~full).astype(jnp.int32)
     order = jnp.sort(jnp.where(in_split, keys, end).reshape(splits, -1), axis=1)  # [splits, L]
     shared = in_split.sum(axis=2, dtype=jnp.int32)
     counts = shared.sum(axis=1)
@@ -139,7 +149,8 @@ def decode_steps(active: jax.Array, full: jax.Array, splits: int, table: jax.Arr
     row, column = index // columns, index % columns
     row_before = jnp.pad(row[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     row_after = jnp.pad(jnp.where(idle, -1, row)[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
-    flags = FIRST * (row != row_before) + LAST * (row != row_after) + PARTIAL * (order & 1)
+    first, last_of_row = ((row != other).astype(jnp.int32) for other in (row_before, row_after))
+    flags = FIRST * first + LAST * last_of_row + PARTIAL * (order & 1)
     flags = jnp.where(idle, IDLE, flags)
     words = (flags | (column << _COLUMN) | (row << _ROW)).astype(jnp.int32)
     pages = jnp.zeros((1,), jnp.int32)

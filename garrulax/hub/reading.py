@@ -84,7 +84,7 @@ def load(
     generation = read_generation(checkpoint.folder)
     specs = {name: tree for name, tree in checkpoint.specs.items() if only is None or name in only}
     tensors, tokenizer = checkpoint.tensors, tokenizer_of(checkpoint)
-    if checkpoint.gguf is not None and (dtype is None or isinstance(dtype, str) and dtype == "stored"):
+    if checkpoint.gguf is not None and (dtype is None or (isinstance(dtype, str) and dtype == "stored")):
         dtype = _gguf_dtype(checkpoint.gguf, mesh, dtype)
     places = spec.map_specs(lambda _: None, specs) if mesh is None else sharding.shardings(specs, mesh, rules)
     dtype = dtype_to_load(dtype, specs, tensors, on_mesh=mesh is not None)

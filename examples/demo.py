@@ -62,6 +62,7 @@ def compile_ahead(model: gx.Model, lock: threading.Lock) -> None:
     for length in LENGTHS:
         with lock:
             next(gx.stream(model, [1] * length, **SAMPLING))
+        time.sleep(0.1)  # a question that waits for the lock comes first
 
 
 def chat(model: gx.Model, lock: threading.Lock) -> None:

@@ -242,7 +242,7 @@ def assert_agrees(implementation, mask, shape, *, extras=(), dtype=jnp.float32, 
 
 
 def _relative_error(got, expected):
-    got = np.asarray(got, np.float64)
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
     assert got.shape == expected.shape
     assert np.isfinite(got).all()
     return float(np.abs(got - expected).max() / max(np.abs(expected).max(), 1e-3))

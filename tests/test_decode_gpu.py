@@ -201,6 +201,21 @@ def test_window_and_sinks_skip_blocks():
     np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=0.02, rtol=0.01)
 
 
+@pytest.mark.parametrize("cache", [jnp.bfloat16, jnp.float8_e4m3fn])
+def test_slots_behind_the_length_may_hold_anything(cache):
+    """Also in the last block: NaN there, in the entries and in their scales, changes nothing."""
+    cached = request([70, 1], S=192)
+    cached = cached if cache == jnp.bfloat16 else quantised(cached, cache)
+    behind = jnp.arange(192) >= cached.lengths[:, None, None]  # [B, 1, S]
+    poisoned = {
+        name: jnp.where(behind.reshape(2, 1, 192, *(1,) * (x.ndim - 3)), jnp.asarray(jnp.nan, x.dtype), x)
+        for name in ("key", "value", "key_scales", "value_scales")
+        if (x := getattr(cached, name)) is not None
+    }
+    for got, want in zip(run(options(), dataclasses.replace(cached, **poisoned)), run(options(), cached), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
 def test_tree_of_drafts():
     """Drafts see the cache and their own ancestors: two words of bits."""
     T, S = 40, 180

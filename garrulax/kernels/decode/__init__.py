@@ -77,7 +77,7 @@ def decode(
             is all within the lengths.
         table: int32 [B, N], the pages of each sequence in order. Entries beyond its length may hold any number.
         lengths: int32 [B], the number of valid slots of each sequence, its first ones; None is all. The other slots
-            may hold anything, also NaN (with `pallas_gpu` only in blocks without a valid slot).
+            may hold anything, also NaN.
         key_scales: float32 [B, K, S] or [P, K, page], the factor of each slot's key; required for caches of int8,
             float8_e4m3fn or float8_e5m2, and not allowed for others.
         value_scales: Likewise for values.

@@ -204,10 +204,16 @@ class DecodeProgram:
         scales = self.ops.load(self.scratch[f"{name} scales"].at[slot], COLUMN)
         return lambda x: x * broadcast(scales, x.shape, 1)
 
-    def _product(self, name: str, i: Any, slot: Any, multiply: Callable[[Any], jax.Array]) -> jax.Array:
-        """multiply(the i-th block of keys or values); the copy of the next block into the slot starts at once."""
+    def _product(
+        self, name: str, i: Any, slot: Any, multiply: Callable[[Any], jax.Array], valid: Any = None
+    ) -> jax.Array:
+        """multiply(the i-th block of keys or values); the copy of the next block into the slot starts at once.
+
+        `valid`, if given, is the number of leading rows of the block that may be read; the others count as 0.
+        """
         block = self.scratch[name].at[slot]
         if not self.sizes.quantised:
+            self._clear(block, valid)
             result = multiply(block)
             # All 128 threads must be done with the slot before the next copy overwrites it.
             plgpu.commit_smem()
@@ -217,11 +223,26 @@ class DecodeProgram:
         for at in range(0, wide.shape[1], 64):  # there are no registers for more columns at once
             columns = pl.ds(at, min(64, wide.shape[1] - at))
             wide[:, columns] = self.ops.widened(block.at[:, columns], wide.dtype)
+        self._clear(wide, valid)
         # The tensor cores, too, do not see plain writes to shared memory before this fence. It also has all threads be
         # done with the slot, so that the next copy starts before the product.
         plgpu.commit_smem()
         self.fetch(name, i + self.sizes.stages)
         return multiply(wide)
+
+    def _clear(self, block: Any, valid: Any) -> None:
+        """Sets the rows of a block in shared memory from `valid` on to 0: a probability of 0 times NaN would be NaN."""
+        if valid is None:
+            return
+
+        @pl.when(valid < block.shape[0])
+        def clear():
+            for at in range(0, block.shape[1], 64):  # as many columns as there are registers for
+                columns = pl.ds(at, min(64, block.shape[1] - at))
+                x = self.ops.load(block.at[:, columns], TILE)
+                row = self.ops.place(lax.broadcasted_iota(jnp.int32, x.shape, 0), TILE)
+                block[:, columns] = jnp.where(row < valid, x, jnp.zeros_like(x))
+            plgpu.commit_smem()  # the tensor cores do not see plain writes before this fence
 
     def _step(self, length: Any, alibi: Any, i: Any, carry: Any) -> Any:
         """The i-th block of the split.
@@ -255,8 +276,10 @@ class DecodeProgram:
         new = jnp.maximum(top, x.max(axis=1))
         decay, p = jnp.exp2(top - new), jnp.exp2(x - broadcast(new, x.shape, 0))
         sums, total = sums * broadcast(decay, sums.shape, 0), total * decay + p.sum(axis=1)
-        p = self._wait("value", slot)(p).astype(self.scratch["query"].dtype)
-        return self._product("value", i, slot, lambda v: ops.add(sums, p, v)), new, total
+        scaled = self._wait("value", slot)(p)
+        # Scales behind the length may be NaN, too.
+        p = (jnp.where(p > 0, scaled, 0.0) if s.quantised else p).astype(self.scratch["query"].dtype)
+        return self._product("value", i, slot, lambda v: ops.add(sums, p, v), length - keys.start), new, total
 
     def _masked(self, first: Any, keys: Any, length: Any, x: jax.Array) -> jax.Array:
         """Scores [64, block] with MASKED where a pair does not attend.

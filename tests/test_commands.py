@@ -3,7 +3,6 @@
 Only the number of steps and the size of the models are smaller, and the default corpus is a small text.
 """
 
-import dataclasses
 import json
 import os
 import re
@@ -12,16 +11,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gguf_files
 import pytest
 from tiny import byte_model
 
 import garrulax as gx
+from garrulax import models
 from garrulax.cli import main
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = Path(__file__).parent.parent
 TEXT = "".join(f"def f{i}(x):\n    return x * {i} + {i * 7 % 13}\n\n" for i in range(400))
-SMALL = ("model.width=32", "model.heads=4", "model.layers=1", "batch=8")
 
 
 @pytest.fixture
@@ -40,13 +40,17 @@ def run(line, capsys):
     words = shlex.split(line, comments=True)
     assert words.pop(0) == "garrulax", line
     if words[0] == "train" and "--list" not in words:
-        steps = {"steps=4000": "steps=3"}
-        words = [steps.get(word, re.sub(r"^steps=\d+$", "steps=2", word)) for word in words]
-        new = "--resume" not in words
-        given = {word.partition("=")[0] for word in words}
-        words += [
-            word for word in (*SMALL, "corpus=my_folder", "vocab=320") if new and word.partition("=")[0] not in given
-        ]
+        small = {"steps": "2"}
+        if "--resume" in words:
+            small = {"steps": "3"}
+        elif words[1] in models.presets():
+            small |= {"model.width": "32", "model.heads": "4", "model.layers": "1", "vocab": "320", "batch": "8"}
+        else:
+            small |= {"window": "16"}
+        words = [word for word in words if word.partition("=")[0] not in small]
+        words += [f"{key}={value}" for key, value in small.items()]
+        if "--resume" not in words and not any(word.startswith("corpus=") for word in words):
+            words.append("corpus=my_folder")
     code = main(words)
     printed = capsys.readouterr()
     assert code == 0, (words, printed.err)
@@ -93,7 +97,8 @@ def test_commands_of_readme(place, capsys):
     settings = place / "path/to/chatglm3-6b" / "tokenizer_config.json"
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "chat_template": template}))
     glm = byte_model("glm")
-    gx.save(gx.Model(dataclasses.replace(glm.config), glm.params, glm.tokenizer), place / "runs/glm/model")
+    gx.save(gx.Model(glm.config, glm.params, glm.tokenizer), place / "runs/glm/model")
+    (place / "model.gguf").write_bytes(gguf_files.file_of("gpt2"))
     for command in block.splitlines():
         for printed in next_commands(run(command, capsys)):
             run(printed, capsys)

@@ -173,7 +173,7 @@ def test_the_command_goes_the_same_way(chat_model, tmp_path, capsys):
     words = ["generate", str(tmp_path / "my model"), "Hi", "--temperature", "0"]
     assert main([*words, "--chat"]) == 0
     assert capsys.readouterr() == ("\n", "")
-    assert main(["generate", str(tmp_path / "my model"), "Hi \udcff" + "x" * 90]) == 0
+    assert main(["generate", str(tmp_path / "my model"), "Hi \udcff" + "x" * 80]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("Hi \ufffdx")
     assert "add --chat to send it as a message" in err

@@ -32,7 +32,7 @@ class Model:
     config: ModelConfig
     params: Tree = dataclasses.field(repr=False)
     tokenizer: Tokenizer | None = None
-    generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    generation: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def replace(self, **changes: Any) -> "Model":
         """A copy with the given fields changed."""

@@ -67,7 +67,7 @@ class Settings:
 
         seed: Decides initial parameters, order of the data, and dropout.
         precision: Dtype of the computation: float32 or bfloat16.
-        weights: Dtype of the parameters: float32, or bfloat16 with stochastic rounding, which halves their memory.
+        weights: Dtype of the parameters: float32, or bfloat16 (half the memory) with stochastic rounding of updates.
         remat: Recomputed in the backward pass to save memory: none, dots (all but matrix products) or full.
         unroll: Compile the layers as straight code, not as a loop; none does so for few layers on a CPU.
         dropout: Whether to apply the dropout rates of the model's config.
@@ -322,8 +322,9 @@ def differences(current: Mapping[str, Any], saved: Mapping[str, Any]) -> list[st
         saved: `run_identity` in the checkpoint.
     """
     found = []
-    added = {field.name: field.default for field in dataclasses.fields(Settings)}  # since an older version saved it
-    saved = {**saved, "settings": {**added, **saved["settings"]}}
+    # An older version saved fewer settings: those that it lacks have their defaults.
+    defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
+    current, saved = ({**x, "settings": {**defaults, **x["settings"]}} for x in (current, saved))
     for part in ("config", "data", "settings"):
         for name in sorted(current[part].keys() | saved[part].keys()):
             now, was = current[part].get(name), saved[part].get(name)

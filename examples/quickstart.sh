@@ -1,6 +1,7 @@
 #!/bin/sh
 # Trains a small GPT on the source of Python's standard library and a small GLM on the order of the chemical elements,
-# and lets them write: three to five minutes on two CPU cores. Every line after a $ is a command that you can type.
+# and lets them write: three minutes on two recent CPU cores, five on older ones. Every line after a $ is a command that
+# you can type.
 set -eu
 
 run() {
@@ -33,10 +34,10 @@ gpt=$(fresh runs/quickstart-gpt)
 glm=$(fresh runs/quickstart-glm)
 elements=$(fresh runs/elements.txt)
 
-say "1. A GPT-2 of 1.3 million parameters learns to continue Python code (about two minutes)."
+say "1. A GPT-2 of 1.3 million parameters learns to continue Python code (about ninety seconds)."
 echo "   The text is the source of Python's standard library. A tokenizer is trained first. Bits/byte say how well the"
 echo "   model compresses text it was not trained on; xz is printed for comparison. Ctrl-C saves and stops."
-run train gpt2-tiny steps=1500 eval_every=500 --run "$gpt"
+run train gpt2-tiny steps=1100 eval_every=550 --run "$gpt"
 
 say "2. It completes a function definition. The same seed gives the same text."
 run generate "$gpt" 'def read_file(path, encoding=' --max-new-tokens 80 --temperature 0.6 --seed 1

@@ -159,20 +159,25 @@ def folder_with(path, **keys):
 
 def test_ignored_keys_are_left_out(tmp_path, capsys):
     """`ignore` in Python, --ignore on the command line."""
-    yarn = {"type": "yarn", "factor": 2.0, "finetuned": False}
+    yarn = {"type": "yarn", "factor": 2.0, "stretch": 3}
     folder = folder_with(tmp_path / "m", logit_scale=2.0, rope_parameters=None, rope_scaling=yarn)
-    names = ["logit_scale", "rope_scaling.finetuned"]
+    names = ["logit_scale", "rope_scaling.stretch"]
     with pytest.raises(ValueError, match=r"unknown keys logit_scale: .* ignore=\['logit_scale'\] or --ignore"):
         gx.load(folder)
-    with pytest.raises(ValueError, match=r'unknown keys finetuned: .* ignore=\["rope_scaling\.finetuned"'):
+    with pytest.raises(ValueError, match=r'unknown keys stretch: .* ignore=\["rope_scaling\.stretch"'):
         gx.load(folder, ignore=names[:1])
     with pytest.raises(TypeError, match="ignore='logit_scale' must be a list"):
         gx.load_config(folder, ignore="logit_scale")
     model = gx.load(folder, ignore=names)
     assert model.config.rope.kind == "yarn"
     assert gx.load_config(folder, ignore=(*names, "absent")) == model.config
-    plain = folder_with(tmp_path / "plain", rope_parameters=None, rope_scaling={**yarn, "finetuned": True})
+    plain = folder_with(
+        tmp_path / "plain", rope_parameters=None, rope_scaling={"type": "yarn", "factor": 2.0, "finetuned": True}
+    )
     assert gx.load_config(plain) == model.config
+
+    linear = {"type": "linear", "factor": 2.0, "finetuned": False, "original_max_position_embeddings": 16}
+    assert gx.load_config(folder_with(tmp_path / "linear", rope_parameters=None, rope_scaling=linear)).rope.factor == 2
 
     option = ["--ignore", ",".join(names)]
     assert cli.main(["info", str(folder)]) == 2

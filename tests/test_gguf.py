@@ -278,6 +278,8 @@ FOREIGN = {
     "llama.block_count=x": changed({"llama.block_count": "x"}),
     "not implemented: llama.logit_scale": changed({"llama.logit_scale": 2.0}),
     "'longrope' is not implemented": changed({"llama.rope.scaling.type": "longrope"}),
+    "attention.causal=false": changed({"llama.attention.causal": False}),
+    "general.type='adapter': the file holds no model": changed({"general.type": "adapter"}),
     "heads 5 is not a multiple": changed({"llama.attention.head_count": 5}),
     r"1 missing \(blk.2.ffn_up.weight\)": lacking("blk.2.ffn_up.weight"),
     r"1 unknown \(blk.0.ssm_a\)": with_tensor("blk.0.ssm_a", np.zeros(3)),
@@ -290,6 +292,11 @@ FOREIGN = {
     "a number for each of": changed(bpe_metadata("gpt-2") | {"tokenizer.ggml.token_type": [1, 2]}),
     "is in tokenizer.ggml.tokens twice": changed(bpe_metadata("gpt-2") | {"tokenizer.ggml.tokens": ["a"] * 400}),
 }
+
+
+def test_a_factor_that_is_switched_off(tmp_path):
+    content = changed({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0})
+    assert gx.load_config(written(tmp_path / "m.gguf", content)).rope.kind == "default"
 
 
 @pytest.mark.parametrize("message", FOREIGN)

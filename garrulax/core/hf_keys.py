@@ -86,7 +86,8 @@ def is_quantisation(key: str) -> bool:
 
 def _says_no(value: Any) -> bool:
     if isinstance(value, dict):
-        return all(_says_no(v) for v in value.values())
+        switches = [v for key, v in value.items() if re.fullmatch(r"_?load_in_\d+bit", key)]  # of bitsandbytes
+        return all(_says_no(v) for v in switches or value.values())
     return not value or value == "none"
 
 
@@ -138,7 +139,7 @@ def check_unknown(
             continue
         elif not own or code or not key.isprintable():
             refused[key] = _shown(key)
-        elif value is None or (value == 0 and value is not False and "drop" in key):
+        elif value is None or (value == 0 and value is not False and ("drop" in key or "expert" in key)):
             continue
         elif value in ([], {}, "") or not _names_architecture(key):
             skipped.append(_shown(key))

@@ -16,7 +16,12 @@ from garrulax.hub.tensors import DTYPES, INDEX, StoredTensor, read_index
 from garrulax.models import family
 
 #: Endings of the names of rotary tables, which every program computes itself. They are skipped in all families.
-ROTARY_TABLES = ("inv_freq", "cos_cached", "sin_cached", "rope.freqs", "freqs_cis", "rotary_emb.cos", "rotary_emb.sin")
+ROTARY_TABLES = (
+    *("inv_freq", "cos_cached", "sin_cached", "rope.freqs", "freqs_cis", "freqs_cos", "freqs_sin", "rope_cos"),
+    *("rope_sin", "rotary_emb.cos", "rotary_emb.sin"),
+)
+#: Endings of the names of other constants: masks and the numbers of the positions.
+_CONSTANTS = ("causal_mask", "masked_bias", "position_ids")
 #: Modules that torch.compile, FSDP, activation checkpointing and DeepSpeed wrap around others: parts of names.
 _WRAPPERS = re.compile(
     r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|_fpw_module)\."
@@ -52,7 +57,7 @@ def match(
     _check_amounts(found, specs, folder)
     _check_adapters(found, folder)
     more = family(config).tensor_names(config)
-    buffers = (*more.buffers, *ROTARY_TABLES)
+    buffers = (*more.buffers, *ROTARY_TABLES, *_CONSTANTS)
     ties = dict.fromkeys(more.heads, specs["tokens"].name) if config.tied else {}
     wanted = {name: s for s in jax.tree.leaves(specs, is_leaf=spec.is_spec) for name in s.names}
     known = wanted.keys() | ties.keys()

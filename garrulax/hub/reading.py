@@ -204,6 +204,8 @@ def stored_dtype(s: spec.ParamSpec, tensors: dict[str, StoredTensor], dtype: DTy
 
 def _jax_dtype(s: spec.ParamSpec, dtype: np.dtype) -> np.dtype:
     """`dtype`. Raises ValueError if JAX would silently replace it by a smaller one."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{s.name} would be {dtype}: parameters have a floating-point dtype, such as float32")
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise ValueError(f"{s.name} would be {dtype}, which JAX has only with jax_enable_x64: give another dtype")
     return dtype

@@ -31,7 +31,7 @@ _REQUIRED = {
 
 
 _PINNED = {"partial_rotary_factor": 1}  # further keys, with the one value that is computed anyway
-_PINNED_YARN = _PINNED | {"finetuned": True, "attn_factor": 1, "extrapolation_factor": 1}
+_PINNED_YARN = _PINNED | {"attn_factor": 1, "extrapolation_factor": 1}
 
 
 def base_in(raw: Mapping[str, Any]) -> Any:
@@ -73,7 +73,7 @@ def _read(settings: Any, theta: float | None, context: int) -> Rope:
     if kinds[-1] != kind:
         raise ValueError(f"config.json: the RoPE settings give two kinds, {kind!r} and {kinds[-1]!r}")
     pinned = _PINNED_YARN if kind == "yarn" else _PINNED
-    known = {"rope_type", "type", "rope_theta", *_FIELDS.values()}
+    known = {"rope_type", "type", "rope_theta", "finetuned", *_FIELDS.values()}  # finetuned: bookkeeping
     unknown = sorted(
         key for key, value in settings.items() if key not in known and value is not None and pinned.get(key) != value
     )
@@ -96,6 +96,8 @@ def _read(settings: Any, theta: float | None, context: int) -> Rope:
             values[name] = tuple(values[name])
     if "original_context" in USED[kind]:
         values.setdefault("original_context", context)
+    else:
+        values.pop("original_context", None)  # bookkeeping: the angles of this kind do not depend on it
     if kind == "dynamic" and values["original_context"] != context:
         raise ValueError("config.json: a dynamic RoPE starts from max_position_embeddings, not from another length")
     if kind == "longrope":

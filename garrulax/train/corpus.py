@@ -278,7 +278,7 @@ def _read_jsonl(file: Path, stream: IO[Any]) -> Iterator[Document]:
                 f"{where} is longer than {_LONGEST_RECORD >> 20} MiB: cut its text into several lines, or give it as a "
                 "plain .txt file"
             )
-        line = line.removeprefix(_BOM) if number == 1 else line
+        line = line.removeprefix(_BOM)  # also of a later line, where files were joined
         if not line.strip():
             continue
         try:

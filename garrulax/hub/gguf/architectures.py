@@ -34,6 +34,11 @@ class Settings:
         self._seen = {f"{self.architecture}.{name}" for name in _IGNORED}
         if self._metadata.get(f"{self.architecture}.expert_count"):
             raise self.error("a mixture of experts is not implemented")
+        if not self.get("attention.causal", bool, True):
+            raise self.error("attention.causal=false, a model that also reads later tokens, is not implemented")
+        kind = metadata.get("general.type", "model")
+        if kind != "model":
+            raise self.error(f"general.type={str(kind)[:40]!r}: the file holds no model")
 
     def error(self, problem: str) -> ValueError:
         """The error of a problem with the metadata."""
@@ -112,7 +117,7 @@ def _head_dim(m: Settings, raw: Raw) -> int:
 
 def _rope(m: Settings) -> Raw:
     """rope_theta and rope_scaling."""
-    theta, kind = m.rate("rope.freq_base", 10_000.0), m.get("rope.scaling.type", str, "none")
+    theta, kind = m.rate("rope.freq_base", 10_000.0), m.get("rope.scaling.type", str, "")
     factor = m.rate("rope.scaling.factor", m.rate("rope.scale_linear", 1.0))
     original = m.size("rope.scaling.original_context_length", m.size("context_length"))
     attention = m.rate("rope.scaling.attn_factor", 1.0) * m.rate("rope.scaling.yarn_attn_factor", 1.0)
@@ -126,9 +131,9 @@ def _rope(m: Settings) -> Raw:
         scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original} | betas
         if attention != 1.0:
             scaling["attention_factor"] = attention * (0.1 * math.log(factor) + 1)
-    elif kind == "linear" or (kind == "none" and factor != 1.0):
+    elif kind == "linear" or (not kind and factor != 1.0):  # "none" switches the factor off
         scaling = {"rope_type": "linear", "factor": factor}
-    elif kind != "none":
+    elif kind not in ("", "none"):
         raise m.error(f"rope.scaling.type={kind[:40]!r} is not implemented (none, linear and yarn are)")
     return {"rope_theta": theta, "rope_scaling": scaling}
 

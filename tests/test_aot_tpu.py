@@ -79,7 +79,7 @@ def test_alibi(chip):
 @pytest.mark.parametrize(
     ("chip", "case", "width", "least"),
     [
-        ("v5p", "causal128", 128, 0.75),
+        pytest.param("v5p", "causal128", 128, 0.75, marks=pytest.mark.slow),
         pytest.param("v6e", "causal256", 256, 0.55, marks=pytest.mark.slow),
         *(pytest.param(chip, "causal128", 128, 0.4, marks=pytest.mark.slow) for chip in ("v5e", "v6e", "tpu7x")),
         *(pytest.param(chip, "causal64", 64, 0.2, marks=pytest.mark.slow) for chip in RATE),

@@ -201,7 +201,7 @@ def test_window_and_sinks_skip_blocks():
     np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=0.02, rtol=0.01)
 
 
-@pytest.mark.parametrize("cache", [jnp.bfloat16, jnp.float8_e4m3fn])
+@pytest.mark.parametrize("cache", [jnp.bfloat16, pytest.param(jnp.float8_e4m3fn, marks=pytest.mark.slow)])
 def test_slots_behind_the_length_may_hold_anything(cache):
     """Also in the last block: NaN there, in the entries and in their scales, changes nothing."""
     cached = request([70, 1], S=192)

@@ -12,6 +12,7 @@ from garrulax.kernels import attention, causal
 from garrulax.kernels.mask import Mask
 from garrulax.kernels.xla import Chunked
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 SMALL = Chunked(scores=4 * 32 * 32)  # chunks of 32 x 32 for four heads
 
 

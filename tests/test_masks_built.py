@@ -15,6 +15,7 @@ from garrulax.kernels.blocks import block_map
 from garrulax.kernels.mask import INF, PAD
 from garrulax.train.infill import InfillTokens, infill_batch
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 T = 12
 SEGMENT = jnp.zeros((1, 8), int)
 quick = settings(max_examples=15, deadline=None)

@@ -61,6 +61,7 @@ def test_train_generate_info(folder, capsys):
     assert "GLM" in refused(capsys, 2, "fill", run, "a [MASK]")
 
 
+@pytest.mark.slow
 def test_train_and_fill_a_glm(folder, capsys):
     run = folder / "run"
     assert main(["train", "glm-tiny", *TINY, "window=48", f"corpus={folder / 'code.py'}", "--run", str(run)]) == 0

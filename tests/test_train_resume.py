@@ -65,6 +65,7 @@ def test_stdlib_of_another_python_is_named(tmp_path, monkeypatch):
         starting.check_corpus(begun, Corpus(tmp_path / "x.txt"))
 
 
+@pytest.mark.slow
 def test_the_rate_does_not_jump_when_a_run_gets_more_steps(tmp_path):
     short = ["steps=4", "eval_every=9", "warmup=1"]
     training.train(tmp_path / "run", short)

@@ -38,7 +38,8 @@ QUICK = {("llama", mesh, "float64") for mesh in MESHES}
 QUICK |= {
     (config, "data=2,fsdp=2,tensor=2", "float64")
     for config in CONFIGS
-    if config not in (*FAMILIES, "strided", "one key", "alibi", "opt")  # OPT declares what GPT and GPT-NeoX do
+    if config
+    not in (*FAMILIES, "strided", "one key", "alibi", "opt", "gpt_neox")  # OPT and GPT-NeoX declare what GPT does
 }
 QUICK |= {(config, "fsdp=2,tensor=2,sequence=2", "float64") for config in (*FAMILIES, "alibi")}
 CASES = [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in sorted(ALL)]

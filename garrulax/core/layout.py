@@ -20,7 +20,7 @@ _NUMBERS = {"two": 2, "three": 3}  # letters whose size is their name
 
 @dataclasses.dataclass(frozen=True)
 class TensorLayout:
-    """Where a parameter lies in a stored tensor: `parameter = stored.reshape(split)[index].transpose(order)`.
+    """The part of a stored tensor that is a parameter: `parameter = stored.reshape(split)[index].transpose(order)`.
 
     Made by `parse_layout`.
 

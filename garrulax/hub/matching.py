@@ -171,7 +171,7 @@ def _check_files(folder: Path, index: dict[str, str], needed: Collection[str]) -
 
 
 def _hints(missing: list[str], unknown: list[str], specs: spec.Tree, claims: dict[str, str]) -> list[str]:
-    """What may be the reason of a misfit, and what to do."""
+    """Possible causes of a misfit between tensors and config.json, each with the remedy."""
     hints = []
     if claims:
         name, file = next(iter(claims.items()))

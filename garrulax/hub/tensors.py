@@ -126,7 +126,7 @@ def read_index(folder: Path) -> dict[str, str]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder; of those that an index names, the ones that exist."""
+    """The safetensors files of a folder. With an index: the files that it names and that exist."""
     if (folder / FILE).exists():
         return [_plain_file(folder / FILE)]
     if index := read_index(folder):

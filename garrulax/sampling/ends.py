@@ -95,7 +95,7 @@ class StopStrings:
         return text if not self._marks else "".join(c for c in text if c not in self._marks.values())
 
     def find(self, text: str) -> int | None:
-        """Where the first stop string begins in a text with marks; None if there is none."""
+        """Index at which the first stop string begins in a text with marks; None if the text contains none."""
         return min((at for at in map(text.find, self._texts) if at >= 0), default=None)
 
     def final_size(self, text: str) -> int:

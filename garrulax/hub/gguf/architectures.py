@@ -320,7 +320,7 @@ _NEOX_NAMES = {
 
 
 def _falcon_names(m: Settings) -> dict[str, str]:
-    """Where there are two norms, the first in the file is that of the MLP."""
+    """The names of a Falcon. Falcon-40B has two norms, and GGUF files list the norm of the MLP first."""
     if "blk.0.attn_norm_2.weight" in m.shapes:
         return _FALCON_NAMES | {"attn_norm": "ln_mlp", "attn_norm_2": "ln_attn"}
     return _FALCON_NAMES | {"attn_norm": "input_layernorm"}

@@ -53,7 +53,7 @@ def conversation_of(
     continue_last: bool | str,
     variables: Mapping[str, Any],
 ) -> Conversation:
-    """Checks the arguments of `Tokenizer.apply_chat_template`, except for those that a template checks."""
+    """The checked arguments of `Tokenizer.apply_chat_template`. Each template checks the roles and contents itself."""
     _check_messages(messages)
     for name, advice in UNAVAILABLE.items():
         if variables.get(name) not in (None, False):

@@ -161,8 +161,15 @@ def decode_steps(active: jax.Array, full: jax.Array, splits: int, table: jax.Arr
 
 
 def _repeat_unread(pages: jax.Array, read: jax.Array) -> jax.Array:
-    """Page numbers [splits, L, n] with those that are not read replaced by the number last read at the same place, or
-    by 0 if there is none."""
+    """Replaces the numbers of unread pages, so that no new page is copied for them.
+
+    Args:
+        pages: int32 [splits, L, n], page numbers.
+        read: bool [splits, L, n], whether the page is read.
+
+    Returns:
+        int32 [splits, L, n]: an unread entry holds the number that was last read in its column, or 0.
+    """
     index = jnp.arange(pages.shape[1], dtype=jnp.int32)[:, None]
     last = jax.lax.cummax(jnp.where(read, index, -1), axis=1)
     repeated = jnp.take_along_axis(pages, jnp.maximum(last, 0), axis=1)

@@ -1,4 +1,4 @@
-"""What apply_chat_template takes: transformers' arguments, templates by name, and templates that look into messages."""
+"""Arguments of apply_chat_template: those of transformers, templates by name, and templates that look into messages."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What ends a text, and how many tokens one gets: chat formats, stop strings with control tokens, defaults."""
+"""The ends of texts, and how many tokens are generated: chat formats, stop strings with control tokens, defaults."""
 
 import dataclasses
 import json

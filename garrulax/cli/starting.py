@@ -1,4 +1,4 @@
-"""What `garrulax train` starts from: a preset, a model with weights, or the folder of a run."""
+"""The start of `garrulax train`: a preset, a model with weights, or the folder of a run."""
 
 import argparse
 import dataclasses

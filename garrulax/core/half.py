@@ -28,9 +28,8 @@ def applies(x: jax.Array, w: jax.Array) -> bool:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def dot(x: jax.Array, w: jax.Array, first: bool) -> jax.Array:
     """The product [M, N] in bfloat16 of x [M, n] and w: [n, N] if `first`, else [N, n]."""
-    by_blocks = (
-        _over_inputs if first else _over_outputs
-    )  # a program may be compiled for another device than the default
+    by_blocks = _over_inputs if first else _over_outputs
+    # `applies` saw the default device; the program may be compiled for another one.
     return jax.lax.platform_dependent(x, w, cpu=by_blocks, default=functools.partial(plain_dot, first=first))
 
 

@@ -1,4 +1,4 @@
-"""What ends a text: ids of tokens, and stop strings."""
+"""The ends of a text: end tokens and stop strings."""
 
 import operator
 import re

@@ -64,6 +64,6 @@ Next commands to try
   garrulax train --list                                    every setting, its default and its meaning
   garrulax train llama-tiny corpus=YOUR_FOLDER --run runs/mine   another family on your own text
   garrulax generate $gpt 'class Stack:' --temperature 0.8
-  garrulax fill $glm 'Gallium, symbol [MASK], comes after [MASK].' --temperature 0
+  garrulax fill $glm 'Copper, symbol Cu, comes after [MASK] and before [MASK].' --temperature 0
   python examples/research_loop.py                         a custom training loop in 40 lines
 EOF

@@ -36,7 +36,7 @@ print("gradient of the query projections", jax.grad(loss)(params, tokens)["block
 cache = gx.cache_for(params, config, batch=8, size=40)
 logits, cache = forward(params, tokens, config, cache=cache)
 logits, cache = forward(params, logits[:, -1:].argmax(-1), config, cache=cache)
-print("the cache has", int(cache.used), "tokens a row")
+print("the cache has", int(cache.used[0]), "tokens a row")
 
 # The same program on a mesh: parameters are split over four devices by width and two by heads, the batch over four.
 mesh = gx.make_mesh("fsdp=4,tensor=2")

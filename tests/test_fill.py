@@ -14,7 +14,9 @@ import garrulax as gx
 from garrulax import models, sampling
 from garrulax.kernels.masks import prefix
 from garrulax.sampling.blanks import answer_prompt, part_a
+from garrulax.sampling.loop import decode_step
 from garrulax.sampling.requests import assemble, knobs_per_prompt
+from garrulax.sampling.state import grow, prefill
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 GREEDY = {"temperature": 0}
@@ -74,13 +76,13 @@ def test_prefill_and_cached_steps_give_the_originals_logits():
     knobs = knobs_per_prompt(1, max_new_tokens=8, temperature=0, top_k=0, top_p=1.0, seed=0)
     text = answer_prompt(ids[:split], place, 8, config, "text")
     assert (text.token, list(text.position)) == (ids[split], z["gen_pos"][0, :, split].tolist())
-    state = sampling.prefill(params, assemble([text], knobs, config), config, sampling.DEFAULT, 8, 8)
+    state = grow(prefill(params, assemble([text], knobs, config), config, sampling.DEFAULT, 64), 64)
     cache = state.cache
     for t in range(split, len(ids)):
         positions = jnp.asarray(z["gen_pos"][:, :, t : t + 1], jnp.int32)
         logits, cache = forward(params, jnp.array([[ids[t]]]), config, positions=positions, cache=cache)
         assert oracle.relative_error(logits[:, 0], z["gen_logits"][:, t]) < 2e-5
-    first = jax.jit(sampling.decode_step, static_argnames="config")(params, state, config)
+    first = jax.jit(decode_step, static_argnames="config")(params, state, config)
     assert int(first.tokens[0, 0]) == z["gen_logits"][0, split].argmax()
 
 

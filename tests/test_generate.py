@@ -14,7 +14,9 @@ import garrulax as gx
 from garrulax import models, sampling
 from garrulax.core import sharding
 from garrulax.sampling import transforms
-from garrulax.sampling.requests import assemble, bucket, causal_prompt, knobs_per_prompt
+from garrulax.sampling.buckets import bucket
+from garrulax.sampling.loop import decode_steps
+from garrulax.sampling.requests import assemble, causal_prompt, knobs_per_prompt
 from garrulax.sampling.writing import Writer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -110,28 +112,71 @@ def test_alone_in_a_batch_and_in_another_order(model):
     assert gx.generate(model, PROMPTS[0], max_new_tokens=8, seed=6).tokens != one_seed[0].tokens
 
 
-def test_steps_from_python_give_the_same_tokens():
+def test_rows_of_one_state_start_late_end_early_and_make_room():
+    """One state, as a server keeps it: rows come and go, and each has the tokens that it has alone, bit for bit."""
     config = tiny.CONFIGS["gpt"]
     stacked = tiny.params(config)
-    params = models.unstack(stacked)
-    knobs = knobs_per_prompt(2, max_new_tokens=9, temperature=[0, 1.0], top_k=0, top_p=1.0, seed=3)
-    requests = assemble([causal_prompt(p, 9, config, "") for p in PROMPTS[:2]], knobs, config)
+    params, decoder = models.unstack(stacked), sampling.compile((stacked, config))
+    knobs = [{key: values[i] for key, values in KNOBS.items()} for i in range(5)]
+    alone = [gx.generate((stacked, config), ids, **k) for ids, k in zip(PROMPTS, knobs, strict=True)]
+    requests = [decoder.request(ids, **k) for ids, k in zip(PROMPTS, knobs, strict=True)]
 
-    def begin():
-        return sampling.prefill(params, requests, config, sampling.DEFAULT, 16, 16)
+    def put(state, i, row):
+        return decoder.insert(state, decoder.prefill(stacked, requests[i], size=64), row)
 
-    at_once = sampling.decode_steps(params, begin(), 9, config).tokens[:, :9]
-    state, chunked = begin(), begin()
-    step = jax.jit(lambda state: sampling.decode_step(params, state, config))
-    for _ in range(9):
-        state = step(state)
-    while not bool(chunked.done.all()):
-        chunked = sampling.decode_steps(params, chunked, 4, config)
-    np.testing.assert_array_equal(state.tokens[:, :9], at_once)
-    np.testing.assert_array_equal(chunked.tokens[:, :9], at_once)
-    assert int(chunked.column) == 9
-    state = sampling.prefill(stacked, requests, config, sampling.DEFAULT, 16, 16)
-    np.testing.assert_array_equal(sampling.decode_steps(stacked, state, 9, config).tokens[:, :9], at_once)
+    def new(state, row, i):
+        count = int(state.generated[row])
+        assert state.tokens[row, :count].tolist() == alone[i].tokens[:count]
+        assert state.logprobs[row, :count].tolist() == alone[i].logprobs[:count]
+        return count
+
+    state = put(decoder.empty(params, requests[0], rows=2, size=64), 3, 1)
+    state = put(decoder.step(params, state, 5), 0, 0)  # starts when the other row has five tokens
+    state = decoder.step(params, state, 4)
+    assert (new(state, 0, 0), new(state, 1, 3)) == (4, 9)
+    state = decoder.evict(state, jnp.array([False, True]))
+    state = put(state, 2, 1)
+    state = decoder.step(params, state, 100)
+    assert (new(state, 0, 0), new(state, 1, 2)) == (12, 3)
+    assert state.done.tolist() == [True, True]
+    state = decoder.insert(state, decoder.prefill(params, requests[1], size=64), 0)  # parameters of the other form
+    assert new(decoder.step(params, state, 100), 0, 1) == 13
+
+
+def test_given_tokens_are_appended_as_if_they_had_been_sampled():
+    config = tiny.CONFIGS["llama"]
+    stacked = tiny.params(config)
+    params, decoder = models.unstack(stacked), sampling.compile((stacked, config))
+    requests = [decoder.request(ids, max_new_tokens=9, temperature=0) for ids in PROMPTS[:2]]
+    alone = gx.generate((stacked, config), PROMPTS[:2], max_new_tokens=9, temperature=0)
+    state = decoder.empty(params, requests[0], rows=2, size=32)
+    for row, request in enumerate(requests):
+        state = decoder.insert(state, decoder.prefill(stacked, request, size=32), row)
+    state = decoder.step(params, state, 2)
+    given = np.array([alone[0].tokens[2:6], [*alone[1].tokens[2:4], 7, 7]], np.int32)
+    state = decoder.append(params, state, given, np.array([4, 2], np.int32))
+    assert state.cache.used.tolist() == [len(PROMPTS[0]) - 1 + 6, len(PROMPTS[1]) - 1 + 4]
+    state = decoder.append(params, state, given, np.zeros(2, np.int32))
+    state = decoder.step(params, state, 100)
+    for row, text in enumerate(alone):
+        assert state.tokens[row, :9].tolist() == text.tokens
+        np.testing.assert_allclose(state.logprobs[row, :9], text.logprobs, atol=1e-5)
+    assert state.done.tolist() == [True, True]
+
+
+def test_a_row_is_rolled_back_by_its_length():
+    config = tiny.CONFIGS["llama"]
+    params = models.unstack(tiny.params(config))
+    forward = jax.jit(models.forward, static_argnames="config")
+    read = jnp.array([[5, 6, 7, 8], [9, 3, 2, 1]])
+    _, cache = forward(params, read, config, cache=models.cache_for(params, config, 2, 12))
+    cache = dataclasses.replace(cache, used=jnp.array([2, 4]))
+    more = jnp.array([[4, 4, 2], [4, 4, 2]])
+    logits, cache = forward(params, more, config, cache=cache)
+    assert cache.used.tolist() == [5, 7]
+    for row, text in enumerate(([5, 6, 4, 4, 2], [9, 3, 2, 1, 4, 4, 2])):
+        wanted, _ = forward(params, jnp.array([text]), config)
+        np.testing.assert_allclose(logits[row], wanted[0, -3:], atol=1e-5)
 
 
 def test_one_executable_for_all_knobs():
@@ -153,7 +198,7 @@ def test_one_executable_for_all_knobs():
         gx.generate(model, PROMPTS[:3], transform=counting, **knobs)
         gx.generate(model, PROMPTS[1:4], transform=counting, **knobs)
     list(gx.stream(model, PROMPTS[0], transform=counting, max_new_tokens=10))
-    assert len(traces) == 2  # three rows, and the lone one of the stream
+    assert len(traces) == 2  # a state of four rows, and one of two for the stream
 
 
 def test_equal_chains_compile_once():
@@ -177,10 +222,11 @@ def test_the_cache_is_updated_in_place(rows):
     config = dataclasses.replace(tiny.CONFIGS["llama"], width=256, head_dim=64, heads=4, kv_heads=2)
     params = models.unstack(tiny.params(config))
     knobs = knobs_per_prompt(rows, max_new_tokens=10, temperature=0, top_k=0, top_p=1.0, seed=0)
-    requests = assemble([causal_prompt([1, 2, 3], 10, config, "")] * rows, knobs, config)
-    state = jax.eval_shape(lambda: sampling.prefill(params, requests, config, sampling.DEFAULT, 16, 4096))
+    request = assemble([causal_prompt([1, 2, 3], 10, config, "")], {k: v[:1] for k, v in knobs.items()}, config)
+    decoder = sampling.compile((params, config))
+    state = jax.eval_shape(lambda: decoder.empty(params, request, rows, 4096))
     kept = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.cache))
-    memory = sampling.decode_steps.lower(params, state, 1, config).compile().memory_analysis()
+    memory = decode_steps.lower(params, state, 1, config).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= kept
     # A layer's scores and the mask take a few numbers a slot; its keys alone would take 128, a quarter of the cache.
     assert memory.temp_size_in_bytes < kept / 16

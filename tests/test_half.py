@@ -47,12 +47,12 @@ def test_rows_of_a_table_and_their_gradient():
 
 def test_decoding_holds_no_float32_copy_of_the_weights():
     params = gx.init(CONFIG, jax.random.key(0), dtype="bfloat16")
-    unstacked, _, _ = requests.prepare_model((params, CONFIG))
+    (_, unstacked), _, _ = requests.prepare_model((params, CONFIG))
     stack, layer = params["blocks"]["mlp"]["up"], unstacked["blocks"][1]["mlp"]["up"]
     assert layer.unsafe_buffer_pointer() == stack.unsafe_buffer_pointer() + stack.nbytes // 2  # nothing was copied
     knobs = requests.knobs_per_prompt(1, max_new_tokens=4, temperature=0.0, top_k=0, top_p=1.0, seed=0)
     batch = requests.assemble([requests.causal_prompt([1, 2], 4, CONFIG, "")], knobs, CONFIG)
-    first = jax.eval_shape(lambda p: state.prefill(p, batch, CONFIG, DEFAULT, 4, 4), unstacked)
+    first = jax.eval_shape(lambda p: state.empty(p, batch, CONFIG, DEFAULT, 2, 16, 16), unstacked)
     program = decode_steps.lower(unstacked, first, np.int32(4), CONFIG, DEFAULT).compile()
     weights = sum(x.nbytes for x in jax.tree.leaves(params))
     # Two blocks of the largest weight and the activations; the whole weights in float32 would be twice `weights`.

@@ -65,7 +65,7 @@ def test_every_family_is_traced_under_all_three_settings(family, dtype):
         )
 
         def decode(params):
-            first = state.prefill(params, batch, config, DEFAULT, 4, 4)
+            first = state.grow(state.prefill(params, batch, config, DEFAULT, 32), 32)
             return first, decode_step(params, first, config)
 
         program, (first, second) = jax.make_jaxpr(decode, return_shape=True)(params)

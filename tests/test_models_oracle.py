@@ -52,7 +52,7 @@ def test_prefill_and_cached_steps(case, form, table):
     for part in parts:
         logits, cache = forward(form(case), part, config(case), cache=cache)
         done.append(logits)
-    assert int(cache.used) == length
+    assert int(cache.used[0]) == length
     error = relative_error(jnp.concatenate(done, axis=1), z["logits"])
     table(CAUSAL[case], "cached", error)
     assert error <= CONTRACT

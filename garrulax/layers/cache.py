@@ -1,12 +1,12 @@
 """The KV cache: keys, values and mask streams of the tokens so far, updated in place."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from garrulax.core.dtypes import int32_indices
 from garrulax.kernels.mask import PAD_KEY, Streams
 
 KV = dict[str, jax.Array]  # "key", "value"
@@ -16,15 +16,15 @@ KV = dict[str, jax.Array]  # "key", "value"
 class Cache:
     """Keys, values and mask streams of the tokens so far.
 
-    All rows of a batch fill the same slots; the segment of a slot that a shorter prompt leaves empty masks it, so that
-    it costs memory only.
+    The tokens of a row are in its first `used` slots. What is in the others does not matter: no token attends to them,
+    and the next tokens of the row overwrite them. So a row is shortened by a smaller `used`, and emptied by 0.
 
     Attributes:
         layers: One dict {"key", "value"} of [L, B, K, S, C] for stacked parameters; for unstacked ones a tuple of one
             dict a layer: of [B·K, S, C], which is what attention multiplies by (with separate axes B and K, XLA:CPU
             copies the whole cache in every step where B is 1), or on a mesh of [B, K, S, C].
         streams: int32 [B, S] by name; the segment of an empty slot is PAD_KEY.
-        used: int32 scalar, number of slots filled.
+        used: int32 [B], number of slots filled in each row.
         planned: int32 [B], the length that each row's whole text is to have, for rotary positions that depend on it.
             If they took the length so far, the keys already cached would have been rotated by other angles.
     """
@@ -36,7 +36,7 @@ class Cache:
 
     @property
     def size(self) -> int:
-        """Number of slots."""
+        """Number of slots of a row."""
         return next(iter(self.streams.values())).shape[1]
 
 
@@ -77,7 +77,8 @@ def make_cache(
         arrays = tuple(kv(shape, (batch_axis, None, None, None)) for _ in range(layers))
     empty = {name: _zeros((batch, size), jnp.int32, (batch_axis, None)) for name in ("rank", "segment", "position")}
     empty["segment"] = empty["segment"] + PAD_KEY
-    return Cache(arrays, empty, jnp.zeros((), jnp.int32), _zeros((batch,), jnp.int32, (batch_axis,)) + size)
+    rows = _zeros((batch,), jnp.int32, (batch_axis,))
+    return Cache(arrays, empty, rows, rows + size)
 
 
 def _first_axis(x: jax.Array) -> Any:
@@ -99,21 +100,65 @@ def extend(kv: KV, layer: jax.Array | int, key: jax.Array, value: jax.Array, slo
         layer: Number of the layer.
         key: [B, T, K, C].
         value: [B, T, K, C].
-        slot: int32 scalar, the slot of the first token.
+        slot: int32 [B], the slot of each row's first token.
 
     Returns:
         The arrays with the new slots, and this layer's keys and values: [B, S, K, C], or [B·K, S, C] where the cache
         keeps them so.
     """
-    new = {"key": key.swapaxes(1, 2), "value": value.swapaxes(1, 2)}
+    new = {"key": key.swapaxes(1, 2), "value": value.swapaxes(1, 2)}  # [B, K, T, C]
+    kv = {name: _write_layer(kv[name], layer, x, slot) for name, x in new.items()}
     axes = kv["key"].ndim
-    if axes == 3:
-        new = {name: x.reshape(-1, *x.shape[2:]) for name, x in new.items()}
-    if axes == 5:
-        new = {name: x[None] for name, x in new.items()}
-    start = int32_indices(*{3: (0, slot, 0), 4: (0, 0, slot, 0), 5: (layer, 0, 0, slot, 0)}[axes])
-    kv = {name: jax.lax.dynamic_update_slice(kv[name], x.astype(kv[name].dtype), start) for name, x in new.items()}
     if axes == 3:
         return kv, kv
     here = kv if axes == 4 else {name: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for name, x in kv.items()}
     return kv, {name: x.swapaxes(1, 2) for name, x in here.items()}
+
+
+def _write_layer(x: jax.Array, layer: jax.Array | int, new: jax.Array, slot: jax.Array) -> jax.Array:
+    """The cache's array with `new` [B, K, T, C] from slot [B] on."""
+    if x.ndim == 3:
+        return write(x.reshape(*new.shape[:2], *x.shape[1:]), new, slot, axis=2).reshape(x.shape)
+    return write(x, new, slot, axis=2) if x.ndim == 4 else write(x, new, slot, axis=2, layer=layer)
+
+
+def write(x: jax.Array, new: jax.Array, start: jax.Array, axis: int, layer: jax.Array | int | None = None) -> jax.Array:
+    """x with new entries on one axis, from another index on in each row.
+
+    Args:
+        x: [B, ...], or [L, B, ...] if `layer` is given.
+        new: [B, ...], of any size on `axis` and the sizes of x on the others.
+        start: int32 [B], index on `axis` of the first new entry of each row. Entries must fit.
+        axis: Axis of `new`, after that of the rows.
+        layer: int32 scalar, the index on the leading axis of x that is written.
+    """
+    number = jnp.asarray(0 if layer is None else layer, jnp.int32)
+    local = functools.partial(_write_on_one_device, axis=axis, leading=layer is not None)
+    mesh = jax.typeof(x).sharding.mesh
+    if mesh.empty:
+        return local(x, new, start, number)
+    # Rows do not depend on one another: each device writes those it has.
+    spec = jax.typeof(x).sharding.spec
+    row_axes = spec[0 if layer is None else 1]
+    specs = (spec, jax.P(row_axes, *(None,) * (new.ndim - 1)), jax.P(row_axes), jax.P())
+    operands = [jax.reshard(y, jax.NamedSharding(mesh, s)) for y, s in zip((x, new, start, number), specs, strict=True)]
+    return jax.shard_map(local, in_specs=specs, out_specs=spec)(*operands)
+
+
+def _write_on_one_device(
+    x: jax.Array, new: jax.Array, start: jax.Array, layer: jax.Array, axis: int, leading: bool
+) -> jax.Array:
+    """`write`; `leading`: whether x has a leading axis of layers."""
+    rows = jnp.arange(len(new), dtype=jnp.int32)
+    before = (jnp.full_like(rows, layer),) if leading else ()
+    indexed = len(before) + 1
+    numbers = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=tuple(range(1, new.ndim)),
+        inserted_window_dims=tuple(range(indexed)),
+        scatter_dims_to_operand_dims=(*range(indexed), axis + leading),
+    )
+    indices = jnp.stack([*before, rows, start.astype(jnp.int32)], axis=1)
+    mode = jax.lax.GatherScatterMode.CLIP
+    return jax.lax.scatter(
+        x, indices, new.astype(x.dtype), numbers, indices_are_sorted=True, unique_indices=True, mode=mode
+    )

@@ -5,10 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from garrulax.core.dtypes import as_int32, int32_indices
-from garrulax.kernels.mask import Mask, as_keys
+from garrulax.core.dtypes import as_int32
+from garrulax.kernels.mask import PAD_KEY, Mask, as_keys
 from garrulax.kernels.masks import causal_from
-from garrulax.layers.cache import Cache
+from garrulax.layers.cache import Cache, write
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Call:
         positions: int32 [B, T], or [B, 2, T] for families whose tokens have a place in the text and one in an answer.
         mask: Who attends to whom: the streams of these tokens as queries, and of everything cached as keys.
         cache: The cache, with the streams of these tokens in it but not yet their keys and values; None without one.
-        slot: int32 scalar, the slot of the first token in the cache; None without a cache.
+        slot: int32 [B], the slot of each row's first token in the cache; None without a cache.
         key: PRNG key for dropout; None for no dropout.
         remat: What the backward pass recomputes, a name in `layers.stack.REMAT`.
         unroll: Whether the loop over layers becomes straight code.
@@ -58,7 +58,7 @@ def default_positions(tokens: jax.Array, cache: Cache | None, rows: int) -> jax.
     Returns:
         int32 [B, T], or [B, 2, T] for two rows.
     """
-    start = 0 if cache is None else cache.used
+    start = 0 if cache is None else cache.used[:, None]
     first = jnp.zeros_like(tokens, jnp.int32) + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] + start
     return first if rows == 1 else jnp.stack([first, jnp.zeros_like(first)], axis=1)
 
@@ -79,7 +79,7 @@ def mask_and_cache(
             of keys although the cache holds them, or lacks streams that the cache keeps.
     """
     if mask is None:
-        mask = causal_from(tokens, 0 if cache is None else cache.used)
+        mask = causal_from(tokens, 0 if cache is None else cache.used[:, None])
     given = {name: as_int32(stream) for name, stream in mask.query.items()}
     query = {**given, "position": jnp.zeros_like(tokens, jnp.int32) + positions.astype(jnp.int32)}
     if cache is None:
@@ -87,14 +87,17 @@ def mask_and_cache(
     rows, count = tokens.shape
     if len(cache.planned) != rows:
         raise ValueError(f"a cache of {len(cache.planned)} rows does not fit tokens of {rows}")
-    if not isinstance(cache.used, jax.core.Tracer) and int(cache.used) + count > cache.size:
-        raise ValueError(f"the cache has {cache.size} slots: {int(cache.used)} used, no room for {count} more")
+    if not isinstance(cache.used, jax.core.Tracer) and (most := int(cache.used.max())) + count > cache.size:
+        raise ValueError(f"the cache has {cache.size} slots: {most} used, no room for {count} more")
     if mask.key is not None:
         raise ValueError("with a cache, give the mask streams of the new tokens only: the cache holds the keys'")
     new = as_keys(query)
     missing = sorted(cache.streams.keys() - new.keys())
     if missing:
         raise ValueError(f"the cache keeps streams {missing}, which the mask does not give")
-    at = int32_indices(0, cache.used)
-    streams = {name: jax.lax.dynamic_update_slice(s, new[name], at) for name, s in cache.streams.items()}
-    return Mask(query, streams, mask.rule), dataclasses.replace(cache, streams=streams, used=cache.used + count)
+    streams = {name: write(s, new[name], cache.used, axis=1) for name, s in cache.streams.items()}
+    used = cache.used + count
+    # The slots behind the new tokens may hold others that the row no longer has.
+    behind = jnp.arange(cache.size, dtype=jnp.int32)[None] >= used[:, None]
+    streams["segment"] = jnp.where(behind, PAD_KEY, streams["segment"])
+    return Mask(query, streams, mask.rule), dataclasses.replace(cache, streams=streams, used=used)

@@ -16,23 +16,24 @@ from garrulax.core import half
 from garrulax.core.blanks import Blanks
 from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
-from garrulax.kernels.mask import PAD, Mask
 from garrulax.models.unpack import ModelLike
 from garrulax.sampling.blanks import PartA, answer_prompt, answer_tokens, blanks_of, part_a
+from garrulax.sampling.decoder import Decoder
 from garrulax.sampling.ends import StopStrings, ends_of
+from garrulax.sampling.loop import read
 from garrulax.sampling.requests import (
     EncodedPrompt,
     Prompt,
     assemble,
-    bucket,
     knobs_per_prompt,
     prepare_model,
     prompt_list,
     without_padding,
 )
-from garrulax.sampling.state import State, cache_tokens, prefill
+from garrulax.sampling.start import size_of, start
+from garrulax.sampling.state import State
 from garrulax.sampling.transforms import DEFAULT, Transform
-from garrulax.sampling.writing import Completion, Pieces, Writer, decode_pieces, exhaust, first_row
+from garrulax.sampling.writing import Completion, Pieces, Writer, decode_pieces, exhaust, first_row, with_free_slot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,8 +198,8 @@ def start_next_blank(params: Tree, state: State, position: jax.Array, limit: jax
     """Prepares the state for the next blank of each row, whose answer stays behind the answers so far.
 
     Args:
-        params: Unstacked or stacked.
-        state: After the answers to the previous blanks. It is donated.
+        params: In the form of the state's cache.
+        state: After the answers to the previous blanks, with a free slot in each row. It is donated.
         position: int32 [B, 2], position of the next [sop].
         limit: int32 [B], greatest number of new tokens; 0 for a row without a further blank.
         config: The family's Config.
@@ -209,20 +210,17 @@ def start_next_blank(params: Tree, state: State, position: jax.Array, limit: jax
     params = half.from_bits(params)
     # Later tokens do not attend to the token that ended an answer, as in training. The last token of an answer that was
     # cut off belongs to the answer; no step has read it yet, so it is read here.
-    cut_off = ~jnp.any(state.token[:, None] == state.end_tokens[None], axis=1)  # [B]
-    segment = jnp.where(cut_off, 0, jnp.int32(PAD))[:, None]  # [B, 1]
-    mask = Mask({"rank": jnp.broadcast_to(state.cache.used, segment.shape), "segment": segment})
-    cache = cache_tokens(params, state.cache, state.token[:, None], state.position[..., None], config, mask)
+    cut_off = ~jnp.any(state.token[:, None] == state.ends, axis=1)  # [B]
+    _, cache = read(params, state, state.token[:, None], config)
     return dataclasses.replace(
         state,
-        cache=cache,
+        cache=dataclasses.replace(cache, used=jnp.where(cut_off, cache.used, state.cache.used)),
         token=jnp.full_like(state.token, blanks_of(config).sop),
         position=position,
         length=state.length + 1,
         limit=limit,
         generated=jnp.zeros_like(state.generated),
         done=limit < 1,
-        column=jnp.zeros_like(state.column),
     )
 
 
@@ -236,11 +234,11 @@ def _fill(
     transform: Transform,
 ) -> Pieces[list[Filled]]:
     """Checks the arguments at once; returns a generator that fills, `every` steps at a time (None: all at once)."""
-    params, config, tokenizer = prepare_model(model)
+    weights, config, tokenizer = prepare_model(model)
     blanks = blanks_of(config)
     stops = StopStrings(stop, tokenizer)
     ends = ends_of(model, config, tokenizer, end_tokens)
-    transform = without_padding(transform, config, tokenizer, ends)
+    decoder = Decoder(config, without_padding(transform, config, tokenizer, ends))
     parts = [part_a(text, config, tokenizer, f"text {i}") for i, text in enumerate(texts)]
     limits, first_prompts = [], []
     for i, (part, limit) in enumerate(zip(parts, knobs["max_new_tokens"], strict=True)):
@@ -248,14 +246,14 @@ def _fill(
         limits.append(answer_tokens(len(part.ids), 0, limit, config, blanks, f"text {i}", count))
         first_prompts.append(answer_prompt(part.ids, part.mask_indices[0], limits[-1], config, f"text {i}"))
     rounds = max(len(part.mask_indices) for part in parts)
-    max_new = bucket(max(limits), least=16)
-    slots = max_new if blanks.insert_answers else bucket(rounds * (max_new + 1) - 1)
+    # Where answers stay behind the text, a later answer needs its own slots and one for its [sop].
+    more = 0 if blanks.insert_answers else (rounds - 1) * (max(limits) + 1)
     # With stop strings, check after each token: tokens sampled past the stop string must not enter the cache.
-    check_every = 1 if stops else every or max_new
+    check_every = 1 if stops else every or max(limits)
 
     def steps():
         answers: list[list[Writer]] = [[] for _ in parts]
-        state = None
+        state, size = None, 0
         for blank in range(rounds):
             blank_limits = [
                 limit if blank < len(part.mask_indices) else 0 for part, limit in zip(parts, limits, strict=True)
@@ -266,18 +264,19 @@ def _fill(
                     for part, row, limit, prompt in zip(parts, answers, blank_limits, first_prompts, strict=True)
                 ]
                 requests = assemble(prompts, {**knobs, "max_new_tokens": blank_limits}, config, ends)
-                state = prefill(params, requests, config, transform, max_new, slots)
+                size = size_of(requests, decoder.buckets, more)
+                state = start(decoder, weights, requests, size)
             else:
                 position, limit = _next_blanks(parts, blank_limits, blank, len(state.done), blanks)
-                state = start_next_blank(params, state, position, limit, config)
+                state = start_next_blank(weights.step, with_free_slot(state, size), position, limit, config)
             yield _literals(parts, blank)
-            writers = [
-                Writer(tokenizer, limit, ends, stops, space_before=limit > 0 and part.space_before[blank])
-                for part, limit in zip(parts, blank_limits, strict=True)
-            ]
-            state = yield from decode_pieces(params, state, writers, check_every, config, transform)
-            for row, writer in zip(answers, writers, strict=True):
-                row.append(writer)
+            writers = {
+                i: Writer(tokenizer, limit, ends, stops, space_before=limit > 0 and part.space_before[blank])
+                for i, (part, limit) in enumerate(zip(parts, blank_limits, strict=True))
+            }
+            state = yield from decode_pieces(decoder, weights.step, state, writers, check_every, size)
+            for i, writer in writers.items():
+                answers[i].append(writer)
         yield _literals(parts, rounds)
         return [_filled(part, row[: len(part.mask_indices)]) for part, row in zip(parts, answers, strict=True)]
 

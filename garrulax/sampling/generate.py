@@ -6,12 +6,12 @@ from garrulax import models
 from garrulax.core.config import ModelConfig
 from garrulax.models.unpack import ModelLike, TokenizerLike
 from garrulax.sampling.blanks import last_blank_prompt
+from garrulax.sampling.decoder import Decoder
 from garrulax.sampling.ends import StopStrings, ends_of
 from garrulax.sampling.requests import (
     EncodedPrompt,
     Prompt,
     assemble,
-    bucket,
     causal_prompt,
     knobs_per_prompt,
     prepare_model,
@@ -19,7 +19,7 @@ from garrulax.sampling.requests import (
     token_ids,
     without_padding,
 )
-from garrulax.sampling.state import prefill
+from garrulax.sampling.start import size_of, start
 from garrulax.sampling.transforms import DEFAULT, Transform
 from garrulax.sampling.writing import Completion, Pieces, Writer, decode_pieces, exhaust, first_row
 
@@ -170,7 +170,7 @@ def _generate(
     transform: Transform,
 ) -> Pieces[list[Completion]]:
     """Checks the arguments at once; returns a generator that decodes, `every` steps at a time (None: all at once)."""
-    params, config, tokenizer = prepare_model(model)
+    weights, config, tokenizer = prepare_model(model)
     stops = StopStrings(stop, tokenizer)
     ends = ends_of(model, config, tokenizer, end_tokens)
     transform = without_padding(transform, config, tokenizer, ends)
@@ -180,13 +180,14 @@ def _generate(
     ]
     limits = [prompt.limit for prompt in encoded]
     requests = assemble(encoded, {**knobs, "max_new_tokens": limits}, config, ends)
-    max_new = bucket(max(limits), least=16)
+    decoder = Decoder(config, transform)
 
     def steps():
-        writers = [Writer(tokenizer, limit, ends, stops) for limit in limits]
-        state = prefill(params, requests, config, transform, max_new, max_new)
-        yield from decode_pieces(params, state, writers, every or max_new, config, transform)
-        return [writer.completion() for writer in writers]
+        writers = {i: Writer(tokenizer, limit, ends, stops) for i, limit in enumerate(limits)}
+        size = size_of(requests, decoder.buckets)
+        state = start(decoder, weights, requests, size)
+        yield from decode_pieces(decoder, weights.step, state, writers, every or max(limits), size)
+        return [writer.completion() for writer in writers.values()]
 
     return steps()
 

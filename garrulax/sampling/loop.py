@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,9 @@ import jax.numpy as jnp
 from garrulax import models
 from garrulax.core import half
 from garrulax.core.config import ModelConfig
-from garrulax.core.dtypes import int32_indices
 from garrulax.core.spec import Tree
-from garrulax.kernels.mask import PAD, Mask
-from garrulax.layers.cache import Cache
+from garrulax.kernels.mask import Mask
+from garrulax.layers.cache import Cache, write
 from garrulax.sampling.state import State
 from garrulax.sampling.transforms import DEFAULT, Transform, sample
 
@@ -22,57 +21,91 @@ def decode_step(params: Tree, state: State, config: ModelConfig, transform: Tran
     """Reads the last token of each row and samples the next one. Pure; the shapes of the state do not change.
 
     Args:
-        params: Unstacked (`models.unstack`), which decodes fastest, or stacked; the same form as in `prefill`.
-        state: From `prefill` or an earlier step. Rows that are done keep their tokens.
+        params: Unstacked (`models.unstack`), which decodes fastest, or stacked, as the state's cache.
+        state: A state with a free slot in each row. Rows that are done keep their tokens.
         config: The family's Config.
         transform: The transform of the logits.
 
     Returns:
         The next state.
     """
-    active = ~state.done  # [B]
-    # A finished row keeps stepping with the batch. Its tokens are marked as padding, so that the row does not attend
-    # to them when its next blank is filled (`fill`).
-    segment = jnp.where(active, 0, jnp.int32(PAD))[:, None]  # [B, 1]
-    mask = Mask({"rank": jnp.broadcast_to(state.cache.used, segment.shape), "segment": segment})
-    logits, cache = models.forward(
-        params, state.token[:, None], config, positions=state.position[..., None], mask=mask, cache=state.cache
-    )
-    # [B, V]. In bfloat16 the noise would be so coarse that rare tokens are never sampled.
-    logits = logits[:, 0].astype(jnp.float32)
-    transformed, transform_state = transform.update(logits, state.transform_state)
+    logits, cache = read(params, state, state.token[:, None], config)
+    logits = logits[:, 0]
+    allowed = logits if state.allowed is None else jnp.where(unpack_bits(state.allowed, config.vocab), logits, -jnp.inf)
+    transformed, transform_state = transform.update(allowed, state.transform_state)
     token = sample(transformed, state.seed, state.length)  # [B]
-    logprob = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)  # [B]
+    return _advance(state, cache, token, log_probability(logits, token), transform_state, transform)
 
+
+def read(params: Tree, state: State, tokens: jax.Array, config: ModelConfig) -> tuple[jax.Array, Cache]:
+    """Logits float32 [B, T, V] after tokens [B, T] that follow those in the cache, and the cache with them in it.
+
+    The first of the tokens has the position `state.position`.
+    """
+    index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    rank = state.cache.used[:, None] + index[None]  # [B, T]
+    positions = state.position[..., None] + state.stride[..., None] * index  # [B, T] or [B, 2, T]
+    mask = Mask({"rank": rank, "segment": jnp.zeros_like(rank)})
+    logits, cache = models.forward(params, tokens, config, positions=positions, mask=mask, cache=state.cache)
+    # In bfloat16 the noise of sampling would be so coarse that rare tokens are never sampled.
+    return logits.astype(jnp.float32), cast(Cache, cache)
+
+
+def log_probability(logits: jax.Array, token: jax.Array) -> jax.Array:
+    """log softmax(logits [B, V]) of one token of each row: float32 [B]."""
+    return jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
+
+
+def unpack_bits(words: jax.Array, size: int) -> jax.Array:
+    """The first `size` bits of each row of uint32 [B, W], the lowest bit of a word first: bool [B, size]."""
+    bits = words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)  # [B, W, 32]
+    return (bits & jnp.uint32(1)).astype(bool).reshape(len(words), -1)[:, :size]
+
+
+def _advance(
+    state: State, cache: Cache, token: jax.Array, logprob: jax.Array, transform_state: Any, transform: Transform
+) -> State:
+    """The state after each row that is not done got a token."""
+    active = ~state.done  # [B]
     generated = state.generated + active.astype(jnp.int32)
-    ended = jnp.any(token[:, None] == state.end_tokens[None], axis=1) | (generated >= state.limit)
-    # [B] or [B, 2]
-    stride = jnp.where(active.reshape(-1, *(1,) * (state.stride.ndim - 1)), state.stride, 0)
-    at = int32_indices(0, state.column)
+    ended = jnp.any(token[:, None] == state.ends, axis=1) | (generated >= state.limit)
+    observed = transform.observe(token, transform_state)
+    column = jnp.minimum(state.generated, state.tokens.shape[1] - 1)
     return dataclasses.replace(
         state,
-        cache=cast(Cache, cache),
+        # The row of a text that is done steps on with the batch, but its slot stays free.
+        cache=dataclasses.replace(cache, used=jnp.where(active, cache.used, state.cache.used)),
         token=jnp.where(active, token, state.token),
-        position=state.position + stride,
+        position=_where(active, state.position + state.stride, state.position),
         length=state.length + active.astype(jnp.int32),
         generated=generated,
         done=state.done | ended,
-        column=state.column + 1,
-        tokens=jax.lax.dynamic_update_slice(state.tokens, token[:, None], at),
-        logprobs=jax.lax.dynamic_update_slice(state.logprobs, logprob[:, None], at),
-        transform_state=transform_state,
+        tokens=_record(state.tokens, token, column, active),
+        logprobs=_record(state.logprobs, logprob, column, active),
+        transform_state=jax.tree.map(lambda new, old: _where(active, new, old), observed, state.transform_state),
     )
+
+
+def _record(x: jax.Array, new: jax.Array, column: jax.Array, active: jax.Array) -> jax.Array:
+    """x [B, S] with new [B] in a column of each row that is active."""
+    old = jnp.take_along_axis(x, column[:, None], axis=1)[:, 0]
+    return write(x, jnp.where(active, new, old)[:, None], column, axis=1)
+
+
+def _where(rows: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Rows of x where bool [B] `rows` is true, else those of y."""
+    return jnp.where(rows.reshape(-1, *(1,) * (x.ndim - 1)), x, y)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "transform"), donate_argnames="state")
 def decode_steps(
     params: Tree, state: State, steps: jax.Array | int, config: ModelConfig, transform: Transform = DEFAULT
 ) -> State:
-    """Takes up to `steps` steps, fewer if all rows are done before.
+    """Takes up to `steps` steps, fewer if all rows are done before, or if a row has no free slot (`state.grow`).
 
     Args:
         params: See `decode_step`.
-        state: From `prefill` or an earlier call. It is donated, so that the cache is updated in place.
+        state: It is donated, so that the cache is updated in place.
         steps: int32 scalar. It is traced, so that `generate` and `stream` share one executable.
         config: See `decode_step`.
         transform: See `decode_step`.
@@ -85,10 +118,46 @@ def decode_steps(
 
     def unfinished(carry):
         count, state = carry
-        return (count < steps) & ~jnp.all(state.done)
+        return (count < steps) & ~jnp.all(state.done) & (state.cache.used.max() < state.cache.size)
 
     def body(carry):
         count, state = carry
         return count + 1, decode_step(params, state, config, transform)
 
     return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "transform"), donate_argnames="state")
+def append(
+    params: Tree,
+    state: State,
+    tokens: jax.Array,
+    count: jax.Array,
+    config: ModelConfig,
+    transform: Transform = DEFAULT,
+) -> State:
+    """Appends given tokens to the new ones of each row, in one pass of the model.
+
+    Args:
+        params: See `decode_step`.
+        state: With T free slots in each row. It is donated.
+        tokens: int32 [B, T], from the left.
+        count: int32 [B], number of tokens of each row; 0 leaves a row as it is, like those that are done.
+        config: See `decode_step`.
+        transform: It observes the tokens, and does not change them.
+
+    Returns:
+        The state as if these tokens had been sampled, as far as `limit` and the end tokens allow.
+    """
+    params = half.from_bits(params)
+    known = jnp.concatenate([state.token[:, None], tokens[:, :-1]], axis=1)
+    logits, cache = read(params, state, known, config)
+    used = state.cache.used
+    for i in range(tokens.shape[1]):
+        skipped = (i >= count) & ~state.done
+        before = dataclasses.replace(state, done=state.done | skipped)
+        token = tokens[:, i]
+        after = dataclasses.replace(before.cache, used=used + (i + 1))
+        new = _advance(before, after, token, log_probability(logits[:, i], token), before.transform_state, transform)
+        state = dataclasses.replace(new, done=new.done & ~skipped)
+    return dataclasses.replace(state, cache=dataclasses.replace(cache, used=state.cache.used))

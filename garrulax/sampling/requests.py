@@ -1,5 +1,6 @@
 """The arguments of `generate` and `fill`: checks, and the arrays with which decoding begins. Runs on the host only."""
 
+import dataclasses
 import math
 import operator
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
 from garrulax.kernels.mask import PAD
 from garrulax.models.unpack import ModelLike, TokenizerLike, unpack_model
+from garrulax.sampling.buckets import POWERS_OF_TWO, Buckets, bucket
 from garrulax.sampling.ends import end_tokens
 from garrulax.sampling.state import Requests
 from garrulax.sampling.transforms import Transform, chain, only
@@ -55,8 +57,20 @@ class EncodedPrompt(NamedTuple):
         return self.positions[:, -1]
 
 
-def prepare_model(model: ModelLike) -> tuple[Tree, ModelConfig, TokenizerLike | None]:
-    """Returns the unstacked parameters, which decode fastest, the configuration and the tokenizer (or None) of a model.
+class Weights(NamedTuple):
+    """The parameters of one model in the forms that decoding takes.
+
+    Attributes:
+        prefill: As they were given. Stacked ones compile in a time that does not grow with depth.
+        step: Unstacked, which decodes fastest. On a CPU they lie in the same memory.
+    """
+
+    prefill: Tree
+    step: Tree
+
+
+def prepare_model(model: ModelLike) -> tuple[Weights, ModelConfig, TokenizerLike | None]:
+    """Returns the parameters, the configuration and the tokenizer (or None) of a model.
 
     On CPUs bfloat16 parameters become their bits (`core.half.as_bits`), which `prefill` and `decode_steps` take too.
 
@@ -69,7 +83,8 @@ def prepare_model(model: ModelLike) -> tuple[Tree, ModelConfig, TokenizerLike | 
         raise ValueError(
             "decoding runs on one device, but the parameters are on several: gather them with jax.device_get(params)"
         )
-    return half.as_bits(models.unstack(jax.tree.map(jnp.asarray, params))), config, tokenizer
+    params = jax.tree.map(jnp.asarray, params)
+    return Weights(half.as_bits(params), half.as_bits(models.unstack(params))), config, tokenizer
 
 
 def without_padding(
@@ -212,70 +227,78 @@ def _checked(name: str, value: Any) -> int | float | None:
     return number
 
 
-def bucket(size: int, least: int = 1) -> int:
-    """Rounds a size up to a power of two, so that few programs are compiled."""
-    return max(least, 1 << (size - 1).bit_length())
-
-
 def assemble(
     prompts: Sequence[EncodedPrompt],
     knobs: Mapping[str, Sequence[Any]],
     config: ModelConfig,
     ends: Sequence[int] | None = None,
+    buckets: Buckets = POWERS_OF_TWO,
 ) -> Requests:
-    """Puts prompts into the arrays of one batch.
-
-    The number of rows and the context length are rounded up to buckets. Contexts are padded on the right. Rows without
-    a prompt have limit 0, so they are done from the start.
+    """Puts prompts into the arrays of one batch. The context length is rounded up to a bucket.
 
     Args:
         prompts: At least one.
         knobs: From `knobs_per_prompt`, with all five names of `_KNOB_RULES`.
         config: The family's Config.
         ends: Ids of the tokens that end a row; None takes those of the config.
+        buckets: The sizes for which programs are compiled.
 
     Returns:
         The inputs of `prefill`, as NumPy arrays.
     """
     ends = end_tokens(config) if ends is None else ends
-    rows, count = bucket(len(prompts)), len(prompts)
-    width = bucket(max(len(prompt.ids) - 1 for prompt in prompts) or 1, least=16)  # P
+    rows = len(prompts)
+    width = buckets.of("prompt", max(len(prompt.ids) - 1 for prompt in prompts) or 1)  # P
     R = len(prompts[0].stride)
     axes = (R,) if R > 1 else ()
 
-    def column(values: Sequence[Any], dtype: Any, padding: Any = 0) -> Any:  # [B]
-        return np.array([*values, *[padding] * (rows - count)], dtype)
-
     def position_column(values: Sequence[Any]) -> Any:  # [B] or [B, 2]
-        return column(values, np.int32, np.zeros(R)).reshape(rows, *axes)
+        return np.array(values, np.int32).reshape(rows, *axes)
 
     def full(value: int, *shape: int) -> Any:
         return np.full(shape, value, np.int32)
 
     context, rank, segment = full(0, rows, width), full(0, rows, width), full(PAD, rows, width)
-    positions = full(0, rows, *axes, width)
+    positions, text = full(0, rows, *axes, width), full(PAD, rows, width + 1)
     for row, prompt in enumerate(prompts):
         size = len(prompt.ids) - 1  # all tokens but the last, which the first step of decoding reads
         context[row, :size] = prompt.ids[:-1]
         segment[row, :size] = 0
         positions[row, ..., :size] = prompt.positions[:, :-1].reshape(*axes, size)
         rank[row, prompt.prefix :] = np.arange(prompt.prefix, width)
+        text[row, : size + 1] = prompt.ids
     greedy = [t == 0 for t in knobs["temperature"]]  # top-k and top-p change nothing there, and are switched off
+    width_of_ends = bucket(len(ends), least=8)
     return Requests(
         context=context,
         segment=segment,
         rank=rank,
         positions=positions,
-        token=column([prompt.token for prompt in prompts], np.int32),
+        token=cast(jax.Array, np.array([prompt.token for prompt in prompts], np.int32)),
         position=position_column([prompt.position for prompt in prompts]),
         stride=position_column([prompt.stride for prompt in prompts]),
-        length=column([len(prompt.ids) + prompt.random_offset for prompt in prompts], np.int32),
-        limit=column(knobs["max_new_tokens"], np.int32),
-        seed=column(knobs["seed"], np.uint32),
+        length=cast(jax.Array, np.array([len(prompt.ids) + prompt.random_offset for prompt in prompts], np.int32)),
+        limit=cast(jax.Array, np.array(knobs["max_new_tokens"], np.int32)),
+        seed=cast(jax.Array, np.array(knobs["seed"], np.uint32)),
+        ends=cast(jax.Array, np.array([[*ends, *[PAD] * (width_of_ends - len(ends))]] * rows, np.int32)),
+        prompt=text,
         knobs={
-            "temperature": column(knobs["temperature"], np.float32),
-            "top_k": column([0 if g else k for g, k in zip(greedy, knobs["top_k"], strict=True)], np.int32),
-            "top_p": column([1 if g else p for g, p in zip(greedy, knobs["top_p"], strict=True)], np.float32, 1),
+            "temperature": np.array(knobs["temperature"], np.float32),
+            "top_k": np.array([0 if g else k for g, k in zip(greedy, knobs["top_k"], strict=True)], np.int32),
+            "top_p": np.array([1 if g else p for g, p in zip(greedy, knobs["top_p"], strict=True)], np.float32),
         },
-        end_tokens=cast(jax.Array, np.array(tuple(ends) or (PAD,), np.int32)),
+    )
+
+
+def one_row(requests: Requests, row: int, buckets: Buckets = POWERS_OF_TWO) -> Requests:
+    """One row of a batch, its context cut to the bucket of its own length: what it is does not depend on the others."""
+    one: Requests = jax.tree.map(lambda x: x[row : row + 1], requests)
+    width = buckets.of("prompt", int((np.asarray(one.segment) != PAD).sum()) or 1)
+    return dataclasses.replace(
+        one,
+        context=one.context[:, :width],
+        segment=one.segment[:, :width],
+        rank=one.rank[:, :width],
+        positions=one.positions[..., :width],
+        prompt=one.prompt[:, : width + 1],
     )

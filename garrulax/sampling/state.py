@@ -1,4 +1,7 @@
-"""The state of decoding, and its first value. Letters: B rows, N greatest number of new tokens, P context length."""
+"""The state of decoding, and what happens to its rows: they are read, put in, made longer and taken out.
+
+Letters: B rows, P context length, S cache slots of a row, E end tokens.
+"""
 
 import dataclasses
 import functools
@@ -12,14 +15,14 @@ from garrulax import models
 from garrulax.core import half
 from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
-from garrulax.kernels.mask import Mask
+from garrulax.kernels.mask import PAD, Mask
 from garrulax.layers.cache import Cache
 from garrulax.sampling.transforms import Knobs, Transform
 
 
 @struct.dataclass
 class Requests:
-    """The inputs of a batch of texts. Rows are independent of one another.
+    """Texts to be continued. Rows are independent of one another.
 
     In families with two positions for each token (index in the text, index in the answer), arrays of positions have an
     axis of 2 after B.
@@ -33,11 +36,12 @@ class Requests:
         position: int32 [B] or [B, 2], position of `token`.
         stride: int32 [B] or [B, 2], increase of the position from each token to the next.
         length: int32 [B], tokens of the row so far: context and `token`, and for a later blank also `random_offset`
-            (`requests.EncodedPrompt`); 0 for an unused row.
+            (`requests.EncodedPrompt`).
         limit: int32 [B], greatest number of new tokens.
         seed: uint32 [B].
-        knobs: Sampling parameters for the transforms, name -> [B].
-        end_tokens: int32 [E], tokens that end a row (PAD is none).
+        ends: int32 [B, E], tokens that end the row; PAD, which is no token, fills up.
+        prompt: int32 [B, P + 1], the prompt as transforms see it, from the left; PAD where there is no token.
+        knobs: Sampling parameters for the transforms, name -> [B, ...].
     """
 
     context: jax.Array
@@ -50,16 +54,19 @@ class Requests:
     length: jax.Array
     limit: jax.Array
     seed: jax.Array
+    ends: jax.Array
+    prompt: jax.Array
     knobs: Knobs
-    end_tokens: jax.Array
 
 
 @struct.dataclass
 class State:
-    """The state of decoding between two steps.
+    """The state of decoding between two steps. Each row has its own text, its own length and its own random stream.
+
+    Every array but those of `cache.layers` has the rows on its first axis.
 
     Attributes:
-        cache: Keys and values of all tokens read so far.
+        cache: Keys and values of all tokens that the model has read; `cache.used` is their number in each row.
         token: int32 [B], last token of each row, which the model has not read yet.
         position: int32 [B] or [B, 2], position of `token`.
         stride: int32 [B] or [B, 2], increase of the position from each token to the next.
@@ -67,11 +74,12 @@ class State:
         seed: uint32 [B].
         limit: int32 [B], greatest number of new tokens.
         generated: int32 [B], number of new tokens so far.
-        done: bool [B], whether the row gets no more tokens.
-        end_tokens: int32 [E], tokens that end a row.
-        column: int32 scalar, number of steps so far; the column of `tokens` that the next step writes.
-        tokens: int32 [B, N], new tokens; valid in the first `generated` columns of a row.
-        logprobs: float32 [B, N], their log-probabilities in the model's distribution, before any transform.
+        done: bool [B], whether the row gets no more tokens. A free row is done.
+        ends: int32 [B, E], tokens that end the row.
+        tokens: int32 [B, S], new tokens; valid in the first `generated` columns of a row.
+        logprobs: float32 [B, S], their log-probabilities in the model's distribution, before any transform.
+        allowed: uint32 [B, ceil(V / 32)], the tokens that may be sampled next: bit i of word j stands for token
+            32 j + i. None allows all.
         transform_state: State of the transform.
     """
 
@@ -84,36 +92,62 @@ class State:
     limit: jax.Array
     generated: jax.Array
     done: jax.Array
-    end_tokens: jax.Array
-    column: jax.Array
+    ends: jax.Array
     tokens: jax.Array
     logprobs: jax.Array
+    allowed: jax.Array | None
     transform_state: Any
 
 
-@functools.partial(jax.jit, static_argnames=("config", "transform", "max_new", "slots"))
-def prefill(
-    params: Tree, requests: Requests, config: ModelConfig, transform: Transform, max_new: int, slots: int
+def empty(
+    params: Tree,
+    requests: Requests,
+    config: ModelConfig,
+    transform: Transform,
+    rows: int,
+    slots: int,
+    size: int,
+    constrained: bool = False,
 ) -> State:
-    """Reads the context of every row into a new cache.
+    """A state whose rows are all free.
 
     Args:
-        params: Unstacked (`models.unstack`) or stacked.
-        requests: The batch.
+        params: In the form, stacked or not, in which `step` will get them; the arrays may be abstract.
+        requests: Any requests of the kind that will be inserted: only dtypes and axes are read.
         config: The family's Config.
         transform: The transform of the logits.
-        max_new: N, at least the greatest limit.
-        slots: Number of cache slots after those of the context, at least `max_new`.
-
-    Returns:
-        The state before the first new token.
+        rows: B.
+        slots: S, number of cache slots of a row. `grow` makes them more.
+        size: Greatest number of tokens, of prompt and answer together, that a row may get.
+        constrained: Whether the state has `allowed`.
     """
+    one = jax.eval_shape(lambda p, r: prefill_row(p, r, config, transform, size), params, requests)
+
+    def free(x: jax.Array) -> jax.Array:
+        return jnp.zeros((rows, *x.shape[1:]), x.dtype)
+
+    cache = models.cache_for(jax.eval_shape(half.from_bits, params), config, rows, slots)
+    state = cast(State, jax.tree.map(free, dataclasses.replace(one, cache=None)))
+    return dataclasses.replace(
+        state,
+        cache=dataclasses.replace(cache, planned=jnp.zeros_like(cache.planned)),
+        done=jnp.ones((rows,), bool),
+        tokens=jnp.zeros((rows, slots), jnp.int32),
+        logprobs=jnp.zeros((rows, slots), jnp.float32),
+        allowed=jnp.zeros((rows, -(-config.vocab // 32)), jnp.uint32) if constrained else None,
+    )
+
+
+def prefill_row(params: Tree, requests: Requests, config: ModelConfig, transform: Transform, size: int) -> State:
+    """`prefill`, not compiled."""
     params = half.from_bits(params)
     B, P = requests.context.shape
-    cache = models.cache_for(params, config, B, P + slots)
+    cache = models.cache_for(params, config, B, P)
     cache = dataclasses.replace(cache, planned=requests.length + requests.limit)
     mask = Mask({"rank": requests.rank, "segment": requests.segment})
     cache = cache_tokens(params, cache, requests.context, requests.positions, config, mask)
+    cache = dataclasses.replace(cache, used=jnp.sum(requests.segment != PAD, axis=1, dtype=jnp.int32))
+    reserved = {"prompt": requests.prompt, "ends": requests.ends, "limit": requests.limit}
     return State(
         cache=cache,
         token=requests.token,
@@ -124,12 +158,93 @@ def prefill(
         limit=requests.limit,
         generated=jnp.zeros(B, jnp.int32),
         done=requests.limit < 1,
-        end_tokens=requests.end_tokens,
-        column=jnp.int32(0),
-        tokens=jnp.zeros((B, max_new), jnp.int32),
-        logprobs=jnp.zeros((B, max_new), jnp.float32),
-        transform_state=transform.init(requests.knobs),
+        ends=requests.ends,
+        tokens=jnp.zeros((B, 0), jnp.int32),
+        logprobs=jnp.zeros((B, 0), jnp.float32),
+        allowed=None,
+        transform_state=transform.init({**requests.knobs, **reserved, "vocab": config.vocab, "size": size}),
     )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "transform", "size"))
+def prefill(params: Tree, requests: Requests, config: ModelConfig, transform: Transform, size: int) -> State:
+    """Reads the contexts of requests.
+
+    A program of one row for each prompt makes the result independent of the other prompts, to the last bit.
+
+    Args:
+        params: Stacked, which compiles fastest, or unstacked (`models.unstack`).
+        requests: The requests, as many as are to be read together.
+        config: The family's Config.
+        transform: The transform of the logits.
+        size: As for `empty`.
+
+    Returns:
+        A state of these rows, which `insert` puts into a larger one. It has no space for new tokens.
+    """
+    return prefill_row(params, requests, config, transform, size)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def insert(state: State, prefix: State, row: jax.Array | int) -> State:
+    """Puts a request that was read into a row, which it replaces.
+
+    Args:
+        state: From `empty`, `insert`, `step` or `evict`. It is donated.
+        prefix: One row, from `prefill`.
+        row: int32 scalar.
+
+    Returns:
+        The state with the row in it.
+    """
+    row = jnp.asarray(row, jnp.int32)  # a Python integer is traced too: one program for all rows
+    layers = _insert_layers(state.cache.layers, prefix.cache.layers, row)
+    rest = dataclasses.replace(state, cache=dataclasses.replace(state.cache, layers=None), allowed=None)
+    new = dataclasses.replace(prefix, cache=dataclasses.replace(prefix.cache, layers=None), allowed=None)
+    rest = jax.tree.map(lambda x, y: _put(x, y, row, 0), rest, new)
+    return dataclasses.replace(rest, cache=dataclasses.replace(rest.cache, layers=layers), allowed=state.allowed)
+
+
+def _insert_layers(layers: Any, new: Any, row: jax.Array) -> Any:
+    """The cache's arrays with those of one row in them; either may be stacked (`layers.cache.Cache`)."""
+    if not isinstance(layers, tuple):
+        if isinstance(new, tuple):
+            new = {name: jnp.stack([layer[name] for layer in new])[:, None] for name in layers}
+        return {name: _put(x, new[name], row, 1) for name, x in layers.items()}
+    if not isinstance(new, tuple):
+        new = tuple({name: x[i, 0] for name, x in new.items()} for i in range(len(layers)))
+    return tuple(  # [K, P, C] into [B·K, S, C]
+        {name: _put(x, here[name], row * len(here[name]), 0) for name, x in layer.items()}
+        for layer, here in zip(layers, new, strict=True)
+    )
+
+
+def _put(x: jax.Array, part: jax.Array, start: jax.Array, axis: int) -> jax.Array:
+    """x with `part` at `start` of one axis and at 0 of the others."""
+    zero = jnp.zeros_like(start)
+    return jax.lax.dynamic_update_slice(x, part, [start if i == axis else zero for i in range(x.ndim)])
+
+
+@functools.partial(jax.jit, static_argnames="slots")
+def grow(state: State, slots: int) -> State:
+    """The same state with more cache slots a row, `slots` in all."""
+
+    def longer(x: jax.Array, axis: int) -> jax.Array:
+        return jnp.pad(x, [(0, slots - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
+
+    cache = state.cache
+    layers = jax.tree.map(lambda x: longer(x, x.ndim - 2), cache.layers)
+    streams = {name: longer(x, 1) for name, x in cache.streams.items()}
+    cache = dataclasses.replace(cache, layers=layers, streams=streams)
+    return dataclasses.replace(state, cache=cache, tokens=longer(state.tokens, 1), logprobs=longer(state.logprobs, 1))
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def evict(state: State, rows: jax.Array) -> State:
+    """Frees rows (bool [B]). The state is donated."""
+    cache = dataclasses.replace(state.cache, used=jnp.where(rows, 0, state.cache.used))
+    limit = jnp.where(rows, 0, state.limit)
+    return dataclasses.replace(state, cache=cache, limit=limit, done=state.done | rows)
 
 
 def cache_tokens(

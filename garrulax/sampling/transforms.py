@@ -28,10 +28,12 @@ class Transform(NamedTuple):
     Attributes:
         init: Function from knobs (name -> [B]) to the first state, a pytree of arrays whose first axis is B.
         update: Function from (logits float32 [B, V], state) to (logits float32 [B, V], state).
+        observe: Function from (token int32 [B], state) to state, called with the token that each row got.
     """
 
     init: Callable[[Knobs], Any]
     update: Callable[[jax.Array, Any], tuple[jax.Array, Any]]
+    observe: Callable[[jax.Array, Any], Any] = lambda token, state: state
 
 
 @functools.cache  # jit compares transforms by identity: an equal chain must be the same object
@@ -48,7 +50,10 @@ def chain(*transforms: Transform) -> Transform:
             new_states.append(state)
         return logits, tuple(new_states)
 
-    return Transform(init, update)
+    def observe(token, states):
+        return tuple(t.observe(token, state) for t, state in zip(transforms, states, strict=True))
+
+    return Transform(init, update, observe)
 
 
 @functools.cache

@@ -1,20 +1,18 @@
 """From tokens on the device to text: the loop on the host, stop strings, streaming."""
 
 import dataclasses
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
 from garrulax.models.unpack import DecoderLike, TokenizerLike
+from garrulax.sampling.buckets import slots_for
+from garrulax.sampling.decoder import Decoder
 from garrulax.sampling.ends import StopStrings
-from garrulax.sampling.loop import decode_steps
-from garrulax.sampling.state import State
-from garrulax.sampling.transforms import Transform
+from garrulax.sampling.state import State, grow
 
 T = TypeVar("T")
 Pieces = Generator[list[str], None, T]  # yields the new text of each row, returns a T
@@ -134,17 +132,17 @@ class Writer:
 
 
 def decode_pieces(
-    params: Tree, state: State, writers: Sequence[Writer], every: int, config: ModelConfig, transform: Transform
+    decoder: Decoder, params: Tree, state: State, writers: Mapping[int, Writer], every: int, size: int
 ) -> Pieces[State]:
-    """Decodes until every writer is finished, and yields the new text of each row every `every` steps.
+    """Decodes until every writer is finished, and yields the new text of each writer every `every` steps.
 
     Args:
-        params: Unstacked or stacked.
-        state: From `prefill`. It is donated.
-        writers: One for each of the first rows of the state; the other rows are unused.
+        decoder: The functions of the model.
+        params: In the form of the state's cache.
+        state: With a request in the row of each writer. It is donated.
+        writers: Row -> its writer. Other rows are left to themselves.
         every: Number of steps between two pieces.
-        config: The family's Config.
-        transform: The transform of the logits.
+        size: Greatest number of tokens that a row may have.
 
     Returns:
         A generator, which returns the last state.
@@ -153,21 +151,28 @@ def decode_pieces(
         FloatingPointError: The logits are not finite.
     """
     while True:
-        state = decode_steps(params, state, np.int32(every), config, transform)
+        state = decoder.step(params, with_free_slot(state, size), np.int32(every))
         tokens, logprobs, generated = jax.device_get((state.tokens, state.logprobs, state.generated))
         pieces = []
-        for row, writer in enumerate(writers):
+        for row, writer in writers.items():
             new = slice(len(writer.tokens), generated[row])
             if not np.isfinite(logprobs[row, new]).all():
                 raise FloatingPointError("the model's logits are not finite: are its parameters?")
             pieces.append(writer.push(tokens[row, new].tolist(), logprobs[row, new].tolist()))
         yield pieces
-        if all(writer.reason for writer in writers):
+        if all(writer.reason for writer in writers.values()):
             return state
-        if any(writer.reason == "stop" for writer in writers):  # the device does not know of stop strings
-            unused = [True] * (len(generated) - len(writers))
-            done = jnp.array([writer.reason is not None for writer in writers] + unused)
-            state = dataclasses.replace(state, done=done)
+        if stopped := [row for row, writer in writers.items() if writer.reason == "stop"]:
+            done = np.zeros(len(generated), bool)  # the device does not know of stop strings
+            done[stopped] = True
+            state = dataclasses.replace(state, done=state.done | done)
+
+
+def with_free_slot(state: State, size: int) -> State:
+    """The state with at least one free slot in each row, unless a row has `size` slots already."""
+    if state.cache.size == size or int(state.cache.used.max()) < state.cache.size:
+        return state
+    return grow(state, slots_for(state.cache.size + 1, size))
 
 
 def first_row(pieces: Pieces[list[T]]) -> Generator[str, None, T]:

@@ -1,0 +1,115 @@
+"""`compile`: the pure functions with which one model decodes, and the sizes for which they are compiled."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from garrulax.core.config import ModelConfig
+from garrulax.core.spec import Tree
+from garrulax.models.unpack import ModelLike, unpack_model
+from garrulax.sampling import loop, state
+from garrulax.sampling.buckets import POWERS_OF_TWO, Buckets
+from garrulax.sampling.requests import assemble, causal_prompt, knobs_per_prompt
+from garrulax.sampling.state import Requests, State
+from garrulax.sampling.transforms import DEFAULT, Transform
+
+_OFF_KNOBS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """The functions that decode with one model and one transform: pure, compiled on their first call for each bucket.
+
+    `generate` and `stream` call them, and so does anything that keeps rows of many users in one state.
+
+    Attributes:
+        config: The family's Config.
+        transform: The transform of the logits.
+        buckets: The sizes for which programs are compiled.
+
+    Example:
+        >>> import jax, garrulax as gx
+        >>> from garrulax import sampling
+        >>> config = gx.preset("gpt2-tiny", layers=1, width=32, heads=2, vocab=257, eos=None)
+        >>> params = gx.init(config, jax.random.key(0))
+        >>> decoder = sampling.compile((params, config))
+        >>> one = decoder.request([5, 17, 3], max_new_tokens=4, temperature=0)
+        >>> state = decoder.empty(params, one, rows=2, size=32)
+        >>> state = decoder.insert(state, decoder.prefill(params, one, size=32), 1)
+        >>> state = decoder.step(params, state, 3)
+        >>> state.generated.tolist(), state.done.tolist()
+        ([0, 3], [True, False])
+    """
+
+    config: ModelConfig
+    transform: Transform = DEFAULT
+    buckets: Buckets = POWERS_OF_TWO
+
+    def request(
+        self,
+        ids: Sequence[int],
+        *,
+        seed: int = 0,
+        max_new_tokens: int | None = None,
+        end_tokens: Sequence[int] | None = None,
+        **knobs: Any,
+    ) -> Requests:
+        """The request to continue token ids, with one row.
+
+        Args:
+            ids: Token ids.
+            seed: Seed of its random stream.
+            max_new_tokens: See `generate`.
+            end_tokens: Ids of the tokens that end the row; None takes those of the config.
+            **knobs: Sampling parameters.
+        """
+        checked = knobs_per_prompt(1, max_new_tokens=max_new_tokens, seed=seed, **{**_OFF_KNOBS, **knobs})
+        prompt = causal_prompt(list(ids), checked["max_new_tokens"][0], self.config, "the prompt")
+        return assemble([prompt], {**checked, "max_new_tokens": [prompt.limit]}, self.config, end_tokens, self.buckets)
+
+    def empty(
+        self,
+        params: Tree,
+        requests: Requests,
+        rows: int,
+        size: int,
+        slots: int | None = None,
+        constrained: bool = False,
+    ) -> State:
+        """A state of `rows` free rows; see `state.empty`."""
+        slots = size if slots is None else slots
+        return state.empty(params, requests, self.config, self.transform, rows, slots, size, constrained)
+
+    def prefill(self, params: Tree, requests: Requests, size: int) -> State:
+        """Reads the contexts of requests; see `state.prefill`."""
+        return state.prefill(params, requests, self.config, self.transform, size)
+
+    def insert(self, into: State, prefix: State, row: jax.Array | int) -> State:
+        """Puts a request that was read into a row; see `state.insert`."""
+        return state.insert(into, prefix, row)
+
+    def step(self, params: Tree, before: State, n: Any = 1) -> State:
+        """Samples up to n tokens for each row; see `loop.decode_steps`."""
+        return loop.decode_steps(params, before, n, self.config, self.transform)
+
+    def append(self, params: Tree, before: State, tokens: jax.Array, count: jax.Array) -> State:
+        """Appends given tokens; see `loop.append`."""
+        return loop.append(params, before, tokens, count, self.config, self.transform)
+
+    def evict(self, before: State, rows: jax.Array) -> State:
+        """Frees rows; see `state.evict`."""
+        return state.evict(before, rows)
+
+
+def compile(model: ModelLike, transform: Transform = DEFAULT, buckets: Buckets = POWERS_OF_TWO) -> Decoder:
+    """The functions that decode with a model.
+
+    Args:
+        model: From `gx.load`, or (params, config).
+        transform: The transform of the logits.
+        buckets: The sizes for which programs are compiled.
+    """
+    _, config, _ = unpack_model(model)
+    return Decoder(config, transform, buckets)

@@ -1,6 +1,5 @@
 """The arguments of `generate` and `fill`: checks, and the arrays with which decoding begins. Runs on the host only."""
 
-import math
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
@@ -16,8 +15,10 @@ from garrulax.core.spec import Tree
 from garrulax.kernels.mask import PAD
 from garrulax.models.unpack import ModelLike, TokenizerLike, unpack_model
 from garrulax.sampling.ends import end_tokens
+from garrulax.sampling.knobs import knob_arrays
+from garrulax.sampling.knobs import knobs_per_prompt as knobs_per_prompt
 from garrulax.sampling.state import Requests
-from garrulax.sampling.transforms import Transform, chain, only
+from garrulax.sampling.transforms import DEFAULT, Transform, chain, only
 
 MOST_NEW_TOKENS = 128  # without an explicit number
 Prompt = str | Sequence[int]
@@ -169,49 +170,6 @@ def causal_prompt(ids: list[int], limit: int | None, config: ModelConfig, name: 
     return EncodedPrompt(ids, 0, positions, stride, limit)
 
 
-_INTEGER_KNOBS = ("max_new_tokens", "top_k", "seed")
-_OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": None}  # what None stands for
-#: knob -> (test of a valid value, what a valid value is)
-_KNOB_RULES = {
-    "max_new_tokens": (lambda x: 1 <= x < 2**31, "a whole number of at least 1, or None (as many as fit)"),
-    "temperature": (lambda x: 0 <= x < math.inf, "a number of at least 0 (0 is greedy, 1 or None is off)"),
-    "top_k": (lambda x: 0 <= x < 2**31, "a whole number of at least 0 (0 or None is off)"),
-    "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1 (1 or None is off)"),
-    "seed": (lambda x: 0 <= x < 2**32, "a whole number from 0 to 2**32 - 1"),
-}
-
-
-def knobs_per_prompt(count: int, **knobs: Any) -> dict[str, list[Any]]:
-    """Returns each knob as a list with one value for each of `count` prompts.
-
-    Raises:
-        ValueError: A bad value or a wrong number of values; the message names the knob.
-    """
-    return {name: [_checked(name, v) for v in _per_prompt(name, value, count)] for name, value in knobs.items()}
-
-
-def _per_prompt(name: str, value: Any, count: int) -> list[Any]:
-    value = value.tolist() if hasattr(value, "tolist") else value
-    if not isinstance(value, list | tuple):
-        return [value] * count
-    if len(value) != count:
-        raise ValueError(f"{name} has {len(value)} values for {count} prompts: give one, or one a prompt")
-    return list(value)
-
-
-def _checked(name: str, value: Any) -> int | float | None:
-    if value is None and name in _OFF:
-        return _OFF[name]
-    allowed, wanted = _KNOB_RULES[name]
-    try:
-        number = operator.index(value) if name in _INTEGER_KNOBS else float(value)
-    except (TypeError, ValueError):
-        number = None
-    if number is None or isinstance(value, bool) or not allowed(number):
-        raise ValueError(f"{name}={value!r} must be {wanted}")
-    return number
-
-
 def bucket(size: int, least: int = 1) -> int:
     """Rounds a size up to a power of two, so that few programs are compiled."""
     return max(least, 1 << (size - 1).bit_length())
@@ -230,7 +188,7 @@ def assemble(
 
     Args:
         prompts: At least one.
-        knobs: From `knobs_per_prompt`, with all five names of `_KNOB_RULES`.
+        knobs: From `knobs_per_prompt`, with max_new_tokens and seed.
         config: The family's Config.
         ends: Ids of the tokens that end a row; None takes those of the config.
 
@@ -260,7 +218,6 @@ def assemble(
         segment[row, :size] = 0
         positions[row, ..., :size] = prompt.positions[:, :-1].reshape(*axes, size)
         rank[row, prompt.prefix :] = np.arange(prompt.prefix, width)
-    greedy = [t == 0 for t in knobs["temperature"]]  # top-k and top-p change nothing there, and are switched off
     return Requests(
         context=context,
         segment=segment,
@@ -272,10 +229,6 @@ def assemble(
         length=column([len(prompt.ids) + prompt.random_offset for prompt in prompts], np.int32),
         limit=column(knobs["max_new_tokens"], np.int32),
         seed=column(knobs["seed"], np.uint32),
-        knobs={
-            "temperature": column(knobs["temperature"], np.float32),
-            "top_k": column([0 if g else k for g, k in zip(greedy, knobs["top_k"], strict=True)], np.int32),
-            "top_p": column([1 if g else p for g, p in zip(greedy, knobs["top_p"], strict=True)], np.float32, 1),
-        },
+        knobs=knob_arrays(DEFAULT, knobs, rows),
         end_tokens=cast(jax.Array, np.array(tuple(ends) or (PAD,), np.int32)),
     )

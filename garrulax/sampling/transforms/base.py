@@ -55,6 +55,14 @@ def chain(*transforms: Transform) -> Transform:
     return Transform(init, update, observe)
 
 
+def only_if(is_on: jax.Array, change: Callable[..., jax.Array], logits: jax.Array, *operands: Any) -> jax.Array:
+    """Returns change(logits, *operands) if `is_on` (bool, any shape) holds anywhere, otherwise the logits.
+
+    A transform whose knob is off in all rows costs nothing.
+    """
+    return jax.lax.cond(jnp.any(is_on), change, lambda x, *_: x, logits, *operands)
+
+
 def sample(logits: jax.Array, seed: jax.Array, position: jax.Array) -> jax.Array:
     """Samples one token of each row from softmax(logits).
 
@@ -77,10 +85,7 @@ def sample(logits: jax.Array, seed: jax.Array, position: jax.Array) -> jax.Array
         return jax.random.gumbel(key, logits.shape[1:], jnp.float32, mode="high")
 
     several = jnp.sum(logits > -jnp.inf, axis=-1) > 1  # [B]; a greedy row has one candidate and needs no noise
-    noisy = jax.lax.cond(
-        jnp.any(several), lambda x: x + jax.vmap(noise)(seed, position), lambda x: x, logits
-    )  # fmt: skip
-    return argmax(noisy)
+    return argmax(only_if(several, lambda x: x + jax.vmap(noise)(seed, position), logits))
 
 
 def argmax(logits: jax.Array) -> jax.Array:

@@ -14,8 +14,9 @@ import garrulax as gx
 from garrulax import models, sampling
 from garrulax.kernels.masks import prefix
 from garrulax.sampling.blanks import answer_prompt, part_a
+from garrulax.sampling.knobs import knobs_per_prompt
 from garrulax.sampling.loop import decode_step
-from garrulax.sampling.requests import assemble, knobs_per_prompt
+from garrulax.sampling.requests import assemble
 from garrulax.sampling.state import grow, prefill
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -15,8 +15,9 @@ from garrulax import models, sampling
 from garrulax.core import sharding
 from garrulax.sampling import transforms
 from garrulax.sampling.buckets import bucket
+from garrulax.sampling.knobs import knobs_per_prompt
 from garrulax.sampling.loop import decode_steps
-from garrulax.sampling.requests import assemble, causal_prompt, knobs_per_prompt
+from garrulax.sampling.requests import assemble, causal_prompt
 from garrulax.sampling.writing import Writer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -9,7 +9,7 @@ import garrulax as gx
 from garrulax.core import half
 from garrulax.core.einsum import einsum, lookup
 from garrulax.hub import memory
-from garrulax.sampling import requests, state
+from garrulax.sampling import knobs, requests, state
 from garrulax.sampling.loop import decode_steps
 from garrulax.sampling.transforms import DEFAULT
 
@@ -50,8 +50,8 @@ def test_decoding_holds_no_float32_copy_of_the_weights():
     (_, unstacked), _, _ = requests.prepare_model((params, CONFIG))
     stack, layer = params["blocks"]["mlp"]["up"], unstacked["blocks"][1]["mlp"]["up"]
     assert layer.unsafe_buffer_pointer() == stack.unsafe_buffer_pointer() + stack.nbytes // 2  # nothing was copied
-    knobs = requests.knobs_per_prompt(1, max_new_tokens=4, temperature=0.0, top_k=0, top_p=1.0, seed=0)
-    batch = requests.assemble([requests.causal_prompt([1, 2], 4, CONFIG, "")], knobs, CONFIG)
+    values = knobs.knobs_per_prompt(1, max_new_tokens=4, temperature=0.0, top_k=0, top_p=1.0, seed=0)
+    batch = requests.assemble([requests.causal_prompt([1, 2], 4, CONFIG, "")], values, CONFIG)
     first = jax.eval_shape(lambda p: state.empty(p, batch, CONFIG, DEFAULT, 2, 16, 16), unstacked)
     program = decode_steps.lower(unstacked, first, np.int32(4), CONFIG, DEFAULT).compile()
     weights = sum(x.nbytes for x in jax.tree.leaves(params))

@@ -15,7 +15,7 @@ from jaxprs import equations
 import garrulax as gx
 from garrulax import models
 from garrulax.kernels import attention, masks
-from garrulax.sampling import requests, state
+from garrulax.sampling import knobs, requests, state
 from garrulax.sampling.loop import decode_step
 from garrulax.sampling.transforms import DEFAULT
 from garrulax.train.objectives import causal_lm
@@ -59,9 +59,9 @@ def test_every_family_is_traced_under_all_three_settings(family, dtype):
             return logits.astype(jnp.float32).sum()
 
         assert not wide(jax.make_jaxpr(jax.grad(loss))(params))
-        knobs = requests.knobs_per_prompt(2, **KNOBS)
+        values = knobs.knobs_per_prompt(2, **KNOBS)
         batch = requests.assemble(
-            [requests.causal_prompt(ids, 4, config, "") for ids in ([1, 2, 3], [4])], knobs, config
+            [requests.causal_prompt(ids, 4, config, "") for ids in ([1, 2, 3], [4])], values, config
         )
 
         def decode(params):

@@ -20,7 +20,7 @@ class Buckets:
         prompt: Numbers of tokens of a context.
         size: Numbers of tokens of prompt and answer together.
 
-    None is the powers of two, from 2, 16 and 32 on.
+    None is the powers of two, from 2, 16 and 256 on.
 
     Example:
         >>> import garrulax as gx
@@ -43,7 +43,7 @@ class Buckets:
         """The bucket of a size. Raises ValueError if it is larger than the largest."""
         sizes = getattr(self, name)
         if sizes is None:
-            return bucket(size, {"rows": 2, "prompt": 16, "size": 32}[name])
+            return bucket(size, {"rows": 2, "prompt": 16, "size": LEAST_SLOTS}[name])
         for one in sizes:
             if size <= one:
                 return one

@@ -11,11 +11,10 @@ from garrulax.core.spec import Tree
 from garrulax.models.unpack import ModelLike, unpack_model
 from garrulax.sampling import loop, state
 from garrulax.sampling.buckets import POWERS_OF_TWO, Buckets
-from garrulax.sampling.requests import assemble, causal_prompt, knobs_per_prompt
+from garrulax.sampling.knobs import knobs_per_prompt
+from garrulax.sampling.requests import assemble, causal_prompt
 from garrulax.sampling.state import Requests, State
 from garrulax.sampling.transforms import DEFAULT, Transform
-
-_OFF_KNOBS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +64,10 @@ class Decoder:
             end_tokens: Ids of the tokens that end the row; None takes those of the config.
             **knobs: Sampling parameters.
         """
-        checked = knobs_per_prompt(1, max_new_tokens=max_new_tokens, seed=seed, **{**_OFF_KNOBS, **knobs})
+        checked = knobs_per_prompt(1, vocab=self.config.vocab, max_new_tokens=max_new_tokens, seed=seed, **knobs)
         prompt = causal_prompt(list(ids), checked["max_new_tokens"][0], self.config, "the prompt")
-        return assemble([prompt], {**checked, "max_new_tokens": [prompt.limit]}, self.config, end_tokens, self.buckets)
+        checked["max_new_tokens"] = [prompt.limit]
+        return assemble([prompt], checked, self.config, end_tokens, self.transform, self.buckets)
 
     def empty(
         self,

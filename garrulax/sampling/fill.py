@@ -7,6 +7,7 @@ model writes into blank k of every text.
 import dataclasses
 import functools
 from collections.abc import Generator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,19 +21,20 @@ from garrulax.models.unpack import ModelLike
 from garrulax.sampling.blanks import PartA, answer_prompt, answer_tokens, blanks_of, part_a
 from garrulax.sampling.decoder import Decoder
 from garrulax.sampling.ends import StopStrings, ends_of
+from garrulax.sampling.knobs import knobs_per_prompt
 from garrulax.sampling.loop import read
 from garrulax.sampling.requests import (
     EncodedPrompt,
     Prompt,
     assemble,
-    knobs_per_prompt,
+    chain_for,
     prepare_model,
     prompt_list,
     without_padding,
 )
 from garrulax.sampling.start import size_of, start
 from garrulax.sampling.state import State
-from garrulax.sampling.transforms import DEFAULT, Transform
+from garrulax.sampling.transforms import Transform
 from garrulax.sampling.writing import Completion, Pieces, Writer, decode_pieces, exhaust, first_row, with_free_slot
 
 
@@ -76,7 +78,8 @@ def fill(
     seed: int | Sequence[int] = 0,
     stop: str | Sequence[str] = (),
     end_tokens: int | Sequence[int] | None = None,
-    transform: Transform = DEFAULT,
+    transform: Transform | None = None,
+    **knobs: Any,
 ) -> Filled | list[Filled]:
     """Fills the blanks of texts.
 
@@ -104,6 +107,7 @@ def fill(
         stop: Strings that end an answer and are not part of it; see `generate`.
         end_tokens: Ids of the tokens that end an answer; None takes all that the model's files give, see `generate`.
         transform: Transform of the logits, see `generate`.
+        **knobs: Further sampling parameters, see `generate`.
 
     Returns:
         The Filled of a single text, or the list of those of a list.
@@ -124,10 +128,8 @@ def fill(
         [1, 2]
     """
     texts, single = prompt_list(texts)
-    knobs = knobs_per_prompt(
-        len(texts), max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
-    )
-    filled = exhaust(_fill(model, texts, knobs, stop, end_tokens, None, transform))
+    knobs = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, **knobs}
+    filled = exhaust(_fill(model, texts, max_new_tokens, knobs, stop, end_tokens, None, transform))
     return filled[0] if single else filled
 
 
@@ -142,8 +144,9 @@ def fill_stream(
     seed: int = 0,
     stop: str | Sequence[str] = (),
     end_tokens: int | Sequence[int] | None = None,
-    transform: Transform = DEFAULT,
+    transform: Transform | None = None,
     every: int = 4,
+    **knobs: Any,
 ) -> Generator[str, None, Filled]:
     """Fills the blanks of one text and yields the whole text piece by piece, from its beginning.
 
@@ -162,6 +165,7 @@ def fill_stream(
         end_tokens: Ids that end an answer.
         transform: Transform of the logits.
         every: Number of tokens between two pieces.
+        **knobs: Further sampling parameters.
 
     Returns:
         A generator of pieces, whose return value is the Filled.
@@ -185,12 +189,10 @@ def fill_stream(
     texts, single = prompt_list(text)
     if not single:
         raise ValueError(f"fill_stream takes one text, not {len(texts)}: fill takes several")
-    knobs = knobs_per_prompt(
-        1, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
-    )
     if every < 1:
         raise ValueError(f"every={every} must be at least 1")
-    return first_row(_fill(model, texts, knobs, stop, end_tokens, every, transform))
+    knobs = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, **knobs}
+    return first_row(_fill(model, texts, max_new_tokens, knobs, stop, end_tokens, every, transform))
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
@@ -227,21 +229,24 @@ def start_next_blank(params: Tree, state: State, position: jax.Array, limit: jax
 def _fill(
     model: ModelLike,
     texts: list[Prompt],
-    knobs: dict[str, list],
+    max_new_tokens: Any,
+    knobs: dict[str, Any],
     stop: str | Sequence[str],
     end_tokens: int | Sequence[int] | None,
     every: int | None,
-    transform: Transform,
+    transform: Transform | None,
 ) -> Pieces[list[Filled]]:
     """Checks the arguments at once; returns a generator that fills, `every` steps at a time (None: all at once)."""
     weights, config, tokenizer = prepare_model(model)
     blanks = blanks_of(config)
     stops = StopStrings(stop, tokenizer)
     ends = ends_of(model, config, tokenizer, end_tokens)
-    decoder = Decoder(config, without_padding(transform, config, tokenizer, ends))
+    transform = without_padding(chain_for(transform, knobs), config, tokenizer, ends)
+    decoder = Decoder(config, transform)
+    values = knobs_per_prompt(len(texts), vocab=config.vocab, max_new_tokens=max_new_tokens, **knobs)
     parts = [part_a(text, config, tokenizer, f"text {i}") for i, text in enumerate(texts)]
     limits, first_prompts = [], []
-    for i, (part, limit) in enumerate(zip(parts, knobs["max_new_tokens"], strict=True)):
+    for i, (part, limit) in enumerate(zip(parts, values["max_new_tokens"], strict=True)):
         count = len(part.mask_indices)
         limits.append(answer_tokens(len(part.ids), 0, limit, config, blanks, f"text {i}", count))
         first_prompts.append(answer_prompt(part.ids, part.mask_indices[0], limits[-1], config, f"text {i}"))
@@ -263,7 +268,7 @@ def _fill(
                     _prompt_with_answers(part, row, config) if limit else prompt
                     for part, row, limit, prompt in zip(parts, answers, blank_limits, first_prompts, strict=True)
                 ]
-                requests = assemble(prompts, {**knobs, "max_new_tokens": blank_limits}, config, ends)
+                requests = assemble(prompts, {**values, "max_new_tokens": blank_limits}, config, ends, transform)
                 size = size_of(requests, decoder.buckets, more)
                 state = start(decoder, weights, requests, size)
             else:

@@ -1,6 +1,7 @@
 """`generate` and `stream`: prompts in, completions or pieces of text out."""
 
 from collections.abc import Generator, Sequence
+from typing import Any
 
 from garrulax import models
 from garrulax.core.config import ModelConfig
@@ -8,19 +9,20 @@ from garrulax.models.unpack import ModelLike, TokenizerLike
 from garrulax.sampling.blanks import last_blank_prompt
 from garrulax.sampling.decoder import Decoder
 from garrulax.sampling.ends import StopStrings, ends_of
+from garrulax.sampling.knobs import knobs_per_prompt
 from garrulax.sampling.requests import (
     EncodedPrompt,
     Prompt,
     assemble,
     causal_prompt,
-    knobs_per_prompt,
+    chain_for,
     prepare_model,
     prompt_list,
     token_ids,
     without_padding,
 )
 from garrulax.sampling.start import size_of, start
-from garrulax.sampling.transforms import DEFAULT, Transform
+from garrulax.sampling.transforms import Transform
 from garrulax.sampling.writing import Completion, Pieces, Writer, decode_pieces, exhaust, first_row
 
 STOP_CHECK_STEPS = 8  # steps between two checks for stop strings
@@ -37,7 +39,9 @@ def generate(
     seed: int | Sequence[int] = 0,
     stop: str | Sequence[str] = (),
     end_tokens: int | Sequence[int] | None = None,
-    transform: Transform = DEFAULT,
+    negative_prompts: Prompt | Sequence[Prompt] | None = None,
+    transform: Transform | None = None,
+    **knobs: Any,
 ) -> Completion | list[Completion]:
     """Continues texts.
 
@@ -73,15 +77,21 @@ def generate(
         end_tokens: Ids of the tokens that end a completion (finish_reason "eos"). None takes all that the model's files
             give: the `eos` of the config, in which `load` puts the ids of generation_config.json, and the tokens that
             end an answer in the tokenizer's chat format (`Tokenizer.answer_ends`), such as "<|im_end|>".
-        transform: Transform of the logits (`sampling.transforms`). Each transform is compiled once; other values of the
-            arguments above compile nothing.
+        negative_prompts: With guidance_scale, the prompts from which the texts are to be moved away, one or one a
+            prompt; None is the last token of each prompt.
+        transform: Transform of the logits (`sampling.transforms`). None is the standard chain of those that read the
+            knobs given: temperature, top_k, top_p and what is in `knobs`. Each transform is compiled once; other values
+            of the arguments above compile nothing.
+        **knobs: Further sampling parameters, such as min_p, repetition_penalty or no_repeat_ngram_size; see
+            `sampling.transforms`, and docs/sampling.md.
 
     Returns:
         The Completion of a single prompt, or the list of those of a list.
 
     Raises:
         ValueError: An empty prompt, one that does not fit into the context with max_new_tokens, an id outside the
-            vocabulary, a text without a tokenizer, or a bad argument. The message says what to do.
+            vocabulary, a text without a tokenizer, a knob that no transform reads, or a bad argument. The message says
+            what to do.
         FloatingPointError: The logits are not finite.
 
     Example:
@@ -93,11 +103,10 @@ def generate(
         (2, 4, 'length')
     """
     prompts, single = prompt_list(prompts)
-    knobs = knobs_per_prompt(
-        len(prompts), max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
-    )
+    knobs = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, **knobs}
+    every = STOP_CHECK_STEPS if stop else None
     completions = exhaust(
-        _generate(model, prompts, knobs, stop, end_tokens, STOP_CHECK_STEPS if stop else None, transform)
+        _generate(model, prompts, max_new_tokens, knobs, stop, end_tokens, negative_prompts, every, transform)
     )
     return completions[0] if single else completions
 
@@ -113,8 +122,10 @@ def stream(
     seed: int = 0,
     stop: str | Sequence[str] = (),
     end_tokens: int | Sequence[int] | None = None,
-    transform: Transform = DEFAULT,
+    negative_prompts: Prompt | None = None,
+    transform: Transform | None = None,
     every: int = 4,
+    **knobs: Any,
 ) -> Generator[str, None, Completion]:
     """Continues one text and yields it piece by piece. The pieces together are the text of `generate`.
 
@@ -130,8 +141,10 @@ def stream(
         seed: Seed of the random stream.
         stop: Strings that end the completion.
         end_tokens: Ids that end the completion.
+        negative_prompts: The prompt from which guidance moves the text away.
         transform: Transform of the logits.
         every: Number of tokens between two pieces.
+        **knobs: Further sampling parameters.
 
     Returns:
         A generator of pieces, whose return value is the Completion.
@@ -152,44 +165,88 @@ def stream(
     prompts, single = prompt_list(prompt)
     if not single:
         raise ValueError(f"stream takes one prompt, not {len(prompts)}: generate takes several")
-    knobs = knobs_per_prompt(
-        1, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
-    )
     if every < 1:
         raise ValueError(f"every={every} must be at least 1")
-    return first_row(_generate(model, prompts, knobs, stop, end_tokens, every, transform))
+    knobs = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, **knobs}
+    return first_row(
+        _generate(model, prompts, max_new_tokens, knobs, stop, end_tokens, negative_prompts, every, transform)
+    )
 
 
 def _generate(
     model: ModelLike,
     prompts: list[Prompt],
-    knobs: dict[str, list],
+    max_new_tokens: Any,
+    knobs: dict[str, Any],
     stop: str | Sequence[str],
     end_tokens: int | Sequence[int] | None,
+    negative_prompts: Prompt | Sequence[Prompt] | None,
     every: int | None,
-    transform: Transform,
+    transform: Transform | None,
 ) -> Pieces[list[Completion]]:
     """Checks the arguments at once; returns a generator that decodes, `every` steps at a time (None: all at once)."""
     weights, config, tokenizer = prepare_model(model)
     stops = StopStrings(stop, tokenizer)
     ends = ends_of(model, config, tokenizer, end_tokens)
-    transform = without_padding(transform, config, tokenizer, ends)
+    transform = without_padding(chain_for(transform, knobs), config, tokenizer, ends)
+    values = knobs_per_prompt(len(prompts), vocab=config.vocab, max_new_tokens=max_new_tokens, **knobs)
     encoded = [
         _encode(prompt, limit, config, tokenizer, f"prompt {i}")
-        for i, (prompt, limit) in enumerate(zip(prompts, knobs["max_new_tokens"], strict=True))
+        for i, (prompt, limit) in enumerate(zip(prompts, values["max_new_tokens"], strict=True))
     ]
-    limits = [prompt.limit for prompt in encoded]
-    requests = assemble(encoded, {**knobs, "max_new_tokens": limits}, config, ends)
+    limits = values["max_new_tokens"] = [prompt.limit for prompt in encoded]
+    rows, encoded, values = _with_partners(encoded, values, negative_prompts, config, tokenizer)
+    requests = assemble(encoded, values, config, ends, transform)
     decoder = Decoder(config, transform)
 
     def steps():
-        writers = {i: Writer(tokenizer, limit, ends, stops) for i, limit in enumerate(limits)}
+        writers = {row: Writer(tokenizer, limit, ends, stops) for row, limit in zip(rows, limits, strict=True)}
         size = size_of(requests, decoder.buckets)
         state = start(decoder, weights, requests, size)
         yield from decode_pieces(decoder, weights.step, state, writers, every or max(limits), size)
         return [writer.completion() for writer in writers.values()]
 
     return steps()
+
+
+def _with_partners(
+    encoded: list[EncodedPrompt],
+    values: dict[str, list],
+    negative_prompts: Prompt | Sequence[Prompt] | None,
+    config: ModelConfig,
+    tokenizer: TokenizerLike | None,
+) -> tuple[list[int], list[EncodedPrompt], dict[str, list]]:
+    """The rows of a batch in which each prompt with guidance is followed by the prompt without its condition.
+
+    Returns:
+        The row of each prompt, all rows, and the values of their knobs.
+    """
+    scales = values.get("guidance_scale", [1.0] * len(encoded))
+    guided = [i for i, scale in enumerate(scales) if scale != 1]
+    if not guided:
+        if negative_prompts is not None:
+            raise ValueError("negative_prompts needs guidance_scale, with another value than 1")
+        return list(range(len(encoded))), encoded, values
+    negative: list[Any] = [[prompt.token] for prompt in encoded]
+    if negative_prompts is not None:
+        given, single = prompt_list(negative_prompts)
+        negative = given * len(encoded) if single else given
+        if len(negative) != len(encoded):
+            raise ValueError(f"negative_prompts has {len(negative)} prompts for {len(encoded)}: give one, or one each")
+    order: list[int] = []  # pairs first, since the first of a pair has an even row
+    all_rows: list[EncodedPrompt] = []
+    for i in guided:
+        partner = _encode(negative[i], encoded[i].limit, config, tokenizer, f"negative prompt {i}")
+        all_rows += [encoded[i], partner._replace(conditional=encoded[i])]
+        order += [i, i]
+    others = [i for i in range(len(encoded)) if i not in guided]
+    all_rows += [encoded[i] for i in others]
+    order += others
+    return (
+        [order.index(i) for i in range(len(encoded))],
+        all_rows,
+        {name: [x[i] for i in order] for name, x in values.items()},
+    )
 
 
 def _encode(

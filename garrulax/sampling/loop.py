@@ -42,8 +42,9 @@ def read(params: Tree, state: State, tokens: jax.Array, config: ModelConfig) -> 
 
     The first of the tokens has the position `state.position`.
     """
-    index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    rank = state.cache.used[:, None] + index[None]  # [B, T]
+    index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]  # [1, T]
+    rank = state.cache.used[:, None] + index  # [B, T]
+    index = index.reshape(*(1,) * state.position.ndim, -1)
     positions = state.position[..., None] + state.stride[..., None] * index  # [B, T] or [B, 2, T]
     mask = Mask({"rank": rank, "segment": jnp.zeros_like(rank)})
     logits, cache = models.forward(params, tokens, config, positions=positions, mask=mask, cache=state.cache)
@@ -58,7 +59,7 @@ def log_probability(logits: jax.Array, token: jax.Array) -> jax.Array:
 
 def unpack_bits(words: jax.Array, size: int) -> jax.Array:
     """The first `size` bits of each row of uint32 [B, W], the lowest bit of a word first: bool [B, size]."""
-    bits = words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)  # [B, W, 32]
+    bits = words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None]  # [B, W, 32]
     return (bits & jnp.uint32(1)).astype(bool).reshape(len(words), -1)[:, :size]
 
 

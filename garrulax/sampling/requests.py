@@ -1,10 +1,9 @@
 """The arguments of `generate` and `fill`: checks, and the arrays with which decoding begins. Runs on the host only."""
 
 import dataclasses
-import math
 import operator
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +17,9 @@ from garrulax.kernels.mask import PAD
 from garrulax.models.unpack import ModelLike, TokenizerLike, unpack_model
 from garrulax.sampling.buckets import POWERS_OF_TWO, Buckets, bucket
 from garrulax.sampling.ends import end_tokens
+from garrulax.sampling.knobs import REQUEST_KNOBS, knob_arrays
 from garrulax.sampling.state import Requests
-from garrulax.sampling.transforms import Transform, chain, only
+from garrulax.sampling.transforms import DEFAULT, Transform, chain, only, standard_chain
 
 MOST_NEW_TOKENS = 128  # without an explicit number
 Prompt = str | Sequence[int]
@@ -37,6 +37,8 @@ class EncodedPrompt(NamedTuple):
         limit: Greatest number of new tokens.
         random_offset: Offset into the row's random stream: random numbers already used by earlier blanks, besides one
             for each token of `ids`.
+        conditional: With classifier-free guidance, of the prompt without the condition: the one with it, which both
+            continue with the same tokens.
     """
 
     ids: list[int]
@@ -45,6 +47,7 @@ class EncodedPrompt(NamedTuple):
     stride: np.ndarray
     limit: int = 0
     random_offset: int = 0
+    conditional: "EncodedPrompt | None" = None
 
     @property
     def token(self) -> int:
@@ -85,6 +88,15 @@ def prepare_model(model: ModelLike) -> tuple[Weights, ModelConfig, TokenizerLike
         )
     params = jax.tree.map(jnp.asarray, params)
     return Weights(half.as_bits(params), half.as_bits(models.unstack(params))), config, tokenizer
+
+
+def chain_for(transform: Transform | None, knobs: Iterable[str]) -> Transform:
+    """Returns `transform`, or for None the standard chain of the transforms that read these knobs.
+
+    Raises:
+        ValueError: A name that no transform reads.
+    """
+    return transform or standard_chain(name for name in knobs if name not in REQUEST_KNOBS)
 
 
 def without_padding(
@@ -184,76 +196,42 @@ def causal_prompt(ids: list[int], limit: int | None, config: ModelConfig, name: 
     return EncodedPrompt(ids, 0, positions, stride, limit)
 
 
-_INTEGER_KNOBS = ("max_new_tokens", "top_k", "seed")
-_OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": None}  # what None stands for
-#: knob -> (test of a valid value, what a valid value is)
-_KNOB_RULES = {
-    "max_new_tokens": (lambda x: 1 <= x < 2**31, "a whole number of at least 1, or None (as many as fit)"),
-    "temperature": (lambda x: 0 <= x < math.inf, "a number of at least 0 (0 is greedy, 1 or None is off)"),
-    "top_k": (lambda x: 0 <= x < 2**31, "a whole number of at least 0 (0 or None is off)"),
-    "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1 (1 or None is off)"),
-    "seed": (lambda x: 0 <= x < 2**32, "a whole number from 0 to 2**32 - 1"),
-}
-
-
-def knobs_per_prompt(count: int, **knobs: Any) -> dict[str, list[Any]]:
-    """Returns each knob as a list with one value for each of `count` prompts.
-
-    Raises:
-        ValueError: A bad value or a wrong number of values; the message names the knob.
-    """
-    return {name: [_checked(name, v) for v in _per_prompt(name, value, count)] for name, value in knobs.items()}
-
-
-def _per_prompt(name: str, value: Any, count: int) -> list[Any]:
-    value = value.tolist() if hasattr(value, "tolist") else value
-    if not isinstance(value, list | tuple):
-        return [value] * count
-    if len(value) != count:
-        raise ValueError(f"{name} has {len(value)} values for {count} prompts: give one, or one a prompt")
-    return list(value)
-
-
-def _checked(name: str, value: Any) -> int | float | None:
-    if value is None and name in _OFF:
-        return _OFF[name]
-    allowed, wanted = _KNOB_RULES[name]
-    try:
-        number = operator.index(value) if name in _INTEGER_KNOBS else float(value)
-    except (TypeError, ValueError):
-        number = None
-    if number is None or isinstance(value, bool) or not allowed(number):
-        raise ValueError(f"{name}={value!r} must be {wanted}")
-    return number
-
-
 def assemble(
     prompts: Sequence[EncodedPrompt],
     knobs: Mapping[str, Sequence[Any]],
     config: ModelConfig,
     ends: Sequence[int] | None = None,
+    transform: Transform = DEFAULT,
     buckets: Buckets = POWERS_OF_TWO,
 ) -> Requests:
     """Puts prompts into the arrays of one batch. The context length is rounded up to a bucket.
 
     Args:
         prompts: At least one.
-        knobs: From `knobs_per_prompt`, with all five names of `_KNOB_RULES`.
+        knobs: From `knobs_per_prompt`, with max_new_tokens and seed.
         config: The family's Config.
         ends: Ids of the tokens that end a row; None takes those of the config.
+        transform: The transform that will read the knobs.
         buckets: The sizes for which programs are compiled.
 
     Returns:
         The inputs of `prefill`, as NumPy arrays.
+
+    Raises:
+        ValueError: A knob that the transform does not read, or lacks.
     """
     ends = end_tokens(config) if ends is None else ends
     rows = len(prompts)
-    width = buckets.of("prompt", max(len(prompt.ids) - 1 for prompt in prompts) or 1)  # P
+    texts = [prompt.conditional or prompt for prompt in prompts]
+    width = buckets.of("prompt", max(len(prompt.ids) - 1 for prompt in (*prompts, *texts)) or 1)  # P
     R = len(prompts[0].stride)
     axes = (R,) if R > 1 else ()
 
-    def position_column(values: Sequence[Any]) -> Any:  # [B] or [B, 2]
-        return np.array(values, np.int32).reshape(rows, *axes)
+    def column(values: Iterable[Any], dtype: Any = np.int32) -> Any:
+        return np.array(list(values), dtype)
+
+    def position_column(values: Iterable[Any]) -> Any:  # [B] or [B, 2]
+        return column(values).reshape(rows, *axes)
 
     def full(value: int, *shape: int) -> Any:
         return np.full(shape, value, np.int32)
@@ -266,39 +244,37 @@ def assemble(
         segment[row, :size] = 0
         positions[row, ..., :size] = prompt.positions[:, :-1].reshape(*axes, size)
         rank[row, prompt.prefix :] = np.arange(prompt.prefix, width)
-        text[row, : size + 1] = prompt.ids
-    greedy = [t == 0 for t in knobs["temperature"]]  # top-k and top-p change nothing there, and are switched off
-    width_of_ends = bucket(len(ends), least=8)
+        text[row, : len(texts[row].ids)] = texts[row].ids
     return Requests(
         context=context,
         segment=segment,
         rank=rank,
         positions=positions,
-        token=cast(jax.Array, np.array([prompt.token for prompt in prompts], np.int32)),
-        position=position_column([prompt.position for prompt in prompts]),
-        stride=position_column([prompt.stride for prompt in prompts]),
-        length=cast(jax.Array, np.array([len(prompt.ids) + prompt.random_offset for prompt in prompts], np.int32)),
-        limit=cast(jax.Array, np.array(knobs["max_new_tokens"], np.int32)),
-        seed=cast(jax.Array, np.array(knobs["seed"], np.uint32)),
-        ends=cast(jax.Array, np.array([[*ends, *[PAD] * (width_of_ends - len(ends))]] * rows, np.int32)),
+        token=column(prompt.token for prompt in prompts),
+        position=position_column(prompt.position for prompt in prompts),
+        stride=position_column(prompt.stride for prompt in prompts),
+        length=column(len(one.ids) + one.random_offset for one in texts),
+        limit=column(knobs["max_new_tokens"]),
+        seed=column(knobs["seed"], np.uint32),
+        ends=column([[*ends, *[PAD] * (bucket(len(ends), least=8) - len(ends))]] * rows),
         prompt=text,
-        knobs={
-            "temperature": np.array(knobs["temperature"], np.float32),
-            "top_k": np.array([0 if g else k for g, k in zip(greedy, knobs["top_k"], strict=True)], np.int32),
-            "top_p": np.array([1 if g else p for g, p in zip(greedy, knobs["top_p"], strict=True)], np.float32),
-        },
+        unconditional=column((prompt.conditional is not None for prompt in prompts), bool),
+        knobs=knob_arrays(transform, knobs, rows),
     )
 
 
 def one_row(requests: Requests, row: int, buckets: Buckets = POWERS_OF_TWO) -> Requests:
     """One row of a batch, its context cut to the bucket of its own length: what it is does not depend on the others."""
     one: Requests = jax.tree.map(lambda x: x[row : row + 1], requests)
-    width = buckets.of("prompt", int((np.asarray(one.segment) != PAD).sum()) or 1)
+    P, text = (
+        buckets.of("prompt", max(1, int((np.asarray(x) != PAD).sum()) - last))
+        for x, last in ((one.segment, 0), (one.prompt, 1))
+    )
     return dataclasses.replace(
         one,
-        context=one.context[:, :width],
-        segment=one.segment[:, :width],
-        rank=one.rank[:, :width],
-        positions=one.positions[..., :width],
-        prompt=one.prompt[:, : width + 1],
+        context=one.context[:, :P],
+        segment=one.segment[:, :P],
+        rank=one.rank[:, :P],
+        positions=one.positions[..., :P],
+        prompt=one.prompt[:, : text + 1],
     )

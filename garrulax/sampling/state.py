@@ -40,8 +40,9 @@ class Requests:
         limit: int32 [B], greatest number of new tokens.
         seed: uint32 [B].
         ends: int32 [B, E], tokens that end the row; PAD, which is no token, fills up.
-        prompt: int32 [B, P + 1], the prompt as transforms see it, from the left; PAD where there is no token.
-        knobs: Sampling parameters for the transforms, name -> [B, ...].
+        prompt: int32 [B, P'], the prompt as transforms see it, from the left; PAD where there is no token.
+        unconditional: bool [B], whether the row is the second of a pair for classifier-free guidance.
+        knobs: Sampling parameters for the transforms, name -> array, or tuple of arrays, whose first axis is B.
     """
 
     context: jax.Array
@@ -56,6 +57,7 @@ class Requests:
     seed: jax.Array
     ends: jax.Array
     prompt: jax.Array
+    unconditional: jax.Array
     knobs: Knobs
 
 
@@ -143,11 +145,12 @@ def prefill_row(params: Tree, requests: Requests, config: ModelConfig, transform
     params = half.from_bits(params)
     B, P = requests.context.shape
     cache = models.cache_for(params, config, B, P)
-    cache = dataclasses.replace(cache, planned=requests.length + requests.limit)
+    cached = jnp.sum(requests.segment != PAD, axis=1, dtype=jnp.int32)
+    cache = dataclasses.replace(cache, planned=cached + 1 + requests.limit)
     mask = Mask({"rank": requests.rank, "segment": requests.segment})
     cache = cache_tokens(params, cache, requests.context, requests.positions, config, mask)
-    cache = dataclasses.replace(cache, used=jnp.sum(requests.segment != PAD, axis=1, dtype=jnp.int32))
-    reserved = {"prompt": requests.prompt, "ends": requests.ends, "limit": requests.limit}
+    cache = dataclasses.replace(cache, used=cached)
+    reserved = {name: getattr(requests, name) for name in ("prompt", "ends", "limit", "unconditional")}
     return State(
         cache=cache,
         token=requests.token,

@@ -170,7 +170,10 @@ def test_ignored_keys_are_left_out(tmp_path, capsys):
         gx.load_config(folder, ignore="logit_scale")
     model = gx.load(folder, ignore=names)
     assert model.config.rope.kind == "yarn"
-    assert gx.load_config(folder, ignore=(*names, "absent")) == model.config
+    for wrong, near in (("logit_scales", "logit_scale"), ("rope_scaling.strech", "rope_scaling.stretch")):
+        with pytest.raises(ValueError, match=f"'{wrong}', which is no key of .*config.json .the nearest is '{near}'"):
+            gx.load(folder, ignore=(*names, wrong))
+    assert gx.load_config(folder, ignore=names) == model.config
     plain = folder_with(
         tmp_path / "plain", rope_parameters=None, rope_scaling={"type": "yarn", "factor": 2.0, "finetuned": True}
     )

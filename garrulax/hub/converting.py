@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from garrulax.core import spec
+from garrulax.core.dtypes import parameter_dtype
 from garrulax.hub import streaming
 from garrulax.hub.download import find_folder
 from garrulax.hub.reading import open_checkpoint, stored_dtype, tokenizer_of
@@ -40,7 +41,7 @@ def convert_folder(
         dialect: Format of the checkpoint, if the family has several: "glm", for example, turns a ChatGLM checkpoint
             into one that transformers loads with its own class. None keeps the format.
         progress: As in `save`.
-        ignore: Keys of config.json to leave out, as in `load`.
+        ignore: Keys of config.json, or of a GGUF file's metadata, to leave out, as in `load`.
 
     Raises:
         FileNotFoundError: As in `load`.
@@ -77,10 +78,12 @@ def convert_folder(
 
 
 def _parse_dtype(name: str | np.dtype | None) -> np.dtype | None:
-    known = {str(np.dtype(kind)): np.dtype(kind) for kind in DTYPES.values()}
-    if name is not None and str(name) not in known:
-        raise ValueError(f"dtype={str(name)!r} is none of {', '.join(known)}")
-    return None if name is None else known[str(name)]
+    known = [np.dtype(kind) for kind in DTYPES.values()]
+    if name is None:
+        return None
+    if (found := parameter_dtype(name)) not in known:
+        raise ValueError(f"dtype={str(name)!r} is none of {', '.join(map(str, known))}")
+    return found
 
 
 def _converted_entries(

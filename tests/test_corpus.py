@@ -163,8 +163,14 @@ def test_bad_files(tmp_path, name, content, message):
 
 def test_bad_sources(tmp_path):
     for source in (tmp_path / "nowhere", f"{tmp_path}/*.txt"):
-        with pytest.raises(FileNotFoundError, match=r"no text at .* no file matches"):
+        with pytest.raises(FileNotFoundError, match=r"no text at .*: no such file or folder, and no file matches"):
             list(Corpus(source))
+    with pytest.raises(
+        FileNotFoundError, match=r"no text at a,b\.txt: .*folder, as a whole or between its commas, and no"
+    ):
+        list(Corpus(["a,b.txt"]))
+    with pytest.raises(ValueError, match="the corpus is empty: it names no file or folder"):
+        Corpus([]).hash  # noqa: B018
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "none.txt").write_text("")
     with pytest.raises(ValueError, match="the held-out text is empty"):

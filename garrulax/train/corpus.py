@@ -139,7 +139,8 @@ class Corpus:
             keys.append(_key(encoded))
             sizes.append(len(encoded))
         if not keys:
-            raise ValueError(f"the corpus is empty: no text in {', '.join(map(str, self.sources))}")
+            where = f"no text in {', '.join(map(str, self.sources))}" if self.sources else "it names no file or folder"
+            raise ValueError(f"the corpus is empty: {where}")
         documents, size = len(keys), sum(sizes)
         threshold, max_bytes = None, self.fraction * size
         if self.valid_sources is None:
@@ -228,7 +229,10 @@ def _files(source: str | os.PathLike) -> list[Path]:
         return sorted(f for f in inside if not any(part.startswith(".") for part in f.relative_to(path).parts))
     found = sorted(Path(file) for file in glob.glob(source, recursive=True) if os.path.isfile(file))
     if not found:
-        raise FileNotFoundError(f"no text at {source}: no such file or folder, and no file matches it as a pattern")
+        parts = ", as a whole or between its commas" if "," in source else ""
+        raise FileNotFoundError(
+            f"no text at {source}: no such file or folder{parts}, and no file matches it as a pattern"
+        )
     return found
 
 

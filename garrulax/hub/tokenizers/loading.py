@@ -162,9 +162,11 @@ def _assemble(tokenizer: tokenizers.Tokenizer, beside: JsonFiles, family: str | 
         bos = token_config.token_content(config.get("bos_token"))
         if bos is None and "bos_token" not in beside.config and _tokenizer_class(beside) in (None, *_GPT2_NAMES):
             bos = config["bos_token"] = "<|endoftext|>"
-        if bos is None or tokenizer.token_to_id(bos) is None:
+        if bos is None:
+            _log.warning("tokenizer_config.json: add_bos_token has no effect, since there is no bos_token")
+        elif tokenizer.token_to_id(bos) is None:
             raise ValueError(f"tokenizer_config.json: add_bos_token needs a bos_token that has an id, not {bos!r}")
-        prefix = (bos,)
+        prefix = () if bos is None else (bos,)
     if prefix:
         # In the tokenizer.json that `save` writes, other libraries find the prefix in the post-processor.
         ids = [(content, tokenizer.token_to_id(content)) for content in prefix]

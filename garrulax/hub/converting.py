@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from garrulax.core import spec
-from garrulax.core.dtypes import parameter_dtype
 from garrulax.hub import streaming
 from garrulax.hub.download import find_folder
 from garrulax.hub.reading import open_checkpoint, stored_dtype, tokenizer_of
@@ -78,12 +77,10 @@ def convert_folder(
 
 
 def _parse_dtype(name: str | np.dtype | None) -> np.dtype | None:
-    known = [np.dtype(kind) for kind in DTYPES.values()]
-    if name is None:
-        return None
-    if (found := parameter_dtype(name)) not in known:
-        raise ValueError(f"dtype={str(name)!r} is none of {', '.join(map(str, known))}")
-    return found
+    known = {str(np.dtype(kind)): np.dtype(kind) for kind in DTYPES.values()}
+    if name is not None and str(name) not in known:
+        raise ValueError(f"dtype={str(name)!r} is none of {', '.join(known)}")
+    return None if name is None else known[str(name)]
 
 
 def _converted_entries(

@@ -12,20 +12,13 @@ def split_sources(text: str) -> list[str]:
 
     Args:
         text: As on a command line. The longest name that exists wins: if there is a file "notes, 2024.txt", this is it.
-            Neighbours that do not exist stay together, since nobody knows whether they are one name; so the error that
-            follows does not show half a name.
     """
     parts, found = text.split(","), []
-    missing: list[str] = []
     while parts:
         joined = [",".join(parts[:n]) for n in range(len(parts), 0, -1)]
-        name = next((name for name in joined if _exists(name) or _exists(name.strip())), None)
-        if name is None:
-            missing.append(parts.pop(0))
-            continue
-        found += [",".join(missing).strip(", "), name if _exists(name) else name.strip()]
-        missing, parts = [], parts[name.count(",") + 1 :]
-    found.append(",".join(missing).strip(", "))
+        name = next((name for name in joined if _exists(name) or _exists(name.strip())), parts[0])
+        found.append(name if _exists(name) else name.strip())
+        parts = parts[name.count(",") + 1 :]
     return [name for name in found if name]
 
 
@@ -52,6 +45,4 @@ def expanded(source: str | os.PathLike) -> str:
 
 
 def _exists(name: str) -> bool:
-    if name == STDLIB:
-        return True
     return bool(name) and (Path(expanded(name)).exists() or bool(glob.glob(expanded(name), recursive=True)))

@@ -12,6 +12,7 @@ from garrulax.kernels.mask import INF, PAD, SAME_SEGMENT, All, Band, Bits, KRang
 from garrulax.kernels.relative import t5
 
 B = 2
+LOWEST = float(np.finfo(np.float32).min)
 CAUSAL = Band("rank", 0, INF)
 
 
@@ -246,3 +247,48 @@ def _relative_error(got, expected):
     assert got.shape == expected.shape
     assert np.isfinite(got).all()
     return float(np.abs(got - expected).max() / max(np.abs(expected).max(), 1e-3))
+
+
+def huge_scores(biases=(-1e9, 1e9, LOWEST), dtype=jnp.float32):
+    """A request whose rows of scores are all near -1e6 (the second head) or have these biases (every other query).
+
+    In the first batch row the bias is on attended keys only, so that masked ones have the higher scores.
+
+    Returns:
+        query, key, value, bias and cotangent; the mask; output and gradients of the first four by the formula in
+        float64, with scores rounded to float32. The gradient of a query's first channel in the second head is left out
+        (0): there errors are as large as the keys.
+    """
+    T, H, C = 40, 2, 16
+    mask = packed(T)
+    attends = np.asarray(mask.dense())[:, None]  # [B, 1, T, T]
+    query, key, value, cotangent = inputs(T, T, H, H, C)
+    query[:, :, 1], key[:, :, 1, 0] = np.eye(C)[0] * 1024, -4096  # times each other over sqrt(C): -2**20
+    bias = np.zeros((B, 1, T, T))
+    for i, number in enumerate(biases):
+        bias[:, :, 1 + 2 * i :: 2 * len(biases)] = number
+    bias[0] *= attends[0]
+    query, key, value, cotangent = (jnp.asarray(x, dtype) for x in (query, key, value, cotangent))
+    bias = jnp.asarray(bias, jnp.float32)
+    q, k, v, added, g = (np.asarray(x, np.float64) for x in (query, key, value, bias, cotangent))
+    x = np.where(attends, np.float32(np.float32(np.einsum("bthc,bshc->bhts", q, k) / np.sqrt(C)) + added), -np.inf)
+    top = x.max(axis=-1, keepdims=True)
+    p = np.exp(np.float64(x) - np.where(np.isinf(top), 0, top))
+    p /= np.maximum(p.sum(axis=-1, keepdims=True), 1)  # the sum is 0 for padding, else at least 1
+    dp = np.einsum("bthc,bshc->bhts", g, v)
+    ds = p * (dp - (p * dp).sum(axis=-1, keepdims=True))
+    dq, dk = (np.einsum(f"bhts,{spec}", ds, x) / np.sqrt(C) for spec, x in (("bshc->bthc", k), ("bthc->bshc", q)))
+    dq[:, :, 1, 0] = 0
+    gradients = dq, dk, np.einsum("bhts,bthc->bshc", p, g), ds.sum(axis=1, keepdims=True)
+    return (query, key, value, bias, cotangent), mask, (np.einsum("bhts,bshc->bthc", p, v), gradients)
+
+
+def assert_huge_scores_agree(implementation, bound, place=lambda operands, mask: (operands, mask), **request):
+    """Output and gradients against `huge_scores`. place: puts operands and mask onto a mesh."""
+    operands, mask, expected = huge_scores(**request)
+    (query, key, value, bias, cotangent), mask = place(operands, mask)
+    out, ((dq, dk, dv), learned) = run((query, key, value), cotangent, mask, {"bias": bias}, implementation)
+    got = out, (np.array(dq), dk, dv, learned["bias"])
+    got[1][0][:, :, 1, 0] = 0
+    errors = jax.tree.map(_relative_error, got, expected)
+    assert max(jax.tree.leaves(errors)) <= bound, errors

@@ -10,6 +10,7 @@ import pytest
 
 from garrulax.train import corpus as module
 from garrulax.train.corpus import Corpus, xz_bits_per_byte
+from garrulax.train.sources import split_sources
 
 
 def write(folder, texts):
@@ -163,8 +164,15 @@ def test_bad_files(tmp_path, name, content, message):
 
 def test_bad_sources(tmp_path):
     for source in (tmp_path / "nowhere", f"{tmp_path}/*.txt"):
-        with pytest.raises(FileNotFoundError, match=r"no text at .* no file matches"):
+        with pytest.raises(FileNotFoundError, match=r"no text at .*: no such file or folder, and no file matches"):
             list(Corpus(source))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(
+        FileNotFoundError, match=r"no text at notes, 2024\.txt: no .* \(a comma separates names, unless"
+    ):
+        list(Corpus([tmp_path / "empty", *split_sources("notes, 2024.txt")]))
+    with pytest.raises(ValueError, match="the corpus is empty: it names no file or folder"):
+        Corpus([]).hash  # noqa: B018
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "none.txt").write_text("")
     with pytest.raises(ValueError, match="the held-out text is empty"):

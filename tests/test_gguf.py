@@ -272,6 +272,15 @@ FOREIGN = {
     "cannot hold 18,446,744,073,709,551,615 tensors": WHOLE[:8] + b"\xff" * 8 + WHOLE[16:],
     "cannot hold 1,000,000,000 metadata": WHOLE[:16] + struct.pack("<Q", 10**9) + WHOLE[24:],
     "'mamba', which is not implemented": changed({"general.architecture": "mamba"}),
+    "its metadata lack general.architecture": gguf_files.file({}, gguf_files.stored_of("llama_gqa")),
+    "tokenizer.ggml.eos_token_id='2', which is no id from 0 to": changed({"tokenizer.ggml.eos_token_id": "2"}),
+    "tokenizer.ggml.bos_token_id=-2, which is no id": changed({"tokenizer.ggml.bos_token_id": -2}),
+    "tokenizer.ggml.padding_token_id=99999, which": changed({"tokenizer.ggml.padding_token_id": 99_999}),
+    "tokenizer.ggml.eot_token_id=True, which": changed({"tokenizer.ggml.eot_token_id": True}),
+    "tokenizer.ggml.eom_token_id=a list of 2, which": changed({"tokenizer.ggml.eom_token_id": [1, 2]}),
+    "tokenizer.ggml.unknown_token_id=400, which": changed(
+        bpe_metadata("gpt-2") | {"tokenizer.ggml.unknown_token_id": 400}
+    ),
     "mixture of experts": changed({"llama.expert_count": 8}),
     "lack llama.block_count": gguf_files.file({"general.architecture": "llama"}, gguf_files.stored_of("llama_gqa")),
     "2,000,000,000 layers": changed({"llama.block_count": 2_000_000_000}),
@@ -297,6 +306,29 @@ FOREIGN = {
 def test_a_factor_that_is_switched_off(tmp_path):
     content = changed({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0})
     assert gx.load_config(written(tmp_path / "m.gguf", content)).rope.kind == "default"
+
+
+@pytest.mark.parametrize("none", [-1, 0xFFFFFFFF])
+def test_ids_that_stand_for_no_token(none, tmp_path):
+    """As in llama.cpp, whose ids have 32 bits."""
+    ids = {f"tokenizer.ggml.{role}_token_id": none for role in ("bos", "eos", "padding", "unknown")}
+    content = changed(bpe_metadata("gpt-2") | ids | {"tokenizer.ggml.eot_token_id": 7})
+    model = gx.load(written(tmp_path / "m.gguf", content))
+    assert (model.config.bos, model.config.eos) == (None, 7)
+    assert (model.tokenizer.bos, model.tokenizer.pad) == (None, None)
+
+
+def test_ignored_keys_of_the_metadata(tmp_path, capsys):
+    path = written(tmp_path / "m.gguf", changed({"llama.logit_scale": 2.0}))
+    model = gx.load(path, ignore=["llama.logit_scale"])
+    same_bytes(model.params, params("llama_gqa"))
+    assert gx.load_config(path, ignore=["llama.logit_scale"]) == model.config
+    assert main(["info", str(path), "--ignore", "llama.logit_scale"]) == 0
+    assert "all that config.json asks for is there" in capsys.readouterr().out
+    with pytest.raises(
+        ValueError, match=r"'logit_scale', which is no key of the metadata of .*m.gguf.*llama.logit_scale"
+    ):
+        gx.load(path, ignore=["logit_scale"])
 
 
 @pytest.mark.parametrize("message", FOREIGN)

@@ -165,6 +165,22 @@ def test_extras_with_sequence(extra, way):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("way", cases.some(WAYS, "ring"))
+def test_huge_scores_with_sequence(way):
+    """Parts of a row with different numbers of keys: float32 has no digits for the difference of their lses."""
+    mesh = make_mesh("sequence=8")
+
+    def place(operands, mask):
+        query, key, value, bias, cotangent = operands
+        tokens = [placed(mesh, x, None, "sequence") for x in (query, key, value, cotangent)]
+        streams = {name: placed(mesh, s, None, "sequence") for name, s in mask.query.items()}
+        placed_bias = placed(mesh, bias, None, None, "sequence")
+        return (*tokens[:3], placed_bias, tokens[3]), Mask(streams, None, mask.rule)
+
+    with jax.set_mesh(mesh):
+        cases.assert_huge_scores_agree(Sharded(SMALL, way), 2e-6, place)
+
+
 @pytest.mark.parametrize(
     ("implementation", "extras", "reason"),
     [(SMALL, ("dropout",), "a ring would drop other probabilities"), (Dense(), (), "only implementations of two")],

@@ -97,6 +97,17 @@ def test_queries_that_see_nothing(implementation, size):
         assert x[~dark].any()
 
 
+@pytest.mark.parametrize(
+    ("implementation", "dtype"),
+    cases.some([(x, t) for x in ("chunks", "xla", "dense") for t in (jnp.float32, jnp.bfloat16)],
+               ("chunks", jnp.float32), ("xla", jnp.bfloat16), ("dense", jnp.float32)),
+)  # fmt: skip
+def test_gradients_of_huge_scores(implementation, dtype):
+    """Also of repeated queries in the last chunk, and of masked keys with higher scores."""
+    passes = Chunked(scores=2 * 16 * 16) if implementation == "chunks" else implementation
+    cases.assert_huge_scores_agree(passes, 2e-6 if dtype == jnp.float32 else 2e-2, dtype=dtype)
+
+
 def test_chunks_without_attention_are_skipped():
     """NaN keys and values in chunks that nobody sees stay there, in both passes."""
     T = 128

@@ -133,7 +133,11 @@ def test_every_rope_survives_config_json_in_every_dialect(kind, dialect):
     [
         ({"rope_scaling": {"rope_type": "linear"}}, "linear.*lacks factor"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor, high_freq_factor"),
-        ({"rope_scaling": {"rope_type": "su", "factor": 8.0}}, "'su' is not implemented"),
+        ({"rope_scaling": {"rope_type": "so", "factor": 8.0}}, "'so' is not implemented"),
+        (
+            {"rope_scaling": {"type": "su", "factor": 8.0}},
+            "'longrope' .'su' in the file, its older name. lacks short_f",
+        ),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta_fast": 3.0}}, "does not use beta_fast"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "stretch": True}}, "unknown keys stretch"),
         ({"rope_parameters": {"rope_theta": 5.0}, "rope_theta": 6.0}, "two values of rope_theta: 5.0, 6.0"),

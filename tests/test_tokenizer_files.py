@@ -33,7 +33,8 @@ def test_a_name_without_an_id_is_ignored_with_a_note(tmp_path, kind, caplog):
         with caplog.at_level(logging.WARNING):
             tokenizer = load_tokenizer(folder)
         assert tokenizer.pad is None
-        assert "pad_token '<pad>', which has no id" in caplog.text
+        assert f"{file} names pad_token '<pad>', which has no id" in caplog.text
+        caplog.clear()
         assert tokenizer.decode(tokenizer.encode("a <pad> <gone>")) == "a <pad> <gone>"
         (folder / file).unlink()
 
@@ -88,12 +89,102 @@ def test_flags_of_vocab_and_merges(tmp_path):
     assert load_tokenizer(folder).prompt("def") == [0, *plain.encode("def")]
     load_tokenizer(folder).save(tmp_path / "b")
     assert load_tokenizer(tmp_path / "b").prompt("def") == [0, *plain.encode("def")]
-    for bad, words in (("5", "add_bos_token must be true or false"), ("true", "add_bos_token needs a bos_token")):
-        flags.write_text(f'{{"add_bos_token": {bad}}}')
-        with pytest.raises(ValueError, match=words):
+    flags.write_text('{"add_bos_token": true, "tokenizer_class": "GPT2Tokenizer"}')  # whose bos is <|endoftext|>
+    assert load_tokenizer(folder).prompt("def") == [0, *plain.encode("def")]
+    assert load_tokenizer(folder).bos == 0
+    flags.write_text('{"add_bos_token": true, "bos_token": null}')
+    assert load_tokenizer(folder).prompt("def") == plain.encode("def")
+    bad = {'"add_bos_token": 5': "must be true or false", '"add_bos_token": true, "bos_token": "<x>"': "needs a bos_to"}
+    for entries, words in bad.items():
+        flags.write_text(f"{{{entries}}}")
+        with pytest.raises(ValueError, match=f"tokenizer_config.json: add_bos_token {words}"):
             load_tokenizer(folder)
     flags.write_text('{"add_prefix_space": "yes"}')
     with pytest.raises(ValueError, match="add_prefix_space must be true or false, not 'yes'"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("named", "model_type", "reads_flag"),
+    [
+        ("GPT2Tokenizer", None, True), ("GPTNeoXTokenizerFast", "llama", True), ("Qwen2Tokenizer", None, True),
+        (None, "gpt2", True), (None, "gpt_neox", True), ("PreTrainedTokenizerFast", "qwen2", True),
+        ("PreTrainedTokenizerFast", "gpt2", False), (None, None, False), (None, "llama", False),
+    ],
+)  # fmt: skip
+def test_the_space_in_front_beside_tokenizer_json(tmp_path, named, model_type, reads_flag):
+    """As transformers 5.23 (tests/parity): some classes put the flag in the place of what tokenizer.json says."""
+    config = {} if named is None else {"tokenizer_class": named}
+    folder = write(tmp_path, config__json={} if model_type is None else {"model_type": model_type})
+    for in_file in (False, True):
+        library = made.byte_level_bpe()
+        library.pre_tokenizer = made.hf.pre_tokenizers.ByteLevel(add_prefix_space=in_file)
+        for flag in ({}, {"add_prefix_space": False}, {"add_prefix_space": True}):
+            write(folder, tokenizer__json=library.to_str().encode(), tokenizer_config__json=config | flag)
+            spaced = flag.get("add_prefix_space", False) if reads_flag else in_file
+            tokenizer = load_tokenizer(folder)
+            assert tokenizer.encode("Hello") == tokenizer.encode(" Hello" if spaced else "Hello", start=False)
+            assert (tokenizer.encode("Hello") == tokenizer.encode(" Hello")) == spaced
+
+
+DECODER = "added_tokens_decoder"
+WRONG = {
+    r"tokenizer_config\.json: pad_token is not a text but 5": {"tokenizer_config": {"pad_token": 5}},
+    r"special_tokens_map\.json: eos_token is not a text but \['a'": {"special_tokens_map": {"eos_token": ["a"]}},
+    r"json: bos_token is not a text but \{'id': 1": {"tokenizer_config": {"bos_token": {"id": 1}}},
+    r"json: tokenizer_class is not a text but \[\]": {"tokenizer_config": {"tokenizer_class": []}},
+    r"json: additional_special_tokens is not a list of texts but 'x'": {
+        "tokenizer_config": {"additional_special_tokens": "x"}
+    },
+    r"tokenizer_config\.json: added_tokens_decoder has the key 'x'": {"tokenizer_config": {DECODER: {"x": {}}}},
+    r"tokenizer_config\.json: added_tokens_decoder has at 5 no object": {"tokenizer_config": {DECODER: {"5": "<a>"}}},
+    r"tokenizer_config\.json: added_tokens_decoder is not an object": {"tokenizer_config": {DECODER: [5]}},
+    r"tokenizer_config\.json: added_tokens_decoder names '<a>' or its id 6 twice": {
+        "tokenizer_config": {DECODER: {"5": {"content": "<a>"}, "6": {"content": "<a>"}}}
+    },
+    r"added_tokens\.json: '<a>' has no id but 'b'": {"added_tokens": {"<a>": "b"}},
+    r"'<a>' has the id 400 in tokenizer_config\.json, but 401 in added_tokens\.json; correct or remove": {
+        "tokenizer_config": {DECODER: {"400": {"content": "<a>"}}}, "added_tokens": {"<a>": 401},
+    },
+    r"the id 400 is '<a>' in tokenizer_config\.json, but '<b>' in added_tokens\.json": {
+        "tokenizer_config": {DECODER: {"400": {"content": "<a>"}}}, "added_tokens": {"<b>": 400},
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pieces():
+    return made.pieces()
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_values_beside_a_tokenizer(tmp_path, message, pieces):
+    files = {f"{name}__json": content for name, content in WRONG[message].items()}
+    with pytest.raises(ValueError, match=message) as error:
+        load_tokenizer(write(tmp_path, tokenizer__model=pieces, **files))
+    assert "tokenizer.model" not in str(error.value), "the file beside it is to blame"
+    assert "\n" not in str(error.value)
+
+
+def test_two_texts_of_one_id_in_added_tokens_json_are_no_contradiction(tmp_path, pieces):
+    """As in GLM's Chinese models."""
+    decoder = {"400": {"content": "<b>", "special": True}}
+    folder = write(tmp_path, tokenizer__model=pieces, added_tokens__json={"<a>": 400, "<b>": 400})
+    write(folder, tokenizer_config__json={DECODER: decoder})
+    assert load_tokenizer(folder).specials.items() >= {"<a>": 400, "<b>": 400}.items()
+
+
+def test_text_that_is_not_utf8_names_its_file(tmp_path, pieces):
+    folder = write(tmp_path / "a", tokenizer__model=pieces)
+    template = folder / "additional_chat_templates" / "rag.jinja"
+    template.parent.mkdir()
+    template.write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"rag\.jinja is not UTF-8 \(byte 3\)") as error:
+        load_tokenizer(folder)
+    assert "tokenizer.model" not in str(error.value)
+    folder = KINDS["vocab.json"](tmp_path / "b")
+    (folder / "merges.txt").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"merges\.txt is not UTF-8"):
         load_tokenizer(folder)
 
 

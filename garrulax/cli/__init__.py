@@ -166,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
             type=lambda text: text.split(","),
             default=(),
             metavar="KEY,...",
-            help="leave out these keys of the folder's config.json, which otherwise would be refused",
+            help="leave out these keys of config.json, or of a GGUF file's metadata, which otherwise would be refused",
         )
     for command in commands.choices.values():
         command.add_argument("--traceback", action="store_true", help="show the traceback of an error")

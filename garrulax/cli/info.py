@@ -35,7 +35,7 @@ def info(args: argparse.Namespace) -> None:
     config = config_of(args.model, args.ignore)
     print(describe(args.model, config))
     if args.model not in models.presets() and Path(args.model).exists():
-        print("\n" + _section("weights", _weights(find_folder(find_model(args.model)), config)))
+        print("\n" + _section("weights", _weights(find_folder(find_model(args.model)), config, args.ignore)))
 
 
 def describe_training(words: Sequence[str]) -> str:
@@ -83,7 +83,7 @@ def config_of(name: str, ignore: Collection[str] = ()) -> ModelConfig:
 
     Args:
         name: Its name.
-        ignore: Keys of config.json to leave out, as in `gx.load`.
+        ignore: Keys of config.json, or of a GGUF file's metadata, to leave out, as in `gx.load`.
 
     Raises:
         ValueError: For an unknown name, naming the nearest preset, and for a folder without a readable model.
@@ -91,7 +91,7 @@ def config_of(name: str, ignore: Collection[str] = ()) -> ModelConfig:
     """
     if name in models.presets():
         return models.preset(name)
-    if Path(name).exists():
+    if Path(name).exists() or Path(name).is_symlink():  # a link to nothing is explained there
         return hub.load_config(find_model(name), ignore)
     return models.preset(name)  # raises an error that names the nearest preset
 
@@ -110,7 +110,7 @@ def _section(title: str, rows: list[tuple[str, str]]) -> str:
     return "\n".join([title, *(f"  {left:<{width}}  {right}" for left, right in rows)])
 
 
-def _weights(folder: Path, config: ModelConfig) -> list[tuple[str, str]]:
+def _weights(folder: Path, config: ModelConfig, ignore: Collection[str]) -> list[tuple[str, str]]:
     """Rows about the weights in a folder or GGUF file, from the headers of its files."""
     try:
         tensors = _stored(folder)
@@ -124,7 +124,7 @@ def _weights(folder: Path, config: ModelConfig) -> list[tuple[str, str]]:
         rows.append((dtype, f"{len(of_kind):,} tensors, {numbers:,} numbers, {_size(size)}"))
     try:
         if folder.is_file():
-            open_checkpoint(folder)
+            open_checkpoint(folder, ignore)
         else:  # config.json has been read: its warnings are not repeated
             match(open_tensors(folder), models.parameters(config), config, folder)
     except (FileNotFoundError, ValueError) as error:

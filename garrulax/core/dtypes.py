@@ -6,6 +6,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+#: Dtypes of parameters; others that JAX has, such as float8_e4m3fn, are taken too.
+NAMES = ("float32", "bfloat16", "float16", "float64")
+
+
+def parameter_dtype(dtype: Any) -> np.dtype:
+    """The dtype that parameters are asked to have.
+
+    Args:
+        dtype: Its name, such as "bfloat16", or a dtype of numpy or JAX.
+
+    Raises:
+        ValueError: It is no dtype, or none of floating-point numbers.
+    """
+    try:
+        found = jnp.dtype(dtype)
+    except (TypeError, ValueError):
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        kind = "no dtype" if found is None else "no dtype of floating-point numbers"
+        raise ValueError(f"dtype={str(dtype)[:40]!r} is {kind}: parameters can have {', '.join(NAMES)}")
+    return found
+
 
 def at_least_float32(*dtypes: Any) -> np.dtype:
     """The dtype of sums and norms: float64 if one of the floating dtypes is float64, otherwise float32."""

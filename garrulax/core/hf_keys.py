@@ -16,11 +16,14 @@ Lines 4, 5 and 7 hold only where config.json names the family's own class and no
 checkpoint brings along may read the key, as ChatGLM's, it is refused. A caller's `ignore` leaves keys out of all this.
 """
 
+import json
 import logging
 import re
 import reprlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
+
+from garrulax.core.names import nearest
 
 _log = logging.getLogger("garrulax")
 
@@ -42,6 +45,8 @@ PINNED: Pins = {
     "is_llama_config": True, "rope_interleaved": False,  # written by nanotron (SmolLM)
     "use_sliding_window": False, "use_mrope": False, "use_moe": False, "use_qk_norm": False, "qk_norm": False,
     "qk_layernorm": False, "lm_head_bias": False,
+    # Of Gemma 2. null is off; transformers divides by any number, by 0 too.
+    "attn_logit_softcapping": None, "final_logit_softcapping": None,
 }  # fmt: skip
 
 #: Names of bookkeeping: whatever their value, they do not change what a decoder computes.
@@ -134,7 +139,8 @@ def check_unknown(
             continue
         if key in pins:
             if not (_holds(pins[key], value, fields, raw) or (value is None and own and not code)):
-                refused[key] = f"{_shown(key)}={reprlib.repr(value)}"
+                only = "" if callable(pins[key]) else f" (only {json.dumps(pins[key])} is implemented)"
+                refused[key] = f"{_shown(key)}={reprlib.repr(value)}{only}"
         elif _BOOKKEEPING.fullmatch(key):
             continue
         elif not own or code or not key.isprintable():
@@ -206,22 +212,29 @@ def _some(names: list[str], most: int = 12) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def without(raw: Mapping[str, Any], ignore: Collection[str]) -> dict[str, Any]:
+def without(raw: Mapping[str, Any], ignore: Collection[str], label: str = "config.json") -> dict[str, Any]:
     """A parsed config.json without some keys.
 
     Args:
         raw: The parsed file.
         ignore: Names of keys to leave out, as if the file did not have them; "rope_scaling.factor" names the key factor
             in the object rope_scaling.
+        label: Name of the file, for messages.
 
     Raises:
         TypeError: `ignore` is one string, not several.
+        ValueError: The file does not have one of the keys: it is misspelt, and another is read.
     """
     if isinstance(ignore, str):
         raise TypeError(f"ignore={ignore!r} must be a list of keys of config.json")
+    inside = [f"{outer}.{inner}" for outer, value in raw.items() if isinstance(value, dict) for inner in value]
+    known = [*raw, *inside]
+    if absent := [name for name in ignore if name not in known]:
+        close = nearest(str(absent[0]), known)
+        hint = f" (the nearest is {close[:80]!r})" if close else ""
+        raise ValueError(f"ignore names {str(absent[0])[:80]!r}, which is no key of {label}{hint}")
     kept = {key: value for key, value in raw.items() if key not in ignore}
-    for name in ignore:
-        outer, _, inner = name.partition(".")
-        if isinstance(kept.get(outer), dict):
-            kept[outer] = {key: value for key, value in kept[outer].items() if key != inner}
+    for outer, value in kept.items():
+        if isinstance(value, dict):
+            kept[outer] = {inner: v for inner, v in value.items() if f"{outer}.{inner}" not in ignore}
     return kept

@@ -40,7 +40,7 @@ def convert_folder(
         dialect: Format of the checkpoint, if the family has several: "glm", for example, turns a ChatGLM checkpoint
             into one that transformers loads with its own class. None keeps the format.
         progress: As in `save`.
-        ignore: Keys of config.json to leave out, as in `load`.
+        ignore: Keys of config.json, or of a GGUF file's metadata, to leave out, as in `load`.
 
     Raises:
         FileNotFoundError: As in `load`.

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from garrulax.hub.files import is_there
 from garrulax.hub.gguf import find_gguf, is_gguf
 
 #: Files that a model needs. Other files of a repository, such as weights for other frameworks, are not downloaded.
@@ -21,7 +22,8 @@ def find_folder(path: str | Path) -> Path:
     Of a folder without config.json that holds one GGUF file, that file.
 
     Raises:
-        FileNotFoundError: There is no such folder, and the hub did not give it; the message says what to do.
+        FileNotFoundError: There is no such folder, and the hub did not give it, or it is a link to nothing; the message
+            says what to do.
         ValueError: `path` is another file, or a folder with several GGUF files.
     """
     folder = Path(path).expanduser()
@@ -29,7 +31,7 @@ def find_folder(path: str | Path) -> Path:
         return find_gguf(folder) or folder
     if is_gguf(folder):
         return folder
-    if folder.exists():
+    if is_there(folder):
         raise ValueError(
             f"{path} is a file: give the folder that holds config.json and the safetensors, or a file in GGUF format"
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 from garrulax import models
 from garrulax.core.config import ModelConfig
+from garrulax.hub.files import is_file
 from garrulax.hub.json_files import read_object
 
 FILE = "generation_config.json"
@@ -19,7 +20,7 @@ def read_generation(folder: Path) -> dict[str, Any]:
         ValueError: It is not a JSON object, or its `eos_token_id` is no token id.
     """
     path = folder / FILE
-    if not path.is_file():
+    if not is_file(path):
         return {}
     content = read_object(path)
     try:

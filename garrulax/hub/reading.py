@@ -16,10 +16,12 @@ from jax.typing import DTypeLike
 
 from garrulax.core import sharding, spec
 from garrulax.core.config import ModelConfig
+from garrulax.core.dtypes import parameter_dtype
 from garrulax.core.hf_keys import without
 from garrulax.core.names import nearest
 from garrulax.hub import streaming
 from garrulax.hub.download import find_folder
+from garrulax.hub.files import is_file
 from garrulax.hub.generation import read_generation, with_ends
 from garrulax.hub.gguf import GGUFModel, open_gguf, read_gguf_config, read_gguf_tokenizer
 from garrulax.hub.json_files import read_object
@@ -58,7 +60,8 @@ def load(
         rules: Name or table of sharding rules (`core.sharding`); used only with a mesh.
         only: top-level names of the parameters to read, such as ("tokens", "head"); None reads all.
         ignore: Keys of config.json to leave out, as if the file did not have them, such as ["sparsity"] or
-            ["rope_scaling.finetuned"]: a way past keys that are refused but do not change what the model computes.
+            ["rope_scaling.finetuned"]: a way past keys that are refused but do not change what the model computes. Of a
+            GGUF file, keys of its metadata, such as ["llama.logit_scale"].
 
     Returns:
         The model; its tokenizer is None if the folder or file has none. The end tokens in generation_config.json win
@@ -68,7 +71,8 @@ def load(
         FileNotFoundError: The folder or a file in it is missing.
         TypeError: `ignore` is one string.
         ValueError: A key of config.json is not implemented, or is unknown and may change what the model computes; or a
-            tensor is missing, unknown or of another shape. The message names the keys or tensors.
+            tensor is missing, unknown or of another shape; or `ignore` names a key that is not there, or `dtype` is
+            none. The message names the keys or tensors.
 
     Example:
         >>> import jax, garrulax as gx
@@ -80,6 +84,8 @@ def load(
         >>> model.config == config, model.params["tokens"].dtype.name
         (True, 'bfloat16')
     """
+    if dtype is not None and not (isinstance(dtype, str) and dtype == "stored"):
+        dtype = parameter_dtype(dtype)
     checkpoint = open_checkpoint(find_folder(path), ignore)
     generation = read_generation(checkpoint.folder)
     specs = {name: tree for name, tree in checkpoint.specs.items() if only is None or name in only}
@@ -115,7 +121,7 @@ class Checkpoint:
 def open_checkpoint(folder: Path, ignore: Collection[str] = ()) -> Checkpoint:
     """The checkpoint in a folder or GGUF file, checked; reads config.json and headers only. Raises as `load` does."""
     if folder.is_file():
-        found = open_gguf(folder, family_of)
+        found = open_gguf(folder, family_of, ignore)
         return Checkpoint(folder, found.config, found.specs, found.tensors, found)
     config = config_in(folder, ignore)
     if (folder / "adapter_config.json").exists():
@@ -129,7 +135,7 @@ def load_config(path: str | Path, ignore: Collection[str] = ()) -> ModelConfig:
 
     Args:
         path: The folder, file or name.
-        ignore: Keys of config.json to leave out, as in `load`.
+        ignore: Keys of config.json, or of a GGUF file's metadata, to leave out, as in `load`.
 
     Raises:
         FileNotFoundError: As `load` does.
@@ -152,8 +158,9 @@ def load_config(path: str | Path, ignore: Collection[str] = ()) -> ModelConfig:
 def config_in(folder: Path, ignore: Collection[str] = ()) -> ModelConfig:
     """The Config of a local folder or GGUF file. Raises as `load` does."""
     if folder.is_file():
-        return read_gguf_config(folder, family_of)[3]
-    return parse_config(without(read_config_json(folder), ignore), str(folder / "config.json"))
+        return read_gguf_config(folder, family_of, ignore)[3]
+    label = str(folder / "config.json")
+    return parse_config(without(read_config_json(folder), ignore, label), label)
 
 
 def parse_config(raw: dict[str, Any], label: str = "config.json") -> ModelConfig:
@@ -168,7 +175,7 @@ def parse_config(raw: dict[str, Any], label: str = "config.json") -> ModelConfig
 def read_config_json(folder: Path) -> dict[str, Any]:
     """The parsed config.json of a folder. Raises FileNotFoundError, or ValueError if it is not a JSON object."""
     path = folder / "config.json"
-    if not path.is_file():
+    if not is_file(path):
         if (folder / "adapter_config.json").exists():
             raise FileNotFoundError(
                 f"{folder} has no config.json: it is an adapter (adapter_config.json), not a model; merge it into its "

@@ -19,6 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from garrulax.hub.files import is_there
 from garrulax.hub.json_files import INDEX_BYTES, parse_object, read_object
 
 FILE = "model.safetensors"
@@ -90,7 +91,7 @@ def open_tensors(folder: Path) -> dict[str, StoredTensor]:
     """The tensors of the checkpoint in `folder`, by name. Reads only headers.
 
     Raises:
-        FileNotFoundError: There are no safetensors.
+        FileNotFoundError: There are no safetensors, or one of them is a link to nothing.
         ValueError: A file is damaged, or a name is in two files.
     """
     tensors: dict[str, StoredTensor] = {}
@@ -111,7 +112,7 @@ def read_index(folder: Path) -> dict[str, str]:
     Raises:
         ValueError: It is damaged, or names something else than files of the folder.
     """
-    if (folder / FILE).exists() or not (folder / INDEX).exists():
+    if is_there(folder / FILE) or not is_there(folder / INDEX):
         return {}
     index = read_object(folder / INDEX, INDEX_BYTES, unique=True).get("weight_map")
     if not isinstance(index, dict) or not index or not all(isinstance(file, str) for file in index.values()):
@@ -127,10 +128,10 @@ def read_index(folder: Path) -> dict[str, str]:
 
 def _files(folder: Path) -> list[Path]:
     """The safetensors files of a folder. With an index: the files that it names and that exist."""
-    if (folder / FILE).exists():
+    if is_there(folder / FILE):
         return [_plain_file(folder / FILE)]
     if index := read_index(folder):
-        return [_plain_file(folder / name) for name in sorted(set(index.values())) if (folder / name).exists()]
+        return [_plain_file(folder / name) for name in sorted(set(index.values())) if is_there(folder / name)]
     found = sorted(folder.glob("*.safetensors"))
     if len(found) == 1:
         return [_plain_file(found[0])]
@@ -145,9 +146,9 @@ def is_printable_name(name: str) -> bool:
 
 
 def _plain_file(path: Path) -> Path:
-    """`path`, which may be a link. Raises ValueError if it is not a file."""
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file")
+    """`path`, which may be a link. Raises ValueError if it is not a file, FileNotFoundError for a link to nothing."""
+    if not is_there(path) or not path.is_file():
+        raise ValueError(f"{path} is not a file{' but a folder' if path.is_dir() else ''}")
     return path
 
 

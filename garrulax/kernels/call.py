@@ -4,6 +4,7 @@ import dataclasses
 from typing import NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 
 from garrulax.kernels.mask import Rule, Streams
@@ -68,6 +69,32 @@ class Operands:
     steps: jax.Array | None = None
     seeds: jax.Array | None = None
     sinks: jax.Array | None = None
+
+
+class LogSumExp(NamedTuple):
+    """lse, the logarithm of the sum of exp(score) over the keys of each query, as the sum of two parts.
+
+    Two, because a float32 of the size of 1e9, as in additive masks, has no digits left for the logarithm of a number of
+    keys. The probability exp(score - lse) is exp((score - top) - rest): the first difference is exact where it matters.
+
+    Attributes:
+        top: [B, H, T], in at least float32: the greatest score, or any number close to lse; -inf for a query that
+            attends to no key.
+        rest: Of the same shape and dtype: lse - top, 0 for a query that attends to no key.
+    """
+
+    top: jax.Array
+    rest: jax.Array
+
+    @property
+    def value(self) -> jax.Array:
+        """lse, rounded to one number."""
+        return self.top + self.rest
+
+    @classmethod
+    def rounded(cls, lse: jax.Array) -> "LogSumExp":
+        """From an lse that is known as one number."""
+        return cls(lse, jnp.zeros_like(lse))
 
 
 class Gradients(NamedTuple):

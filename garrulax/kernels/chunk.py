@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from garrulax.core.dtypes import at_least_float32
 from garrulax.kernels import dropout
-from garrulax.kernels.call import Gradients, Operands, Options
+from garrulax.kernels.call import Gradients, LogSumExp, Operands, Options
 
 INDEX = "index of the token"  # int32 stream of queries and keys, there if the request has dropout, which hashes it
 
@@ -35,13 +35,13 @@ class GradientInputs(NamedTuple):
     """Arrays of a chunk of queries that its backward pass reads for every chunk of keys.
 
     Attributes:
-        lse: [b, H, t].
+        lse: [b, H, t], with `top` = inf for a query that is to add no gradient.
         delta: [b, H, t], sum of output * cotangent over the width.
         cotangent: Of the output, [b, H, t, Cv].
         transposed: The queries [b·K, C, G·t] and the cotangent [b·K, Cv, G·t], for the gradients of keys and values.
     """
 
-    lse: jax.Array
+    lse: LogSumExp
     delta: jax.Array
     cotangent: jax.Array
     transposed: tuple[jax.Array, jax.Array]
@@ -91,12 +91,13 @@ def merge(x: PartialSoftmax, y: PartialSoftmax) -> PartialSoftmax:
     return PartialSoftmax(x.weighted * a[..., None] + y.weighted * b[..., None], x.total * a + y.total * b, top)
 
 
-def normalise(state: PartialSoftmax) -> tuple[jax.Array, jax.Array]:
+def normalise(state: PartialSoftmax) -> tuple[jax.Array, LogSumExp]:
     """Output [b, H, t, Cv] and lse [b, H, t]; 0 and -inf for a query that attends to no key."""
-    return state.weighted / jnp.where(state.total == 0, 1, state.total)[..., None], state.top + jnp.log(state.total)
+    total = jnp.where(state.total == 0, 1, state.total)
+    return state.weighted / total[..., None], LogSumExp(state.top, jnp.log(total))
 
 
-def gradient_inputs(query: jax.Array, K: int, lse: jax.Array, delta: jax.Array, cotangent: jax.Array) -> GradientInputs:
+def gradient_inputs(query: jax.Array, K: int, lse: LogSumExp, delta: jax.Array, cotangent: jax.Array) -> GradientInputs:
     """`GradientInputs` of queries [b, H, t, C] over K key heads."""
     # The barrier makes XLA transpose once for all chunks of keys instead of within each product.
     transposed = jax.lax.optimization_barrier(tuple(_by_key_head(x, K).swapaxes(1, 2) for x in (query, cotangent)))
@@ -118,8 +119,8 @@ def gradients(options: Options, operands: Operands, inputs: GradientInputs, mask
     """
     o, cotangent = operands, inputs.cotangent
     x, slope = _scores(options, o, mask)  # [b, H, t, s]
-    # A score never exceeds lse but by rounding, which is large where scores are: the minimum keeps p at most 1.
-    p = jnp.exp(jnp.minimum(x - inputs.lse[..., None], 0))
+    # A score exceeds lse only by rounding, which is large where scores are: the minimum keeps p at most 1.
+    p = jnp.exp(jnp.minimum(x - inputs.lse.top[..., None] - inputs.lse.rest[..., None], 0))
     dp = _dropped(_product(cotangent, o.value, 2), options, o)
     ds = p * (dp - inputs.delta[..., None])  # of the scores, after the soft-cap
     d_product = (ds * (slope * options.scale)).astype(o.query.dtype)  # of query·key

@@ -10,14 +10,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from garrulax.kernels import blocks, picking
-from garrulax.kernels.call import Gradients, Operands, Options
+from garrulax.kernels import blocks, large_scores, picking
+from garrulax.kernels.call import Gradients, LogSumExp, Operands, Options
 from garrulax.kernels.gpu.backward import backward
 from garrulax.kernels.gpu.block_lists import lists_of
 from garrulax.kernels.gpu.forward import HopperForwardSizes, choose_sizes, forward
 from garrulax.kernels.gpu.products import pad_widths
 from garrulax.kernels.passes import ForwardBackward
-from garrulax.kernels.xla import Chunked
 
 WIDEST = 256  # columns of one of Hopper's matrix instructions
 HOPPER, BLACKWELL = "sm_90", "sm_100"
@@ -64,10 +63,11 @@ class GPUAttention(ForwardBackward):
             return f"it is written for GPUs of compute capability {' and '.join(written)}, not {capability}"
         return None
 
-    def forward(self, options: Options, operands: Operands) -> tuple[jax.Array, jax.Array]:
+    def forward(self, options: Options, operands: Operands) -> tuple[jax.Array, LogSumExp]:
         """Output and lse, as `ForwardBackward.forward` describes them."""
         with jax.enable_x64(False):  # indices in the kernels would be int64, which they do not take
-            return self._forward(options, operands)
+            out, lse = self._forward(options, operands)
+            return out, LogSumExp.rounded(lse)
 
     def _forward(self, options: Options, operands: Operands) -> tuple[jax.Array, jax.Array]:
         T, Cv = operands.query.shape[1], operands.value.shape[3]
@@ -85,13 +85,13 @@ class GPUAttention(ForwardBackward):
         return out[:, :T, :, :Cv], lse[:, :, :T]
 
     def backward(
-        self, options: Options, operands: Operands, lse: jax.Array, delta: jax.Array, cotangent: jax.Array
+        self, options: Options, operands: Operands, lse: LogSumExp, delta: jax.Array, cotangent: jax.Array
     ) -> Gradients:
         """Gradients, as `ForwardBackward.backward` describes them."""
         if operands.bias is not None or operands.steps is not None or self._architecture(operands) == BLACKWELL:
-            return Chunked().backward(options, operands, lse, delta, cotangent)
+            return large_scores.backward_by_xla(options, operands, lse, delta, cotangent)
         with jax.enable_x64(False):
-            return backward(options, operands, lse, delta, cotangent, self.interpret)
+            return backward(options, operands, lse.value, delta, cotangent, self.interpret)
 
     def _architecture(self, operands: Operands) -> str:
         return self.architecture or picking.architecture(picking.target_device(operands)) or HOPPER

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from garrulax.kernels.call import LogSumExp
+
 
 def merge(outs: jax.Array | Sequence[jax.Array], lses: jax.Array | Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Attention over all keys, from attention over each of N parts of them.
@@ -20,20 +22,24 @@ def merge(outs: jax.Array | Sequence[jax.Array], lses: jax.Array | Sequence[jax.
         out [B, T, H, Cv] in the dtype of outs and lse [B, H, T] in that of lses; 0 and -inf for a query that attends
         to no key of any part.
     """
-    outs, lses = jnp.stack(list(outs)), jnp.stack(list(lses))  # [N, B, T, H, Cv], [N, B, H, T]
-    top = jax.lax.stop_gradient(lses.max(axis=0))  # any finite value is right; the maximum avoids overflow
-    top = jnp.where(jnp.isneginf(top), 0, top)
-    weights = jnp.exp(lses - top)  # [N, B, H, T]
-    total = weights.sum(axis=0)
-    empty = total == 0
-    total = jnp.where(empty, 1, total)
+    lses = jnp.stack(list(lses))
+    out, lse = merge_parts(jnp.stack(list(outs)), LogSumExp.rounded(lses))
+    return out, lse.value
+
+
+def merge_parts(outs: jax.Array, lses: LogSumExp) -> tuple[jax.Array, LogSumExp]:
+    """As `merge`, for outs [N, B, T, H, Cv] and lses whose two parts are [N, B, H, T] each."""
+    top = jax.lax.stop_gradient(lses.top.max(axis=0))  # any number near it is right; the maximum avoids overflow
+    empty = jnp.isneginf(top)
+    weights = jnp.exp(lses.top - jnp.where(empty, 0, top) + lses.rest)  # [N, B, H, T]
+    total = jnp.where(empty, 1, weights.sum(axis=0))
     shares = (weights / total).swapaxes(2, 3)[..., None]  # [N, B, T, H, 1]
     out = jnp.sum(outs * shares, axis=0).astype(outs.dtype)
-    return out, jnp.where(empty, -jnp.inf, top + jnp.log(total))
+    return out, LogSumExp(top, jnp.log(total))
 
 
-def with_sinks(out: jax.Array, lse: jax.Array, sinks: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Adds sinks to a finished attention.
+def with_sinks(out: jax.Array, lse: LogSumExp, sinks: jax.Array | None) -> tuple[jax.Array, LogSumExp]:
+    """Adds sinks to a finished attention. Differentiable.
 
     A sink is one more key, with its logit as score and a value of 0.
 
@@ -47,6 +53,11 @@ def with_sinks(out: jax.Array, lse: jax.Array, sinks: jax.Array | None) -> tuple
     """
     if sinks is None:
         return out, lse
-    sinks = sinks.astype(lse.dtype)[:, None]  # [H, 1]
-    share_of_keys = jax.nn.sigmoid(lse - sinks).swapaxes(1, 2)[..., None]  # exp(lse) / (exp(lse) + exp(sink))
-    return (out * share_of_keys).astype(out.dtype), jnp.logaddexp(lse, sinks)
+    sinks = sinks.astype(lse.top.dtype)[:, None]  # [H, 1]
+    top = jax.lax.stop_gradient(jnp.maximum(lse.top, sinks))
+    empty = jnp.isneginf(top)
+    shift = jnp.where(empty, 0, top)
+    keys = jnp.exp(lse.top - shift + lse.rest)  # exp(lse), divided by exp(top)
+    total = jnp.where(empty, 1, keys + jnp.exp(sinks - shift))
+    share = (keys / total).swapaxes(1, 2)[..., None]
+    return (out * share).astype(out.dtype), LogSumExp(top, jnp.log(total))

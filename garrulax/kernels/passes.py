@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from garrulax.kernels.call import EMPTY_ROW_LSE, Gradients, Operands, Options
+from garrulax.kernels.call import EMPTY_ROW_LSE, Gradients, LogSumExp, Operands, Options
 from garrulax.kernels.parts import with_sinks
 
 
@@ -37,7 +37,7 @@ class ForwardBackward(abc.ABC):
         """Why it cannot compute this request (the operands may be abstract), or None where it can."""
 
     @abc.abstractmethod
-    def forward(self, options: Options, operands: Operands) -> tuple[jax.Array, jax.Array]:
+    def forward(self, options: Options, operands: Operands) -> tuple[jax.Array, LogSumExp]:
         """The forward pass.
 
         Returns:
@@ -48,7 +48,7 @@ class ForwardBackward(abc.ABC):
 
     @abc.abstractmethod
     def backward(
-        self, options: Options, operands: Operands, lse: jax.Array, delta: jax.Array, cotangent: jax.Array
+        self, options: Options, operands: Operands, lse: LogSumExp, delta: jax.Array, cotangent: jax.Array
     ) -> Gradients:
         """The backward pass.
 
@@ -57,7 +57,7 @@ class ForwardBackward(abc.ABC):
         Args:
             options: Static part of the request.
             operands: Arrays of the request.
-            lse: [B, H, T], `EMPTY_ROW_LSE` for queries that attend to no key.
+            lse: [B, H, T], with `EMPTY_ROW_LSE` as `top` for queries that attend to no key.
             delta: Sum of output * cotangent over the width, [B, H, T] in the dtype of lse.
             cotangent: Of the output, [B, T, H, Cv].
 
@@ -75,7 +75,7 @@ def _attention(passes: ForwardBackward, options: Options, operands: Operands) ->
     return forward(passes, options, operands)[0]
 
 
-def forward(passes: ForwardBackward, options: Options, operands: Operands) -> tuple[jax.Array, jax.Array]:
+def forward(passes: ForwardBackward, options: Options, operands: Operands) -> tuple[jax.Array, LogSumExp]:
     """Output and lse of `ForwardBackward.forward`, with the sinks in both."""
     sinks, operands = operands.sinks, dataclasses.replace(operands, sinks=None)
     out, lse = _vmap_as_batch(lambda x: passes.forward(options, x))(operands)
@@ -87,7 +87,7 @@ def backward(
     options: Options,
     operands: Operands,
     out: jax.Array,
-    lse: jax.Array,
+    lse: LogSumExp,
     cotangent: jax.Array,
 ) -> Operands:
     """Cotangents of all operands.
@@ -103,19 +103,19 @@ def backward(
     Returns:
         Operands that hold the cotangent of each operand; zeros for operands that are not learned.
     """
-    delta = jnp.einsum("BTHC,BTHC->BHT", out, cotangent, preferred_element_type=lse.dtype)  # [B, H, T]
+    delta = jnp.einsum("BTHC,BTHC->BHT", out, cotangent, preferred_element_type=lse.top.dtype)  # [B, H, T]
     sinks = operands.sinks
     without_sinks = dataclasses.replace(operands, sinks=None)
 
     def run(operands, lse, delta, cotangent):
         return passes.backward(options, operands, lse, delta, cotangent)
 
-    finite_lse = jnp.where(jnp.isneginf(lse), EMPTY_ROW_LSE, lse)
+    finite_lse = lse._replace(top=jnp.where(jnp.isneginf(lse.top), EMPTY_ROW_LSE, lse.top))
     gradients = _vmap_as_batch(run)(without_sinks, finite_lse, delta, cotangent)
     result = jax.tree.map(zero_cotangent, operands)
     if sinks is not None:
         # A sink is a key with value 0: of p * (cotangent·value - delta) only -p * delta is left.
-        p = jnp.exp(sinks.astype(lse.dtype)[:, None] - finite_lse)  # [B, H, T]
+        p = jnp.exp(sinks.astype(delta.dtype)[:, None] - finite_lse.top - finite_lse.rest)  # [B, H, T]
         result = dataclasses.replace(result, sinks=-jnp.sum(p * delta, axis=(0, 2)).astype(sinks.dtype))
     return dataclasses.replace(result, **{name: x for name, x in gradients._asdict().items() if x is not None})
 

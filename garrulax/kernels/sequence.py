@@ -22,8 +22,8 @@ import jax.numpy as jnp
 
 from garrulax.core.dtypes import at_least_float32
 from garrulax.kernels.blocks import block_map
-from garrulax.kernels.call import Gradients, Implementation, Operands, Options
-from garrulax.kernels.parts import merge
+from garrulax.kernels.call import Gradients, Implementation, LogSumExp, Operands, Options
+from garrulax.kernels.parts import merge_parts
 from garrulax.kernels.passes import ForwardBackward
 
 Axes = tuple[str, ...]
@@ -104,11 +104,11 @@ class AllGatherPasses(ForwardBackward):
     def unsupported_reason(self, options: Options, operands: Operands) -> str | None:
         return self.inner.unsupported_reason(options, _gathered_shapes(operands, self.parts))
 
-    def forward(self, options: Options, operands: Operands) -> tuple[jax.Array, jax.Array]:
+    def forward(self, options: Options, operands: Operands) -> tuple[jax.Array, LogSumExp]:
         return self.inner.forward(options, _gather(operands, self.axes))
 
     def backward(
-        self, options: Options, operands: Operands, lse: jax.Array, delta: jax.Array, cotangent: jax.Array
+        self, options: Options, operands: Operands, lse: LogSumExp, delta: jax.Array, cotangent: jax.Array
     ) -> Gradients:
         result = self.inner.backward(options, _gather(operands, self.axes), lse, delta, cotangent)
         return result._replace(key=self._scatter(result.key), value=self._scatter(result.value))
@@ -145,7 +145,7 @@ class RingPasses(ForwardBackward):
         bias = None if operands.bias is None else _with_size(operands.bias, 3, length)
         return self.inner.unsupported_reason(options, dataclasses.replace(operands, bias=bias))
 
-    def forward(self, options: Options, operands: Operands) -> tuple[jax.Array, jax.Array]:
+    def forward(self, options: Options, operands: Operands) -> tuple[jax.Array, LogSumExp]:
         def compute(part):
             return self.inner.forward(options, part)
 
@@ -158,15 +158,15 @@ class RingPasses(ForwardBackward):
             (out, lse), travelling = carry
             arriving = self._pass_on(travelling)  # may arrive while `part` is computed
             part = run(travelling, i)
-            merged = merge((out, part[0].astype(wide)), (lse, part[1]))
-            return (merged, arriving), None
+            both = jax.tree.map(lambda x, y: jnp.stack([x, y.astype(x.dtype)]), (out, lse), part)
+            return (merge_parts(*both), arriving), None
 
         carry = ((out.astype(wide), lse), self._pass_on(travelling))
         ((out, lse), _), _ = jax.lax.scan(step, carry, jnp.arange(1, self.parts, dtype=jnp.int32))
         return out.astype(operands.query.dtype), lse
 
     def backward(
-        self, options: Options, operands: Operands, lse: jax.Array, delta: jax.Array, cotangent: jax.Array
+        self, options: Options, operands: Operands, lse: LogSumExp, delta: jax.Array, cotangent: jax.Array
     ) -> Gradients:
         def compute(part):
             return self.inner.backward(options, part, lse, delta, cotangent)
@@ -241,10 +241,11 @@ def sum_over_devices(x: jax.Array, axes: Axes) -> jax.Array:
     return jax.lax.psum(x.astype(at_least_float32(x.dtype)), axes).astype(x.dtype)
 
 
-def _empty_output(shapes: tuple) -> tuple[jax.Array, jax.Array]:
+def _empty_output(shapes: tuple) -> tuple[jax.Array, LogSumExp]:
     """Output and lse of queries that attend to no key."""
     out, lse = shapes
-    return jnp.zeros(out.shape, out.dtype), jnp.full(lse.shape, -jnp.inf, lse.dtype)
+    nothing = jnp.full(lse.top.shape, -jnp.inf, lse.top.dtype)
+    return jnp.zeros(out.shape, out.dtype), LogSumExp.rounded(nothing)
 
 
 def _zeros(shapes: Any) -> Any:

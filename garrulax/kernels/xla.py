@@ -16,7 +16,7 @@ import numpy as np
 
 from garrulax.core.dtypes import at_least_float32, int32_indices
 from garrulax.kernels import blocks, chunk
-from garrulax.kernels.call import EMPTY_ROW_LSE, Gradients, Operands, Options
+from garrulax.kernels.call import Gradients, LogSumExp, Operands, Options
 from garrulax.kernels.mask import KRange
 from garrulax.kernels.passes import ForwardBackward
 
@@ -36,7 +36,7 @@ class Chunked(ForwardBackward):
     def unsupported_reason(self, options: Options, operands: Operands) -> str | None:
         return None
 
-    def forward(self, options: Options, operands: Operands) -> tuple[jax.Array, jax.Array]:
+    def forward(self, options: Options, operands: Operands) -> tuple[jax.Array, LogSumExp]:
         o = _with_indices(operands)
         if self._is_small(o):
             out, lse = chunk.normalise(chunk.partial_softmax(options, _heads_first(o), chunk.mask_of(options, o)))
@@ -57,16 +57,17 @@ class Chunked(ForwardBackward):
             out = out.swapaxes(1, 2).astype(o.query.dtype)  # [b, t, H, Cv]
             b, first = grid.start(i)
             # Where the last chunk of queries overlaps the one before, this writes the same values again.
-            return (_write(results[0], _to_bits(out), b, first, 0, 0), _write(results[1], lse, b, 0, first)), None
+            lse = jax.tree.map(lambda x, part: _write(x, part, b, 0, first), results[1], lse)
+            return (_write(results[0], _to_bits(out), b, first, 0, 0), lse), None
 
         (B, T, H, _), C = o.query.shape, o.value.shape[-1]
         dtype = at_least_float32(o.query.dtype)
-        results = _to_bits(jnp.zeros((B, T, H, C), o.query.dtype)), jnp.zeros((B, H, T), dtype)
+        results = _to_bits(jnp.zeros((B, T, H, C), o.query.dtype)), LogSumExp.rounded(jnp.zeros((B, H, T), dtype))
         (out, lse), _ = jax.lax.scan(row, results, jnp.arange(grid.total, dtype=jnp.int32))
         return _from_bits(out, o.query.dtype), lse
 
     def backward(
-        self, options: Options, operands: Operands, lse: jax.Array, delta: jax.Array, cotangent: jax.Array
+        self, options: Options, operands: Operands, lse: LogSumExp, delta: jax.Array, cotangent: jax.Array
     ) -> Gradients:
         o = _with_indices(operands)
         if self._is_small(o):
@@ -88,11 +89,11 @@ class Chunked(ForwardBackward):
                 more = chunk.gradients(options, part, inputs, mask)
                 return carry[0] + more.query, grid.add(carry[1], more, i, column)
 
-            carry = jnp.zeros(queries.query.shape, lse.dtype), sums
+            carry = jnp.zeros(queries.query.shape, delta.dtype), sums
             query, sums = _loop_over_columns(order, i, step, carry)
             return sums._replace(query=_add(sums.query, query.swapaxes(1, 2), *grid.start(i), 0, 0)), None
 
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, lse.dtype), _learned(o))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, delta.dtype), _learned(o))
         key, value = (x.transpose(0, 2, 3, 1) for x in (zeros.key, zeros.value))  # [B, K, C, S], as `chunk.gradients`
         rows = jnp.arange(grid.total, dtype=jnp.int32)
         sums, _ = jax.lax.scan(row, zeros._replace(key=key, value=value), rows)
@@ -176,14 +177,15 @@ class _ChunkGrid(NamedTuple):
         return dataclasses.replace(o, key=key, value=value, key_streams=streams, bias=bias)
 
     def gradient_inputs(
-        self, queries: Operands, lse: jax.Array, delta: jax.Array, cotangent: jax.Array, i: jax.Array
+        self, queries: Operands, lse: LogSumExp, delta: jax.Array, cotangent: jax.Array, i: jax.Array
     ) -> chunk.GradientInputs:
         """`chunk.GradientInputs` of the queries of row i."""
         at, n = self.start(i), self.t
-        _, repeated = _tokens_of_chunks(lse.shape[2], n)
-        lse, delta = self._slice(lse, at, n, axis=2), self._slice(delta, at, n, axis=2)
+        _, repeated = _tokens_of_chunks(delta.shape[2], n)
+        top, rest, delta = (self._slice(x, at, n, axis=2) for x in (lse.top, lse.rest, delta))
         if repeated.any():  # with this lse the probabilities of a repeated query are 0, so it adds no gradient
-            lse = jnp.where(self._slice(jnp.asarray(repeated)[None], (0, at[1]), n), EMPTY_ROW_LSE, lse)
+            top = jnp.where(self._slice(jnp.asarray(repeated)[None], (0, at[1]), n), jnp.inf, top)
+        lse = LogSumExp(top, rest)
         lse, delta = _materialise((lse, delta), i)
         cotangent = self._slice(cotangent, at, n).swapaxes(1, 2)  # [b, H, t, Cv]
         return chunk.gradient_inputs(queries.query, queries.key.shape[2], lse, delta, cotangent)

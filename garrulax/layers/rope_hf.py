@@ -30,6 +30,8 @@ _REQUIRED = {
 }
 
 
+#: Older names of kinds: files of Phi-3 from its first months say su.
+_OLD_NAMES = {"su": "longrope"}
 _PINNED = {"partial_rotary_factor": 1}  # further keys, with the one value that is computed anyway
 _PINNED_YARN = _PINNED | {"attn_factor": 1, "extrapolation_factor": 1}
 
@@ -66,7 +68,8 @@ def rope_from_hf(raw: Mapping[str, Any], context: int) -> Rope:
 def _read(settings: Any, theta: float | None, context: int) -> Rope:
     if not isinstance(settings, dict):
         raise ValueError(f"config.json: the RoPE settings must be an object, not {settings!r}")
-    kinds = [settings[name] for name in ("rope_type", "type") if settings.get(name) is not None] or ["default"]
+    named = [settings[name] for name in ("rope_type", "type") if settings.get(name) is not None] or ["default"]
+    kinds = [_OLD_NAMES.get(name, name) if isinstance(name, str) else name for name in named]
     kind = kinds[0]
     if kind not in KINDS:
         raise ValueError(f"config.json: RoPE kind {kind!r} is not implemented: only {', '.join(KINDS)}")
@@ -84,7 +87,8 @@ def _read(settings: Any, theta: float | None, context: int) -> Rope:
         )
     missing = [key for key in _REQUIRED[kind] if settings.get(key) is None]
     if missing:
-        raise ValueError(f"config.json: RoPE kind {kind!r} lacks {', '.join(missing)}")
+        old = f" ({named[0]!r} in the file, its older name)" if named[0] != kind else ""
+        raise ValueError(f"config.json: RoPE kind {kind!r}{old} lacks {', '.join(missing)}")
     thetas = {_theta(t) for t in (settings.get("rope_theta"), theta) if t is not None} or {10_000.0}
     if len(thetas) > 1:
         raise ValueError(f"config.json gives two values of rope_theta: {', '.join(map(str, sorted(thetas)))}")

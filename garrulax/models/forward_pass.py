@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from garrulax.core import sharding, spec
 from garrulax.core.blanks import Blanks
 from garrulax.core.config import ModelConfig
+from garrulax.core.dtypes import parameter_dtype
 from garrulax.kernels.mask import Mask
 from garrulax.layers.cache import Cache, make_cache
 from garrulax.layers.call import Call, default_positions, mask_and_cache
@@ -59,7 +60,7 @@ def init(
         Nested dicts of arrays; the layers are stacked on the leading axis of everything under `blocks`.
 
     Raises:
-        ValueError: The mesh does not divide a dimension.
+        ValueError: The mesh does not divide a dimension, or `dtype` is no dtype of parameters.
 
     Example:
         >>> import jax, garrulax as gx
@@ -67,7 +68,7 @@ def init(
         >>> params["tokens"].shape, params["blocks"]["mlp"]["up"].shape
         ((4096, 128), (4, 128, 512))
     """
-    dtype = jnp.dtype(dtype)
+    dtype = parameter_dtype(dtype)
     if mesh is None:
         return _init_on_one_device(key, config, dtype)
     places = sharding.shardings(parameters(config), mesh, rules)

@@ -139,7 +139,8 @@ class Corpus:
             keys.append(_key(encoded))
             sizes.append(len(encoded))
         if not keys:
-            raise ValueError(f"the corpus is empty: no text in {', '.join(map(str, self.sources))}")
+            where = f"no text in {', '.join(map(str, self.sources))}" if self.sources else "it names no file or folder"
+            raise ValueError(f"the corpus is empty: {where}")
         documents, size = len(keys), sum(sizes)
         threshold, max_bytes = None, self.fraction * size
         if self.valid_sources is None:
@@ -214,6 +215,8 @@ def _documents(sources: Sequence[str | os.PathLike]) -> Iterator[Document]:
         if str(source) == STDLIB and not Path(STDLIB).exists():
             yield from _standard_library()
             continue
+        if not _is_there(source):
+            raise FileNotFoundError(_not_found(sources))
         for file in _files(source):
             yield from (document for document in _read(file) if document.text)
 
@@ -226,10 +229,18 @@ def _files(source: str | os.PathLike) -> list[Path]:
     if path.is_dir():
         inside = (file for file in path.rglob("*") if file.is_file())
         return sorted(f for f in inside if not any(part.startswith(".") for part in f.relative_to(path).parts))
-    found = sorted(Path(file) for file in glob.glob(source, recursive=True) if os.path.isfile(file))
-    if not found:
-        raise FileNotFoundError(f"no text at {source}: no such file or folder, and no file matches it as a pattern")
-    return found
+    return sorted(Path(file) for file in glob.glob(source, recursive=True) if os.path.isfile(file))
+
+
+def _is_there(source: str | os.PathLike) -> bool:
+    return str(source) == STDLIB or Path(expanded(source)).is_dir() or bool(_files(source))
+
+
+def _not_found(sources: Sequence[str | os.PathLike]) -> str:
+    """An error message that names all sources without a file: several may be one name with a comma in it."""
+    lacking = [expanded(source) for source in sources if not _is_there(source)]
+    comma = " (a comma separates names, unless a file has the whole name)" if len(sources) > 1 else ""
+    return f"no text at {', '.join(lacking)}: no such file or folder, and no file matches it as a pattern{comma}"
 
 
 def _read(file: Path) -> Iterator[Document]:

@@ -75,6 +75,7 @@ def test_named_templates(tmp_path):
     [
         {}, {"add_prefix_space": True}, {"add_bos_token": True, "bos_token": "<|endoftext|>"},
         {"add_prefix_space": True, "add_bos_token": True, "bos_token": "<|endoftext|>"},
+        {"add_bos_token": True}, {"add_bos_token": True, "bos_token": None},
     ],
 )  # fmt: skip
 def test_flags_of_vocab_and_merges(tmp_path, flags):
@@ -82,6 +83,23 @@ def test_flags_of_vocab_and_merges(tmp_path, flags):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"} | flags))
     ours, theirs = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in ("Hello", " Hello", "def f():\n    return 1", "🙂 é"):
+        assert ours.prompt(text) == theirs(text)["input_ids"]
+
+
+@pytest.mark.parametrize("flag", [{}, {"add_prefix_space": False}, {"add_prefix_space": True}])
+@pytest.mark.parametrize("named", [None, "GPT2Tokenizer", "GPTNeoXTokenizerFast", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("model_type", [None, "gpt2", "opt", "gpt_neox", "qwen2", "llama", "falcon"])
+@pytest.mark.parametrize("in_file", [False, True])
+def test_the_space_in_front_beside_tokenizer_json(tmp_path, flag, named, model_type, in_file):
+    library = made.byte_level_bpe()
+    library.pre_tokenizer = made.hf.pre_tokenizers.ByteLevel(add_prefix_space=in_file)
+    library.save(str(tmp_path / "tokenizer.json"))
+    config = flag | ({} if named is None else {"tokenizer_class": named})
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    if model_type is not None:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    ours, theirs = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("Hello", " Hello", "def parrot"):  # Qwen2Tokenizer cuts lines and numbers by its own rule
         assert ours.prompt(text) == theirs(text)["input_ids"]
 
 

@@ -7,6 +7,7 @@ time (`tensors.BlockTensor`); codes that stay quantised in memory would start fr
 
 from pathlib import Path
 
+from garrulax.hub.files import is_file, is_there
 from garrulax.hub.gguf.checkpoint import GGUFModel, open_gguf, read_gguf_config
 from garrulax.hub.gguf.container import read_container
 from garrulax.hub.gguf.tokenizer import read_gguf_tokenizer
@@ -23,8 +24,8 @@ __all__ = [
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a path is a GGUF file: by its ending, or by how it begins."""
-    if not path.is_file():
+    """Whether a path is a GGUF file: by its ending, or by how it begins. Raises as `is_file` does."""
+    if not is_file(path):
         return False
     if path.suffix.lower() == ".gguf":
         return True
@@ -38,7 +39,7 @@ def find_gguf(folder: Path) -> Path | None:
     Raises:
         ValueError: There are several; the message names them.
     """
-    if (folder / "config.json").exists():
+    if is_there(folder / "config.json"):
         return None
     found = sorted(folder.glob("*.gguf"))
     first = [path for path in found if "-of-" not in path.stem or "-00001-of-" in path.stem]

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ import numpy as np
 
 from garrulax.core import spec
 from garrulax.core.config import ModelConfig
+from garrulax.core.hf_keys import without
 from garrulax.hub.gguf.architectures import ARCHITECTURES, Architecture, Raw, Settings
 from garrulax.hub.gguf.blocks import FORMATS
 from garrulax.hub.gguf.container import Container, Entry, read_container
+from garrulax.hub.gguf.special_ids import special_id
 from garrulax.hub.gguf.tensors import stored_tensor
 from garrulax.hub.tensors import StoredTensor
 from garrulax.models import Family, parameters
@@ -49,17 +51,26 @@ class GGUFModel:
         return any(FORMATS[entry.kind].decode is not None for entry in self.container.tensors.values())
 
 
-def read_gguf_config(path: Path, family_of: Callable[[Raw], Family]) -> tuple[Container, Settings, Raw, ModelConfig]:
+def read_gguf_config(
+    path: Path, family_of: Callable[[Raw], Family], ignore: Collection[str] = ()
+) -> tuple[Container, Settings, Raw, ModelConfig]:
     """The header of a GGUF file, its settings, and the Config that they stand for.
 
     Args:
         path: The file.
         family_of: Finds the family of a config.json.
+        ignore: Keys of the metadata to leave out, as if the file did not have them.
 
     Raises:
-        ValueError: The file is damaged, its architecture unknown, or a setting not implemented.
+        TypeError: `ignore` is one string.
+        ValueError: The file is damaged, its architecture unknown, or a setting not implemented; or a key to leave out
+            is not there.
     """
     container = read_container(path)
+    metadata = without(container.metadata, ignore, f"the metadata of {path}")
+    container = dataclasses.replace(container, metadata=metadata)
+    if "general.architecture" not in metadata:
+        raise ValueError(f"{path} does not say what model it holds: its metadata lack general.architecture")
     settings = Settings(container.metadata, {n: e.shape for n, e in container.tensors.items()}, path)
     if settings.architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
@@ -70,36 +81,42 @@ def read_gguf_config(path: Path, family_of: Callable[[Raw], Family]) -> tuple[Co
     settings.check_all_read()
     if ROPE_FACTORS in container.tensors:
         raw |= {"rope_scaling": _scaled_rope(raw, container.tensors[ROPE_FACTORS], settings)}
-    raw |= token_ids(container.metadata)
     try:
+        raw |= token_ids(container.metadata, settings.shapes["token_embd.weight"][0])
         return container, settings, raw, family_of(raw).from_hf(raw)
     except (ValueError, TypeError, ArithmeticError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def open_gguf(path: Path, family_of: Callable[[Raw], Family]) -> GGUFModel:
+def open_gguf(path: Path, family_of: Callable[[Raw], Family], ignore: Collection[str] = ()) -> GGUFModel:
     """The model in a GGUF file; reads only its header. Arguments and errors are those of `read_gguf_config`.
 
     Raises:
         ValueError: Also where tensors are missing, unknown or of another shape.
     """
-    container, settings, raw, config = read_gguf_config(path, family_of)
+    container, settings, raw, config = read_gguf_config(path, family_of, ignore)
     architecture = ARCHITECTURES[settings.architecture]
     specs = spec.map_specs(lambda s: _as_in_file(s, architecture, settings), parameters(config))
     tensors = _match(container, specs, config, architecture, settings)
     return GGUFModel(container, raw, config, specs, tensors, _exact_dtype(container))
 
 
-def token_ids(metadata: dict[str, Any]) -> Raw:
-    """bos_token_id, eos_token_id and pad_token_id of a config.json. All tokens that end a text or a turn are eos."""
+def token_ids(metadata: dict[str, Any], rows: int) -> Raw:
+    """bos_token_id, eos_token_id and pad_token_id of a config.json. All tokens that end a text or a turn are eos.
 
-    def token(role: str) -> int | None:
-        value = metadata.get(f"tokenizer.ggml.{role}_token_id")
-        return value if isinstance(value, int) and 0 <= value < 1 << 31 else None
+    Args:
+        metadata: The metadata.
+        rows: Number of rows of the token embedding.
 
-    ends = list(dict.fromkeys(i for i in map(token, ("eos", "eot", "eom")) if i is not None))
-    raw: Raw = {"bos_token_id": token("bos"), "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
-    return raw | ({} if token("padding") is None else {"pad_token_id": token("padding")})
+    Raises:
+        ValueError: An id is none; the message names its key.
+    """
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    vocab = min(rows, len(tokens)) if isinstance(tokens, list) else rows
+    ids = {role: special_id(metadata, role, vocab) for role in ("bos", "eos", "eot", "eom", "padding")}
+    ends = list(dict.fromkeys(i for i in (ids["eos"], ids["eot"], ids["eom"]) if i is not None))
+    raw: Raw = {"bos_token_id": ids["bos"], "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
+    return raw | ({} if ids["padding"] is None else {"pad_token_id": ids["padding"]})
 
 
 def _as_in_file(s: spec.ParamSpec, architecture: Architecture, m: Settings) -> spec.ParamSpec:

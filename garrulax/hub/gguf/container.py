@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from garrulax.hub.files import is_file
 from garrulax.hub.gguf.blocks import FORMATS, NAMES
 from garrulax.hub.tensors import is_printable_name
 
@@ -87,7 +88,7 @@ def read_container(path: Path) -> Container:
     if not 1 <= count <= 1000:
         raise ValueError(f"{path} says in its name that it is one of {count} files")
     paths = [path.with_name(f"{found[1]}-{number:05d}-of-{found[3]}.gguf") for number in range(1, count + 1)]
-    if missing := [part.name for part in paths if not part.is_file()]:
+    if missing := [part.name for part in paths if not is_file(part)]:
         raise FileNotFoundError(f"{path} is one of {count} files, and {', '.join(missing[:3])} is not beside it")
     parts = [_read_file(part) for part in paths]
     tensors: dict[str, Entry] = {}

@@ -14,6 +14,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+from garrulax.hub.gguf.special_ids import special_id
 from garrulax.hub.tokenizers import JsonTokenizer, SentencePieceTokenizer, Tokenizer, families
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of tokens, as SentencePiece numbers them
@@ -111,8 +112,7 @@ def _config(metadata: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, Any
     """A tokenizer_config.json: names of bos, eos and pad, and the chat templates."""
     config: dict[str, Any] = {}
     for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        token = metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if isinstance(token, int) and token < len(tokens):
+        if (token := special_id(metadata, key, len(tokens))) is not None:
             config[f"{role}_token"] = tokens[token]
     template = metadata.get("tokenizer.chat_template")
     if isinstance(template, str):
@@ -172,7 +172,8 @@ def _sentencepiece(metadata: Mapping[str, Any], raw: Mapping[str, Any]) -> Token
     scores = metadata.get("tokenizer.ggml.scores")
     if not isinstance(scores, np.ndarray) or len(scores) != len(tokens):
         raise ValueError(f"tokenizer.ggml.scores should have a number for each of {len(tokens):,} tokens")
-    roles = {key: metadata.get(f"tokenizer.ggml.{key}_token_id", -1) for key in ("unknown", "bos", "eos", "padding")}
+    found = {key: special_id(metadata, key, len(tokens)) for key in ("unknown", "bos", "eos", "padding")}
+    roles = {key: -1 if token is None else token for key, token in found.items()}
     unknown = roles["unknown"] if UNKNOWN not in types else types.index(UNKNOWN)
     dummy = metadata.get("tokenizer.ggml.add_space_prefix", True)
     model = _model_file(tokens, scores.tolist(), types, {**roles, "unknown": unknown}, bool(dummy))

@@ -2,6 +2,7 @@
 
 import re
 import struct
+from collections.abc import Mapping
 from typing import Any
 
 import sentencepiece
@@ -27,6 +28,7 @@ class IceTokenizer(SentencePieceTokenizer):
             they are appended to its pieces, as the published code does.
         specials: As in SentencePieceTokenizer.
         config: As in SentencePieceTokenizer; `num_image_tokens` (default 20000) is added to every id of the model.
+        origins: As in SentencePieceTokenizer.
 
     Raises:
         ValueError: `num_image_tokens` is not a count.
@@ -34,7 +36,13 @@ class IceTokenizer(SentencePieceTokenizer):
 
     file = "ice_text.model"
 
-    def __init__(self, model: bytes, specials: dict[str, int] | None = None, config: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        model: bytes,
+        specials: dict[str, int] | None = None,
+        config: dict[str, Any] | None = None,
+        origins: Mapping[str, str] | None = None,
+    ):
         config = {"num_image_tokens": IMAGES} | (config or {})
         offset = config["num_image_tokens"]
         if not isinstance(offset, int) or offset < 0:
@@ -43,7 +51,7 @@ class IceTokenizer(SentencePieceTokenizer):
         sp = sentencepiece.SentencePieceProcessor(model_proto=model)
         ids = {name: sp.piece_to_id(name) for name in (*CONTROLS, "<unused_0>", "<pad>", "<s>", "</s>")}
         own = {name: i + offset for name, i in ids.items() if i != sp.unk_id()}
-        super().__init__(model, own | (specials or {}), config, offset)
+        super().__init__(model, own | (specials or {}), config, offset, origins)
 
     def _prepare(self, text: str) -> str:
         return _WHITESPACE.sub(lambda match: _TOKEN_OF[match[0]], text)

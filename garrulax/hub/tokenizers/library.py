@@ -4,7 +4,7 @@ import copy
 import functools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,19 @@ class JsonTokenizer(Tokenizer):
     Args:
         tokenizer: The library's object; its padding and truncation are switched off.
         config: Content of tokenizer_config.json, which may name bos, eos, pad and further control tokens.
+        origins: Key of `config` -> name of the file that has it, for messages. Where it is not given,
+            tokenizer_config.json.
 
     Raises:
         ValueError: A token in `config` is not a text, or the decoder is of type CTC.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, config: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        config: dict[str, Any] | None = None,
+        origins: Mapping[str, str] | None = None,
+    ):
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True  # the text of a control token is plain text
@@ -38,7 +45,7 @@ class JsonTokenizer(Tokenizer):
         self.config = dict(config or {})
         ids = tokenizer.get_vocab(with_added_tokens=True)
         self.specials = {t.content: i for i, t in sorted(tokenizer.get_added_tokens_decoder().items()) if t.special}
-        named = role_ids(self.config, ids)
+        named = role_ids(self.config, ids, origins)
         eos = next((self.specials[name] for name in EOS_NAMES if name in self.specials), None)
         self.bos, self.eos = named.get("bos"), named.get("eos", eos)
         self.pad = named.get("pad", self.specials.get("[PAD]"))

@@ -1,14 +1,14 @@
 """Finds the tokenizer of a folder and reads it, whatever its format.
 
-The work has three steps: `find_tokenizer` chooses a file; `_read_json_files` reads the JSON files beside it;
+The work has three steps: `find_tokenizer` chooses a file; `beside.read_json_files` reads the JSON files beside it;
 `_load_file` builds the tokenizer, with the facts of its family (`families`), which the files do not state.
 """
 
 import codecs
 import dataclasses
+import json
 import logging
 import os
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+from garrulax.hub.files import is_file, is_there, read_text
 from garrulax.hub.json_files import read_object
 from garrulax.hub.tokenizers import families, token_config
 from garrulax.hub.tokenizers.base import Tokenizer
-from garrulax.hub.tokenizers.chat import named_templates
+from garrulax.hub.tokenizers.beside import JsonFiles, read_json_files
 from garrulax.hub.tokenizers.ice import IceTokenizer
 from garrulax.hub.tokenizers.library import EOS_NAMES, JsonTokenizer
 from garrulax.hub.tokenizers.pieces import SentencePieceTokenizer
@@ -28,6 +29,13 @@ from garrulax.hub.tokenizers.ranks import is_ranks, read_ranks, tokenizer_from_r
 _log = logging.getLogger(__name__)
 #: File of a vocabulary -> file of its merges, as Hugging Face and as openai/finetune-transformer-lm name them.
 MERGES = {"vocab.json": "merges.txt", "encoder_bpe_40000.json": "vocab_40000.bpe"}
+
+#: Classes of transformers whose bos is <|endoftext|> where no file names it.
+_GPT2_NAMES = ("GPT2Tokenizer", "GPTNeoXTokenizer", "CodeGenTokenizer")
+#: Classes whose add_prefix_space, false where it is absent, wins over the one in tokenizer.json.
+_SPACED = (*_GPT2_NAMES, "RobertaTokenizer", "Qwen2Tokenizer")
+#: model_type -> class, where tokenizer_config.json names none.
+_CLASSES = {"gpt2": "GPT2Tokenizer", "gpt_neo": "GPT2Tokenizer", "opt": "GPT2Tokenizer", "gpt_neox": "GPTNeoXTokenizer"}
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
@@ -50,17 +58,18 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         ValueError: The content of a file does not fit its name.
     """
     path = Path(path)
-    if not path.exists():
+    if not is_there(path):
         raise FileNotFoundError(f"no tokenizer at {path}: no such file or folder")
     file = path if path.is_file() else find_tokenizer(path)
     if file is None:
-        named = _read_json(path / "tokenizer_config.json").get("tokenizer_class")
+        named = read_json_files(path).config.get("tokenizer_class")
         raise FileNotFoundError(
             f"no tokenizer in {path}{f' of class {named}' if named else ''}: expected tokenizer.json, tokenizer.model, "
             "vocab.json with merges.txt, or vocab.txt"
         )
+    beside = read_json_files(file.parent)
     try:
-        return _load_file(file)
+        return _load_file(file, beside)
     except FileNotFoundError:
         raise
     except Exception as error:  # both libraries raise bare RuntimeError or Exception on a damaged file
@@ -79,83 +88,26 @@ def find_tokenizer(folder: Path) -> Path | None:
     """
     pieces = sorted(file.name for file in folder.glob("*.model"))
     names = ["tokenizer.json", "tokenizer.model", *pieces[:1], *MERGES, "vocab.txt"]
-    found = next((name for name in names if (folder / name).is_file()), None)
+    found = next((name for name in names if is_file(folder / name)), None)
     if found in pieces and found != "tokenizer.model" and len(pieces) > 1:
         raise ValueError(f"{folder} has several tokenizers ({', '.join(pieces)}): give the path of one of them")
     return None if found is None else folder / found
 
 
-@dataclasses.dataclass(frozen=True)
-class _JsonFiles:
-    """Content of the JSON files beside a tokenizer file.
-
-    Attributes:
-        config: tokenizer_config.json, completed with special_tokens_map.json and the files of chat templates.
-        model: Config.json.
-        generation: generation_config.json.
-        listed: Text -> id of the control tokens that files list.
-        ordinary: Text -> id of the added tokens that files list as ordinary ones.
-        named: Texts of all added tokens that files name, control tokens or not.
-    """
-
-    config: dict[str, Any]
-    model: dict[str, Any]
-    generation: dict[str, Any]
-    listed: dict[str, int]
-    ordinary: dict[str, int]
-    named: frozenset[str]
-
-    def family(self, file: str, ranks: int = 0) -> str | None:
-        """The family of the tokenizer `file`, or None."""
-        return families.recognise(file, self.config, self.model, self.named, ranks)
-
-    def settings(self, family: str | None, added: Collection[str]) -> dict[str, Any]:
-        """tokenizer_config.json, completed with the facts of the family."""
-        return families.complete_config(family, self.config, self.generation, added)
-
-
-def _read_json_files(folder: Path) -> _JsonFiles:
-    names = ("special_tokens_map.json", "tokenizer_config.json", "config.json", "generation_config.json")
-    tokens, config, model, generation = (_read_json(folder / name) for name in names)
-    config = tokens | config
-    if (templates := _chat_templates(folder, config)) is not None:
-        config["chat_template"] = templates
-    listed: dict[str, int] = _read_json(folder / "added_tokens.json")
-    ordinary: dict[str, int] = {}
-    for token, entry in (config.get("added_tokens_decoder") or {}).items():
-        (listed if entry.get("special") else ordinary)[entry["content"]] = int(token)
-    return _JsonFiles(config, model, generation, listed, ordinary, frozenset((*listed, *ordinary)))
-
-
-def _chat_templates(folder: Path, config: dict[str, Any]) -> str | list[dict[str, str]] | None:
-    """The entry `chat_template` with the templates in files, which take precedence; None if there are no such files."""
-    files = {path.stem: path for path in sorted(folder.glob("additional_chat_templates/*.jinja"))}
-    if (main := folder / "chat_template.jinja").is_file():
-        files["default"] = main
-    found = {name: path.read_text(encoding="utf-8-sig") for name, path in files.items()}
-    if "default" not in found and (more := _read_json(folder / "chat_template.json").get("chat_template")):
-        found |= named_templates(more)
-    if not found:
-        return None
-    found = named_templates(config.get("chat_template")) | found
-    if found.keys() == {"default"}:
-        return found["default"]
-    return [{"name": name, "template": source} for name, source in found.items()]  # as transformers writes several
-
-
-def _load_file(file: Path) -> Tokenizer:
+def _load_file(file: Path, beside: JsonFiles) -> Tokenizer:
     """The tokenizer in `file`, read by its name; a .model by its content."""
-    beside = _read_json_files(file.parent)
     if file.suffix == ".model":
         content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
         return (_load_ranks if is_ranks(content) else _load_sentencepiece)(file.name, content, beside)
     if file.name == "tokenizer.json":
-        tokenizer = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8-sig"))
+        tokenizer = tokenizers.Tokenizer.from_str(read_text(file))
+        _set_prefix_space(tokenizer, beside)
         _add_listed(tokenizer, beside)
         specials = frozenset(t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special)
         beside = dataclasses.replace(beside, named=specials)  # tokenizer.json itself lists its added tokens
         family = beside.family(file.name)
-        return families.apply_family(JsonTokenizer(tokenizer, beside.settings(family, specials)), family)
+        config = beside.settings(family, specials)
+        return families.apply_family(JsonTokenizer(tokenizer, config, beside.origins), family)
     if file.name in MERGES:
         return _assemble(_bpe(file, file.with_name(MERGES[file.name]), beside.config), beside, beside.family(file.name))
     if file.name == "vocab.txt":
@@ -163,7 +115,7 @@ def _load_file(file: Path) -> Tokenizer:
     raise ValueError("unknown kind of file; expected *.model, tokenizer.json, vocab.json or vocab.txt")
 
 
-def _load_ranks(name: str, content: bytes, beside: _JsonFiles) -> Tokenizer:
+def _load_ranks(name: str, content: bytes, beside: JsonFiles) -> Tokenizer:
     ranks = read_ranks(content)
     family = beside.family(name, len(ranks))
     if family is None and not beside.listed:
@@ -174,7 +126,7 @@ def _load_ranks(name: str, content: bytes, beside: _JsonFiles) -> Tokenizer:
     return _assemble(tokenizer_from_ranks(ranks), beside, family)
 
 
-def _load_sentencepiece(name: str, content: bytes, beside: _JsonFiles) -> Tokenizer:
+def _load_sentencepiece(name: str, content: bytes, beside: JsonFiles) -> Tokenizer:
     family = beside.family(name)
     sp = sentencepiece.SentencePieceProcessor(model_proto=content)
     added = families.added_tokens(family, sp.vocab_size(), beside.listed)
@@ -184,15 +136,16 @@ def _load_sentencepiece(name: str, content: bytes, beside: _JsonFiles) -> Tokeni
         # ChatGLM-6B's first release has 150,528 ids, 20,000 of them for pictures; its second release dropped these.
         if beside.model.get("vocab_size", 150_528) < 150_000:
             config = {"num_image_tokens": 0} | config
-        tokenizer = IceTokenizer(content, added, config)
+        tokenizer = IceTokenizer(content, added, config, beside.origins)
     else:
         roles = [config[key] for key in families.ROLE_IDS if key in config]
-        tokenizer = SentencePieceTokenizer(content, {sp.id_to_piece(i): i for i in roles} | added, config)
+        specials = {sp.id_to_piece(i): i for i in roles} | added
+        tokenizer = SentencePieceTokenizer(content, specials, config, origins=beside.origins)
     tokenizer.file = name
     return families.apply_family(tokenizer, family)
 
 
-def _assemble(tokenizer: tokenizers.Tokenizer, beside: _JsonFiles, family: str | None) -> Tokenizer:
+def _assemble(tokenizer: tokenizers.Tokenizer, beside: JsonFiles, family: str | None) -> Tokenizer:
     """Adds control tokens and the family's prefix. Raises ValueError if a token would not get the id in its file."""
     added = families.added_tokens(family, tokenizer.get_vocab_size(), beside.listed)
     config = beside.settings(family, added)
@@ -207,18 +160,50 @@ def _assemble(tokenizer: tokenizers.Tokenizer, beside: _JsonFiles, family: str |
     prefix = () if family is None else families.TOKENIZER_FAMILIES[family].prefix
     if not prefix and token_config.flag(config, "add_bos_token"):
         bos = token_config.token_content(config.get("bos_token"))
-        if bos is None or tokenizer.token_to_id(bos) is None:
+        if bos is None and "bos_token" not in beside.config and _tokenizer_class(beside) in (None, *_GPT2_NAMES):
+            bos = config["bos_token"] = "<|endoftext|>"
+        if bos is None:
+            _log.warning("tokenizer_config.json: add_bos_token has no effect, since there is no bos_token")
+        elif tokenizer.token_to_id(bos) is None:
             raise ValueError(f"tokenizer_config.json: add_bos_token needs a bos_token that has an id, not {bos!r}")
-        prefix = (bos,)
+        prefix = () if bos is None else (bos,)
     if prefix:
         # In the tokenizer.json that `save` writes, other libraries find the prefix in the post-processor.
         ids = [(content, tokenizer.token_to_id(content)) for content in prefix]
         single, pair = ([*prefix, *texts] for texts in (["$A"], ["$A", "$B"]))
         tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=ids)
-    return families.apply_family(JsonTokenizer(tokenizer, config), family)
+    return families.apply_family(JsonTokenizer(tokenizer, config, beside.origins), family)
 
 
-def _add_listed(tokenizer: tokenizers.Tokenizer, beside: _JsonFiles) -> None:
+def _tokenizer_class(beside: JsonFiles) -> str | None:
+    """The class as which transformers 5 reads the folder, without the ending Fast; None if the files do not say it."""
+    model_type = str(beside.model.get("model_type"))
+    if model_type == "qwen2":  # whatever tokenizer_config.json names
+        return "Qwen2Tokenizer"
+    named = beside.config.get("tokenizer_class") or beside.model.get("tokenizer_class") or _CLASSES.get(model_type)
+    return named.removesuffix("Fast") if isinstance(named, str) else None
+
+
+def _set_prefix_space(tokenizer: tokenizers.Tokenizer, beside: JsonFiles) -> None:
+    """Lets add_prefix_space decide where a class of transformers does so whatever its tokenizer.json says.
+
+    In a sequence of steps only Qwen2Tokenizer does: there each word gets the space.
+    """
+    name, step = _tokenizer_class(beside), tokenizer.pre_tokenizer
+    if name not in _SPACED or step is None:
+        return
+    wanted = token_config.flag(beside.config, "add_prefix_space")
+    state = json.loads(step.__getstate__())
+    steps = state["pretokenizers"] if state["type"] == "Sequence" and name == "Qwen2Tokenizer" else [state]
+    odd = [s for s in steps if s["type"] == "ByteLevel" and s["add_prefix_space"] != wanted]
+    for s in odd:
+        s["add_prefix_space"] = wanted
+    if odd:
+        step.__setstate__(json.dumps(state).encode())
+        tokenizer.pre_tokenizer = step
+
+
+def _add_listed(tokenizer: tokenizers.Tokenizer, beside: JsonFiles) -> None:
     """Adds the tokens that files beside a tokenizer.json list and it lacks, but none that would get another id."""
     for content, token in sorted((beside.ordinary | beside.listed).items(), key=lambda item: item[1]):
         known = tokenizer.token_to_id(content)
@@ -236,9 +221,9 @@ def _add_listed(tokenizer: tokenizers.Tokenizer, beside: _JsonFiles) -> None:
 
 def _bpe(vocab: Path, merges: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
     """Byte-level BPE as openai/gpt-2 published it, or GPT-1's BPE, recognised by the many tokens that end in </w>."""
-    if not merges.exists():
+    if not is_there(merges):
         raise FileNotFoundError(f"no tokenizer: {vocab} needs a {merges.name} beside it")
-    ids, pairs = _read_json(vocab), _read_merges(merges)
+    ids, pairs = read_object(vocab), _read_merges(merges)
     if 4 * sum(token.endswith("</w>") for token in ids) > len(ids):
         return _gpt1(ids, pairs)
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=pairs))
@@ -252,7 +237,7 @@ def _bpe(vocab: Path, merges: Path, config: dict[str, Any]) -> tokenizers.Tokeni
 def _read_merges(path: Path) -> list[tuple[str, str]]:
     """The merges in a file: two tokens a line, after lines of comment."""
     merges = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         line = line.removesuffix("\r")
         if not line or line.startswith("#version"):
             continue
@@ -278,7 +263,7 @@ def _bert(vocab: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
     """WordPiece as google-research/bert published it; GLM-base and -large use it."""
     if not token_config.flag(config, "do_basic_tokenize", default=True):
         raise ValueError("tokenizer_config.json: do_basic_tokenize=false is not implemented")
-    words = vocab.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    words = read_text(vocab).removesuffix("\n").split("\n")
     wordpiece = tokenizers.BertWordPieceTokenizer(
         {word.rstrip(): i for i, word in enumerate(words)},
         lowercase=token_config.flag(config, "do_lower_case", default=True),
@@ -286,7 +271,3 @@ def _bert(vocab: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
         strip_accents=None if config.get("strip_accents") is None else token_config.flag(config, "strip_accents"),
     )
     return tokenizers.Tokenizer.from_str(wordpiece.to_str())
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return read_object(path) if path.exists() else {}

@@ -4,7 +4,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ class SentencePieceTokenizer(Tokenizer):
         specials: Text -> id of further control tokens, usually with ids after those of the model.
         config: Content of tokenizer_config.json, which may name bos, eos, pad and further control tokens.
         offset: Added to every id of the model; the ids below stand for nothing (GLM-130B's pictures).
+        origins: Key of `config` -> name of the file that has it, for messages. Where it is not given,
+            tokenizer_config.json.
 
     Raises:
         ValueError: A setting in `config` has a value of the wrong kind.
@@ -41,6 +43,7 @@ class SentencePieceTokenizer(Tokenizer):
         specials: dict[str, int] | None = None,
         config: dict[str, Any] | None = None,
         offset: int = 0,
+        origins: Mapping[str, str] | None = None,
     ):
         self._model, self._offset = model, offset
         self.config = dict(config or {})
@@ -57,7 +60,8 @@ class SentencePieceTokenizer(Tokenizer):
         self._controls = {i: content for content, i in self.specials.items()}
         self._forgeable = self._controls.keys() & (set(pieces.values()) - set(controls.values()))
         own = {"bos": self._sp.bos_id(), "eos": self._sp.eos_id(), "pad": self._sp.pad_id()}
-        roles = {role: i + offset for role, i in own.items() if i >= 0} | role_ids(self.config, pieces | self.specials)
+        named = role_ids(self.config, pieces | self.specials, origins)
+        roles = {role: i + offset for role, i in own.items() if i >= 0} | named
         self.bos, self.eos, self.pad = (roles.get(role) for role in ("bos", "eos", "pad"))
         # LLaMA's own tokenizer class adds bos unless the file says otherwise.
         is_llama = str(self.config.get("tokenizer_class", "")).startswith("Llama")

@@ -7,7 +7,9 @@ from typing import Any
 _log = logging.getLogger(__name__)
 
 
-def role_ids(config: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, int]:
+def role_ids(
+    config: Mapping[str, Any], ids: Mapping[str, int], origins: Mapping[str, str] | None = None
+) -> dict[str, int]:
     """The ids of bos, eos and pad, as far as tokenizer_config.json names these tokens.
 
     A name without an id counts as not given, and the log says so: a missing pad must not keep a model from loading.
@@ -15,6 +17,8 @@ def role_ids(config: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, int
     Args:
         config: The content of tokenizer_config.json.
         ids: Text -> id of all tokens.
+        origins: Key of `config` -> name of the file that has it, for messages. Where it is not given,
+            tokenizer_config.json.
 
     Returns:
         Ids by role: "bos", "eos" or "pad".
@@ -24,15 +28,16 @@ def role_ids(config: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, int
     """
     roles = {}
     for role in ("bos", "eos", "pad"):
-        content = token_content(config.get(f"{role}_token"))
+        key = f"{role}_token"
+        file, content = (origins or {}).get(key, "tokenizer_config.json"), token_content(config.get(key))
         if content is None:
             continue
         if not isinstance(content, str):
-            raise ValueError(f"tokenizer_config.json: {role}_token is not a text but {content!r:.40}")
+            raise ValueError(f"{file}: {key} is not a text but {content!r:.40}")
         if content in ids:
             roles[role] = ids[content]
         else:
-            _log.warning("tokenizer_config.json names %s_token %r, which has no id: it is ignored", role, content)
+            _log.warning("%s names %s %r, which has no id: it is ignored", file, key, content)
     return roles
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from garrulax.kernels import arguments
-from garrulax.kernels.call import Options
+from garrulax.kernels.call import LogSumExp, Options
 from garrulax.kernels.decode.call import DecodeOperands
 from garrulax.kernels.decode.xla import XlaDecode
 from garrulax.kernels.mask import Mask
@@ -124,7 +124,8 @@ def compute(
         out, lse = implementation(options, operands)
     else:
         out, lse = _differentiable(implementation, options, operands)
-    return with_sinks(out, lse, sinks)
+    out, whole = with_sinks(out, LogSumExp.rounded(lse), sinks)
+    return out, whole.value
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from garrulax.kernels import large_scores
 from garrulax.kernels.blocks import pad_axis, pad_to_blocks
-from garrulax.kernels.call import EMPTY_ROW_LSE, Gradients, Operands, Options
+from garrulax.kernels.call import EMPTY_ROW_LSE, Gradients, LogSumExp, Operands, Options
 from garrulax.kernels.experimental.tpu import backward, bias_gradients, forward, layout
 from garrulax.kernels.experimental.tpu.layout import LANES, TpuPlan
 from garrulax.kernels.experimental.tpu.schedule import MAX_ENTRIES, MAX_SIDE
@@ -65,17 +66,24 @@ class TpuAttention(ForwardBackward):
         block_q = self.block_q or max(LANES, min(_padded_length(T), BLOCK // _power_of_two(H // K)))
         return block_q, self.block_k or min(_padded_length(S), BLOCK)
 
-    def forward(self, options: Options, operands: Operands) -> tuple[jax.Array, jax.Array]:
+    def forward(self, options: Options, operands: Operands) -> tuple[jax.Array, LogSumExp]:
         """See `ForwardBackward.forward`."""
         B, T, H, _ = operands.query.shape
         out, lse = forward.forward(*self._whole_blocks(options, operands))  # [B, K, G, T', Cv'], [B, K, G, T']
         out = layout.by_token(out, T, operands.value.shape[3]).astype(operands.query.dtype)
-        return out, lse.reshape(B, H, -1)[:, :, :T]
+        return out, LogSumExp.rounded(lse.reshape(B, H, -1)[:, :, :T])
 
     def backward(
-        self, options: Options, operands: Operands, lse: jax.Array, delta: jax.Array, cotangent: jax.Array
+        self, options: Options, operands: Operands, lse: LogSumExp, delta: jax.Array, cotangent: jax.Array
     ) -> Gradients:
         """See `ForwardBackward.backward`."""
+        if operands.bias is None:
+            return self._backward(options, operands, lse, delta, cotangent)
+        return large_scores.backward_or_xla(self._backward, options, operands, lse, delta, cotangent)
+
+    def _backward(
+        self, options: Options, operands: Operands, lse: LogSumExp, delta: jax.Array, cotangent: jax.Array
+    ) -> Gradients:
         o = operands
         B, T, H, C = o.query.shape
         S, K = o.key.shape[1:3]
@@ -85,7 +93,9 @@ class TpuAttention(ForwardBackward):
         rows = {
             "cotangent": layout.by_head(pad_axis(cotangent.astype(padded.query.dtype), more), K),
             # Queries of the padding get the lse of queries without keys, which makes their probabilities 0.
-            "lse": jnp.pad(lse, ((0, 0), (0, 0), (0, more)), constant_values=EMPTY_ROW_LSE).reshape(B, K, H // K, -1),
+            "lse": jnp.pad(lse.value, ((0, 0), (0, 0), (0, more)), constant_values=EMPTY_ROW_LSE).reshape(
+                B, K, H // K, -1
+            ),
             "delta": pad_axis(delta, more, 2).reshape(B, K, H // K, -1),
         }
         dq, dk, dv = backward.by_spans(plan, padded, rows, span)

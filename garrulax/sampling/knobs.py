@@ -94,7 +94,7 @@ FILTERS = ("top_h", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "e
 RESERVED = ("prompt", "vocab", "size", "ends", "limit", "unconditional")
 
 
-def knobs_per_prompt(count: int, *, vocab: int | None = None, **knobs: Any) -> dict[str, list[Any]]:
+def knobs_per_prompt(count: int, /, *, vocab: int | None = None, **knobs: Any) -> dict[str, list[Any]]:
     """Returns each knob as a list with one value, in normal form, for each of `count` prompts.
 
     Args:

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from garrulax.core.layout import TensorLayout
-from garrulax.hub.tensors import StoredTensor
+from garrulax.hub.tensors import Rows, StoredTensor
 
 ALIGNMENT = 64  # bytes of a cache line; JAX uses arrays that are aligned to it without a copy
 ROWS = 64  # most rows of a block
@@ -174,28 +174,28 @@ class Scratch:
 
     def __init__(self) -> None:
         self._memory = np.empty(BLOCK + ROWS * ALIGNMENT, np.uint8)
-        self._views: dict[tuple[int, int], tuple[np.ndarray, list[memoryview]]] = {}
+        self._views: dict[tuple[int, int], Rows] = {}
 
-    def rows(self, rows: int, width: int) -> tuple[np.ndarray, list[memoryview]]:
-        """Rows of bytes with a gap of one cache line after each: as an array [rows, width], and as one buffer a row."""
+    def rows(self, rows: int, width: int) -> Rows:
+        """Rows of `width` bytes with a gap of one cache line after each."""
         if (rows, width) not in self._views:
             block = self._memory[: rows * (width + ALIGNMENT)].reshape(rows, -1)[:, :width]
-            self._views[rows, width] = block, [memoryview(row) for row in block]
+            self._views[rows, width] = Rows(block, [memoryview(row) for row in block])
         return self._views[rows, width]
 
 
 def _read_block(b: Block, scratch: Scratch, converted: Scratch) -> None:
     rows, columns = b.target.shape
     if b.straight:
-        b.tensor.read(b.first, b.step, list(b.target.view(np.uint8)))
+        b.tensor.read(b.first, b.step, Rows.of(b.target))
         return
-    block, buffers = scratch.rows(rows, columns * b.dtype.itemsize)
-    b.tensor.read(b.first, b.step, buffers)
-    numbers = block.view(b.dtype)  # [rows, columns]
+    block = scratch.rows(rows, columns * b.dtype.itemsize)
+    b.tensor.read(b.first, b.step, block)
+    numbers = block.array.view(b.dtype)  # [rows, columns]
     if b.target.dtype != b.dtype:  # convert, then transpose: both in one assignment is six times slower
-        numbers = converted.rows(rows, columns * b.target.itemsize)[0].view(b.target.dtype)
+        numbers = converted.rows(rows, columns * b.target.itemsize).array.view(b.target.dtype)
         with np.errstate(over="ignore"):
-            numbers[...] = block.view(b.dtype)
+            numbers[...] = block.array.view(b.dtype)
         if b.target.dtype == np.float16 and np.isinf(numbers).any():
             raise ValueError(f"{b.tensor.file.name} holds numbers beyond float16's 65,504: choose another dtype")
     b.target[...] = numbers
@@ -206,5 +206,5 @@ def chunks(tensor: StoredTensor, count: int = STRAIGHT // 8) -> Iterator[np.ndar
     size, memory = math.prod(tensor.shape), np.empty(count, tensor.numpy_dtype)
     for first in range(0, size, count):
         part = memory[: size - first]
-        tensor.read(first, 0, [part.view(np.uint8)])
+        tensor.read(first, 0, Rows.of(part[None]))
         yield part

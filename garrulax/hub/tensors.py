@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -32,6 +32,24 @@ BITS = {
     "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
 HEADER_BYTES = 100_000_000  # the limit of the reference implementation
+
+
+class Rows(NamedTuple):
+    """Rows of memory that receive numbers.
+
+    Attributes:
+        array: uint8 [rows, bytes]; a row is contiguous.
+        buffers: The same rows, as one writable buffer each.
+    """
+
+    array: np.ndarray
+    buffers: list
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> "Rows":
+        """The rows of an array of two dimensions."""
+        array = array.view(np.uint8)
+        return cls(array, list(array))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,19 +73,19 @@ class StoredTensor:
         """The dtype for numpy. Raises KeyError if it is not in DTYPES."""
         return np.dtype(DTYPES[self.dtype])
 
-    def read(self, first: int, step: int, rows: list) -> None:
-        """Fills buffers from the file: row i begins at number `first + i * step` of the flattened tensor.
+    def read(self, first: int, step: int, rows: Rows) -> None:
+        """Fills rows from the file: row i begins at number `first + i * step` of the flattened tensor.
 
         Args:
             first: Index of the first number of row 0.
             step: Distance from row to row, in numbers.
-            rows: Writable buffers, all of one size in bytes.
+            rows: Where the numbers go.
 
         Raises:
             ValueError: The file ends too early.
         """
-        size, width = self.numpy_dtype.itemsize, len(rows[0])
-        read_buffers(self.file, self.start + first * size, step * size, rows, width)
+        size = self.numpy_dtype.itemsize
+        read_buffers(self.file, self.start + first * size, step * size, rows.buffers, rows.array.shape[1])
 
 
 def read_buffers(file: io.FileIO, start: int, step: int, buffers: list, width: int) -> None:

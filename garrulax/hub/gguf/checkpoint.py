@@ -18,7 +18,7 @@ from garrulax.hub.gguf.blocks import FORMATS
 from garrulax.hub.gguf.container import Container, Entry, read_container
 from garrulax.hub.gguf.special_ids import special_id
 from garrulax.hub.gguf.tensors import stored_tensor
-from garrulax.hub.tensors import StoredTensor
+from garrulax.hub.tensors import Rows, StoredTensor
 from garrulax.models import Family, parameters
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -186,7 +186,7 @@ def _scaled_rope(raw: Raw, entry: Entry, m: Settings) -> Raw:
     if entry.shape[0] * 2 != raw["head_dim"]:
         raise m.error(f"the tensor {ROPE_FACTORS} should have {raw['head_dim'] // 2} numbers")
     factors = np.empty(entry.shape, np.float32)
-    StoredTensor(entry.shape, "F32", entry.file, entry.start).read(0, 0, [factors.view(np.uint8)])
+    StoredTensor(entry.shape, "F32", entry.file, entry.start).read(0, 0, Rows.of(factors[None]))
     waves = 2 * math.pi * raw["rope_theta"] ** (np.arange(len(factors)) / len(factors))
     factor, context = float(factors.max()), 8192
     if math.isfinite(factor) and factor > 1:

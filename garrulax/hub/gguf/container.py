@@ -24,6 +24,7 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)  # they differ in files of big-endian machines alone, which are refused
 HEADER_BYTES = 200_000_000  # the largest vocabularies that are published take about 20 MB
 ENTRIES = 4_000_000  # most strings of a file: half a million tokens and as many merges are far below
+CHUNK = 1 << 20  # bytes that are read at once
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 #: Type of a metadata value -> numpy's type.
 _SCALARS = {
@@ -113,7 +114,7 @@ def _read_file(path: Path) -> Container:
                 raise reader.error(f"metadata key {key[:100]!r} is {'given twice' if key in metadata else 'invalid'}")
             metadata[key] = reader.value(key)
         headers = [reader.tensor() for _ in range(tensors_count)]
-        at = file.tell()
+        at = reader.position
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20 or alignment & (alignment - 1):
         raise reader.error(f"general.alignment={alignment!r} is not a power of two up to a million")
@@ -158,13 +159,17 @@ def _check_places(reader: "_Reader", tensors: dict[str, Entry], size: int) -> No
         before = end
 
 
+_LENGTH = struct.Struct("<Q")
+
+
 class _Reader:
     """Reads the values of a header in their order."""
 
     def __init__(self, file: Any, path: Path, size: int):
         self._file, self.path, self.size = file, path, size
         self._strings = 0
-        self._left = min(size, HEADER_BYTES)
+        self._buffer, self._at = b"", 0  # a part of the file, and how much of it has been taken
+        self.position = 0
 
     def error(self, problem: str) -> ValueError:
         """The error of a problem in the file."""
@@ -172,12 +177,16 @@ class _Reader:
 
     def take(self, count: int) -> bytes:
         """The next `count` bytes. Raises ValueError if the header is not so long."""
-        if count > self._left:
+        if self.position + count > min(self.size, HEADER_BYTES):
             raise self.error("its header does not end where the file does (is it half a download?)")
-        self._left -= count
-        content = self._file.read(count)
+        if self._at + count > len(self._buffer):
+            self._buffer = self._buffer[self._at :] + self._file.read(max(count, CHUNK))
+            self._at = 0
+        content = self._buffer[self._at : self._at + count]
         if len(content) < count:
             raise self.error("it ends inside its header (is it half a download?)")
+        self._at += count
+        self.position += count
         return content
 
     def number(self, kind: str) -> Any:
@@ -186,12 +195,29 @@ class _Reader:
 
     def string(self, what: str) -> str:
         """A string: its length in bytes, and UTF-8."""
-        self._strings += 1
+        return self.strings(what, 1)[0]
+
+    def strings(self, what: str, count: int) -> list[str]:
+        """Several strings. A vocabulary has a hundred thousand, so those inside the buffer are cut out at once."""
+        self._strings += count
         if self._strings > ENTRIES:
             raise self.error(f"it has more than {ENTRIES:,} strings")
-        content = self.take(struct.unpack("<Q", self.take(8))[0])
+        contents: list[bytes] = []
+        while len(contents) < count:
+            buffer, start = self._buffer, self._at
+            while len(contents) < count and self._at + 8 <= len(buffer):
+                end = self._at + 8 + _LENGTH.unpack_from(buffer, self._at)[0]
+                if end > len(buffer):
+                    break
+                contents.append(buffer[self._at + 8 : end])
+                self._at = end
+            self.position += self._at - start
+            if len(contents) < count:
+                contents.append(self.take(_LENGTH.unpack(self.take(8))[0]))
+        if self.position > HEADER_BYTES:
+            raise self.error("its header does not end where the file does (is it half a download?)")
         try:
-            return content.decode("utf-8")
+            return [content.decode("utf-8") for content in contents]
         except UnicodeDecodeError as error:
             raise self.error(f"{what} is not UTF-8") from error
 
@@ -203,7 +229,7 @@ class _Reader:
             if inner == _STRING:
                 if count > ENTRIES:
                     raise self.error(f"{key} has {count:,} strings")
-                return [self.string(key) for _ in range(count)]
+                return self.strings(key, count)
             if inner not in _SCALARS:
                 raise self.error(f"{key} is an array of the unknown type {inner}")
             dtype = np.dtype(_SCALARS[inner])

@@ -8,7 +8,7 @@ import numpy as np
 
 from garrulax.hub.gguf.blocks import FORMATS, Format
 from garrulax.hub.gguf.container import Entry
-from garrulax.hub.tensors import DTYPES, StoredTensor, read_buffers
+from garrulax.hub.tensors import DTYPES, Rows, StoredTensor, read_buffers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +23,17 @@ class BlockTensor(StoredTensor):
     format: Format
     rows: np.ndarray | None
 
-    def read(self, first: int, step: int, rows: list) -> None:
+    def read(self, first: int, step: int, rows: Rows) -> None:
         """As `StoredTensor.read`; numbers of quantised tensors are float32."""
-        for (phase, count), pieces in itertools.groupby(self._pieces(first, step, rows), lambda piece: piece[1:3]):
-            starts, _, _, buffers = zip(*pieces, strict=True)
+        count = rows.array.shape[1] // self.numpy_dtype.itemsize
+        if self.rows is None and (step == count or len(rows.array) == 1):  # one run of numbers
+            block, phase = divmod(first, self.format.values)
+            numbers = self._numbers((block,), phase, len(rows.array) * count)
+            rows.array[...] = numbers.view(np.uint8).reshape(rows.array.shape)
+            return
+        pieces = self._pieces(first, step, rows.buffers)
+        for (phase, count), run in itertools.groupby(pieces, lambda piece: piece[1:3]):
+            starts, _, _, buffers = zip(*run, strict=True)
             for buffer, numbers in zip(buffers, self._numbers(starts, phase, count), strict=True):
                 np.frombuffer(buffer, np.uint8)[:] = numbers.view(np.uint8)
 

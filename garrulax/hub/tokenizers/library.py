@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -67,12 +68,15 @@ class JsonTokenizer(Tokenizer):
         self._byte_fallback = "ByteFallback" in steps
         # Other decoders may treat the first token of a text differently. So `_decoded` decodes a token together with an
         # ordinary token before it, the anchor, and removes the text of the anchor: letters, or any token that has text.
-        texts = {i: tokenizer.decode([i]).strip() for i in sorted(contents) if i not in self._controls}
-        anchors = [i for i, text in texts.items() if text.isalpha()] or [i for i, text in texts.items() if text]
-        self._anchor = None if self._byte_of or self._word_end or not anchors else anchors[0]
+        self._anchor = None if self._byte_of or self._word_end else self._find_anchor(sorted(contents))
         decoded = ((i, self._decoded(i)) for i in sorted(contents))
         spaced = next((i for i, text in decoded if text.startswith(b" ") and text.strip()), None)
         self.strips_space = spaced is not None and not tokenizer.decode([spaced]).startswith(" ")
+
+    def _find_anchor(self, ids: list[int]) -> int | None:
+        texts = {i: self._tokenizer.decode([i]).strip() for i in ids if i not in self._controls}
+        letters = (i for i, text in texts.items() if text.isalpha())
+        return next(itertools.chain(letters, (i for i, text in texts.items() if text)), None)
 
     @functools.cached_property
     def _without_dummy(self) -> tokenizers.Tokenizer:

@@ -131,7 +131,8 @@ def test_rows_of_one_state_start_late_end_early_and_make_room():
         assert state.logprobs[row, :count].tolist() == alone[i].logprobs[:count]
         return count
 
-    state = put(decoder.empty(params, requests[0], rows=2, size=64), 3, 1)
+    state = decoder.empty(params, decoder.prefill(stacked, requests[0], size=64), rows=2, slots=64)
+    state = put(state, 3, 1)
     state = put(decoder.step(params, state, 5), 0, 0)  # starts when the other row has five tokens
     state = decoder.step(params, state, 4)
     assert (new(state, 0, 0), new(state, 1, 3)) == (4, 9)
@@ -150,9 +151,10 @@ def test_given_tokens_are_appended_as_if_they_had_been_sampled():
     params, decoder = models.unstack(stacked), sampling.compile((stacked, config))
     requests = [decoder.request(ids, max_new_tokens=9, temperature=0) for ids in PROMPTS[:2]]
     alone = gx.generate((stacked, config), PROMPTS[:2], max_new_tokens=9, temperature=0)
-    state = decoder.empty(params, requests[0], rows=2, size=32)
-    for row, request in enumerate(requests):
-        state = decoder.insert(state, decoder.prefill(stacked, request, size=32), row)
+    prefixes = [decoder.prefill(stacked, request, size=32) for request in requests]
+    state = decoder.empty(params, prefixes[0], rows=2, slots=32)
+    for row, prefix in enumerate(prefixes):
+        state = decoder.insert(state, prefix, row)
     state = decoder.step(params, state, 2)
     given = np.array([alone[0].tokens[2:6], [*alone[1].tokens[2:4], 7, 7]], np.int32)
     state = decoder.append(params, state, given, np.array([4, 2], np.int32))
@@ -225,7 +227,7 @@ def test_the_cache_is_updated_in_place(rows):
     knobs = knobs_per_prompt(rows, max_new_tokens=10, temperature=0, top_k=0, top_p=1.0, seed=0)
     request = assemble([causal_prompt([1, 2, 3], 10, config, "")], {k: v[:1] for k, v in knobs.items()}, config)
     decoder = sampling.compile((params, config))
-    state = jax.eval_shape(lambda: decoder.empty(params, request, rows, 4096))
+    state = jax.eval_shape(lambda: decoder.empty(params, decoder.prefill(params, request, 4096), rows, 4096))
     kept = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.cache))
     memory = decode_steps.lower(params, state, 1, config).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= kept

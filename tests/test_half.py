@@ -52,7 +52,9 @@ def test_decoding_holds_no_float32_copy_of_the_weights():
     assert layer.unsafe_buffer_pointer() == stack.unsafe_buffer_pointer() + stack.nbytes // 2  # nothing was copied
     values = knobs.knobs_per_prompt(1, max_new_tokens=4, temperature=0.0, top_k=0, top_p=1.0, seed=0)
     batch = requests.assemble([requests.causal_prompt([1, 2], 4, CONFIG, "")], values, CONFIG)
-    first = jax.eval_shape(lambda p: state.empty(p, batch, CONFIG, DEFAULT, 2, 16, 16), unstacked)
+    first = jax.eval_shape(
+        lambda p: state.empty(p, state.prefill(p, batch, CONFIG, DEFAULT, 16), CONFIG, 2, 16), unstacked
+    )
     program = decode_steps.lower(unstacked, first, np.int32(4), CONFIG, DEFAULT).compile()
     weights = sum(x.nbytes for x in jax.tree.leaves(params))
     # Two blocks of the largest weight and the activations; the whole weights in float32 would be twice `weights`.

@@ -196,3 +196,13 @@ def _add_writing(command: argparse.ArgumentParser) -> None:
         help="sample from the likeliest tokens that together have probability P (0.95)",
     )
     command.add_argument("--seed", type=int, default=0, metavar="S", help="the same seed gives the same text (0)")
+    _add_cache(command)
+
+
+def _add_cache(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--no-cache",
+        dest="cache",
+        action="store_false",
+        help="do not keep compiled programs for the next time (they are kept in the user's folder for caches, up to 2 GB)",
+    )

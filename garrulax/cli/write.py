@@ -5,16 +5,28 @@ import sys
 
 import garrulax as gx
 from garrulax.cli.models import find_model
+from garrulax.cli.programs import keep_programs
+from garrulax.cli.waiting import waiting
 from garrulax.core.text import whole_characters
+from garrulax.sampling import compile_ahead
 
 
 def generate(args: argparse.Namespace) -> None:
     """Continues a text, or answers it with `--chat`."""
-    model = gx.load(find_model(args.model), ignore=args.ignore)
-    model = model.replace(params=gx.unstack(model.params))
-    text = _text(args)
-    prompt = _conversation(model, text) if args.chat else text
-    pieces = gx.stream(model, prompt, stop=tuple(args.stop), **_options(args))  # errors come before anything is printed
+    keep_programs(args.cache)
+    text, options, prompt = _text(args), _options(args), None
+
+    def begin(model: gx.Model) -> None:
+        nonlocal prompt
+        prompt = _conversation(model, text) if args.chat else text
+        compile_ahead(model, prompt, **options)
+
+    with waiting("reading the model"):
+        model = gx.load(find_model(args.model), ignore=args.ignore, while_reading=begin)
+    # Errors of the arguments come before anything is printed.
+    pieces = gx.stream(model, prompt, stop=tuple(args.stop), every=1, **options)
+    with waiting("compiling"):
+        first = next(pieces, "")
     if not args.chat:
         if model.tokenizer is not None and model.tokenizer.has_chat_format:
             print(
@@ -23,6 +35,7 @@ def generate(args: argparse.Namespace) -> None:
                 file=sys.stderr,
             )
         print(text, end="", flush=True)
+    print(first, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
@@ -30,8 +43,9 @@ def generate(args: argparse.Namespace) -> None:
 
 def fill(args: argparse.Namespace) -> None:
     """Fills the blanks of a text."""
-    model = gx.load(find_model(args.model), ignore=args.ignore)
-    model = model.replace(params=gx.unstack(model.params))
+    keep_programs(args.cache)
+    with waiting("reading the model"):
+        model = gx.load(find_model(args.model), ignore=args.ignore)
     for piece in gx.fill_stream(model, _text(args), **_options(args)):
         print(piece, end="", flush=True)
     print()

@@ -42,6 +42,7 @@ def load(
     rules: str | sharding.Rules = "fsdp+tp",
     only: Collection[str] | None = None,
     ignore: Collection[str] = (),
+    while_reading: Callable[[Model], Any] | None = None,
 ) -> Model:
     """Loads the model in a Hugging Face folder (config.json, safetensors, tokenizer) or in a GGUF file.
 
@@ -62,6 +63,9 @@ def load(
         ignore: Keys of config.json to leave out, as if the file did not have them, such as ["sparsity"] or
             ["rope_scaling.finetuned"]: a way past keys that are refused but do not change what the model computes. Of a
             GGUF file, keys of its metadata, such as ["llama.logit_scale"].
+        while_reading: Called before the tensors are read, with the model whose parameters are still abstract
+            (`jax.ShapeDtypeStruct`), for work that can go on beside the reading, such as
+            `sampling.compile_ahead`, which returns at once.
 
     Returns:
         The model; its tokenizer is None if the folder or file has none. The end tokens in generation_config.json win
@@ -95,8 +99,12 @@ def load(
     places = spec.map_specs(lambda _: None, specs) if mesh is None else sharding.shardings(specs, mesh, rules)
     dtype = dtype_to_load(dtype, specs, tensors, on_mesh=mesh is not None)
     dtypes = spec.map_specs(lambda s: _jax_dtype(s, stored_dtype(s, tensors, dtype)), specs)
+    config = with_ends(checkpoint.config, generation)
+    if while_reading is not None:
+        abstract = spec.map_specs(lambda s, kind: jax.ShapeDtypeStruct(s.shape, kind), specs, dtypes)
+        while_reading(Model(config, abstract, tokenizer, generation))
     params = spec.map_specs(lambda s, kind, place: _parameter(s, tensors, kind, place), specs, dtypes, places)
-    return Model(with_ends(checkpoint.config, generation), params, tokenizer, generation)
+    return Model(config, params, tokenizer, generation)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from garrulax.sampling.buckets import Buckets
 from garrulax.sampling.decoder import Decoder, compile
 from garrulax.sampling.fill import Filled, fill, fill_stream
-from garrulax.sampling.generate import generate, stream
+from garrulax.sampling.generate import compile_ahead, generate, stream
 from garrulax.sampling.state import Requests, State
 from garrulax.sampling.transforms import DEFAULT, Transform, chain, temperature, top_k, top_p
 from garrulax.sampling.writing import Completion
@@ -19,6 +19,7 @@ __all__ = [
     "Transform",
     "chain",
     "compile",
+    "compile_ahead",
     "fill",
     "fill_stream",
     "generate",

@@ -5,14 +5,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
 from garrulax.models.unpack import ModelLike, unpack_model
-from garrulax.sampling import loop, state
+from garrulax.sampling import ahead, loop, state
 from garrulax.sampling.buckets import POWERS_OF_TWO, Buckets
 from garrulax.sampling.knobs import knobs_per_prompt
-from garrulax.sampling.requests import assemble, causal_prompt
+from garrulax.sampling.requests import Weights, assemble, causal_prompt
 from garrulax.sampling.state import Requests, State
 from garrulax.sampling.transforms import DEFAULT, Transform
 
@@ -35,8 +36,8 @@ class Decoder:
         >>> params = gx.init(config, jax.random.key(0))
         >>> decoder = sampling.compile((params, config))
         >>> one = decoder.request([5, 17, 3], max_new_tokens=4, temperature=0)
-        >>> state = decoder.empty(params, one, rows=2, size=32)
-        >>> state = decoder.insert(state, decoder.prefill(params, one, size=32), 1)
+        >>> prefix = decoder.prefill(params, one, size=32)
+        >>> state = decoder.insert(decoder.empty(params, prefix, rows=2, slots=32), prefix, 1)
         >>> state = decoder.step(params, state, 3)
         >>> state.generated.tolist(), state.done.tolist()
         ([0, 3], [True, False])
@@ -69,22 +70,13 @@ class Decoder:
         checked["max_new_tokens"] = [prompt.limit]
         return assemble([prompt], checked, self.config, end_tokens, self.transform, self.buckets)
 
-    def empty(
-        self,
-        params: Tree,
-        requests: Requests,
-        rows: int,
-        size: int,
-        slots: int | None = None,
-        constrained: bool = False,
-    ) -> State:
+    def empty(self, params: Tree, prefix: State, rows: int, slots: int, constrained: bool = False) -> State:
         """A state of `rows` free rows; see `state.empty`."""
-        slots = size if slots is None else slots
-        return state.empty(params, requests, self.config, self.transform, rows, slots, size, constrained)
+        return state.empty(params, prefix, self.config, rows, slots, constrained)
 
     def prefill(self, params: Tree, requests: Requests, size: int) -> State:
         """Reads the contexts of requests; see `state.prefill`."""
-        return state.prefill(params, requests, self.config, self.transform, size)
+        return ahead.call(state.prefill, params, requests, config=self.config, transform=self.transform, size=size)
 
     def insert(self, into: State, prefix: State, row: jax.Array | int) -> State:
         """Puts a request that was read into a row; see `state.insert`."""
@@ -92,11 +84,32 @@ class Decoder:
 
     def step(self, params: Tree, before: State, n: Any = 1) -> State:
         """Samples up to n tokens for each row; see `loop.decode_steps`."""
-        return loop.decode_steps(params, before, n, self.config, self.transform)
+        n = np.int32(n) if isinstance(n, int) else n
+        return ahead.call(loop.decode_steps, params, before, n, config=self.config, transform=self.transform)
 
     def append(self, params: Tree, before: State, tokens: jax.Array, count: jax.Array) -> State:
         """Appends given tokens; see `loop.append`."""
         return loop.append(params, before, tokens, count, self.config, self.transform)
+
+    def compile_ahead(self, weights: Weights, requests: Requests, rows: int, slots: int, size: int) -> State:
+        """Begins to compile `prefill` and `step` at once, in other threads.
+
+        Args:
+            weights: The parameters, which may be abstract.
+            requests: One row.
+            rows: Number of rows of the state.
+            slots: Number of slots of a row.
+            size: Greatest number of tokens that a row may get.
+
+        Returns:
+            The abstract result of `prefill`.
+        """
+        static = {"config": self.config, "transform": self.transform}
+        ahead.compile_ahead(state.prefill, weights.prefill, requests, size=size, **static)
+        prefix = state.prefill.eval_shape(weights.prefill, requests, size=size, **static)
+        before = jax.eval_shape(lambda: self.empty(weights.step, prefix, rows, slots))
+        ahead.compile_ahead(loop.decode_steps, weights.step, before, np.int32(1), **static)
+        return prefix
 
     def evict(self, before: State, rows: jax.Array) -> State:
         """Frees rows; see `state.evict`."""

@@ -1,5 +1,6 @@
 """`generate` and `stream`: prompts in, completions or pieces of text out."""
 
+import dataclasses
 from collections.abc import Generator, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from garrulax.sampling.knobs import knobs_per_prompt
 from garrulax.sampling.requests import (
     EncodedPrompt,
     Prompt,
+    Weights,
     assemble,
     causal_prompt,
     chain_for,
@@ -21,7 +23,8 @@ from garrulax.sampling.requests import (
     token_ids,
     without_padding,
 )
-from garrulax.sampling.start import size_of, start
+from garrulax.sampling.start import compile_start, size_of, start
+from garrulax.sampling.state import Requests
 from garrulax.sampling.transforms import Transform
 from garrulax.sampling.writing import Completion, Pieces, Writer, decode_pieces, exhaust, first_row
 
@@ -103,11 +106,21 @@ def generate(
         (2, 4, 'length')
     """
     prompts, single = prompt_list(prompts)
-    knobs = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, **knobs}
-    every = STOP_CHECK_STEPS if stop else None
-    completions = exhaust(
-        _generate(model, prompts, max_new_tokens, knobs, stop, end_tokens, negative_prompts, every, transform)
+    plan = _plan(
+        model,
+        prompts,
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=stop,
+        end_tokens=end_tokens,
+        negative_prompts=negative_prompts,
+        transform=transform,
+        **knobs,
     )
+    completions = exhaust(plan.run())
     return completions[0] if single else completions
 
 
@@ -167,27 +180,85 @@ def stream(
         raise ValueError(f"stream takes one prompt, not {len(prompts)}: generate takes several")
     if every < 1:
         raise ValueError(f"every={every} must be at least 1")
-    knobs = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, **knobs}
-    return first_row(
-        _generate(model, prompts, max_new_tokens, knobs, stop, end_tokens, negative_prompts, every, transform)
+    plan = _plan(
+        model,
+        prompts,
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=stop,
+        end_tokens=end_tokens,
+        negative_prompts=negative_prompts,
+        transform=transform,
+        every=every,
+        **knobs,
     )
+    return first_row(plan.run())
 
 
-def _generate(
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """A call of `generate` whose arguments have been checked.
+
+    Attributes:
+        decoder: The functions of the model.
+        weights: Its parameters, which may be abstract.
+        requests: One for each row of the state, as NumPy arrays.
+        writers: Row -> what collects its tokens.
+        size: Greatest number of tokens that a row may get.
+        every: Number of steps between two looks at the tokens.
+    """
+
+    decoder: Decoder
+    weights: Weights
+    requests: Requests
+    writers: dict[int, Writer]
+    size: int
+    every: int
+
+    def run(self) -> Pieces[list[Completion]]:
+        """Decodes; returns a generator."""
+        state = start(self.decoder, self.weights, self.requests, self.size)
+        yield from decode_pieces(self.decoder, self.weights.step, state, self.writers, self.every, self.size)
+        return [writer.completion() for writer in self.writers.values()]
+
+
+def compile_ahead(model: ModelLike, prompt: Prompt, *, max_new_tokens: int | None = None, **arguments: Any) -> None:
+    """Begins, in other threads, to compile the programs with which `generate` and `stream` continue a prompt.
+
+    Args:
+        model: As for `generate`; its parameters may be abstract (`jax.ShapeDtypeStruct`), since only shapes and dtypes
+            are read. `load(while_reading=...)` gives such a model.
+        prompt: A prompt; for others whose length falls into the same bucket the programs are the same.
+        max_new_tokens: See `generate`.
+        **arguments: Further arguments of `generate`.
+
+    Raises:
+        ValueError: See `generate`.
+    """
+    plan = _plan(model, [prompt], max_new_tokens, **arguments)
+    compile_start(plan.decoder, plan.weights, plan.requests, plan.size)
+
+
+def _plan(
     model: ModelLike,
     prompts: list[Prompt],
     max_new_tokens: Any,
-    knobs: dict[str, Any],
-    stop: str | Sequence[str],
-    end_tokens: int | Sequence[int] | None,
-    negative_prompts: Prompt | Sequence[Prompt] | None,
-    every: int | None,
-    transform: Transform | None,
-) -> Pieces[list[Completion]]:
-    """Checks the arguments at once; returns a generator that decodes, `every` steps at a time (None: all at once)."""
+    *,
+    stop: str | Sequence[str] = (),
+    end_tokens: int | Sequence[int] | None = None,
+    negative_prompts: Prompt | Sequence[Prompt] | None = None,
+    every: int | None = None,
+    transform: Transform | None = None,
+    **knobs: Any,
+) -> _Plan:
+    """Checks the arguments. every: steps between two looks at the tokens; None is as few looks as possible."""
     weights, config, tokenizer = prepare_model(model)
     stops = StopStrings(stop, tokenizer)
     ends = ends_of(model, config, tokenizer, end_tokens)
+    knobs = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0, **knobs}
     transform = without_padding(chain_for(transform, knobs), config, tokenizer, ends)
     values = knobs_per_prompt(len(prompts), vocab=config.vocab, max_new_tokens=max_new_tokens, **knobs)
     encoded = [
@@ -197,16 +268,10 @@ def _generate(
     limits = values["max_new_tokens"] = [prompt.limit for prompt in encoded]
     rows, encoded, values = _with_partners(encoded, values, negative_prompts, config, tokenizer)
     requests = assemble(encoded, values, config, ends, transform)
+    writers = {row: Writer(tokenizer, limit, ends, stops) for row, limit in zip(rows, limits, strict=True)}
     decoder = Decoder(config, transform)
-
-    def steps():
-        writers = {row: Writer(tokenizer, limit, ends, stops) for row, limit in zip(rows, limits, strict=True)}
-        size = size_of(requests, decoder.buckets)
-        state = start(decoder, weights, requests, size)
-        yield from decode_pieces(decoder, weights.step, state, writers, every or max(limits), size)
-        return [writer.completion() for writer in writers.values()]
-
-    return steps()
+    size = size_of(requests, decoder.buckets)
+    return _Plan(decoder, weights, requests, writers, size, every or (STOP_CHECK_STEPS if stop else max(limits)))
 
 
 def _with_partners(

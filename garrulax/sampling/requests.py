@@ -76,6 +76,7 @@ def prepare_model(model: ModelLike) -> tuple[Weights, ModelConfig, TokenizerLike
     """Returns the parameters, the configuration and the tokenizer (or None) of a model.
 
     On CPUs bfloat16 parameters become their bits (`core.half.as_bits`), which `prefill` and `decode_steps` take too.
+    Abstract parameters, for which programs can be compiled, give abstract ones.
 
     Raises:
         TypeError: `model` is neither the result of `garrulax.load` nor (params, config).
@@ -86,6 +87,9 @@ def prepare_model(model: ModelLike) -> tuple[Weights, ModelConfig, TokenizerLike
         raise ValueError(
             "decoding runs on one device, but the parameters are on several: gather them with jax.device_get(params)"
         )
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)):
+        params = half.as_bits(params)
+        return Weights(params, jax.eval_shape(models.unstack, params)), config, tokenizer
     params = jax.tree.map(jnp.asarray, params)
     return Weights(half.as_bits(params), half.as_bits(models.unstack(params))), config, tokenizer
 

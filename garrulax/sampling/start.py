@@ -26,11 +26,22 @@ def start(decoder: Decoder, weights: Weights, requests: Requests, size: int) -> 
     Returns:
         The state before the first new token.
     """
-    count, width = requests.context.shape
-    rows = decoder.buckets.of("rows", count)
-    first = one_row(requests, 0, decoder.buckets)
-    state = decoder.empty(weights.step, first, rows, size, slots_for(max(width, 2), size))
-    for i in range(count):
-        one = one_row(requests, i, decoder.buckets)
+    each, rows, slots = _rows(decoder, requests, size)
+    like = decoder.compile_ahead(weights, each[0], rows, slots, size)
+    state = decoder.empty(weights.step, like, rows, slots)
+    for i, one in enumerate(each):
         state = decoder.insert(state, decoder.prefill(weights.prefill, one, size), i)
     return state
+
+
+def compile_start(decoder: Decoder, weights: Weights, requests: Requests, size: int) -> None:
+    """Begins to compile what `start` and the first steps need. Arguments as there; the weights may be abstract."""
+    each, rows, slots = _rows(decoder, requests, size)
+    decoder.compile_ahead(weights, each[0], rows, slots, size)
+
+
+def _rows(decoder: Decoder, requests: Requests, size: int) -> tuple[list[Requests], int, int]:
+    """The requests one by one, and the numbers of rows and slots of their state."""
+    count, width = requests.context.shape
+    each = [one_row(requests, i, decoder.buckets) for i in range(count)]
+    return each, decoder.buckets.of("rows", count), slots_for(max(width, 2), size)

@@ -16,7 +16,7 @@ from garrulax.core import half
 from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
 from garrulax.kernels.mask import PAD, Mask
-from garrulax.layers.cache import Cache
+from garrulax.layers.cache import KV, Cache
 from garrulax.sampling.transforms import Knobs, Transform
 
 
@@ -101,35 +101,24 @@ class State:
     transform_state: Any
 
 
-def empty(
-    params: Tree,
-    requests: Requests,
-    config: ModelConfig,
-    transform: Transform,
-    rows: int,
-    slots: int,
-    size: int,
-    constrained: bool = False,
-) -> State:
+def empty(params: Tree, prefix: State, config: ModelConfig, rows: int, slots: int, constrained: bool = False) -> State:
     """A state whose rows are all free.
 
     Args:
-        params: In the form, stacked or not, in which `step` will get them; the arrays may be abstract.
-        requests: Any requests of the kind that will be inserted: only dtypes and axes are read.
+        params: In the form, stacked or not, in which `step` will get them.
+        prefix: From `prefill`, of a request like those that will be inserted. Only dtypes and axes are read, so that
+            its arrays may be abstract.
         config: The family's Config.
-        transform: The transform of the logits.
         rows: B.
         slots: S, number of cache slots of a row. `grow` makes them more.
-        size: Greatest number of tokens, of prompt and answer together, that a row may get.
         constrained: Whether the state has `allowed`.
     """
-    one = jax.eval_shape(lambda p, r: prefill_row(p, r, config, transform, size), params, requests)
 
     def free(x: jax.Array) -> jax.Array:
         return jnp.zeros((rows, *x.shape[1:]), x.dtype)
 
     cache = models.cache_for(jax.eval_shape(half.from_bits, params), config, rows, slots)
-    state = cast(State, jax.tree.map(free, dataclasses.replace(one, cache=None)))
+    state = cast(State, jax.tree.map(free, dataclasses.replace(prefix, cache=cast(Cache, None))))
     return dataclasses.replace(
         state,
         cache=dataclasses.replace(cache, planned=jnp.zeros_like(cache.planned)),
@@ -140,8 +129,22 @@ def empty(
     )
 
 
-def prefill_row(params: Tree, requests: Requests, config: ModelConfig, transform: Transform, size: int) -> State:
-    """`prefill`, not compiled."""
+@functools.partial(jax.jit, static_argnames=("config", "transform", "size"))
+def prefill(params: Tree, requests: Requests, config: ModelConfig, transform: Transform, size: int) -> State:
+    """Reads the contexts of requests.
+
+    A program of one row for each prompt makes the result independent of the other prompts, to the last bit.
+
+    Args:
+        params: Stacked, which compiles fastest, or unstacked (`models.unstack`).
+        requests: The requests, as many as are to be read together.
+        config: The family's Config.
+        transform: The transform of the logits.
+        size: Greatest number of tokens, of prompt and answer together, that a row may get.
+
+    Returns:
+        A state of these rows, which `insert` puts into a larger one. It has no space for new tokens.
+    """
     params = half.from_bits(params)
     B, P = requests.context.shape
     cache = models.cache_for(params, config, B, P)
@@ -169,26 +172,6 @@ def prefill_row(params: Tree, requests: Requests, config: ModelConfig, transform
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "transform", "size"))
-def prefill(params: Tree, requests: Requests, config: ModelConfig, transform: Transform, size: int) -> State:
-    """Reads the contexts of requests.
-
-    A program of one row for each prompt makes the result independent of the other prompts, to the last bit.
-
-    Args:
-        params: Stacked, which compiles fastest, or unstacked (`models.unstack`).
-        requests: The requests, as many as are to be read together.
-        config: The family's Config.
-        transform: The transform of the logits.
-        size: As for `empty`.
-
-    Returns:
-        A state of these rows, which `insert` puts into a larger one. It has no space for new tokens.
-    """
-    return prefill_row(params, requests, config, transform, size)
-
-
-@functools.partial(jax.jit, donate_argnames="state")
 def insert(state: State, prefix: State, row: jax.Array | int) -> State:
     """Puts a request that was read into a row, which it replaces.
 
@@ -200,26 +183,47 @@ def insert(state: State, prefix: State, row: jax.Array | int) -> State:
     Returns:
         The state with the row in it.
     """
-    row = jnp.asarray(row, jnp.int32)  # a Python integer is traced too: one program for all rows
-    layers = _insert_layers(state.cache.layers, prefix.cache.layers, row)
-    rest = dataclasses.replace(state, cache=dataclasses.replace(state.cache, layers=None), allowed=None)
-    new = dataclasses.replace(prefix, cache=dataclasses.replace(prefix.cache, layers=None), allowed=None)
-    rest = jax.tree.map(lambda x, y: _put(x, y, row, 0), rest, new)
-    return dataclasses.replace(rest, cache=dataclasses.replace(rest.cache, layers=layers), allowed=state.allowed)
-
-
-def _insert_layers(layers: Any, new: Any, row: jax.Array) -> Any:
-    """The cache's arrays with those of one row in them; either may be stacked (`layers.cache.Cache`)."""
-    if not isinstance(layers, tuple):
-        if isinstance(new, tuple):
-            new = {name: jnp.stack([layer[name] for layer in new])[:, None] for name in layers}
-        return {name: _put(x, new[name], row, 1) for name, x in layers.items()}
-    if not isinstance(new, tuple):
-        new = tuple({name: x[i, 0] for name, x in new.items()} for i in range(len(layers)))
-    return tuple(  # [K, P, C] into [B·K, S, C]
-        {name: _put(x, here[name], row * len(here[name]), 0) for name, x in layer.items()}
-        for layer, here in zip(layers, new, strict=True)
+    row = jnp.asarray(row, jnp.int32)
+    layers, new = state.cache.layers, prefix.cache.layers
+    if isinstance(layers, tuple):  # one small program for all layers compiles faster than one with all of them
+        layers = tuple(
+            _insert_layer(layer, new[i] if isinstance(new, tuple) else new, jnp.int32(i), row)
+            for i, layer in enumerate(layers)
+        )
+    else:
+        layers = _insert_stacked(layers, new, row)
+    rest = _insert_rest(
+        _without_layers(state), dataclasses.replace(_without_layers(prefix), allowed=state.allowed), row
     )
+    return dataclasses.replace(rest, cache=dataclasses.replace(rest.cache, layers=layers))
+
+
+def _without_layers(state: State) -> State:
+    return dataclasses.replace(state, cache=dataclasses.replace(state.cache, layers=None))
+
+
+@functools.partial(jax.jit, donate_argnames="layer")
+def _insert_layer(layer: KV, new: KV, i: jax.Array, row: jax.Array) -> KV:
+    """[B·K, S, C] with a row [K, P, C], or with layer i of a stack [L, 1, K, P, C], in it."""
+    if new["key"].ndim == 5:
+        new = {name: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)[0] for name, x in new.items()}
+    return {name: _put(x, new[name], row * len(new[name]), 0) for name, x in layer.items()}
+
+
+@functools.partial(jax.jit, donate_argnames="layers")
+def _insert_stacked(layers: KV, new: KV | tuple[KV, ...], row: jax.Array) -> KV:
+    """[L, B, K, S, C] with a row [L, 1, K, P, C], or with a tuple of [K, P, C], in it."""
+    if isinstance(new, tuple):
+        new = {name: jnp.stack([layer[name] for layer in new])[:, None] for name in layers}
+    return {name: _put(x, new[name], row, 1) for name, x in layers.items()}
+
+
+@functools.partial(jax.jit, donate_argnames="rest")
+def _insert_rest(rest: State, new: State, row: jax.Array) -> State:
+    allowed = rest.allowed  # the host writes it before every step
+    rest, new = (dataclasses.replace(x, allowed=None) for x in (rest, new))
+    rest = jax.tree.map(lambda x, y: _put(x, y, row, 0), rest, new)
+    return dataclasses.replace(rest, allowed=allowed)
 
 
 def _put(x: jax.Array, part: jax.Array, start: jax.Array, axis: int) -> jax.Array:

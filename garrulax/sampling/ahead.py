@@ -1,0 +1,62 @@
+"""Programs that are compiled ahead of their first call, in other threads: while weights are read, or side by side."""
+
+import concurrent.futures
+import threading
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+
+MOST = 64  # programs kept
+
+_pool = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix="compile")
+_lock = threading.Lock()
+_programs: dict[Hashable, concurrent.futures.Future] = {}
+
+
+def compile_ahead(function: Any, *args: Any, **static: Any) -> None:
+    """Begins to compile a jitted function for arguments of these shapes and dtypes, on the default device.
+
+    Args:
+        function: From `jax.jit`.
+        *args: Its positional arguments, arrays or abstract ones (`jax.ShapeDtypeStruct`).
+        **static: Its static arguments, by name.
+    """
+    key = _key(function, args, static)
+    with _lock:
+        if key in _programs:
+            return
+        while len(_programs) >= MOST:
+            del _programs[next(iter(_programs))]
+        abstract = jax.tree.map(_abstract, args)
+        _programs[key] = _pool.submit(lambda: function.lower(*abstract, **static).compile())
+
+
+def call(function: Any, *args: Any, **static: Any) -> Any:
+    """function(*args, **static), by the program that `compile_ahead` has made, if there is one."""
+    leaves = jax.tree.leaves(args)
+    if not _programs or any(isinstance(x, jax.core.Tracer) for x in leaves) or not _on_default_device(leaves):
+        return function(*args, **static)
+    program = _programs.get(_key(function, args, static))
+    return function(*args, **static) if program is None else program.result()(*args)
+
+
+def _key(function: Callable, args: tuple, static: dict[str, Any]) -> Hashable:
+    leaves, tree = jax.tree.flatten(args)
+    types = tuple((x.shape, x.dtype, getattr(x, "weak_type", False)) for x in leaves)
+    return function, tree, types, tuple(sorted(static.items(), key=lambda item: item[0]))
+
+
+def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=getattr(x, "weak_type", False))
+
+
+def _on_default_device(leaves: list[Any]) -> bool:
+    devices = {d for x in leaves if isinstance(x, jax.Array) for d in x.devices()}
+    return devices <= {_default_device()}
+
+
+def _default_device() -> Any:
+    config: Any = jax.config  # its attributes are created at run time, so mypy does not know them
+    chosen = config.jax_default_device
+    return jax.devices()[0] if chosen is None or isinstance(chosen, str) else chosen

@@ -1,9 +1,10 @@
-"""Time of the transforms of logits at GPT-2's vocabulary on this machine, in microseconds a step.
+"""Time of the transforms of logits at GPT-2's vocabulary on this machine, in microseconds a step: clock, processor.
 
     python benchmarks/transforms.py [--rows 1] [--rounds 9]
 
 Each transform alone, the default chain, and all transforms on, in turns, so that a drift of the machine's speed affects
-all alike: medians over the rounds. A step of GPT-2 124M's shape reads 498 MB of weights; the time of a copy of as many
+all alike: medians over the rounds. The processor's time is that of all threads; on a busy machine it is the better
+measure of the two. A step of GPT-2 124M's shape reads 498 MB of weights; the time of a copy of as many
 bytes (read, not written) says how long it takes at least.
 """
 
@@ -78,24 +79,26 @@ def compare(rows: int, rounds: int, steps: int = 20) -> None:
     chains["all in the chain, off"] = transforms.standard_chain(ON), {}
     runs = {name: step_of(chain, given, rows) for name, (chain, given) in chains.items()}
     token = jnp.full(rows, 3, jnp.int32)
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for _ in range(rounds + 1):  # the first compiles
         for name, (step, state, logits) in runs.items():
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             for _ in range(steps):
                 changed, state = step(logits, token, state)
             jax.block_until_ready(changed)
-            seconds[name].append((time.perf_counter() - start) / steps)
+            end = time.perf_counter(), time.process_time()
+            seconds[name].append(tuple((b - a) / steps for a, b in zip(start, end, strict=True)))
             runs[name] = step, state, logits
     for name, values in seconds.items():
-        print(f"{name:34} {1e6 * statistics.median(values[1:]):8.0f} us (best {1e6 * min(values[1:]):.0f})")
+        clock, processor = (1e6 * statistics.median(column[1:]) for column in zip(*values, strict=True))
+        print(f"{name:34} {clock:8.0f} {processor:8.0f}")
     source, target = np.ones(WEIGHT_BYTES // 8, np.float32), np.empty(WEIGHT_BYTES // 8, np.float32)
     copies = []
     for _ in range(5):
         start = time.perf_counter()
         np.copyto(target, source)
         copies.append(time.perf_counter() - start)
-    print(f"{'a copy of as many bytes as a step':34} {1e6 * min(copies):8.0f} us")
+    print(f"{'a copy of as many bytes as a step':34} {1e6 * min(copies):8.0f}")
 
 
 if __name__ == "__main__":

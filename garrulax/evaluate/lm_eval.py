@@ -20,6 +20,7 @@ from garrulax.sampling.ends import end_tokens
 
 try:
     from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
     from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
@@ -28,6 +29,7 @@ except ImportError as error:
     ) from None
 
 
+@register_model("garrulax")
 class Harness(TemplateLM):
     """A model, as lm-evaluation-harness calls it.
 
@@ -70,34 +72,34 @@ class Harness(TemplateLM):
         """
         super().__init__()
         model = hub.load(model, dtype=dtype) if isinstance(model, str) else model
-        params, config, tokenizer = prepare(model)
+        params, config, _ = prepare(model)
         if models.blanks(config) is not None:
             raise TypeError("tasks of lm-evaluation-harness continue texts, but this model fills blanks: gx.score and "
                             "gx.choose score its answers")  # fmt: skip
+        tokenizer = model.tokenizer
         if tokenizer is None:
             raise ValueError("lm-evaluation-harness gives texts, but the model has no tokenizer")
         most = config.max_length
         if not 1 <= (max_length := most if max_length is None else int(max_length)) <= most:
             raise ValueError(f"max_length={max_length} must be from 1 to the model's context of {most}")
-        self.model, self.tokenizer = model, model.tokenizer
+        known = (prefix, tokenizer.bos, tokenizer.eos, *end_tokens(config))
+        first = next((token for token in known if token is not None), None)
+        if first is None:
+            raise ValueError("the tokenizer has neither bos nor eos: give prefix, the id in front of a text")
+        self.model, self.tokenizer, self._prefix = model, tokenizer, first
         self.max_length, self.max_gen_toks, self.batch_size = max_length, int(max_gen_toks), int(batch_size)
         self._params, self._config, self._batch_tokens = params, config, int(batch_tokens)
-        self._prefix = prefix
         self._decoder = model.replace(params=models.unstack(model.params))
-        if self.prefix_token_id is None:
-            raise ValueError("the tokenizer has neither bos nor eos: give prefix, the id in front of a text")
 
     @property
     def eot_token_id(self) -> int | None:
         """Id of the token that ends a text."""
-        ends = end_tokens(self._config)
-        return self.tokenizer.eos if self.tokenizer.eos is not None else next(iter(ends), None)
+        return self.tokenizer.eos
 
     @property
-    def prefix_token_id(self) -> int | None:
+    def prefix_token_id(self) -> int:
         """Id in front of a text without a context."""
-        known = (self._prefix, self.tokenizer.bos, self.eot_token_id)
-        return next((token for token in known if token is not None), None)
+        return self._prefix
 
     @property
     def tokenizer_name(self) -> str:
@@ -193,8 +195,8 @@ class Harness(TemplateLM):
         if space < 1:
             raise ValueError(f"max_gen_toks={new} leaves no space in the model's context of {self.max_length} tokens")
         prompts = [self.tok_encode(context)[-space:] or [self.prefix_token_id] for context in contexts]
-        done = sampling.generate(self._decoder, prompts, max_new_tokens=new, stop=stop, **arguments)
-        return [str(completion.text) for completion in done]
+        done: Any = sampling.generate(self._decoder, prompts, max_new_tokens=new, stop=stop, **arguments)
+        return [completion.text for completion in done]
 
 
 def _by_arguments(requests: Sequence[Any]) -> dict[str, tuple[dict[str, Any], list[int]]]:

@@ -3,6 +3,8 @@
 import functools
 import json
 import math
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +35,11 @@ def forward(params, tokens, config):
     return models.forward(params, tokens, config)[0]
 
 
+@functools.partial(jax.jit, static_argnames="config")
+def answer_pass(params, tokens, positions, size, config):
+    return models.forward(params, tokens, config, positions=positions, mask=masks.prefix(size, tokens.shape[1]))[0]
+
+
 def by_forward(model, ids):
     """Log-probabilities in float64 of each token but the first, by one pass; and whether each is the argmax."""
     params, config = model
@@ -44,7 +51,7 @@ def by_forward(model, ids):
     return logprobs[np.arange(len(ids) - 1), ids[1:]], logits.argmax(-1) == ids[1:]
 
 
-@pytest.mark.parametrize("name", ["gpt", "llama"])
+@pytest.mark.parametrize("name", ["gpt", pytest.param("llama", marks=pytest.mark.slow)])
 def test_score_is_that_of_one_forward_pass(name, monkeypatch):
     """For texts of several lengths, conditions and chunks of the head; not changed by the rest of the batch."""
     monkeypatch.setattr(passes, "CHUNK_LOGITS", 16 * 97)  # several chunks a batch
@@ -63,9 +70,11 @@ def test_score_is_that_of_one_forward_pass(name, monkeypatch):
     np.testing.assert_allclose(alone.logprobs, found[1].logprobs, atol=2e-6)
     first = gx.score(model, texts[1])
     assert (first.logprobs[0], first.is_argmax[0], first.count) == (None, None, 4)
-    greedy = gx.generate(model, IDS[:5], max_new_tokens=4, temperature=0).tokens
-    assert gx.score(model, greedy, condition=IDS[:5]).is_greedy
-    assert not gx.score(model, [*greedy[:3], greedy[3] ^ 1], condition=IDS[:5]).is_greedy
+    every = gx.score(model, [[token] for token in range(97)], condition=IDS[:5])
+    likely = int(np.argmax([score.logprob for score in every]))
+    assert math.fsum(math.exp(score.logprob) for score in every) == pytest.approx(1, rel=1e-5)
+    assert gx.score(model, [likely], condition=IDS[:5]).is_greedy
+    assert not gx.score(model, [likely ^ 1], condition=IDS[:5]).is_greedy
     assert gx.score(model, IDS[:1]).count == 0
 
 
@@ -137,20 +146,17 @@ def test_choose_divides_as_it_is_told():
         assert found.index == int(np.argmax(found.scores))
 
 
-@pytest.mark.parametrize("name", ["glm", "glm130b"])
+@pytest.mark.parametrize("name", [pytest.param("glm", marks=pytest.mark.slow), "glm130b"])
 def test_blanks(name):
     """A text is the answer to [gMASK] behind its condition, and an option the answer to the blank of the prompt."""
     params, config = model_of(name)
     blanks = models.blanks(config)
 
     def by_pass(ids, at, answer):
-        positions = blanks.positions(ids, at, len(answer))
-        tokens = jnp.array([[*ids, blanks.sop, *answer[:-1]]])
-        logits, _ = models.forward(
-            params, tokens, config, positions=jnp.array(positions if len(positions) > 1 else positions[0])[None],
-            mask=masks.prefix(jnp.array([len(ids)]), tokens.shape[1]),
-        )  # fmt: skip
-        logprobs = np.asarray(jax.nn.log_softmax(logits[0, len(ids) :]))
+        positions, tokens = blanks.positions(ids, at, 16 - len(ids)), np.zeros((1, 16), np.int32)
+        tokens[0, : len(ids) + len(answer)] = [*ids, blanks.sop, *answer[:-1]]
+        logits = np.asarray(answer_pass(params, tokens, np.squeeze(positions)[None], np.array([len(ids)]), config))
+        logprobs = logits[0, len(ids) :] - np.log(np.exp(logits[0, len(ids) :]).sum(-1, keepdims=True))
         return logprobs[np.arange(len(answer)), answer]
 
     context = [*blanks.before, *IDS[:5], blanks.masks["g"], *(() if "g" in blanks.open_ended else blanks.after)]
@@ -163,16 +169,29 @@ def test_blanks(name):
     found = gx.choose((params, config), prompt, [IDS[7:10], IDS[10:12]])
     sums = [by_pass(prompt, 3, answer).sum() for answer in (IDS[7:10], IDS[10:12])]
     assert found.logprobs == pytest.approx(sums, abs=1e-4)
-    assert gx.perplexity((params, config), IDS, window=20, stride=10).tokens == len(IDS) - 1
+    windows = gx.perplexity((params, config), IDS[:14], window=10, stride=5)
+    halves = gx.score((params, config), IDS[:10]), gx.score((params, config), IDS[10:14], condition=IDS[5:10])
+    assert windows.tokens == 13
+    assert windows.nll == pytest.approx(-sum(half.logprob for half in halves), rel=1e-5)
 
 
 def test_texts_around_a_blank():
     """A prompt without a blank gets [MASK], and the space before a blank begins the options."""
+    from garrulax.evaluate.choose import _answers
+
     model = tiny.byte_model("glm")
-    written = gx.choose(model, "It is ", ["so", "no"])
-    assert written.logprobs == pytest.approx(gx.choose(model, "It is [MASK]", [" so", " no"]).logprobs)
+    blanks = models.blanks(model.config)
+
+    def read(prompt, options):
+        return _answers(prompt, options, ["an option"] * len(options), None, model.config, model.tokenizer, blanks)
+
+    ids, at, answers = read("It is ", ["so", " no"])
+    assert (ids, at, answers) == read("It is [MASK]", ["so", " no"]) == read("It is[MASK]", [" so", " no"])
+    assert ids == [model.config.cls, *b"It is", model.config.mask, *blanks.after]
+    assert (ids[at], answers) == (model.config.mask, [list(b" so"), list(b" no")])
+    assert read([5, 6], [[7]]) == ([5, 6, model.config.mask], 2, [[7]])
     with pytest.raises(ValueError, match="2 blanks"):
-        gx.choose(model, "[MASK] is [MASK]", ["so"])
+        read("[MASK] is [MASK]", ["so"])
 
 
 def test_the_logits_of_a_batch_never_exist_at_once():
@@ -234,3 +253,13 @@ def test_logits_that_are_not_finite():
     broken = {**params, "norm": jax.tree.map(lambda x: x * jnp.nan, params["norm"])}
     with pytest.raises(FloatingPointError):
         gx.score((broken, config), IDS[:5])
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_page():
+    page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, names)
+    assert names["found"].index in range(3)
+    assert names["whole"].count == len("The sun rises.") - 1

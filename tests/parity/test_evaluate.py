@@ -141,7 +141,7 @@ def test_texts_and_conversations_in_the_harness(harness):
         assert ours.tok_encode(text) == theirs.tok_encode(text)
     assert ours.chat_template(True) == theirs.chat_template(True) == CHATML
     with pytest.raises(TypeError, match="mirostat"):
-        ours.generate_until(requests(("def", {"until": [], "mirostat": 2})))
+        ours.generate_until(requests(("def", {"until": [], "max_gen_toks": 4, "mirostat": 2})))
 
 
 def test_the_local_tasks_of_the_example(harness, monkeypatch, tmp_path):

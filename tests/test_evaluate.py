@@ -70,7 +70,7 @@ def test_score_is_that_of_one_forward_pass(name, monkeypatch):
     np.testing.assert_allclose(alone.logprobs, found[1].logprobs, atol=2e-6)
     first = gx.score(model, texts[1])
     assert (first.logprobs[0], first.is_argmax[0], first.count) == (None, None, 4)
-    every = gx.score(model, [[token] for token in range(97)], condition=IDS[:5])
+    every = gx.score(model, [[token] for token in range(model[1].vocab)], condition=IDS[:5])
     likely = int(np.argmax([score.logprob for score in every]))
     assert math.fsum(math.exp(score.logprob) for score in every) == pytest.approx(1, rel=1e-5)
     assert gx.score(model, [likely], condition=IDS[:5]).is_greedy

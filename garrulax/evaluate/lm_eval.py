@@ -177,9 +177,8 @@ class Harness(TemplateLM):
         for kwargs, group in _by_arguments(requests).values():
             for start in range(0, len(group), self.batch_size):
                 batch = group[start : start + self.batch_size]
-                found = self._generate(
-                    [requests[i].args[0] for i in batch], dict(normalize_gen_kwargs(kwargs, self.max_gen_toks))
-                )
+                arguments = {"seed": batch, **normalize_gen_kwargs(kwargs, self.max_gen_toks)}  # repeats differ
+                found = self._generate([requests[i].args[0] for i in batch], arguments)
                 for i, text in zip(batch, found, strict=True):
                     texts[i] = text
                     self.cache_hook.add_partial("generate_until", requests[i].args, text)

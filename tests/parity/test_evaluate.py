@@ -134,6 +134,9 @@ def test_texts_and_conversations_in_the_harness(harness):
         ("if argument:" * 40, {"until": [], "max_gen_toks": 9, "do_sample": False}),
     )  # fmt: skip
     assert ours.generate_until(asked) == theirs.generate_until(asked, disable_tqdm=True)
+    sampled = requests(*[("def", {"until": [], "max_gen_toks": 9, "do_sample": True, "temperature": 1.0})] * 2)
+    first, second = ours.generate_until(sampled)
+    assert first != second
     talk = [{"role": "user", "content": "What is this?"}, {"role": "assistant", "content": "A parrot"}]
     for messages, begin in ((talk[:1], True), (talk, False)):
         text = ours.apply_chat_template(messages, begin)

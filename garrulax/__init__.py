@@ -35,6 +35,12 @@ _HOME = {
     "fill_stream": "garrulax.sampling",
     "Filled": "garrulax.sampling",
     "Completion": "garrulax.sampling",
+    "score": "garrulax.evaluate",
+    "Score": "garrulax.evaluate",
+    "perplexity": "garrulax.evaluate",
+    "Perplexity": "garrulax.evaluate",
+    "choose": "garrulax.evaluate",
+    "Choice": "garrulax.evaluate",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -68,6 +68,10 @@ def _command(name: str) -> Callable[[argparse.Namespace], None]:
         from garrulax.cli.glitch import glitch
 
         return glitch
+    if name == "score":
+        from garrulax.cli.score import score
+
+        return score
     if name == "convert":
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # it needs no accelerator
         from garrulax.cli.convert import convert
@@ -80,7 +84,7 @@ def _command(name: str) -> Callable[[argparse.Namespace], None]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="garrulax", description="Language models in JAX: train, generate, fill, inspect, convert."
+        prog="garrulax", description="Language models in JAX: train, generate, fill, score, inspect, convert."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -146,6 +150,18 @@ def _parser() -> argparse.ArgumentParser:
     glitch.add_argument("--top", type=int, default=20, metavar="N", help="number of tokens to list (20)")
     glitch.add_argument("--side", choices=("input", "output"), help="use the input or the output embeddings only")
     glitch.add_argument("--plot", metavar="FILE", help="draw the scores into this file, such as glitch.png")
+    score = commands.add_parser(
+        "score",
+        help="measure the perplexity of a text",
+        description="Measure how probable a text is: log-likelihood, perplexity, bits per byte. A text that is longer "
+        "than the window is read in windows that overlap.",
+    )
+    score.add_argument("model", help="a run, a Hugging Face model folder, a GGUF file, or a name on the hub")
+    score.add_argument("file", nargs="?", help="a text file; - reads standard input")
+    score.add_argument("--text", help="the text itself, in place of a file")
+    score.add_argument("--window", type=int, metavar="N", help="tokens of a window (the model's context)")
+    score.add_argument("--stride", type=int, metavar="N", help="tokens that each further window scores (half a window)")
+    score.add_argument("--json", action="store_true", help="print the numbers as one JSON object")
     convert = commands.add_parser(
         "convert",
         help="convert a model folder or GGUF file",
@@ -160,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
         "--max-shard-size", default="5GB", metavar="SIZE", help="greatest size of a file, such as 200MB (5GB)"
     )
     convert.add_argument("--dialect", help="checkpoint format, if the family has several, such as glm")
-    for name in ("generate", "fill", "info", "glitch", "convert"):
+    for name in ("generate", "fill", "info", "glitch", "score", "convert"):
         commands.choices[name].add_argument(
             "--ignore",
             type=lambda text: text.split(","),

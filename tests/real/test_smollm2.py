@@ -74,8 +74,21 @@ def test_logits_and_perplexity(model, numbers, known):
     largest = np.abs(numbers["logits"]).max()
     np.testing.assert_allclose(logits[:64, numbers["columns"]], numbers["logits"], atol=1e-5 * largest)
     np.testing.assert_allclose(jax.nn.logsumexp(logits, -1), numbers["total"], rtol=1e-5)
-    assert float(losses(model.params, model.config, ids).mean()) == pytest.approx(known["loss"], rel=1e-5)
-    assert np.exp(known["loss"]) < 30  # a model that knows English
+    found = gx.perplexity(model, PASSAGE)
+    assert (found.tokens, found.bytes, found.words) == (len(ids) - 1, len(PASSAGE.encode()), len(PASSAGE.split()))
+    assert found.nll / found.tokens == pytest.approx(known["loss"], rel=1e-5)
+    assert found.perplexity < 30  # a model that knows English
+
+
+def test_scores(model):
+    """The model knows what is true, and a window with half of it as context costs a little."""
+    options = [" Paris", " Berlin", " Rome", " a green banana"]
+    assert gx.choose(model, "The capital of France is", options).index == 0
+    whole, windows, parts = (
+        gx.perplexity(model, PASSAGE, window=w, stride=s) for w, s in ((None, None), (64, 32), (64, 64))
+    )
+    assert whole.tokens == windows.tokens == parts.tokens
+    assert whole.nll < windows.nll < parts.nll < 1.5 * whole.nll
 
 
 def test_bfloat16(path, model, numbers, known):

@@ -109,13 +109,14 @@ DRAWS = 40_000
 
 
 def p_value(tokens, target):
-    """Of a chi-square test that tokens were drawn from target; rare ones are pooled to an expectation of 5."""
+    """Of a chi-square test that tokens were drawn from target; rare ones are pooled to expectations of about 5."""
     counts, expected = np.bincount(tokens, minlength=target.size), target * tokens.size
     assert counts[target == 0].sum() == 0, "a token that must not be drawn was"
     order = np.argsort(expected)
-    pool = np.searchsorted(np.cumsum(expected[order]), 5)
-    groups = [order[: pool + 1], *([i] for i in order[pool + 1 :])]
-    observed, wanted = (np.array([x[g].sum() for g in groups]) for x in (counts, expected))
+    order = order[expected[order] > 0]
+    group = np.where(expected[order] < 5, np.cumsum(expected[order]) // 5, tokens.size + np.arange(order.size))
+    group = np.unique(group, return_inverse=True)[1]
+    observed, wanted = (np.bincount(group, x[order]) for x in (counts, expected))
     return stats.chisquare(observed, wanted * observed.sum() / wanted.sum()).pvalue
 
 

@@ -69,7 +69,7 @@ def top_k() -> Transform:
     """
 
     def keep(logits, k):
-        return top_mask(logits, jnp.ones_like(logits), k.astype(logits.dtype))
+        return top_mask(logits, None, k.astype(jnp.float32))
 
     return _filter("top_k", _above_0, keep)
 
@@ -136,18 +136,16 @@ def typical_p() -> Transform:
         entropy = _entropy(logprobs, probabilities)
 
         # Tokens within a distance of the entropy are those whose probability is in an interval around exp(-entropy).
-        def interval(distance):
-            return jnp.exp(-entropy - distance)[:, None], jnp.exp(distance - entropy)[:, None]
+        def near(distance, probabilities, entropy):
+            least, greatest = jnp.exp(-entropy - distance), jnp.exp(distance - entropy)
+            return (probabilities >= least[:, None]) & (probabilities <= greatest[:, None])
 
-        def reached(distance):  # [B]
-            least, greatest = interval(distance)
-            near = (probabilities >= least) & (probabilities <= greatest)
-            return sum_where(near, probabilities) >= p.astype(logits.dtype)
+        def reached(distance, probabilities, entropy, p):
+            return sum_where(near(distance, probabilities, entropy), probabilities) >= p
 
-        distance = least_float(reached, logits.shape[0], logits.dtype)
+        distance = least_float(reached, (probabilities, entropy, p.astype(logits.dtype)), logits.dtype)
         # Where all together do not reach p, by rounding, the answer is no number.
-        least, greatest = interval(jnp.where(jnp.isnan(distance), jnp.inf, distance))
-        return (probabilities >= least) & (probabilities <= greatest)
+        return near(jnp.where(jnp.isnan(distance), jnp.inf, distance), probabilities, entropy)
 
     return _filter("typical_p", _below_1, keep)
 

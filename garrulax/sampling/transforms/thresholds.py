@@ -5,7 +5,7 @@ platform far cheaper than a sort. The bits of a positive float order as the floa
 two, XLA:CPU divides the loop among threads, which takes five times as long as the sum.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,31 +13,42 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def least(predicate: Callable[[jax.Array], jax.Array], rows: int, bits: int, dtype: Any = np.uint32) -> jax.Array:
+def least(
+    predicate: Callable[..., jax.Array], operands: Sequence[jax.Array], bits: int, dtype: Any = np.uint32
+) -> jax.Array:
     """Returns for each row the smallest number of `bits` bits with a property that all greater numbers have too.
 
     Args:
-        predicate: Function from numbers [B] to bool [B]. The greatest number is not tried: it has the property.
-        rows: B.
+        predicate: Function from (numbers [B], *operands) to bool [B], row by row. The greatest number is not tried: it
+            has the property.
+        operands: Arrays whose first axis is B.
         bits: Number of bits.
         dtype: uint32 or uint64, the dtype of the numbers.
     """
 
-    def decide_bit(i, low):  # low: [B], the answer's bits above bit bits - 1 - i; the others are 0
-        half = jnp.asarray(1, dtype) << (bits - 1 - i).astype(dtype)
-        return jnp.where(predicate(low + (half - 1)), low, low + half)
+    def search(*operands):
+        def decide_bit(i, low):  # low: [B], the answer's bits above bit bits - 1 - i; the others are 0
+            half = jnp.asarray(1, dtype) << (bits - 1 - i).astype(dtype)
+            return jnp.where(predicate(low + (half - 1), *operands), low, low + half)
 
-    return jax.lax.fori_loop(0, bits, decide_bit, jnp.zeros(rows, dtype))
+        return jax.lax.fori_loop(0, bits, decide_bit, jnp.zeros(operands[0].shape[0], dtype))
+
+    def by_rows(*operands):  # on CPUs: a row stays in the cache, and no thread waits for another one
+        return jax.lax.map(lambda row: search(*(x[None] for x in row))[0], operands)
+
+    if operands[0].shape[0] == 1:
+        return search(*operands)
+    return jax.lax.platform_dependent(*operands, cpu=by_rows, default=search)
 
 
-def least_float(predicate: Callable[[jax.Array], jax.Array], rows: int, dtype: Any) -> jax.Array:
+def least_float(predicate: Callable[..., jax.Array], operands: Sequence[jax.Array], dtype: Any) -> jax.Array:
     """`least` for floats that are not negative: float `dtype` [B]."""
     unsigned = _unsigned(dtype)
 
-    def of_bits(bits):
-        return predicate(jax.lax.bitcast_convert_type(bits, dtype))
+    def of_bits(bits, *operands):
+        return predicate(jax.lax.bitcast_convert_type(bits, dtype), *operands)
 
-    return jax.lax.bitcast_convert_type(least(of_bits, rows, 8 * unsigned.itemsize - 1, unsigned), dtype)
+    return jax.lax.bitcast_convert_type(least(of_bits, operands, 8 * unsigned.itemsize - 1, unsigned), dtype)
 
 
 def sum_where(condition: jax.Array, weights: jax.Array) -> jax.Array:
@@ -50,23 +61,25 @@ def count(condition: jax.Array) -> jax.Array:
     return jnp.sum(condition.astype(jnp.float32), axis=-1)
 
 
-def top_mask(values: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Array:
+def top_mask(values: jax.Array, weights: jax.Array | None, limit: jax.Array) -> jax.Array:
     """Selects the greatest values of each row until their weights reach a limit.
 
     Args:
         values: float32 or float64 [B, V]; narrower floats become float32.
-        weights: [B, V], not negative.
-        limit: [B], in the dtype of the weights.
+        weights: [B, V], not negative; None is 1 for each.
+        limit: [B], in the dtype of the weights; float32 without weights.
 
     Returns:
         bool [B, V], True where the weights of all greater values of the row sum to less than its limit.
     """
     order = _ordered(values)
 
-    def reached(threshold):  # [B]
-        return sum_where(order > threshold[:, None], weights) < limit
+    def reached(threshold, order, limit, *weights):
+        greater = order > threshold[:, None]
+        return (sum_where(greater, *weights) if weights else count(greater)) < limit
 
-    return order >= least(reached, values.shape[0], 8 * order.dtype.itemsize, order.dtype)[:, None]
+    operands = (order, limit) if weights is None else (order, limit, weights)
+    return order >= least(reached, operands, 8 * order.dtype.itemsize, order.dtype)[:, None]
 
 
 def nucleus(probabilities: jax.Array, limit: jax.Array) -> jax.Array:
@@ -81,23 +94,22 @@ def nucleus(probabilities: jax.Array, limit: jax.Array) -> jax.Array:
     Returns:
         bool [B, V].
     """
-    rows, size = probabilities.shape
-    dtype = probabilities.dtype
+    size = probabilities.shape[1]
 
-    def reached(threshold):
+    def reached(threshold, probabilities, limit):
         return sum_where(probabilities > threshold[:, None], probabilities) < limit
 
-    threshold = least_float(reached, rows, dtype)[:, None]  # [B, 1]
+    threshold = least_float(reached, (probabilities, limit), probabilities.dtype)[:, None]  # [B, 1]
     missing = limit - sum_where(probabilities > threshold, probabilities)  # [B], what those at the threshold must add
     wanted = jnp.ceil(missing / threshold[:, 0]).astype(jnp.float32)  # [B], how many of them are needed
 
     def last_ones(tied):
         ids = jnp.arange(size, dtype=jnp.uint32)[None]
 
-        def few_after(i):
+        def few_after(i, tied, wanted):
             return count(tied & (ids > i[:, None])) < wanted
 
-        return tied & (ids >= least(few_after, rows, size.bit_length())[:, None])
+        return tied & (ids >= least(few_after, (tied, wanted), size.bit_length())[:, None])
 
     tied = probabilities == threshold
     tied = jax.lax.cond(jnp.any(count(tied) > wanted), last_ones, lambda x: x, tied)

@@ -220,5 +220,5 @@ def _add_cache(command: argparse.ArgumentParser) -> None:
         "--no-cache",
         dest="cache",
         action="store_false",
-        help="do not keep compiled programs for the next time (they are kept in the user's folder for caches, up to 2 GB)",
+        help="do not keep compiled programs for the next time (by default in the user's cache folder, up to 2 GB)",
     )

@@ -3,10 +3,11 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 
-LIMIT = 2 << 30  # bytes; JAX removes what has not been used for longest
+LIMIT = 2 << 30  # bytes
 
 
 def cache_folder() -> Path:
@@ -28,7 +29,8 @@ def keep_programs(wanted: bool) -> None:
     if not wanted:
         jax.config.update("jax_enable_compilation_cache", False)
         return
-    if jax.config.jax_compilation_cache_dir is None:
+    config: Any = jax.config  # its attributes are created at run time, so mypy does not know them
+    if config.jax_compilation_cache_dir is None:
         folder = cache_folder()
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -36,6 +38,22 @@ def keep_programs(wanted: bool) -> None:
             print(f"compiled programs are not kept: {error}", file=sys.stderr)
             return
         jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_compilation_cache_max_size", LIMIT)
+        remove_oldest(folder, LIMIT)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def remove_oldest(folder: Path, limit: int) -> None:
+    """Removes the oldest files of a folder until half of `limit` bytes is left, if it holds more than `limit`.
+
+    (JAX can bound the folder too, but only where the package filelock is installed.)
+    """
+    files = [(file.stat(), file) for file in folder.iterdir() if file.is_file()]
+    total = sum(stat.st_size for stat, _ in files)
+    if total <= limit:
+        return
+    for stat, file in sorted(files, key=lambda item: item[0].st_mtime):
+        file.unlink(missing_ok=True)  # another process may have removed it
+        total -= stat.st_size
+        if total <= limit // 2:
+            return

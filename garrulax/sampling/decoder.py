@@ -78,9 +78,9 @@ class Decoder:
         """Reads the contexts of requests; see `state.prefill`."""
         return ahead.call(state.prefill, params, requests, config=self.config, transform=self.transform, size=size)
 
-    def insert(self, into: State, prefix: State, row: jax.Array | int) -> State:
-        """Puts a request that was read into a row; see `state.insert`."""
-        return state.insert(into, prefix, row)
+    def insert(self, into: State, prefix: State, rows: jax.Array | np.ndarray | int) -> State:
+        """Puts requests that were read into rows; see `state.insert`."""
+        return state.insert(into, prefix, rows)
 
     def step(self, params: Tree, before: State, n: Any = 1) -> State:
         """Samples up to n tokens for each row; see `loop.decode_steps`."""

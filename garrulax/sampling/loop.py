@@ -34,7 +34,9 @@ def decode_step(params: Tree, state: State, config: ModelConfig, transform: Tran
     allowed = logits if state.allowed is None else jnp.where(unpack_bits(state.allowed, config.vocab), logits, -jnp.inf)
     transformed, transform_state = transform.update(allowed, state.transform_state)
     token = sample(transformed, state.seed, state.length)  # [B]
-    return _advance(state, cache, token, log_probability(logits, token), transform_state, transform)
+    possible = jnp.any(transformed > -jnp.inf, axis=-1) | jnp.any(jnp.isnan(logits), axis=-1)
+    logprob = jnp.where(possible, log_probability(logits, token), -jnp.inf)
+    return _advance(state, cache, token, logprob, transform_state, transform)
 
 
 def read(params: Tree, state: State, tokens: jax.Array, config: ModelConfig) -> tuple[jax.Array, Cache]:

@@ -267,18 +267,21 @@ def assemble(
     )
 
 
-def one_row(requests: Requests, row: int, buckets: Buckets = POWERS_OF_TWO) -> Requests:
-    """One row of a batch, its context cut to the bucket of its own length: what it is does not depend on the others."""
-    one: Requests = jax.tree.map(lambda x: x[row : row + 1], requests)
+def of_one_context(requests: Requests, rows: Sequence[int], buckets: Buckets = POWERS_OF_TWO) -> Requests:
+    """Some rows of a batch, which share a context; it is cut to the bucket of its own length.
+
+    What they are does not depend on the other rows.
+    """
+    some: Requests = jax.tree.map(lambda x: np.asarray(x)[np.array(rows)], requests)
     P, text = (
-        buckets.of("prompt", max(1, int((np.asarray(x) != PAD).sum()) - last))
-        for x, last in ((one.segment, 0), (one.prompt, 1))
+        buckets.of("prompt", max(1, int((x != PAD).sum(axis=1).max()) - last))
+        for x, last in ((some.segment, 0), (some.prompt, 1))
     )
     return dataclasses.replace(
-        one,
-        context=one.context[:, :P],
-        segment=one.segment[:, :P],
-        rank=one.rank[:, :P],
-        positions=one.positions[..., :P],
-        prompt=one.prompt[:, : text + 1],
+        some,
+        context=some.context[:1, :P],
+        segment=some.segment[:1, :P],
+        rank=some.rank[:1, :P],
+        positions=some.positions[:1, ..., :P],
+        prompt=some.prompt[:, : text + 1],
     )

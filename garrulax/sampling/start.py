@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from garrulax.sampling.buckets import Buckets, slots_for
+from garrulax.sampling.buckets import Buckets, bucket, slots_for
 from garrulax.sampling.decoder import Decoder
-from garrulax.sampling.requests import Weights, one_row
+from garrulax.sampling.requests import Weights, of_one_context
 from garrulax.sampling.state import Requests, State
 
 
@@ -26,22 +26,34 @@ def start(decoder: Decoder, weights: Weights, requests: Requests, size: int) -> 
     Returns:
         The state before the first new token.
     """
-    each, rows, slots = _rows(decoder, requests, size)
-    like = decoder.compile_ahead(weights, each[0], rows, slots, size)
+    groups, rows, slots = _groups(decoder, requests, size)
+    like = decoder.compile_ahead(weights, groups[0][0], rows, slots, size)
     state = decoder.empty(weights.step, like, rows, slots)
-    for i, one in enumerate(each):
-        state = decoder.insert(state, decoder.prefill(weights.prefill, one, size), i)
+    for one, places in groups:
+        state = decoder.insert(state, decoder.prefill(weights.prefill, one, size), places)
     return state
 
 
 def compile_start(decoder: Decoder, weights: Weights, requests: Requests, size: int) -> None:
     """Begins to compile what `start` and the first steps need. Arguments as there; the weights may be abstract."""
-    each, rows, slots = _rows(decoder, requests, size)
-    decoder.compile_ahead(weights, each[0], rows, slots, size)
+    groups, rows, slots = _groups(decoder, requests, size)
+    decoder.compile_ahead(weights, groups[0][0], rows, slots, size)
 
 
-def _rows(decoder: Decoder, requests: Requests, size: int) -> tuple[list[Requests], int, int]:
-    """The requests one by one, and the numbers of rows and slots of their state."""
+def _groups(decoder: Decoder, requests: Requests, size: int) -> tuple[list[tuple[Requests, np.ndarray]], int, int]:
+    """The requests with one context together, and the numbers of rows and slots of their state.
+
+    Returns:
+        For each group its requests, of one context, and their rows. The number of requests is rounded up to a power of
+        two by repeating the first.
+    """
     count, width = requests.context.shape
-    each = [one_row(requests, i, decoder.buckets) for i in range(count)]
+    groups: dict[bytes, list[int]] = {}
+    for i in range(count):
+        parts = (requests.context, requests.segment, requests.rank, requests.positions)
+        # What is planned for rotary positions depends on the limit.
+        key = b"".join(np.asarray(x[i]).tobytes() for x in (*parts, requests.limit))
+        groups.setdefault(key, []).append(i)
+    padded = (rows + rows[:1] * (bucket(len(rows)) - len(rows)) for rows in groups.values())
+    each = [(of_one_context(requests, rows, decoder.buckets), np.array(rows, np.int32)) for rows in padded]
     return each, decoder.buckets.of("rows", count), slots_for(max(width, 2), size)

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from garrulax import models
@@ -26,6 +27,8 @@ class Requests:
 
     In families with two positions for each token (index in the text, index in the answer), arrays of positions have an
     axis of 2 after B.
+
+    Rows that begin alike can share one context: `context`, `segment`, `rank` and `positions` then have one row.
 
     Attributes:
         context: int32 [B, P], tokens to read, padded on the right.
@@ -79,7 +82,8 @@ class State:
         done: bool [B], whether the row gets no more tokens. A free row is done.
         ends: int32 [B, E], tokens that end the row.
         tokens: int32 [B, S], new tokens; valid in the first `generated` columns of a row.
-        logprobs: float32 [B, S], their log-probabilities in the model's distribution, before any transform.
+        logprobs: float32 [B, S], their log-probabilities in the model's distribution, before any transform; -inf where
+            the transforms and `allowed` left no token.
         allowed: uint32 [B, ceil(V / 32)], the tokens that may be sampled next: bit i of word j stands for token
             32 j + i. None allows all.
         transform_state: State of the transform.
@@ -146,10 +150,11 @@ def prefill(params: Tree, requests: Requests, config: ModelConfig, transform: Tr
         A state of these rows, which `insert` puts into a larger one. It has no space for new tokens.
     """
     params = half.from_bits(params)
-    B, P = requests.context.shape
-    cache = models.cache_for(params, config, B, P)
+    rows, P = requests.context.shape
+    B = len(requests.limit)
+    cache = models.cache_for(params, config, rows, P)
     cached = jnp.sum(requests.segment != PAD, axis=1, dtype=jnp.int32)
-    cache = dataclasses.replace(cache, planned=cached + 1 + requests.limit)
+    cache = dataclasses.replace(cache, planned=cached + 1 + requests.limit[:rows])
     mask = Mask({"rank": requests.rank, "segment": requests.segment})
     cache = cache_tokens(params, cache, requests.context, requests.positions, config, mask)
     cache = dataclasses.replace(cache, used=cached)
@@ -172,29 +177,28 @@ def prefill(params: Tree, requests: Requests, config: ModelConfig, transform: Tr
     )
 
 
-def insert(state: State, prefix: State, row: jax.Array | int) -> State:
-    """Puts a request that was read into a row, which it replaces.
+def insert(state: State, prefix: State, rows: jax.Array | np.ndarray | int) -> State:
+    """Puts requests that were read into rows, which they replace.
 
     Args:
         state: From `empty`, `insert`, `step` or `evict`. It is donated.
-        prefix: One row, from `prefill`.
-        row: int32 scalar.
+        prefix: From `prefill`, of n requests; the cache may have one row, which they share.
+        rows: int32 [n], or one row.
 
     Returns:
-        The state with the row in it.
+        The state with the requests in it.
     """
-    row = jnp.asarray(row, jnp.int32)
+    rows = jnp.atleast_1d(jnp.asarray(rows, jnp.int32))
     layers, new = state.cache.layers, prefix.cache.layers
     if isinstance(layers, tuple):  # one small program for all layers compiles faster than one with all of them
+        heads = len(layers[0]["key"]) // len(state.done)
         layers = tuple(
-            _insert_layer(layer, new[i] if isinstance(new, tuple) else new, jnp.int32(i), row)
+            _insert_layer(layer, new[i] if isinstance(new, tuple) else new, np.int32(i), rows, heads)
             for i, layer in enumerate(layers)
         )
     else:
-        layers = _insert_stacked(layers, new, row)
-    rest = _insert_rest(
-        _without_layers(state), dataclasses.replace(_without_layers(prefix), allowed=state.allowed), row
-    )
+        layers = _insert_stacked(layers, new, rows)
+    rest = _insert_rest(_without_layers(state), _without_layers(prefix), rows)
     return dataclasses.replace(rest, cache=dataclasses.replace(rest.cache, layers=layers))
 
 
@@ -202,34 +206,40 @@ def _without_layers(state: State) -> State:
     return dataclasses.replace(state, cache=dataclasses.replace(state.cache, layers=None))
 
 
-@functools.partial(jax.jit, donate_argnames="layer")
-def _insert_layer(layer: KV, new: KV, i: jax.Array, row: jax.Array) -> KV:
-    """[B·K, S, C] with a row [K, P, C], or with layer i of a stack [L, 1, K, P, C], in it."""
-    if new["key"].ndim == 5:
-        new = {name: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)[0] for name, x in new.items()}
-    return {name: _put(x, new[name], row * len(new[name]), 0) for name, x in layer.items()}
+@functools.partial(jax.jit, static_argnames="heads", donate_argnames="layer")
+def _insert_layer(layer: KV, new: KV, i: jax.Array, rows: jax.Array, heads: int) -> KV:
+    """[B·K, S, C] with [b·K, P, C], or with layer i of a stack [L, b, K, P, C], in it; b is n or 1, K is `heads`."""
+
+    def put(x: jax.Array, part: jax.Array) -> jax.Array:
+        if part.ndim == 5:
+            part = jax.lax.dynamic_index_in_dim(part, i, keepdims=False)
+        part = part.reshape(-1, heads, *part.shape[-2:])
+        return _put(x.reshape(-1, heads, *x.shape[1:]), part, rows).reshape(x.shape)
+
+    return {name: put(x, new[name]) for name, x in layer.items()}
 
 
 @functools.partial(jax.jit, donate_argnames="layers")
-def _insert_stacked(layers: KV, new: KV | tuple[KV, ...], row: jax.Array) -> KV:
-    """[L, B, K, S, C] with a row [L, 1, K, P, C], or with a tuple of [K, P, C], in it."""
+def _insert_stacked(layers: KV, new: KV | tuple[KV, ...], rows: jax.Array) -> KV:
+    """[L, B, K, S, C] with [L, b, K, P, C], or with a tuple of [b·K, P, C], in it."""
     if isinstance(new, tuple):
-        new = {name: jnp.stack([layer[name] for layer in new])[:, None] for name in layers}
-    return {name: _put(x, new[name], row, 1) for name, x in layers.items()}
+        heads = layers["key"].shape[2]
+        new = {name: jnp.stack([x[name].reshape(-1, heads, *x[name].shape[1:]) for x in new]) for name in layers}
+    return {name: jax.vmap(_put, in_axes=(0, 0, None))(x, new[name], rows) for name, x in layers.items()}
 
 
 @functools.partial(jax.jit, donate_argnames="rest")
-def _insert_rest(rest: State, new: State, row: jax.Array) -> State:
+def _insert_rest(rest: State, new: State, rows: jax.Array) -> State:
     allowed = rest.allowed  # the host writes it before every step
     rest, new = (dataclasses.replace(x, allowed=None) for x in (rest, new))
-    rest = jax.tree.map(lambda x, y: _put(x, y, row, 0), rest, new)
+    rest = jax.tree.map(lambda x, y: _put(x, y, rows), rest, new)
     return dataclasses.replace(rest, allowed=allowed)
 
 
-def _put(x: jax.Array, part: jax.Array, start: jax.Array, axis: int) -> jax.Array:
-    """x with `part` at `start` of one axis and at 0 of the others."""
-    zero = jnp.zeros_like(start)
-    return jax.lax.dynamic_update_slice(x, part, [start if i == axis else zero for i in range(x.ndim)])
+def _put(x: jax.Array, part: jax.Array, rows: jax.Array) -> jax.Array:
+    """x [B, ...] with `part` [n or 1, ...], from 0 on all other axes on, in some of its rows."""
+    part = jnp.broadcast_to(part, (len(rows), *part.shape[1:])).astype(x.dtype)
+    return x.at[(rows, *(slice(0, n) for n in part.shape[1:]))].set(part)
 
 
 @functools.partial(jax.jit, static_argnames="slots")

@@ -149,6 +149,7 @@ def decode_pieces(
 
     Raises:
         FloatingPointError: The logits are not finite.
+        ValueError: No token may be sampled.
     """
     while True:
         state = decoder.step(params, with_free_slot(state, size), np.int32(every))
@@ -156,6 +157,8 @@ def decode_pieces(
         pieces = []
         for row, writer in writers.items():
             new = slice(len(writer.tokens), generated[row])
+            if np.isneginf(logprobs[row, new]).any():
+                raise ValueError("the transforms and constraints leave no token that may be sampled: loosen them")
             if not np.isfinite(logprobs[row, new]).all():
                 raise FloatingPointError("the model's logits are not finite: are its parameters?")
             pieces.append(writer.push(tokens[row, new].tolist(), logprobs[row, new].tolist()))

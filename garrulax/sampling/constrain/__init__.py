@@ -10,6 +10,20 @@ A text always ends within its budget (`Matcher`). The work is done on the host b
 """
 
 from garrulax.sampling.constrain.description import Constraint, grammar, json_schema, regex
-from garrulax.sampling.constrain.matcher import Grammar, Matcher, allowed
+from garrulax.sampling.constrain.device import regex_transform, shortest_match
+from garrulax.sampling.constrain.interface import Grammar, Matcher
+from garrulax.sampling.constrain.tools import ToolCall, parse_tool_calls, tool_call
 
-__all__ = ["Constraint", "Grammar", "Matcher", "allowed", "grammar", "json_schema", "regex"]
+__all__ = [
+    "Constraint",
+    "Grammar",
+    "Matcher",
+    "ToolCall",
+    "grammar",
+    "json_schema",
+    "parse_tool_calls",
+    "regex",
+    "regex_transform",
+    "shortest_match",
+    "tool_call",
+]

@@ -58,7 +58,7 @@ class Closing:
         while len(tokens) < limit:
             if matcher.is_accepting():
                 return [*tokens, self._end]
-            forced = self._forced(matcher)
+            forced = self.forced(matcher)
             if not forced:
                 ways = self._ways(matcher, 2)
                 if not ways:
@@ -83,7 +83,7 @@ class Closing:
                 if state.is_accepting():
                     best = [*tokens, self._end] if best is None or len(tokens) + 1 < len(best) else best
                     continue
-                forced = self._forced(state)
+                forced = self.forced(state)
                 for rank, way in enumerate([forced] if forced else [[i] for i in self._ways(state, WAYS)]):
                     child = state.deep_copy()
                     longest = limit if best is None else len(best) - 1
@@ -101,7 +101,8 @@ class Closing:
             return matcher.is_accepting()
         return matcher.validate_tokens(ending) == len(ending)
 
-    def _forced(self, matcher: Any) -> list[int]:
+    def forced(self, matcher: Any) -> list[int]:
+        """Ids of the text that must come next in the state of llguidance's matcher, as the tokenizer writes it."""
         forced = matcher.compute_ff_tokens()
         return forced[: matcher.validate_tokens(forced)] if forced else []
 

@@ -1,15 +1,22 @@
 """What a constraint is, without a tokenizer: `json_schema`, `regex` and `grammar`."""
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from garrulax.models.unpack import TokenizerLike
 from garrulax.sampling.constrain import engine
 from garrulax.sampling.constrain import schema as schemas
-from garrulax.sampling.constrain.matcher import Grammar, bound
+from garrulax.sampling.constrain.automaton import automaton, token_table
+from garrulax.sampling.constrain.guided import GuidedGrammar
+from garrulax.sampling.constrain.interface import Grammar
+from garrulax.sampling.constrain.regular import RegularGrammar
+from garrulax.sampling.constrain.vocabulary import vocabulary
+
+ON_HOST = 32 << 20  # bytes of a table over tokens, above which llguidance follows a regular expression
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +25,7 @@ class Constraint:
 
     Attributes:
         kind: Name of the function that made it, for messages.
-        source: The grammar, in the format of llguidance.
+        source: The grammar, in the format of llguidance; of a regular expression, the pattern.
     """
 
     kind: str
@@ -36,7 +43,7 @@ class Constraint:
             ValueError: `ends` is empty or no id of the model, a token is too long, or the tokenizer has no tokens for
                 any of the texts.
         """
-        return bound(self.kind, self.source, tokenizer, vocab, tuple(ends))
+        return _bound(self, cast(Any, tokenizer), vocab, tuple(ends))
 
 
 def json_schema(schema: Any, *, separators: tuple[str, str] = (", ", ": ")) -> Constraint:
@@ -69,25 +76,27 @@ def json_schema(schema: Any, *, separators: tuple[str, str] = (", ", ": ")) -> C
             raise ValueError(f"json_schema: the text is not JSON: {error}") from error
     if not isinstance(schema, dict | bool):
         raise ValueError(f"json_schema: a schema is a dict, True or False, not {schema!r:.40}")
+    try:
+        schema = json.loads(json.dumps(schema))  # a copy, with tuples as lists and all keys as texts
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"json_schema: the schema is not plain JSON data: {error}") from error
     item, key = map(re.escape, separators)
     options = {"whitespace_flexible": False, "item_separator": item, "key_separator": key}
     if isinstance(schema, dict):  # llguidance's own options in a schema, such as "lenient", would loosen it
         schema = {name: value for name, value in schema.items() if name != "x-guidance"}
-    try:
-        source = engine.schema_grammar(schema, options)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"json_schema: the schema is not plain JSON data: {error}") from error
-    found = schemas.refusal(schema) or engine.problem(source)
+    source = engine.schema_grammar(schema, options)
+    found = engine.problem(source) or schemas.refusal(schema)
     if found:
         raise ValueError(f"json_schema: {schemas.explained(engine.one_line(found), schema)}")
     return Constraint("json_schema", source)
 
 
 def regex(pattern: str) -> Constraint:
-    r"""Texts that a regular expression matches from beginning to end.
+    r"""Texts that a regular expression matches from beginning to end, as Python's `re.fullmatch` does.
 
-    The syntax is that of Rust's `regex`, which is Python's for what both have; \d, \w and \s are ASCII. There are no
-    lookarounds and no backreferences.
+    \d, \w and \s are ASCII. A finite automaton follows what `constrain.syntax` lists, exactly; llguidance (extra
+    `constrain`) follows more, such as \p{L} and large numbers of repetitions. There are no lookarounds and no
+    backreferences.
 
     Args:
         pattern: The regular expression.
@@ -96,8 +105,8 @@ def regex(pattern: str) -> Constraint:
         The constraint, for `constrain=` of `generate`.
 
     Raises:
-        ValueError: A syntax error, or something that is not supported.
-        ImportError: llguidance (extra `constrain`) is not installed.
+        ValueError: A syntax error, something that is not supported, or nothing matches.
+        ImportError: The pattern needs llguidance, which is not installed.
 
     Example:
         >>> from garrulax.sampling import constrain
@@ -106,7 +115,16 @@ def regex(pattern: str) -> Constraint:
     """
     if not isinstance(pattern, str):
         raise ValueError(f"regex: the pattern must be a text, not {pattern!r:.40}")
-    return _checked("regex", f"start: {engine.regex_term(pattern)}")
+    try:
+        automaton(pattern)
+    except NotImplementedError as error:
+        try:
+            _check("regex", _lark_of(pattern))
+        except ImportError:
+            raise ImportError(f"regex: for {error}, {engine.LLGUIDANCE}") from error
+    except ValueError as error:
+        raise ValueError(f"regex: {error}") from error
+    return Constraint("regex", pattern)
 
 
 def grammar(text: str) -> Constraint:
@@ -133,11 +151,30 @@ def grammar(text: str) -> Constraint:
     """
     if not isinstance(text, str):
         raise ValueError(f"grammar: the grammar must be a text, not {text!r:.40}")
-    return _checked("grammar", text)
-
-
-def _checked(kind: str, text: str) -> Constraint:
     source = engine.lark_grammar(text)
+    _check("grammar", source)
+    return Constraint("grammar", source)
+
+
+def _check(kind: str, source: str) -> None:
     if found := engine.problem(source):
         raise ValueError(f"{kind}: {engine.one_line(found)}")
-    return Constraint(kind, source)
+
+
+def _lark_of(pattern: str) -> str:
+    return engine.lark_grammar(f"start: {engine.regex_term(pattern)}")
+
+
+@functools.lru_cache(maxsize=64)
+def _bound(constraint: Constraint, tokenizer: Any, vocab: int, ends: tuple[int, ...]) -> Grammar:
+    kind, source = constraint.kind, constraint.source
+    try:
+        tokens = vocabulary(tokenizer, vocab, ends)
+        if kind == "regex":
+            try:
+                return RegularGrammar(kind, token_table(source, tokens.texts, ends, ON_HOST), tokens)
+            except NotImplementedError:
+                source = _lark_of(source)
+    except ValueError as error:
+        raise ValueError(f"{kind}: {error}") from error
+    return GuidedGrammar(kind, source, tokens)

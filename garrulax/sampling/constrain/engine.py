@@ -47,5 +47,7 @@ def problem(grammar: str) -> str | None:
 def one_line(message: str) -> str:
     """The message without the excerpt of the grammar that llguidance puts behind it."""
     message = re.sub(r"\n\s*\d+ \| .*", "", message, flags=re.DOTALL)  # "   1 | start: ..."
+    message = re.sub(r"; following special tokens.*", "", message, flags=re.DOTALL)
+    message = re.sub(r"^at 1\(8\): invalid regex .* \(in regex\): ", "", message, flags=re.DOTALL)
     named = re.search(r"^error: (.*)", message, flags=re.MULTILINE)  # regex parse error: excerpt, then the error
     return " ".join((named[1] if named else message).split())[:300]

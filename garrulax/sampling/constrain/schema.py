@@ -52,6 +52,10 @@ def explained(message: str, schema: Any) -> str:
         return f'the format "{named[1]}"{f" at {paths[0]}" if paths else ""} is not supported'
     if "is not present in a registry" in message:
         return f"{message.split(' is not ')[0]} lies outside of the schema: only references within it are followed"
+    if message.startswith("oneOf constraints"):
+        paths = [path for path, part in subschemas(schema) if isinstance(part, dict) and "oneOf" in part]
+        where = paths[0] if paths else "#"
+        return f'the keyword "oneOf" at {where} is only supported where each schema excludes the others'
     if message.startswith("Unsatisfiable schema"):
         return f"nothing satisfies this schema: {message.removeprefix('Unsatisfiable schema: ')}"
     return message

@@ -1,63 +1,50 @@
-"""The tokens of a tokenizer as byte strings, and llguidance's tokenizer made of them."""
+"""The tokens of a tokenizer as byte strings, and how a text is written in them."""
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from garrulax.sampling.constrain import engine
-
 LONGEST = 1024  # bytes of a token; llguidance fails on longer ones
-_MARK = b"\xff"  # begins the name of a control token in llguidance; no text in UTF-8 has this byte
-
-
-@functools.lru_cache(maxsize=8)
-def token_texts(tokenizer: Any, vocab: int, ends: tuple[int, ...]) -> tuple[bytes, ...]:
-    """The bytes of each of a model's ids; b"" for ids without text: control tokens, `ends`, padding of the embedding.
-
-    Raises:
-        ValueError: A token of more than `LONGEST` bytes.
-    """
-    silent = {*tokenizer.specials.values(), *ends}
-    known = min(vocab, tokenizer.vocab)
-    texts = [b"" if i in silent else tokenizer.token_bytes(i) for i in range(known)]
-    if long := [i for i, text in enumerate(texts) if len(text) > LONGEST]:
-        raise ValueError(
-            f"token {long[0]} ({texts[long[0]][:20]!r}...) has {len(texts[long[0]])} bytes: constraints work with "
-            f"tokens of at most {LONGEST}"
-        )
-    return (*texts, *[b""] * (vocab - known))
 
 
 @functools.lru_cache(maxsize=4)
 def vocabulary(tokenizer: Any, vocab: int, ends: tuple[int, ...]) -> "Vocabulary":
-    """The vocabulary of a model, for llguidance. It is made once and kept."""
+    """The vocabulary of a model, made once and kept; arguments as of `Constraint.bind`.
+
+    Raises:
+        ValueError: A token of more than `LONGEST` bytes, no end token, or one that is no id of the model.
+    """
     return Vocabulary(tokenizer, vocab, ends)
 
 
 class Vocabulary:
-    """The tokens of a model: their bytes, how a text is written in them, and llguidance's object of them.
+    """The tokens of a model: their bytes, and how a text is written in them.
 
     Attributes:
-        texts: Bytes of each id, b"" for an id without text.
+        texts: Bytes of each id; b"" for ids without text: control tokens, `ends`, padding of the embedding.
+        names: Id -> name of the ids that are control tokens or end a text.
         ends: Ids that end a text.
         size: Number of ids.
-        general: llguidance's tokenizer.
-        json: The same, prepared for JSON.
     """
 
     def __init__(self, tokenizer: Any, vocab: int, ends: tuple[int, ...]):
-        self.texts = token_texts(tokenizer, vocab, ends)
+        if not ends:
+            raise ValueError("a constrained text needs an end token, and this model has none: give end_tokens=")
+        if wrong := [i for i in ends if not 0 <= i < vocab]:
+            raise ValueError(f"end token {wrong[0]} is no id of this model, whose ids are 0 to {vocab - 1}")
+        specials = {i: name for name, i in tokenizer.specials.items() if i < vocab}
+        self.names = {i: f"<|end_{i}|>" for i in ends} | specials
+        known = min(vocab, tokenizer.vocab)
+        texts = [b"" if i in self.names else tokenizer.token_bytes(i) for i in range(known)]
+        if long := [i for i, text in enumerate(texts) if len(text) > LONGEST]:
+            raise ValueError(
+                f"token {long[0]} ({texts[long[0]][:20]!r}...) has {len(texts[long[0]])} bytes: constraints work with "
+                f"tokens of at most {LONGEST}"
+            )
+        self.texts = (*texts, *[b""] * (vocab - known))
         self.ends, self.size = ends, vocab
         self._encode = functools.partial(tokenizer.encode, start=False)
-        names = {i: name for name, i in tokenizer.specials.items()} | {
-            i: f"<|end_{i}|>" for i in ends if i not in tokenizer.specials.values()
-        }
-        tokens = [_MARK + names[i].encode() if i in names else text for i, text in enumerate(self.texts)]
-        library = engine.llguidance()
-        self.general = library.LLTokenizer(_Tokens(tokens, ends[0], self.write), eos_token=list(ends))
-        self.json = self.general.with_slices(library.LLTokenizer.json_slices())
 
     def write(self, text: str) -> list[int]:
         """The ids that spell a text: as the tokenizer encodes it, or else longest token first.
@@ -91,18 +78,4 @@ class Vocabulary:
 
     def ids(self, mask: np.ndarray) -> np.ndarray:
         """The ids of a bit map, in order."""
-        return np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")[: self.size])
-
-
-class _Tokens:
-    """What llguidance reads from a tokenizer."""
-
-    is_tokenizer_wrapper = True
-    bos_token_id = None
-    special_token_ids = ()
-
-    def __init__(self, tokens: Sequence[bytes], end: int, write: Any):
-        self.tokens, self.eos_token_id, self._write = tokens, end, write
-
-    def __call__(self, text: str | bytes) -> list[int]:
-        return self._write(text if isinstance(text, str) else text.decode())
+        return np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little", count=self.size))

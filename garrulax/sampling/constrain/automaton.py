@@ -131,9 +131,12 @@ class _Graph:
 
 def _trimmed(following: np.ndarray, accepts: np.ndarray) -> Automaton:
     """Without the states from which no text ends."""
-    alive = accepts.copy()
-    while (more := alive | np.any(alive[following] & (following >= 0), axis=1)).sum() > alive.sum():
-        alive = more
+    reverse = _reversed(following, len(accepts))
+    alive, queue = accepts.copy(), np.flatnonzero(accepts).tolist()
+    while queue:
+        new = [state for state in reverse[queue.pop()] if not alive[state]]
+        alive[new] = True
+        queue += new
     if not alive[0]:
         raise ValueError("nothing matches it")
     count = int(alive.sum())
@@ -142,6 +145,15 @@ def _trimmed(following: np.ndarray, accepts: np.ndarray) -> Automaton:
     table = np.full((count + 1, 256), count, np.int32)
     table[:-1] = numbers[following[alive]]
     return Automaton(table, accepts[alive])
+
+
+def _reversed(following: np.ndarray, states: int) -> list[list[int]]:
+    """The states that lead to each of the first `states` states, by a table [S, any] of next states."""
+    reverse: list[list[int]] = [[] for _ in range(states)]
+    for state, row in enumerate(following):
+        for target in np.flatnonzero(np.bincount(row[row >= 0], minlength=states)[:states]):
+            reverse[target].append(state)
+    return reverse
 
 
 def utf8_ranges(low: int, high: int) -> Iterator[list[tuple[int, int]]]:
@@ -218,10 +230,7 @@ def token_table(pattern: str, texts: tuple[bytes, ...], ends: tuple[int, ...], m
             f"a table of {2 * states * ids >> 20} MB ({states} states, {ids} tokens), more than {memory >> 20} MB"
         )
     after = _next_states(found, texts)  # [S, V]; at first states
-    reverse: list[list[int]] = [[] for _ in range(states)]
-    for state in range(states):
-        for following in np.flatnonzero(np.bincount(after[state], minlength=states + 1)[:-1]):
-            reverse[following].append(state)
+    reverse = _reversed(after, states)
     needed = np.full(states + 1, NEVER, np.int32)
     level = np.flatnonzero(found.accepts).tolist()
     needed[level] = 1

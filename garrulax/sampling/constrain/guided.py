@@ -59,6 +59,13 @@ class GuidedGrammar(Grammar):
         self.kind, self.vocabulary = kind, vocabulary
         general, for_json, self.closing = _prepared(vocabulary)
         tokenizer = for_json if kind == "json_schema" else general
+        # In llguidance a control token is a byte that no text has, and its name. A regular expression with ~ matches it.
+        # So the mask leaves out those that the grammar does not name.
+        named = source if kind == "grammar" else ""
+        self._silent = {i for i, name in vocabulary.names.items() if name not in named and "<[" not in named}
+        self._spoken = np.full(-(-vocabulary.size // 32), 0xFFFFFFFF, np.uint32)
+        for token in self._silent:
+            clear_bit(self._spoken, token)
         self._first = engine.llguidance().LLMatcher(tokenizer, source, log_level=0)
         if self._first.is_error():
             raise ValueError(f"{kind}: {engine.one_line(self._first.get_error())}")
@@ -69,6 +76,18 @@ class GuidedGrammar(Grammar):
         if ending is None:
             raise ValueError(f"{kind}: no text was found that satisfies it and that this tokenizer can write")
         self._ending, self.shortest = ending, len(ending)
+
+    def fill(self, matcher: Any, out: np.ndarray) -> None:
+        """Writes which tokens may come next in the state of llguidance's matcher."""
+        matcher.unsafe_compute_mask_ptr(out.ctypes.data, out.nbytes)
+        out &= self._spoken
+        if matcher.is_accepting():
+            for token in self.vocabulary.ends:
+                out[token >> 5] |= np.uint32(1 << (token & 31))
+
+    def is_silent(self, token: int) -> bool:
+        """Whether a token is never part of a text: an end or control token that the grammar does not name."""
+        return token in self._silent
 
     def ending(self, matcher: Any, limit: int) -> list[int] | None:
         """An ending of at most `limit` tokens from the state of llguidance's matcher; None if none is found."""
@@ -99,7 +118,7 @@ class GuidedMatcher(Matcher):
         if self.finished or self._must_end():
             set_bits(out, vocabulary.ends if self.finished or len(self.ending) == 1 else self.ending[:1])
             return
-        self._matcher.unsafe_compute_mask_ptr(out.ctypes.data, out.nbytes)
+        self._grammar.fill(self._matcher, out)
         self._check()
         for token in self._refused:
             clear_bit(out, token)
@@ -186,7 +205,8 @@ class GuidedMatcher(Matcher):
         return known if new is None else new
 
     def _consume(self, token: int) -> None:
-        if not 0 <= token < self._grammar.vocabulary.size or self._matcher.try_consume_tokens([token]) != 1:
+        known = 0 <= token < self._grammar.vocabulary.size and not self._grammar.is_silent(token)
+        if not known or self._matcher.try_consume_tokens([token]) != 1:
             raise self._grammar.forbidden(token, finished=False)
         self._check()
 

@@ -1,0 +1,397 @@
+"""Constraints: documents satisfy their schemas within any budget, masks are exact, errors name what is wrong."""
+
+import functools
+import itertools
+import json
+import re
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+import random_schemas
+from made import byte_level_bpe, pieces, trained_ranks
+from random_schemas import text_of, toy_logits, write
+
+from garrulax.hub.tokenizers import ByteTokenizer, JsonTokenizer, SentencePieceTokenizer
+from garrulax.hub.tokenizers.ranks import tokenizer_from_ranks
+from garrulax.sampling import constrain
+
+PLENTY = 100_000
+
+
+def from_ranks():
+    tokenizer = tokenizer_from_ranks({token: i for i, token in enumerate(trained_ranks(600))})
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    return JsonTokenizer(tokenizer)
+
+
+TOKENIZERS = {
+    "bytes": ByteTokenizer(),
+    "bpe": JsonTokenizer(byte_level_bpe(300)),
+    "pieces": SentencePieceTokenizer(pieces()),
+    "ranks": from_ranks(),
+}
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "age": {"type": "integer"},
+        "tags": {"type": "array", "items": {"type": "string"}},
+        "kind": {"enum": ["cat", "dog"]},
+        "child": {"$ref": "#"},
+    },
+    "required": ["name", "age", "kind"],
+    "additionalProperties": False,
+}
+
+
+def bound(constraint, name="bpe", padding=9):
+    tokenizer = TOKENIZERS[name]
+    return constraint.bind(tokenizer, tokenizer.vocab + padding, (tokenizer.eos,))
+
+
+def mask(matcher, grammar):
+    bits = np.full(-(-grammar.vocabulary.size // 32), 0xFFFFFFFF, np.uint32)
+    matcher.mask(bits)
+    assert not bits[-1] >> (grammar.vocabulary.size % 32 or 31) >> 1 or grammar.vocabulary.size % 32 == 0
+    return set(grammar.vocabulary.ids(bits).tolist())
+
+
+def check_documents(count, seed):
+    """Documents of random schemas under ample and scanty budgets satisfy their schemas."""
+    rng = np.random.default_rng(seed)
+    for number in range(count):
+        schema = random_schemas.whole(rng)
+        try:
+            grammar = bound(constrain.json_schema(schema), ("bytes", "bpe", "ranks")[number % 3])
+        except ValueError as error:
+            if "nothing satisfies" not in str(error):  # such as multiples of 3 from 1 to 2
+                raise AssertionError(schema) from error
+            continue
+        budget = grammar.shortest + (0, 1, 2, 5, 20, 1000)[number % 6]
+        tokens, _ = write(grammar, budget, lambda _, size: rng.normal(size=size), bool(number % 2))
+        assert len(tokens) <= budget
+        checker = jsonschema.FormatChecker(["ipv4", "uuid"])
+        jsonschema.validate(json.loads(text_of(grammar, tokens)), schema, format_checker=checker)
+
+
+def test_documents_satisfy_random_schemas_within_any_budget():
+    check_documents(60, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 11))
+def test_a_thousand_documents(seed):
+    check_documents(100, seed)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("more", [0, 1, 3, 10, 60])
+def test_endless_documents_are_closed(name, more):
+    grammar = bound(constrain.json_schema(PERSON), name)
+    budget = grammar.shortest + more
+    tokens, _ = write(grammar, budget, toy_logits, more % 2 == 0)
+    assert len(tokens) <= budget
+    assert tokens[-1] == TOKENIZERS[name].eos
+    jsonschema.validate(json.loads(TOKENIZERS[name].decode(tokens, start=False)), PERSON)
+    with pytest.raises(ValueError, match=rf"needs {grammar.shortest} tokens .* max_new_tokens={grammar.shortest - 1}"):
+        grammar.matcher(grammar.shortest - 1)
+
+
+FINITE = {
+    "type": "object",
+    "properties": {"a": {"enum": ["red", "reddish", 'x"y', 12, None]}, "b": {"type": "boolean"}},
+    "required": ["a"],
+    "additionalProperties": False,
+}
+DOCUMENTS = [json.dumps({"a": a}) for a in FINITE["properties"]["a"]["enum"]]
+DOCUMENTS += [json.dumps({"a": a, "b": b}) for a in FINITE["properties"]["a"]["enum"] for b in (True, False)]
+WORDS = ["".join(word) for n in range(4) for word in itertools.product(("ab", "c", "é"), repeat=n)]
+
+
+@pytest.mark.parametrize(
+    ("constraint", "texts"),
+    [
+        (constrain.json_schema(FINITE), DOCUMENTS),
+        (constrain.regex("(ab|c|é){,3}"), WORDS),
+        (constrain.grammar('start: (WORD (WORD WORD?)?)?\nWORD: "ab" | "c" | "é"'), WORDS),
+    ],
+    ids=["json_schema", "regex", "grammar"],
+)
+@pytest.mark.parametrize("name", ["bytes", "bpe"])
+def test_greedy_tokens_are_the_best_of_the_allowed_ones(constraint, texts, name):
+    grammar = bound(constraint, name)
+    table, end = grammar.vocabulary.texts, TOKENIZERS[name].eos
+    texts = [text.encode() for text in texts]
+    for seed in range(8):
+        matcher, so_far = grammar.matcher(PLENTY), b""
+        for step in range(100):
+            allowed = {t for t, text in enumerate(table) if text and any(x.startswith(so_far + text) for x in texts)}
+            allowed |= {end} if so_far in texts else set()
+            assert mask(matcher, grammar) == allowed
+            logits = np.random.default_rng([seed, step]).normal(size=grammar.vocabulary.size)
+            token = max(allowed, key=lambda t: logits[t])
+            assert matcher.accept(token)
+            if matcher.finished:
+                break
+            so_far += table[token]
+        assert matcher.finished
+        assert so_far in texts
+
+
+def tokens_needed(texts, table):
+    """Function from the beginning of a text to the smallest number of tokens to an end, the end token included."""
+
+    @functools.cache
+    def count(rest):
+        starts = [len(text) for text in spelled if rest.startswith(text)]
+        return 1 if not rest else 1 + min(count(rest[size:]) for size in starts)
+
+    spelled = {text for text in table if text and any(text in x for x in texts)}
+    return lambda so_far: min((count(x[len(so_far) :]) for x in texts if x.startswith(so_far)), default=10**6)
+
+
+@pytest.mark.parametrize("budget", [1, 2, 4, 7])
+def test_budget_of_a_regular_expression_is_exact(budget):
+    grammar = bound(constrain.regex("(ab|c|é){,3}"))
+    table, texts = grammar.vocabulary.texts, [word.encode() for word in WORDS]
+    rng, needed = np.random.default_rng(budget), tokens_needed(texts, table)
+    for _ in range(5):
+        matcher, so_far = grammar.matcher(budget), b""
+        while not matcher.finished:
+            allowed = {t for t, text in enumerate(table) if text and needed(so_far + text) < matcher.left}
+            allowed |= {TOKENIZERS["bpe"].eos} if so_far in texts else set()
+            assert mask(matcher, grammar) == allowed
+            token = int(rng.choice(sorted(allowed)))
+            assert matcher.accept(token)
+            so_far += table[token]
+
+
+PATTERNS = [
+    r"[0-9]*x", r"a{60}|bcd", r"(\d{4})-(\d\d)", r"([a-z]+ )*stop", r"(ab|cd)*", r'[^"]*"z', r"\d{3,}\.\d+e?", "é+ü",
+    r"((a|b)*c){2}", r"[a-z]{2}@[a-z]+\.(com|org)", "[à-ö]*", ".{2}", r"\S+\s\W?", "a{,2}b{2}", "^x|y$", "(?:a|)b*?",
+    "[]a-]+", "[^]]", "a{b}", "x{2,}?", r"[\d.-]+", r"\u00e9|\x41\t", "", "(?P<n>a)b", "[😀-😎]x",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_regular_expressions_are_those_of_python(pattern):
+    rng = np.random.default_rng(0)
+    grammar = bound(constrain.regex(pattern), "bytes")
+    letters = 'ab cdxyzé0.-@1\nüà😀😎]A\t"stopcomrgb{}e'
+    for _ in range(100):
+        text = "".join(letters[i] for i in rng.integers(len(letters), size=rng.integers(7)))
+        matcher = grammar.matcher(PLENTY)
+        try:
+            matches = all(map(matcher.accept, [*text.encode(), TOKENIZERS["bytes"].eos]))
+        except ValueError:
+            matches = False
+        assert matches == bool(re.fullmatch(pattern, text, re.ASCII)), text
+    grammar = bound(constrain.regex(pattern), "ranks")
+    for budget in (grammar.shortest, grammar.shortest + 2, grammar.shortest + 40):
+        text = text_of(grammar, write(grammar, budget, toy_logits)[0])
+        assert re.fullmatch(pattern, text, re.ASCII)
+
+
+def test_regular_expressions_beyond_the_automaton():
+    grammar = bound(constrain.regex(r"\p{Lu}[\p{Ll}&&[^é]]{2,2000}"), "ranks")
+    text = text_of(grammar, write(grammar, 30, toy_logits)[0])
+    assert text[0].isupper()
+    assert text[1:].islower()
+    assert "é" not in text
+
+
+SUITE = json.loads((Path(__file__).parent / "json_suite.json").read_text())
+
+
+@pytest.mark.parametrize("group", SUITE, ids=lambda group: group["description"])
+def test_a_sample_of_the_json_schema_test_suite(group):
+    """No invalid document is allowed; `refused` marks the schemas that must be refused by name."""
+    if "refused" in group:
+        with pytest.raises(ValueError, match=re.escape(group["refused"])):
+            constrain.json_schema(group["schema"])
+        return
+    grammar = bound(constrain.json_schema(group["schema"]), "bytes")
+    for test in group["tests"]:
+        matcher = grammar.matcher(PLENTY)
+        try:
+            allows = all(
+                map(matcher.accept, [*json.dumps(test["data"], ensure_ascii=False).encode(), TOKENIZERS["bytes"].eos])
+            )
+        except ValueError:
+            allows = False
+        assert allows == test["valid"], test["description"]
+
+
+def test_forced_tokens_are_the_tokens_of_the_text():
+    tokenizer = TOKENIZERS["ranks"]
+    grammar = bound(constrain.json_schema({"enum": [{"returned": True}]}), "ranks")
+    matcher = grammar.matcher(PLENTY)
+    written = []
+    while not matcher.finished:
+        forced = matcher.forced()
+        written += forced
+        assert forced
+        assert all(map(matcher.accept, forced))
+    assert written == [*tokenizer.encode('{"returned": true}'), tokenizer.eos]
+    grammar = bound(constrain.regex("function (one|two)"), "ranks")
+    forced = grammar.matcher(PLENTY).forced()
+    assert forced == tokenizer.encode("function (one")[: len(forced)]
+    assert forced
+
+
+@pytest.mark.parametrize("constraint", [constrain.json_schema(PERSON), constrain.regex("(a|bc)*d{3}e*")])
+def test_rollback_and_copies(constraint):
+    grammar = bound(constraint, "ranks")
+    tokens, _ = write(grammar, grammar.shortest + 12, toy_logits, use_forced=False)
+    matcher = grammar.matcher(grammar.shortest + 12)
+    masks, copies = [], []
+    for token in tokens:
+        masks.append(mask(matcher, grammar))
+        copies.append(matcher.copy())
+        assert matcher.accept(token)
+    assert matcher.finished
+    for copied, expected in zip(copies, masks, strict=True):
+        assert mask(copied, grammar) == expected
+    at = len(tokens)
+    for count in (1, 2, 0, at - 5):
+        matcher.rollback(count)
+        at -= count
+        assert matcher.left == grammar.shortest + 12 - at
+        assert mask(matcher, grammar) == masks[at]
+    assert all(map(matcher.accept, tokens[at:]))
+    with pytest.raises(ValueError, match="tokens were accepted"):
+        matcher.rollback(len(tokens) + 1)
+    with pytest.raises(ValueError, match="the text is finished"):
+        matcher.accept(tokens[0])
+
+
+def test_control_tokens_match_only_by_name():
+    tokenizer = ByteTokenizer(["<|endoftext|>", "<|call|>"])
+    for constraint in (constrain.regex("[^a]*"), constrain.grammar("start: ANY\nANY: ~/(?s:.*)aa(?s:.*)/")):
+        grammar = constraint.bind(tokenizer, 300, (256,))
+        allowed = mask(grammar.matcher(PLENTY), grammar)
+        assert 256 in allowed
+        assert max(allowed) == 256
+    grammar = constrain.grammar('start: "a" <|call|> "b"').bind(tokenizer, 300, (256,))
+    assert write(grammar, 9, toy_logits)[0] == [ord("a"), 257, ord("b"), 256]
+
+
+def test_constraints_are_values():
+    assert constrain.json_schema(PERSON) == constrain.json_schema(json.dumps(PERSON))
+    assert len({constrain.regex("a"), constrain.regex("a"), constrain.regex("b")}) == 2
+    assert bound(constrain.regex("a")) is bound(constrain.regex("a"))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: constrain.regex("a("), r"regex: missing \)"),
+        (lambda: constrain.regex("(?=a)b"), "regex: look-around"),
+        (lambda: constrain.regex(r"[^\s\S]"), "regex: nothing matches"),
+        (lambda: constrain.grammar("start: word"), 'grammar: .*unknown name: "word"'),
+        (lambda: constrain.json_schema("{"), "json_schema: the text is not JSON"),
+        (lambda: constrain.json_schema(3), "json_schema: a schema is a dict"),
+        (lambda: constrain.json_schema({"properties": {"a/b": {"not": {}}}}), '"not" at #/properties/a~1b is not supp'),
+        (lambda: constrain.json_schema({"items": {"format": "iri"}}), 'the format "iri" at #/items is not supported'),
+        (lambda: constrain.json_schema({"minProperties": 2}), '"minProperties" at # is not supported above'),
+        (lambda: constrain.json_schema({"$ref": "http://a/b"}), "only references within it"),
+        (lambda: constrain.json_schema({"type": "integer", "minimum": 3, "maximum": 2}), "nothing satisfies this sche"),
+        (lambda: bound(constrain.json_schema({"$ref": "#"})), "json_schema: no text was found that satisfies it"),
+        (lambda: constrain.regex("a").bind(ByteTokenizer(), 300, ()), "give end_tokens="),
+        (lambda: constrain.regex("a").bind(ByteTokenizer(), 300, (300,)), "end token 300 is no id"),
+        (lambda: bound(constrain.regex("a")).matcher(9).accept(5), r"regex: token 5 \(.*\) is not allowed here"),
+        (lambda: constrain.tool_call([], "glm4"), "at least one tool"),
+        (lambda: constrain.tool_call([{"name": "f"}], "xml"), "no format 'xml' of tool calls"),
+        (lambda: constrain.tool_call([{"name": "f", "parameters": {"not": {}}}], "glm4"), "tool 'f': the keyword"),
+        (lambda: constrain.parse_tool_calls("f\n{1", "glm4"), "the call of f is not JSON"),
+    ],
+)
+def test_errors_are_one_line_and_name_what_is_wrong(make, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make()
+    assert "\n" not in str(error.value)
+
+
+def test_tokens_that_are_too_long_are_named():
+    class Long(ByteTokenizer):
+        def token_bytes(self, token):
+            return b" " * 1025 if token == 70 else super().token_bytes(token)
+
+    with pytest.raises(ValueError, match=r"regex: token 70 \(.*\) has 1025 bytes"):
+        constrain.regex("a").bind(Long(), 300, (256,))
+
+
+def test_llguidance_is_an_extra(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
+    with pytest.raises(ImportError, match=r"pip install 'garrulax\[constrain\]'"):
+        constrain.json_schema(PERSON)
+    assert bound(constrain.regex("ab?")).shortest == 2  # the automaton needs nothing
+
+
+TOOLS = [
+    {
+        "name": "get_weather",
+        "description": "The weather of a place",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string"},
+                "days": {"type": "integer", "minimum": 1, "maximum": 14},
+                "metric": {"type": "boolean"},
+                "unit": {"enum": ["c", "f", None]},
+                "near": {"type": "array", "items": {"type": "string"}},
+            },
+            "required": ["city", "metric"],
+        },
+    },
+    {"type": "function", "function": {"name": "now"}},
+]
+
+
+def evaluated(answer):
+    """ChatGLM3's call as its authors read it (process_response of openai_api_demo/utils.py in THUDM/ChatGLM3)."""
+    name, content = answer.split("\n", maxsplit=1)
+    return name.strip(), eval("\n".join(content.split("\n")[1:-1]), {"tool_call": lambda **arguments: arguments})
+
+
+def loaded(answer):
+    """GLM-4's call (dispatch_tool of composite_demo in THUDM/GLM-4)."""
+    name, content = answer.split("\n", maxsplit=1)
+    return name, json.loads(content)
+
+
+def llama(answer):
+    """LLaMA 3.1's call (maybe_extract_custom_tool_call of tool_utils.py in meta-llama/llama-models)."""
+    call = json.loads(answer)
+    return call["name"], call["parameters"]
+
+
+@pytest.mark.parametrize(("format", "read"), [("chatglm3", evaluated), ("glm4", loaded), ("llama3", llama)])
+def test_calls_of_tools(format, read):
+    grammar = bound(constrain.tool_call(TOOLS, format), "ranks")
+    names = set()
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        budget = grammar.shortest + (0, 3, 60, 150)[seed % 4]
+        tokens, _ = write(grammar, budget, lambda _, size, rng=rng: rng.normal(size=size))
+        answer = text_of(grammar, tokens)
+        (call,) = constrain.parse_tool_calls(answer, format)
+        assert call == read(answer)
+        names.add(call.name)
+        if call.name == "get_weather":
+            jsonschema.validate(call.arguments, {**TOOLS[0]["parameters"], "additionalProperties": False})
+        else:
+            assert call == ("now", {})
+    assert names == {"get_weather", "now"}
+    assert constrain.parse_tool_calls("It is sunny.\nVery.", format) == []
+
+
+def test_what_chatglm3_cannot_write():
+    nested = {"type": "object", "properties": {"a": {"type": "array", "items": {"type": "boolean"}}}}
+    with pytest.raises(ValueError, match="tool 'f': the argument 'a' may have true, false or null"):
+        constrain.tool_call([{"name": "f", "parameters": nested}], "chatglm3")
+    published = 'get_current_weather\n```python\ntool_call(location="beijing", unit="celsius")\n```'
+    call = ("get_current_weather", {"location": "beijing", "unit": "celsius"})
+    assert constrain.parse_tool_calls(published, "chatglm3") == [call]

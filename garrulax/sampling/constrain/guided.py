@@ -59,7 +59,7 @@ class GuidedGrammar(Grammar):
         self.kind, self.vocabulary = kind, vocabulary
         general, for_json, self.closing = _prepared(vocabulary)
         tokenizer = for_json if kind == "json_schema" else general
-        # In llguidance a control token is a byte that no text has, and its name. A regular expression with ~ matches it.
+        # In llguidance a control token is a byte that no text has, and its name, which a regex with ~ may match.
         # So the mask leaves out those that the grammar does not name.
         named = source if kind == "grammar" else ""
         self._silent = {i for i, name in vocabulary.names.items() if name not in named and "<[" not in named}

@@ -15,7 +15,7 @@ from garrulax.sampling.constrain.vocabulary import Vocabulary
 
 PATIENCE = 24  # times that a state which looks the same is left in the same way
 HEAD = 512  # tokens of an order of preference that are looked at first
-WIDTH, WAYS = 6, 24  # of a search: states that are followed at once, and tokens tried in each
+WIDTH = 6  # states that a search follows at once
 
 
 class Closing:
@@ -72,8 +72,8 @@ class Closing:
             tokens += forced
         return None
 
-    def search(self, matcher: Any, limit: int) -> list[int] | None:
-        """As `ending`, but slow and thorough: follows `WIDTH` states at once, and prefers those that look new."""
+    def search(self, matcher: Any, limit: int, ways: int) -> list[int] | None:
+        """As `ending`, but slow and thorough: tries `ways` tokens in each of `WIDTH` states that look new."""
         states: list[tuple[Any, list[int]]] = [(matcher.deep_copy(), [])]
         seen: Counter[bytes] = Counter()
         best: list[int] | None = None
@@ -84,7 +84,7 @@ class Closing:
                     best = [*tokens, self._end] if best is None or len(tokens) + 1 < len(best) else best
                     continue
                 forced = self.forced(state)
-                for rank, way in enumerate([forced] if forced else [[i] for i in self._ways(state, WAYS)]):
+                for rank, way in enumerate([forced] if forced else [[i] for i in self._ways(state, ways)]):
                     child = state.deep_copy()
                     longest = limit if best is None else len(best) - 1
                     if len(tokens) + len(way) < longest and child.consume_tokens(way):

@@ -141,7 +141,7 @@ def grammar(text: str) -> Constraint:
         The constraint, for `constrain=` of `generate`.
 
     Raises:
-        ValueError: A syntax error.
+        ValueError: A syntax error, or the options `max_tokens=` and `stop=` of a rule, which are not supported.
         ImportError: llguidance (extra `constrain`) is not installed.
 
     Example:
@@ -151,6 +151,10 @@ def grammar(text: str) -> Constraint:
     """
     if not isinstance(text, str):
         raise ValueError(f"grammar: the grammar must be a text, not {text!r:.40}")
+    if found := re.search(r"^\s*\w+\[[^\]\n]*\b(max_tokens|stop)\s*=", text, re.MULTILINE):
+        raise ValueError(
+            f"grammar: {found[1]}= is not supported: bound a terminal by {{m,n}}, end it by lazy or suffix="
+        )
     source = engine.lark_grammar(text)
     _check("grammar", source)
     return Constraint("grammar", source)

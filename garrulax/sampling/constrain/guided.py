@@ -16,6 +16,7 @@ NARROW = 16  # allowed tokens, at most, of which each is tried when the budget i
 SHORT = 32  # tokens between the ending and the budget below which it is short
 LONGEST = 4096  # tokens of an ending
 THOROUGH = 128  # tokens of an ending that is searched for
+FEW_WAYS, MANY_WAYS = 24, 256  # tokens that a search tries in each state
 _MARK = b"\xff"  # begins the name of a control token in llguidance; no text in UTF-8 has this byte
 
 
@@ -70,8 +71,14 @@ class GuidedGrammar(Grammar):
         if self._first.is_error():
             raise ValueError(f"{kind}: {engine.one_line(self._first.get_error())}")
         quick = self.closing.ending(self._first, LONGEST)
-        thorough = self.closing.search(self._first, THOROUGH if quick is None else min(THOROUGH, len(quick)))
-        self._is_winding = quick is None or (thorough is not None and 2 * len(thorough) < len(quick))
+        thorough, self._ways = None, 0
+        for ways in FEW_WAYS, MANY_WAYS:
+            if thorough is None and (quick is None or ways == FEW_WAYS):
+                thorough = self.closing.search(self._first, min(THOROUGH, len(quick or range(THOROUGH))), ways)
+                self._ways = ways
+        # In the loop the search is only for grammars of which the quick way is known to miss short endings.
+        if quick is not None and (thorough is None or 2 * len(thorough) >= len(quick)):
+            self._ways = 0
         ending = thorough or quick
         if ending is None:
             raise ValueError(f"{kind}: no text was found that satisfies it and that this tokenizer can write")
@@ -92,8 +99,8 @@ class GuidedGrammar(Grammar):
     def ending(self, matcher: Any, limit: int) -> list[int] | None:
         """An ending of at most `limit` tokens from the state of llguidance's matcher; None if none is found."""
         found = self.closing.ending(matcher, min(limit, LONGEST))
-        if found is None and self._is_winding:  # the quick way is known to miss short endings of this grammar
-            found = self.closing.search(matcher, min(limit, THOROUGH))
+        if found is None and self._ways:
+            found = self.closing.search(matcher, min(limit, THOROUGH), self._ways)
         return found
 
     def _matcher_of(self, budget: int) -> "GuidedMatcher":

@@ -77,7 +77,7 @@ def check_documents(count, seed):
 
 
 def test_documents_satisfy_random_schemas_within_any_budget():
-    check_documents(60, 0)
+    check_documents(36, 0)
 
 
 @pytest.mark.slow
@@ -224,6 +224,31 @@ def test_a_sample_of_the_json_schema_test_suite(group):
         assert allows == test["valid"], test["description"]
 
 
+def test_bounds_of_numbers():
+    """The bounds themselves, and numbers beside them; the suite has few of these, and llguidance has had a fault."""
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        low, size = round(rng.uniform(-9, 9), int(rng.integers(2))), rng.choice([0.1, 0.25, 1, 2.5])
+        names = ("minimum", "exclusiveMinimum")[rng.integers(2)], ("maximum", "exclusiveMaximum")[rng.integers(2)]
+        low = int(low) if low == int(low) else low
+        schema = {"type": ("number", "integer")[rng.integers(2)], names[0]: low, names[1]: low + float(size)}
+        try:
+            grammar = bound(constrain.json_schema(schema), "bytes")
+        except ValueError as error:
+            if not re.search("nothing satisfies|another bound less than 1 away", str(error)):
+                raise
+            continue
+        for value in (low, low + float(size), low + float(size) / 2, low - 0.5, low + 0.05, low + float(size) + 0.125):
+            for text in {repr(value), repr(int(value)) if value == int(value) else repr(value)}:
+                matcher = grammar.matcher(PLENTY)
+                try:
+                    allows = all(map(matcher.accept, [*text.encode(), TOKENIZERS["bytes"].eos]))
+                except ValueError:
+                    allows = False
+                if allows:
+                    jsonschema.validate(json.loads(text), schema)
+
+
 def test_forced_tokens_are_the_tokens_of_the_text():
     tokenizer = TOKENIZERS["ranks"]
     grammar = bound(constrain.json_schema({"enum": [{"returned": True}]}), "ranks")
@@ -284,6 +309,9 @@ def test_constraints_are_values():
     assert bound(constrain.regex("a")) is bound(constrain.regex("a"))
 
 
+NARROW = {"items": {"$ref": "#/$defs/a", "exclusiveMaximum": -2}, "$defs": {"a": {"minimum": -2.5}}}
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -296,6 +324,11 @@ def test_constraints_are_values():
         (lambda: constrain.json_schema({"properties": {"a/b": {"not": {}}}}), '"not" at #/properties/a~1b is not supp'),
         (lambda: constrain.json_schema({"items": {"format": "iri"}}), 'the format "iri" at #/items is not supported'),
         (lambda: constrain.json_schema({"minProperties": 2}), '"minProperties" at # is not supported above'),
+        (
+            lambda: constrain.json_schema({"exclusiveMinimum": 0, "maximum": 0.5}),
+            '"exclusiveMinimum" at # is not suppo',
+        ),
+        (lambda: constrain.json_schema(NARROW), '"exclusiveMaximum" at #/items is not supported with another bound'),
         (lambda: constrain.json_schema({"$ref": "http://a/b"}), "only references within it"),
         (lambda: constrain.json_schema({"type": "integer", "minimum": 3, "maximum": 2}), "nothing satisfies this sche"),
         (lambda: bound(constrain.json_schema({"$ref": "#"})), "json_schema: no text was found that satisfies it"),

@@ -14,6 +14,7 @@ import numpy as np
 from garrulax.sampling.constrain.vocabulary import Vocabulary
 
 PATIENCE = 24  # times that a state which looks the same is left in the same way
+PATIENCE_OF_DIGITS = 3  # the same where digits follow each other: 0.000 may never be enough
 HEAD = 512  # tokens of an order of preference that are looked at first
 WIDTH = 6  # states that a search follows at once
 
@@ -65,7 +66,8 @@ class Closing:
                     return None
                 look = self._mask.tobytes()
                 seen[look] += 1
-                turn = seen[look] % PATIENCE == 0 and ways[0] not in self._closers
+                patience = PATIENCE_OF_DIGITS if self._vocabulary.texts[ways[0]].isdigit() else PATIENCE
+                turn = seen[look] % patience == 0 and ways[0] not in self._closers
                 forced = [ways[-1] if turn else ways[0]]
             if not matcher.consume_tokens(forced):
                 return None

@@ -36,10 +36,42 @@ def refusal(schema: Any) -> str | None:
     for path, part in subschemas(schema):
         if not isinstance(part, dict):
             continue
+        if part.get("type") != "integer" and (keyword := _narrow(_bounds(part, schema, set()))):
+            return f'the keyword "{keyword}" at {path} is not supported with another bound less than 1 away'
         least, required = part.get("minProperties", 0), part.get("required", ())
         if isinstance(least, int | float) and isinstance(required, list | tuple) and least > max(1, len(required)):
             return f'the keyword "minProperties" at {path} is not supported above the number of required properties'
     return None
+
+
+def _narrow(bounds: list[tuple[str, float]]) -> str | None:
+    """The exclusive bound that is a whole number and less than 1 from an opposite bound; llguidance would allow it."""
+    for keyword, bound in bounds:
+        sign = {"exclusiveMinimum": 1, "exclusiveMaximum": -1}.get(keyword)
+        opposite = "aximum" if keyword == "exclusiveMinimum" else "inimum"
+        if sign and float(bound).is_integer() and any(
+            name.endswith(opposite) and 0 < sign * (other - bound) < 1 for name, other in bounds
+        ):  # fmt: skip
+            return keyword
+    return None
+
+
+def _bounds(part: Any, root: Any, seen: set[str]) -> list[tuple[str, float]]:
+    """Keywords and values of the bounds of numbers that may apply together with those of a schema."""
+    if not isinstance(part, dict):
+        return []
+    names = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+    found = [(name, part[name]) for name in names if type(part.get(name)) in (int, float)]
+    for name in ("allOf", "anyOf", "oneOf"):
+        for other in part.get(name, ()) if isinstance(part.get(name), list) else ():
+            found += _bounds(other, root, seen)
+    reference = part.get("$ref")
+    if isinstance(reference, str) and reference not in seen:
+        seen.add(reference)
+        for path, target in subschemas(root):
+            if path == reference:
+                found += _bounds(target, root, seen)
+    return found
 
 
 def explained(message: str, schema: Any) -> str:

@@ -138,15 +138,20 @@ def _in_text(text: bytes) -> tuple[int, int]:
 
 
 def _elsewhere(text: bytes) -> tuple[int, int]:
-    """Brackets, a short value, punctuation, a letter, longer texts; what begins a list or an object comes last."""
+    """What ends something, a comma (behind a number), a short value, punctuation, a letter, longer texts.
+
+    What begins a list or an object comes last.
+    """
     if _CLOSERS.fullmatch(text) and text[:1] != b'"':
         return 0, -len(text)
+    if text == b",":
+        return 1, 0
     if len(text) == 1 and text.isdigit():
-        return 1, text[0]
+        return 2, text[0]
     if text in (b"[]", b"{}", b'""', b"null", b"true", b"false"):
-        return 2, len(text)
+        return 3, len(text)
     if text[:1] == b'"':
-        return 3, (-len(text) if _CLOSERS.fullmatch(text) else len(text))
+        return 4, (-len(text) if _CLOSERS.fullmatch(text) else len(text))
     if len(text) > 1:
-        return 6 + (text[:1] in b",[{"), len(text)
-    return (7 if text in b",[{" else 5 if text.isalpha() else 4), text[0]
+        return 7 + (text[:1] in b"[{"), len(text)
+    return (8 if text in b"[{" else 6 if text.isalpha() else 5), text[0]

@@ -99,6 +99,28 @@ def test_endless_documents_are_closed(name, more):
         grammar.matcher(grammar.shortest - 1)
 
 
+def test_a_refused_token_is_as_if_the_mask_had_lacked_it():
+    grammar = bound(constrain.grammar("start: WORD+\nWORD: /[a-z]{1,6} | [A-Z]{12} /"), "ranks")
+    refusals = 0
+    for seed in range(60):
+        matcher = grammar.matcher(grammar.shortest + seed % 6)
+        for step in range(200):
+            logits = np.random.default_rng([seed, step]).normal(size=grammar.vocabulary.size)
+            best = sorted(mask(matcher, grammar), key=lambda token: -logits[token])
+            fitting = next(i for i, token in enumerate(best) if matcher.copy().accept(token))
+            for token in best[:4]:
+                assert token in mask(matcher, grammar)
+                if matcher.accept(token):
+                    assert token == best[fitting]
+                    break
+                refusals += 1
+            else:  # refused four times: the ending goes on
+                assert matcher.accept(*mask(matcher, grammar))
+            if matcher.finished:
+                break
+    assert refusals > 20
+
+
 FINITE = {
     "type": "object",
     "properties": {"a": {"enum": ["red", "reddish", 'x"y', 12, None]}, "b": {"type": "boolean"}},

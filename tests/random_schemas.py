@@ -1,6 +1,10 @@
-"""Random JSON schemas whose documents are bounded, and texts sampled under a constraint."""
+"""Random JSON schemas whose documents are bounded, small tokenizers, and texts sampled under a constraint."""
 
 import numpy as np
+from made import byte_level_bpe, pieces, trained_ranks
+
+from garrulax.hub.tokenizers import ByteTokenizer, JsonTokenizer, SentencePieceTokenizer
+from garrulax.hub.tokenizers.ranks import tokenizer_from_ranks
 
 KINDS = ("string", "integer", "number", "boolean", "null", "enum", "pattern", "date", "array", "object", "anyOf", "ref")
 
@@ -39,6 +43,25 @@ def schema(rng, depth=0):
 def whole(rng):
     """A schema with the definition to which its references point."""
     return {**schema(rng), "$defs": {"leaf": {"type": "array", "items": {"type": "boolean"}, "maxItems": 2}}}
+
+
+def from_ranks():
+    tokenizer = tokenizer_from_ranks({token: i for i, token in enumerate(trained_ranks(600))})
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    return JsonTokenizer(tokenizer)
+
+
+TOKENIZERS = {
+    "bytes": ByteTokenizer(),
+    "bpe": JsonTokenizer(byte_level_bpe(300)),
+    "pieces": SentencePieceTokenizer(pieces()),
+    "ranks": from_ranks(),
+}
+
+
+def bound(constraint, name="bpe", padding=9):
+    tokenizer = TOKENIZERS[name]
+    return constraint.bind(tokenizer, tokenizer.vocab + padding, (tokenizer.eos,))
 
 
 def toy_logits(prefix, size):

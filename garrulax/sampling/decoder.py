@@ -87,11 +87,15 @@ class Decoder:
         n = np.int32(n) if isinstance(n, int) else n
         return ahead.call(loop.decode_steps, params, before, n, config=self.config, transform=self.transform)
 
-    def append(self, params: Tree, before: State, tokens: jax.Array, count: jax.Array) -> State:
+    def append(
+        self, params: Tree, before: State, tokens: jax.Array | np.ndarray, count: jax.Array | np.ndarray
+    ) -> State:
         """Appends given tokens; see `loop.append`."""
         return loop.append(params, before, tokens, count, self.config, self.transform)
 
-    def compile_ahead(self, weights: Weights, requests: Requests, rows: int, slots: int, size: int) -> State:
+    def compile_ahead(
+        self, weights: Weights, requests: Requests, rows: int, slots: int, size: int, steps: bool = True
+    ) -> State:
         """Begins to compile `prefill` and `step` at once, in other threads.
 
         Args:
@@ -100,6 +104,7 @@ class Decoder:
             rows: Number of rows of the state.
             slots: Number of slots of a row.
             size: Greatest number of tokens that a row may get.
+            steps: Whether `step` is needed.
 
         Returns:
             The abstract result of `prefill`.
@@ -107,8 +112,9 @@ class Decoder:
         static = {"config": self.config, "transform": self.transform}
         ahead.compile_ahead(state.prefill, weights.prefill, requests, size=size, **static)
         prefix = state.prefill.eval_shape(weights.prefill, requests, size=size, **static)
-        before = jax.eval_shape(lambda: self.empty(weights.step, prefix, rows, slots))
-        ahead.compile_ahead(loop.decode_steps, weights.step, before, np.int32(1), **static)
+        if steps:
+            before = jax.eval_shape(lambda: self.empty(weights.step, prefix, rows, slots))
+            ahead.compile_ahead(loop.decode_steps, weights.step, before, np.int32(1), **static)
         return prefix
 
     def evict(self, before: State, rows: jax.Array) -> State:

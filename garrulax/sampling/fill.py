@@ -35,7 +35,7 @@ from garrulax.sampling.requests import (
 from garrulax.sampling.start import size_of, start
 from garrulax.sampling.state import State
 from garrulax.sampling.transforms import Transform
-from garrulax.sampling.writing import Completion, Pieces, Writer, decode_pieces, exhaust, first_row, with_free_slot
+from garrulax.sampling.writing import Completion, Pieces, Writer, decode_pieces, exhaust, first_row, with_free_slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,7 +273,7 @@ def _fill(
                 state = start(decoder, weights, requests, size)
             else:
                 position, limit = _next_blanks(parts, blank_limits, blank, len(state.done), blanks)
-                state = start_next_blank(weights.step, with_free_slot(state, size), position, limit, config)
+                state = start_next_blank(weights.step, with_free_slots(state, 1, size), position, limit, config)
             yield _literals(parts, blank)
             writers = {
                 i: Writer(tokenizer, limit, ends, stops, space_before=limit > 0 and part.space_before[blank])

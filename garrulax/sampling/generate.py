@@ -8,6 +8,8 @@ from garrulax import models
 from garrulax.core.config import ModelConfig
 from garrulax.models.unpack import ModelLike, TokenizerLike
 from garrulax.sampling.blanks import last_blank_prompt
+from garrulax.sampling.constrain import Constraint, Matcher
+from garrulax.sampling.constrained import decode_constrained, matchers_of
 from garrulax.sampling.decoder import Decoder
 from garrulax.sampling.ends import StopStrings, ends_of
 from garrulax.sampling.knobs import knobs_per_prompt
@@ -43,6 +45,7 @@ def generate(
     stop: str | Sequence[str] = (),
     end_tokens: int | Sequence[int] | None = None,
     negative_prompts: Prompt | Sequence[Prompt] | None = None,
+    constrain: Constraint | Sequence[Constraint | None] | None = None,
     transform: Transform | None = None,
     **knobs: Any,
 ) -> Completion | list[Completion]:
@@ -82,6 +85,8 @@ def generate(
             end an answer in the tokenizer's chat format (`Tokenizer.answer_ends`), such as "<|im_end|>".
         negative_prompts: With guidance_scale, the prompts from which the texts are to be moved away, one or one a
             prompt; None is the last token of each prompt.
+        constrain: What the texts must be (`gx.json_schema`, `gx.regex`, `gx.grammar`, `gx.tool_call`), one constraint
+            for all prompts, or one or None a prompt. A text always ends within max_new_tokens.
         transform: Transform of the logits (`sampling.transforms`). None is the standard chain of those that read the
             knobs given: temperature, top_k, top_p and what is in `knobs`. Each transform is compiled once; other values
             of the arguments above compile nothing.
@@ -117,6 +122,7 @@ def generate(
         stop=stop,
         end_tokens=end_tokens,
         negative_prompts=negative_prompts,
+        constrain=constrain,
         transform=transform,
         **knobs,
     )
@@ -136,6 +142,7 @@ def stream(
     stop: str | Sequence[str] = (),
     end_tokens: int | Sequence[int] | None = None,
     negative_prompts: Prompt | None = None,
+    constrain: Constraint | None = None,
     transform: Transform | None = None,
     every: int = 4,
     **knobs: Any,
@@ -155,6 +162,7 @@ def stream(
         stop: Strings that end the completion.
         end_tokens: Ids that end the completion.
         negative_prompts: The prompt from which guidance moves the text away.
+        constrain: What the text must be.
         transform: Transform of the logits.
         every: Number of tokens between two pieces.
         **knobs: Further sampling parameters.
@@ -191,6 +199,7 @@ def stream(
         stop=stop,
         end_tokens=end_tokens,
         negative_prompts=negative_prompts,
+        constrain=constrain,
         transform=transform,
         every=every,
         **knobs,
@@ -207,6 +216,7 @@ class _Plan:
         weights: Its parameters, which may be abstract.
         requests: One for each row of the state, as NumPy arrays.
         writers: Row -> what collects its tokens.
+        matchers: Row -> what follows its constraint; empty without constraints.
         size: Greatest number of tokens that a row may get.
         every: Number of steps between two looks at the tokens.
     """
@@ -215,13 +225,18 @@ class _Plan:
     weights: Weights
     requests: Requests
     writers: dict[int, Writer]
+    matchers: dict[int, Matcher]
     size: int
     every: int
 
     def run(self) -> Pieces[list[Completion]]:
         """Decodes; returns a generator."""
-        state = start(self.decoder, self.weights, self.requests, self.size)
-        yield from decode_pieces(self.decoder, self.weights.step, state, self.writers, self.every, self.size)
+        state = start(self.decoder, self.weights, self.requests, self.size, constrained=bool(self.matchers))
+        program = self.decoder, self.weights.step, state, self.writers
+        if self.matchers:
+            yield from decode_constrained(*program, self.matchers, self.size)
+        else:
+            yield from decode_pieces(*program, self.every, self.size)
         return [writer.completion() for writer in self.writers.values()]
 
 
@@ -250,6 +265,7 @@ def _plan(
     stop: str | Sequence[str] = (),
     end_tokens: int | Sequence[int] | None = None,
     negative_prompts: Prompt | Sequence[Prompt] | None = None,
+    constrain: Constraint | Sequence[Constraint | None] | None = None,
     every: int | None = None,
     transform: Transform | None = None,
     **knobs: Any,
@@ -269,9 +285,13 @@ def _plan(
     rows, encoded, values = _with_partners(encoded, values, negative_prompts, config, tokenizer)
     requests = assemble(encoded, values, config, ends, transform)
     writers = {row: Writer(tokenizer, limit, ends, stops) for row, limit in zip(rows, limits, strict=True)}
+    followed = zip(rows, matchers_of(constrain, limits, config, tokenizer, ends), strict=True)
+    matchers = {row: matcher for row, matcher in followed if matcher is not None}
+    if matchers and len(encoded) > len(rows):
+        raise ValueError("constrain does not go with guidance_scale: leave one of them out")
     decoder = Decoder(config, transform)
-    size = size_of(requests, decoder.buckets)
-    return _Plan(decoder, weights, requests, writers, size, every or (STOP_CHECK_STEPS if stop else max(limits)))
+    size, every = size_of(requests, decoder.buckets), every or (STOP_CHECK_STEPS if stop else max(limits))
+    return _Plan(decoder, weights, requests, writers, matchers, size, every)
 
 
 def _with_partners(

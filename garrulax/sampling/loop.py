@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from garrulax import models
 from garrulax.core import half
@@ -13,7 +14,7 @@ from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
 from garrulax.kernels.mask import Mask
 from garrulax.layers.cache import Cache, write
-from garrulax.sampling.state import State
+from garrulax.sampling.state import State, without_layers
 from garrulax.sampling.transforms import DEFAULT, Transform, sample
 
 
@@ -30,8 +31,24 @@ def decode_step(params: Tree, state: State, config: ModelConfig, transform: Tran
         The next state.
     """
     logits, cache = read(params, state, state.token[:, None], config)
-    logits = logits[:, 0]
-    allowed = logits if state.allowed is None else jnp.where(unpack_bits(state.allowed, config.vocab), logits, -jnp.inf)
+    return choose(state, cache, logits[:, 0], transform)
+
+
+def choose(state: State, cache: Cache, logits: jax.Array, transform: Transform) -> State:
+    """Samples a token for each row that is not done.
+
+    Args:
+        state: The state before.
+        cache: Its cache after the last token of each row was read.
+        logits: float32 [B, V], of the next token.
+        transform: The transform of the logits.
+
+    Returns:
+        The next state.
+    """
+    allowed = logits
+    if state.allowed is not None:
+        allowed = jnp.where(unpack_bits(state.allowed, logits.shape[1]), logits, -jnp.inf)
     transformed, transform_state = transform.update(allowed, state.transform_state)
     token = sample(transformed, state.seed, state.length)  # [B]
     possible = jnp.any(transformed > -jnp.inf, axis=-1) | jnp.any(jnp.isnan(logits), axis=-1)
@@ -134,8 +151,8 @@ def decode_steps(
 def append(
     params: Tree,
     state: State,
-    tokens: jax.Array,
-    count: jax.Array,
+    tokens: jax.Array | np.ndarray,
+    count: jax.Array | np.ndarray,
     config: ModelConfig,
     transform: Transform = DEFAULT,
 ) -> State:
@@ -152,15 +169,20 @@ def append(
     Returns:
         The state as if these tokens had been sampled, as far as `limit` and the end tokens allow.
     """
-    params = half.from_bits(params)
+    params, tokens, count = half.from_bits(params), jnp.asarray(tokens), jnp.asarray(count)
     known = jnp.concatenate([state.token[:, None], tokens[:, :-1]], axis=1)
     logits, cache = read(params, state, known, config)
-    used = state.cache.used
-    for i in range(tokens.shape[1]):
+    first = state.cache.used
+
+    def take(i: jax.Array, state: State) -> State:
+        """The state after token i; without the keys and values, which one pass has written."""
+        token, row_logits = (jax.lax.dynamic_index_in_dim(x, i, axis=1, keepdims=False) for x in (tokens, logits))
         skipped = (i >= count) & ~state.done
         before = dataclasses.replace(state, done=state.done | skipped)
-        token = tokens[:, i]
-        after = dataclasses.replace(before.cache, used=used + (i + 1))
-        new = _advance(before, after, token, log_probability(logits[:, i], token), before.transform_state, transform)
-        state = dataclasses.replace(new, done=new.done & ~skipped)
-    return dataclasses.replace(state, cache=dataclasses.replace(cache, used=state.cache.used))
+        after = dataclasses.replace(state.cache, used=first + (i + 1))
+        new = _advance(before, after, token, log_probability(row_logits, token), state.transform_state, transform)
+        return dataclasses.replace(new, done=new.done & ~skipped)
+
+    taken = jax.lax.fori_loop(jnp.int32(0), jnp.int32(tokens.shape[1]), take, without_layers(state))
+    streams = {"streams": cache.streams, "layers": cache.layers}
+    return dataclasses.replace(taken, cache=dataclasses.replace(taken.cache, **streams))

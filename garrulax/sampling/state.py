@@ -118,6 +118,18 @@ def empty(params: Tree, prefix: State, config: ModelConfig, rows: int, slots: in
         constrained: Whether the state has `allowed`.
     """
 
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, prefix))
+    leaves, tree = jax.tree.flatten(like)
+    return _empty(tuple((x.shape, x.dtype) for x in leaves), tree, config, rows, slots, constrained)
+
+
+@functools.partial(jax.jit, static_argnums=range(6))
+def _empty(
+    types: tuple, tree: jax.tree_util.PyTreeDef, config: ModelConfig, rows: int, slots: int, constrained: bool
+) -> State:
+    """`empty`, as one program: eager zeros would be one for each shape."""
+    params, prefix = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*one) for one in types])
+
     def free(x: jax.Array) -> jax.Array:
         return jnp.zeros((rows, *x.shape[1:]), x.dtype)
 
@@ -198,12 +210,17 @@ def insert(state: State, prefix: State, rows: jax.Array | np.ndarray | int) -> S
         )
     else:
         layers = _insert_stacked(layers, new, rows)
-    rest = _insert_rest(_without_layers(state), _without_layers(prefix), rows)
-    return dataclasses.replace(rest, cache=dataclasses.replace(rest.cache, layers=layers))
+    return with_layers(_insert_rest(without_layers(state), without_layers(prefix), rows), layers)
 
 
-def _without_layers(state: State) -> State:
+def without_layers(state: State) -> State:
+    """The state without keys and values: what a program that only samples needs."""
     return dataclasses.replace(state, cache=dataclasses.replace(state.cache, layers=None))
+
+
+def with_layers(state: State, layers: Any) -> State:
+    """The inverse of `without_layers`."""
+    return dataclasses.replace(state, cache=dataclasses.replace(state.cache, layers=layers))
 
 
 @functools.partial(jax.jit, static_argnames="heads", donate_argnames="layer")

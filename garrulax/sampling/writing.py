@@ -9,7 +9,7 @@ import numpy as np
 
 from garrulax.core.spec import Tree
 from garrulax.models.unpack import DecoderLike, TokenizerLike
-from garrulax.sampling.buckets import slots_for
+from garrulax.sampling.buckets import bucket, slots_for
 from garrulax.sampling.decoder import Decoder
 from garrulax.sampling.ends import StopStrings
 from garrulax.sampling.state import State, grow
@@ -152,30 +152,44 @@ def decode_pieces(
         ValueError: No token may be sampled.
     """
     while True:
-        state = decoder.step(params, with_free_slot(state, size), np.int32(every))
-        tokens, logprobs, generated = jax.device_get((state.tokens, state.logprobs, state.generated))
-        pieces = []
-        for row, writer in writers.items():
-            new = slice(len(writer.tokens), generated[row])
-            if np.isneginf(logprobs[row, new]).any():
-                raise ValueError("the transforms and constraints leave no token that may be sampled: loosen them")
-            if not np.isfinite(logprobs[row, new]).all():
-                raise FloatingPointError("the model's logits are not finite: are its parameters?")
-            pieces.append(writer.push(tokens[row, new].tolist(), logprobs[row, new].tolist()))
-        yield pieces
+        state = decoder.step(params, with_free_slots(state, 1, size), np.int32(every))
+        yield push_new_tokens(state, writers)
         if all(writer.reason for writer in writers.values()):
             return state
         if stopped := [row for row, writer in writers.items() if writer.reason == "stop"]:
-            done = np.zeros(len(generated), bool)  # the device does not know of stop strings
+            done = np.zeros(len(state.done), bool)  # the device does not know of stop strings
             done[stopped] = True
             state = dataclasses.replace(state, done=state.done | done)
 
 
-def with_free_slot(state: State, size: int) -> State:
-    """The state with at least one free slot in each row, unless a row has `size` slots already."""
-    if state.cache.size == size or int(state.cache.used.max()) < state.cache.size:
+def push_new_tokens(state: State, writers: Mapping[int, Writer]) -> list[str]:
+    """Gives each writer the tokens of its row that it does not have yet, and returns their new texts.
+
+    Raises:
+        FloatingPointError: The logits are not finite.
+        ValueError: No token could be sampled.
+    """
+    tokens, logprobs, generated = jax.device_get((state.tokens, state.logprobs, state.generated))
+    pieces = []
+    for row, writer in writers.items():
+        new = slice(len(writer.tokens), generated[row])
+        if np.isneginf(logprobs[row, new]).any():
+            raise ValueError("the transforms and constraints leave no token that may be sampled: loosen them")
+        if not np.isfinite(logprobs[row, new]).all():
+            raise FloatingPointError("the model's logits are not finite: are its parameters?")
+        pieces.append(writer.push(tokens[row, new].tolist(), logprobs[row, new].tolist()))
+    return pieces
+
+
+def with_free_slots(state: State, count: int, size: int) -> State:
+    """The state with at least `count` free slots in each row, unless a row has `size` slots already.
+
+    Beyond `size` it grows only for slots that are written and never used: those of tokens that pad a pass.
+    """
+    needed = int(state.cache.used.max()) + count
+    if needed <= state.cache.size or (count == 1 and state.cache.size >= size):
         return state
-    return grow(state, slots_for(state.cache.size + 1, size))
+    return grow(state, slots_for(needed, size) if needed <= size else size + bucket(count, least=64))
 
 
 def first_row(pieces: Pieces[list[T]]) -> Generator[str, None, T]:

@@ -1,0 +1,70 @@
+"""Constraints in `generate`: what is written satisfies them, whatever the batch, the limit and the transforms."""
+
+import json
+import re
+
+import jsonschema
+import numpy as np
+import pytest
+import tiny
+
+import garrulax as gx
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "tags": {"type": "array", "items": {"enum": ["red", "green"]}},
+    },
+    "required": ["name", "age", "tags"],
+    "additionalProperties": False,
+}
+JSON, DATE = gx.json_schema(SCHEMA), gx.regex(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.byte_model("llama", bos=None, eos=256)
+
+
+def test_texts_satisfy_their_constraints(model):
+    """JSON, a date and free text in one batch, each as alone; strings that could go on for ever are closed."""
+    prompts, limits = ["Ann is", "The day:", "Once", "A"], [60, 20, 9, 90]
+    constrain = [JSON, DATE, None, JSON]
+    seeds = [1, 2, 3, 4]
+    out = gx.generate(model, prompts, constrain=constrain, max_new_tokens=limits, seed=seeds)
+    for i in (0, 3):
+        jsonschema.validate(json.loads(out[i].text), SCHEMA)
+        assert out[i].finish_reason == "eos"
+    assert re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", out[1].text)
+    assert out[2].tokens == gx.generate(model, "Once", max_new_tokens=9, seed=3).tokens
+    pieces, alone = tiny.drained(gx.stream(model, prompts[0], constrain=JSON, max_new_tokens=60, seed=1))
+    assert "".join(pieces) == out[0].text
+    assert alone.tokens == out[0].tokens
+    np.testing.assert_allclose(alone.logprobs, out[0].logprobs, atol=1e-4)
+
+
+def test_greedy_is_the_best_allowed_token(model):
+    out = gx.generate(model, "The day:", constrain=DATE, max_new_tokens=20, temperature=0)
+    ids, digits = model.tokenizer.encode("The day:"), [model.tokenizer.encode(str(d))[-1] for d in range(10)]
+    logits, _ = gx.forward(model.params, np.array([[*ids, *out.tokens]]), model.config)
+    for i, token in enumerate(out.tokens[:10]):
+        allowed = model.tokenizer.encode("-")[-1:] if i in (4, 7) else digits
+        assert token == allowed[np.asarray(logits[0, len(ids) - 1 + i])[allowed].argmax()]
+    assert out.tokens[10] == model.config.eos
+
+
+def test_errors_come_before_anything_is_compiled(model):
+    with pytest.raises(ValueError, match="needs 11 tokens"):
+        gx.generate(model, "The day:", constrain=DATE, max_new_tokens=10)
+    with pytest.raises(TypeError, match=r"must be made by gx\.json_schema"):
+        gx.generate(model, "a", constrain="[0-9]")
+    with pytest.raises(ValueError, match="2 constraints for 1 prompts"):
+        gx.generate(model, "a", constrain=[DATE, DATE])
+    with pytest.raises(ValueError, match="needs the model's tokenizer"):
+        gx.generate((model.params, model.config), [1, 2], constrain=DATE)
+    with pytest.raises(ValueError, match="leave no token"):
+        gx.generate(model, "a", constrain=gx.regex("[0-9]+"), max_new_tokens=5, allowed_tokens=[65])

@@ -104,7 +104,7 @@ def test_alone_in_a_batch_and_in_another_order(model):
         alone = gx.generate(model, prompt, **{k: v[i] for k, v in KNOBS.items()})
         assert alone.tokens == together[i].tokens
         assert len(alone.tokens) == KNOBS["max_new_tokens"][i]
-        np.testing.assert_allclose(alone.logprobs, together[i].logprobs, atol=1e-4)
+        assert alone.logprobs == together[i].logprobs  # on a CPU to the last bit
     order = [3, 0, 4, 2, 1]
     shuffled = gx.generate(model, [PROMPTS[i] for i in order], **{k: [v[i] for i in order] for k, v in KNOBS.items()})
     assert [c.tokens for c in shuffled] == [together[i].tokens for i in order]

@@ -5,14 +5,15 @@ import jax.numpy as jnp
 
 from garrulax.core.dtypes import at_least_float32
 from garrulax.core.einsum import gather
+from garrulax.core.sums import row_mean, row_sum
 
 
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
     """(x - mean) / sqrt(variance + eps) * scale + bias (Ba et al. 2016). x: [..., D]; scale, bias: [D]."""
     dtype = at_least_float32(x.dtype)
     y = x.astype(dtype)
-    y = y - y.mean(-1, keepdims=True)
-    y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + eps)
+    y = y - row_mean(y)
+    y = y * jax.lax.rsqrt(row_mean(y * y) + eps)
     return (y * gather(scale, y) + gather(bias, y)).astype(x.dtype)
 
 
@@ -22,11 +23,11 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     x: [..., D]; scale: [D].
     """
     y = x.astype(at_least_float32(x.dtype))
-    y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + eps)
+    y = y * jax.lax.rsqrt(row_mean(y * y) + eps)
     return y.astype(x.dtype) * gather(scale, x)
 
 
 def unit_norm(x: jax.Array, eps: float) -> jax.Array:
     """x / max(|x|, eps), |x| the length of each row. x: [..., D]. A row of zeros stays, with finite gradients."""
     y = x.astype(at_least_float32(x.dtype))
-    return (y * jax.lax.rsqrt(jnp.maximum((y * y).sum(-1, keepdims=True), eps**2))).astype(x.dtype)
+    return (y * jax.lax.rsqrt(jnp.maximum(row_sum(y * y), eps**2))).astype(x.dtype)

@@ -1,15 +1,48 @@
-"""Layer 4: text from a model. Logit transforms, the decoding loop, `generate`, `stream`, `fill` and `fill_stream`."""
+"""Layer 4: text from a model. Logit transforms, the decoding state, `generate`, `stream`, `fill` and `fill_stream`."""
 
 from garrulax.sampling.buckets import Buckets
+from garrulax.sampling.constrain import regex_transform
 from garrulax.sampling.decoder import Decoder, compile
 from garrulax.sampling.fill import Filled, fill, fill_stream
 from garrulax.sampling.generate import compile_ahead, generate, stream
 from garrulax.sampling.state import Requests, State
-from garrulax.sampling.transforms import DEFAULT, Transform, chain, temperature, top_k, top_p
+from garrulax.sampling.transforms import (
+    DEFAULT,
+    STANDARD,
+    Transform,
+    allowed_tokens,
+    bad_words,
+    begin_suppress_tokens,
+    chain,
+    epsilon_cutoff,
+    eta_cutoff,
+    exponential_decay_length_penalty,
+    forced_bos,
+    forced_eos,
+    frequency_penalty,
+    guidance,
+    logit_bias,
+    min_length,
+    min_new_tokens,
+    min_p,
+    no_repeat_ngram,
+    only,
+    presence_penalty,
+    repetition_penalty,
+    sequence_bias,
+    standard_chain,
+    suppress_tokens,
+    temperature,
+    top_h,
+    top_k,
+    top_p,
+    typical_p,
+)
 from garrulax.sampling.writing import Completion
 
 __all__ = [
     "DEFAULT",
+    "STANDARD",
     "Buckets",
     "Completion",
     "Decoder",
@@ -17,14 +50,38 @@ __all__ = [
     "Requests",
     "State",
     "Transform",
+    "allowed_tokens",
+    "bad_words",
+    "begin_suppress_tokens",
     "chain",
     "compile",
     "compile_ahead",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "exponential_decay_length_penalty",
     "fill",
     "fill_stream",
+    "forced_bos",
+    "forced_eos",
+    "frequency_penalty",
     "generate",
+    "guidance",
+    "logit_bias",
+    "min_length",
+    "min_new_tokens",
+    "min_p",
+    "no_repeat_ngram",
+    "only",
+    "presence_penalty",
+    "regex_transform",
+    "repetition_penalty",
+    "sequence_bias",
+    "standard_chain",
     "stream",
+    "suppress_tokens",
     "temperature",
+    "top_h",
     "top_k",
     "top_p",
+    "typical_p",
 ]

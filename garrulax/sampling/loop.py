@@ -12,6 +12,7 @@ from garrulax import models
 from garrulax.core import half
 from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
+from garrulax.core.sums import MOST_ROWS, row_sum
 from garrulax.kernels.mask import Mask
 from garrulax.layers.cache import Cache, write
 from garrulax.sampling.state import State, without_layers
@@ -73,7 +74,10 @@ def read(params: Tree, state: State, tokens: jax.Array, config: ModelConfig) -> 
 
 def log_probability(logits: jax.Array, token: jax.Array) -> jax.Array:
     """log softmax(logits [B, V]) of one token of each row: float32 [B]."""
-    return jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
+    top = logits.max(axis=-1, keepdims=True)
+    shifted = logits - jnp.where(jnp.isfinite(top), top, 0)
+    total = row_sum(jnp.exp(shifted), MOST_ROWS)[:, 0]
+    return jnp.take_along_axis(shifted, token[:, None], axis=1)[:, 0] - jnp.log(total)
 
 
 def unpack_bits(words: jax.Array, size: int) -> jax.Array:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from garrulax.core.dtypes import at_least_float32
+from garrulax.core.sums import row_sum
 from garrulax.kernels import dense
 from garrulax.kernels.call import Operands, Options
 from garrulax.kernels.decode.call import DecodeOperands
@@ -137,7 +138,7 @@ def _softmax(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
     top = jnp.where(jnp.isneginf(top), 0, top)
     # The inner `where` keeps exp of masked scores finite: 0 times an infinite derivative would be NaN.
     weights = jnp.where(mask, jnp.exp(jnp.where(mask, x - top[..., None], 0)), 0)
-    total = weights.sum(axis=-1)
+    total = row_sum(weights, weights.size)[..., 0]
     empty = total == 0
     total = jnp.where(empty, 1, total)
     return weights / total[..., None], jnp.where(empty, -jnp.inf, top + jnp.log(total))

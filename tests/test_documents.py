@@ -22,17 +22,26 @@ import garrulax as gx
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = Path(__file__).parent.parent
 SLOW = ("fsdp=4", ".gguf")  # meshes and GGUF files have tests of their own
+ELSEWHERE = ("constraints.md", "evaluation.md")  # test_docs_constraints.py, test_evaluate.py
+
+
+def blocks(page):
+    """The blocks of code of a page; of one whose blocks build on one another, all of them as one."""
+    found = re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    return ["".join(found)] if page.name in ("sampling.md", "decoding.md") else found
+
+
 CODE = [
     pytest.param(page, code, id=f"{page.name}-{number}", marks=[pytest.mark.slow] * any(part in code for part in SLOW))
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    for number, code in enumerate(
-        re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.MULTILINE)
-    )
+    if page.name not in ELSEWHERE
+    for number, code in enumerate(blocks(page))
 ]
 SMALLER = {
     'gx.preset("gpt2")': 'gx.preset("gpt2-tiny", layers=1, width=32, heads=2, vocab=96)',
     'gx.preset("llama3-8b")': 'gx.preset("llama-tiny", layers=1, width=32, vocab=96, mlp_width=48)',
     "max_new_tokens=64": "max_new_tokens=8",
+    'gx.preset("gpt2-tiny", eos=None)': 'gx.preset("gpt2-tiny", layers=1, width=32, heads=2, eos=None)',
 }
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 
@@ -65,6 +74,8 @@ def files(place, code):
         saved(place / "path/to/gpt2", byte_model("gpt", layers=1))
     if ".gguf" in code:
         (place / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(chat_gguf())
+    if "path/to/model" in code:
+        saved(place / "path/to/model", byte_model("gpt", layers=1, eos=256))
     if "path/to/glm" in code:
         saved(place / "path/to/glm", byte_model("glm", layers=1))
     if "chatglm3-6b" in code:
@@ -87,6 +98,8 @@ def given(code):
         "query": numbers[0], "key": numbers[1], "value": numbers[2], "sinks": jnp.zeros(2),
         "segment": jnp.array([[0, 0, 0, 1, 1, 1, 1, -1]]), "rank": jnp.arange(8)[None],
         "context": jnp.array([[1, 1, 0, 1, 1, 0, 0, 0]]),
+        "model": byte_model("gpt", layers=1, eos=256) if "model, prompt" in code else None,
+        "prompts": ["One", "Two"], "prompt": "One",
     }  # fmt: skip
 
 

@@ -84,9 +84,7 @@ def mask_and_cache(
     query = {**given, "position": jnp.zeros_like(tokens, jnp.int32) + positions.astype(jnp.int32)}
     if cache is None:
         return dataclasses.replace(mask, query=query), None
-    rows, count = tokens.shape
-    if len(cache.planned) != rows:
-        raise ValueError(f"a cache of {len(cache.planned)} rows does not fit tokens of {rows}")
+    count = tokens.shape[1]
     if not isinstance(cache.used, jax.core.Tracer) and (most := int(cache.used.max())) + count > cache.size:
         raise ValueError(f"the cache has {cache.size} slots: {most} used, no room for {count} more")
     if mask.key is not None:

@@ -156,6 +156,8 @@ def hidden(
     spec.check_params(_without_head(parameters(config)), _without_head(params))
     _check_mask(mask)
     rows = _position_rows(config)
+    if cache is not None and len(cache.planned) != len(tokens):
+        raise ValueError(f"a cache of {len(cache.planned)} rows does not fit tokens of {len(tokens)}")
     positions = default_positions(tokens, cache, rows) if positions is None else positions
     _check_positions(positions, tokens, rows)
     mask, cache_now = mask_and_cache(tokens, positions[:, 0] if rows == 2 else positions, mask, cache)

@@ -5,10 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from transformers.generation import logits_process as theirs
 
 from garrulax.sampling import knobs, transforms
+
+pytest.importorskip("torch", reason="`make parity` installs torch and transformers")
+import torch
+from transformers.generation import logits_process as theirs
 
 V, ROWS, SIZE, ENDS = 53, 24, 16, [7, 11, 50]
 SEEDS = range(4)

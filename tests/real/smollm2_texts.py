@@ -32,3 +32,27 @@ of its waistcoat-pocket, and looked at it, and then hurried on, Alice started to
 """
 #: Lewis Carroll, Alice's Adventures in Wonderland (1865), the beginning.
 PASSAGE = "\n\n".join(" ".join(paragraph.split()) for paragraph in _LINES.split("\n\n"))
+
+#: Beginnings that are continued by 128 tokens, greedily and with beams.
+BEGINNINGS = [
+    "The capital of France is",
+    "Once upon a time, in a village by the sea,",
+    "def fibonacci(n):",
+    "Water boils at",
+    "The three states of matter are",
+    "Dear Sir or Madam,",
+    "In the year 1969,",
+    "The recipe begins with two cups of flour,",
+    "A triangle has three sides, and a square",
+    "My favourite season is autumn because",
+    "The quick brown fox",
+    "To install the program, first",
+    "Photosynthesis is the process by which",
+    "She opened the old wooden box and found",
+    "The main difference between cats and dogs is",
+    "1, 2, 3, 4, 5, 6,",
+    "The Roman Empire fell because",
+    "Breaking news: scientists have discovered",
+    "If x + 3 = 10, then x =",
+    "The moon goes around the earth",
+]

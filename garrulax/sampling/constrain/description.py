@@ -26,6 +26,11 @@ class Constraint:
     Attributes:
         kind: Name of the function that made it, for messages.
         source: The grammar, in the format of llguidance; of a regular expression, the pattern.
+
+    Example:
+        >>> import garrulax as gx
+        >>> gx.regex("[0-9]+") == gx.regex("[0-9]+"), isinstance(gx.regex("yes|no"), gx.Constraint)
+        (True, True)
     """
 
     kind: str

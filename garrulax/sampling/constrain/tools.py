@@ -27,6 +27,11 @@ class ToolCall(NamedTuple):
     Attributes:
         name: Name of the tool.
         arguments: Name of each argument -> its value, plain JSON data.
+
+    Example:
+        >>> import garrulax as gx
+        >>> gx.parse_tool_calls('weather\\n{"city": "Paris"}', "glm4") == [gx.ToolCall("weather", {"city": "Paris"})]
+        True
     """
 
     name: str

@@ -5,11 +5,15 @@ import json
 import subprocess
 import sys
 
+import jax
 import pytest
+import tiny
 from tiny import byte_model
 
 import garrulax as gx
-from garrulax.cli import main
+from garrulax import sampling
+from garrulax.cli import costs, main
+from garrulax.sampling.state import prefill
 from garrulax.train.settings import Settings, read_settings
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -157,3 +161,22 @@ def test_chat(tmp_path, capsys):
     assert main(words) == 0
     answer = gx.generate(model, "<hi>", max_new_tokens=6, temperature=0)
     assert capsys.readouterr().out == f"{answer}\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt", "llama", "opt"])
+def test_reading_a_prompt_takes_the_memory_that_info_says(name):
+    """XLA's plan of memory, however many layers there are, against the row of `garrulax info`."""
+    tokens = 4096
+    config = dataclasses.replace(tiny.CONFIGS[name], width=256, context=2 * tokens)
+
+    def temporaries(layers):
+        deep = dataclasses.replace(config, layers=layers)
+        params = jax.eval_shape(lambda: gx.unstack(gx.init(deep, jax.random.key(0))))
+        request = sampling.Decoder(deep).request([1] * tokens, max_new_tokens=10)
+        program = prefill.lower(params, request, deep, sampling.DEFAULT, 2 * tokens).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    few, many = temporaries(3), temporaries(6)
+    assert many < 1.1 * few
+    assert 0.4 < many / costs.reading_bytes(config, tokens) < 1.5

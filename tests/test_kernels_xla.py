@@ -174,3 +174,16 @@ def test_memory_is_linear(dtype):
     odd, twice = (mebibytes(T) for T in (16001, 32768))
     assert odd <= 250
     assert twice <= 2.15 * odd
+
+
+def test_layers_do_not_keep_their_buffers():
+    """Layers as straight code: the array that each writes its output into once existed for all layers at once."""
+
+    def forward(x, layers):
+        for _ in range(layers):
+            x = x + attention(x, x[:, :, :1], x[:, :, :1], mask=causal(1, x.shape[1]), implementation="xla")
+        return x
+
+    x = jax.ShapeDtypeStruct((1, 2048, 4, 64), jnp.float32)
+    plan = jax.jit(forward, static_argnums=1).lower(x, 3).compile().memory_analysis()
+    assert plan.temp_size_in_bytes < 4 * x.size * 4

@@ -1,4 +1,4 @@
-"""`garrulax info --train`: memory and time of a training run, stated before it begins."""
+"""What `garrulax info` says of memory and time: of a training run before it begins, and of generating."""
 
 import dataclasses
 import math
@@ -23,6 +23,10 @@ EFFICIENCY = 0.4
 #: Memory of the program itself: Python, JAX, the compiled step and evaluation. The run above had 1.0 GiB beside the
 #: other parts.
 PROGRAM = 2**30
+#: The same while generating on a CPU: Python, JAX, the tokenizer, and compiling. SmolLM2-135M took 0.5 GiB beside the
+#: parameters and the cache, of which 0.2 were there before it was loaded and 0.2 came with compiling; others differ
+#: with the number of layers and tokens.
+GENERATING = 2**29
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,16 +96,26 @@ def saved_per_token(config: ModelConfig, remat: str) -> int:
         config: Of the model.
         remat: none, dots or full.
     """
-    blocks = [s for name, s in spec.named_specs(models.parameters(config)).items() if name.startswith("blocks/")]
-    matrices = [s for s in blocks if s.role == "matrix"]
-    outputs = sum(math.prod(s.layer_shape[s.inputs :]) for s in matrices)
-    both = outputs + sum(math.prod(s.layer_shape[: s.inputs]) for s in matrices)
+    outputs = _outputs(config)
+    both = outputs + sum(math.prod(s.layer_shape[: s.inputs]) for s in _matrices(config))
     layer = both + 2 * config.width
     if remat == "full":
         return config.layers * config.width + layer
     if remat == "dots":
         return config.layers * (outputs + config.width) + layer
     return config.layers * layer
+
+
+def reading_bytes(config: ModelConfig, tokens: int) -> int:
+    """Bytes in float32 that reading a prompt takes for a moment beside the cache, roughly.
+
+    That is what one layer computes, twice over. XLA's plans on CPUs lie between 0.4 and 1.4 times that.
+
+    Args:
+        config: Of the model.
+        tokens: Length of the prompt, of which no logits are computed.
+    """
+    return tokens * 4 * 2 * _outputs(config)
 
 
 def measured_rate(dtype: str) -> float:
@@ -125,6 +139,17 @@ def device_rate(dtype: str) -> tuple[float, str]:
     if known is not None:
         return known, f"the peak rate of {device.device_kind}"
     return measured_rate(dtype), f"matrix products in {dtype}, measured now on {device.device_kind}"
+
+
+def _matrices(config: ModelConfig) -> list[spec.ParamSpec]:
+    """The weights of one layer's products."""
+    specs = spec.named_specs(models.parameters(config))
+    return [s for name, s in specs.items() if name.startswith("blocks/") and s.role == "matrix"]
+
+
+def _outputs(config: ModelConfig) -> int:
+    """Numbers a token that the products with one layer's weights give."""
+    return sum(math.prod(s.layer_shape[s.inputs :]) for s in _matrices(config))
 
 
 def _bytes(tree: spec.Tree) -> int:

@@ -62,7 +62,10 @@ class Chunked(ForwardBackward):
 
         (B, T, H, _), C = o.query.shape, o.value.shape[-1]
         dtype = at_least_float32(o.query.dtype)
-        results = _to_bits(jnp.zeros((B, T, H, C), o.query.dtype)), LogSumExp.rounded(jnp.zeros((B, H, T), dtype))
+        # Every entry of the output is written, so any value may be the first. Zeros would be the same in all layers of
+        # a model: XLA:CPU then copies them for all layers before the first, and all copies exist at once.
+        unwritten = jnp.broadcast_to(o.query[..., :1], (B, T, H, C))
+        results = _to_bits(unwritten), LogSumExp.rounded(jnp.zeros((B, H, T), dtype))
         (out, lse), _ = jax.lax.scan(row, results, jnp.arange(grid.total, dtype=jnp.int32))
         return _from_bits(out, o.query.dtype), lse
 

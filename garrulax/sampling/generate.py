@@ -64,8 +64,9 @@ def generate(
     * Without <sop>, GLM-130B and ChatGLM-6B: they get [gMASK], unless they have a mask, and <sop>.
 
     Memory: the parameters in their dtype, and a cache of as many slots as prompt and new tokens have (rounded up to
-    powers of two). On a CPU nothing else of the size of the parameters is allocated; bfloat16 parameters are converted
-    in blocks, which takes about twice the time of float32 ones (`gx.load` gives float32 where memory allows).
+    powers of two); while a long prompt is read, also what one layer computes of its tokens. On a CPU nothing else of
+    the size of the parameters is allocated; bfloat16 parameters are converted in blocks, which takes about twice the
+    time of float32 ones (`gx.load` gives float32 where memory allows). `garrulax info` states all parts.
 
     Args:
         model: From `gx.load`, or (params, config). Stacked parameters are unstacked in every call, which copies them

@@ -5,6 +5,8 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -15,6 +17,8 @@ import pytest
 from smollm2_texts import AWKWARD, CONVERSATION, PASSAGE, PROMPT, QUESTIONS
 
 import garrulax as gx
+from garrulax.cli import costs
+from garrulax.models.summary import bytes_of, summarize
 
 pytestmark = pytest.mark.real
 HERE = Path(__file__).parent
@@ -135,6 +139,30 @@ def test_sampled_texts(decoder, numbers):
     expected = count * np.append(p[likely], 1 - p[likely].sum())
     found = np.append(drawn[likely], count - drawn[likely].sum())
     assert ((found - expected) ** 2 / expected).sum() < 40  # chi-square, 12 degrees of freedom: 1 in 10,000
+
+
+def test_memory_of_the_command(path, model):
+    """The greatest memory of `garrulax generate` is what `garrulax info` says, after a short and a long prompt."""
+    command = """
+import sys
+from garrulax.cli import main
+assert main(["generate", sys.argv[1], sys.argv[2], "--max-new-tokens", "16"]) == 0
+print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
+"""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("the greatest memory of a process is read from /proc")
+
+    def peak(text):
+        words = [sys.executable, "-c", command, str(path), text]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        return int(done.stdout.split()[-1]) * 1024
+
+    config = model.config
+    short, long = peak("The capital of France is"), peak("one two three four. " * 800)
+    parameters, tokens = bytes_of(gx.count(config), "float32"), 4096
+    assert 0.85 < short / (parameters + costs.GENERATING) < 1.15
+    cache = 4 * summarize(config).cache_values * tokens
+    assert 0.8 < long / (parameters + costs.GENERATING + cache + costs.reading_bytes(config, tokens)) < 1.15
 
 
 def test_training_lowers_the_loss(model, known):

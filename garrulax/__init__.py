@@ -34,6 +34,10 @@ _HOME = {
     "fill": "garrulax.sampling",
     "fill_stream": "garrulax.sampling",
     "Filled": "garrulax.sampling",
+    "beam": "garrulax.sampling",
+    "diverse_beam": "garrulax.sampling",
+    "contrastive": "garrulax.sampling",
+    "best_of": "garrulax.sampling",
     "Completion": "garrulax.sampling",
 }
 

@@ -4,6 +4,7 @@ from garrulax.sampling.buckets import Buckets
 from garrulax.sampling.decoder import Decoder, compile
 from garrulax.sampling.fill import Filled, fill, fill_stream
 from garrulax.sampling.generate import generate, stream
+from garrulax.sampling.search import beam, best_of, contrastive, diverse_beam
 from garrulax.sampling.state import Requests, State
 from garrulax.sampling.transforms import DEFAULT, Transform, chain, temperature, top_k, top_p
 from garrulax.sampling.writing import Completion
@@ -17,8 +18,12 @@ __all__ = [
     "Requests",
     "State",
     "Transform",
+    "beam",
+    "best_of",
     "chain",
     "compile",
+    "contrastive",
+    "diverse_beam",
     "fill",
     "fill_stream",
     "generate",

@@ -21,6 +21,9 @@ from garrulax.sampling.requests import (
     token_ids,
     without_padding,
 )
+from garrulax.sampling.search import BestOf, Search, check
+from garrulax.sampling.search.copies import best_samples, copied
+from garrulax.sampling.search.running import searched
 from garrulax.sampling.start import size_of, start
 from garrulax.sampling.transforms import Transform
 from garrulax.sampling.writing import Completion, Pieces, Writer, decode_pieces, exhaust, first_row
@@ -41,8 +44,9 @@ def generate(
     end_tokens: int | Sequence[int] | None = None,
     negative_prompts: Prompt | Sequence[Prompt] | None = None,
     transform: Transform | None = None,
+    search: Search | None = None,
     **knobs: Any,
-) -> Completion | list[Completion]:
+) -> Completion | list[Completion] | list[list[Completion]]:
     """Continues texts.
 
     A completion depends only on its own prompt, sampling arguments and seed; the other prompts, their order and
@@ -82,13 +86,18 @@ def generate(
         transform: Transform of the logits (`sampling.transforms`). None is the standard chain of those that read the
             knobs given: temperature, top_k, top_p and what is in `knobs`. Each transform is compiled once; other values
             of the arguments above compile nothing.
+        search: How to look for a good completion in place of sampling one: `gx.beam`, `gx.diverse_beam`,
+            `gx.contrastive` or `gx.best_of`; docs/search.md shows them. In a completion, `score` is what it was ranked
+            by. Stop strings do not go with beam search, and temperature 0 with none.
         **knobs: Further sampling parameters, such as min_p, repetition_penalty or no_repeat_ngram_size; see
             `sampling.transforms`, and docs/sampling.md.
 
     Returns:
-        The Completion of a single prompt, or the list of those of a list.
+        The Completion of a single prompt, or the list of those of a list. With a search that returns several, each is a
+        list of Completions, best first.
 
     Raises:
+        TypeError: `search` is something else.
         ValueError: An empty prompt, one that does not fit into the context with max_new_tokens, an id outside the
             vocabulary, a text without a tokenizer, a knob that no transform reads, or a bad argument. The message says
             what to do.
@@ -105,9 +114,10 @@ def generate(
     prompts, single = prompt_list(prompts)
     knobs = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, **knobs}
     every = STOP_CHECK_STEPS if stop else None
-    completions = exhaust(
-        _generate(model, prompts, max_new_tokens, knobs, stop, end_tokens, negative_prompts, every, transform)
+    found = exhaust(
+        _generate(model, prompts, max_new_tokens, knobs, stop, end_tokens, negative_prompts, every, transform, search)
     )
+    completions: list[Any] = [one if search is not None and search.returned > 1 else one[0] for one in found]
     return completions[0] if single else completions
 
 
@@ -168,9 +178,18 @@ def stream(
     if every < 1:
         raise ValueError(f"every={every} must be at least 1")
     knobs = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, **knobs}
-    return first_row(
-        _generate(model, prompts, max_new_tokens, knobs, stop, end_tokens, negative_prompts, every, transform)
+    if "search" in knobs:
+        raise ValueError("stream cannot search, since a search decides at its end: use generate")
+    return _only_one(
+        first_row(
+            _generate(model, prompts, max_new_tokens, knobs, stop, end_tokens, negative_prompts, every, transform)
+        )
     )
+
+
+def _only_one(pieces: Generator[str, None, list[Completion]]) -> Generator[str, None, Completion]:
+    (completion,) = yield from pieces
+    return completion
 
 
 def _generate(
@@ -183,28 +202,40 @@ def _generate(
     negative_prompts: Prompt | Sequence[Prompt] | None,
     every: int | None,
     transform: Transform | None,
-) -> Pieces[list[Completion]]:
-    """Checks the arguments at once; returns a generator that decodes, `every` steps at a time (None: all at once)."""
+    search: Search | None = None,
+) -> Pieces[list[list[Completion]]]:
+    """Checks the arguments at once; returns a generator that decodes, `every` steps at a time (None: all at once).
+
+    The result is a list of completions for each prompt: one, or those that the search returns.
+    """
     weights, config, tokenizer = prepare_model(model)
     stops = StopStrings(stop, tokenizer)
     ends = ends_of(model, config, tokenizer, end_tokens)
     transform = without_padding(chain_for(transform, knobs), config, tokenizer, ends)
     values = knobs_per_prompt(len(prompts), vocab=config.vocab, max_new_tokens=max_new_tokens, **knobs)
+    if search is not None:
+        check(search, config, values["temperature"], ends, stops)
     encoded = [
         _encode(prompt, limit, config, tokenizer, f"prompt {i}")
         for i, (prompt, limit) in enumerate(zip(prompts, values["max_new_tokens"], strict=True))
     ]
-    limits = values["max_new_tokens"] = [prompt.limit for prompt in encoded]
+    values["max_new_tokens"] = [prompt.limit for prompt in encoded]
+    if isinstance(search, BestOf):
+        encoded, values = copied(search, encoded, values)
+    limits = values["max_new_tokens"]
     rows, encoded, values = _with_partners(encoded, values, negative_prompts, config, tokenizer)
     requests = assemble(encoded, values, config, ends, transform)
     decoder = Decoder(config, transform)
 
     def steps():
+        if search is not None and not isinstance(search, BestOf):
+            return searched(search, decoder, weights, requests, rows, limits, ends, tokenizer, stops)
         writers = {row: Writer(tokenizer, limit, ends, stops) for row, limit in zip(rows, limits, strict=True)}
         size = size_of(requests, decoder.buckets)
         state = start(decoder, weights, requests, size)
         yield from decode_pieces(decoder, weights.step, state, writers, every or max(limits), size)
-        return [writer.completion() for writer in writers.values()]
+        completions = [writer.completion() for writer in writers.values()]
+        return [[one] for one in completions] if search is None else best_samples(search, completions)
 
     return steps()
 

@@ -34,7 +34,7 @@ def decode_step(params: Tree, state: State, config: ModelConfig, transform: Tran
     allowed = logits if state.allowed is None else jnp.where(unpack_bits(state.allowed, config.vocab), logits, -jnp.inf)
     transformed, transform_state = transform.update(allowed, state.transform_state)
     token = sample(transformed, state.seed, state.length)  # [B]
-    return _advance(state, cache, token, log_probability(logits, token), transform_state, transform)
+    return advance(state, cache, token, log_probability(logits, token), transform_state, transform)
 
 
 def read(params: Tree, state: State, tokens: jax.Array, config: ModelConfig) -> tuple[jax.Array, Cache]:
@@ -63,7 +63,7 @@ def unpack_bits(words: jax.Array, size: int) -> jax.Array:
     return (bits & jnp.uint32(1)).astype(bool).reshape(len(words), -1)[:, :size]
 
 
-def _advance(
+def advance(
     state: State, cache: Cache, token: jax.Array, logprob: jax.Array, transform_state: Any, transform: Transform
 ) -> State:
     """The state after each row that is not done got a token."""
@@ -159,6 +159,6 @@ def append(
         before = dataclasses.replace(state, done=state.done | skipped)
         token = tokens[:, i]
         after = dataclasses.replace(before.cache, used=used + (i + 1))
-        new = _advance(before, after, token, log_probability(logits[:, i], token), before.transform_state, transform)
+        new = advance(before, after, token, log_probability(logits[:, i], token), before.transform_state, transform)
         state = dataclasses.replace(new, done=new.done & ~skipped)
     return dataclasses.replace(state, cache=dataclasses.replace(cache, used=state.cache.used))

@@ -28,6 +28,7 @@ class Completion:
         logprobs: log-probability of each token in the model's own distribution (before temperature, top-k and top-p;
             natural logarithm, float32).
         finish_reason: "eos" (a token that ends texts), "stop" (a stop string) or "length" (max_new_tokens).
+        score: What a search ranks it by (`sampling.search`); None without a search.
 
     Example:
         >>> import jax, garrulax as gx
@@ -41,6 +42,7 @@ class Completion:
     text: str | None
     logprobs: list[float]
     finish_reason: str
+    score: float | None = None
 
     def __str__(self) -> str:
         return str(self.tokens) if self.text is None else self.text

@@ -26,7 +26,7 @@ from garrulax.kernels.masks import BITS_PER_WORD
 from garrulax.layers.cache import Cache
 from garrulax.sampling.loop import unpack_bits
 from garrulax.sampling.search.kinds import BeamSearch
-from garrulax.sampling.search.selecting import Sequences, select
+from garrulax.sampling.search.selecting import Selected, Sequences, select
 from garrulax.sampling.state import State
 from garrulax.sampling.transforms import Transform
 
@@ -193,32 +193,8 @@ def search_step(
         tuple[jax.Array, Cache],
         models.forward(params, beams.token, config, positions=positions, mask=mask, cache=beams.cache),
     )
-    logprobs = to_rows(jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1))  # [P N, V]
-    choices = logprobs
-    if beams.allowed is not None:
-        choices = jnp.where(unpack_bits(beams.allowed, config.vocab), choices, -jnp.inf)
-    choices, transform_state = transform.update(choices, beams.transform_state)
-    if search.score is not None:
-        added = search.score(logprobs).astype(jnp.float32)
-        choices = choices + (added[:, None] if added.ndim == 1 else added)
-    choices, logprobs = from_rows(choices, P), from_rows(logprobs, P)
-    chosen = []
-    used_tokens = jnp.zeros((P, config.vocab), jnp.float32)  # how often earlier groups chose each token
-    for g in range(search.groups):
-        beams_of_g = slice(g * search.group, (g + 1) * search.group)
-        part = choices[:, beams_of_g]
-        if g:
-            part = part - penalty * used_tokens[:, None]
-        one = select(
-            part, logprobs[:, beams_of_g], beams.running.group(g), beams.finished.group(g), beams.done[:, g],
-            beams.generated, beams.limit, beams.ends, length_penalty, search.early_stopping, search.groups > 1,
-        )  # fmt: skip
-        one = one._replace(parent=one.parent + g * search.group)
-        if search.groups > 1:
-            counted = jnp.where(beams.done[:, g, None], config.vocab, one.token)  # a group that is done avoids nothing
-            rows = jnp.arange(P, dtype=jnp.int32)[:, None]
-            used_tokens = used_tokens.at[rows, counted].add(1, mode="drop")
-        chosen.append(one)
+    logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)  # [P, N, V]
+    chosen, transform_state = _choose(beams, logprobs, length_penalty, penalty, transform, search)
     parent = jnp.concatenate([one.parent for one in chosen], axis=1)
     token = jnp.concatenate([one.token for one in chosen], axis=1)
     active = ~jnp.all(beams.done, axis=1)  # [P]
@@ -242,6 +218,43 @@ def search_step(
         finished=Sequences.stack([one.finished for one in chosen]),
         transform_state=transform_state,
     )
+
+
+def _choose(
+    beams: Beams,
+    logprobs: jax.Array,
+    length_penalty: jax.Array,
+    penalty: jax.Array,
+    transform: Transform,
+    search: BeamSearch,
+) -> tuple[list[Selected], Any]:
+    """What each group selects, one group after another, and the state of the transform. `logprobs`: [P, N, V]."""
+    P, _, V = logprobs.shape
+    allowed = None if beams.allowed is None else from_rows(unpack_bits(beams.allowed, V), P)
+    every_state = jax.tree.map(lambda x: from_rows(x, P), beams.transform_state)
+    chosen, states = [], []
+    taken = jnp.zeros((P, V), jnp.float32)  # how often earlier groups chose each token
+    for g in range(search.groups):
+        group = slice(g * search.group, (g + 1) * search.group)
+        choices = logprobs[:, group] - (penalty * taken[:, None] if g else 0)
+        if allowed is not None:
+            choices = jnp.where(allowed[:, group], choices, -jnp.inf)
+        state = jax.tree.map(lambda x, group=group: to_rows(x[:, group]), every_state)
+        choices, state = transform.update(to_rows(choices), state)
+        if search.score is not None:
+            added = search.score(to_rows(logprobs[:, group])).astype(jnp.float32)
+            choices = choices + (added[:, None] if added.ndim == 1 else added)
+        one = select(
+            from_rows(choices, P), logprobs[:, group], beams.running.group(g), beams.finished.group(g),
+            beams.done[:, g], beams.generated, beams.limit, beams.ends, length_penalty, search.early_stopping,
+            search.groups > 1,
+        )  # fmt: skip
+        if search.groups > 1:
+            counted = jnp.where(beams.done[:, g, None], V, one.token)  # a group that is done avoids nothing
+            taken = taken.at[jnp.arange(P, dtype=jnp.int32)[:, None], counted].add(1, mode="drop")
+        chosen.append(one._replace(parent=one.parent + g * search.group))
+        states.append(jax.tree.map(lambda x: from_rows(x, P), state))
+    return chosen, jax.tree.map(lambda *x: to_rows(jnp.concatenate(x, axis=1)), *states)
 
 
 def beam_inputs(cache: Cache, tokens: jax.Array, position: jax.Array, beams: int) -> tuple[jax.Array, Mask]:

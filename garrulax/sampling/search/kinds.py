@@ -117,8 +117,9 @@ def diverse_beam(
     """Beam search in groups that avoid one another's tokens (Vijayakumar et al. 2016, arXiv 1610.02424).
 
     In each step the groups choose one after another, and the log-probability of a token is lowered by `penalty` for
-    each beam of an earlier group that has just chosen it (Hamming diversity), after the transform. The sequences of all
-    groups are returned in the order of their scores, which contain the penalties.
+    each beam of an earlier group that has just chosen it (Hamming diversity), before the transform. The sequences of
+    all groups are returned in the order of their scores, which contain the penalties. These are the rules of the group
+    beam search that transformers had up to version 4.56.
 
     Args:
         beams: Number of beams, of all groups together.

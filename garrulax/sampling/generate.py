@@ -213,13 +213,13 @@ def _generate(
     ends = ends_of(model, config, tokenizer, end_tokens)
     transform = without_padding(chain_for(transform, knobs), config, tokenizer, ends)
     values = knobs_per_prompt(len(prompts), vocab=config.vocab, max_new_tokens=max_new_tokens, **knobs)
-    if search is not None:
-        check(search, config, values["temperature"], ends, stops)
     encoded = [
         _encode(prompt, limit, config, tokenizer, f"prompt {i}")
         for i, (prompt, limit) in enumerate(zip(prompts, values["max_new_tokens"], strict=True))
     ]
     values["max_new_tokens"] = [prompt.limit for prompt in encoded]
+    if search is not None:
+        check(search, config, values["temperature"], values["max_new_tokens"], stops)
     if isinstance(search, BestOf):
         encoded, values = copied(search, encoded, values)
     limits = values["max_new_tokens"]

@@ -59,6 +59,7 @@ class Writer:
         logprobs: Their log-probabilities.
         reason: Why the row is finished (`Completion.finish_reason`); None while it is not.
         streamed: Everything that `push` has returned.
+        score: The score of the completion, if a search has found it.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Writer:
         self.logprobs: list[float] = []
         self.reason: str | None = None if limit else "length"
         self.streamed = ""
+        self.score: float | None = None
         self._decoder = None if tokenizer is None else tokenizer.stream(start=False)
         self._limit, self._end_tokens, self._space_before = limit, end_tokens, space_before
         self._stop = stop if isinstance(stop, StopStrings) else StopStrings(stop, tokenizer)
@@ -130,7 +132,7 @@ class Writer:
         if self.reason is None:
             raise ValueError("the row is not finished")
         text = None if self._decoder is None else "".join(self._pieces)
-        return Completion(self.tokens, text, self.logprobs, self.reason)
+        return Completion(self.tokens, text, self.logprobs, self.reason, self.score)
 
 
 def decode_pieces(

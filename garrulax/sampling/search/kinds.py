@@ -211,7 +211,7 @@ def best_of(n: int, returned: int = 1) -> BestOf:
 
 
 def check(
-    search: Any, config: ModelConfig, temperatures: Sequence[float], ends: Sequence[int], stops: StopStrings
+    search: Any, config: ModelConfig, temperatures: Sequence[float], limits: Sequence[int], stops: StopStrings
 ) -> None:
     """Checks that a search fits the other arguments of `generate`.
 
@@ -219,7 +219,7 @@ def check(
         search: The argument `search`.
         config: The family's Config.
         temperatures: The temperature of each prompt.
-        ends: Tokens that end a text.
+        limits: Greatest number of new tokens of each prompt.
         stops: The stop strings.
 
     Raises:
@@ -231,9 +231,10 @@ def check(
                         f"not {search!r:.60}")  # fmt: skip
     if isinstance(search, ContrastiveSearch) and search.k > config.vocab:
         raise ValueError(f"contrastive: k={search.k} is more than the {config.vocab} tokens of the vocabulary")
-    if isinstance(search, BeamSearch) and search.group > config.vocab * (config.vocab - len(set(ends))):
+    if isinstance(search, BeamSearch) and search.beams > config.vocab ** max(limits):
         raise ValueError(
-            f"{search.group} beams are more than this vocabulary of {config.vocab} tokens can use: take fewer"
+            f"{search.beams} beams are more than there are texts of {max(limits)} tokens of this vocabulary of "
+            f"{config.vocab}: take fewer"
         )
     if isinstance(search, BeamSearch) and stops:
         raise ValueError("beam search cannot end at stop strings: leave stop out, or give end_tokens")

@@ -75,8 +75,8 @@ def best_writers(
     ends: Sequence[int],
     tokenizer: TokenizerLike | None,
     space_before: Sequence[bool] | None = None,
-) -> list[list[tuple[Writer, float]]]:
-    """The finished sequences of some prompts, and their scores, best first.
+) -> list[list[Writer]]:
+    """The finished sequences of some prompts, best first.
 
     Args:
         beams: When all prompts are done.
@@ -102,16 +102,10 @@ def best_writers(
             writer = Writer(tokenizer, limit, ends, space_before=bool(space_before and space_before[i]))
             length = one.length[j]
             writer.push(one.tokens[j, :length].tolist(), one.logprobs[j, :length].tolist())
-            writers.append((writer, float(one.score[j])))
+            writer.score = float(one.score[j])
+            writers.append(writer)
         found.append(writers)
     return found
-
-
-def completions(found: list[list[tuple[Writer, float]]], returned: int) -> list[list[Completion]]:
-    """The best `returned` completions of each prompt; fewer if there are not so many sequences."""
-    return [
-        [dataclasses.replace(writer.completion(), score=score) for writer, score in one[:returned]] for one in found
-    ]
 
 
 def searched(
@@ -146,4 +140,4 @@ def searched(
         return [[writer.completion()] for writer in writers.values()]
     state = start_beams(search, decoder, weights, requests)
     found = best_writers(finish(search, decoder, weights, state), rows, limits, ends, tokenizer)
-    return completions(found, search.returned)
+    return [[writer.completion() for writer in one[: search.returned]] for one in found]

@@ -8,6 +8,9 @@ import dataclasses
 import functools
 import itertools
 import json
+import pathlib
+import re
+import runpy
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +25,7 @@ from garrulax.core import spec
 from garrulax.sampling.search.beams import search_steps
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
+DOCS = pathlib.Path(__file__).parents[1] / "docs"
 THEIRS = json.loads((oracle.FOLDER / "search.json").read_text())
 KINDS = {json.dumps(one["settings"]): one["settings"] for one in THEIRS["results"]}
 
@@ -152,6 +156,23 @@ def test_every_family_searches(family):
     greedy = gx.generate(model, prompt, max_new_tokens=6, end_tokens=ends, temperature=0)
     for search in (gx.beam(1), gx.contrastive(3, 0.0)):
         assert gx.generate(model, prompt, max_new_tokens=6, end_tokens=ends, search=search).tokens == greedy.tokens
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_documentation_run():
+    names = {"gx": gx, "model": small(), "prompts": PROMPTS, "glm": tiny.byte_model("glm")}
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "search.md").read_text(), re.DOTALL)
+    assert len(blocks) == 7
+    for block in blocks:
+        exec(block, names)
+    assert len(names["three"][0]) == 3
+    assert names["filled"].text.startswith("The capital of")
+
+
+def test_votes():
+    example = runpy.run_path(str(DOCS.parent / "examples" / "self_consistency.py"))
+    texts = ["3 times 4 is 12, so 12 - 2 = 10", "The answer is 1,000.", "no idea", "= 10", "It is 10."]
+    assert example["vote"](texts) == [("10", 3), ("1000", 1)]
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """Decoding speed against transformers' on this machine: GPT-2 124M's shape, random weights, batch 1, float32, greedy.
 
-    python benchmarks/decode.py --torch-python PATH [--rounds 5] [--runs 3]
+    python benchmarks/decode.py --torch-python PATH [--rounds 5] [--runs 3] [--beams 4]
+
+With --beams, both do beam search with so many beams in place of greedy decoding.
 
 The two run in turns, each time in a separate process, so that a drift of the machine's speed affects both alike. A
 whole call is timed, with a prompt of 32 tokens and 128 new ones, after a first call that compiles. The results are
@@ -24,7 +26,7 @@ WEIGHT_BYTES = 4 * 124_439_808
 PEER = Path(__file__).parent / "peers" / "torch_decode.py"
 
 
-def ours(runs: int) -> dict:
+def ours(runs: int, beams: int) -> dict:
     """Seconds of each call of `generate`."""
     import dataclasses
 
@@ -35,9 +37,10 @@ def ours(runs: int) -> dict:
     config = dataclasses.replace(gx.preset("gpt2"), eos=None)  # no call ends early
     model = (gx.unstack(gx.init(config, jax.random.key(0))), config)
     prompt, seconds = list(range(1000, 1000 + PROMPT)), []
+    how: dict = {"temperature": 0} if beams == 1 else {"search": gx.beam(beams)}
     for _ in range(runs + 1):
         start = time.perf_counter()
-        gx.generate(model, prompt, max_new_tokens=NEW, temperature=0)
+        gx.generate(model, prompt, max_new_tokens=NEW, **how)
         seconds.append(time.perf_counter() - start)
     return {"seconds": seconds[1:], "version": f"jax {jax.__version__}"}
 
@@ -55,11 +58,11 @@ def copied() -> float:
     return best
 
 
-def compare(rounds: int, runs: int, torch_python: str) -> None:
+def compare(rounds: int, runs: int, torch_python: str, beams: int) -> None:
     """Runs the two in turns and prints their medians and the ratio."""
     commands = {
-        "garrulax": [sys.executable, __file__, "--ours", "--runs", str(runs)],
-        "transformers": [torch_python, str(PEER), str(PROMPT), str(NEW), str(runs)],
+        "garrulax": [sys.executable, __file__, "--ours", "--runs", str(runs), "--beams", str(beams)],
+        "transformers": [torch_python, str(PEER), str(PROMPT), str(NEW), str(runs), str(beams)],
     }
     seconds: dict[str, list[list[float]]] = {name: [] for name in commands}
     versions, bandwidth = {}, []
@@ -88,11 +91,12 @@ if __name__ == "__main__":
     parser.add_argument("--torch-python", help="Python with torch==2.13.0 and transformers==5.23.0")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--beams", type=int, default=1)
     parser.add_argument("--ours", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.ours:
-        print(json.dumps(ours(args.runs)))
+        print(json.dumps(ours(args.runs, args.beams)))
     elif not args.torch_python:
         parser.error("--torch-python is needed")
     else:
-        compare(args.rounds, args.runs, args.torch_python)
+        compare(args.rounds, args.runs, args.torch_python, args.beams)

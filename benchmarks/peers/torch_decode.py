@@ -1,4 +1,4 @@
-"""transformers' side of benchmarks/decode.py: greedy `generate` of a randomly initialised GPT-2 124M.
+"""transformers' side of benchmarks/decode.py: greedy or beam search `generate` of a randomly initialised GPT-2 124M.
 
 Prints one JSON line: seconds of each call, after a first one that is not timed.
 """
@@ -10,10 +10,10 @@ import time
 import torch
 import transformers
 
-prompt_length, new, runs = map(int, sys.argv[1:])
+prompt_length, new, runs, beams = map(int, sys.argv[1:])
 model = transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval()
 prompt = torch.arange(1000, 1000 + prompt_length)[None]
-settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "num_beams": beams, "pad_token_id": 0}
 seconds = []
 for _ in range(runs + 1):
     start = time.perf_counter()

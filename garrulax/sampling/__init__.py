@@ -5,6 +5,7 @@ from garrulax.sampling.constrain import regex_transform
 from garrulax.sampling.decoder import Decoder, compile
 from garrulax.sampling.fill import Filled, fill, fill_stream
 from garrulax.sampling.generate import compile_ahead, generate, stream
+from garrulax.sampling.search import beam, best_of, contrastive, diverse_beam
 from garrulax.sampling.state import Requests, State
 from garrulax.sampling.transforms import (
     DEFAULT,
@@ -52,10 +53,14 @@ __all__ = [
     "Transform",
     "allowed_tokens",
     "bad_words",
+    "beam",
     "begin_suppress_tokens",
+    "best_of",
     "chain",
     "compile",
     "compile_ahead",
+    "contrastive",
+    "diverse_beam",
     "epsilon_cutoff",
     "eta_cutoff",
     "exponential_decay_length_penalty",

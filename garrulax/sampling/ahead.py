@@ -28,8 +28,13 @@ def compile_ahead(function: Any, *args: Any, **static: Any) -> None:
             return
         while len(_programs) >= MOST:
             del _programs[next(iter(_programs))]
-        abstract = jax.tree.map(_abstract, args)
-        _programs[key] = _pool.submit(lambda: function.lower(*abstract, **static).compile())
+        abstract, settings = jax.tree.map(_abstract, args), _settings()
+
+        def compiled() -> Any:
+            # Settings of a context, such as `jax.enable_x64(True)`, hold in the thread of the caller only.
+            return function.lower(*abstract, **static).compile() if _settings() == settings else None
+
+        _programs[key] = _pool.submit(compiled)
 
 
 def call(function: Any, *args: Any, **static: Any) -> Any:
@@ -37,14 +42,26 @@ def call(function: Any, *args: Any, **static: Any) -> Any:
     leaves = jax.tree.leaves(args)
     if not _programs or any(isinstance(x, jax.core.Tracer) for x in leaves) or not _on_default_device(leaves):
         return function(*args, **static)
-    program = _programs.get(_key(function, args, static))
-    return function(*args, **static) if program is None else program.result()(*args)
+    future = _programs.get(_key(function, args, static))
+    program = None if future is None else future.result()
+    return function(*args, **static) if program is None else program(*args)
 
 
 def _key(function: Callable, args: tuple, static: dict[str, Any]) -> Hashable:
     leaves, tree = jax.tree.flatten(args)
     types = tuple((x.shape, x.dtype, getattr(x, "weak_type", False)) for x in leaves)
-    return function, tree, types, tuple(sorted(static.items(), key=lambda item: item[0]))
+    return function, tree, types, tuple(sorted(static.items(), key=lambda item: item[0])), _settings()
+
+
+def _settings() -> tuple:
+    """The settings of JAX on which a program depends, as they are in this thread."""
+    config: Any = jax.config  # its attributes are created at run time, so mypy does not know them
+    return (
+        config.jax_enable_x64,
+        config.jax_default_matmul_precision,
+        config.jax_numpy_dtype_promotion,
+        config.jax_numpy_rank_promotion,
+    )
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:

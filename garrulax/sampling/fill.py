@@ -6,7 +6,7 @@ model writes into blank k of every text.
 
 import dataclasses
 import functools
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
 from garrulax.models.unpack import ModelLike
 from garrulax.sampling.blanks import PartA, answer_prompt, answer_tokens, blanks_of, part_a
+from garrulax.sampling.buckets import bucket
 from garrulax.sampling.decoder import Decoder
 from garrulax.sampling.ends import StopStrings, ends_of
 from garrulax.sampling.knobs import knobs_per_prompt
@@ -26,12 +27,15 @@ from garrulax.sampling.loop import read
 from garrulax.sampling.requests import (
     EncodedPrompt,
     Prompt,
+    Weights,
     assemble,
     chain_for,
     prepare_model,
     prompt_list,
     without_padding,
 )
+from garrulax.sampling.search.filling import beam_answers, certainties, check_fill, with_slots
+from garrulax.sampling.search.kinds import BeamSearch, check
 from garrulax.sampling.start import size_of, start
 from garrulax.sampling.state import State
 from garrulax.sampling.transforms import Transform
@@ -79,6 +83,8 @@ def fill(
     stop: str | Sequence[str] = (),
     end_tokens: int | Sequence[int] | None = None,
     transform: Transform | None = None,
+    search: BeamSearch | None = None,
+    order: str = "text",
     **knobs: Any,
 ) -> Filled | list[Filled]:
     """Fills the blanks of texts.
@@ -107,6 +113,9 @@ def fill(
         stop: Strings that end an answer and are not part of it; see `generate`.
         end_tokens: Ids of the tokens that end an answer; None takes all that the model's files give, see `generate`.
         transform: Transform of the logits, see `generate`.
+        search: `gx.beam` or `gx.diverse_beam`: the answer to each blank is the best sequence that the search finds.
+        order: "text" fills the blanks from left to right. "confidence" always fills the one next whose answer has the
+            most certain first token, that is, whose most probable first token is the most probable of all.
         **knobs: Further sampling parameters, see `generate`.
 
     Returns:
@@ -129,7 +138,7 @@ def fill(
     """
     texts, single = prompt_list(texts)
     knobs = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, **knobs}
-    filled = exhaust(_fill(model, texts, max_new_tokens, knobs, stop, end_tokens, None, transform))
+    filled = exhaust(_fill(model, texts, max_new_tokens, knobs, stop, end_tokens, None, transform, search, order))
     return filled[0] if single else filled
 
 
@@ -191,6 +200,8 @@ def fill_stream(
         raise ValueError(f"fill_stream takes one text, not {len(texts)}: fill takes several")
     if every < 1:
         raise ValueError(f"every={every} must be at least 1")
+    if wrong := sorted({"search", "order"} & knobs.keys()):
+        raise ValueError(f"fill_stream samples from left to right and has no {wrong[0]}: use fill")
     knobs = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, **knobs}
     return first_row(_fill(model, texts, max_new_tokens, knobs, stop, end_tokens, every, transform))
 
@@ -235,6 +246,8 @@ def _fill(
     end_tokens: int | Sequence[int] | None,
     every: int | None,
     transform: Transform | None,
+    search: BeamSearch | None = None,
+    order: str = "text",
 ) -> Pieces[list[Filled]]:
     """Checks the arguments at once; returns a generator that fills, `every` steps at a time (None: all at once)."""
     weights, config, tokenizer = prepare_model(model)
@@ -244,12 +257,15 @@ def _fill(
     transform = without_padding(chain_for(transform, knobs), config, tokenizer, ends)
     decoder = Decoder(config, transform)
     values = knobs_per_prompt(len(texts), vocab=config.vocab, max_new_tokens=max_new_tokens, **knobs)
+    check_fill(search, order)
     parts = [part_a(text, config, tokenizer, f"text {i}") for i, text in enumerate(texts)]
     limits, first_prompts = [], []
     for i, (part, limit) in enumerate(zip(parts, values["max_new_tokens"], strict=True)):
         count = len(part.mask_indices)
         limits.append(answer_tokens(len(part.ids), 0, limit, config, blanks, f"text {i}", count))
         first_prompts.append(answer_prompt(part.ids, part.mask_indices[0], limits[-1], config, f"text {i}"))
+    if search is not None:
+        check(search, config, values["temperature"], limits, stops)
     rounds = max(len(part.mask_indices) for part in parts)
     # Where answers stay behind the text, a later answer needs its own slots and one for its [sop].
     more = 0 if blanks.insert_answers else (rounds - 1) * (max(limits) + 1)
@@ -257,35 +273,78 @@ def _fill(
     check_every = 1 if stops else every or max(limits)
 
     def steps():
-        answers: list[list[Writer]] = [[] for _ in parts]
+        answers: list[dict[int, Writer]] = [{} for _ in parts]
         state, size = None, 0
-        for blank in range(rounds):
-            blank_limits = [
-                limit if blank < len(part.mask_indices) else 0 for part, limit in zip(parts, limits, strict=True)
+        for number in range(rounds):
+            open_blanks = [
+                [blank for blank in range(len(part.mask_indices)) if blank not in one]
+                for part, one in zip(parts, answers, strict=True)
             ]
+            chosen = [blanks_left[0] if blanks_left else None for blanks_left in open_blanks]
+            blank_limits = [0 if blank is None else limit for blank, limit in zip(chosen, limits, strict=True)]
             if state is None or blanks.insert_answers:
                 prompts = [
-                    _prompt_with_answers(part, row, config) if limit else prompt
-                    for part, row, limit, prompt in zip(parts, answers, blank_limits, first_prompts, strict=True)
+                    prompt if blank is None else _prompt_with_answers(part, one, blank, config)
+                    for part, one, blank, prompt in zip(parts, answers, chosen, first_prompts, strict=True)
                 ]
                 requests = assemble(prompts, {**values, "max_new_tokens": blank_limits}, config, ends, transform)
                 size = size_of(requests, decoder.buckets, more)
                 state = start(decoder, weights, requests, size)
             else:
-                position, limit = _next_blanks(parts, blank_limits, blank, len(state.done), blanks)
+                position, limit = _next_blanks(parts, blank_limits, chosen, len(state.done), blanks)
                 state = start_next_blank(weights.step, with_free_slots(state, 1, size), position, limit, config)
-            yield _literals(parts, blank)
-            writers = {
-                i: Writer(tokenizer, limit, ends, stops, space_before=limit > 0 and part.space_before[blank])
-                for i, (part, limit) in enumerate(zip(parts, blank_limits, strict=True))
-            }
-            state = yield from decode_pieces(decoder, weights.step, state, writers, check_every, size)
-            for i, writer in writers.items():
-                answers[i].append(writer)
+            if order == "confidence":
+                chosen, state = _most_certain(weights, state, parts, answers, open_blanks, config)
+            yield _literals(parts, number)
+            spaces = [blank is not None and part.space_before[blank] for part, blank in zip(parts, chosen, strict=True)]
+            if search is None:
+                writers = {
+                    i: Writer(tokenizer, limit, ends, stops, space_before=space)
+                    for i, (limit, space) in enumerate(zip(blank_limits, spaces, strict=True))
+                }
+                state = yield from decode_pieces(decoder, weights.step, state, writers, check_every, size)
+            else:
+                keep = not blanks.insert_answers and number + 1 < rounds
+                found, state = beam_answers(
+                    search, decoder, weights, state, blank_limits, ends, tokenizer, spaces, keep
+                )
+                writers = dict(enumerate(found))
+            for i, blank in enumerate(chosen):
+                if blank is not None:
+                    answers[i][blank] = writers[i]
         yield _literals(parts, rounds)
-        return [_filled(part, row[: len(part.mask_indices)]) for part, row in zip(parts, answers, strict=True)]
+        return [_filled(part, one) for part, one in zip(parts, answers, strict=True)]
 
     return steps()
+
+
+def _most_certain(
+    weights: Weights,
+    state: State,
+    parts: Sequence[PartA],
+    answers: Sequence[Mapping[int, Writer]],
+    open_blanks: Sequence[Sequence[int]],
+    config: ModelConfig,
+) -> tuple[list[int | None], State]:
+    """The open blank of each text whose answer has the most certain first token, and the state before that token."""
+    blanks, width = blanks_of(config), bucket(max(map(len, open_blanks)))
+    places = np.zeros((len(state.done), blanks.rows, width, 2), np.int32)  # of the start token and of the next one
+    for row, (part, one, numbers) in enumerate(zip(parts, answers, open_blanks, strict=True)):
+        ids, masks = _insert_answers(part, one) if blanks.insert_answers else (part.ids, part.mask_indices)
+        for column, blank in enumerate(numbers):
+            places[row, :, column] = blanks.positions(ids, masks[blank], 2)[:, -2:]
+    if blanks.rows == 1:
+        places = places[:, 0]
+    state = with_slots(state, width)
+    values = np.asarray(certainties(weights.step, state, places[..., 0], config))
+    chosen: list[int | None] = []
+    position, stride = np.array(state.position), np.array(state.stride)
+    for row, numbers in enumerate(open_blanks):
+        column = int(values[row, : len(numbers)].argmax()) if numbers else 0
+        chosen.append(numbers[column] if numbers else None)
+        position[row] = places[row, ..., column, 0]
+        stride[row] = places[row, ..., column, 1] - position[row]
+    return chosen, dataclasses.replace(state, position=jnp.asarray(position), stride=jnp.asarray(stride))
 
 
 def _literals(parts: list[PartA], blank: int) -> list[str]:
@@ -294,38 +353,47 @@ def _literals(parts: list[PartA], blank: int) -> list[str]:
 
 
 def _next_blanks(
-    parts: list[PartA], limits: list[int], blank: int, rows: int, blanks: Blanks
+    parts: Sequence[PartA], limits: Sequence[int], chosen: Sequence[int | None], rows: int, blanks: Blanks
 ) -> tuple[np.ndarray, np.ndarray]:
     """`position` and `limit` of `start_next_blank`, padded to the rows of the batch."""
     position, limit = np.zeros((rows, blanks.rows), np.int32), np.zeros(rows, np.int32)
     limit[: len(limits)] = limits
-    for row, part in enumerate(parts):
-        if limits[row]:
+    for row, (part, blank) in enumerate(zip(parts, chosen, strict=True)):
+        if blank is not None:
             position[row] = blanks.positions(part.ids, part.mask_indices[blank], 1)[:, -1]
     return position, limit
 
 
-def _prompt_with_answers(part: PartA, answers: list[Writer], config: ModelConfig) -> EncodedPrompt:
+def _prompt_with_answers(part: PartA, answers: Mapping[int, Writer], blank: int, config: ModelConfig) -> EncodedPrompt:
     """The text with the answers so far in place of their masks, followed by the sop of the next answer."""
-    ids = _insert_answers(part, answers)
-    mask_index = part.mask_indices[len(answers)] + len(ids) - len(part.ids)  # only ids before the mask have changed
+    ids, masks = _insert_answers(part, answers)
     # An answer of n tokens used n random numbers. It adds n - 1 ids (its mask is gone), or n - 2 if it ended with eop.
-    random_offset = sum(1 + (answer.reason == "eos") for answer in answers)
-    return answer_prompt(ids, mask_index, 1, config, "the text")._replace(random_offset=random_offset)
+    random_offset = sum(1 + (answer.reason == "eos") for answer in answers.values())
+    return answer_prompt(ids, masks[blank], 1, config, "the text")._replace(random_offset=random_offset)
 
 
-def _insert_answers(part: PartA, answers: list[Writer]) -> list[int]:
-    """Ids of the text with answers in place of its first masks, without the tokens that ended the answers."""
-    ids, end = [], 0
-    for mask_index, answer in zip(part.mask_indices, answers, strict=False):
-        ids += [*part.ids[end:mask_index], *answer.tokens[: len(answer.tokens) - (answer.reason == "eos")]]
-        end = mask_index + 1
-    return ids + part.ids[end:]
+def _insert_answers(part: PartA, answers: Mapping[int, Writer]) -> tuple[list[int], list[int]]:
+    """Ids of the text with answers, without the tokens that ended them, in place of their masks.
+
+    Returns:
+        The ids, and the index in them of each mask, or of the answer that stands there.
+    """
+    ids, masks, end = [], [], 0
+    for blank, index in enumerate(part.mask_indices):
+        ids += part.ids[end:index]
+        masks.append(len(ids))
+        if blank in answers:
+            tokens = answers[blank].tokens
+            ids += tokens[: len(tokens) - (answers[blank].reason == "eos")]
+        else:
+            ids.append(part.ids[index])
+        end = index + 1
+    return ids + part.ids[end:], masks
 
 
-def _filled(part: PartA, answers: list[Writer]) -> Filled:
-    text = part.literals[0]
-    for answer, literal in zip(answers, part.literals[1:], strict=True):
+def _filled(part: PartA, answers: Mapping[int, Writer]) -> Filled:
+    text, in_order = part.literals[0], [answers[blank] for blank in range(len(part.mask_indices))]
+    for answer, literal in zip(in_order, part.literals[1:], strict=True):
         text += answer.streamed + literal
-    spans = [answer.completion() for answer in answers]
-    return Filled(_insert_answers(part, answers), None if spans[0].text is None else text, spans)
+    spans = [answer.completion() for answer in in_order]
+    return Filled(_insert_answers(part, answers)[0], None if spans[0].text is None else text, spans)

@@ -25,6 +25,9 @@ from garrulax.sampling.requests import (
     token_ids,
     without_padding,
 )
+from garrulax.sampling.search import BestOf, Search, check
+from garrulax.sampling.search.copies import best_samples, copied
+from garrulax.sampling.search.running import searched
 from garrulax.sampling.start import compile_start, size_of, start
 from garrulax.sampling.state import Requests
 from garrulax.sampling.transforms import Transform
@@ -47,8 +50,9 @@ def generate(
     negative_prompts: Prompt | Sequence[Prompt] | None = None,
     constrain: Constraint | Sequence[Constraint | None] | None = None,
     transform: Transform | None = None,
+    search: Search | None = None,
     **knobs: Any,
-) -> Completion | list[Completion]:
+) -> Completion | list[Completion] | list[list[Completion]]:
     """Continues texts.
 
     A completion depends only on its own prompt, sampling arguments and seed; the other prompts, their order and
@@ -91,13 +95,18 @@ def generate(
         transform: Transform of the logits (`sampling.transforms`). None is the standard chain of those that read the
             knobs given: temperature, top_k, top_p and what is in `knobs`. Each transform is compiled once; other values
             of the arguments above compile nothing.
+        search: How to look for a good completion in place of sampling one: `gx.beam`, `gx.diverse_beam`,
+            `gx.contrastive` or `gx.best_of`; docs/search.md shows them. In a completion, `score` is what it was ranked
+            by. Stop strings do not go with beam search, and temperature 0 with none.
         **knobs: Further sampling parameters, such as min_p, repetition_penalty or no_repeat_ngram_size; see
             `sampling.transforms`, and docs/sampling.md.
 
     Returns:
-        The Completion of a single prompt, or the list of those of a list.
+        The Completion of a single prompt, or the list of those of a list. With a search that returns several, each is a
+        list of Completions, best first.
 
     Raises:
+        TypeError: `search` is something else.
         ValueError: An empty prompt, one that does not fit into the context with max_new_tokens, an id outside the
             vocabulary, a text without a tokenizer, a knob that no transform reads, or a bad argument. The message says
             what to do.
@@ -125,9 +134,11 @@ def generate(
         negative_prompts=negative_prompts,
         constrain=constrain,
         transform=transform,
+        search=search,
         **knobs,
     )
-    completions = exhaust(plan.run())
+    found = exhaust(plan.run())
+    completions: list[Any] = [one if search is not None and search.returned > 1 else one[0] for one in found]
     return completions[0] if single else completions
 
 
@@ -189,6 +200,8 @@ def stream(
         raise ValueError(f"stream takes one prompt, not {len(prompts)}: generate takes several")
     if every < 1:
         raise ValueError(f"every={every} must be at least 1")
+    if "search" in knobs:
+        raise ValueError("stream cannot search, since a search decides at its end: use generate")
     plan = _plan(
         model,
         prompts,
@@ -205,7 +218,7 @@ def stream(
         every=every,
         **knobs,
     )
-    return first_row(plan.run())
+    return _only_one(first_row(plan.run()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,6 +233,10 @@ class _Plan:
         matchers: Row -> what follows its constraint; empty without constraints.
         size: Greatest number of tokens that a row may get.
         every: Number of steps between two looks at the tokens.
+        search: The search; None samples.
+        ends: Tokens that end a text.
+        tokenizer: The model's tokenizer, or None.
+        stops: Stop strings.
     """
 
     decoder: Decoder
@@ -229,16 +246,33 @@ class _Plan:
     matchers: dict[int, Matcher]
     size: int
     every: int
+    search: Search | None
+    ends: Sequence[int]
+    tokenizer: TokenizerLike | None
+    stops: StopStrings
 
-    def run(self) -> Pieces[list[Completion]]:
-        """Decodes; returns a generator."""
-        state = start(self.decoder, self.weights, self.requests, self.size, constrained=bool(self.matchers))
-        program = self.decoder, self.weights.step, state, self.writers
-        if self.matchers:
-            yield from decode_constrained(*program, self.matchers, self.size)
+    def run(self) -> Pieces[list[list[Completion]]]:
+        """Decodes; returns a generator, whose result is a list for each prompt: one completion, or what was found."""
+        decoder, weights, requests = self.decoder, self.weights, self.requests
+        if self.search is not None and not isinstance(self.search, BestOf):
+            rows = list(self.writers)
+            limits = [int(requests.limit[row]) for row in rows]
+            return searched(
+                self.search, decoder, weights, requests, rows, limits, self.ends, self.tokenizer, self.stops
+            )
+        constrained = bool(self.matchers)
+        state = start(decoder, weights, requests, self.size, constrained, steps=not constrained)
+        if constrained:
+            yield from decode_constrained(decoder, weights.step, state, self.writers, self.matchers, self.size)
         else:
-            yield from decode_pieces(*program, self.every, self.size)
-        return [writer.completion() for writer in self.writers.values()]
+            yield from decode_pieces(decoder, weights.step, state, self.writers, self.every, self.size)
+        completions = [writer.completion() for writer in self.writers.values()]
+        return [[one] for one in completions] if self.search is None else best_samples(self.search, completions)
+
+
+def _only_one(pieces: Generator[str, None, list[Completion]]) -> Generator[str, None, Completion]:
+    (completion,) = yield from pieces
+    return completion
 
 
 def compile_ahead(model: ModelLike, prompt: Prompt, *, max_new_tokens: int | None = None, **arguments: Any) -> None:
@@ -269,6 +303,7 @@ def _plan(
     constrain: Constraint | Sequence[Constraint | None] | None = None,
     every: int | None = None,
     transform: Transform | None = None,
+    search: Search | None = None,
     **knobs: Any,
 ) -> _Plan:
     """Checks the arguments. every: steps between two looks at the tokens; None is as few looks as possible."""
@@ -282,7 +317,12 @@ def _plan(
         _encode(prompt, limit, config, tokenizer, f"prompt {i}")
         for i, (prompt, limit) in enumerate(zip(prompts, values["max_new_tokens"], strict=True))
     ]
-    limits = values["max_new_tokens"] = [prompt.limit for prompt in encoded]
+    values["max_new_tokens"] = [prompt.limit for prompt in encoded]
+    if search is not None:
+        check(search, config, values["temperature"], values["max_new_tokens"], stops)
+    if isinstance(search, BestOf):
+        encoded, values = copied(search, encoded, values)
+    limits = values["max_new_tokens"]
     rows, encoded, values = _with_partners(encoded, values, negative_prompts, config, tokenizer)
     requests = assemble(encoded, values, config, ends, transform)
     writers = {row: Writer(tokenizer, limit, ends, stops) for row, limit in zip(rows, limits, strict=True)}
@@ -290,9 +330,11 @@ def _plan(
     matchers = {row: matcher for row, matcher in followed if matcher is not None}
     if matchers and len(encoded) > len(rows):
         raise ValueError("constrain does not go with guidance_scale: leave one of them out")
+    if matchers and search is not None and not isinstance(search, BestOf):
+        raise ValueError("constrain does not go with this search: leave one of them out, or use gx.best_of")
     decoder = Decoder(config, transform)
     size, every = size_of(requests, decoder.buckets), every or (STOP_CHECK_STEPS if stop else max(limits))
-    return _Plan(decoder, weights, requests, writers, matchers, size, every)
+    return _Plan(decoder, weights, requests, writers, matchers, size, every, search, ends, tokenizer, stops)
 
 
 def _with_partners(

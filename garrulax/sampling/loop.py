@@ -54,7 +54,7 @@ def choose(state: State, cache: Cache, logits: jax.Array, transform: Transform) 
     token = sample(transformed, state.seed, state.length)  # [B]
     possible = jnp.any(transformed > -jnp.inf, axis=-1) | jnp.any(jnp.isnan(logits), axis=-1)
     logprob = jnp.where(possible, log_probability(logits, token), -jnp.inf)
-    return _advance(state, cache, token, logprob, transform_state, transform)
+    return advance(state, cache, token, logprob, transform_state, transform)
 
 
 def read(params: Tree, state: State, tokens: jax.Array, config: ModelConfig) -> tuple[jax.Array, Cache]:
@@ -86,7 +86,7 @@ def unpack_bits(words: jax.Array, size: int) -> jax.Array:
     return (bits & jnp.uint32(1)).astype(bool).reshape(len(words), -1)[:, :size]
 
 
-def _advance(
+def advance(
     state: State, cache: Cache, token: jax.Array, logprob: jax.Array, transform_state: Any, transform: Transform
 ) -> State:
     """The state after each row that is not done got a token."""
@@ -184,7 +184,7 @@ def append(
         skipped = (i >= count) & ~state.done
         before = dataclasses.replace(state, done=state.done | skipped)
         after = dataclasses.replace(state.cache, used=first + (i + 1))
-        new = _advance(before, after, token, log_probability(row_logits, token), state.transform_state, transform)
+        new = advance(before, after, token, log_probability(row_logits, token), state.transform_state, transform)
         return dataclasses.replace(new, done=new.done & ~skipped)
 
     taken = jax.lax.fori_loop(jnp.int32(0), jnp.int32(tokens.shape[1]), take, without_layers(state))

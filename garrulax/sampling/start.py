@@ -14,7 +14,14 @@ def size_of(requests: Requests, buckets: Buckets, more: int = 0) -> int:
     return buckets.of("size", max(longest + more, requests.context.shape[1]))
 
 
-def start(decoder: Decoder, weights: Weights, requests: Requests, size: int, constrained: bool = False) -> State:
+def start(
+    decoder: Decoder,
+    weights: Weights,
+    requests: Requests,
+    size: int,
+    constrained: bool = False,
+    steps: bool = True,
+) -> State:
     """Reads each prompt by itself, and puts it into its row of a new state.
 
     Args:
@@ -23,12 +30,13 @@ def start(decoder: Decoder, weights: Weights, requests: Requests, size: int, con
         requests: Of all prompts, as NumPy arrays; request i gets row i.
         size: From `size_of`.
         constrained: Whether the state has `allowed`.
+        steps: Whether `Decoder.step` will be called, and is compiled meanwhile.
 
     Returns:
         The state before the first new token.
     """
     groups, rows, slots = _groups(decoder, requests, size)
-    like = decoder.compile_ahead(weights, groups[0][0], rows, slots, size, steps=not constrained)
+    like = decoder.compile_ahead(weights, groups[0][0], rows, slots, size, steps)
     state = decoder.empty(weights.step, like, rows, slots, constrained)
     for one, places in groups:
         state = decoder.insert(state, decoder.prefill(weights.prefill, one, size), places)

@@ -28,6 +28,7 @@ class Completion:
         logprobs: log-probability of each token in the model's own distribution (before temperature, top-k and top-p;
             natural logarithm, float32).
         finish_reason: "eos" (a token that ends texts), "stop" (a stop string) or "length" (max_new_tokens).
+        score: What a search ranks it by (`sampling.search`); None without a search.
 
     Example:
         >>> import jax, garrulax as gx
@@ -41,6 +42,7 @@ class Completion:
     text: str | None
     logprobs: list[float]
     finish_reason: str
+    score: float | None = None
 
     def __str__(self) -> str:
         return str(self.tokens) if self.text is None else self.text
@@ -57,6 +59,7 @@ class Writer:
         logprobs: Their log-probabilities.
         reason: Why the row is finished (`Completion.finish_reason`); None while it is not.
         streamed: Everything that `push` has returned.
+        score: The score of the completion, if a search has found it.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class Writer:
         self.logprobs: list[float] = []
         self.reason: str | None = None if limit else "length"
         self.streamed = ""
+        self.score: float | None = None
         self._decoder = None if tokenizer is None else tokenizer.stream(start=False)
         self._limit, self._end_tokens, self._space_before = limit, end_tokens, space_before
         self._stop = stop if isinstance(stop, StopStrings) else StopStrings(stop, tokenizer)
@@ -128,7 +132,7 @@ class Writer:
         if self.reason is None:
             raise ValueError("the row is not finished")
         text = None if self._decoder is None else "".join(self._pieces)
-        return Completion(self.tokens, text, self.logprobs, self.reason)
+        return Completion(self.tokens, text, self.logprobs, self.reason, self.score)
 
 
 def decode_pieces(

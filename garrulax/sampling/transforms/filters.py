@@ -17,7 +17,7 @@ from garrulax.sampling.transforms.thresholds import least_float, nucleus, sum_wh
 
 @functools.cache
 def temperature() -> Transform:
-    """Divides logits by the knob `temperature` (float32 [B]) and shifts each row by a constant.
+    """Divides logits by the knob `temperature` (float32 [B]) and shifts each row by a constant; 1 changes nothing.
 
     Temperature 0 keeps only the greatest logit; of several equal ones, the first.
     """
@@ -28,7 +28,8 @@ def temperature() -> Transform:
         # Subtract the maximum first: no difference overflows, however low the temperature.
         scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / divisor  # [B, V]
         greedy = jnp.where(token_ids(logits) == argmax(logits)[:, None], jnp.zeros_like(logits), -jnp.inf)  # [B, V]
-        return jnp.where(positive[:, None], scaled, greedy), value
+        changed = jnp.where(positive[:, None], scaled, greedy)
+        return jnp.where((value == 1)[:, None], logits, changed), value  # beam search adds up log-probabilities
 
     return Transform(lambda knobs: knobs["temperature"], update)
 

@@ -22,7 +22,7 @@ import garrulax as gx
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = Path(__file__).parent.parent
 SLOW = ("fsdp=4", ".gguf")  # meshes and GGUF files have tests of their own
-ELSEWHERE = ("constraints.md", "evaluation.md")  # test_docs_constraints.py, test_evaluate.py
+ELSEWHERE = ("constraints.md", "evaluation.md", "search.md")  # test_docs_constraints, test_evaluate, test_search
 
 
 def blocks(page):

@@ -57,6 +57,23 @@ def test_greedy_is_the_best_allowed_token(model):
     assert out.tokens[10] == model.config.eos
 
 
+def test_beams_satisfy_constraints(model):
+    """The two best dates are those that a search without constraints over the allowed digits alone would find."""
+    short = gx.regex("[0-3][ab]")
+    found = gx.generate(model, ["The day:", "Once"], constrain=[short, JSON], search=gx.beam(8, returned=8))
+    ids = model.tokenizer.encode("The day:")
+    texts = [a + b for a in "0123" for b in "ab"]
+    rows = np.array([[*ids, *model.tokenizer.encode(text), 256] for text in texts])
+    logits, _ = gx.forward(model.params, rows, model.config)
+    logprobs = np.asarray(logits, np.float64) - np.logaddexp.reduce(np.asarray(logits, np.float64), -1, keepdims=True)
+    scores = np.take_along_axis(logprobs[:, len(ids) - 1 : -1], rows[:, len(ids) :, None], -1).sum((1, 2)) / 3
+    order = np.argsort(-scores)
+    assert [one.text for one in found[0]] == [texts[i] for i in order]
+    np.testing.assert_allclose([one.score for one in found[0]], scores[order], atol=1e-5)
+    for one in found[1]:
+        jsonschema.validate(json.loads(one.text), SCHEMA)
+
+
 def test_errors_come_before_anything_is_compiled(model):
     with pytest.raises(ValueError, match="needs 11 tokens"):
         gx.generate(model, "The day:", constrain=DATE, max_new_tokens=10)

@@ -25,7 +25,7 @@ from garrulax.sampling.requests import (
     token_ids,
     without_padding,
 )
-from garrulax.sampling.search import BestOf, Search, check
+from garrulax.sampling.search import BestOf, ContrastiveSearch, Search, check
 from garrulax.sampling.search.copies import best_samples, copied
 from garrulax.sampling.search.running import searched
 from garrulax.sampling.start import compile_start, size_of, start
@@ -258,7 +258,16 @@ class _Plan:
             rows = list(self.writers)
             limits = [int(requests.limit[row]) for row in rows]
             return searched(
-                self.search, decoder, weights, requests, rows, limits, self.ends, self.tokenizer, self.stops
+                self.search,
+                decoder,
+                weights,
+                requests,
+                rows,
+                limits,
+                self.ends,
+                self.tokenizer,
+                self.stops,
+                self.matchers,
             )
         constrained = bool(self.matchers)
         state = start(decoder, weights, requests, self.size, constrained, steps=not constrained)
@@ -330,8 +339,8 @@ def _plan(
     matchers = {row: matcher for row, matcher in followed if matcher is not None}
     if matchers and len(encoded) > len(rows):
         raise ValueError("constrain does not go with guidance_scale: leave one of them out")
-    if matchers and search is not None and not isinstance(search, BestOf):
-        raise ValueError("constrain does not go with this search: leave one of them out, or use gx.best_of")
+    if matchers and isinstance(search, ContrastiveSearch):
+        raise ValueError("constrain does not go with gx.contrastive: use gx.beam or gx.best_of")
     decoder = Decoder(config, transform)
     size, every = size_of(requests, decoder.buckets), every or (STOP_CHECK_STEPS if stop else max(limits))
     return _Plan(decoder, weights, requests, writers, matchers, size, every, search, ends, tokenizer, stops)

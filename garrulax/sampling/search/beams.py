@@ -187,18 +187,39 @@ def search_step(
     search: BeamSearch,
 ) -> Beams:
     """One step of `search_steps`."""
-    P, N = beams.token.shape
-    positions, mask = beam_inputs(beams.cache, beams.token, beams.position, N)
+    beams, logprobs = read_step(params, beams, config)
+    return choose_step(beams, logprobs, length_penalty, penalty, transform, search)
+
+
+def read_step(params: Tree, beams: Beams, config: ModelConfig) -> tuple[Beams, jax.Array]:
+    """The beams with their last tokens in the cache, and the log-probabilities [P, N, V] of the next ones."""
+    positions, mask = beam_inputs(beams.cache, beams.token, beams.position, beams.token.shape[1])
     logits, cache = cast(
         tuple[jax.Array, Cache],
         models.forward(params, beams.token, config, positions=positions, mask=mask, cache=beams.cache),
     )
-    logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)  # [P, N, V]
+    # The row of a prompt that is done steps on with the others, but its slots stay free.
+    used = jnp.where(jnp.all(beams.done, axis=1), beams.cache.used, cache.used)
+    logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    return dataclasses.replace(beams, cache=dataclasses.replace(cache, used=used)), logprobs
+
+
+def choose_step(
+    beams: Beams,
+    logprobs: jax.Array,
+    length_penalty: jax.Array,
+    penalty: jax.Array,
+    transform: Transform,
+    search: BeamSearch,
+) -> Beams:
+    """The beams after the next tokens were chosen. Arguments as from `read_step` and for `search_steps`."""
+    P, N = beams.token.shape
     chosen, transform_state = _choose(beams, logprobs, length_penalty, penalty, transform, search)
     parent = jnp.concatenate([one.parent for one in chosen], axis=1)
     token = jnp.concatenate([one.token for one in chosen], axis=1)
     active = ~jnp.all(beams.done, axis=1)  # [P]
-    streams = {**cache.streams, **_inherit({name: cache.streams[name] for name in bit_names(N)}, parent)}
+    streams = beams.cache.streams
+    streams = {**streams, **_inherit({name: streams[name] for name in bit_names(N)}, parent)}
 
     def inherit(x):
         old = from_rows(x, P)
@@ -207,8 +228,7 @@ def search_step(
     transform_state = transform.observe(to_rows(token), jax.tree.map(inherit, transform_state))
     return dataclasses.replace(
         beams,
-        # The row of a prompt that is done steps on with the others, but its slots stay free.
-        cache=dataclasses.replace(cache, streams=streams, used=jnp.where(active, cache.used, beams.cache.used)),
+        cache=dataclasses.replace(beams.cache, streams=streams),
         position=beams.position + beams.stride * active.reshape(P, *(1,) * (beams.position.ndim - 1)),
         generated=beams.generated + active.astype(jnp.int32),
         done=jnp.stack([one.done for one in chosen], axis=1),

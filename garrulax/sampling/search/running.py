@@ -1,17 +1,19 @@
 """Beam search on the host: from requests to completions."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 
 from garrulax.models.unpack import TokenizerLike
 from garrulax.sampling.buckets import LEAST_SLOTS, bucket
+from garrulax.sampling.constrain import Matcher
 from garrulax.sampling.decoder import Decoder
 from garrulax.sampling.ends import StopStrings
 from garrulax.sampling.requests import Weights
 from garrulax.sampling.search.beams import Beams, begin, grow, search_steps
+from garrulax.sampling.search.constrained import Following
 from garrulax.sampling.search.contrasting import STOP_CHECK_STEPS, contrast, start_contrast
 from garrulax.sampling.search.kinds import BeamSearch, ContrastiveSearch
 from garrulax.sampling.search.selecting import Sequences
@@ -30,7 +32,13 @@ def start_beams(search: BeamSearch, decoder: Decoder, weights: Weights, requests
     return start(decoder, weights, requests, size_of(requests, decoder.buckets, more), steps=False)
 
 
-def finish(search: BeamSearch, decoder: Decoder, weights: Weights, state: State) -> Beams:
+def finish(
+    search: BeamSearch,
+    decoder: Decoder,
+    weights: Weights,
+    state: State,
+    matchers: Mapping[int, Matcher] | None = None,
+) -> Beams:
     """Searches until all prompts are done.
 
     Args:
@@ -38,6 +46,7 @@ def finish(search: BeamSearch, decoder: Decoder, weights: Weights, state: State)
         decoder: The functions of the model.
         weights: Its parameters.
         state: With a row for each prompt, before its first new token.
+        matchers: Row -> what follows the constraint of its prompt.
 
     Returns:
         The last state of the search.
@@ -51,11 +60,15 @@ def finish(search: BeamSearch, decoder: Decoder, weights: Weights, state: State)
     numbers = np.float32(search.length_penalty), np.float32(search.penalty)
     # These numbers are arrays of the program, so that other values of them compile nothing.
     static = dataclasses.replace(search, length_penalty=1.0, penalty=0.0, returned=1)
+    following = Following(matchers, beams, decoder.config.vocab) if matchers else None
     while True:
         if int(beams.cache.used.max()) + search.beams > beams.cache.size:
             needed = beams.cache.size + search.beams
             beams = grow(beams, max(needed, min(most, 4 * beams.cache.size)))
-        beams = search_steps(weights.step, beams, ALL_STEPS, *numbers, decoder.config, decoder.transform, static)
+        if following is not None:
+            beams = following.step(weights.step, beams, *numbers, decoder.config, decoder.transform, static)
+        else:
+            beams = search_steps(weights.step, beams, ALL_STEPS, *numbers, decoder.config, decoder.transform, static)
         if np.isnan(jax.device_get(beams.running.score)).any():
             raise FloatingPointError("the model's logits are not finite: are its parameters?")
         if bool(beams.done.all()):
@@ -118,6 +131,7 @@ def searched(
     ends: Sequence[int],
     tokenizer: TokenizerLike | None,
     stops: StopStrings,
+    matchers: Mapping[int, Matcher],
 ) -> list[list[Completion]]:
     """The completions that a search returns for each prompt, best first.
 
@@ -131,6 +145,7 @@ def searched(
         ends: Tokens that end a text.
         tokenizer: None for completions without text.
         stops: Stop strings, for contrastive search.
+        matchers: Row -> what follows the constraint of its prompt, for beam search.
     """
     if isinstance(search, ContrastiveSearch):
         writers = {row: Writer(tokenizer, limit, ends, stops) for row, limit in zip(rows, limits, strict=True)}
@@ -139,5 +154,5 @@ def searched(
         contrast(search, decoder, weights, state, hidden, writers, every, size_of(requests, decoder.buckets, search.k))
         return [[writer.completion()] for writer in writers.values()]
     state = start_beams(search, decoder, weights, requests)
-    found = best_writers(finish(search, decoder, weights, state), rows, limits, ends, tokenizer)
+    found = best_writers(finish(search, decoder, weights, state, matchers), rows, limits, ends, tokenizer)
     return [[writer.completion() for writer in one[: search.returned]] for one in found]

@@ -209,7 +209,7 @@ def search_step(
         beams,
         # The row of a prompt that is done steps on with the others, but its slots stay free.
         cache=dataclasses.replace(cache, streams=streams, used=jnp.where(active, cache.used, beams.cache.used)),
-        position=beams.position + beams.stride * active.reshape(P, *(1,) * (beams.position.ndim - 1)),
+        position=beams.position + beams.stride * active.reshape(P, *(1,) * (beams.position.ndim - 1)).astype(jnp.int32),
         generated=beams.generated + active.astype(jnp.int32),
         done=jnp.stack([one.done for one in chosen], axis=1),
         token=token,

@@ -117,6 +117,8 @@ def extend(kv: KV, layer: jax.Array | int, key: jax.Array, value: jax.Array, slo
 
 def _write_layer(x: jax.Array, layer: jax.Array | int, new: jax.Array, slot: jax.Array) -> jax.Array:
     """The cache's array with `new` [B, K, T, C] from slot [B] on."""
+    if x.ndim == 3 and len(new) == 1:  # through a reshape, XLA:CPU would copy the cache of a single row in every step
+        return jax.lax.dynamic_update_slice(x, new[0].astype(x.dtype), [jnp.zeros_like(slot[0]), slot[0], 0 * slot[0]])
     if x.ndim == 3:
         return write(x.reshape(*new.shape[:2], *x.shape[1:]), new, slot, axis=2).reshape(x.shape)
     return write(x, new, slot, axis=2) if x.ndim == 4 else write(x, new, slot, axis=2, layer=layer)

@@ -229,7 +229,7 @@ def choose_step(
     return dataclasses.replace(
         beams,
         cache=dataclasses.replace(beams.cache, streams=streams),
-        position=beams.position + beams.stride * active.reshape(P, *(1,) * (beams.position.ndim - 1)),
+        position=beams.position + beams.stride * active.reshape(P, *(1,) * (beams.position.ndim - 1)).astype(jnp.int32),
         generated=beams.generated + active.astype(jnp.int32),
         done=jnp.stack([one.done for one in chosen], axis=1),
         token=token,

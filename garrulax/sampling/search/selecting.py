@@ -95,7 +95,11 @@ def select(
     """
     P, K, V = choices.shape
     total = choices + running.score[:, :, None]
-    is_end = jnp.zeros((P, V), bool).at[jnp.arange(P)[:, None], jnp.where(ends < 0, V, ends)].set(True, mode="drop")
+    is_end = (
+        jnp.zeros((P, V), bool)
+        .at[jnp.arange(P, dtype=jnp.int32)[:, None], jnp.where(ends < 0, V, ends)]
+        .set(True, mode="drop")
+    )
     # transformers takes so many candidates at once that K of them do not end; these are the same.
     best, best_index = jax.lax.top_k(total.reshape(P, -1), K)
     goes_on = jnp.where(is_end[:, None], -jnp.inf, total)

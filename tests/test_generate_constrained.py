@@ -9,6 +9,7 @@ import pytest
 import tiny
 
 import garrulax as gx
+from garrulax.cli import main
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -85,3 +86,18 @@ def test_errors_come_before_anything_is_compiled(model):
         gx.generate((model.params, model.config), [1, 2], constrain=DATE)
     with pytest.raises(ValueError, match="leave no token"):
         gx.generate(model, "a", constrain=gx.regex("[0-9]+"), max_new_tokens=5, allowed_tokens=[65])
+
+
+def test_the_command(model, tmp_path, capsys):
+    gx.save(gx.Model(model.config, model.params, model.tokenizer), tmp_path / "m")
+    (tmp_path / "schema.json").write_text(json.dumps({"enum": ["one", "two"]}))
+    for options in (
+        ["--regex", "[0-9]{4}", "--min-p", "0.01"],
+        ["--json-schema", str(tmp_path / "schema.json"), "--repetition-penalty", "1.2", "--no-repeat-ngram-size", "3"],
+        ["--json-schema", str(tmp_path / "schema.json"), "--beams", "2"],
+    ):
+        assert main(["generate", str(tmp_path / "m"), "ab", "--no-cache", *options]) == 0
+        text = capsys.readouterr().out.removeprefix("ab").strip()
+        assert re.fullmatch(r"[0-9]{4}" if "--regex" in options else r'"(one|two)"', text)
+    assert main(["generate", str(tmp_path / "m"), "ab", "--regex", "(a"]) == 2
+    assert "regex" in capsys.readouterr().err

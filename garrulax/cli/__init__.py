@@ -120,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="stop before this text; may be given several times"
     )
+    _add_sampling(generate)
     generate.add_argument(
         "--chat", action="store_true", help="send the text as a message to a chat model, and show its answer"
     )
@@ -213,6 +214,28 @@ def _add_writing(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--seed", type=int, default=0, metavar="S", help="the same seed gives the same text (0)")
     _add_cache(command)
+
+
+def _add_sampling(command: argparse.ArgumentParser) -> None:
+    """What `generate` has beyond `_add_writing`."""
+    command.add_argument(
+        "--min-p", type=float, metavar="P", help="leave out tokens less than P times as likely as the likeliest"
+    )
+    command.add_argument(
+        "--repetition-penalty",
+        type=float,
+        metavar="X",
+        help="make tokens of the text less likely, by a factor such as 1.1",
+    )
+    command.add_argument(
+        "--no-repeat-ngram-size", type=int, metavar="N", help="never write the same N tokens in a row twice"
+    )
+    command.add_argument(
+        "--beams", type=int, metavar="N", help="search with N beams; shown at the end, and not sampled"
+    )
+    kinds = command.add_mutually_exclusive_group()
+    kinds.add_argument("--json-schema", metavar="FILE", help="write JSON that satisfies the schema in this file")
+    kinds.add_argument("--regex", metavar="PATTERN", help="write a text that matches this regular expression")
 
 
 def _add_cache(command: argparse.ArgumentParser) -> None:

@@ -2,6 +2,8 @@
 
 import argparse
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import garrulax as gx
 from garrulax.cli.models import find_model
@@ -14,18 +16,24 @@ from garrulax.sampling import compile_ahead
 def generate(args: argparse.Namespace) -> None:
     """Continues a text, or answers it with `--chat`."""
     keep_programs(args.cache)
-    text, options, prompt = _text(args), _options(args), None
+    text, options, prompt = _text(args), _options(args) | _sampling(args), None
+    if args.beams is not None:
+        options |= {"search": gx.beam(args.beams), "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
     def begin(model: gx.Model) -> None:
         nonlocal prompt
         prompt = _conversation(model, text) if args.chat else text
-        compile_ahead(model, prompt, **options)
+        if args.beams is None:
+            compile_ahead(model, prompt, **options)
 
     with waiting("reading the model"):
         model = gx.load(find_model(args.model), ignore=args.ignore, while_reading=begin)
-    # Errors of the arguments come before anything is printed.
-    pieces = gx.stream(model, prompt, stop=tuple(args.stop), every=1, **options)
-    with waiting("compiling"):
+    with waiting("compiling" if args.beams is None else "searching"):  # errors come before anything is printed
+        pieces: Iterator[str]
+        if args.beams is None:
+            pieces = gx.stream(model, prompt, stop=tuple(args.stop), every=1, **options)
+        else:
+            pieces = iter([str(gx.generate(model, prompt, stop=tuple(args.stop), **options))])
         first = next(pieces, "")
     if not args.chat:
         if model.tokenizer is not None and model.tokenizer.has_chat_format:
@@ -39,6 +47,17 @@ def generate(args: argparse.Namespace) -> None:
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
+
+
+def _sampling(args: argparse.Namespace) -> dict:
+    """The arguments of `gx.generate` beyond those of `_options`: those that were given."""
+    names = ("min_p", "repetition_penalty", "no_repeat_ngram_size")
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.json_schema is not None:
+        options["constrain"] = gx.json_schema(Path(args.json_schema).read_text(encoding="utf-8"))
+    if args.regex is not None:
+        options["constrain"] = gx.regex(args.regex)
+    return options
 
 
 def fill(args: argparse.Namespace) -> None:

@@ -1,8 +1,10 @@
-"""Decoding speed against transformers' on this machine: GPT-2 124M's shape, random weights, batch 1, float32, greedy.
+"""Decoding speed against transformers' on this machine: GPT-2 124M's shape, random weights, float32, greedy.
 
-    python benchmarks/decode.py --torch-python PATH [--rounds 5] [--runs 3] [--beams 4]
+    python benchmarks/decode.py --torch-python PATH [--rounds 5] [--runs 3] [--batch 8] [--beams 4]
+    python benchmarks/decode.py --capacity
 
-With --beams, both do beam search with so many beams in place of greedy decoding.
+With --batch, both continue so many prompts at once; with --beams, both do beam search with so many beams in place of
+greedy decoding. --capacity compares the time of a step between texts that may get 128 new tokens and 896.
 
 The two run in turns, each time in a separate process, so that a drift of the machine's speed affects both alike. A
 whole call is timed, with a prompt of 32 tokens and 128 new ones, after a first call that compiles. The results are
@@ -26,17 +28,51 @@ WEIGHT_BYTES = 4 * 124_439_808
 PEER = Path(__file__).parent / "peers" / "torch_decode.py"
 
 
-def ours(runs: int, beams: int) -> dict:
-    """Seconds of each call of `generate`."""
+def gpt2():
+    """A model of GPT-2's shape with random weights, whose texts never end early."""
     import dataclasses
 
     import jax
 
     import garrulax as gx
 
-    config = dataclasses.replace(gx.preset("gpt2"), eos=None)  # no call ends early
-    model = (gx.unstack(gx.init(config, jax.random.key(0))), config)
-    prompt, seconds = list(range(1000, 1000 + PROMPT)), []
+    config = dataclasses.replace(gx.preset("gpt2"), eos=None)
+    return gx.init(config, jax.random.key(0)), config
+
+
+def capacity(runs: int) -> None:
+    """Prints the median time of a step of the first 128 tokens, in turns between two limits."""
+    import jax
+
+    from garrulax.sampling import compile
+    from garrulax.sampling.requests import prepare_model
+    from garrulax.sampling.start import size_of, start
+
+    model = gpt2()
+    weights, decoder = prepare_model(model)[0], compile(model)
+    seconds: dict[int, list[float]] = {NEW: [], 7 * NEW: []}
+    for run in range(runs + 1):
+        for limit, found in seconds.items():
+            request = decoder.request(list(range(1000, 1000 + PROMPT)), max_new_tokens=limit, temperature=0)
+            state = start(decoder, weights, request, size_of(request, decoder.buckets))
+            state = jax.block_until_ready(decoder.step(weights.step, state, 1))
+            begun = time.perf_counter()
+            jax.block_until_ready(decoder.step(weights.step, state, NEW - 1))
+            if run:
+                found.append((time.perf_counter() - begun) / (NEW - 1))
+    for limit, found in seconds.items():
+        print(f"at most {limit} new tokens: {1e3 * statistics.median(found):.2f} ms a step ({1e3 * min(found):.2f} to "
+              f"{1e3 * max(found):.2f})")  # fmt: skip
+
+
+def ours(runs: int, batch: int, beams: int) -> dict:
+    """Seconds of each call of `generate`."""
+    import jax
+
+    import garrulax as gx
+
+    model = gpt2()
+    prompt, seconds = [list(range(1000 + i, 1000 + i + PROMPT)) for i in range(batch)], []
     how: dict = {"temperature": 0} if beams == 1 else {"search": gx.beam(beams)}
     for _ in range(runs + 1):
         start = time.perf_counter()
@@ -58,11 +94,21 @@ def copied() -> float:
     return best
 
 
-def compare(rounds: int, runs: int, torch_python: str, beams: int) -> None:
+def compare(rounds: int, runs: int, torch_python: str, batch: int, beams: int) -> None:
     """Runs the two in turns and prints their medians and the ratio."""
     commands = {
-        "garrulax": [sys.executable, __file__, "--ours", "--runs", str(runs), "--beams", str(beams)],
-        "transformers": [torch_python, str(PEER), str(PROMPT), str(NEW), str(runs), str(beams)],
+        "garrulax": [
+            sys.executable,
+            __file__,
+            "--ours",
+            "--runs",
+            str(runs),
+            "--batch",
+            str(batch),
+            "--beams",
+            str(beams),
+        ],
+        "transformers": [torch_python, str(PEER), str(PROMPT), str(NEW), str(runs), str(beams), str(batch)],
     }
     seconds: dict[str, list[list[float]]] = {name: [] for name in commands}
     versions, bandwidth = {}, []
@@ -91,12 +137,16 @@ if __name__ == "__main__":
     parser.add_argument("--torch-python", help="Python with torch==2.13.0 and transformers==5.23.0")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--beams", type=int, default=1)
+    parser.add_argument("--capacity", action="store_true", help="compare two limits of new tokens instead")
     parser.add_argument("--ours", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.ours:
-        print(json.dumps(ours(args.runs, args.beams)))
+        print(json.dumps(ours(args.runs, args.batch, args.beams)))
+    elif args.capacity:
+        capacity(args.runs)
     elif not args.torch_python:
         parser.error("--torch-python is needed")
     else:
-        compare(args.rounds, args.runs, args.torch_python, args.beams)
+        compare(args.rounds, args.runs, args.torch_python, args.batch, args.beams)

@@ -10,9 +10,9 @@ import time
 import torch
 import transformers
 
-prompt_length, new, runs, beams = map(int, sys.argv[1:])
+prompt_length, new, runs, beams, batch = map(int, sys.argv[1:])
 model = transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval()
-prompt = torch.arange(1000, 1000 + prompt_length)[None]
+prompt = torch.arange(1000, 1000 + prompt_length)[None] + torch.arange(batch)[:, None]
 settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "num_beams": beams, "pad_token_id": 0}
 seconds = []
 for _ in range(runs + 1):

@@ -4,6 +4,7 @@ from garrulax.sampling.buckets import Buckets
 from garrulax.sampling.decoder import Decoder, compile
 from garrulax.sampling.fill import Filled, fill, fill_stream
 from garrulax.sampling.generate import compile_ahead, generate, stream
+from garrulax.sampling.session import Session
 from garrulax.sampling.state import Requests, State
 from garrulax.sampling.transforms import DEFAULT, Transform, chain, temperature, top_k, top_p
 from garrulax.sampling.writing import Completion
@@ -15,6 +16,7 @@ __all__ = [
     "Decoder",
     "Filled",
     "Requests",
+    "Session",
     "State",
     "Transform",
     "chain",

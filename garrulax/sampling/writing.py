@@ -153,22 +153,32 @@ def decode_pieces(
     """
     while True:
         state = decoder.step(params, with_free_slot(state, size), np.int32(every))
-        tokens, logprobs, generated = jax.device_get((state.tokens, state.logprobs, state.generated))
-        pieces = []
-        for row, writer in writers.items():
-            new = slice(len(writer.tokens), generated[row])
-            if np.isneginf(logprobs[row, new]).any():
-                raise ValueError("the transforms and constraints leave no token that may be sampled: loosen them")
-            if not np.isfinite(logprobs[row, new]).all():
-                raise FloatingPointError("the model's logits are not finite: are its parameters?")
-            pieces.append(writer.push(tokens[row, new].tolist(), logprobs[row, new].tolist()))
-        yield pieces
+        yield push_new_tokens(state, writers)
         if all(writer.reason for writer in writers.values()):
             return state
         if stopped := [row for row, writer in writers.items() if writer.reason == "stop"]:
-            done = np.zeros(len(generated), bool)  # the device does not know of stop strings
+            done = np.zeros(len(state.done), bool)  # the device does not know of stop strings
             done[stopped] = True
             state = dataclasses.replace(state, done=state.done | done)
+
+
+def push_new_tokens(state: State, writers: Mapping[int, Writer]) -> list[str]:
+    """Gives each writer the tokens of its row that it does not have yet, and returns their new texts.
+
+    Raises:
+        FloatingPointError: The logits are not finite.
+        ValueError: No token could be sampled.
+    """
+    tokens, logprobs, generated = jax.device_get((state.tokens, state.logprobs, state.generated))
+    pieces = []
+    for row, writer in writers.items():
+        new = slice(len(writer.tokens), generated[row])
+        if np.isneginf(logprobs[row, new]).any():
+            raise ValueError("the transforms and constraints leave no token that may be sampled: loosen them")
+        if not np.isfinite(logprobs[row, new]).all():
+            raise FloatingPointError("the model's logits are not finite: are its parameters?")
+        pieces.append(writer.push(tokens[row, new].tolist(), logprobs[row, new].tolist()))
+    return pieces
 
 
 def with_free_slot(state: State, size: int) -> State:

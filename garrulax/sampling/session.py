@@ -1,8 +1,9 @@
 """`Session`: a conversation with a model, of which each turn reads only what is new."""
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -61,6 +62,7 @@ class Session:
         self._prepared = prepare_model(model)
         # The greatest size from the start: with a size that grows, programs would be compiled again.
         self._size = POWERS_OF_TWO.of("size", self._config.max_length)
+        self._begun: set[Hashable] = set()  # programs that were compiled ahead
         self.forget()
 
     def forget(self) -> None:
@@ -119,7 +121,7 @@ class Session:
             plan = self._plan([[0] * (length + 1)], **arguments)
             one = self._rest(plan, 0)
             slots = max(kept, slots_for(read + one.context.shape[1], self._size_of(plan)))
-            self._compile(plan, one, jax.eval_shape(self._empty_cache, slots))
+            self._compile(plan, one, jax.eval_shape(functools.partial(self._empty_cache, slots)))
 
     @property
     def _config(self) -> ModelConfig:
@@ -193,6 +195,10 @@ class Session:
         return after(plan.requests, 0, known, self._size_of(plan) + 1, plan.decoder.buckets)
 
     def _compile(self, plan: Plan, one: Requests, past: Cache) -> None:
+        key = plan.decoder, one.context.shape, past.size
+        if key in self._begun:
+            return
+        self._begun.add(key)
         weights = self._prepared[0]
         plan.decoder.compile_ahead(weights, one, self._rows(plan), past.size, self._size_of(plan), past)
 

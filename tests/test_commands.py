@@ -3,6 +3,7 @@
 Only the number of steps and the size of the models are smaller, and the default corpus is a small text.
 """
 
+import io
 import json
 import os
 import re
@@ -88,7 +89,8 @@ def test_quick_start_and_what_it_prints(place, capsys):
     assert any(line.startswith("python examples/") for line in shown)
 
 
-def test_commands_of_readme(place, capsys):
+def test_commands_of_readme(place, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Who are you?\n"))  # of `garrulax chat`
     block = (ROOT / "README.md").read_text(encoding="utf-8").split("## Commands\n\n```\n")[1].split("```")[0]
     chat = byte_model("chatglm")
     for folder, model in (("path/to/chatglm3-6b", chat), ("path/to/model", byte_model()), ("SRC", byte_model())):

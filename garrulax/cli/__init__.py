@@ -77,6 +77,10 @@ def _command(name: str) -> Callable[[argparse.Namespace], None]:
         from garrulax.cli.convert import convert
 
         return convert
+    if name == "chat":
+        from garrulax.cli.chat import chat
+
+        return chat
     from garrulax.cli import write
 
     return write.generate if name == "generate" else write.fill
@@ -84,7 +88,7 @@ def _command(name: str) -> Callable[[argparse.Namespace], None]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="garrulax", description="Language models in JAX: train, generate, fill, score, inspect, convert."
+        prog="garrulax", description="Language models in JAX: train, generate, fill, chat, score, inspect, convert."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -120,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="stop before this text; may be given several times"
     )
-    _add_sampling(generate)
+    _add_constraints(generate)
     generate.add_argument(
         "--chat", action="store_true", help="send the text as a message to a chat model, and show its answer"
     )
@@ -128,6 +132,15 @@ def _parser() -> argparse.ArgumentParser:
         "fill", help="fill the [MASK]s of a text (GLM)", description="Fill every [MASK], [sMASK] and [gMASK] of a text."
     )
     _add_writing(fill)
+    chat = commands.add_parser(
+        "chat",
+        help="talk with a chat model",
+        description="Talk with a chat model in the terminal; /help lists the commands there. Without a terminal each "
+        "line of standard input is a message. Ctrl-C stops an answer, Ctrl-D ends the chat.",
+    )
+    _add_model(chat)
+    chat.add_argument("--system", metavar="TEXT", help="the system prompt")
+    _add_sampling(chat, "as many tokens as fit into the model's context, up to 512")
 
     info = commands.add_parser(
         "info",
@@ -177,7 +190,7 @@ def _parser() -> argparse.ArgumentParser:
         "--max-shard-size", default="5GB", metavar="SIZE", help="greatest size of a file, such as 200MB (5GB)"
     )
     convert.add_argument("--dialect", help="checkpoint format, if the family has several, such as glm")
-    for name in ("generate", "fill", "info", "glitch", "score", "convert"):
+    for name in ("generate", "fill", "chat", "info", "glitch", "score", "convert"):
         commands.choices[name].add_argument(
             "--ignore",
             type=lambda text: text.split(","),
@@ -191,14 +204,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_writing(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", help="a run, a Hugging Face model folder, a GGUF file, or a name on the hub")
+    _add_model(command)
     command.add_argument("text", help="the text; - reads it from standard input")
-    command.add_argument(
-        "--max-new-tokens",
-        type=int,
-        metavar="N",
-        help="greatest length of each answer (as many tokens as fit into the model's context, up to 128)",
-    )
+    _add_sampling(command, "as many tokens as fit into the model's context, up to 128")
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", help="a run, a Hugging Face model folder, a GGUF file, or a name on the hub")
+
+
+def _add_sampling(command: argparse.ArgumentParser, most: str) -> None:
+    command.add_argument("--max-new-tokens", type=int, metavar="N", help=f"greatest length of each answer ({most})")
     command.add_argument(
         "--temperature", type=float, default=0.8, metavar="T", help="0 always takes the likeliest token (0.8)"
     )
@@ -216,8 +232,8 @@ def _add_writing(command: argparse.ArgumentParser) -> None:
     _add_cache(command)
 
 
-def _add_sampling(command: argparse.ArgumentParser) -> None:
-    """What `generate` has beyond `_add_writing`."""
+def _add_constraints(command: argparse.ArgumentParser) -> None:
+    """Further ways to say what is written."""
     command.add_argument(
         "--min-p", type=float, metavar="P", help="leave out tokens less than P times as likely as the likeliest"
     )

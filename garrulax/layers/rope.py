@@ -153,6 +153,13 @@ def frequencies(rope: Rope, width: int, length: jax.Array | None = None, dtype: 
     return jnp.where(length[:, None] > rope.original_context, long, short)
 
 
+def same_angles(rope: Rope, one: int, other: int) -> bool:
+    """Whether `frequencies` are the same for texts of two lengths."""
+    if rope.kind == "dynamic":
+        return max(one, rope.original_context) == max(other, rope.original_context)
+    return rope.kind != "longrope" or (one > rope.original_context) == (other > rope.original_context)
+
+
 def _yarn(rope: Rope, plain: np.ndarray) -> np.ndarray:
     """Peng et al. 2023 (arXiv 2309.00071), section 3.2: fast frequencies stay, slow ones are divided by the factor."""
     width = 2 * len(plain)

@@ -6,6 +6,7 @@ from garrulax.sampling.decoder import Decoder, compile
 from garrulax.sampling.fill import Filled, fill, fill_stream
 from garrulax.sampling.generate import compile_ahead, generate, stream
 from garrulax.sampling.search import beam, best_of, contrastive, diverse_beam
+from garrulax.sampling.session import Session
 from garrulax.sampling.state import Requests, State
 from garrulax.sampling.transforms import (
     DEFAULT,
@@ -49,6 +50,7 @@ __all__ = [
     "Decoder",
     "Filled",
     "Requests",
+    "Session",
     "State",
     "Transform",
     "allowed_tokens",

@@ -47,6 +47,13 @@ def call(function: Any, *args: Any, **static: Any) -> Any:
     return function(*args, **static) if program is None else program(*args)
 
 
+def cancel() -> None:
+    """Gives up the programs whose compilation has not begun, so that the process can end."""
+    with _lock:
+        for key in [key for key, program in _programs.items() if program.cancel()]:
+            del _programs[key]
+
+
 def _key(function: Callable, args: tuple, static: dict[str, Any]) -> Hashable:
     leaves, tree = jax.tree.flatten(args)
     types = tuple((x.shape, x.dtype, getattr(x, "weak_type", False)) for x in leaves)

@@ -9,6 +9,7 @@ import numpy as np
 
 from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
+from garrulax.layers.cache import Cache
 from garrulax.models.unpack import ModelLike, unpack_model
 from garrulax.sampling import ahead, loop, state
 from garrulax.sampling.buckets import POWERS_OF_TWO, Buckets
@@ -74,9 +75,11 @@ class Decoder:
         """A state of `rows` free rows; see `state.empty`."""
         return state.empty(params, prefix, self.config, rows, slots, constrained)
 
-    def prefill(self, params: Tree, requests: Requests, size: int) -> State:
-        """Reads the contexts of requests; see `state.prefill`."""
-        return ahead.call(state.prefill, params, requests, config=self.config, transform=self.transform, size=size)
+    def prefill(self, params: Tree, requests: Requests, size: int, past: Cache | None = None) -> State:
+        """Reads the contexts of requests; see `state.prefill`, and with `past` `state.prefill_after`."""
+        function, behind = _prefill(past)
+        static = {"config": self.config, "transform": self.transform, "size": size}
+        return ahead.call(function, params, requests, *behind, **static)
 
     def insert(self, into: State, prefix: State, rows: jax.Array | np.ndarray | int) -> State:
         """Puts requests that were read into rows; see `state.insert`."""
@@ -94,7 +97,14 @@ class Decoder:
         return loop.append(params, before, tokens, count, self.config, self.transform)
 
     def compile_ahead(
-        self, weights: Weights, requests: Requests, rows: int, slots: int, size: int, steps: bool = True
+        self,
+        weights: Weights,
+        requests: Requests,
+        rows: int,
+        slots: int,
+        size: int,
+        past: Cache | None = None,
+        steps: bool = True,
     ) -> State:
         """Begins to compile `prefill` and `step` at once, in other threads.
 
@@ -104,14 +114,16 @@ class Decoder:
             rows: Number of rows of the state.
             slots: Number of slots of a row.
             size: Greatest number of tokens that a row may get.
+            past: With which `prefill` will be called; it may be abstract.
             steps: Whether `step` is needed.
 
         Returns:
             The abstract result of `prefill`.
         """
         static = {"config": self.config, "transform": self.transform}
-        ahead.compile_ahead(state.prefill, weights.prefill, requests, size=size, **static)
-        prefix = state.prefill.eval_shape(weights.prefill, requests, size=size, **static)
+        function, behind = _prefill(past)
+        ahead.compile_ahead(function, weights.prefill, requests, *behind, size=size, **static)
+        prefix = function.eval_shape(weights.prefill, requests, *behind, size=size, **static)
         if steps:
             before = jax.eval_shape(lambda: self.empty(weights.step, prefix, rows, slots))
             ahead.compile_ahead(loop.decode_steps, weights.step, before, np.int32(1), **static)
@@ -120,6 +132,10 @@ class Decoder:
     def evict(self, before: State, rows: jax.Array) -> State:
         """Frees rows; see `state.evict`."""
         return state.evict(before, rows)
+
+
+def _prefill(past: Cache | None) -> tuple[Any, tuple[Cache, ...]]:
+    return (state.prefill, ()) if past is None else (state.prefill_after, (past,))
 
 
 def compile(model: ModelLike, transform: Transform = DEFAULT, buckets: Buckets = POWERS_OF_TWO) -> Decoder:

@@ -15,6 +15,7 @@ from garrulax.sampling.ends import StopStrings, ends_of
 from garrulax.sampling.knobs import knobs_per_prompt
 from garrulax.sampling.requests import (
     EncodedPrompt,
+    Prepared,
     Prompt,
     Weights,
     assemble,
@@ -121,7 +122,7 @@ def generate(
         (2, 4, 'length')
     """
     prompts, single = prompt_list(prompts)
-    plan = _plan(
+    plan = make_plan(
         model,
         prompts,
         max_new_tokens,
@@ -202,7 +203,7 @@ def stream(
         raise ValueError(f"every={every} must be at least 1")
     if "search" in knobs:
         raise ValueError("stream cannot search, since a search decides at its end: use generate")
-    plan = _plan(
+    plan = make_plan(
         model,
         prompts,
         max_new_tokens,
@@ -222,7 +223,7 @@ def stream(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class Plan:
     """A call of `generate` whose arguments have been checked.
 
     Attributes:
@@ -297,11 +298,11 @@ def compile_ahead(model: ModelLike, prompt: Prompt, *, max_new_tokens: int | Non
     Raises:
         ValueError: See `generate`.
     """
-    plan = _plan(model, [prompt], max_new_tokens, **arguments)
+    plan = make_plan(model, [prompt], max_new_tokens, **arguments)
     compile_start(plan.decoder, plan.weights, plan.requests, plan.size)
 
 
-def _plan(
+def make_plan(
     model: ModelLike,
     prompts: list[Prompt],
     max_new_tokens: Any,
@@ -313,10 +314,24 @@ def _plan(
     every: int | None = None,
     transform: Transform | None = None,
     search: Search | None = None,
+    prepared: Prepared | None = None,
     **knobs: Any,
-) -> _Plan:
-    """Checks the arguments. every: steps between two looks at the tokens; None is as few looks as possible."""
-    weights, config, tokenizer = prepare_model(model)
+) -> Plan:
+    """Checks the arguments of `generate`.
+
+    Args:
+        model: Like the arguments up to `transform`, see `generate`.
+        prompts: The prompts.
+        max_new_tokens: One value, or one a prompt.
+        stop: Strings that end a completion.
+        end_tokens: Ids that end a completion.
+        negative_prompts: One, or one a prompt.
+        every: Steps between two looks at the tokens; None is as few looks as possible.
+        transform: Transform of the logits.
+        prepared: What `prepare_model` has made of the model; None makes it.
+        **knobs: Sampling parameters.
+    """
+    weights, config, tokenizer = prepared or prepare_model(model)
     stops = StopStrings(stop, tokenizer)
     ends = ends_of(model, config, tokenizer, end_tokens)
     knobs = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0, **knobs}
@@ -343,7 +358,7 @@ def _plan(
         raise ValueError("constrain does not go with gx.contrastive: use gx.beam or gx.best_of")
     decoder = Decoder(config, transform)
     size, every = size_of(requests, decoder.buckets), every or (STOP_CHECK_STEPS if stop else max(limits))
-    return _Plan(decoder, weights, requests, writers, matchers, size, every, search, ends, tokenizer, stops)
+    return Plan(decoder, weights, requests, writers, matchers, size, every, search, ends, tokenizer, stops)
 
 
 def _with_partners(

@@ -72,7 +72,10 @@ class Weights(NamedTuple):
     step: Tree
 
 
-def prepare_model(model: ModelLike) -> tuple[Weights, ModelConfig, TokenizerLike | None]:
+Prepared = tuple[Weights, ModelConfig, TokenizerLike | None]
+
+
+def prepare_model(model: ModelLike) -> Prepared:
     """Returns the parameters, the configuration and the tokenizer (or None) of a model.
 
     On CPUs bfloat16 parameters become their bits (`core.half.as_bits`), which `prefill` and `decode_steps` take too.
@@ -284,4 +287,36 @@ def of_one_context(requests: Requests, rows: Sequence[int], buckets: Buckets = P
         rank=some.rank[:1, :P],
         positions=some.positions[:1, ..., :P],
         prompt=some.prompt[:, : text + 1],
+    )
+
+
+def after(
+    requests: Requests, row: int, known: int, prompt: int | None = None, buckets: Buckets = POWERS_OF_TWO
+) -> Requests:
+    """One row of a batch without the first tokens of its context.
+
+    Args:
+        requests: From `assemble`.
+        row: The row.
+        known: Number of tokens to leave out.
+        prompt: Width of `prompt`, so that its shape does not depend on the length; None is its bucket.
+        buckets: The sizes for which programs are compiled.
+    """
+    one = of_one_context(requests, [row], buckets)
+    P = buckets.of("prompt", max(1, int((one.segment != PAD).sum()) - known))
+
+    def rest(x: Any, fill: int) -> Any:
+        part = np.asarray(x)[..., known : known + P]
+        return np.pad(part, [(0, 0)] * (part.ndim - 1) + [(0, P - part.shape[-1])], constant_values=fill)
+
+    text: Any = np.asarray(one.prompt)
+    width = text.shape[1] if prompt is None else prompt
+    text = np.pad(text, [(0, 0), (0, width)], constant_values=PAD)[:, :width]
+    return dataclasses.replace(
+        one,
+        context=rest(one.context, 0),
+        segment=rest(one.segment, PAD),
+        rank=rest(one.rank, 0),
+        positions=rest(one.positions, 0),
+        prompt=text,
     )

@@ -36,7 +36,7 @@ def start(
         The state before the first new token.
     """
     groups, rows, slots = _groups(decoder, requests, size)
-    like = decoder.compile_ahead(weights, groups[0][0], rows, slots, size, steps)
+    like = decoder.compile_ahead(weights, groups[0][0], rows, slots, size, steps=steps)
     state = decoder.empty(weights.step, like, rows, slots, constrained)
     for one, places in groups:
         state = decoder.insert(state, decoder.prefill(weights.prefill, one, size), places)

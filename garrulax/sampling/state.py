@@ -161,11 +161,37 @@ def prefill(params: Tree, requests: Requests, config: ModelConfig, transform: Tr
     Returns:
         A state of these rows, which `insert` puts into a larger one. It has no space for new tokens.
     """
+    cache = models.cache_for(half.from_bits(params), config, *requests.context.shape)
+    return _read(params, requests, cache, config, transform, size)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "transform", "size"))
+def prefill_after(
+    params: Tree, requests: Requests, past: Cache, config: ModelConfig, transform: Transform, size: int
+) -> State:
+    """Reads the contexts of requests whose first tokens have been read already.
+
+    Args:
+        params: As in `prefill`.
+        requests: One row: `rank` and `positions` go on from those of the tokens in `past`.
+        past: Of one row (`extract`), in the form of `params`; its first `used` slots hold the tokens that were read. It
+            has a free slot for each column of the context.
+        config: As in `prefill`, like the next two.
+        transform: See there.
+        size: See there.
+
+    Returns:
+        As `prefill`. The cache has the slots of `past`.
+    """
+    return _read(params, requests, past, config, transform, size)
+
+
+def _read(
+    params: Tree, requests: Requests, cache: Cache, config: ModelConfig, transform: Transform, size: int
+) -> State:
     params = half.from_bits(params)
-    rows, P = requests.context.shape
-    B = len(requests.limit)
-    cache = models.cache_for(params, config, rows, P)
-    cached = jnp.sum(requests.segment != PAD, axis=1, dtype=jnp.int32)
+    rows, B = len(requests.context), len(requests.limit)
+    cached = cache.used + jnp.sum(requests.segment != PAD, axis=1, dtype=jnp.int32)
     cache = dataclasses.replace(cache, planned=cached + 1 + requests.limit[:rows])
     mask = Mask({"rank": requests.rank, "segment": requests.segment})
     cache = cache_tokens(params, cache, requests.context, requests.positions, config, mask)
@@ -253,6 +279,62 @@ def _insert_rest(rest: State, new: State, rows: jax.Array) -> State:
     return dataclasses.replace(rest, allowed=allowed)
 
 
+def extract(state: State, row: int, stacked: bool) -> Cache:
+    """What the model has read in one row, for `prefill_after`: the inverse of `insert`.
+
+    Args:
+        state: A state, on one device.
+        row: The row.
+        stacked: Whether the result is in the form of stacked parameters.
+
+    Returns:
+        A cache of one row with as many slots as the state. It shares no memory with the state.
+    """
+    place = np.int32(row)
+    layers = state.cache.layers
+    if isinstance(layers, tuple):
+        heads = len(layers[0]["key"]) // len(state.done)
+        layers = tuple(_extract_layer(layer, place, heads) for layer in layers)
+        layers = _stack(layers) if stacked else layers
+    else:
+        layers = _extract_stacked(layers, place)
+        layers = (
+            layers if stacked else tuple({k: x[i, 0] for k, x in layers.items()} for i in range(len(layers["key"])))
+        )
+    rest = _extract_rest(dataclasses.replace(state.cache, layers=None), place)
+    return dataclasses.replace(rest, layers=layers)
+
+
+@functools.partial(jax.jit, static_argnames="heads")
+def _extract_layer(layer: KV, row: jax.Array, heads: int) -> KV:
+    """[K, S, C] of [B·K, S, C]."""
+    return {name: jax.lax.dynamic_slice_in_dim(x, row * heads, heads) for name, x in layer.items()}
+
+
+def _stack(layers: tuple[KV, ...]) -> KV:
+    """[L, 1, K, S, C] of [K, S, C] of each layer, by one small program that puts a layer into its place."""
+    stack = {name: jnp.zeros((len(layers), 1, *x.shape), x.dtype) for name, x in layers[0].items()}
+    for i, layer in enumerate(layers):
+        stack = _put_layer(stack, layer, np.int32(i))
+    return stack
+
+
+@functools.partial(jax.jit, donate_argnames="stack")
+def _put_layer(stack: KV, layer: KV, i: jax.Array) -> KV:
+    return {name: x.at[i, 0].set(layer[name]) for name, x in stack.items()}
+
+
+@jax.jit
+def _extract_stacked(layers: KV, row: jax.Array) -> KV:
+    """[L, 1, K, S, C] of [L, B, K, S, C]."""
+    return {name: jax.lax.dynamic_slice_in_dim(x, row, 1, axis=1) for name, x in layers.items()}
+
+
+@jax.jit
+def _extract_rest(cache: Cache, row: jax.Array) -> Cache:
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1), cache)
+
+
 def _put(x: jax.Array, part: jax.Array, rows: jax.Array) -> jax.Array:
     """x [B, ...] with `part` [n or 1, ...], from 0 on all other axes on, in some of its rows."""
     part = jnp.broadcast_to(part, (len(rows), *part.shape[1:])).astype(x.dtype)
@@ -262,15 +344,24 @@ def _put(x: jax.Array, part: jax.Array, rows: jax.Array) -> jax.Array:
 @functools.partial(jax.jit, static_argnames="slots")
 def grow(state: State, slots: int) -> State:
     """The same state with more cache slots a row, `slots` in all."""
+    more = [(0, 0), (0, slots - state.cache.size)]
+    tokens, logprobs = jnp.pad(state.tokens, more), jnp.pad(state.logprobs, more)
+    return dataclasses.replace(state, cache=_longer(state.cache, slots), tokens=tokens, logprobs=logprobs)
 
+
+@functools.partial(jax.jit, static_argnames="slots")
+def grow_cache(cache: Cache, slots: int) -> Cache:
+    """The same cache with more slots a row, `slots` in all."""
+    return _longer(cache, slots)
+
+
+def _longer(cache: Cache, slots: int) -> Cache:
     def longer(x: jax.Array, axis: int) -> jax.Array:
         return jnp.pad(x, [(0, slots - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
 
-    cache = state.cache
     layers = jax.tree.map(lambda x: longer(x, x.ndim - 2), cache.layers)
     streams = {name: longer(x, 1) for name, x in cache.streams.items()}
-    cache = dataclasses.replace(cache, layers=layers, streams=streams)
-    return dataclasses.replace(state, cache=cache, tokens=longer(state.tokens, 1), logprobs=longer(state.logprobs, 1))
+    return dataclasses.replace(cache, layers=layers, streams=streams)
 
 
 @functools.partial(jax.jit, donate_argnames="state")

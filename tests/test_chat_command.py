@@ -69,7 +69,8 @@ def test_errors_are_one_line(folder, capsys, monkeypatch, tmp_path):
         return printed.err
 
     assert "unknown command /nonsense: /help" in refused("/nonsense\n")
-    assert "/seed takes a whole number from 0 to 2**32 - 1, not 'x'" in refused("/seed x\n")
+    assert "/seed takes a whole number, not 'x'" in refused("/seed x\n")
+    assert "the seed must be a whole number from 0 to 2**32 - 1, not -1" in refused("hi\n", "--seed", "-1")
     assert "the message is too long" in refused("a" * 80 + "\n")
     assert "--max-new-tokens 0 must be at least 1" in refused("hi\n", "--max-new-tokens", "0")
     made = byte_model("llama", context=64, layers=1, eos=None)

@@ -91,8 +91,8 @@ def _obey(conversation: Conversation, line: str, terminal: bool) -> bool:
     elif name == "/system":
         conversation.restart(rest or None)
     elif name == "/seed":
-        if not rest.isdecimal() or int(rest) >= 2**32:
-            raise ValueError(f"/seed takes a whole number from 0 to 2**32 - 1, not {rest!r}")
+        if not rest.isdecimal():
+            raise ValueError(f"/seed takes a whole number, not {rest!r}")
         conversation.reseed(int(rest))
     elif name == "/help":
         print(HELP)

@@ -45,7 +45,7 @@ class Conversation:
         self._sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
         self._notice = notice
         self._session = Session(model)
-        self.seed = args.seed
+        self.reseed(args.seed)
         self.restart(args.system)
 
     def restart(self, system: str | None) -> None:
@@ -57,7 +57,9 @@ class Conversation:
         self._session.forget()
 
     def reseed(self, seed: int) -> None:
-        """Gives the next answer this seed."""
+        """Gives the next answer this seed. Raises ValueError if it is none."""
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"the seed must be a whole number from 0 to 2**32 - 1, not {seed}")
         self.seed, self._answers = seed, 0
 
     def answer(self, question: str) -> Generator[str, None, None]:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Generator, Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,20 @@ from garrulax.sampling.writing import Completion, push_new_tokens, with_free_slo
 LENGTHS = (16, 32, 64)  # new tokens of a turn for which `compile_ahead` compiles
 
 
+class _Kept(NamedTuple):
+    """What a session keeps between two prompts; one object, so that an interruption cannot separate its parts.
+
+    Attributes:
+        cache: Keys and values of one row.
+        planned: The length of the text for which the rotary angles of the keys were computed.
+        ids: The tokens in the cache.
+    """
+
+    cache: Cache
+    planned: int
+    ids: list[int]
+
+
 class Session:
     """A conversation: prompts that each begin like the one before them and its completion.
 
@@ -36,7 +50,6 @@ class Session:
     and with rotary positions that depend on the length of the text (dynamic NTK, longrope) those for which they differ.
 
     Attributes:
-        read: Ids of the tokens whose keys and values are kept.
         reused: Number of tokens that the last prompt did not have to read again.
 
     Example:
@@ -67,10 +80,13 @@ class Session:
 
     def forget(self) -> None:
         """Frees what is kept: the next prompt is read as a whole."""
-        self.read: list[int] = []
         self.reused = 0
-        self._past: Cache | None = None
-        self._planned = 0  # the length for which the rotary positions in the cache were computed
+        self._kept: _Kept | None = None
+
+    @property
+    def read(self) -> list[int]:
+        """Ids of the tokens whose keys and values are kept."""
+        return [] if self._kept is None else list(self._kept.ids)
 
     def stream(
         self, prompt: Prompt, *, max_new_tokens: int | None = None, every: int = 4, **arguments: Any
@@ -112,7 +128,7 @@ class Session:
             read: Number of tokens that will have been read before them; None is as many as now.
             **arguments: Those of `stream`; the programs do not depend on the values of sampling parameters.
         """
-        kept = 0 if self._past is None else self._past.size
+        least = 0 if self._kept is None else self._kept.cache.size
         read = len(self.read) if read is None else read
         arguments = {**arguments, "max_new_tokens": 1, "every": 1}
         for length in lengths:
@@ -120,7 +136,7 @@ class Session:
                 return
             plan = self._plan([[0] * (length + 1)], **arguments)
             one = self._rest(plan, 0)
-            slots = max(kept, slots_for(read + one.context.shape[1], self._size_of(plan)))
+            slots = max(least, slots_for(read + one.context.shape[1], self._size_of(plan)))
             self._compile(plan, one, jax.eval_shape(functools.partial(self._empty_cache, slots)))
 
     @property
@@ -162,25 +178,26 @@ class Session:
         self._compile(plan, one, past)
         prefix = decoder.prefill(weights.prefill, one, size, past)
         self.reused = known
-        if causal:
-            self._past, self._planned, self.read = prefix.cache, planned, ids[:-1]
-        else:
-            self.forget()
+        self._kept = _Kept(prefix.cache, planned, ids[:-1]) if causal else None
         state = decoder.empty(weights.step, prefix, self._rows(plan), past.size)
         return decoder.insert(state, prefix, 0)
 
     def _keep(self, state: State, ids: list[int]) -> None:
         """Keeps what the row of a state has read after the prompt."""
         stacked = not isinstance(self._prepared[0].prefill["blocks"], tuple)
-        used, generated, tokens = jax.device_get((state.cache.used, state.generated, state.tokens))
-        past = extract(state, 0, stacked)
-        self._past, self.read = past, [*ids, *tokens[0, : generated[0]].tolist()][: used[0]]
+        fetched = (state.cache.used, state.generated, state.limit, state.tokens)
+        used, generated, limit, tokens = jax.device_get(fetched)
+        read = [*ids, *tokens[0, : generated[0]].tolist()][: used[0]]
+        planned = len(ids) + int(limit[0])
+        self._kept = _Kept(extract(state, 0, stacked), planned, read)
 
     def _past_with(self, known: int, slots: int) -> Cache:
         """The cache of the first `known` tokens, with at least `slots` slots."""
-        if self._past is None or known == 0:
+        if self._kept is None or known == 0:
             return self._empty_cache(slots)
-        past = self._past if self._past.size >= slots else grow_cache(self._past, slots)
+        past = self._kept.cache
+        if past.size < slots:
+            past = grow_cache(past, slots)
         return dataclasses.replace(past, used=jnp.full_like(past.used, known))
 
     def _empty_cache(self, slots: int) -> Cache:
@@ -189,7 +206,7 @@ class Session:
 
     def _same_angles(self, planned: int) -> bool:
         rope = getattr(self._config, "rope", None)
-        return rope is None or same_angles(rope, self._planned, planned)
+        return rope is None or self._kept is None or same_angles(rope, self._kept.planned, planned)
 
     def _rest(self, plan: Plan, known: int) -> Requests:
         return after(plan.requests, 0, known, self._size_of(plan) + 1, plan.decoder.buckets)

@@ -1,6 +1,7 @@
 """`compile`: the pure functions with which one model decodes, and the sizes for which they are compiled."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -111,7 +112,8 @@ class Decoder:
         """
         static = {"config": self.config, "transform": self.transform}
         ahead.compile_ahead(state.prefill, weights.prefill, requests, size=size, **static)
-        prefix = state.prefill.eval_shape(weights.prefill, requests, size=size, **static)
+        read = functools.partial(state.prefill, size=size, **static)
+        prefix = jax.eval_shape(read, weights.prefill, requests)
         if steps:
             before = jax.eval_shape(lambda: self.empty(weights.step, prefix, rows, slots))
             ahead.compile_ahead(loop.decode_steps, weights.step, before, np.int32(1), **static)

@@ -22,7 +22,8 @@ def compile_ahead(function: Any, *args: Any, **static: Any) -> None:
         *args: Its positional arguments, arrays or abstract ones (`jax.ShapeDtypeStruct`).
         **static: Its static arguments, by name.
     """
-    if jax.config.read("jax_disable_jit"):
+    config: Any = jax.config  # its attributes are created at run time, so mypy does not know them
+    if config.jax_disable_jit:
         return
     key = _key(function, args, static)
     with _lock:

@@ -295,7 +295,8 @@ def compile_ahead(model: ModelLike, prompt: Prompt, *, max_new_tokens: int | Non
         ValueError: See `generate`.
     """
     plan = _plan(model, [prompt], max_new_tokens, **arguments)
-    compile_start(plan.decoder, plan.weights, plan.requests, plan.size)
+    steps = not plan.matchers and (plan.search is None or isinstance(plan.search, BestOf))
+    compile_start(plan.decoder, plan.weights, plan.requests, plan.size, steps)
 
 
 def _plan(

@@ -174,7 +174,7 @@ def test_states_of_transforms_fit_together_and_what_does_not_is_refused():
     assert [c.tokens[0] for c in gx.generate((stacked, config), [list(range(20, 41)), [3]], **arguments)] == [0, 0]
 
     decoder = sampling.compile((stacked, config), transforms.standard_chain(["suppress_tokens"]))
-    few, many = (decoder.request([5, 17, 3], max_new_tokens=4, suppress_tokens=ids) for ids in ([7], [7, 8, 9]))
+    few, many = (decoder.request([5, 17, 3], max_new_tokens=4, suppress_tokens=ids) for ids in ([7], [*range(40)]))
     prefix = decoder.prefill(stacked, few, size=64)
     state = decoder.empty(models.unstack(stacked), prefix, rows=2, slots=16)
     with pytest.raises(ValueError, match="have the shape"):

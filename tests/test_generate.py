@@ -145,6 +145,47 @@ def test_rows_of_one_state_start_late_end_early_and_make_room():
     assert new(decoder.step(params, state, 100), 0, 1) == 13
 
 
+@functools.cache
+def never_twice():
+    """A transform whose state is made of the prompt: no token that the text already has."""
+
+    def init(knobs):
+        text = jnp.pad(knobs["prompt"], ((0, 0), (0, knobs["size"])), constant_values=-1)
+        return text, jnp.sum(knobs["prompt"] >= 0, axis=1)
+
+    def update(logits, state):
+        text, _ = state
+        rows = jnp.arange(len(text))[:, None]
+        return logits.at[rows, jnp.where(text < 0, logits.shape[1], text)].set(-jnp.inf, mode="drop"), state
+
+    def observe(token, state):
+        text, length = state
+        return text.at[jnp.arange(len(text)), length].set(token), length + 1
+
+    return transforms.Transform(init, update, observe)
+
+
+def test_states_of_transforms_fit_together_and_what_does_not_is_refused():
+    config = tiny.CONFIGS["gpt"]
+    stacked = tiny.params(config)
+    chain = transforms.chain(never_twice(), transforms.logit_bias(), transforms.temperature())
+    arguments = {"transform": chain, "temperature": 0, "max_new_tokens": 2, "logit_bias": {0: 1e4}}
+    # The context of the first falls into the bucket of 32, that of the second into the one of 16.
+    assert [c.tokens[0] for c in gx.generate((stacked, config), [list(range(20, 41)), [3]], **arguments)] == [0, 0]
+
+    decoder = sampling.compile((stacked, config), transforms.standard_chain(["suppress_tokens"]))
+    few, many = (decoder.request([5, 17, 3], max_new_tokens=4, suppress_tokens=ids) for ids in ([7], [*range(40)]))
+    prefix = decoder.prefill(stacked, few, size=64)
+    state = decoder.empty(models.unstack(stacked), prefix, rows=2, slots=16)
+    with pytest.raises(ValueError, match="have the shape"):
+        decoder.insert(state, decoder.prefill(stacked, many, size=64), 0)
+    with pytest.raises(ValueError, match="rows must be bool"):
+        decoder.evict(state, jnp.array([1]))
+    long = decoder.request(range(20, 41), max_new_tokens=4, suppress_tokens=[7])
+    with pytest.raises(ValueError, match="has 32 slots, but the rows of the state have 16"):
+        decoder.insert(state, decoder.prefill(stacked, long, size=64), 0)
+
+
 def test_given_tokens_are_appended_as_if_they_had_been_sampled():
     config = tiny.CONFIGS["llama"]
     stacked = tiny.params(config)
@@ -389,13 +430,22 @@ BAD = {
     "seed=4294967296 must be": {"seed": 2**32},
     "seed has 3 values for 1 prompts": {"seed": [1, 2, 3]},
     "stop must be a text or several": {"stop": ["a", ""]},
+    "stop must be a text or several, not None": {"stop": None},
+    "transform=5 must be": {"transform": 5},
+    "there is no knob 'every'": {"every": 2},
+    "negative_prompts has 2 prompts for 1": {
+        "negative_prompts": ["a", "b"],
+        "guidance_scale": 2,
+        "search": gx.best_of(3),
+    },
+    "guidance_scale does not go with gx.contrastive": {"guidance_scale": 2, "search": gx.contrastive(2, 0.5)},
 }
 
 
 @pytest.mark.parametrize("message", BAD)
 def test_bad_input_is_named(bytes_model, message):
     arguments = {"prompts": "a", "max_new_tokens": 10, **BAD[message]}
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}") as error:
+    with pytest.raises((TypeError, ValueError), match=f"^{re.escape(message)}") as error:
         gx.generate(bytes_model, **arguments)
     assert "\n" not in str(error.value)
 

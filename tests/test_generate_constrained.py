@@ -48,6 +48,22 @@ def test_texts_satisfy_their_constraints(model):
     np.testing.assert_allclose(alone.logprobs, out[0].logprobs, atol=1e-4)
 
 
+def test_forced_tokens_at_the_end_of_the_context():
+    """The pass that reads them is padded beyond it; a position that was learned has no value there."""
+    model = tiny.byte_model("gpt", layers=1, bos=None, eos=256)
+    out = gx.generate(model, "x" * 60, constrain=gx.regex("a" * 35), max_new_tokens=36)
+    assert (out.text, out.finish_reason) == ("a" * 35, "eos")
+
+
+def test_each_prompt_of_best_of_has_its_own_constraint(model):
+    search, limits = gx.best_of(2, returned=2), {"max_new_tokens": 20}
+    dates, free = gx.generate(model, ["The day:", "Once"], constrain=[DATE, None], search=search, seed=[4, 7], **limits)
+    assert all(re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", one.text) for one in dates)
+    assert sorted(one.tokens for one in free) == sorted(
+        gx.generate(model, "Once", seed=seed, **limits).tokens for seed in (7, 8)
+    )
+
+
 def test_greedy_is_the_best_allowed_token(model):
     out = gx.generate(model, "The day:", constrain=DATE, max_new_tokens=20, temperature=0)
     ids, digits = model.tokenizer.encode("The day:"), [model.tokenizer.encode(str(d))[-1] for d in range(10)]

@@ -13,7 +13,7 @@ import tiny
 from jaxprs import equations
 
 import garrulax as gx
-from garrulax import models
+from garrulax import models, sampling
 from garrulax.kernels import attention, masks
 from garrulax.sampling import knobs, requests, state
 from garrulax.sampling.loop import decode_step
@@ -88,6 +88,18 @@ def test_texts_are_those_without_the_settings():
     plain = texts()
     with everything():
         assert texts() == plain
+
+
+def test_another_default_device_and_no_jit():
+    """Programs are compiled in other threads, where the settings of a context do not hold."""
+    config = tiny.CONFIGS["gpt"]
+    stacked, device = tiny.params(config), jax.devices()[1]
+    greedy = {"max_new_tokens": 2, "temperature": 0}
+    wanted = gx.generate((stacked, config), [1, 2], **greedy).tokens
+    with jax.default_device(device):
+        assert gx.generate((jax.device_put(stacked, device), config), [1, 2], **greedy).tokens == wanted
+    with jax.disable_jit():
+        sampling.compile_ahead((stacked, config), [1, 2])
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

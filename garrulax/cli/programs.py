@@ -31,14 +31,14 @@ def keep_programs(wanted: bool) -> None:
         return
     config: Any = jax.config  # its attributes are created at run time, so mypy does not know them
     if config.jax_compilation_cache_dir is None:
-        folder = cache_folder()
         try:
+            folder = cache_folder()
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
+            remove_oldest(folder, LIMIT)
+        except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
             print(f"compiled programs are not kept: {error}", file=sys.stderr)
             return
         jax.config.update("jax_compilation_cache_dir", str(folder))
-        remove_oldest(folder, LIMIT)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

@@ -22,6 +22,9 @@ def compile_ahead(function: Any, *args: Any, **static: Any) -> None:
         *args: Its positional arguments, arrays or abstract ones (`jax.ShapeDtypeStruct`).
         **static: Its static arguments, by name.
     """
+    config: Any = jax.config  # its attributes are created at run time, so mypy does not know them
+    if config.jax_disable_jit:
+        return
     key = _key(function, args, static)
     with _lock:
         if key in _programs:
@@ -65,9 +68,11 @@ def _settings() -> tuple:
     config: Any = jax.config  # its attributes are created at run time, so mypy does not know them
     return (
         config.jax_enable_x64,
+        config.jax_disable_jit,
         config.jax_default_matmul_precision,
         config.jax_numpy_dtype_promotion,
         config.jax_numpy_rank_promotion,
+        _default_device(),
     )
 
 

@@ -30,15 +30,17 @@ FORCED = 64  # greatest number of forced tokens that are read in one pass
 def matchers_of(
     constrain: Constraint | Sequence[Constraint | None] | None,
     limits: Sequence[int],
+    copies: int,
     config: ModelConfig,
     tokenizer: TokenizerLike | None,
     ends: Sequence[int],
 ) -> list[Matcher | None]:
-    """A matcher for each prompt; None for a prompt without a constraint.
+    """A matcher for each row; None for a row without a constraint.
 
     Args:
         constrain: The argument of `generate`: one constraint for all prompts, or one a prompt.
-        limits: Greatest number of new tokens of each prompt.
+        limits: Greatest number of new tokens of each row.
+        copies: Number of rows of each prompt, one after another.
         config: The family's Config.
         tokenizer: The model's tokenizer.
         ends: Ids of the tokens that end a text.
@@ -48,9 +50,11 @@ def matchers_of(
             too small for its constraint.
         TypeError: `constrain` is no constraint.
     """
-    each: list[Any] = list(constrain) if isinstance(constrain, list | tuple) else [constrain] * len(limits)
-    if len(each) != len(limits):
-        raise ValueError(f"constrain has {len(each)} constraints for {len(limits)} prompts: give one, or one a prompt")
+    count = len(limits) // copies
+    given: list[Any] = list(constrain) if isinstance(constrain, list | tuple) else [constrain] * count
+    if len(given) != count:
+        raise ValueError(f"constrain has {len(given)} constraints for {count} prompts: give one, or one a prompt")
+    each = [one for one in given for _ in range(copies)]
     if wrong := [one for one in each if one is not None and not isinstance(one, Constraint)]:
         raise TypeError(
             f"constrain={wrong[0]!r:.60} must be made by gx.json_schema, gx.regex, gx.grammar or gx.tool_call"

@@ -1,6 +1,7 @@
 """`compile`: the pure functions with which one model decodes, and the sizes for which they are compiled."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -123,7 +124,7 @@ class Decoder:
         static = {"config": self.config, "transform": self.transform}
         function, behind = _prefill(past)
         ahead.compile_ahead(function, weights.prefill, requests, *behind, size=size, **static)
-        prefix = function.eval_shape(weights.prefill, requests, *behind, size=size, **static)
+        prefix = jax.eval_shape(functools.partial(function, size=size, **static), weights.prefill, requests, *behind)
         if steps:
             before = jax.eval_shape(lambda: self.empty(weights.step, prefix, rows, slots))
             ahead.compile_ahead(loop.decode_steps, weights.step, before, np.int32(1), **static)

@@ -68,6 +68,8 @@ class StopStrings:
     """
 
     def __init__(self, stop: str | Sequence[str] = (), tokenizer: TokenizerLike | None = None):
+        if not isinstance(stop, str) and not hasattr(stop, "__iter__"):
+            raise ValueError(f"stop must be a text or several, not {stop!r:.60}; () is none")
         texts = (stop,) if isinstance(stop, str) else tuple(stop)
         if any(not isinstance(text, str) or not text for text in texts):
             raise ValueError(f"stop must be a text or several, none of them empty, not {stop!r}")

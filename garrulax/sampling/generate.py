@@ -4,26 +4,21 @@ import dataclasses
 from collections.abc import Generator, Sequence
 from typing import Any
 
-from garrulax import models
-from garrulax.core.config import ModelConfig
 from garrulax.models.unpack import ModelLike, TokenizerLike
-from garrulax.sampling.blanks import last_blank_prompt
 from garrulax.sampling.constrain import Constraint, Matcher
 from garrulax.sampling.constrained import decode_constrained, matchers_of
 from garrulax.sampling.decoder import Decoder
 from garrulax.sampling.ends import StopStrings, ends_of
 from garrulax.sampling.knobs import knobs_per_prompt
+from garrulax.sampling.partners import encode_prompt, with_partners
 from garrulax.sampling.requests import (
-    EncodedPrompt,
     Prepared,
     Prompt,
     Weights,
     assemble,
-    causal_prompt,
     chain_for,
     prepare_model,
     prompt_list,
-    token_ids,
     without_padding,
 )
 from garrulax.sampling.search import BestOf, ContrastiveSearch, Search, check
@@ -122,6 +117,8 @@ def generate(
         (2, 4, 'length')
     """
     prompts, single = prompt_list(prompts)
+    if "every" in knobs:
+        raise ValueError("there is no knob 'every': gx.stream takes it")
     plan = make_plan(
         model,
         prompts,
@@ -299,7 +296,8 @@ def compile_ahead(model: ModelLike, prompt: Prompt, *, max_new_tokens: int | Non
         ValueError: See `generate`.
     """
     plan = make_plan(model, [prompt], max_new_tokens, **arguments)
-    compile_start(plan.decoder, plan.weights, plan.requests, plan.size)
+    steps = not plan.matchers and (plan.search is None or isinstance(plan.search, BestOf))
+    compile_start(plan.decoder, plan.weights, plan.requests, plan.size, steps)
 
 
 def make_plan(
@@ -338,77 +336,27 @@ def make_plan(
     transform = without_padding(chain_for(transform, knobs), config, tokenizer, ends)
     values = knobs_per_prompt(len(prompts), vocab=config.vocab, max_new_tokens=max_new_tokens, **knobs)
     encoded = [
-        _encode(prompt, limit, config, tokenizer, f"prompt {i}")
+        encode_prompt(prompt, limit, config, tokenizer, f"prompt {i}")
         for i, (prompt, limit) in enumerate(zip(prompts, values["max_new_tokens"], strict=True))
     ]
     values["max_new_tokens"] = [prompt.limit for prompt in encoded]
     if search is not None:
         check(search, config, values["temperature"], values["max_new_tokens"], stops)
+    copies = search.n if isinstance(search, BestOf) else 1
     if isinstance(search, BestOf):
         encoded, values = copied(search, encoded, values)
     limits = values["max_new_tokens"]
-    rows, encoded, values = _with_partners(encoded, values, negative_prompts, config, tokenizer)
+    rows, encoded, values = with_partners(encoded, values, negative_prompts, copies, config, tokenizer)
     requests = assemble(encoded, values, config, ends, transform)
     writers = {row: Writer(tokenizer, limit, ends, stops) for row, limit in zip(rows, limits, strict=True)}
-    followed = zip(rows, matchers_of(constrain, limits, config, tokenizer, ends), strict=True)
+    followed = zip(rows, matchers_of(constrain, limits, copies, config, tokenizer, ends), strict=True)
     matchers = {row: matcher for row, matcher in followed if matcher is not None}
     if matchers and len(encoded) > len(rows):
         raise ValueError("constrain does not go with guidance_scale: leave one of them out")
+    if isinstance(search, ContrastiveSearch) and len(encoded) > len(rows):
+        raise ValueError("guidance_scale does not go with gx.contrastive: use gx.beam or gx.best_of")
     if matchers and isinstance(search, ContrastiveSearch):
         raise ValueError("constrain does not go with gx.contrastive: use gx.beam or gx.best_of")
     decoder = Decoder(config, transform)
     size, every = size_of(requests, decoder.buckets), every or (STOP_CHECK_STEPS if stop else max(limits))
     return Plan(decoder, weights, requests, writers, matchers, size, every, search, ends, tokenizer, stops)
-
-
-def _with_partners(
-    encoded: list[EncodedPrompt],
-    values: dict[str, list],
-    negative_prompts: Prompt | Sequence[Prompt] | None,
-    config: ModelConfig,
-    tokenizer: TokenizerLike | None,
-) -> tuple[list[int], list[EncodedPrompt], dict[str, list]]:
-    """The rows of a batch in which each prompt with guidance is followed by the prompt without its condition.
-
-    Returns:
-        The row of each prompt, all rows, and the values of their knobs.
-    """
-    scales = values.get("guidance_scale", [1.0] * len(encoded))
-    guided = [i for i, scale in enumerate(scales) if scale != 1]
-    if not guided:
-        if negative_prompts is not None:
-            raise ValueError("negative_prompts needs guidance_scale, with another value than 1")
-        return list(range(len(encoded))), encoded, values
-    negative: list[Any] = [[prompt.token] for prompt in encoded]
-    if negative_prompts is not None:
-        given, single = prompt_list(negative_prompts)
-        negative = given * len(encoded) if single else given
-        if len(negative) != len(encoded):
-            raise ValueError(f"negative_prompts has {len(negative)} prompts for {len(encoded)}: give one, or one each")
-    order: list[int] = []  # pairs first, since the first of a pair has an even row
-    all_rows: list[EncodedPrompt] = []
-    for i in guided:
-        partner = _encode(negative[i], encoded[i].limit, config, tokenizer, f"negative prompt {i}")
-        all_rows += [encoded[i], partner._replace(conditional=encoded[i])]
-        order += [i, i]
-    others = [i for i in range(len(encoded)) if i not in guided]
-    all_rows += [encoded[i] for i in others]
-    order += others
-    return (
-        [order.index(i) for i in range(len(encoded))],
-        all_rows,
-        {name: [x[i] for i in order] for name, x in values.items()},
-    )
-
-
-def _encode(
-    prompt: Prompt, limit: int | None, config: ModelConfig, tokenizer: TokenizerLike | None, name: str
-) -> EncodedPrompt:
-    if models.blanks(config) is not None:
-        encoded = last_blank_prompt(prompt, limit, config, tokenizer, name)
-        if encoded is not None:
-            return encoded
-    ids = token_ids(prompt, tokenizer, name)
-    if isinstance(prompt, str) and tokenizer is not None:
-        ids = [*tokenizer.prefix, *ids, *tokenizer.suffix]
-    return causal_prompt(ids, limit, config, name)

@@ -57,14 +57,18 @@ def choose(state: State, cache: Cache, logits: jax.Array, transform: Transform) 
     return advance(state, cache, token, logprob, transform_state, transform)
 
 
-def read(params: Tree, state: State, tokens: jax.Array, config: ModelConfig) -> tuple[jax.Array, Cache]:
+def read(
+    params: Tree, state: State, tokens: jax.Array, config: ModelConfig, count: jax.Array | None = None
+) -> tuple[jax.Array, Cache]:
     """Logits float32 [B, T, V] after tokens [B, T] that follow those in the cache, and the cache with them in it.
 
-    The first of the tokens has the position `state.position`.
+    The first of the tokens has the position `state.position`. Those from `count` [B] on are padding.
     """
     index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]  # [1, T]
     rank = state.cache.used[:, None] + index  # [B, T]
-    index = index.reshape(*(1,) * state.position.ndim, -1)
+    if count is not None:  # the position of padding must not lie behind the context, where learned ones are NaN
+        index = jnp.minimum(index, jnp.maximum(count - 1, 0)[:, None].astype(jnp.int32))  # [B, T]
+    index = index.reshape(-1, *(1,) * (state.position.ndim - 1), tokens.shape[1])
     positions = state.position[..., None] + state.stride[..., None] * index  # [B, T] or [B, 2, T]
     mask = Mask({"rank": rank, "segment": jnp.zeros_like(rank)})
     logits, cache = models.forward(params, tokens, config, positions=positions, mask=mask, cache=state.cache)
@@ -175,7 +179,7 @@ def append(
     """
     params, tokens, count = half.from_bits(params), jnp.asarray(tokens), jnp.asarray(count)
     known = jnp.concatenate([state.token[:, None], tokens[:, :-1]], axis=1)
-    logits, cache = read(params, state, known, config)
+    logits, cache = read(params, state, known, config, count)
     first = state.cache.used
 
     def take(i: jax.Array, state: State) -> State:

@@ -101,8 +101,11 @@ def chain_for(transform: Transform | None, knobs: Iterable[str]) -> Transform:
     """Returns `transform`, or for None the standard chain of the transforms that read these knobs.
 
     Raises:
+        TypeError: `transform` is something else.
         ValueError: A name that no transform reads.
     """
+    if transform is not None and not isinstance(transform, Transform):
+        raise TypeError(f"transform={transform!r:.60} must be a sampling.transforms.Transform: call its function")
     return transform or standard_chain(name for name in knobs if name not in REQUEST_KNOBS)
 
 

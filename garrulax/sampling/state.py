@@ -196,7 +196,9 @@ def _read(
     mask = Mask({"rank": requests.rank, "segment": requests.segment})
     cache = cache_tokens(params, cache, requests.context, requests.positions, config, mask)
     cache = dataclasses.replace(cache, used=cached)
-    reserved = {name: getattr(requests, name) for name in ("prompt", "ends", "limit", "unconditional")}
+    reserved = {name: getattr(requests, name) for name in ("ends", "limit", "unconditional")}
+    # States of transforms have one shape for prompts of all lengths, so that they fit into one batch.
+    prompt = jnp.pad(requests.prompt, ((0, 0), (0, size)), constant_values=PAD)[:, :size]
     return State(
         cache=cache,
         token=requests.token,
@@ -211,7 +213,9 @@ def _read(
         tokens=jnp.zeros((B, 0), jnp.int32),
         logprobs=jnp.zeros((B, 0), jnp.float32),
         allowed=None,
-        transform_state=transform.init({**requests.knobs, **reserved, "vocab": config.vocab, "size": size}),
+        transform_state=transform.init(
+            {**requests.knobs, **reserved, "prompt": prompt, "vocab": config.vocab, "size": size}
+        ),
     )
 
 
@@ -225,8 +229,13 @@ def insert(state: State, prefix: State, rows: jax.Array | np.ndarray | int) -> S
 
     Returns:
         The state with the requests in it.
+
+    Raises:
+        ValueError: The context does not fit into the slots of a row, or the sampling parameters or end tokens of the
+            requests have other shapes than those of the state.
     """
     rows = jnp.atleast_1d(jnp.asarray(rows, jnp.int32))
+    _check_shapes(state, prefix)
     layers, new = state.cache.layers, prefix.cache.layers
     if isinstance(layers, tuple):  # one small program for all layers compiles faster than one with all of them
         heads = len(layers[0]["key"]) // len(state.done)
@@ -237,6 +246,23 @@ def insert(state: State, prefix: State, rows: jax.Array | np.ndarray | int) -> S
     else:
         layers = _insert_stacked(layers, new, rows)
     return with_layers(_insert_rest(without_layers(state), without_layers(prefix), rows), layers)
+
+
+def _check_shapes(state: State, prefix: State) -> None:
+    """Raises ValueError for requests that do not fit into the rows of a state."""
+    if prefix.cache.size > state.cache.size:
+        raise ValueError(
+            f"the context has {prefix.cache.size} slots, but the rows of the state have {state.cache.size}: make the "
+            "state with more slots"
+        )
+    pairs = ((state.ends, prefix.ends), (state.transform_state, prefix.transform_state))
+    for into, new in zip(*(jax.tree.leaves(x) for x in zip(*pairs, strict=True)), strict=True):
+        if into.shape[1:] != new.shape[1:]:
+            raise ValueError(
+                f"the sampling parameters or end tokens of the request have the shape {new.shape[1:]}, those of the "
+                f"state {into.shape[1:]}: prefill all requests of a state with one size, and with lists of similar "
+                "lengths"
+            )
 
 
 def without_layers(state: State) -> State:
@@ -366,7 +392,9 @@ def _longer(cache: Cache, slots: int) -> Cache:
 
 @functools.partial(jax.jit, donate_argnames="state")
 def evict(state: State, rows: jax.Array) -> State:
-    """Frees rows (bool [B]). The state is donated."""
+    """Frees rows (bool [B]). The state is donated. ValueError for anything else, such as numbers of rows."""
+    if rows.dtype != bool or rows.shape != state.done.shape:
+        raise ValueError(f"evict: rows must be bool [{len(state.done)}], True for each row to free, not {rows}")
     cache = dataclasses.replace(state.cache, used=jnp.where(rows, 0, state.cache.used))
     limit = jnp.where(rows, 0, state.limit)
     return dataclasses.replace(state, cache=cache, limit=limit, done=state.done | rows)

@@ -208,6 +208,8 @@ def test_a_glm_continues_a_text_by_its_last_blank(glm):
 def test_bad_input_is_named(glm):
     with pytest.raises(ValueError, match=r"text 0 has no blank: put \[MASK\]"):
         gx.fill(glm, "no blank")
+    with pytest.raises(ValueError, match="guidance_scale goes with"):
+        gx.fill(glm, "a [MASK]", guidance_scale=2)
     with pytest.raises(ValueError, match="text 1 has no blank"):
         gx.fill(glm, ["a [MASK]", ""])
     with pytest.raises(ValueError, match="has 100 tokens, but the model's context is 96"):

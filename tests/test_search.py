@@ -194,6 +194,7 @@ def test_guidance_goes_with_beams():
         (lambda: gx.beam(2, returned=3), "returned=3 is more than beams=2"),
         (lambda: gx.beam(2, early_stopping="always"), "early_stopping='always' must be False, True"),
         (lambda: gx.beam(2, length_penalty=float("nan")), "length_penalty=nan must be a number"),
+        (lambda: gx.beam(2, length_penalty=None), "length_penalty=None must be a number"),
         (lambda: gx.beam(2, score=3), "score must be a function"),
         (lambda: gx.diverse_beam(6, 4, 0.5), "4 groups do not divide 6 beams"),
         (lambda: gx.diverse_beam(6, 3, -1.0), "penalty=-1.0 must be at least 0"),

@@ -257,7 +257,7 @@ def _fill(
     transform = without_padding(chain_for(transform, knobs), config, tokenizer, ends)
     decoder = Decoder(config, transform)
     values = knobs_per_prompt(len(texts), vocab=config.vocab, max_new_tokens=max_new_tokens, **knobs)
-    check_fill(search, order)
+    check_fill(search, order, values.get("guidance_scale", ()))
     parts = [part_a(text, config, tokenizer, f"text {i}") for i, text in enumerate(texts)]
     limits, first_prompts = [], []
     for i, (part, limit) in enumerate(zip(parts, values["max_new_tokens"], strict=True)):

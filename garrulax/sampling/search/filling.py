@@ -29,8 +29,10 @@ from garrulax.sampling.writing import Writer
 ORDERS = ("text", "confidence")
 
 
-def check_fill(search: Any, order: str) -> None:
-    """Raises ValueError for a search or an order that `fill` does not have."""
+def check_fill(search: Any, order: str, scales: Sequence[float] = ()) -> None:
+    """Raises ValueError for a search, an order or a guidance (its scales) that `fill` does not have."""
+    if any(scale != 1 for scale in scales):
+        raise ValueError("guidance_scale goes with gx.generate only: leave it out")
     if order not in ORDERS:
         raise ValueError(f"order={order!r:.60} must be one of {', '.join(map(repr, ORDERS))}")
     if search is not None and not (isinstance(search, BeamSearch) and search.returned == 1):

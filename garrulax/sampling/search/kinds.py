@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -101,7 +102,7 @@ def beam(
         >>> best.score >= second.score, len(best.tokens)
         (True, 4)
     """
-    search = BeamSearch(beams, 1, 0.0, float(length_penalty), early_stopping, returned, score)
+    search = BeamSearch(beams, 1, 0.0, _number("length_penalty", length_penalty), early_stopping, returned, score)
     return _checked_beams(search)
 
 
@@ -267,7 +268,7 @@ def _count(name: str, value: Any) -> int:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise ValueError(f"{name}={value!r:.60} must be a number")
     return float(value)
 

@@ -46,7 +46,7 @@ def start(
 def compile_start(decoder: Decoder, weights: Weights, requests: Requests, size: int, steps: bool = True) -> None:
     """Begins to compile what `start` and the first steps need. Arguments as there; the weights may be abstract."""
     groups, rows, slots = _groups(decoder, requests, size)
-    decoder.compile_ahead(weights, groups[0][0], rows, slots, size, steps)
+    decoder.compile_ahead(weights, groups[0][0], rows, slots, size, steps=steps)
 
 
 def _groups(decoder: Decoder, requests: Requests, size: int) -> tuple[list[tuple[Requests, np.ndarray]], int, int]:

@@ -116,3 +116,5 @@ def test_the_command(model, tmp_path, capsys):
         assert re.fullmatch(r"[0-9]{4}" if "--regex" in options else r'"(one|two)"', text)
     assert main(["generate", str(tmp_path / "m"), "ab", "--regex", "(a"]) == 2
     assert "regex" in capsys.readouterr().err
+    assert main(["generate", str(tmp_path / "m"), "ab", "--beams", "2", "--temperature", "0.1"]) == 2
+    assert "--beams does not sample" in capsys.readouterr().err

@@ -10,14 +10,25 @@ from garrulax.cli.models import find_model
 from garrulax.cli.programs import keep_programs
 from garrulax.cli.waiting import waiting
 from garrulax.core.text import whole_characters
-from garrulax.sampling import compile_ahead
+from garrulax.sampling import ahead, compile_ahead
+
+SAMPLED = (0.8, 0, 0.95)  # the defaults of --temperature, --top-k and --top-p
 
 
 def generate(args: argparse.Namespace) -> None:
     """Continues a text, or answers it with `--chat`."""
     keep_programs(args.cache)
+    try:
+        _generate(args)
+    finally:
+        ahead.cancel()  # after an error or Ctrl-C nobody waits for programs that are not yet being compiled
+
+
+def _generate(args: argparse.Namespace) -> None:
     text, options, prompt = _text(args), _options(args) | _sampling(args), None
     if args.beams is not None:
+        if (args.temperature, args.top_k, args.top_p) != SAMPLED:
+            raise ValueError("--beams does not sample: leave --temperature, --top-k and --top-p out")
         options |= {"search": gx.beam(args.beams), "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
     def begin(model: gx.Model) -> None:

@@ -35,7 +35,12 @@ def compile_ahead(function: Any, *args: Any, **static: Any) -> None:
 
         def compiled() -> Any:
             # Settings of a context, such as `jax.enable_x64(True)`, hold in the thread of the caller only.
-            return function.lower(*abstract, **static).compile() if _settings() == settings else None
+            if _settings() != settings:
+                return None
+            try:
+                return function.lower(*abstract, **static).compile()
+            except Exception:  # the call itself raises it, where it belongs
+                return None
 
         _programs[key] = _pool.submit(compiled)
 

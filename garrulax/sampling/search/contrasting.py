@@ -142,7 +142,8 @@ def contrast_step(
 
     cache = _keep_one(cache, chosen, search.k, used)
     token = of_chosen(tokens)
-    after = advance(state, cache, token, log_probability(logits, token), transform_state, transform)
+    logprob = jnp.where(value.max(axis=-1) == -jnp.inf, -jnp.inf, log_probability(logits, token))  # as in `loop.choose`
+    after = advance(state, cache, token, logprob, transform_state, transform)
     return Contrast(after, of_chosen(next_logits), _put(before.hidden, of_chosen(direction), used))
 
 

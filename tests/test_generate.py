@@ -292,6 +292,7 @@ def test_eos_ends_a_row_and_only_that_row():
     assert (exact.tokens, exact.finish_reason) == (out[0].tokens, "eos")
 
 
+@pytest.mark.slow
 def test_bfloat16_logits_are_drawn_from_in_float32():
     """Thousands of seeds in one batch, one token each, against the softmax of the model's bfloat16 logits."""
     from test_sampling import p_value

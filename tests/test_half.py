@@ -45,6 +45,7 @@ def test_rows_of_a_table_and_their_gradient():
     np.testing.assert_array_equal(gradient[:, 0], [1, 0, 0, 0, 0, 0, 2])
 
 
+@pytest.mark.slow
 def test_decoding_holds_no_float32_copy_of_the_weights():
     params = gx.init(CONFIG, jax.random.key(0), dtype="bfloat16")
     (_, unstacked), _, _ = requests.prepare_model((params, CONFIG))

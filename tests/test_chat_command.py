@@ -118,7 +118,8 @@ def typed(folder, monkeypatch, capsys):
         monkeypatch.setattr(sys, "stdin", Terminal())
         monkeypatch.setattr(builtins, "input", fake_input)
         monkeypatch.setattr(chat, "print", fake_print, raising=False)
-        monkeypatch.setattr(conversation.Conversation, "compile_ahead", lambda self, question=None: None)
+        for name in ("compile_ahead", "compile_for_later"):  # the test needs few programs, and one after the other
+            monkeypatch.setattr(conversation.Conversation, name, lambda self, question=None: None)
         before = signal.getsignal(signal.SIGINT)
         assert main(["chat", folder, *WORDS]) == 0
         assert signal.getsignal(signal.SIGINT) is before

@@ -107,6 +107,8 @@ def _answer(conversation: Conversation, question: str, terminal: bool) -> None:
         try:
             with waiting("preparing the answer"):
                 first = next(pieces, "")
+            if terminal:  # while the answer is written and read
+                threading.Thread(target=conversation.compile_for_later, daemon=True).start()
             for piece in itertools.chain([first.lstrip()], pieces):
                 print(piece, end="", flush=True)
             print()
@@ -115,10 +117,8 @@ def _answer(conversation: Conversation, question: str, terminal: bool) -> None:
             if not terminal:
                 raise
             print(" ... (stopped)")
-    if terminal:
-        if conversation.finish_reason == "length":
-            _notice("the answer is cut off here: --max-new-tokens sets its greatest length")
-        conversation.compile_ahead()
+    if terminal and conversation.finish_reason == "length":
+        _notice("the answer is cut off here: --max-new-tokens sets its greatest length")
 
 
 @contextlib.contextmanager

@@ -8,7 +8,8 @@ from garrulax.sampling import Session
 from garrulax.sampling.buckets import bucket
 
 MOST_NEW_TOKENS = 512  # of an answer, without an explicit number
-QUESTIONS = (8, 40)  # usual numbers of tokens of a first question
+FIRST = (8, 40)  # usual numbers of tokens of a first question, without what stands before it
+USUAL = (16, 32, 64)  # usual numbers of new tokens of a further turn
 
 
 class Conversation:
@@ -90,21 +91,23 @@ class Conversation:
                 self._answers += 1
 
     def compile_ahead(self, question: str | None = None) -> None:
-        """Begins to compile the programs of the next answers, in other threads.
+        """Begins to compile the programs of the first answer, in other threads, and those of usual turns after it.
 
         Args:
             question: The first question, if it is known: then only what its answer needs.
         """
         if question is not None:
-            self._session.compile_ahead([len(self._ids([], question)) - 1], **self._sampling)
-            return
-        usual: tuple[int, ...] = (16, 32, 64)
-        read = len(self._session.read)
-        if not self._turns:
+            lengths = [len(self._ids([], question)) - 1]
+        else:
             known = len(self._ids([], "?"))
-            usual = tuple(dict.fromkeys((*(bucket(known + size) for size in QUESTIONS), *usual)))
-        for more in (0, self._most):  # for the next answer; and for the one after it
-            self._session.compile_ahead(usual, read=read + more, **self._sampling)
+            lengths = list(dict.fromkeys([*(bucket(known + size) for size in FIRST), *USUAL]))
+        self._session.compile_ahead(lengths, **self._sampling)
+
+    def compile_for_later(self) -> None:
+        """Begins to compile what the next turns need, in this length of the conversation and after a long answer."""
+        read = len(self._session.read)
+        for more in (0, self._most):
+            self._session.compile_ahead(USUAL, read=read + more, **self._sampling)
 
     def _fit(self, question: str) -> tuple[list[int], int]:
         """The ids up to the answer, and the number of tokens that are left for it. Forgets what does not fit."""

@@ -229,7 +229,7 @@ def test_a_sample_of_the_json_schema_test_suite(group):
 
 def test_bounds_of_numbers():
     """The bounds themselves, and numbers beside them; the suite has few of these, and llguidance has had a fault."""
-    rng = np.random.default_rng(0)
+    rng, allowed, refused = np.random.default_rng(0), 0, 0
     for _ in range(40):
         low, size = round(rng.uniform(-9, 9), int(rng.integers(2))), rng.choice([0.1, 0.25, 1, 2.5])
         names = ("minimum", "exclusiveMinimum")[rng.integers(2)], ("maximum", "exclusiveMaximum")[rng.integers(2)]
@@ -250,6 +250,8 @@ def test_bounds_of_numbers():
                     allows = False
                 if allows:
                     jsonschema.validate(json.loads(text), schema)
+                allowed, refused = allowed + allows, refused + (not allows)
+    assert min(allowed, refused) > 20, "the numbers beside the bounds decide nothing"
 
 
 def test_forced_tokens_are_the_tokens_of_the_text():

@@ -21,7 +21,7 @@ OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in tiny.CONFIGS if
 
 @pytest.fixture
 def reads(monkeypatch):
-    """What each call of `prefill` of a session got: numbers of tokens kept, of tokens to read, of columns and slots."""
+    """For each call of `prefill` of a session: numbers of tokens kept, of tokens to read, of columns and slots."""
     calls, prefill = [], Decoder.prefill
 
     def noted(self, params, requests, size, past=None):
@@ -76,17 +76,22 @@ def test_interrupted_answers(reads, monkeypatch):
     session = Session(model)
     pieces = session.stream(prompt, every=2, **KNOBS)
     assert next(pieces, None) is None  # without a tokenizer there are no pieces, so this runs to the end
-    step, wanted = Decoder.step, session.read[18:]
+    program, wanted = Decoder.program, session.read[18:]
     session.forget()
 
-    def interrupted(self, params, before, n):
-        after = step(self, params, before, n)
-        if int(after.generated[0]) == 2:
-            raise KeyboardInterrupt  # `before` was donated, and `after` is lost
-        return after
+    def interrupted(self, params, before):
+        step = program(self, params, before)
+
+        def interrupted_step(params, before, n):
+            after = step(params, before, n)
+            if int(after.generated[0]) == 2:
+                raise KeyboardInterrupt  # `before` was donated, and `after` is lost
+            return after
+
+        return interrupted_step
 
     with monkeypatch.context() as patch:
-        patch.setattr(Decoder, "step", interrupted)
+        patch.setattr(Decoder, "program", interrupted)
         with pytest.raises(KeyboardInterrupt):
             list(session.stream(prompt, every=1, **KNOBS))
     assert session.read == prompt[:-1]

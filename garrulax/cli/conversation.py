@@ -13,7 +13,7 @@ USUAL = (16, 32, 64)  # usual numbers of new tokens of a further turn
 
 
 class Conversation:
-    """What was said, and the session that has read it.
+    """A conversation: its messages, and the session that has read them.
 
     Attributes:
         system: The system prompt; None for none.

@@ -1,4 +1,4 @@
-"""What `garrulax info` says of memory and time: of a training run before it begins, and of generating."""
+"""Estimates of memory and time for `garrulax info`: of training, before a run begins, and of generating."""
 
 import dataclasses
 import math

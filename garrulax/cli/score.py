@@ -24,7 +24,7 @@ def score(args: argparse.Namespace) -> None:
 
 
 def numbers_of(found: gx.Perplexity) -> dict[str, Any]:
-    """What the command prints: counts, the negative log-likelihood in nats, and what is made of them."""
+    """The numbers that the command prints: counts, the negative log-likelihood in nats, and measures made of them."""
     made = ("perplexity", "bits_per_byte", "byte_perplexity", "word_perplexity")
     return {**dataclasses.asdict(found), **{name: getattr(found, name) for name in made}}
 

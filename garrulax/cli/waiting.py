@@ -1,4 +1,4 @@
-"""What a command waits for, shown in the terminal."""
+"""A line in the terminal while a command waits."""
 
 import contextlib
 import sys

@@ -61,7 +61,7 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _sampling(args: argparse.Namespace) -> dict:
-    """The arguments of `gx.generate` beyond those of `_options`: those that were given."""
+    """The further arguments of `gx.generate` that were given on the command line."""
     names = ("min_p", "repetition_penalty", "no_repeat_ngram_size")
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.json_schema is not None:

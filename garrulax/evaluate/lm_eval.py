@@ -103,7 +103,7 @@ class Harness(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """What tells this tokenizer and its chat template from others, for the harness' cache of requests."""
+        """Fingerprint of the tokenizer and its chat template, by which the harness finds its cached requests."""
         return self.tokenizer.fingerprint
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:

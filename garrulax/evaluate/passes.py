@@ -26,7 +26,7 @@ LEAST_WIDTH = 16
 
 
 class Found(NamedTuple):
-    """What a pass finds about the scored targets of one row, in their order.
+    """The results for the scored targets of one row, in the order of the text.
 
     Attributes:
         logprobs: Natural logarithms [n], float32, or float64 of a model in float64.

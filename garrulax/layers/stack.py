@@ -58,7 +58,8 @@ def scan_layers(
 
 def _unrolled(block, x, blocks, cache, key):
     kvs = cache.layers if cache else (None,) * len(blocks)
-    block = jax.jit(block)  # traced once for all layers that are alike; XLA makes straight code of the calls
+    if isinstance(x, jax.core.Tracer):
+        block = jax.jit(block)  # traced once for all layers that are alike; XLA makes straight code of the calls
     done = []
     for i, (p, kv) in enumerate(zip(blocks, kvs, strict=True)):
         x, kv = block(x, p, kv, jnp.int32(i), _fold(key, i))

@@ -22,7 +22,7 @@ from garrulax.sampling.constrain import Constraint, Matcher
 from garrulax.sampling.decoder import Decoder
 from garrulax.sampling.state import State, with_layers, without_layers
 from garrulax.sampling.transforms import Transform
-from garrulax.sampling.writing import Pieces, Writer, push_new_tokens, with_free_slots
+from garrulax.sampling.writing import Pieces, Writer, end_stopped, push_new_tokens, with_free_slots
 
 FORCED = 64  # greatest number of forced tokens that are read in one pass
 
@@ -106,9 +106,7 @@ def decode_constrained(
         if all(writer.reason for writer in writers.values()):
             return state
         matchers = {row: matcher for row, matcher in matchers.items() if not writers[row].reason}
-        finished = np.zeros(len(state.done), bool)
-        finished[[row for row, writer in writers.items() if writer.reason]] = True
-        state = dataclasses.replace(state, done=state.done | finished)
+        state = end_stopped(state, writers)
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")

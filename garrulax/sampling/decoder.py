@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -80,7 +80,7 @@ class Decoder:
         """Reads the contexts of requests; see `state.prefill`, and with `past` `state.prefill_after`."""
         function, behind = _prefill(past)
         static = {"config": self.config, "transform": self.transform, "size": size}
-        return ahead.call(function, params, requests, *behind, **static)
+        return ahead.find(function, params, requests, *behind, **static)(params, requests, *behind)
 
     def insert(self, into: State, prefix: State, rows: jax.Array | np.ndarray | int) -> State:
         """Puts requests that were read into rows; see `state.insert`."""
@@ -88,8 +88,12 @@ class Decoder:
 
     def step(self, params: Tree, before: State, n: Any = 1) -> State:
         """Samples up to n tokens for each row; see `loop.decode_steps`."""
-        n = np.int32(n) if isinstance(n, int) else n
-        return ahead.call(loop.decode_steps, params, before, n, config=self.config, transform=self.transform)
+        return self.program(params, before)(params, before, np.int32(n) if isinstance(n, int) else n)
+
+    def program(self, params: Tree, before: State) -> Callable[[Tree, State, Any], State]:
+        """`step` for states of one shape, for loops: which program it is, is found out once."""
+        static = {"config": self.config, "transform": self.transform}
+        return ahead.find(loop.decode_steps, params, before, np.int32(1), **static)
 
     def append(
         self, params: Tree, before: State, tokens: jax.Array | np.ndarray, count: jax.Array | np.ndarray

@@ -21,13 +21,13 @@ from garrulax.sampling.buckets import POWERS_OF_TWO, slots_for
 from garrulax.sampling.generate import Plan, make_plan
 from garrulax.sampling.requests import Prompt, after, prepare_model, prompt_list
 from garrulax.sampling.state import Requests, State, extract, grow_cache
-from garrulax.sampling.writing import Completion, push_new_tokens, with_free_slots
+from garrulax.sampling.writing import Completion, push_new_tokens, stepper
 
 LENGTHS = (16, 32, 64)  # new tokens of a turn for which `compile_ahead` compiles
 
 
 class _Kept(NamedTuple):
-    """What a session keeps between two prompts; one object, so that an interruption cannot separate its parts.
+    """The state of a session between two prompts: one object, so that an interruption cannot separate its parts.
 
     Attributes:
         cache: Keys and values of one row.
@@ -152,9 +152,10 @@ class Session:
         ids = _ids(plan.requests)
         state = self._begin(plan, ids, causal)
         (writer,) = plan.writers.values()
+        step = stepper(plan.decoder, weights.step, plan.every, size)
         try:
             while True:
-                state = plan.decoder.step(weights.step, with_free_slots(state, 1, size), np.int32(plan.every))
+                state = step(state)
                 (piece,) = push_new_tokens(state, plan.writers)
                 if piece:
                     yield piece

@@ -306,7 +306,7 @@ def _insert_rest(rest: State, new: State, rows: jax.Array) -> State:
 
 
 def extract(state: State, row: int, stacked: bool) -> Cache:
-    """What the model has read in one row, for `prefill_after`: the inverse of `insert`.
+    """Copies one row out of a state, as a cache for `prefill_after`: the inverse of `insert`.
 
     Args:
         state: A state, on one device.

@@ -1,8 +1,8 @@
 """From tokens on the device to text: the loop on the host, stop strings, streaming."""
 
 import dataclasses
-from collections.abc import Generator, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -155,15 +155,33 @@ def decode_pieces(
         FloatingPointError: The logits are not finite.
         ValueError: No token may be sampled.
     """
+    step = stepper(decoder, params, every, size)
     while True:
-        state = decoder.step(params, with_free_slots(state, 1, size), np.int32(every))
+        state = step(state)
         yield push_new_tokens(state, writers)
         if all(writer.reason for writer in writers.values()):
             return state
-        if stopped := [row for row, writer in writers.items() if writer.reason == "stop"]:
-            done = np.zeros(len(state.done), bool)  # the device does not know of stop strings
-            done[stopped] = True
-            state = dataclasses.replace(state, done=state.done | done)
+        state = end_stopped(state, writers)
+
+
+def stepper(decoder: Decoder, params: Tree, every: int, size: int) -> Callable[[State], State]:
+    """A function that takes `every` steps, and first makes the cache longer where a row has no free slot.
+
+    Args:
+        decoder: The functions of the model.
+        params: In the form of the state's cache.
+        every: Number of steps.
+        size: Greatest number of tokens that a row may have.
+    """
+    programs: dict[int, Callable[[Tree, State, Any], State]] = {}  # by number of slots
+
+    def step(state: State) -> State:
+        state = with_free_slots(state, 1, size)
+        if state.cache.size not in programs:
+            programs[state.cache.size] = decoder.program(params, state)
+        return programs[state.cache.size](params, state, np.int32(every))
+
+    return step
 
 
 def push_new_tokens(state: State, writers: Mapping[int, Writer]) -> list[str]:
@@ -185,13 +203,25 @@ def push_new_tokens(state: State, writers: Mapping[int, Writer]) -> list[str]:
     return pieces
 
 
+def end_stopped(state: State, writers: Mapping[int, Writer]) -> State:
+    """The state in which rows that a stop string has ended are done; the device does not know of stop strings."""
+    stopped = [row for row, writer in writers.items() if writer.reason == "stop"]
+    if not stopped:
+        return state
+    done = np.zeros(len(state.done), bool)
+    done[stopped] = True
+    return dataclasses.replace(state, done=state.done | done)
+
+
 def with_free_slots(state: State, count: int, size: int) -> State:
     """The state with at least `count` free slots in each row, unless a row has `size` slots already.
 
     Beyond `size` it grows only for slots that are written and never used: those of tokens that pad a pass.
     """
+    if count == 1 and state.cache.size >= size:  # the usual case; `used` would have to be read from the device
+        return state
     needed = int(state.cache.used.max()) + count
-    if needed <= state.cache.size or (count == 1 and state.cache.size >= size):
+    if needed <= state.cache.size:
         return state
     return grow(state, slots_for(needed, size) if needed <= size else size + bucket(count, least=64))
 

@@ -131,16 +131,17 @@ _CLOSERS = re.compile(rb'["\]})>]+')
 
 
 def _in_text(text: bytes) -> tuple[int, int]:
-    """Inside of a text, where nearly all is allowed: a quote with what it closes, other brackets, a character."""
+    """Rank of a token inside of a string. The lowest is tried first: a quote, other closing brackets, one character."""
     if _CLOSERS.fullmatch(text):
         return (0 if text[:1] == b'"' else 1), -len(text)
     return 2 + (len(text) > 1), len(text)
 
 
 def _elsewhere(text: bytes) -> tuple[int, int]:
-    """What ends something, a comma (behind a number), a short value, punctuation, a letter, longer texts.
+    """Rank of a token outside of strings. The lowest is tried first.
 
-    What begins a list or an object comes last.
+    The order: closing brackets, a comma (behind a number), a digit, a short value, strings, punctuation, a letter,
+    longer tokens, and last those that begin a list or an object.
     """
     if _CLOSERS.fullmatch(text) and text[:1] != b'"':
         return 0, -len(text)

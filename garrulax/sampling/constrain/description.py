@@ -1,4 +1,4 @@
-"""What a constraint is, without a tokenizer: `json_schema`, `regex` and `grammar`."""
+"""Constraints, which do not depend on a tokenizer yet: `json_schema`, `regex` and `grammar`."""
 
 import dataclasses
 import functools

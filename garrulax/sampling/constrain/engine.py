@@ -35,7 +35,7 @@ def regex_term(pattern: str) -> str:
 
 
 def problem(grammar: str) -> str | None:
-    """What is wrong with a grammar, in one line; None if nothing is."""
+    """The error in a grammar, in one line; None if it has none."""
     try:
         return llguidance().LLMatcher.validate_grammar(grammar) or None
     except BaseException as error:  # a panic in Rust is no Exception

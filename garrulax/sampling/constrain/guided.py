@@ -21,7 +21,7 @@ _MARK = b"\xff"  # begins the name of a control token in llguidance; no text in 
 
 
 class _Tokens:
-    """What llguidance reads from a tokenizer."""
+    """A tokenizer with the members that llguidance reads."""
 
     is_tokenizer_wrapper = True
     bos_token_id = None

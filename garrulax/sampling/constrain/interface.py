@@ -1,4 +1,4 @@
-"""What every grammar over tokens offers: `Grammar`, and a `Matcher` for each text."""
+"""The interface of grammars over tokens: `Grammar`, and a `Matcher` for each text."""
 
 import abc
 from collections.abc import Sequence

@@ -10,7 +10,7 @@ LONGEST = 1024  # bytes of a token; llguidance fails on longer ones
 
 @functools.lru_cache(maxsize=4)
 def vocabulary(tokenizer: Any, vocab: int, ends: tuple[int, ...]) -> "Vocabulary":
-    """The vocabulary of a model, made once and kept; arguments as of `Constraint.bind`.
+    """The `Vocabulary` of a model. It is made once and cached. Arguments as in `Constraint.bind`.
 
     Raises:
         ValueError: A token of more than `LONGEST` bytes, no end token, or one that is no id of the model.

@@ -248,7 +248,10 @@ def _choose(
     transform: Transform,
     search: BeamSearch,
 ) -> tuple[list[Selected], Any]:
-    """What each group selects, one group after another, and the state of the transform. `logprobs`: [P, N, V]."""
+    """Selects the next tokens of each group, one group after another. `logprobs`: [P, N, V].
+
+    Returns the selections, and the state of the transform.
+    """
     P, _, V = logprobs.shape
     allowed = None if beams.allowed is None else from_rows(unpack_bits(beams.allowed, V), P)
     every_state = jax.tree.map(lambda x: from_rows(x, P), beams.transform_state)

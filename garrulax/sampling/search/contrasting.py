@@ -29,7 +29,7 @@ from garrulax.sampling.search.kinds import ContrastiveSearch
 from garrulax.sampling.start import size_of, start
 from garrulax.sampling.state import Requests, State, grow
 from garrulax.sampling.transforms import Transform, argmax
-from garrulax.sampling.writing import Writer
+from garrulax.sampling.writing import Writer, end_stopped, push_new_tokens
 
 STOP_CHECK_STEPS = 8  # steps between two checks for stop strings
 
@@ -243,17 +243,10 @@ def contrast(
         state, hidden = with_room(one.state, one.hidden, search.k)
         one = Contrast(state, one.logits, hidden)
         one = contrast_steps(weights.step, one, np.int32(every), alpha, decoder.config, decoder.transform, static)
-        tokens, logprobs, generated = jax.device_get((one.state.tokens, one.state.logprobs, one.state.generated))
-        for row, writer in writers.items():
-            new = slice(len(writer.tokens), generated[row])
-            if not np.isfinite(logprobs[row, new]).all():
-                raise FloatingPointError("the model's logits are not finite: are its parameters?")
-            writer.push(tokens[row, new].tolist(), logprobs[row, new].tolist())
+        push_new_tokens(one.state, writers)
         if all(writer.reason for writer in writers.values()):
             return _unread(one.state, search)
-        stopped = np.zeros(len(generated), bool)
-        stopped[[row for row, writer in writers.items() if writer.reason == "stop"]] = True
-        one = dataclasses.replace(one, state=dataclasses.replace(one.state, done=one.state.done | stopped))
+        one = dataclasses.replace(one, state=end_stopped(one.state, writers))
 
 
 def _unread(state: State, search: ContrastiveSearch) -> State:

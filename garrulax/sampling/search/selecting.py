@@ -47,7 +47,7 @@ class Sequences:
 
 
 class Selected(NamedTuple):
-    """What `select` returns.
+    """The result of `select`.
 
     Attributes:
         running: The beams that go on.
@@ -118,7 +118,8 @@ def select(
 
     longest = limit.astype(jnp.float32) if early_stopping == "never" else length
     longest = jnp.where(length_penalty > 0, longest, length)
-    attainable = (best if bound_with_ends else score)[:, 0] / longest**length_penalty
+    # The first is the greatest, but XLA:CPU would sort all continuations to take a slice of the best.
+    attainable = (best if bound_with_ends else score).max(axis=1) / longest**length_penalty
     worst = finished.score.min(axis=1)  # -inf as long as fewer than K are finished
     stop = ~(attainable > worst)
     if early_stopping is True:

@@ -184,6 +184,8 @@ def test_states_of_transforms_fit_together_and_what_does_not_is_refused():
     long = decoder.request(range(20, 41), max_new_tokens=4, suppress_tokens=[7])
     with pytest.raises(ValueError, match="has 32 slots, but the rows of the state have 16"):
         decoder.insert(state, decoder.prefill(stacked, long, size=64), 0)
+    with pytest.raises(ValueError, match=r"rows 0 to 1, not \[2\]"):
+        decoder.insert(state, decoder.prefill(stacked, many, size=64), 2)
 
 
 def test_given_tokens_are_appended_as_if_they_had_been_sampled():

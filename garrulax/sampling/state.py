@@ -231,9 +231,10 @@ def insert(state: State, prefix: State, rows: jax.Array | np.ndarray | int) -> S
         The state with the requests in it.
 
     Raises:
-        ValueError: The context does not fit into the slots of a row, or the sampling parameters or end tokens of the
-            requests have other shapes than those of the state.
+        ValueError: The state has no such row, the context does not fit into the slots of a row, or the sampling
+            parameters or end tokens of the requests have other shapes than those of the state.
     """
+    _check_rows(rows, len(state.done))
     rows = jnp.atleast_1d(jnp.asarray(rows, jnp.int32))
     _check_shapes(state, prefix)
     layers, new = state.cache.layers, prefix.cache.layers
@@ -246,6 +247,15 @@ def insert(state: State, prefix: State, rows: jax.Array | np.ndarray | int) -> S
     else:
         layers = _insert_stacked(layers, new, rows)
     return with_layers(_insert_rest(without_layers(state), without_layers(prefix), rows), layers)
+
+
+def _check_rows(rows: jax.Array | np.ndarray | int, count: int) -> None:
+    """Raises ValueError for rows that a state of `count` rows does not have: JAX would drop what is put there."""
+    if isinstance(rows, jax.core.Tracer):
+        return
+    given = np.atleast_1d(np.asarray(rows))
+    if ((given < 0) | (given >= count)).any():
+        raise ValueError(f"insert: the state has rows 0 to {count - 1}, not {given.tolist()}")
 
 
 def _check_shapes(state: State, prefix: State) -> None:

@@ -88,10 +88,12 @@ def small(**changes):
 def test_a_step_does_not_sort_the_vocabulary(diverse):
     """XLA:CPU has a fast top-k; a slice of its result makes it a sort of all continuations, 80 ms of GPT-2's size."""
     P, K, V = 1, 4, 5000
-    zero = jnp.zeros((P, K))
-    sequences = Sequences(zero, jnp.zeros((P, K, 8), jnp.int32), jnp.zeros((P, K, 8)), jnp.zeros((P, K), jnp.int32))
+    zero = jnp.zeros((P, K), jnp.float32)
+    sequences = Sequences(
+        zero, jnp.zeros((P, K, 8), jnp.int32), jnp.zeros((P, K, 8), jnp.float32), jnp.zeros((P, K), jnp.int32)
+    )
     numbers = jnp.zeros(P, jnp.int32)
-    arrays = jnp.zeros((P, K, V)), jnp.zeros((P, K, V)), sequences, sequences, numbers > 0
+    arrays = jnp.zeros((P, K, V), jnp.float32), jnp.zeros((P, K, V), jnp.float32), sequences, sequences, numbers > 0
     more = numbers, numbers + 8, numbers[:, None], jnp.float32(1)
     program = jax.jit(lambda *x: select(*x, False, diverse)).lower(*arrays, *more).compile().as_text()
     assert not re.search(r" sort\(", program)

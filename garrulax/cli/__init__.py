@@ -72,6 +72,10 @@ def _command(name: str) -> Callable[[argparse.Namespace], None]:
         from garrulax.cli.score import score
 
         return score
+    if name == "detect":
+        from garrulax.cli.detect import detect
+
+        return detect
     if name == "convert":
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # it needs no accelerator
         from garrulax.cli.convert import convert
@@ -88,7 +92,8 @@ def _command(name: str) -> Callable[[argparse.Namespace], None]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="garrulax", description="Language models in JAX: train, generate, fill, chat, score, inspect, convert."
+        prog="garrulax",
+        description="Language models in JAX: train, generate, fill, chat, score, detect, inspect, convert.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -176,6 +181,19 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--window", type=int, metavar="N", help="tokens of a window (the model's context)")
     score.add_argument("--stride", type=int, metavar="N", help="tokens that each further window scores (half a window)")
     score.add_argument("--json", action="store_true", help="print the numbers as one JSON object")
+    detect = commands.add_parser(
+        "detect",
+        help="look for a watermark in a text",
+        description="Test whether a text was written with --watermark KEY. Only the tokenizer of the model is read.",
+    )
+    detect.add_argument("model", help="a run, a Hugging Face model folder, a GGUF file, or a name on the hub")
+    detect.add_argument("file", nargs="?", help="a text file, without the prompt; - reads standard input")
+    detect.add_argument("--text", help="the text itself, in place of a file")
+    detect.add_argument("--key", required=True, help="the key with which it may have been written")
+    detect.add_argument("--scheme", choices=("green", "gumbel"), default="green", help="kind of watermark (green)")
+    detect.add_argument("--gamma", type=float, default=0.25, metavar="P", help="share of green tokens (0.25)")
+    detect.add_argument("--context", type=int, default=4, metavar="N", help="tokens of a context (4)")
+    detect.add_argument("--json", action="store_true", help="print the numbers as one JSON object")
     convert = commands.add_parser(
         "convert",
         help="convert a model folder or GGUF file",
@@ -190,7 +208,7 @@ def _parser() -> argparse.ArgumentParser:
         "--max-shard-size", default="5GB", metavar="SIZE", help="greatest size of a file, such as 200MB (5GB)"
     )
     convert.add_argument("--dialect", help="checkpoint format, if the family has several, such as glm")
-    for name in ("generate", "fill", "chat", "info", "glitch", "score", "convert"):
+    for name in ("generate", "fill", "chat", "info", "glitch", "score", "detect", "convert"):
         commands.choices[name].add_argument(
             "--ignore",
             type=lambda text: text.split(","),
@@ -248,6 +266,12 @@ def _add_constraints(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--beams", type=int, metavar="N", help="search with N beams; shown at the end, and not sampled"
+    )
+    command.add_argument(
+        "--watermark", metavar="KEY", help="mark the text with this key, so that `garrulax detect` recognises it"
+    )
+    command.add_argument(
+        "--watermark-scheme", choices=("green", "gumbel"), default="green", help="kind of watermark (green)"
     )
     kinds = command.add_mutually_exclusive_group()
     kinds.add_argument("--json-schema", metavar="FILE", help="write JSON that satisfies the schema in this file")

@@ -64,6 +64,8 @@ def _sampling(args: argparse.Namespace) -> dict:
     """The further arguments of `gx.generate` that were given on the command line."""
     names = ("min_p", "repetition_penalty", "no_repeat_ngram_size")
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.watermark is not None:
+        options["watermark"] = gx.watermark(args.watermark, args.watermark_scheme)
     if args.json_schema is not None:
         options["constrain"] = gx.json_schema(Path(args.json_schema).read_text(encoding="utf-8"))
     if args.regex is not None:

@@ -3,6 +3,7 @@
 from garrulax.sampling.buckets import Buckets
 from garrulax.sampling.constrain import regex_transform
 from garrulax.sampling.decoder import Decoder, compile
+from garrulax.sampling.detect import Detection, detect_watermark
 from garrulax.sampling.fill import Filled, fill, fill_stream
 from garrulax.sampling.generate import compile_ahead, generate, stream
 from garrulax.sampling.search import beam, best_of, contrastive, diverse_beam
@@ -39,7 +40,9 @@ from garrulax.sampling.transforms import (
     top_k,
     top_p,
     typical_p,
+    watermarking,
 )
+from garrulax.sampling.transforms.watermarks import Watermark, watermark
 from garrulax.sampling.writing import Completion
 
 __all__ = [
@@ -48,11 +51,13 @@ __all__ = [
     "Buckets",
     "Completion",
     "Decoder",
+    "Detection",
     "Filled",
     "Requests",
     "Session",
     "State",
     "Transform",
+    "Watermark",
     "allowed_tokens",
     "bad_words",
     "beam",
@@ -62,6 +67,7 @@ __all__ = [
     "compile",
     "compile_ahead",
     "contrastive",
+    "detect_watermark",
     "diverse_beam",
     "epsilon_cutoff",
     "eta_cutoff",
@@ -91,4 +97,6 @@ __all__ = [
     "top_k",
     "top_p",
     "typical_p",
+    "watermark",
+    "watermarking",
 ]

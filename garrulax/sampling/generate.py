@@ -341,7 +341,7 @@ def make_plan(
     ]
     values["max_new_tokens"] = [prompt.limit for prompt in encoded]
     if search is not None:
-        check(search, config, values["temperature"], values["max_new_tokens"], stops)
+        check(search, config, values["temperature"], values["max_new_tokens"], stops, values.get("watermark", ()))
     copies = search.n if isinstance(search, BestOf) else 1
     if isinstance(search, BestOf):
         encoded, values = copied(search, encoded, values)

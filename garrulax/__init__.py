@@ -39,6 +39,7 @@ _HOME = {
     "contrastive": "garrulax.sampling",
     "best_of": "garrulax.sampling",
     "prompt_lookup": "garrulax.sampling",
+    "draft": "garrulax.sampling",
     "Completion": "garrulax.sampling",
     "Constraint": "garrulax.sampling.constrain",
     "json_schema": "garrulax.sampling.constrain",

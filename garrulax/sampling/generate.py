@@ -287,12 +287,13 @@ class Plan:
             )
         constrained = bool(self.matchers)
         if self.speculation is not None:
-            compile_speculation(decoder, weights, requests, self.size, self.speculation)
-        state = start(decoder, weights, requests, self.size, constrained, steps=self._steps)
+            compile_speculation(decoder, weights, requests, self.size, self.speculation, constrained)
+        masked = constrained and self.speculation is None  # with speculation there are masks for each draft
+        state = start(decoder, weights, requests, self.size, masked, steps=self._steps)
         passes: dict[int, int] = {}
         if self.speculation is not None:
             pieces = decode_speculating(
-                decoder, weights.step, state, self.writers, self.every, self.size, self.speculation
+                decoder, weights.step, state, self.writers, self.every, self.size, self.speculation, self.matchers
             )
             passes = yield from pieces
         elif constrained:
@@ -330,7 +331,8 @@ def compile_ahead(model: ModelLike, prompt: Prompt, *, max_new_tokens: int | Non
     """
     plan = make_plan(model, [prompt], max_new_tokens, **arguments)
     if plan.speculation is not None:
-        compile_speculation(plan.decoder, plan.weights, plan.requests, plan.size, plan.speculation)
+        constrained = bool(plan.matchers)
+        compile_speculation(plan.decoder, plan.weights, plan.requests, plan.size, plan.speculation, constrained)
         return
     steps = not plan.matchers and (plan.search is None or isinstance(plan.search, BestOf))
     compile_start(plan.decoder, plan.weights, plan.requests, plan.size, steps)
@@ -400,6 +402,6 @@ def make_plan(
     size, every = size_of(requests, decoder.buckets), every or (STOP_CHECK_STEPS if stop else max(limits))
     speculation = None
     if speculate is not None:
-        check_speculation(speculate, search, matchers, len(encoded) > len(rows))
+        check_speculation(speculate, search, len(encoded) > len(rows))
         speculation = speculate.bind(weights, config, transform, requests, size)
     return Plan(decoder, weights, requests, writers, matchers, size, every, search, speculation, ends, tokenizer, stops)

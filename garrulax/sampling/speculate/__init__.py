@@ -5,7 +5,7 @@ propose a tree of drafts. `verify` reads them, and `accept` decides which of the
 """
 
 from garrulax.sampling.speculate.draft import Draft, draft
-from garrulax.sampling.speculate.interface import Bound, Outcome, Proposal, Proposer, Speculation
+from garrulax.sampling.speculate.interface import Bound, Outcome, Proposal, Proposer, Speculation, depths
 from garrulax.sampling.speculate.lookup import PromptLookup, prompt_lookup
 from garrulax.sampling.speculate.running import check_speculation, compile_speculation, decode_speculating
 
@@ -20,6 +20,7 @@ __all__ = [
     "check_speculation",
     "compile_speculation",
     "decode_speculating",
+    "depths",
     "draft",
     "prompt_lookup",
 ]

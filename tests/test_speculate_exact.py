@@ -16,8 +16,8 @@ from garrulax.sampling.speculate.draft import DraftMemory, draft
 from garrulax.sampling.speculate.loop import Speculating, speculate_steps
 from garrulax.sampling.transforms import Transform
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
-V, PROMPT, TOKENS, ROWS, BATCHES = 5, [3, 1], 3, 20_000, 20
+pytestmark = pytest.mark.slow
+V, PROMPT, TOKENS, ROWS, BATCHES = 5, [3, 1], 3, 40_000, 10
 ALLOWED = np.array([[0, 1, 1, 0, 1], [1, 0, 1, 1, 0], [1, 1, 0, 1, 1], [0, 1, 1, 0, 1], [1, 0, 0, 1, 0]], bool)
 
 
@@ -115,7 +115,7 @@ def test_first_tokens(name):
         p = scipy.stats.chisquare(observed[kept], expected[kept] * observed.sum() / expected.sum()).pvalue
         print(f"{name}, seed {seed}: p {p:.3f}, TV {distance(found, wanted):.5f}, of an exact sampler {noise:.5f}")
         assert p >= 1e-4
-        assert distance(found, wanted) < 1.5 * noise
+        assert distance(found, wanted) < 2 * noise
 
 
 def distance(counts, p):

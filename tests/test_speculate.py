@@ -58,8 +58,8 @@ def test_tokens_are_those_without_speculation(family, way):
     for a, b in zip(plain, found, strict=True):
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
     assert [one.passes for one in plain] == [None] * 3
-    if way == "lookup":
-        assert found[0].passes < NEW  # it repeats its prompt
+    if way == "lookup" and family != "gpt":
+        assert found[0].passes < NEW  # the text of these models repeats itself
     if way == "same":  # always right: 4 drafts and one more token a pass
         assert [one.passes for one in found] == [-(-len(one.tokens) // 5) for one in plain]
 

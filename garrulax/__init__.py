@@ -38,6 +38,8 @@ _HOME = {
     "diverse_beam": "garrulax.sampling",
     "contrastive": "garrulax.sampling",
     "best_of": "garrulax.sampling",
+    "prompt_lookup": "garrulax.sampling",
+    "draft": "garrulax.sampling",
     "Completion": "garrulax.sampling",
     "watermark": "garrulax.sampling",
     "Watermark": "garrulax.sampling",

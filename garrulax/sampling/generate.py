@@ -4,7 +4,10 @@ import dataclasses
 from collections.abc import Generator, Sequence
 from typing import Any
 
+from garrulax.layers.cache_kinds import Kind
 from garrulax.models.unpack import ModelLike, TokenizerLike
+from garrulax.sampling.buckets import POWERS_OF_TWO
+from garrulax.sampling.caches import choose_kind, kind_for
 from garrulax.sampling.constrain import Constraint, Matcher
 from garrulax.sampling.constrained import decode_constrained, matchers_of
 from garrulax.sampling.decoder import Decoder
@@ -47,6 +50,7 @@ def generate(
     constrain: Constraint | Sequence[Constraint | None] | None = None,
     transform: Transform | None = None,
     search: Search | None = None,
+    cache: str | Kind = "full",
     **knobs: Any,
 ) -> Completion | list[Completion] | list[list[Completion]]:
     """Continues texts.
@@ -94,6 +98,9 @@ def generate(
         search: How to look for a good completion in place of sampling one: `gx.beam`, `gx.diverse_beam`,
             `gx.contrastive` or `gx.best_of`; docs/search.md shows them. In a completion, `score` is what it was ranked
             by. Stop strings do not go with beam search, and temperature 0 with none.
+        cache: What is kept of the text: "full" is all, "int8" all with keys and values in 8 bits, `gx.window(n)` the
+            last n tokens, `gx.sinks(4, n)` and `gx.blocks()` what lets a text go on beyond the model's context;
+            docs/caches.md shows them. Models with a window keep no more than that in any case.
         **knobs: Further sampling parameters, such as min_p, repetition_penalty or no_repeat_ngram_size; see
             `sampling.transforms`, and docs/sampling.md.
 
@@ -133,6 +140,7 @@ def generate(
         constrain=constrain,
         transform=transform,
         search=search,
+        cache=cache,
         **knobs,
     )
     found = exhaust(plan.run())
@@ -155,6 +163,7 @@ def stream(
     constrain: Constraint | None = None,
     transform: Transform | None = None,
     every: int = 4,
+    cache: str | Kind = "full",
     **knobs: Any,
 ) -> Generator[str, None, Completion]:
     """Continues one text and yields it piece by piece. The pieces together are the text of `generate`.
@@ -175,6 +184,7 @@ def stream(
         constrain: What the text must be.
         transform: Transform of the logits.
         every: Number of tokens between two pieces.
+        cache: What is kept of the text; see `generate`.
         **knobs: Further sampling parameters.
 
     Returns:
@@ -214,6 +224,7 @@ def stream(
         constrain=constrain,
         transform=transform,
         every=every,
+        cache=cache,
         **knobs,
     )
     return _only_one(first_row(plan.run()))
@@ -313,6 +324,7 @@ def make_plan(
     transform: Transform | None = None,
     search: Search | None = None,
     prepared: Prepared | None = None,
+    cache: str | Kind = "full",
     **knobs: Any,
 ) -> Plan:
     """Checks the arguments of `generate`.
@@ -327,16 +339,18 @@ def make_plan(
         every: Steps between two looks at the tokens; None is as few looks as possible.
         transform: Transform of the logits.
         prepared: What `prepare_model` has made of the model; None makes it.
+        cache: What is kept of the text.
         **knobs: Sampling parameters.
     """
     weights, config, tokenizer = prepared or prepare_model(model)
+    kind = kind_for(cache, config)
     stops = StopStrings(stop, tokenizer)
     ends = ends_of(model, config, tokenizer, end_tokens)
     knobs = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0, **knobs}
     transform = without_padding(chain_for(transform, knobs), config, tokenizer, ends)
     values = knobs_per_prompt(len(prompts), vocab=config.vocab, max_new_tokens=max_new_tokens, **knobs)
     encoded = [
-        encode_prompt(prompt, limit, config, tokenizer, f"prompt {i}")
+        encode_prompt(prompt, limit, config, tokenizer, f"prompt {i}", kind.room is not None)
         for i, (prompt, limit) in enumerate(zip(prompts, values["max_new_tokens"], strict=True))
     ]
     values["max_new_tokens"] = [prompt.limit for prompt in encoded]
@@ -346,7 +360,8 @@ def make_plan(
     if isinstance(search, BestOf):
         encoded, values = copied(search, encoded, values)
     limits = values["max_new_tokens"]
-    rows, encoded, values = with_partners(encoded, values, negative_prompts, copies, config, tokenizer)
+    endless = kind.room is not None
+    rows, encoded, values = with_partners(encoded, values, negative_prompts, copies, config, tokenizer, endless)
     requests = assemble(encoded, values, config, ends, transform)
     writers = {row: Writer(tokenizer, limit, ends, stops) for row, limit in zip(rows, limits, strict=True)}
     followed = zip(rows, matchers_of(constrain, limits, copies, config, tokenizer, ends), strict=True)
@@ -357,6 +372,6 @@ def make_plan(
         raise ValueError("guidance_scale does not go with gx.contrastive: use gx.beam or gx.best_of")
     if matchers and isinstance(search, ContrastiveSearch):
         raise ValueError("constrain does not go with gx.contrastive: use gx.beam or gx.best_of")
-    decoder = Decoder(config, transform)
-    size, every = size_of(requests, decoder.buckets), every or (STOP_CHECK_STEPS if stop else max(limits))
+    size, every = size_of(requests, POWERS_OF_TWO), every or (STOP_CHECK_STEPS if stop else max(limits))
+    decoder = Decoder(config, transform, cache=choose_kind(kind, config, size, search is None))
     return Plan(decoder, weights, requests, writers, matchers, size, every, search, ends, tokenizer, stops)

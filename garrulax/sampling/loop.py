@@ -98,7 +98,7 @@ def advance(
     generated = state.generated + active.astype(jnp.int32)
     ended = jnp.any(token[:, None] == state.ends, axis=1) | (generated >= state.limit)
     observed = transform.observe(token, transform_state)
-    column = jnp.minimum(state.generated, state.tokens.shape[1] - 1)
+    column = state.generated % state.tokens.shape[1]
     return dataclasses.replace(
         state,
         # The row of a text that is done steps on with the batch, but its slot stays free.
@@ -146,7 +146,7 @@ def decode_steps(
 
     def unfinished(carry):
         count, state = carry
-        return (count < steps) & ~jnp.all(state.done) & (state.cache.used.max() < state.cache.size)
+        return (count < steps) & ~jnp.all(state.done) & state.cache.has_room
 
     def body(carry):
         count, state = carry

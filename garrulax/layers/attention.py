@@ -57,9 +57,9 @@ def cached_attention(
         return attention(query, key, value, mask=mask, **options), kv
     kv, stored = extend(kv, layer, key, value, call.slot)
     if "key_scale" in stored and _few(query, options):
-        scales = {f"{name}_scales": _by_head(stored[f"{name}_scale"], len(query)) for name in ("key", "value")}
-        few: dict[str, Any] = {name: x for name, x in options.items() if not name.startswith("dropout")}
-        return decode.decode(query, stored["key"], stored["value"], mask=mask, **scales, **few), kv
+        few = {name: x for name, x in options.items() if not name.startswith("dropout")}
+        few |= {f"{name}_scales": _by_head(stored[f"{name}_scale"], len(query)) for name in ("key", "value")}
+        return decode.decode(query, stored["key"], stored["value"], mask=mask, **few), kv
     key, value = (_tokens_first(stored, name, query.dtype) for name in ("key", "value"))
     return attention(query, key, value, mask=mask, **options), kv
 

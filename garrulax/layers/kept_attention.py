@@ -47,6 +47,7 @@ def attend_to_kept(
         if isinstance(kind, Sinks):
             view, found = kind.view(number, streams), stored
         else:
+            assert isinstance(kind, Blocks)
             view, found = block_memory.look_up(kind, stored, q, number)
         k, v = (quantised.restore(found[name], found.get(f"{name}_scale"), q.dtype) for name in ("key", "value"))
         k, v, q = k.swapaxes(1, 2), v.swapaxes(1, 2), q[:, None]  # [B, S', K, C], [B, 1, H, C]

@@ -95,10 +95,7 @@ def hidden(params: Tree, call: Call, c: Config) -> tuple[jax.Array, Cache | None
     """Hidden states [B, T, D] before the last norm, and the cache."""
     embedding_key, layers_key = split(call.key, 2)
     x = dropout(lookup(params["tokens"], call.tokens), c.residual_dropout, embedding_key)  # [B, T, D]
-    options: dict[str, Any] = {
-        "rotary": rope.rotary(c.rope, call, c.rotary_width, x.dtype),
-        "dropout": c.attention_dropout,
-    }
+    rotary = rope.rotary(c.rope, call, c.rotary_width, x.dtype)
 
     def block(x, p, kv, layer, key):
         keys = split(key, 3)
@@ -109,7 +106,8 @@ def hidden(params: Tree, call: Call, c: Config) -> tuple[jax.Array, Cache | None
 
     def attention(x, p, kv, layer, key):
         q, k, v = (linear("BTD,DHC->BTHC", x, p, name) for name in ("query", "key", "value"))
-        y, kv = cached_attention(q, k, v, call, kv, layer, dropout_key=key, **options)
+        options = {"rotary": rotary, "dropout": c.attention_dropout, "dropout_key": key}
+        y, kv = cached_attention(q, k, v, call, kv, layer, **options)
         return linear("BTHC,HCD->BTD", y, p, "out"), kv
 
     return scan_layers(block, x, params["blocks"], call, layers_key)

@@ -12,7 +12,10 @@ import tiny
 
 import garrulax as gx
 from garrulax import models
+from garrulax.layers import quantised
 from garrulax.layers.cache_kinds import FULL, Blocks, Full, Sinks, Window
+from garrulax.sampling import Session, state
+from garrulax.sampling.generate import make_plan
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 SIZES = {"vocab": 61, "width": 16, "layers": 2, "heads": 4, "eos": None, "init_std": 0.4}
@@ -61,3 +64,110 @@ def test_what_is_kept_is_attended_to_as_in_a_dense_formula(name, config):
     close(logits(gx.unstack(params), config, TEXT, kind, [1]), wanted)
     full = logits(params, config, TEXT, FULL, [len(TEXT)])
     assert np.abs(full - wanted)[20:].max() > 0.01  # leaving tokens out matters
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_with_room_for_all_they_equal_a_full_cache(dtype):
+    params, T = gx.unstack(tiny.params(LLAMA)), len(TEXT)
+    full = logits(params, LLAMA, TEXT, Full(dtype=dtype), [1])
+    same = logits(params, LLAMA, TEXT, Window(T, chunk=1, dtype=dtype), [1], size=T)
+    np.testing.assert_array_equal(same, full)  # to the last bit
+    if dtype is None:
+        for kind in (Sinks(4, T - 4), Blocks(size=4, top=8, first=4, local=4)):  # as many blocks as there are
+            close(logits(params, LLAMA, TEXT, kind, [1]), full, 1e-5)
+    else:
+        exact = logits(params, LLAMA, TEXT, FULL, [1])
+        assert 1e-4 < np.abs(full - exact).max() / np.abs(exact).max() < 0.03
+        for kind in (Window(9), Sinks(3, 9), dataclasses.replace(BLOCKS, top=8)):
+            small = dataclasses.replace(kind, dtype="int8")
+            close(logits(params, LLAMA, TEXT, small, [7]), logits(params, LLAMA, TEXT, kind, [7]), 0.1)
+
+
+def test_int8_is_off_by_half_a_scale_at_most():
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 3, 5, 8)) * 10, jnp.float32).at[0, 0, 0].set(0)
+    kept = quantised.store("key", x)
+    assert kept["key"].dtype == jnp.int8
+    error = np.abs(quantised.restore(kept["key"], kept["key_scale"], jnp.float32) - x)
+    largest = np.abs(x).max(axis=-1, keepdims=True)
+    assert (error <= largest / 254 * 1.0001).all()
+    assert error.max() > 0.01
+
+
+def test_memory_is_that_of_what_is_kept():
+    def mib(kind, size):
+        params = jax.eval_shape(lambda: tiny.params(config))
+        cache = jax.eval_shape(lambda: models.cache_for(params, config, 1, size, kind=kind))
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache.layers)) / 2**20
+
+    config = gx.preset("mistral-7b", layers=2)
+    assert mib(FULL, 2**15) == 2 * 2 * 8 * 128 * 4 * 2**15 / 2**20  # layers, key and value, heads, width, float32
+    assert mib(Full(dtype="int8"), 2**15) == mib(FULL, 2**15) * (128 + 4) / 512
+    assert mib(models.default_cache(config), 2**15) == mib(FULL, 4096 + 128)
+    assert mib(Sinks(4, 1020), 10**6) == mib(FULL, 1024 + 128)
+    assert models.default_cache(gx.preset("qwen2-7b")) == models.default_cache(gx.preset("gpt3-125m")) == FULL
+
+
+def test_models_with_a_window_have_a_small_cache_by_default(monkeypatch):
+    sizes = []
+    insert = state.insert
+    monkeypatch.setattr(state, "insert", lambda into, *rest: sizes.append(into.cache.size) or insert(into, *rest))
+    config = dataclasses.replace(LLAMA, window=20, context=1024, dialect="mistral")
+    params = gx.unstack(tiny.params(config))
+    done = gx.generate((params, config), TEXT, max_new_tokens=240, temperature=0)
+    assert sizes == [20 + 128]  # and all 280 tokens in a full cache
+    monkeypatch.setattr(models, "default_cache", lambda *_: FULL)
+    whole = gx.generate((params, config), TEXT, max_new_tokens=240, temperature=0)
+    assert sizes[1:] == [256]
+    assert done.tokens == whole.tokens
+
+
+def test_texts_go_on_beyond_the_context():
+    model = gx.unstack(tiny.params(LLAMA)), LLAMA
+    kind = Sinks(2, 30, chunk=16)
+    prompt = TEXT * 2  # 80 tokens; the context has 64
+    done = gx.generate(model, prompt, max_new_tokens=100, temperature=0, cache=kind)
+    step = logits(model[0], LLAMA, [*prompt, *done.tokens], kind, [1])[79:-1]
+    assert done.tokens == step.argmax(axis=1).tolist()  # read in passes, written beyond the slots
+    pieces = gx.stream(model, prompt, max_new_tokens=100, temperature=0, cache=kind, every=50)
+    assert tiny.drained(pieces)[1].tokens == done.tokens  # the state keeps the last 48 new tokens only
+
+
+def test_a_session_goes_on_and_is_shortened():
+    model, prompt = (gx.unstack(tiny.params(LLAMA)), LLAMA), TEXT[:10]
+    kind = gx.sinks(2, 30)
+    session = Session(model, kind)
+    for turn in range(6):
+        _, done = tiny.drained(session.stream(prompt, max_new_tokens=8, temperature=0))
+        wanted = gx.generate(model, prompt, max_new_tokens=8, temperature=0, cache=kind)
+        assert done.tokens == wanted.tokens
+        assert session.reused >= (0 if turn == 0 else len(prompt) - 9)
+        prompt = [*prompt, *done.tokens[: -1 if turn % 2 else -5], *TEXT[:9]]  # some are taken back
+    assert len(prompt) > LLAMA.context
+
+
+def test_what_cannot_be_is_refused_before_anything_is_compiled():
+    def refused(message, config=LLAMA, error=ValueError, **arguments):
+        params = jax.eval_shape(lambda: tiny.params(config))
+        with pytest.raises(error, match=message):
+            make_plan((params, config), [[1, 2, 3]], 4, **arguments)
+
+    with pytest.raises(ValueError, match=r"sinks\(8, 4\): the window of 4 tokens is smaller than the 8 sinks"):
+        gx.sinks(8, 4)
+    with pytest.raises(ValueError, match="dtype='int4' must be None"):
+        gx.window(8, dtype="int4")
+    with pytest.raises(ValueError, match="local=100 must be a multiple of the size 128"):
+        gx.blocks(local=100)
+    with pytest.raises(ValueError, match="size=0 must be a whole number of at least 1"):
+        gx.window(0)
+    with pytest.raises(ValueError, match="a pass of 8 tokens is too long for a cache of kind 'sinks'"):
+        logits(tiny.params(LLAMA), LLAMA, TEXT, Sinks(2, 8, chunk=7), [8])
+    refused("'blocks' with 6,399 positions is larger than the model's context of 64", cache=gx.blocks())
+    refused("'sinks' with 104 positions is larger than the model's context of 64", cache=gx.sinks(4, 100))
+    refused("cache='ring' must be 'full', 'int8', gx.window", cache="ring")
+    refused("cache=7 must be", error=TypeError, cache=7)
+    refused("kind 'window', dtype None, does not go with search", cache=gx.window(8), search=gx.beam(2))
+    refused("kind 'full', dtype int8, does not go with search", cache="int8", search=gx.beam(2))
+    refused("gpt has learned positions.* use gx.window", tiny.CONFIGS["gpt"], cache=gx.sinks(2, 4))
+    refused("glm fills blanks.* use 'full'", tiny.CONFIGS["glm"], cache=gx.window(4))
+    with pytest.raises(ValueError, match="fill keeps the whole text: leave cache out"):
+        gx.fill((tiny.params(tiny.CONFIGS["glm"]), tiny.CONFIGS["glm"]), [1, 2], cache=gx.window(4))

@@ -149,7 +149,7 @@ def write(x: jax.Array, new: jax.Array, start: jax.Array, axis: int, layer: jax.
         x: [B, ...], or [L, B, ...] if `layer` is given.
         new: [B, ...], of any size on `axis` and the sizes of x on the others.
         start: int32 [B], index on `axis` of the first new entry of each row; or [B, T], that of each entry. They must
-            fit.
+            fit; only those given one by one may lie behind the end, and are left out.
         axis: Axis of `new`, after that of the rows.
         layer: int32 scalar, the index on the leading axis of x that is written.
     """
@@ -194,4 +194,6 @@ def _write_each(
     rows = jnp.arange(len(new), dtype=jnp.int32)[:, None]
     before = (layer,) if leading else ()
     # Where indices are apart, their axes come first: [B, T, ...].
-    return x.at[(*before, rows, *(slice(None),) * (axis - 1), slots)].set(jnp.moveaxis(new.astype(x.dtype), axis, 1))
+    return x.at[(*before, rows, *(slice(None),) * (axis - 1), slots)].set(
+        jnp.moveaxis(new.astype(x.dtype), axis, 1), mode="drop"
+    )

@@ -213,6 +213,10 @@ class Blocks(Kind):
     def longest_pass(self) -> int:
         return self.chunk
 
+    def slots(self, needed: int) -> int:
+        """Whole passes, since the last one is padded."""
+        return -(-needed // self.chunk) * self.chunk
+
     def reusable(self, known: int, read: int) -> int:
         """Down to a whole block, since the sum of a block's queries is known as a whole only."""
         if known == read or known <= self.first:

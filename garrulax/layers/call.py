@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from garrulax.core.dtypes import as_int32
-from garrulax.kernels.mask import PAD_KEY, Mask, as_keys
+from garrulax.kernels.mask import PAD_KEY, Mask, Streams, as_keys
 from garrulax.kernels.masks import causal_from
 from garrulax.layers.cache import Cache, write
 
@@ -76,13 +76,19 @@ def default_positions(tokens: jax.Array, cache: Cache | None, rows: int) -> jax.
     return first if rows == 1 else jnp.stack([first, jnp.zeros_like(first)], axis=1)
 
 
-def slots_of(cache: Cache, count: int) -> jax.Array:
-    """The slots of the next `count` tokens of each row: int32 [B], the first of slots in a row, or [B, count]."""
+def slots_of(cache: Cache, query: Streams) -> jax.Array:
+    """The slots of the next T tokens of each row, whose streams are given.
+
+    Returns:
+        int32 [B], the first of slots in a row; or for rings [B, T], where padding has none: `cache.size`.
+    """
     if not cache.kind.ring:
         return cache.used
-    number = cache.used[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
-    slots = cache.kind.slot(number, cache.size)
-    return slots[:, 0] if count == 1 else slots
+    count = query["position"].shape[1]
+    slots = cache.kind.slot(cache.used[:, None] + jnp.arange(count, dtype=jnp.int32)[None], cache.size)
+    if count == 1:
+        return slots[:, 0]
+    return jnp.where(query["segment"] >= 0, slots, cache.size) if "segment" in query else slots
 
 
 def mask_and_cache(
@@ -124,7 +130,7 @@ def mask_and_cache(
     missing = sorted(cache.streams.keys() - new.keys())
     if missing:
         raise ValueError(f"the cache keeps streams {missing}, which the mask does not give")
-    slots = slots_of(cache, count)
+    slots = slots_of(cache, query)
     streams = {name: write(s, new[name], slots, axis=1) for name, s in cache.streams.items()}
     used = cache.used + count
     # The slots behind the new tokens may hold others that the row no longer has.

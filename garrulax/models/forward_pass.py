@@ -162,7 +162,7 @@ def hidden(
     positions = default_positions(tokens, cache, rows) if positions is None else positions
     _check_positions(positions, tokens, rows)
     mask, cache_now = mask_and_cache(tokens, positions[:, 0] if rows == 2 else positions, mask, cache)
-    slot = None if cache is None else slots_of(cache, tokens.shape[1])
+    slot = None if cache is None else slots_of(cache, mask.query)
     x, cache_now = module.hidden(params, Call(tokens, positions, mask, cache_now, slot, key, remat, unroll), config)
     return (module.norm(x, params["norm"], config) if "norm" in params else x), cache_now
 

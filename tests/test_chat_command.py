@@ -164,6 +164,7 @@ def test_the_demo_is_a_chat(monkeypatch, capsys):
     assert question.strip() in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_conversation_without_an_end(model, folder, capsys, monkeypatch):
     lines = "".join(f"question {i}\n" for i in range(12))
     assert scripted(monkeypatch, folder, lines, "--stream", "--temperature", "0") == 0

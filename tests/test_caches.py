@@ -188,8 +188,8 @@ def test_what_cannot_be_is_refused_before_anything_is_compiled():
     refused("'sinks' with 104 positions is larger than the model's context of 64", cache=gx.sinks(4, 100))
     refused("cache='ring' must be 'full', 'int8', gx.window", cache="ring")
     refused("cache=7 must be", error=TypeError, cache=7)
-    refused("kind 'window', dtype None, does not go with search", cache=gx.window(8), search=gx.beam(2))
-    refused("kind 'full', dtype int8, does not go with search", cache="int8", search=gx.beam(2))
+    refused("cache=window does not go with search", cache=gx.window(8), search=gx.beam(2))
+    refused("cache=int8 does not go with search", cache="int8", search=gx.beam(2))
     refused("gpt has learned positions.* use gx.window", tiny.CONFIGS["gpt"], cache=gx.sinks(2, 4))
     refused("glm fills blanks.* use 'full'", tiny.CONFIGS["glm"], cache=gx.window(4))
     with pytest.raises(ValueError, match="fill keeps the whole text: leave cache out"):

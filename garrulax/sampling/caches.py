@@ -114,7 +114,7 @@ def kind_for(cache: Any, config: ModelConfig) -> Kind:
     return kind
 
 
-def choose_kind(kind: Kind, config: ModelConfig, size: int, rings: bool) -> Kind:
+def choose_kind(kind: Kind, config: ModelConfig, size: int, full_only: str | None = None) -> Kind:
     """The kind of cache with which texts of up to `size` tokens are written.
 
     A full cache becomes a window where the model attends no further back and the window has fewer slots.
@@ -123,14 +123,15 @@ def choose_kind(kind: Kind, config: ModelConfig, size: int, rings: bool) -> Kind
         kind: What was asked for.
         config: The family's Config.
         size: Greatest number of tokens of a row.
-        rings: Whether the way of decoding goes with others than full caches: searches do not.
+        full_only: Name of an argument of `generate` that goes with full caches only, if it was given.
 
     Raises:
-        ValueError: It does not, and another was asked for.
+        ValueError: Another kind was asked for than that argument goes with.
     """
-    if not rings and kind != FULL:
-        raise ValueError(f"a cache of kind {kind.name!r}, dtype {kind.dtype}, does not go with search: leave one out")
-    if not isinstance(kind, Full) or not rings:
+    if full_only and kind != FULL:
+        what = f"cache={'int8' if kind.name == 'full' else kind.name}"
+        raise ValueError(f"{what} does not go with {full_only}: leave one of them out")
+    if not isinstance(kind, Full) or full_only:
         return kind
     own = models.default_cache(config, kind.dtype)
     return own if own.slots(size) < size else kind

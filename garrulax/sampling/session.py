@@ -81,7 +81,7 @@ class Session:
         self._prepared = prepare_model(model)
         # The greatest size from the start: with a size that grows, programs would be compiled again.
         self._size = POWERS_OF_TWO.of("size", self._config.max_length)
-        self._kind = choose_kind(kind_for(cache, self._config), self._config, self._size, rings=True)
+        self._kind = choose_kind(kind_for(cache, self._config), self._config, self._size)
         self._begun: set[Hashable] = set()  # programs that were compiled ahead
         self.forget()
 

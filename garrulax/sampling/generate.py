@@ -373,5 +373,6 @@ def make_plan(
     if matchers and isinstance(search, ContrastiveSearch):
         raise ValueError("constrain does not go with gx.contrastive: use gx.beam or gx.best_of")
     size, every = size_of(requests, POWERS_OF_TWO), every or (STOP_CHECK_STEPS if stop else max(limits))
-    decoder = Decoder(config, transform, cache=choose_kind(kind, config, size, None if search is None else "search"))
+    full_only = None if search is None or isinstance(search, BestOf) else "search"
+    decoder = Decoder(config, transform, cache=choose_kind(kind, config, size, full_only))
     return Plan(decoder, weights, requests, writers, matchers, size, every, search, ends, tokenizer, stops)

@@ -103,6 +103,15 @@ def test_int8_is_near_to_what_is_kept_exactly():
         close(logits(params, LLAMA, TEXT, small, [7]), logits(params, LLAMA, TEXT, kind, [7]), 0.1)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", tiny.CONFIGS)
+def test_every_family_can_have_a_cache_of_int8(family):
+    config = tiny.CONFIGS[family]
+    params, tokens = tiny.params(config), TEXT[:12]
+    full, small = (logits(params, config, tokens, Full(dtype=dtype), [6]) for dtype in (None, "int8"))
+    assert 1e-5 < np.abs(small - full).max() / np.abs(full).max() < 0.1
+
+
 def test_int8_is_off_by_half_a_scale_at_most():
     x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 3, 5, 8)) * 10, jnp.float32).at[0, 0, 0].set(0)
     kept = quantised.store("key", x)
@@ -158,7 +167,7 @@ def test_texts_go_on_beyond_the_context():
 def test_a_session_goes_on_and_is_shortened():
     model, prompt = (gx.unstack(tiny.params(LLAMA)), LLAMA), TEXT[:10]
     kind = gx.sinks(2, 30)
-    session = Session(model, kind)
+    session, draw = Session(model, kind), np.random.default_rng(6)
     for turn in range(6):
         _, done = tiny.drained(session.stream(prompt, max_new_tokens=8, temperature=0))
         wanted = gx.generate(model, prompt, max_new_tokens=8, temperature=0, cache=kind)
@@ -166,6 +175,11 @@ def test_a_session_goes_on_and_is_shortened():
         assert session.reused >= (0 if turn == 0 else len(prompt) - 9)
         prompt = [*prompt, *done.tokens[: -1 if turn % 2 else -5], *TEXT[:9]]  # some are taken back
     assert len(prompt) > LLAMA.context
+    for size, reused in ((30, 20), (120, 24), (15, 0)):  # then the ring has lost the beginning
+        prompt = [*prompt[: reused or 10], *draw.integers(0, 61, size).tolist()]
+        _, done = tiny.drained(session.stream(prompt, max_new_tokens=60, temperature=0))
+        wanted = gx.generate(model, prompt, max_new_tokens=60, temperature=0, cache=kind)
+        assert (done.tokens, session.reused) == (wanted.tokens, reused)
 
 
 def test_what_cannot_be_is_refused_before_anything_is_compiled():

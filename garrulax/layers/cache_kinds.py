@@ -71,7 +71,11 @@ class Kind:
         return rule
 
     def reusable(self, known: int, read: int) -> int:
-        """How many of the first `known` tokens remain usable when a row of `read` tokens is shortened to them."""
+        """How many of the first `known` tokens remain usable when a row of `read` tokens is shortened to them.
+
+        A ring has lost what a shorter row would need, if it was shortened by more than the slots that it has beyond the
+        window.
+        """
         return known
 
     def arrays(self, size: int, head_dim: int, dtype: Any) -> dict[str, tuple[int, int, Any]]:
@@ -118,7 +122,7 @@ class Window(Kind):
         return rule & Band("rank", 0, self.size - 1)
 
     def reusable(self, known: int, read: int) -> int:
-        return known if read - known < self.chunk else 0
+        return known if read <= self.slots(read) or read - known < self.chunk else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +159,7 @@ class Sinks(Kind):
         return jnp.where(number < self.first, number, self.first + (number - self.first) % (size - self.first))
 
     def reusable(self, known: int, read: int) -> int:
-        return known if read - known < self.chunk else 0
+        return known if read <= self.slots(read) or read - known < self.chunk else 0
 
     def view(self, number: jax.Array, streams: Streams) -> View:
         """What the token of each number [B] attends to, over all slots."""

@@ -78,6 +78,10 @@ class Kind:
         """
         return known
 
+    def keeps_whole(self, number: jax.Array) -> jax.Array:
+        """Whether the token of each number attends to all tokens before it."""
+        return jnp.ones_like(number, bool)
+
     def arrays(self, size: int, head_dim: int, dtype: Any) -> dict[str, tuple[int, int, Any]]:
         """The arrays of a head of a layer: name -> (length, width, dtype)."""
         if self.dtype is None:
@@ -121,6 +125,9 @@ class Window(Kind):
     def narrow(self, rule: Rule) -> Rule:
         return rule & Band("rank", 0, self.size - 1)
 
+    def keeps_whole(self, number: jax.Array) -> jax.Array:
+        return number < self.size
+
     def reusable(self, known: int, read: int) -> int:
         return known if read <= self.slots(read) or read - known < self.chunk else 0
 
@@ -160,6 +167,9 @@ class Sinks(Kind):
 
     def reusable(self, known: int, read: int) -> int:
         return known if read <= self.slots(read) or read - known < self.chunk else 0
+
+    def keeps_whole(self, number: jax.Array) -> jax.Array:
+        return number < self.room
 
     def view(self, number: jax.Array, streams: Streams) -> View:
         """What the token of each number [B] attends to, over all slots."""
@@ -226,6 +236,9 @@ class Blocks(Kind):
         if known == read or known <= self.first:
             return known
         return known - (known - self.first) % self.size
+
+    def keeps_whole(self, number: jax.Array) -> jax.Array:
+        return self.outside(number) <= self.top
 
     def count(self, size: int) -> int:
         """Number of blocks of a cache of `size` slots."""

@@ -1,7 +1,8 @@
 """Attention to what a cache keeps of a text, with positions counted in the cache: attention sinks and blocks.
 
 Keys are stored before the rotary embedding and rotated when they are read, by the position at which the query finds
-them. Queries of one pass find the same key at different positions, so they are computed one after another.
+them. Queries of one pass find the same key at different positions, so they are computed one after another, unless the
+text is still so short that all of it is kept.
 """
 
 from collections.abc import Callable
@@ -49,18 +50,32 @@ def attend_to_kept(
         else:
             assert isinstance(kind, Blocks)
             view, found = block_memory.look_up(kind, stored, q, number)
-        k, v = (quantised.restore(found[name], found.get(f"{name}_scale"), q.dtype) for name in ("key", "value"))
-        k, v, q = k.swapaxes(1, 2), v.swapaxes(1, 2), q[:, None]  # [B, S', K, C], [B, 1, H, C]
+        k, v = (_restored(found, name, q.dtype) for name in ("key", "value"))
+        q = q[:, None]  # [B, 1, H, C]
         if rotary is not None:
             q, k = rotary.at(q, view.query[:, None]), rotary.at(k, view.key)
         here = _mask_of(view, own, mask)
         return attention(q, k, v, mask=here, bias=None if bias is None else bias(here), **options)
 
+    def together() -> jax.Array:
+        """The output [B, T, H, C] of all queries, of a text whose tokens have the positions that they have in it."""
+        k, v = (_restored(stored, name, query.dtype) for name in ("key", "value"))
+        q = query
+        if rotary is not None:
+            q, k = rotary.at(q, call.number), rotary.at(k, streams["rank"])
+        return attention(q, k, v, mask=mask, bias=None if bias is None else bias(mask), **options)
+
     queries = {name: stream.T for name, stream in mask.query.items()}  # [T, B]
     args = query.swapaxes(0, 1), call.number.T, queries
     if query.shape[1] == 1:
         return one(jax.tree.map(lambda x: x[0], args)), kv
-    return jax.lax.map(one, args)[:, :, 0].swapaxes(0, 1), kv
+    whole = kind.keeps_whole(call.number[:, -1]).all()
+    return jax.lax.cond(whole, together, lambda: jax.lax.map(one, args)[:, :, 0].swapaxes(0, 1)), kv
+
+
+def _restored(found: KV, name: str, dtype: Any) -> jax.Array:
+    """Keys or values [B, S', K, C] in `dtype`, of those in the cache."""
+    return quantised.restore(found[name], found.get(f"{name}_scale"), dtype).swapaxes(1, 2)
 
 
 def _mask_of(view: View, own: Streams, mask: Mask) -> Mask:

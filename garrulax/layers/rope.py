@@ -276,8 +276,8 @@ class Rotary:
         return self.rotate(x, self.cosine, self.sine)
 
     def at(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        """Queries or keys [B, S, H, C], rotated by positions [B, S] in the cache; negative ones count as 0."""
-        place = jnp.maximum(positions, 0)
+        """Queries or keys [B, S, H, C], rotated by positions [B, S] in the cache. Others are those of keys not read."""
+        place = jnp.clip(positions, 0, self.cosine.shape[1] - 1)
         cosine, sine = (
             t[0][place] if len(t) == 1 else jnp.take_along_axis(t, place[:, :, None, None], axis=1)
             for t in (self.cosine, self.sine)

@@ -16,9 +16,10 @@ from garrulax import models
 from garrulax.core import half
 from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
-from garrulax.kernels.mask import PAD, Mask
+from garrulax.kernels.mask import PAD
 from garrulax.layers.cache import KV, Cache
 from garrulax.layers.cache_kinds import FULL, Kind
+from garrulax.sampling.contexts import cache_context
 from garrulax.sampling.transforms import Knobs, Transform
 
 
@@ -199,7 +200,8 @@ def _read(
     cached = cache.used + jnp.sum(requests.segment != PAD, axis=1, dtype=jnp.int32)
     planned = cached + 1 + requests.limit[:rows]
     planned = planned if cache.kind.room is None else jnp.minimum(planned, cache.kind.room)
-    cache = _cache_context(params, requests, dataclasses.replace(cache, planned=planned), config)
+    streams = requests.segment, requests.rank, requests.positions
+    cache = cache_context(params, dataclasses.replace(cache, planned=planned), requests.context, *streams, config)
     cache = dataclasses.replace(cache, used=cached)
     reserved = {name: getattr(requests, name) for name in ("ends", "limit", "unconditional")}
     # States of transforms have one shape for prompts of all lengths, so that they fit into one batch.
@@ -222,31 +224,6 @@ def _read(
             {**requests.knobs, **reserved, "prompt": prompt, "vocab": config.vocab, "size": size}
         ),
     )
-
-
-def _cache_context(params: Tree, requests: Requests, cache: Cache, config: ModelConfig) -> Cache:
-    """The cache after the model has read the contexts, at once or in passes as long as the kind of the cache allows."""
-
-    def read(cache: Cache, context: Any, segment: Any, rank: Any, positions: Any) -> Cache:
-        mask = Mask({"rank": rank, "segment": segment})
-        return cache_tokens(params, cache, context, positions, config, mask)
-
-    given = requests.context, requests.segment, requests.rank, requests.positions
-    P, most = requests.context.shape[1], cache.kind.longest_pass
-    if most is None or most >= P:
-        return read(cache, *given)
-    arrays = [
-        jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -P % most)], constant_values=fill)
-        for x, fill in zip(given, (0, PAD, 0, 0), strict=True)
-    ]
-
-    def one(i: jax.Array, cache: Cache) -> Cache:
-        parts = [jax.lax.dynamic_slice_in_dim(x, i * most, most, axis=x.ndim - 1) for x in arrays]
-        used = cache.used + jnp.sum(parts[1] != PAD, axis=1, dtype=jnp.int32)
-        return dataclasses.replace(read(cache, *parts), used=used)
-
-    longest = jnp.max(jnp.sum(requests.segment != PAD, axis=1, dtype=jnp.int32))
-    return jax.lax.fori_loop(jnp.int32(0), -(-longest // most), one, cache)
 
 
 def insert(state: State, prefix: State, rows: jax.Array | np.ndarray | int) -> State:
@@ -433,13 +410,3 @@ def evict(state: State, rows: jax.Array) -> State:
     cache = dataclasses.replace(state.cache, used=jnp.where(rows, 0, state.cache.used))
     limit = jnp.where(rows, 0, state.limit)
     return dataclasses.replace(state, cache=cache, limit=limit, done=state.done | rows)
-
-
-def cache_tokens(
-    params: Tree, cache: Cache, tokens: jax.Array, positions: jax.Array, config: ModelConfig, mask: Mask | None = None
-) -> Cache:
-    """Returns the cache after the model has read tokens [B, T]. Arguments as in `garrulax.forward`.
-
-    Under jit the logits are not computed, since nothing uses them.
-    """
-    return cast(Cache, models.forward(params, tokens, config, positions=positions, mask=mask, cache=cache)[1])

@@ -130,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
         "--stop", action="append", default=[], metavar="TEXT", help="stop before this text; may be given several times"
     )
     _add_constraints(generate)
+    _add_cache(generate)
     generate.add_argument(
         "--chat", action="store_true", help="send the text as a message to a chat model, and show its answer"
     )
@@ -145,6 +146,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_model(chat)
     chat.add_argument("--system", metavar="TEXT", help="the system prompt")
+    _add_cache(chat)
+    chat.add_argument(
+        "--stream",
+        action="store_true",
+        help="a conversation without an end: the first tokens and as many of the last as the context has are kept",
+    )
     _add_sampling(chat, "as many tokens as fit into the model's context, up to 512")
 
     info = commands.add_parser(
@@ -247,7 +254,7 @@ def _add_sampling(command: argparse.ArgumentParser, most: str) -> None:
         help="sample from the likeliest tokens that together have probability P (0.95)",
     )
     command.add_argument("--seed", type=int, default=0, metavar="S", help="the same seed gives the same text (0)")
-    _add_cache(command)
+    _add_programs(command)
 
 
 def _add_constraints(command: argparse.ArgumentParser) -> None:
@@ -285,9 +292,21 @@ def _add_constraints(command: argparse.ArgumentParser) -> None:
 
 
 def _add_cache(command: argparse.ArgumentParser) -> None:
+    """What is kept of the text; `cli.caches` reads it."""
+    command.add_argument(
+        "--cache",
+        default="full",
+        metavar="KIND",
+        help="what is kept of the text: full, window=N, sinks=FIRST,N, blocks, or "
+        "blocks=SIZE,TOP,FIRST,LOCAL,REPRESENTATIVES (full)",
+    )
+    command.add_argument("--kv", choices=("int8",), help="keep keys and values in 8 bits, which takes less memory")
+
+
+def _add_programs(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--no-cache",
-        dest="cache",
+        dest="programs",
         action="store_false",
         help="do not keep compiled programs for the next time (by default in the user's cache folder, up to 2 GB)",
     )

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import garrulax as gx
+from garrulax.cli.caches import cache_of
 from garrulax.cli.models import find_model
 from garrulax.cli.programs import keep_programs
 from garrulax.cli.waiting import waiting
@@ -18,7 +19,7 @@ SAMPLED = (0.8, 0, 0.95)  # the defaults of --temperature, --top-k and --top-p
 
 def generate(args: argparse.Namespace) -> None:
     """Continues a text, or answers it with `--chat`."""
-    keep_programs(args.cache)
+    keep_programs(args.programs)
     try:
         _generate(args)
     finally:
@@ -37,6 +38,7 @@ def _generate(args: argparse.Namespace) -> None:
     def begin(model: gx.Model) -> None:
         nonlocal prompt
         prompt = _conversation(model, text) if args.chat else text
+        options["cache"] = cache_of(args, model.config)
         if args.beams is None:
             compile_ahead(model, prompt, **options)
 
@@ -90,7 +92,7 @@ def _speculation(way: str, ignore: list[str]) -> Speculation:
 
 def fill(args: argparse.Namespace) -> None:
     """Fills the blanks of a text."""
-    keep_programs(args.cache)
+    keep_programs(args.programs)
     with waiting("reading the model"):
         model = gx.load(find_model(args.model), ignore=args.ignore)
     for piece in gx.fill_stream(model, _text(args), **_options(args)):

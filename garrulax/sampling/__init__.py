@@ -1,6 +1,7 @@
 """Layer 4: text from a model. Logit transforms, the decoding state, `generate`, `stream`, `fill` and `fill_stream`."""
 
 from garrulax.sampling.buckets import Buckets
+from garrulax.sampling.caches import blocks, sinks, window
 from garrulax.sampling.constrain import regex_transform
 from garrulax.sampling.decoder import Decoder, compile
 from garrulax.sampling.detect import Detection, detect_watermark
@@ -64,6 +65,7 @@ __all__ = [
     "beam",
     "begin_suppress_tokens",
     "best_of",
+    "blocks",
     "chain",
     "compile",
     "compile_ahead",
@@ -92,6 +94,7 @@ __all__ = [
     "regex_transform",
     "repetition_penalty",
     "sequence_bias",
+    "sinks",
     "standard_chain",
     "stream",
     "suppress_tokens",
@@ -102,4 +105,5 @@ __all__ = [
     "typical_p",
     "watermark",
     "watermarking",
+    "window",
 ]

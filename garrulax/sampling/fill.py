@@ -250,6 +250,8 @@ def _fill(
     order: str = "text",
 ) -> Pieces[list[Filled]]:
     """Checks the arguments at once; returns a generator that fills, `every` steps at a time (None: all at once)."""
+    if "cache" in knobs:
+        raise ValueError("fill keeps the whole text: leave cache out")
     weights, config, tokenizer = prepare_model(model)
     blanks = blanks_of(config)
     stops = StopStrings(stop, tokenizer)

@@ -4,8 +4,10 @@ import dataclasses
 from collections.abc import Generator, Sequence
 from typing import Any
 
+from garrulax.layers.cache_kinds import Kind
 from garrulax.models.unpack import ModelLike, TokenizerLike
 from garrulax.sampling.buckets import ONE_ROW, POWERS_OF_TWO
+from garrulax.sampling.caches import choose_kind, kind_for
 from garrulax.sampling.constrain import Constraint, Matcher
 from garrulax.sampling.constrained import decode_constrained, matchers_of
 from garrulax.sampling.decoder import Decoder
@@ -56,6 +58,7 @@ def generate(
     transform: Transform | None = None,
     search: Search | None = None,
     speculate: Speculation | None = None,
+    cache: str | Kind = "full",
     **knobs: Any,
 ) -> Completion | list[Completion] | list[list[Completion]]:
     """Continues texts.
@@ -106,6 +109,9 @@ def generate(
         speculate: How to guess several next tokens, which the model then reads in one pass: `gx.prompt_lookup` or
             `gx.draft`; docs/speculation.md shows them. The completions are those without it, and come sooner where
             many guesses are right. In a completion, `passes` is the number of passes.
+        cache: What is kept of the text: "full" is all, "int8" all with keys and values in 8 bits, `gx.window(n)` the
+            last n tokens, `gx.sinks(4, n)` and `gx.blocks()` what lets a text go on beyond the model's context;
+            docs/caches.md shows them. Models with a window keep no more than that in any case.
         **knobs: Further sampling parameters, such as min_p, repetition_penalty or no_repeat_ngram_size; see
             `sampling.transforms`, and docs/sampling.md.
 
@@ -146,6 +152,7 @@ def generate(
         transform=transform,
         search=search,
         speculate=speculate,
+        cache=cache,
         **knobs,
     )
     found = exhaust(plan.run())
@@ -169,6 +176,7 @@ def stream(
     transform: Transform | None = None,
     speculate: Speculation | None = None,
     every: int = 4,
+    cache: str | Kind = "full",
     **knobs: Any,
 ) -> Generator[str, None, Completion]:
     """Continues one text and yields it piece by piece. The pieces together are the text of `generate`.
@@ -190,6 +198,7 @@ def stream(
         transform: Transform of the logits.
         speculate: How to guess several next tokens.
         every: Number of tokens between two pieces; with `speculate` of passes.
+        cache: What is kept of the text; see `generate`.
         **knobs: Further sampling parameters.
 
     Returns:
@@ -230,6 +239,7 @@ def stream(
         transform=transform,
         speculate=speculate,
         every=every,
+        cache=cache,
         **knobs,
     )
     return _only_one(first_row(plan.run()))
@@ -345,6 +355,7 @@ def make_plan(
     search: Search | None = None,
     speculate: Speculation | None = None,
     prepared: Prepared | None = None,
+    cache: str | Kind = "full",
     **knobs: Any,
 ) -> Plan:
     """Checks the arguments of `generate`.
@@ -361,16 +372,18 @@ def make_plan(
         search: The search.
         speculate: What guesses tokens.
         prepared: What `prepare_model` has made of the model; None makes it.
+        cache: What is kept of the text.
         **knobs: Sampling parameters.
     """
     weights, config, tokenizer = prepared or prepare_model(model)
+    kind = kind_for(cache, config)
     stops = StopStrings(stop, tokenizer)
     ends = ends_of(model, config, tokenizer, end_tokens)
     knobs = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0, **knobs}
     transform = without_padding(chain_for(transform, knobs), config, tokenizer, ends)
     values = knobs_per_prompt(len(prompts), vocab=config.vocab, max_new_tokens=max_new_tokens, **knobs)
     encoded = [
-        encode_prompt(prompt, limit, config, tokenizer, f"prompt {i}")
+        encode_prompt(prompt, limit, config, tokenizer, f"prompt {i}", kind.room is not None)
         for i, (prompt, limit) in enumerate(zip(prompts, values["max_new_tokens"], strict=True))
     ]
     values["max_new_tokens"] = [prompt.limit for prompt in encoded]
@@ -380,7 +393,8 @@ def make_plan(
     if isinstance(search, BestOf):
         encoded, values = copied(search, encoded, values)
     limits = values["max_new_tokens"]
-    rows, encoded, values = with_partners(encoded, values, negative_prompts, copies, config, tokenizer)
+    endless = kind.room is not None
+    rows, encoded, values = with_partners(encoded, values, negative_prompts, copies, config, tokenizer, endless)
     requests = assemble(encoded, values, config, ends, transform)
     writers = {row: Writer(tokenizer, limit, ends, stops) for row, limit in zip(rows, limits, strict=True)}
     followed = zip(rows, matchers_of(constrain, limits, copies, config, tokenizer, ends), strict=True)
@@ -391,8 +405,11 @@ def make_plan(
         raise ValueError("guidance_scale does not go with gx.contrastive: use gx.beam or gx.best_of")
     if matchers and isinstance(search, ContrastiveSearch):
         raise ValueError("constrain does not go with gx.contrastive: use gx.beam or gx.best_of")
-    decoder = Decoder(config, transform, POWERS_OF_TWO if speculate is None else ONE_ROW)
-    size, every = size_of(requests, decoder.buckets), every or (STOP_CHECK_STEPS if stop else max(limits))
+    buckets = POWERS_OF_TWO if speculate is None else ONE_ROW
+    size, every = size_of(requests, buckets), every or (STOP_CHECK_STEPS if stop else max(limits))
+    compared = search is not None and not isinstance(search, BestOf)
+    full_only = "search" if compared else "speculate" if speculate is not None else None
+    decoder = Decoder(config, transform, buckets, choose_kind(kind, config, size, full_only))
     speculation = None
     if speculate is not None:
         check_speculation(speculate, search, len(encoded) > len(rows))

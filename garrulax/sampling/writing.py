@@ -182,7 +182,8 @@ def stepper(decoder: Decoder, params: Tree, every: int, size: int) -> Callable[[
         state = with_free_slots(state, 1, size)
         if state.cache.size not in programs:
             programs[state.cache.size] = decoder.program(params, state)
-        return programs[state.cache.size](params, state, np.int32(every))
+        # The state has the last tokens only: as many as it has columns.
+        return programs[state.cache.size](params, state, np.int32(min(every, state.tokens.shape[1])))
 
     return step
 
@@ -197,7 +198,7 @@ def push_new_tokens(state: State, writers: Mapping[int, Writer]) -> list[str]:
     tokens, logprobs, generated = jax.device_get((state.tokens, state.logprobs, state.generated))
     pieces = []
     for row, writer in writers.items():
-        new = slice(len(writer.tokens), generated[row])
+        new = np.arange(len(writer.tokens), generated[row]) % tokens.shape[1]
         if np.isneginf(logprobs[row, new]).any():
             raise ValueError("the transforms and constraints leave no token that may be sampled: loosen them")
         if not np.isfinite(logprobs[row, new]).all():
@@ -219,8 +220,11 @@ def end_stopped(state: State, writers: Mapping[int, Writer]) -> State:
 def with_free_slots(state: State, count: int, size: int) -> State:
     """The state with at least `count` free slots in each row, unless a row has `size` slots already.
 
-    Beyond `size` it grows only for slots that are written and never used: those of tokens that pad a pass.
+    Beyond `size` it grows only for slots that are written and never used: those of tokens that pad a pass. A ring has
+    free slots always.
     """
+    if state.cache.kind.ring:
+        return state
     if count == 1 and state.cache.size >= size:  # the usual case; `used` would have to be read from the device
         return state
     needed = int(state.cache.used.max()) + count

@@ -23,12 +23,15 @@ _HOME = {
     "unstack": "garrulax.models",
     "cache_for": "garrulax.models",
     "glitch_tokens": "garrulax.models.glitch",
+    "MedusaHeads": "garrulax.models.medusa",
     "make_mesh": "garrulax.core.sharding",
     "Mask": "garrulax.kernels.mask",
     "load": "garrulax.hub",
     "load_config": "garrulax.hub",
     "save": "garrulax.hub",
     "Model": "garrulax.hub",
+    "load_medusa": "garrulax.hub",
+    "save_medusa": "garrulax.hub",
     "generate": "garrulax.sampling",
     "stream": "garrulax.sampling",
     "fill": "garrulax.sampling",
@@ -52,6 +55,8 @@ _HOME = {
     "Perplexity": "garrulax.evaluate",
     "choose": "garrulax.evaluate",
     "Choice": "garrulax.evaluate",
+    "train_medusa": "garrulax.train.train_medusa",
+    "medusa_accuracy": "garrulax.train.train_medusa",
 }
 
 __all__ = ["__version__", *_HOME]

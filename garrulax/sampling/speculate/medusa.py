@@ -1,0 +1,161 @@
+"""Speculation with Medusa heads: they guess from the hidden state of the last token that the model has read.
+
+Source: Cai et al. 2024, arXiv 2401.10774. Letters: see `interface`; k heads.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from garrulax.core.config import ModelConfig
+from garrulax.models import medusa as heads_
+from garrulax.models.medusa import MedusaHeads
+from garrulax.sampling.requests import Weights
+from garrulax.sampling.speculate.accept import exact
+from garrulax.sampling.speculate.interface import Accept, Bound, Outcome, Proposal, Proposer, Speculation, check_parents
+from garrulax.sampling.speculate.medusa_trees import PATHS_63, DraftTree, Path, best_paths, tree_of
+from garrulax.sampling.speculate.typical import EPSILON, typical
+from garrulax.sampling.state import Requests, State
+from garrulax.sampling.transforms import Transform
+
+ACCEPT = ("exact", "typical")
+#: Drafts of the default tree. On a CPU a pass over more tokens takes longer, on other devices hardly.
+CPU_DRAFTS, DRAFTS = 7, 63
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Medusa(Speculation):
+    """The argument `speculate` that `medusa` makes.
+
+    Attributes:
+        heads: The heads.
+        tree: The drafts.
+        accept: How they are accepted.
+        chosen: Whether the tree was listed by the caller.
+    """
+
+    heads: MedusaHeads
+    tree: DraftTree
+    accept: Accept
+    chosen: bool
+
+    def bind(self, weights: Weights, config: ModelConfig, transform: Transform, requests: Requests, size: int) -> Bound:
+        """See `Speculation.bind`."""
+        heads_.check_heads(self.heads, config)
+        most = int(np.max(np.asarray(requests.limit), initial=0))
+        if self.chosen and self.tree.depth >= most > 0:
+            raise ValueError(
+                f"a tree of {self.tree.depth} tokens in depth is deeper than the room left, max_new_tokens={most}: "
+                "list shorter paths, or leave the tree out"
+            )
+        own = {"heads": self.heads.params} | ({} if self.heads.tokens is None else {"tokens": self.heads.tokens})
+        dtype = jax.tree.leaves(weights.step["blocks"])[0].dtype
+        dtype = jnp.bfloat16 if dtype == jnp.uint16 else dtype
+
+        def begin(state: State) -> dict[str, jax.Array]:
+            rows = len(state.done)
+            return {"hidden": jnp.zeros((rows, config.width), dtype), "known": jnp.zeros((rows,), bool)}
+
+        return Bound(_proposer(self.tree, self.heads.config, self.accept), own, begin)
+
+
+def medusa(
+    heads: MedusaHeads,
+    *,
+    tree: int | Sequence[Sequence[int]] | None = None,
+    accept: str = "exact",
+    epsilon: float = EPSILON,
+    delta: float | None = None,
+) -> Medusa:
+    """Speculation with Medusa heads (Cai et al. 2024): no second model is needed, but heads that were trained for this one.
+
+    With accept="exact" the completion is that without speculation, greedy or sampled. With "typical" it is another, and
+    not a sample of the model's distribution: a draft is accepted if its probability p, after all transforms, is greater
+    than min(epsilon, delta * exp(-H)), where H is the entropy of the distribution. Of the drafts accepted the longest
+    path is taken, of several equally long ones the most probable. Greedy texts are the same with both.
+
+    Args:
+        heads: From `gx.train_medusa` or `gx.load_medusa`.
+        tree: The drafts: how many, or a list of paths. The path (0, 1) is the likeliest token of the first head and
+            after it the second likeliest of the second head. A number takes the best paths for what is known about the
+            heads' accuracy, else those of the paper. None is 7 drafts on CPUs and 63 on other devices.
+        accept: "exact" or "typical".
+        epsilon: With "typical", the probability that is always enough.
+        delta: With "typical", the factor of exp(-H); None is the square root of epsilon.
+
+    Raises:
+        TypeError: `heads` are something else.
+        ValueError: The tree is deeper than there are heads or no tree, or another argument is out of range.
+
+    Example:
+        >>> import jax, garrulax as gx
+        >>> from garrulax.models import medusa
+        >>> config = gx.preset("gpt2-tiny", layers=1, width=32, heads=2, vocab=257, eos=None)
+        >>> model = gx.init(config, jax.random.key(0)), config
+        >>> heads = medusa.init(model, heads=2)  # untrained
+        >>> one = gx.generate(model, [5, 17, 3], max_new_tokens=12, temperature=0, speculate=gx.medusa(heads, tree=3))
+        >>> one.tokens == gx.generate(model, [5, 17, 3], max_new_tokens=12, temperature=0).tokens
+        True
+    """
+    if not isinstance(heads, MedusaHeads):
+        raise TypeError(f"heads are what gx.train_medusa or gx.load_medusa returns, not {type(heads).__name__}")
+    if accept not in ACCEPT:
+        raise ValueError(f"accept={accept!r}: choose from {', '.join(ACCEPT)}")
+    delta = float(epsilon) ** 0.5 if delta is None else delta
+    for name, value in (("epsilon", epsilon), ("delta", delta)):
+        if not 0 < value <= 1:
+            raise ValueError(f"{name}={value} must be above 0 and at most 1")
+    listed = not (tree is None or isinstance(tree, int))
+    found = tree_of(tree if listed else _paths(heads, tree))  # type: ignore[arg-type]
+    check_parents(found.parents)
+    c = heads.config
+    if found.depth > c.heads:
+        raise ValueError(f"a tree of {found.depth} tokens in depth needs as many heads, and there are {c.heads}")
+    if max(found.rank) >= (c.choices or c.vocab):
+        raise ValueError(f"a tree with rank {max(found.rank)} needs heads that choose from more tokens")
+    rule = exact if accept == "exact" else typical(float(epsilon), float(delta))
+    return Medusa(heads, found, rule, listed)
+
+
+def _paths(heads: MedusaHeads, drafts: int | None) -> list[Path]:
+    """The best paths for heads."""
+    if drafts is not None and drafts < 1:
+        raise ValueError(f"tree={drafts} must be at least 1 draft, or a list of paths")
+    wanted = drafts or (CPU_DRAFTS if jax.default_backend() == "cpu" else DRAFTS)
+    if heads.accuracy is not None:
+        possible = sum(heads.accuracy.shape[1] ** (i + 1) for i in range(heads.config.heads))
+        return best_paths(heads.accuracy, wanted if drafts else min(wanted, possible))
+    ranks = heads.config.choices or heads.config.vocab
+    known = [path for path in PATHS_63 if len(path) <= heads.config.heads and max(path) < ranks]
+    if drafts is not None and drafts > len(known):
+        raise ValueError(f"tree={drafts}: {len(known)} paths are known for {heads.config.heads} heads; list your own")
+    return known[:wanted]
+
+
+@functools.cache  # jit compares proposers by identity
+def _proposer(tree: DraftTree, c: heads_.Config, accept: Accept) -> Proposer:
+    def propose(own: Any, memory: dict[str, jax.Array], state: State) -> tuple[Proposal, dict[str, jax.Array]]:
+        found = heads_.logits(own["heads"], memory["hidden"][:, None], c)
+        guesses = [likeliest(found[i][:, 0], tree.guesses(i)) for i in range(tree.depth)]  # [B, r] each
+        columns = zip(tree.head, tree.rank, strict=True)
+        tokens = jnp.stack([guesses[head][:, rank] for head, rank in columns], axis=1)  # [B, N]
+        tokens = own["tokens"][tokens] if "tokens" in own else tokens
+        known = memory["known"]
+        return Proposal(tokens, jnp.broadcast_to(known[:, None], tokens.shape), known), memory
+
+    def observe(own: Any, memory: dict[str, jax.Array], outcome: Outcome) -> dict[str, jax.Array]:
+        active = ~outcome.before.done
+        hidden = jnp.where(active[:, None], outcome.hidden.astype(memory["hidden"].dtype), memory["hidden"])
+        return {"hidden": hidden, "known": memory["known"] | active}
+
+    return Proposer(tree.parents, propose, observe, accept, always=True)
+
+
+def likeliest(logits: jax.Array, count: int) -> jax.Array:
+    """The indices of the `count` greatest entries of each row of [B, N], greatest first: int32 [B, count]."""
+    return jax.lax.top_k(logits, count)[1].astype(jnp.int32)

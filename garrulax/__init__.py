@@ -41,6 +41,7 @@ _HOME = {
     "diverse_beam": "garrulax.sampling",
     "contrastive": "garrulax.sampling",
     "best_of": "garrulax.sampling",
+    "prompt_lookup": "garrulax.sampling",
     "Completion": "garrulax.sampling",
     "Constraint": "garrulax.sampling.constrain",
     "json_schema": "garrulax.sampling.constrain",

@@ -71,12 +71,13 @@ def mask_and_cache(
     Args:
         tokens: int32 [B, T].
         positions: int32 [B, T], where each token stands in its own text; they become the stream `position`.
-        mask: Who attends to whom; None is causal, continued from the cache.
+        mask: Who attends to whom; None is causal, continued from the cache. With a cache, its streams of keys, if it
+            has any, are those of all slots that the cache does not keep, such as the bits of `masks.tree`.
         cache: The cache, or None.
 
     Raises:
         ValueError: The cache is too small (checked where its fill is known, so not under jit), or the mask has streams
-            of keys although the cache holds them, or lacks streams that the cache keeps.
+            of keys that the cache holds, or lacks streams that the cache keeps.
     """
     if mask is None:
         mask = causal_from(tokens, 0 if cache is None else cache.used[:, None])
@@ -87,8 +88,9 @@ def mask_and_cache(
     count = tokens.shape[1]
     if not isinstance(cache.used, jax.core.Tracer) and (most := int(cache.used.max())) + count > cache.size:
         raise ValueError(f"the cache has {cache.size} slots: {most} used, no room for {count} more")
-    if mask.key is not None:
-        raise ValueError("with a cache, give the mask streams of the new tokens only: the cache holds the keys'")
+    more = {} if mask.key is None else mask.key
+    if held := sorted(more.keys() & cache.streams.keys()):
+        raise ValueError(f"the mask gives streams {held} of the keys, but the cache holds them: leave them out")
     new = as_keys(query)
     missing = sorted(cache.streams.keys() - new.keys())
     if missing:
@@ -98,4 +100,4 @@ def mask_and_cache(
     # The slots behind the new tokens may hold others that the row no longer has.
     behind = jnp.arange(cache.size, dtype=jnp.int32)[None] >= used[:, None]
     streams["segment"] = jnp.where(behind, PAD_KEY, streams["segment"])
-    return Mask(query, streams, mask.rule), dataclasses.replace(cache, streams=streams, used=used)
+    return Mask(query, {**streams, **more}, mask.rule), dataclasses.replace(cache, streams=streams, used=used)

@@ -7,6 +7,7 @@ from garrulax.sampling.fill import Filled, fill, fill_stream
 from garrulax.sampling.generate import compile_ahead, generate, stream
 from garrulax.sampling.search import beam, best_of, contrastive, diverse_beam
 from garrulax.sampling.session import Session
+from garrulax.sampling.speculate import prompt_lookup
 from garrulax.sampling.state import Requests, State
 from garrulax.sampling.transforms import (
     DEFAULT,
@@ -80,6 +81,7 @@ __all__ = [
     "no_repeat_ngram",
     "only",
     "presence_penalty",
+    "prompt_lookup",
     "regex_transform",
     "repetition_penalty",
     "sequence_bias",

@@ -5,6 +5,7 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 from garrulax.models.unpack import ModelLike, TokenizerLike
+from garrulax.sampling.buckets import ONE_ROW, POWERS_OF_TWO
 from garrulax.sampling.constrain import Constraint, Matcher
 from garrulax.sampling.constrained import decode_constrained, matchers_of
 from garrulax.sampling.decoder import Decoder
@@ -24,6 +25,13 @@ from garrulax.sampling.requests import (
 from garrulax.sampling.search import BestOf, ContrastiveSearch, Search, check
 from garrulax.sampling.search.copies import best_samples, copied
 from garrulax.sampling.search.running import searched
+from garrulax.sampling.speculate import (
+    Bound,
+    Speculation,
+    check_speculation,
+    compile_speculation,
+    decode_speculating,
+)
 from garrulax.sampling.start import compile_start, size_of, start
 from garrulax.sampling.state import Requests
 from garrulax.sampling.transforms import Transform
@@ -47,6 +55,7 @@ def generate(
     constrain: Constraint | Sequence[Constraint | None] | None = None,
     transform: Transform | None = None,
     search: Search | None = None,
+    speculate: Speculation | None = None,
     **knobs: Any,
 ) -> Completion | list[Completion] | list[list[Completion]]:
     """Continues texts.
@@ -94,6 +103,9 @@ def generate(
         search: How to look for a good completion in place of sampling one: `gx.beam`, `gx.diverse_beam`,
             `gx.contrastive` or `gx.best_of`; docs/search.md shows them. In a completion, `score` is what it was ranked
             by. Stop strings do not go with beam search, and temperature 0 with none.
+        speculate: How to guess several next tokens, which the model then reads in one pass: `gx.prompt_lookup` or
+            `gx.draft`; docs/speculation.md shows them. The completions are those without it, and come sooner where
+            many guesses are right. In a completion, `passes` is the number of passes.
         **knobs: Further sampling parameters, such as min_p, repetition_penalty or no_repeat_ngram_size; see
             `sampling.transforms`, and docs/sampling.md.
 
@@ -102,7 +114,7 @@ def generate(
         list of Completions, best first.
 
     Raises:
-        TypeError: `search` is something else.
+        TypeError: `search` or `speculate` is something else.
         ValueError: An empty prompt, one that does not fit into the context with max_new_tokens, an id outside the
             vocabulary, a text without a tokenizer, a knob that no transform reads, or a bad argument. The message says
             what to do.
@@ -133,6 +145,7 @@ def generate(
         constrain=constrain,
         transform=transform,
         search=search,
+        speculate=speculate,
         **knobs,
     )
     found = exhaust(plan.run())
@@ -154,6 +167,7 @@ def stream(
     negative_prompts: Prompt | None = None,
     constrain: Constraint | None = None,
     transform: Transform | None = None,
+    speculate: Speculation | None = None,
     every: int = 4,
     **knobs: Any,
 ) -> Generator[str, None, Completion]:
@@ -174,7 +188,8 @@ def stream(
         negative_prompts: The prompt from which guidance moves the text away.
         constrain: What the text must be.
         transform: Transform of the logits.
-        every: Number of tokens between two pieces.
+        speculate: How to guess several next tokens.
+        every: Number of tokens between two pieces; with `speculate` of passes.
         **knobs: Further sampling parameters.
 
     Returns:
@@ -213,6 +228,7 @@ def stream(
         negative_prompts=negative_prompts,
         constrain=constrain,
         transform=transform,
+        speculate=speculate,
         every=every,
         **knobs,
     )
@@ -232,6 +248,7 @@ class Plan:
         size: Greatest number of tokens that a row may get.
         every: Number of steps between two looks at the tokens.
         search: The search; None samples.
+        speculation: What guesses tokens; None does not.
         ends: Tokens that end a text.
         tokenizer: The model's tokenizer, or None.
         stops: Stop strings.
@@ -245,6 +262,7 @@ class Plan:
     size: int
     every: int
     search: Search | None
+    speculation: Bound | None
     ends: Sequence[int]
     tokenizer: TokenizerLike | None
     stops: StopStrings
@@ -268,13 +286,28 @@ class Plan:
                 self.matchers,
             )
         constrained = bool(self.matchers)
-        state = start(decoder, weights, requests, self.size, constrained, steps=not constrained)
-        if constrained:
+        if self.speculation is not None:
+            compile_speculation(decoder, weights, requests, self.size, self.speculation)
+        state = start(decoder, weights, requests, self.size, constrained, steps=self._steps)
+        passes: dict[int, int] = {}
+        if self.speculation is not None:
+            pieces = decode_speculating(
+                decoder, weights.step, state, self.writers, self.every, self.size, self.speculation
+            )
+            passes = yield from pieces
+        elif constrained:
             yield from decode_constrained(decoder, weights.step, state, self.writers, self.matchers, self.size)
         else:
             yield from decode_pieces(decoder, weights.step, state, self.writers, self.every, self.size)
-        completions = [writer.completion() for writer in self.writers.values()]
+        completions = [
+            dataclasses.replace(writer.completion(), passes=passes.get(row)) for row, writer in self.writers.items()
+        ]
         return [[one] for one in completions] if self.search is None else best_samples(self.search, completions)
+
+    @property
+    def _steps(self) -> bool:
+        """Whether ordinary steps are taken."""
+        return not self.matchers and self.speculation is None
 
 
 def _only_one(pieces: Generator[str, None, list[Completion]]) -> Generator[str, None, Completion]:
@@ -296,6 +329,9 @@ def compile_ahead(model: ModelLike, prompt: Prompt, *, max_new_tokens: int | Non
         ValueError: See `generate`.
     """
     plan = make_plan(model, [prompt], max_new_tokens, **arguments)
+    if plan.speculation is not None:
+        compile_speculation(plan.decoder, plan.weights, plan.requests, plan.size, plan.speculation)
+        return
     steps = not plan.matchers and (plan.search is None or isinstance(plan.search, BestOf))
     compile_start(plan.decoder, plan.weights, plan.requests, plan.size, steps)
 
@@ -312,6 +348,7 @@ def make_plan(
     every: int | None = None,
     transform: Transform | None = None,
     search: Search | None = None,
+    speculate: Speculation | None = None,
     prepared: Prepared | None = None,
     **knobs: Any,
 ) -> Plan:
@@ -326,6 +363,8 @@ def make_plan(
         negative_prompts: One, or one a prompt.
         every: Steps between two looks at the tokens; None is as few looks as possible.
         transform: Transform of the logits.
+        search: The search.
+        speculate: What guesses tokens.
         prepared: What `prepare_model` has made of the model; None makes it.
         **knobs: Sampling parameters.
     """
@@ -357,6 +396,10 @@ def make_plan(
         raise ValueError("guidance_scale does not go with gx.contrastive: use gx.beam or gx.best_of")
     if matchers and isinstance(search, ContrastiveSearch):
         raise ValueError("constrain does not go with gx.contrastive: use gx.beam or gx.best_of")
-    decoder = Decoder(config, transform)
+    decoder = Decoder(config, transform, POWERS_OF_TWO if speculate is None else ONE_ROW)
     size, every = size_of(requests, decoder.buckets), every or (STOP_CHECK_STEPS if stop else max(limits))
-    return Plan(decoder, weights, requests, writers, matchers, size, every, search, ends, tokenizer, stops)
+    speculation = None
+    if speculate is not None:
+        check_speculation(speculate, search, matchers, len(encoded) > len(rows))
+        speculation = speculate.bind(weights, config, transform, requests, size)
+    return Plan(decoder, weights, requests, writers, matchers, size, every, search, speculation, ends, tokenizer, stops)

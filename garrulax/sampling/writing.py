@@ -29,6 +29,8 @@ class Completion:
             natural logarithm, float32).
         finish_reason: "eos" (a token that ends texts), "stop" (a stop string) or "length" (max_new_tokens).
         score: What a search ranks it by (`sampling.search`); None without a search.
+        passes: Number of passes of the model that gave these tokens, with `speculate`; None without it. Each gives one
+            token, and as many more as drafts were accepted.
 
     Example:
         >>> import jax, garrulax as gx
@@ -43,6 +45,7 @@ class Completion:
     logprobs: list[float]
     finish_reason: str
     score: float | None = None
+    passes: int | None = None
 
     def __str__(self) -> str:
         return str(self.tokens) if self.text is None else self.text

@@ -1,0 +1,22 @@
+"""Speculation: tokens are guessed, and the model reads several guesses in one pass (docs/speculation.md).
+
+A way of speculation (`Speculation`) gives, for one model and the requests of a call, a `Proposer`: pure functions that
+propose a tree of drafts. `verify` reads them, and `accept` decides which of them are kept.
+"""
+
+from garrulax.sampling.speculate.interface import Bound, Outcome, Proposal, Proposer, Speculation
+from garrulax.sampling.speculate.lookup import PromptLookup, prompt_lookup
+from garrulax.sampling.speculate.running import check_speculation, compile_speculation, decode_speculating
+
+__all__ = [
+    "Bound",
+    "Outcome",
+    "PromptLookup",
+    "Proposal",
+    "Proposer",
+    "Speculation",
+    "check_speculation",
+    "compile_speculation",
+    "decode_speculating",
+    "prompt_lookup",
+]

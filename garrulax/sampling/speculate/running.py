@@ -1,0 +1,102 @@
+"""Speculation from the host: checks, compilation, and the loop over pieces of text."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from garrulax.core.spec import Tree
+from garrulax.sampling import ahead
+from garrulax.sampling.constrain import Matcher
+from garrulax.sampling.decoder import Decoder
+from garrulax.sampling.requests import Weights
+from garrulax.sampling.search import BestOf, Search
+from garrulax.sampling.speculate.interface import Bound, Speculation
+from garrulax.sampling.speculate.loop import Speculating, room, speculate_steps
+from garrulax.sampling.start import compile_start
+from garrulax.sampling.state import Requests, State
+from garrulax.sampling.writing import Pieces, Writer, end_stopped, push_new_tokens, with_free_slots
+
+
+def check_speculation(
+    speculate: Speculation, search: Search | None, matchers: Mapping[int, Matcher], guided: bool
+) -> None:
+    """Raises TypeError for what is no way of speculation, and ValueError for what does not go with it."""
+    if not isinstance(speculate, Speculation):
+        raise TypeError(f"speculate={speculate!r:.60} must be made by gx.prompt_lookup or gx.draft")
+    if search is not None and not isinstance(search, BestOf):
+        raise ValueError("speculate does not go with this search, which compares several tokens: use gx.best_of")
+    if guided:
+        raise ValueError("speculate does not go with guidance_scale: leave one of them out")
+    if matchers:
+        raise ValueError("speculate does not go with constrain: leave one of them out, or use sampling.regex_transform")
+
+
+def begin(state: State, bound: Bound) -> Speculating:
+    """Speculation before the first new token."""
+    return Speculating(state, bound.begin(state), jnp.zeros((len(state.done),), jnp.int32))
+
+
+def compile_speculation(decoder: Decoder, weights: Weights, requests: Requests, size: int, bound: Bound) -> None:
+    """Begins to compile what `start` and the loop need, at once, in other threads.
+
+    Args:
+        decoder: The functions of the model.
+        weights: Its parameters, which may be abstract.
+        requests: One for each row.
+        size: Greatest number of tokens that a row may get.
+        bound: What guesses tokens.
+    """
+    state = compile_start(decoder, weights, requests, size, steps=False)
+    one = jax.eval_shape(lambda state: begin(state, bound), state)
+    ahead.compile_ahead(speculate_steps, weights.step, bound.params, one, np.int32(1), **_static(decoder, bound))
+
+
+def decode_speculating(
+    decoder: Decoder,
+    params: Tree,
+    state: State,
+    writers: Mapping[int, Writer],
+    every: int,
+    size: int,
+    bound: Bound,
+) -> Pieces[dict[int, int]]:
+    """`writing.decode_pieces` with speculation; `every` counts passes.
+
+    Returns:
+        A generator, whose result is the number of passes of each row.
+    """
+    step = _stepper(decoder, params, every, size, bound)
+    one = begin(state, bound)
+    while True:
+        one = step(one)
+        yield push_new_tokens(one.state, writers)
+        if all(writer.reason for writer in writers.values()):
+            passes = np.asarray(one.passes)
+            return {row: int(passes[row]) for row in writers}
+        one = dataclasses.replace(one, state=end_stopped(one.state, writers))
+
+
+def _stepper(
+    decoder: Decoder, params: Tree, every: int, size: int, bound: Bound
+) -> Callable[[Speculating], Speculating]:
+    """A function that makes up to `every` passes, and first makes the cache longer where a row has no room for one."""
+    programs: dict[int, Callable[..., Speculating]] = {}  # by number of slots
+
+    def step(one: Speculating) -> Speculating:
+        state = with_free_slots(one.state, room(bound.proposer), size)
+        if state is not one.state:
+            one = dataclasses.replace(one, state=state, memory=bound.grow(one.memory, state.cache.size))
+        if state.cache.size not in programs:
+            arguments = (params, bound.params, one, np.int32(every))
+            programs[state.cache.size] = ahead.find(speculate_steps, *arguments, **_static(decoder, bound))
+        return programs[state.cache.size](params, bound.params, one, np.int32(every))
+
+    return step
+
+
+def _static(decoder: Decoder, bound: Bound) -> dict[str, Any]:
+    return {"config": decoder.config, "transform": decoder.transform, "proposer": bound.proposer}

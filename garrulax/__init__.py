@@ -42,6 +42,7 @@ _HOME = {
     "contrastive": "garrulax.sampling",
     "best_of": "garrulax.sampling",
     "prompt_lookup": "garrulax.sampling",
+    "medusa": "garrulax.sampling.speculate",
     "Completion": "garrulax.sampling",
     "Constraint": "garrulax.sampling.constrain",
     "json_schema": "garrulax.sampling.constrain",

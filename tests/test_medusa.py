@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import FOLDER, arrays, raw_config, relative_error, tensors
+from oracle import arrays, raw_config, relative_error, tensors
 from safetensors.numpy import load_file, save_file
 
 import garrulax as gx
@@ -59,7 +59,8 @@ def test_logits_of_the_heads_equal_the_reference(heads, tmp_path):
     assert {f"medusa_head.{name}" for name in stored} == {name for name in theirs if name.startswith("medusa_head.")}
     assert all(np.array_equal(x, theirs[f"medusa_head.{name}"]) for name, x in stored.items())
     again = gx.load_medusa(tmp_path / "saved", model())
-    assert again.config == heads.config and again.config.base == "tiny"
+    assert again.config == heads.config
+    assert again.config.base == "tiny"
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, again.params, heads.params)))
 
 
@@ -68,14 +69,14 @@ def test_trees_have_the_buffers_of_the_reference():
     choices = raw_config("medusa")["choices"]
     assert [list(path) for path in medusa_trees.PATHS_63] == choices
     tree = medusa_trees.tree_of(choices)
-    np.testing.assert_array_equal(tree.depth, Z["buf_medusa_position_ids"])
-    indices = [0] + [1 + 10 * (d - 1) + r for d, r in zip(tree.depth[1:], tree.rank[1:], strict=True)]
+    np.testing.assert_array_equal([0, *(i + 1 for i in tree.head)], Z["buf_medusa_position_ids"])
+    indices = [0, *(1 + 10 * i + r for i, r in zip(tree.head, tree.rank, strict=True))]
     np.testing.assert_array_equal(indices, Z["buf_tree_indices"])
     mask = np.eye(64)
-    for node, parent in enumerate(tree.parents[1:], 1):
-        mask[node] += mask[parent]
+    for draft, parent in enumerate(tree.parents):
+        mask[draft + 1] += mask[parent + 1]
     np.testing.assert_array_equal(mask, Z["buf_medusa_attn_mask"][0, 0])
-    leaves = sorted(set(range(64)) - set(tree.parents))
+    leaves = sorted(set(range(1, 64)) - {parent + 1 for parent in tree.parents})
     ours = {tuple(np.flatnonzero(mask[leaf])) for leaf in leaves}
     theirs = {tuple(int(i) for i in path if i >= 0) for path in Z["buf_retrieve_indices"]}
     assert ours == theirs
@@ -93,7 +94,8 @@ def test_loss_of_the_heads_is_the_formula_and_its_labels_stay_in_their_text():
         start = medusa.init(model, 3, 2, chosen)
         params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(1), p.shape), start.params)
         loss = heads_objective(start.config, start.tokens)
-        found, metrics = loss(params, {**batch, "hidden": jnp.asarray(x, jnp.float32)}, config)
+        whole_batch = {**batch, "hidden": jnp.asarray(x, jnp.float32)}
+        found, metrics = jax.jit(lambda p, b, loss=loss: loss(p, b, config))(params, whole_batch)
         whole = np.concatenate(texts)
         owner = np.repeat(np.arange(3), [len(text) for text in texts])
         total = 0.0

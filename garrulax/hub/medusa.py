@@ -2,9 +2,9 @@
 
 config.json has medusa_num_heads, medusa_num_layers and base_model_name_or_path. The file medusa_lm_head.safetensors has
 `{i}.{n}.linear.weight` and `.bias` for residual block n of head i, and `{i}.{layers}.weight` for its output matrix.
-Checkpoints of model and heads together have the same names behind `medusa_head.`, and are read too. For heads that choose
-from some tokens only, config.json lists the ids of these under medusa_tokens. This key and medusa_accuracy, how often
-each guess of each head was right, are our own.
+Checkpoints of model and heads together have the same names behind `medusa_head.`, and are read too. For heads that
+choose from some tokens only, config.json lists the ids of these under medusa_tokens. This key and medusa_accuracy, how
+often each guess of each head was right, are our own.
 """
 
 import json

@@ -7,8 +7,8 @@ Head i reads the hidden state of token t after the model's last norm, x [D]. The
 it, head i (counted from 0) token t + i + 2. A head is n residual blocks x + silu(W x + b) and an output matrix [N, D].
 
 In the paper N = V. In a small model with a large vocabulary such heads would cost as much as the model. Heads can
-therefore choose from a list of frequent tokens only, as EAGLE-3 does (Li et al. 2025, arXiv 2503.01840, section 3): what
-they guess is verified anyway.
+therefore choose from a list of frequent tokens only, as in FR-Spec (Zhao et al. 2025, arXiv 2502.14856): their guesses
+are verified anyway.
 """
 
 import dataclasses

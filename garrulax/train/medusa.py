@@ -106,13 +106,15 @@ def heads_loss(
         place: From `places`.
         decay: See `heads_objective`.
     """
-    total, counts = jnp.zeros((), at_least_float32(x.dtype)), []
+    total = jnp.zeros((), at_least_float32(x.dtype))
+    counts: list[jax.Array] = []
     for i, (found, (targets, weights)) in enumerate(zip(medusa.logits(params, x, c), labels(batch, c), strict=True)):
         if place is not None:
             targets = jnp.asarray(place)[targets]
             weights = weights * (targets >= 0).astype(weights.dtype)
         mean, count = _mean(negative_log_likelihood(found, targets), weights)
-        total, counts = total + jnp.asarray(decay ** (i + 1), mean.dtype) * mean, [*counts, count]
+        total = total + jnp.asarray(decay ** (i + 1), mean.dtype) * mean
+        counts.append(count)
     return total, {"tokens": counts[0]}
 
 

@@ -113,7 +113,7 @@ def train_medusa(
     held_out = np.arange(len(rows.windows)) % round(1 / HELD_OUT) == round(1 / HELD_OUT) - 1
     train, valid = np.flatnonzero(~held_out), np.flatnonzero(held_out)
     if isinstance(heads, int):
-        frequent = None if choices is None else most_frequent(rows.windows[train], choices, config.vocab)
+        frequent = None if choices is None else most_frequent(rows.windows[train], choices, config.vocab).tolist()
         heads = medusa.init(model, heads, layers, frequent)
     medusa.check_heads(heads, config)
     if rows.windows.shape[1] < heads.config.heads + 2:

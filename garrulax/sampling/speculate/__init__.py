@@ -6,10 +6,12 @@ propose a tree of drafts. `verify` reads them, and `accept` decides which of the
 
 from garrulax.sampling.speculate.interface import Bound, Outcome, Proposal, Proposer, Speculation
 from garrulax.sampling.speculate.lookup import PromptLookup, prompt_lookup
+from garrulax.sampling.speculate.medusa import Medusa, medusa
 from garrulax.sampling.speculate.running import check_speculation, compile_speculation, decode_speculating
 
 __all__ = [
     "Bound",
+    "Medusa",
     "Outcome",
     "PromptLookup",
     "Proposal",
@@ -18,5 +20,6 @@ __all__ = [
     "check_speculation",
     "compile_speculation",
     "decode_speculating",
+    "medusa",
     "prompt_lookup",
 ]

@@ -72,7 +72,7 @@ def medusa(
     epsilon: float = EPSILON,
     delta: float | None = None,
 ) -> Medusa:
-    """Speculation with Medusa heads (Cai et al. 2024): no second model is needed, but heads that were trained for this one.
+    """Speculation with Medusa heads (Cai et al. 2024): no second model is needed, but heads trained for the model.
 
     With accept="exact" the completion is that without speculation, greedy or sampled. With "typical" it is another, and
     not a sample of the model's distribution: a draft is accepted if its probability p, after all transforms, is greater

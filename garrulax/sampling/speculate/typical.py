@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +35,8 @@ def threshold(logits: jax.Array, epsilon: float, delta: float) -> jax.Array:
 def typical(epsilon: float, delta: float) -> Accept:
     """Accepts drafts that are typical of the model's distribution after all transforms.
 
-    Of the paths of accepted drafts the longest is taken, of equally long ones the most probable. After it one more token
-    is sampled as always.
+    Of the paths of accepted drafts the longest is taken, of equally long ones the most probable. After it one more
+    token is sampled as always.
 
     Args:
         epsilon: See `threshold`.
@@ -104,8 +105,7 @@ def _best(
             good.append(good[up[node]] & enough)
             score.append(score[up[node]] + own)
         if following:
-            before = jax.tree.map(lambda x: _flat(x.reshape(rows, len(level), *x.shape[1:])[:, place]), seen)
-            before = transform.observe(_flat(drafts), before)
+            before = transform.observe(_flat(drafts), _of_parents(seen, place, rows))
         level = following
     lengths = jnp.where(jnp.stack(good, 1), jnp.asarray(depth, jnp.int32)[None], -1)  # [B, T]
     length = lengths.max(axis=1)
@@ -113,6 +113,11 @@ def _best(
     end = jnp.argmax(scores, axis=1).astype(jnp.int32)  # [B]
     ways = jnp.asarray([_way(node, parents, max(depth) + 1) for node in range(len(up))], jnp.int32)  # [T, G]
     return ways[end], length
+
+
+def _of_parents(states: Any, place: jax.Array, rows: int) -> Any:
+    """States of a transform [B * n, ...]: those of the nodes `place` of a level."""
+    return jax.tree.map(lambda x: _flat(x.reshape(rows, -1, *x.shape[1:])[:, place]), states)
 
 
 def _flat(x: jax.Array) -> jax.Array:

@@ -8,8 +8,8 @@ RUN is a byte-level model trained in this repository:
     garrulax train gpt2-tiny tokenizer=bytes window=128 batch=6 steps=1100 --run runs/bytes
 
 MODEL is a model that answers messages, such as SmolLM2-135M-Instruct. The heads are trained on texts that the model
-itself continues from beginnings of three kinds, and measured on other beginnings. FOLDER keeps the heads and the texts: a
-second call with it only measures. Plain decoding and Medusa run in turns, after a first call that compiles; the times
+itself continues from beginnings of three kinds, and measured on other beginnings. FOLDER keeps the heads and the texts:
+a second call with it only measures. Plain decoding and Medusa run in turns, after a first call that compiles; the times
 are medians. All texts are compared: they must be equal token for token.
 """
 

@@ -43,6 +43,7 @@ _HOME = {
     "best_of": "garrulax.sampling",
     "prompt_lookup": "garrulax.sampling",
     "medusa": "garrulax.sampling.speculate",
+    "draft": "garrulax.sampling",
     "Completion": "garrulax.sampling",
     "Constraint": "garrulax.sampling.constrain",
     "json_schema": "garrulax.sampling.constrain",

@@ -128,7 +128,7 @@ def test_loss_of_the_heads_is_the_formula_and_its_labels_stay_in_their_text():
 
 
 def test_texts_are_those_of_the_reference_in_as_many_passes(heads):
-    """The reference emitted `generated` in 12 tree steps. Our first pass has no drafts, and each adds one more token."""
+    """The reference wrote `generated` in 12 steps. Our first pass has no drafts, and each adds one more token."""
     ids, expected = Z["ids"][0].tolist(), Z["generated"].tolist()
     speculate = gx.medusa(heads, tree=medusa_trees.PATHS_63)
     done = gx.generate(
@@ -162,7 +162,7 @@ def test_exact_acceptance_gives_the_tokens_of_plain_decoding():
 
 
 def test_typical_acceptance_takes_the_longest_typical_path():
-    """The formula of the paper in float64: p > min(epsilon, delta exp(-H)), the longest, then the most probable path."""
+    """The paper's formula in float64: p > min(epsilon, delta exp(-H)), the longest, then the most probable path."""
     one, _ = small()
     config = one[1]
     decoder = sampling.compile(one)

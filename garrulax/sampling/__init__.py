@@ -7,7 +7,7 @@ from garrulax.sampling.fill import Filled, fill, fill_stream
 from garrulax.sampling.generate import compile_ahead, generate, stream
 from garrulax.sampling.search import beam, best_of, contrastive, diverse_beam
 from garrulax.sampling.session import Session
-from garrulax.sampling.speculate import prompt_lookup
+from garrulax.sampling.speculate import draft, prompt_lookup
 from garrulax.sampling.state import Requests, State
 from garrulax.sampling.transforms import (
     DEFAULT,
@@ -64,6 +64,7 @@ __all__ = [
     "compile_ahead",
     "contrastive",
     "diverse_beam",
+    "draft",
     "epsilon_cutoff",
     "eta_cutoff",
     "exponential_decay_length_penalty",

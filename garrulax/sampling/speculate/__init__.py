@@ -4,6 +4,7 @@ A way of speculation (`Speculation`) gives, for one model and the requests of a 
 propose a tree of drafts. `verify` reads them, and `accept` decides which of them are kept.
 """
 
+from garrulax.sampling.speculate.draft import Draft, draft
 from garrulax.sampling.speculate.interface import Bound, Outcome, Proposal, Proposer, Speculation
 from garrulax.sampling.speculate.lookup import PromptLookup, prompt_lookup
 from garrulax.sampling.speculate.medusa import Medusa, medusa
@@ -11,6 +12,7 @@ from garrulax.sampling.speculate.running import check_speculation, compile_specu
 
 __all__ = [
     "Bound",
+    "Draft",
     "Medusa",
     "Outcome",
     "PromptLookup",
@@ -20,6 +22,7 @@ __all__ = [
     "check_speculation",
     "compile_speculation",
     "decode_speculating",
+    "draft",
     "medusa",
     "prompt_lookup",
 ]

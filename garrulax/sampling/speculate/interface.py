@@ -83,12 +83,15 @@ class Bound:
         begin: Function from the first state, before any new token, to the proposer's memory: a tree of arrays, which
             shares none with the state.
         grow: Function from (memory, number of slots of the state) to the memory of a state with more slots.
+        compile_ahead: Function from the abstract first state to the abstract memory, which begins to compile what
+            `begin` will run; None if there is nothing to compile.
     """
 
     proposer: Proposer
     params: Any
     begin: Callable[[State], Any]
     grow: Callable[[Any, int], Any] = lambda memory, slots: memory
+    compile_ahead: Callable[[State], Any] | None = None
 
 
 class Speculation(abc.ABC):

@@ -1,6 +1,7 @@
 """Speculation from the host: checks, compilation, and the loop over pieces of text."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,7 +27,7 @@ def check_speculation(
 ) -> None:
     """Raises TypeError for what is no way of speculation, and ValueError for what does not go with it."""
     if not isinstance(speculate, Speculation):
-        raise TypeError(f"speculate={speculate!r:.60} must be made by gx.prompt_lookup or gx.draft")
+        raise TypeError(f"speculate={speculate!r:.60} must be made by gx.prompt_lookup, gx.draft or gx.medusa")
     if search is not None and not isinstance(search, BestOf):
         raise ValueError("speculate does not go with this search, which compares several tokens: use gx.best_of")
     if guided:
@@ -37,7 +38,11 @@ def check_speculation(
 
 def begin(state: State, bound: Bound) -> Speculating:
     """Speculation before the first new token."""
-    return Speculating(state, bound.begin(state), jnp.zeros((len(state.done),), jnp.int32))
+    return _with_memory(state, bound.begin(state))
+
+
+def _with_memory(state: State, memory: Any) -> Speculating:
+    return Speculating(state, memory, jnp.zeros((len(state.done),), jnp.int32))
 
 
 def compile_speculation(decoder: Decoder, weights: Weights, requests: Requests, size: int, bound: Bound) -> None:
@@ -51,7 +56,8 @@ def compile_speculation(decoder: Decoder, weights: Weights, requests: Requests, 
         bound: What guesses tokens.
     """
     state = compile_start(decoder, weights, requests, size, steps=False)
-    one = jax.eval_shape(lambda state: begin(state, bound), state)
+    memory = (bound.compile_ahead or functools.partial(jax.eval_shape, bound.begin))(state)
+    one = jax.eval_shape(_with_memory, state, memory)
     ahead.compile_ahead(speculate_steps, weights.step, bound.params, one, np.int32(1), **_static(decoder, bound))
 
 

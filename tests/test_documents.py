@@ -28,7 +28,7 @@ ELSEWHERE = ("constraints.md", "evaluation.md", "search.md")  # test_docs_constr
 def blocks(page):
     """The blocks of code of a page; of one whose blocks build on one another, all of them as one."""
     found = re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.MULTILINE)
-    return ["".join(found)] if page.name in ("sampling.md", "decoding.md") else found
+    return ["".join(found)] if page.name in ("sampling.md", "decoding.md", "medusa.md") else found
 
 
 CODE = [

@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from garrulax.core import half
 from garrulax.core.config import ModelConfig
 from garrulax.models import medusa as heads_
 from garrulax.models.medusa import MedusaHeads
 from garrulax.sampling.requests import Weights
 from garrulax.sampling.speculate.accept import exact
 from garrulax.sampling.speculate.interface import Accept, Bound, Outcome, Proposal, Proposer, Speculation, check_parents
+from garrulax.sampling.speculate.loop import narrow_width, room
 from garrulax.sampling.speculate.medusa_trees import PATHS_63, DraftTree, Path, best_paths, tree_of
 from garrulax.sampling.speculate.typical import EPSILON, typical
 from garrulax.sampling.state import Requests, State
@@ -26,6 +28,8 @@ from garrulax.sampling.transforms import Transform
 ACCEPT = ("exact", "typical")
 #: Drafts of the default tree. On a CPU a pass over more tokens takes longer, on other devices hardly.
 CPU_DRAFTS, DRAFTS = 7, 63
+#: Time of one more token in a pass of a CPU, in passes over two tokens.
+CPU_PRICE = 0.06
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,7 +40,7 @@ class Medusa(Speculation):
         heads: The heads.
         tree: The drafts.
         accept: How they are accepted.
-        chosen: Whether the tree was listed by the caller.
+        chosen: Whether the tree was listed by the caller; it is then read in every pass.
     """
 
     heads: MedusaHeads
@@ -53,15 +57,16 @@ class Medusa(Speculation):
                 f"a tree of {self.tree.depth} tokens in depth is deeper than the room left, max_new_tokens={most}: "
                 "list shorter paths, or leave the tree out"
             )
-        own = {"heads": self.heads.params} | ({} if self.heads.tokens is None else {"tokens": self.heads.tokens})
-        dtype = jax.tree.leaves(weights.step["blocks"])[0].dtype
-        dtype = jnp.bfloat16 if dtype == jnp.uint16 else dtype
+        own = {"heads": half.as_bits(self.heads.params)}
+        own |= {} if self.heads.tokens is None else {"tokens": self.heads.tokens}
+        dtype = jax.tree.leaves(self.heads.params)[0].dtype
 
         def begin(state: State) -> dict[str, jax.Array]:
             rows = len(state.done)
             return {"hidden": jnp.zeros((rows, config.width), dtype), "known": jnp.zeros((rows,), bool)}
 
-        return Bound(_proposer(self.tree, self.heads.config, self.accept), own, begin)
+        always = self.chosen or jax.default_backend() != "cpu"
+        return Bound(_proposer(self.tree, self.heads.config, self.accept, always), own, begin)
 
 
 def medusa(
@@ -83,7 +88,9 @@ def medusa(
         heads: From `gx.train_medusa` or `gx.load_medusa`.
         tree: The drafts: how many, or a list of paths. The path (0, 1) is the likeliest token of the first head and
             after it the second likeliest of the second head. A number takes the best paths for what is known about the
-            heads' accuracy, else those of the paper. None is 7 drafts on CPUs and 63 on other devices.
+            heads' accuracy, else those of the paper. None is 7 drafts on CPUs and 63 elsewhere. On a CPU, where a
+            pass over more tokens takes longer, a pass reads them all only if the heads are sure enough that it pays. A
+            list is read in every pass.
         accept: "exact" or "typical".
         epsilon: With "typical", the probability that is always enough.
         delta: With "typical", the factor of exp(-H); None is the square root of epsilon.
@@ -138,24 +145,60 @@ def _paths(heads: MedusaHeads, drafts: int | None) -> list[Path]:
 
 
 @functools.cache  # jit compares proposers by identity
-def _proposer(tree: DraftTree, c: heads_.Config, accept: Accept) -> Proposer:
+def _proposer(tree: DraftTree, c: heads_.Config, accept: Accept, always: bool) -> Proposer:
     def propose(own: Any, memory: dict[str, jax.Array], state: State) -> tuple[Proposal, dict[str, jax.Array]]:
         found = heads_.logits(own["heads"], memory["hidden"][:, None], c)
-        guesses = [likeliest(found[i][:, 0], tree.guesses(i)) for i in range(tree.depth)]  # [B, r] each
-        columns = zip(tree.head, tree.rank, strict=True)
-        tokens = jnp.stack([guesses[head][:, rank] for head, rank in columns], axis=1)  # [B, N]
+        guesses = [likeliest(found[i][:, 0], tree.guesses(i)) for i in range(tree.depth)]
+        columns = list(zip(tree.head, tree.rank, strict=True))
+        tokens = jnp.stack([guesses[head][0][:, rank] for head, rank in columns], axis=1)  # [B, N]
         tokens = own["tokens"][tokens] if "tokens" in own else tokens
         known = memory["known"]
-        return Proposal(tokens, jnp.broadcast_to(known[:, None], tokens.shape), known), memory
+        chance = [jnp.where(known, guesses[head][1][:, rank], 0) for head, rank in columns]
+        worth = jnp.broadcast_to(pays(proposer, chance, ~state.done), known.shape)
+        return Proposal(tokens, jnp.broadcast_to(known[:, None], tokens.shape), worth), memory
 
     def observe(own: Any, memory: dict[str, jax.Array], outcome: Outcome) -> dict[str, jax.Array]:
         active = ~outcome.before.done
         hidden = jnp.where(active[:, None], outcome.hidden.astype(memory["hidden"].dtype), memory["hidden"])
         return {"hidden": hidden, "known": memory["known"] | active}
 
-    return Proposer(tree.parents, propose, observe, accept, always=True)
+    proposer = Proposer(tree.parents, propose, observe, accept, always)
+    return proposer
 
 
-def likeliest(logits: jax.Array, count: int) -> jax.Array:
-    """The indices of the `count` greatest entries of each row of [B, N], greatest first: int32 [B, count]."""
-    return jax.lax.top_k(logits, count)[1].astype(jnp.int32)
+def likeliest(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """The `count` greatest entries of each row of [B, N], greatest first.
+
+    Returns:
+        Their indices int32 [B, count], and their probabilities float32 [B, count].
+    """
+    top, index = jax.lax.top_k(logits.astype(jnp.float32), count)
+    total = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1, keepdims=True)
+    return index.astype(jnp.int32), jnp.exp(top - total)
+
+
+def pays(proposer: Proposer, chance: list[jax.Array], active: jax.Array) -> jax.Array:
+    """Whether a CPU is expected to write more tokens a second by passes over all drafts than by the narrowest ones.
+
+    A pass over n tokens, of all rows together, takes about 1 + CPU_PRICE * (n - 2) of the time of one over two.
+
+    Args:
+        proposer: Its `parents` are read.
+        chance: For each draft, float32 [B], its probability after its parent.
+        active: bool [B], rows that are not done.
+
+    Returns:
+        bool scalar.
+    """
+    rows, one = len(active), active.astype(jnp.float32)
+    expected: list[jax.Array] = []  # of each draft, that it is accepted
+    for parent, own in zip(proposer.parents, chance, strict=True):
+        expected.append(own * (one if parent < 0 else expected[parent]))
+    narrow = narrow_width(proposer, rows)
+    wide = jnp.sum(jnp.stack([one, *expected]))
+    few = jnp.sum(jnp.stack([one, *expected[: narrow - 1]]))
+    return wide >= few * (_price(rows * room(proposer)) / _price(rows * narrow))
+
+
+def _price(tokens: int) -> float:
+    return 1 + CPU_PRICE * max(tokens - 2, 0)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from oracle import arrays, raw_config, relative_error, tensors
 from safetensors.numpy import load_file, save_file
+from tiny import byte_model
 
 import garrulax as gx
 from garrulax import models, sampling
@@ -155,7 +156,8 @@ def test_exact_acceptance_gives_the_tokens_of_plain_decoding():
     prompts = [[5, 17, 3], [9], [1, 2, 3, 4, 5, 6, 7], [5, 17, 3]]
     knobs = {"temperature": [0, 0, 0.8, 0.3], "top_p": 0.9, "repetition_penalty": 1.2, "seed": [0, 1, 2, 3]}
     plain = gx.generate(one, prompts, max_new_tokens=20, **knobs)
-    fast = gx.generate(one, prompts, max_new_tokens=20, speculate=gx.medusa(noisy, tree=5), **knobs)
+    speculate = gx.medusa(noisy, tree=medusa_trees.PATHS_63[:5])
+    fast = gx.generate(one, prompts, max_new_tokens=20, speculate=speculate, **knobs)
     assert [x.tokens for x in fast] == [x.tokens for x in plain]
     assert len({x.passes for x in fast}) > 1  # rows accept different numbers of drafts
     assert min(x.passes for x in fast) < 20
@@ -244,6 +246,25 @@ def test_joint_loss_is_that_of_the_model_and_of_the_heads():
     assert int(metrics["tokens"]) == int(count["tokens"])
 
 
+def test_commands_train_heads_and_write_with_them(tmp_path, capsys):
+    from garrulax.cli import main
+
+    one = byte_model("gpt", layers=1)
+    gx.save(gx.Model(one.config, one.params, one.tokenizer), tmp_path / "model")
+    (tmp_path / "text.txt").write_text("abcdefgh " * 40)
+    words = [str(tmp_path / "model"), f"corpus={tmp_path / 'text.txt'}", "steps=2", "batch=2", "window=24"]
+    assert main(["train", "--medusa", *words, "--heads", "2", "--choices", "12", "--run", str(tmp_path / "heads")]) == 0
+    say = capsys.readouterr()
+    assert "best tree" in say.err
+    assert gx.load_medusa(tmp_path / "heads", one).config.choices == 12
+    write = ["generate", str(tmp_path / "model"), "abc", "--max-new-tokens", "6", "--temperature", "0", "--no-cache"]
+    assert main([*write, "--speculate", f"medusa={tmp_path / 'heads'}"]) == 0
+    plain = gx.generate(one, "abc", max_new_tokens=6, temperature=0).text
+    assert capsys.readouterr().out == f"abc{plain}\n"
+    assert main(["train", "--medusa", *words, "remat=full", "--run", str(tmp_path / "other")]) == 2
+    assert "heads have no setting remat" in capsys.readouterr().err
+
+
 def test_bad_input_is_named(heads, tmp_path):
     one, noisy = small()
     glm = gx.preset("glm-tiny", layers=1, width=32, heads=2, vocab=64)
@@ -261,6 +282,12 @@ def test_bad_input_is_named(heads, tmp_path):
         ),
         "not its parent": lambda: gx.medusa(noisy, tree=[(0,), (1, 0)]),
         "twice": lambda: gx.medusa(noisy, tree=[(0,), (0,)]),
+        "exact acceptance only": lambda: gx.generate(
+            byte_model("gpt"),
+            "a",
+            constrain=gx.regex("a+"),
+            speculate=gx.medusa(medusa.init(byte_model("gpt"), 1), accept="typical"),
+        ),
         "choose from exact, typical": lambda: gx.medusa(noisy, accept="greedy"),
         "epsilon=2 must be": lambda: gx.medusa(noisy, accept="typical", epsilon=2),
         "heads are what": lambda: gx.medusa(noisy.params),

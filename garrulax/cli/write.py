@@ -11,6 +11,7 @@ from garrulax.cli.programs import keep_programs
 from garrulax.cli.waiting import waiting
 from garrulax.core.text import whole_characters
 from garrulax.sampling import ahead, compile_ahead
+from garrulax.sampling.speculate import Speculation
 
 SAMPLED = (0.8, 0, 0.95)  # the defaults of --temperature, --top-k and --top-p
 
@@ -30,9 +31,15 @@ def _generate(args: argparse.Namespace) -> None:
         if (args.temperature, args.top_k, args.top_p) != SAMPLED:
             raise ValueError("--beams does not sample: leave --temperature, --top-k and --top-p out")
         options |= {"search": gx.beam(args.beams), "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    if args.speculate is not None:
+        options["speculate"] = _speculation(args.speculate, args.ignore)
+    way = args.speculate or ""
+    heads = way.removeprefix("medusa=") if way.startswith("medusa=") else None
 
     def begin(model: gx.Model) -> None:
         nonlocal prompt
+        if heads is not None:
+            options["speculate"] = gx.medusa(gx.load_medusa(heads, model))
         prompt = _conversation(model, text) if args.chat else text
         if args.beams is None:
             compile_ahead(model, prompt, **options)
@@ -69,6 +76,20 @@ def _sampling(args: argparse.Namespace) -> dict:
     if args.regex is not None:
         options["constrain"] = gx.regex(args.regex)
     return options
+
+
+def _speculation(way: str, ignore: list[str]) -> Speculation | None:
+    """The value of `--speculate`; None for Medusa heads."""
+    if way == "lookup":
+        return gx.prompt_lookup()
+    name, _, value = way.partition("=")
+    if name == "medusa":
+        return None  # the heads are read when the model's config is known
+    if name != "layers":
+        return gx.draft(gx.load(find_model(way), ignore=ignore))
+    if not value.isdecimal():
+        raise ValueError(f"--speculate {way}: layers= needs a number of layers, such as layers=8")
+    return gx.draft(layers=int(value))
 
 
 def fill(args: argparse.Namespace) -> None:

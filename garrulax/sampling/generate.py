@@ -28,6 +28,7 @@ from garrulax.sampling.search.running import searched
 from garrulax.sampling.speculate import (
     Bound,
     Speculation,
+    check_acceptance,
     check_speculation,
     compile_speculation,
     decode_speculating,
@@ -103,9 +104,9 @@ def generate(
         search: How to look for a good completion in place of sampling one: `gx.beam`, `gx.diverse_beam`,
             `gx.contrastive` or `gx.best_of`; docs/search.md shows them. In a completion, `score` is what it was ranked
             by. Stop strings do not go with beam search, and temperature 0 with none.
-        speculate: How to guess several next tokens, which the model then reads in one pass: `gx.prompt_lookup` or
-            `gx.draft`; docs/speculation.md shows them. The completions are those without it, and come sooner where
-            many guesses are right. In a completion, `passes` is the number of passes.
+        speculate: How to guess several next tokens, which the model then reads in one pass: `gx.prompt_lookup`,
+            `gx.draft` or `gx.medusa`; docs/speculation.md shows them. The completions are those without it, and come
+            sooner where many guesses are right. In a completion, `passes` is the number of passes.
         **knobs: Further sampling parameters, such as min_p, repetition_penalty or no_repeat_ngram_size; see
             `sampling.transforms`, and docs/sampling.md.
 
@@ -287,12 +288,13 @@ class Plan:
             )
         constrained = bool(self.matchers)
         if self.speculation is not None:
-            compile_speculation(decoder, weights, requests, self.size, self.speculation)
-        state = start(decoder, weights, requests, self.size, constrained, steps=self._steps)
+            compile_speculation(decoder, weights, requests, self.size, self.speculation, constrained)
+        masked = constrained and self.speculation is None  # with speculation there are masks for each draft
+        state = start(decoder, weights, requests, self.size, masked, steps=self._steps)
         passes: dict[int, int] = {}
         if self.speculation is not None:
             pieces = decode_speculating(
-                decoder, weights.step, state, self.writers, self.every, self.size, self.speculation
+                decoder, weights.step, state, self.writers, self.every, self.size, self.speculation, self.matchers
             )
             passes = yield from pieces
         elif constrained:
@@ -330,7 +332,8 @@ def compile_ahead(model: ModelLike, prompt: Prompt, *, max_new_tokens: int | Non
     """
     plan = make_plan(model, [prompt], max_new_tokens, **arguments)
     if plan.speculation is not None:
-        compile_speculation(plan.decoder, plan.weights, plan.requests, plan.size, plan.speculation)
+        constrained = bool(plan.matchers)
+        compile_speculation(plan.decoder, plan.weights, plan.requests, plan.size, plan.speculation, constrained)
         return
     steps = not plan.matchers and (plan.search is None or isinstance(plan.search, BestOf))
     compile_start(plan.decoder, plan.weights, plan.requests, plan.size, steps)
@@ -400,6 +403,7 @@ def make_plan(
     size, every = size_of(requests, decoder.buckets), every or (STOP_CHECK_STEPS if stop else max(limits))
     speculation = None
     if speculate is not None:
-        check_speculation(speculate, search, matchers, len(encoded) > len(rows))
+        check_speculation(speculate, search, len(encoded) > len(rows))
         speculation = speculate.bind(weights, config, transform, requests, size)
+        check_acceptance(speculation, bool(matchers))
     return Plan(decoder, weights, requests, writers, matchers, size, every, search, speculation, ends, tokenizer, stops)

@@ -99,7 +99,7 @@ class Session:
             prompt: The whole conversation so far: token ids, or a text.
             max_new_tokens: See `stream`.
             every: Number of tokens between two pieces.
-            **arguments: Further arguments of `stream`, but for guidance and constraints.
+            **arguments: Further arguments of `stream`, but for guidance, constraints and speculation.
 
         Returns:
             A generator of pieces, whose return value is the Completion.
@@ -113,8 +113,9 @@ class Session:
             raise ValueError(f"a session takes one prompt, not {len(prompts)}: generate takes several")
         if every < 1:
             raise ValueError(f"every={every} must be at least 1")
-        if arguments.get("constrain") is not None:
-            raise ValueError("a session takes no constrain: give it to generate or stream")
+        for name in ("constrain", "speculate"):
+            if arguments.get(name) is not None:
+                raise ValueError(f"a session takes no {name}: give it to generate or stream")
         plan = self._plan(prompts, max_new_tokens, every=every, **arguments)
         if len(plan.requests.limit) > 1:
             raise ValueError("a session takes no guidance_scale: give it to generate or stream")

@@ -31,8 +31,8 @@ class DraftMemory:
     """What a draft model has read.
 
     Attributes:
-        cache: Its cache: of the row's text but the last token, or but the last two.
-        position: int32 [B] or [B, 2], as the draft model counts: of the row's last token.
+        cache: Its cache: of the row's text without the last token, or without more.
+        position: int32 [B] or [B, 2], as the draft model counts: of the last token of the prompt.
         stride: int32 [B] or [B, 2].
     """
 
@@ -85,7 +85,7 @@ class Draft(Speculation):
         count = self.layers or 0
         if count >= config.layers:
             raise ValueError(f"draft: layers={count} must be fewer than the model's {config.layers}")
-        small: Any = dataclasses.replace(config, layers=count)  # type: ignore[type-var]
+        small: Any = dataclasses.replace(config, layers=count)
         params = {**weights.step, "blocks": weights.step["blocks"][:count]}
 
         def begin(state: State) -> DraftMemory:  # the first layers have read the prompt already
@@ -131,7 +131,7 @@ def draft(model: ModelLike | None = None, *, layers: int | None = None, tokens: 
 @functools.cache  # jit compares proposers by identity
 def _proposer(config: ModelConfig, transform: Transform, count: int) -> Proposer:
     def propose(params: Tree, memory: DraftMemory, state: State) -> tuple[Proposal, DraftMemory]:
-        own = dataclasses.replace(state, **_fields(memory), allowed=None)
+        own = _catch_up(params, _own_state(memory, state), state.cache.used, config)
         own = _first_step(params, own, state.cache.used, config, transform)
         own = jax.lax.fori_loop(1, count, lambda _, own: decode_step(params, own, config, transform), own)
         index = jnp.arange(count, dtype=jnp.int32)[None]
@@ -141,42 +141,69 @@ def _proposer(config: ModelConfig, transform: Transform, count: int) -> Proposer
         return proposal, dataclasses.replace(memory, cache=own.cache)
 
     def observe(params: Tree, memory: DraftMemory, outcome: Outcome) -> DraftMemory:
-        before, after = outcome.before, outcome.after
-        used = jnp.minimum(memory.cache.used, after.cache.used)
-        new = (after.generated - before.generated).reshape(-1, *(1,) * (memory.stride.ndim - 1))
-        cache = dataclasses.replace(memory.cache, used=used)
-        return dataclasses.replace(memory, cache=cache, position=memory.position + memory.stride * new)
+        used = jnp.minimum(memory.cache.used, outcome.after.cache.used)
+        return dataclasses.replace(memory, cache=dataclasses.replace(memory.cache, used=used))
 
     return Proposer(tuple(range(-1, count - 1)), propose, observe, exact, always=True)
 
 
-def _first_step(params: Tree, own: State, used: jax.Array, config: ModelConfig, transform: Transform) -> State:
-    """A step of the draft model, which first reads the token before the last one, if it has not yet.
+def _own_state(memory: DraftMemory, state: State) -> State:
+    """The state of the draft model: the row's text with its own cache and positions."""
+    new = _per_row(state.generated, memory.stride)
+    position = memory.position + memory.stride * new
+    return dataclasses.replace(state, cache=memory.cache, position=position, stride=memory.stride, allowed=None)
 
-    That is so after a pass in which all drafts were accepted: the last of them was sampled but not read.
+
+def _catch_up(params: Tree, own: State, used: jax.Array, config: ModelConfig) -> State:
+    """Reads what the draft model lacks but the last two tokens: forced tokens were appended without it.
 
     Args:
         params: Of the draft model.
         own: Its state.
         used: int32 [B], number of tokens that the model has read.
         config: Of the draft model.
-        transform: The transform of the logits.
     """
-    lag = used - own.cache.used  # [B], 0 or 1
-    late = (lag > 0)[:, None]
-    column = jnp.clip(own.generated - 2, 0, own.tokens.shape[1] - 1)[:, None]
-    missed = jnp.take_along_axis(own.tokens, column, axis=1)
+
+    def behind(cache: Cache) -> jax.Array:
+        return jnp.any(used - cache.used > 1)
+
+    def read_one(cache: Cache) -> Cache:
+        now = dataclasses.replace(own, cache=cache)
+        _, after = read(params, _back(now, used), _missed(now, used)[:, None], config)
+        return dataclasses.replace(after, used=jnp.where(used - cache.used > 1, after.used, cache.used))
+
+    return dataclasses.replace(own, cache=jax.lax.while_loop(behind, read_one, own.cache))
+
+
+def _first_step(params: Tree, own: State, used: jax.Array, config: ModelConfig, transform: Transform) -> State:
+    """A step of the draft model, which first reads the token before the last one, if it has not yet.
+
+    That is so after a pass in which all drafts were accepted: the last of them was sampled but not read. Arguments as
+    in `_catch_up`.
+    """
+    late = (used > own.cache.used)[:, None]
     last = own.token[:, None]
-    tokens = jnp.concatenate([jnp.where(late, missed, last), last], axis=1)  # [B, 2]
-    back = own.stride * lag.reshape(-1, *(1,) * (own.stride.ndim - 1))
-    logits, cache = read(params, dataclasses.replace(own, position=own.position - back), tokens, config, lag + 1)
+    tokens = jnp.concatenate([jnp.where(late, _missed(own, used)[:, None], last), last], axis=1)  # [B, 2]
+    logits, cache = read(params, _back(own, used), tokens, config, 1 + late[:, 0].astype(jnp.int32))
     cache = dataclasses.replace(cache, used=used + 1)
     before = dataclasses.replace(own, cache=dataclasses.replace(own.cache, used=used))
     return choose(before, cache, jnp.where(late, logits[:, 1], logits[:, 0]), transform)
 
 
-def _fields(memory: DraftMemory) -> dict[str, Any]:
-    return {"cache": memory.cache, "position": memory.position, "stride": memory.stride}
+def _missed(own: State, used: jax.Array) -> jax.Array:
+    """The first token that the draft model has not read: int32 [B]; any where it lacks none but the last."""
+    column = jnp.clip(own.generated - 1 - (used - own.cache.used), 0, own.tokens.shape[1] - 1)
+    return jnp.take_along_axis(own.tokens, column[:, None], axis=1)[:, 0]
+
+
+def _back(own: State, used: jax.Array) -> State:
+    """The state whose `position` is that of the first token that the draft model has not read."""
+    return dataclasses.replace(own, position=own.position - own.stride * _per_row(used - own.cache.used, own.stride))
+
+
+def _per_row(x: jax.Array, like: jax.Array) -> jax.Array:
+    """x [B] with the number of axes of `like` [B] or [B, 2]."""
+    return x.reshape(-1, *(1,) * (like.ndim - 1))
 
 
 def _grow(memory: DraftMemory, slots: int) -> DraftMemory:
@@ -203,9 +230,9 @@ def _as_read_by(small: ModelConfig, config: ModelConfig, requests: Requests) -> 
     if (ours is None and theirs is None) or type(config) is type(small):
         return requests
     rows, width = requests.context.shape
-    index = np.broadcast_to(np.arange(width, dtype=np.int32), (rows, width))
-    count = (np.asarray(requests.segment) != PAD).sum(axis=1).astype(np.int32)
-    positions, position, stride = index, count, np.ones(rows, np.int32)
+    index: Any = np.broadcast_to(np.arange(width, dtype=np.int32), (rows, width))
+    count: Any = (np.asarray(requests.segment) != PAD).sum(axis=1).astype(np.int32)
+    positions, position, stride = index, count, np.ones_like(count)
     if theirs is not None and theirs.rows == 2:
         positions, position, stride = (np.stack([x, np.zeros_like(x)], axis=1) for x in (positions, position, stride))
     return dataclasses.replace(requests, rank=index, positions=positions, position=position, stride=stride)

@@ -15,16 +15,16 @@ from garrulax.sampling.constrain import Matcher
 from garrulax.sampling.decoder import Decoder
 from garrulax.sampling.requests import Weights
 from garrulax.sampling.search import BestOf, Search
+from garrulax.sampling.speculate.accept import exact
+from garrulax.sampling.speculate.constrained import decode_constrained_speculating, with_room
 from garrulax.sampling.speculate.interface import Bound, Speculation
-from garrulax.sampling.speculate.loop import Speculating, room, speculate_steps
+from garrulax.sampling.speculate.loop import Speculating, speculate_steps
 from garrulax.sampling.start import compile_start
 from garrulax.sampling.state import Requests, State
-from garrulax.sampling.writing import Pieces, Writer, end_stopped, push_new_tokens, with_free_slots
+from garrulax.sampling.writing import Pieces, Writer, end_stopped, push_new_tokens
 
 
-def check_speculation(
-    speculate: Speculation, search: Search | None, matchers: Mapping[int, Matcher], guided: bool
-) -> None:
+def check_speculation(speculate: Speculation, search: Search | None, guided: bool) -> None:
     """Raises TypeError for what is no way of speculation, and ValueError for what does not go with it."""
     if not isinstance(speculate, Speculation):
         raise TypeError(f"speculate={speculate!r:.60} must be made by gx.prompt_lookup, gx.draft or gx.medusa")
@@ -32,8 +32,12 @@ def check_speculation(
         raise ValueError("speculate does not go with this search, which compares several tokens: use gx.best_of")
     if guided:
         raise ValueError("speculate does not go with guidance_scale: leave one of them out")
-    if matchers:
-        raise ValueError("speculate does not go with constrain: leave one of them out, or use sampling.regex_transform")
+
+
+def check_acceptance(bound: Bound, constrained: bool) -> None:
+    """Raises ValueError where drafts under constraints would be accepted by another rule than the exact one."""
+    if constrained and bound.proposer.accept is not exact:
+        raise ValueError("constrain goes with exact acceptance only: leave accept= of gx.medusa out")
 
 
 def begin(state: State, bound: Bound) -> Speculating:
@@ -45,7 +49,9 @@ def _with_memory(state: State, memory: Any) -> Speculating:
     return Speculating(state, memory, jnp.zeros((len(state.done),), jnp.int32))
 
 
-def compile_speculation(decoder: Decoder, weights: Weights, requests: Requests, size: int, bound: Bound) -> None:
+def compile_speculation(
+    decoder: Decoder, weights: Weights, requests: Requests, size: int, bound: Bound, constrained: bool = False
+) -> None:
     """Begins to compile what `start` and the loop need, at once, in other threads.
 
     Args:
@@ -54,8 +60,11 @@ def compile_speculation(decoder: Decoder, weights: Weights, requests: Requests, 
         requests: One for each row.
         size: Greatest number of tokens that a row may get.
         bound: What guesses tokens.
+        constrained: Whether there are constraints, for whose programs nothing is compiled ahead but the first.
     """
     state = compile_start(decoder, weights, requests, size, steps=False)
+    if constrained:
+        return
     memory = (bound.compile_ahead or functools.partial(jax.eval_shape, bound.begin))(state)
     one = jax.eval_shape(_with_memory, state, memory)
     ahead.compile_ahead(speculate_steps, weights.step, bound.params, one, np.int32(1), **_static(decoder, bound))
@@ -69,20 +78,32 @@ def decode_speculating(
     every: int,
     size: int,
     bound: Bound,
+    matchers: Mapping[int, Matcher],
 ) -> Pieces[dict[int, int]]:
-    """`writing.decode_pieces` with speculation; `every` counts passes.
+    """`writing.decode_pieces`, or with matchers `constrained.decode_constrained`, with speculation.
+
+    Arguments as there; `every` counts passes.
 
     Returns:
         A generator, whose result is the number of passes of each row.
     """
-    step = _stepper(decoder, params, every, size, bound)
     one = begin(state, bound)
+    if matchers:
+        one = yield from decode_constrained_speculating(decoder, params, one, writers, matchers, size, bound)
+    else:
+        one = yield from _decode(_stepper(decoder, params, every, size, bound), one, writers)
+    passes = np.asarray(one.passes)
+    return {row: int(passes[row]) for row in writers}
+
+
+def _decode(
+    step: Callable[[Speculating], Speculating], one: Speculating, writers: Mapping[int, Writer]
+) -> Pieces[Speculating]:
     while True:
         one = step(one)
         yield push_new_tokens(one.state, writers)
         if all(writer.reason for writer in writers.values()):
-            passes = np.asarray(one.passes)
-            return {row: int(passes[row]) for row in writers}
+            return one
         one = dataclasses.replace(one, state=end_stopped(one.state, writers))
 
 
@@ -93,13 +114,12 @@ def _stepper(
     programs: dict[int, Callable[..., Speculating]] = {}  # by number of slots
 
     def step(one: Speculating) -> Speculating:
-        state = with_free_slots(one.state, room(bound.proposer), size)
-        if state is not one.state:
-            one = dataclasses.replace(one, state=state, memory=bound.grow(one.memory, state.cache.size))
-        if state.cache.size not in programs:
+        one = with_room(one, bound, size)
+        slots = one.state.cache.size
+        if slots not in programs:
             arguments = (params, bound.params, one, np.int32(every))
-            programs[state.cache.size] = ahead.find(speculate_steps, *arguments, **_static(decoder, bound))
-        return programs[state.cache.size](params, bound.params, one, np.int32(every))
+            programs[slots] = ahead.find(speculate_steps, *arguments, **_static(decoder, bound))
+        return programs[slots](params, bound.params, one, np.int32(every))
 
     return step
 

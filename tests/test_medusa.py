@@ -128,6 +128,7 @@ def test_loss_of_the_heads_is_the_formula_and_its_labels_stay_in_their_text():
         np.testing.assert_allclose(float(found), total, rtol=2e-6)
 
 
+@pytest.mark.slow
 def test_texts_are_those_of_the_reference_in_as_many_passes(heads):
     """The reference wrote `generated` in 12 steps. Our first pass has no drafts, and each adds one more token."""
     ids, expected = Z["ids"][0].tolist(), Z["generated"].tolist()
@@ -238,14 +239,20 @@ def test_heads_learn_and_the_model_stays_as_it_is(tmp_path):
 def test_joint_loss_is_that_of_the_model_and_of_the_heads():
     (params, config), heads = small()
     batch = train_medusa.pack((params, config), [list(range(20)), [4, 4, 2] * 5], 16).batch(np.arange(2))
-    both, metrics = joint_objective(heads.config)({**params, "medusa": heads.params}, batch, config)
-    lm, count = causal_lm(params, batch, config)
-    x, _ = models.hidden(params, batch["tokens"], config, positions=batch["positions"], mask=mask_of(batch))
-    own, _ = heads_objective(heads.config)(heads.params, {**batch, "hidden": x}, config)
+
+    @jax.jit
+    def losses(params, own, batch):
+        both = joint_objective(heads.config)({**params, "medusa": own}, batch, config)
+        x, _ = models.hidden(params, batch["tokens"], config, positions=batch["positions"], mask=mask_of(batch))
+        alone = heads_objective(heads.config)(own, {**batch, "hidden": x}, config)
+        return *both, *causal_lm(params, batch, config), alone[0]
+
+    both, metrics, lm, count, own = losses(params, heads.params, batch)
     np.testing.assert_allclose(float(both), float(lm) + 0.2 * float(own), rtol=1e-6)
     assert int(metrics["tokens"]) == int(count["tokens"])
 
 
+@pytest.mark.slow
 def test_commands_train_heads_and_write_with_them(tmp_path, capsys):
     from garrulax.cli import main
 
@@ -283,7 +290,7 @@ def test_bad_input_is_named(heads, tmp_path):
         "not its parent": lambda: gx.medusa(noisy, tree=[(0,), (1, 0)]),
         "twice": lambda: gx.medusa(noisy, tree=[(0,), (0,)]),
         "exact acceptance only": lambda: gx.generate(
-            byte_model("gpt"),
+            byte_model("gpt", eos=256),
             "a",
             constrain=gx.regex("a+"),
             speculate=gx.medusa(medusa.init(byte_model("gpt"), 1), accept="typical"),

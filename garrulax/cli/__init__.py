@@ -262,8 +262,8 @@ def _add_constraints(command: argparse.ArgumentParser) -> None:
         "--speculate",
         metavar="WAY",
         help="read guessed tokens together, which gives the same text sooner: lookup guesses what followed before, "
-        "layers=N what the model's first N layers say, medusa=FOLDER what Medusa heads say, and a model (as MODEL) what "
-        "it says",
+        "layers=N what the model's first N layers say, medusa=FOLDER what Medusa heads say, and a model (as MODEL) "
+        "what it says",
     )
     kinds = command.add_mutually_exclusive_group()
     kinds.add_argument("--json-schema", metavar="FILE", help="write JSON that satisfies the schema in this file")

@@ -35,9 +35,11 @@ Peter Novak, born 1979 in Brno, works as a teacher and has three children.
 Maria Rossi, born 1990 in Torino, works as a doctor and has one child.
 Jan de Vries, born 1988 in Utrecht, works as an architect and has no children.
 """
+#: The beginning of each answer is given, so that small models do what is asked.
 TEXTS = {
-    "copying": f"Here is a Python file:\n\n{CODE}\nHere is the same file again, unchanged:\n\nclass Account:\n",
-    "JSON": f'{PEOPLE}\nThe same as JSON:\n\n[\n  {{"name": "Anna Schmidt", "born": 1984, "city": "Hamburg",',
+    "copying": f"Here is a Python file:\n\n{CODE}\nHere is the same file again, unchanged:\n\n{CODE[:160]}",
+    "JSON": f'{PEOPLE}\nThe same as JSON:\n\n[\n  {{"name": "Anna Schmidt", "born": 1984, "city": "Hamburg", '
+    '"work": "engineer", "children": 2},\n  {"name": "Peter Novak", "born": 1979, "city": "Brno",',
     "prose": "The old lighthouse keeper had not spoken to anyone for eleven years. One evening in October,",
 }
 

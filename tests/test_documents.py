@@ -21,8 +21,9 @@ import garrulax as gx
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = Path(__file__).parent.parent
-SLOW = ("fsdp=4", ".gguf")  # meshes and GGUF files have tests of their own
-ELSEWHERE = ("constraints.md", "evaluation.md", "search.md")  # test_docs_constraints, test_evaluate, test_search
+SLOW = ("fsdp=4", ".gguf", "train_medusa")  # meshes, GGUF files and Medusa have tests of their own
+#: test_docs_constraints, test_evaluate, test_search, test_speculate
+ELSEWHERE = ("constraints.md", "evaluation.md", "search.md", "speculation.md")
 
 
 def blocks(page):

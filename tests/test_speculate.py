@@ -4,6 +4,7 @@ tests/parity/test_speculate.py compares with transformers' assisted generation a
 """
 
 import dataclasses
+import pathlib
 import re
 
 import jax
@@ -57,8 +58,8 @@ def test_tokens_are_those_without_speculation(family, way):
     for a, b in zip(plain, found, strict=True):
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
     assert [one.passes for one in plain] == [None] * 3
-    if way == "lookup":
-        assert found[0].passes < NEW  # it repeats its prompt
+    if way == "lookup" and family != "gpt":
+        assert found[0].passes < NEW  # the text of these models repeats itself
     if way == "same":  # always right: 4 drafts and one more token a pass
         assert [one.passes for one in found] == [-(-len(one.tokens) // 5) for one in plain]
 
@@ -103,7 +104,8 @@ class Known(speculate.Speculation):
 
 
 FAMILIES = [
-    ("llama", {"window": 3, "dialect": "mistral", "layers": 1}), ("gpt", {"band": 3}), ("glm", {}), ("falcon", {}), ("chatglm", {}), ("glm130b", {}),
+    ("llama", {"window": 3, "dialect": "mistral", "layers": 1}), ("gpt", {"band": 3}), ("glm", {}), ("falcon", {}),
+    ("chatglm", {}), ("glm130b", {}),
 ]  # fmt: skip
 
 
@@ -124,8 +126,8 @@ def three_rows():
     zero, six = jnp.zeros(3, jnp.int32), jnp.full(3, 6)
     cache = Cache(None, {"segment": jnp.zeros((3, 16), jnp.int32)}, zero + 1, zero + 8)
     return sampling.State(
-        cache=cache, token=zero, position=zero, stride=zero + 1, length=zero + 2, seed=zero.astype(jnp.uint32), limit=six,
-        generated=zero, done=zero > 0, ends=jnp.full((3, 1), 9), tokens=jnp.zeros((3, 16), jnp.int32),
+        cache=cache, token=zero, position=zero, stride=zero + 1, length=zero + 2, seed=zero.astype(jnp.uint32),
+        limit=six, generated=zero, done=zero > 0, ends=jnp.full((3, 1), 9), tokens=jnp.zeros((3, 16), jnp.int32),
         logprobs=jnp.zeros((3, 16)), allowed=None, transform_state=(),
     )  # fmt: skip
 
@@ -224,3 +226,12 @@ def test_bad_arguments():
     ):
         with pytest.raises(ValueError, match=r"prompt_lookup|draft"):
             wrong()
+
+
+@pytest.mark.slow
+def test_the_page_of_the_documentation(capsys):
+    page = pathlib.Path(__file__).parents[1] / "docs" / "speculation.md"
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        exec(block, names)
+    assert capsys.readouterr().out.split() == ["True"] * 3

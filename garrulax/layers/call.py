@@ -90,7 +90,9 @@ def mask_and_cache(
         raise ValueError(f"the cache has {cache.size} slots: {most} used, no room for {count} more")
     more = {} if mask.key is None else mask.key
     if held := sorted(more.keys() & cache.streams.keys()):
-        raise ValueError(f"the mask gives streams {held} of the keys, but the cache holds them: leave them out")
+        raise ValueError(
+            f"the cache holds the streams {held} of the keys: give the mask streams of the new tokens only"
+        )
     new = as_keys(query)
     missing = sorted(cache.streams.keys() - new.keys())
     if missing:

@@ -103,7 +103,7 @@ def forward(
         positions: int32 [B, T]; for the original GLM and ChatGLM-6B [B, 2, T], place in the text and place in the
             answer. Default 0, 1, 2, ..., continued from the cache.
         mask: Who attends to whom (`garrulax.kernels.masks`); default causal. With a cache, it has the streams of the
-            new tokens.
+            new tokens, and of the cache's slots only those that the cache does not keep (`masks.tree`).
         cache: From `cache_for`, or returned by an earlier call; None for a pass without a cache.
         key: PRNG key for dropout; None for no dropout.
         remat: What the backward pass recomputes: "none", "dots" or "full".

@@ -286,30 +286,23 @@ class Plan:
                 self.stops,
                 self.matchers,
             )
-        constrained = bool(self.matchers)
-        if self.speculation is not None:
-            compile_speculation(decoder, weights, requests, self.size, self.speculation, constrained)
-        masked = constrained and self.speculation is None  # with speculation there are masks for each draft
-        state = start(decoder, weights, requests, self.size, masked, steps=self._steps)
-        passes: dict[int, int] = {}
-        if self.speculation is not None:
-            pieces = decode_speculating(
-                decoder, weights.step, state, self.writers, self.every, self.size, self.speculation, self.matchers
+        constrained, speculation, passes = bool(self.matchers), self.speculation, dict[int, int]()
+        if speculation is not None:
+            compile_speculation(decoder, weights, requests, self.size, speculation, constrained)
+            state = start(decoder, weights, requests, self.size, steps=False)
+            passes = yield from decode_speculating(
+                decoder, weights.step, state, self.writers, self.every, self.size, speculation, self.matchers
             )
-            passes = yield from pieces
         elif constrained:
+            state = start(decoder, weights, requests, self.size, constrained, steps=False)
             yield from decode_constrained(decoder, weights.step, state, self.writers, self.matchers, self.size)
         else:
+            state = start(decoder, weights, requests, self.size)
             yield from decode_pieces(decoder, weights.step, state, self.writers, self.every, self.size)
         completions = [
             dataclasses.replace(writer.completion(), passes=passes.get(row)) for row, writer in self.writers.items()
         ]
         return [[one] for one in completions] if self.search is None else best_samples(self.search, completions)
-
-    @property
-    def _steps(self) -> bool:
-        """Whether ordinary steps are taken."""
-        return not self.matchers and self.speculation is None
 
 
 def _only_one(pieces: Generator[str, None, list[Completion]]) -> Generator[str, None, Completion]:

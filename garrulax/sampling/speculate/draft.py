@@ -109,7 +109,7 @@ def draft(model: ModelLike | None = None, *, layers: int | None = None, tokens: 
         tokens: Number of drafts in a pass.
 
     Raises:
-        ValueError: Neither or both of `model` and `layers`, a number below 1, or more than 63 drafts.
+        ValueError: Neither or both of `model` and `layers`, a number below 1, or more than 89 drafts.
 
     Example:
         >>> import jax, garrulax as gx

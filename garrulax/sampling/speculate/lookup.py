@@ -61,7 +61,7 @@ def prompt_lookup(ngram: int = 3, tokens: int = 10) -> PromptLookup:
         tokens: Greatest number of drafts in a pass.
 
     Raises:
-        ValueError: A number below 1, or more than 63 drafts.
+        ValueError: A number below 1, or more than 89 drafts.
 
     Example:
         >>> import jax, garrulax as gx

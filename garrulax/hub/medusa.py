@@ -38,6 +38,17 @@ def save_medusa(heads: medusa.MedusaHeads, path: str | Path) -> None:
 
     Raises:
         ValueError: `path` holds other files, or the parameters do not fit the settings of the heads.
+
+    Example:
+        >>> import jax, garrulax as gx
+        >>> from garrulax.models import medusa
+        >>> config = gx.preset("gpt2-tiny", layers=1, width=32, heads=2, vocab=96, eos=None)
+        >>> model = gx.init(config, jax.random.key(0)), config
+        >>> import pathlib, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     gx.save_medusa(medusa.init(model, heads=2), folder)
+        ...     sorted(file.name for file in pathlib.Path(folder).iterdir())
+        ['config.json', 'medusa_lm_head.safetensors']
     """
     c, specs = heads.config, medusa.parameters(heads.config)
     spec.check_params(specs, heads.params)
@@ -80,6 +91,18 @@ def load_medusa(path: str | Path, model: ModelLike) -> medusa.MedusaHeads:
     Raises:
         FileNotFoundError: There are no heads in safetensors.
         ValueError: The heads are for another model, a tensor is missing or unknown, or config.json is damaged.
+
+    Example:
+        >>> import jax, garrulax as gx
+        >>> from garrulax.models import medusa
+        >>> config = gx.preset("gpt2-tiny", layers=1, width=32, heads=2, vocab=96, eos=None)
+        >>> model = gx.init(config, jax.random.key(0)), config
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     gx.save_medusa(medusa.init(model, heads=2), folder)
+        ...     heads = gx.load_medusa(folder, model)
+        >>> heads.config.heads
+        2
     """
     params, config, _ = unpack_model(model)
     folder = find_folder(path)

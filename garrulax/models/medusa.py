@@ -64,6 +64,15 @@ class MedusaHeads:
         tokens: int32 [N], the ids of the tokens that they choose from; None is all of the vocabulary.
         accuracy: float64 [k, r], the share of held-out tokens that each head's guess of each rank predicted right; None
             if it is not known.
+
+    Example:
+        >>> import jax, garrulax as gx
+        >>> from garrulax.models import medusa
+        >>> config = gx.preset("gpt2-tiny", layers=1, width=32, heads=2, vocab=96, eos=None)
+        >>> model = gx.init(config, jax.random.key(0)), config
+        >>> heads = medusa.init(model, heads=2)  # a gx.MedusaHeads
+        >>> heads.params["0"]["head"].shape, heads.params["1"]["block0"].shape
+        ((96, 32), (32, 32))
     """
 
     config: Config

@@ -152,6 +152,14 @@ def medusa_accuracy(
 
     Raises:
         ValueError: As `train_medusa` does.
+
+    Example:
+        >>> import jax, garrulax as gx
+        >>> from garrulax.models import medusa
+        >>> config = gx.preset("gpt2-tiny", layers=1, width=32, heads=2, vocab=96, eos=None)
+        >>> model = gx.init(config, jax.random.key(0)), config
+        >>> gx.medusa_accuracy(model, medusa.init(model, heads=2), [list(range(96))], window=16).shape
+        (2, 10)
     """
     params, config, _ = unpack_model(model)
     medusa.check_heads(heads, config)

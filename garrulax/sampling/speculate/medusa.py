@@ -105,7 +105,8 @@ def medusa(
         >>> config = gx.preset("gpt2-tiny", layers=1, width=32, heads=2, vocab=257, eos=None)
         >>> model = gx.init(config, jax.random.key(0)), config
         >>> heads = medusa.init(model, heads=2)  # untrained
-        >>> one = gx.generate(model, [5, 17, 3], max_new_tokens=12, temperature=0, speculate=gx.medusa(heads, tree=3))
+        >>> speculate = gx.medusa(heads, tree=[(0,), (1,), (0, 0)])
+        >>> one = gx.generate(model, [5, 17, 3], max_new_tokens=12, temperature=0, speculate=speculate)
         >>> one.tokens == gx.generate(model, [5, 17, 3], max_new_tokens=12, temperature=0).tokens
         True
     """

@@ -23,12 +23,15 @@ _HOME = {
     "unstack": "garrulax.models",
     "cache_for": "garrulax.models",
     "glitch_tokens": "garrulax.models.glitch",
+    "MedusaHeads": "garrulax.models.medusa",
     "make_mesh": "garrulax.core.sharding",
     "Mask": "garrulax.kernels.mask",
     "load": "garrulax.hub",
     "load_config": "garrulax.hub",
     "save": "garrulax.hub",
     "Model": "garrulax.hub",
+    "load_medusa": "garrulax.hub",
+    "save_medusa": "garrulax.hub",
     "generate": "garrulax.sampling",
     "stream": "garrulax.sampling",
     "fill": "garrulax.sampling",
@@ -39,6 +42,7 @@ _HOME = {
     "contrastive": "garrulax.sampling",
     "best_of": "garrulax.sampling",
     "prompt_lookup": "garrulax.sampling",
+    "medusa": "garrulax.sampling.speculate",
     "draft": "garrulax.sampling",
     "window": "garrulax.sampling",
     "sinks": "garrulax.sampling",
@@ -61,6 +65,8 @@ _HOME = {
     "Perplexity": "garrulax.evaluate",
     "choose": "garrulax.evaluate",
     "Choice": "garrulax.evaluate",
+    "train_medusa": "garrulax.train.train_medusa",
+    "medusa_accuracy": "garrulax.train.train_medusa",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -121,6 +121,15 @@ def _parser() -> argparse.ArgumentParser:
         help="run as process I of N; HOST:PORT is the address of process 0; no value on a TPU pod or under SLURM",
     )
     train.add_argument("--list", action="store_true", help="show all settings and their defaults, then stop")
+    train.add_argument(
+        "--medusa",
+        action="store_true",
+        help="train Medusa heads for a model that stays as it is, and save them in --run (docs/medusa.md)",
+    )
+    train.add_argument("--heads", type=int, metavar="K", help="with --medusa, number of heads (4)")
+    train.add_argument(
+        "--choices", type=int, metavar="N", help="with --medusa, let the heads choose from the N most frequent tokens"
+    )
 
     generate = commands.add_parser(
         "generate", help="continue a text", description="Continue a text; tokens are shown as soon as they are sampled."
@@ -284,7 +293,8 @@ def _add_constraints(command: argparse.ArgumentParser) -> None:
         "--speculate",
         metavar="WAY",
         help="read guessed tokens together, which gives the same text sooner: lookup guesses what followed before, "
-        "layers=N what the model's first N layers say, and a model (as MODEL) what it says",
+        "layers=N what the model's first N layers say, medusa=FOLDER what Medusa heads say, and a model (as MODEL) "
+        "what it says",
     )
     kinds = command.add_mutually_exclusive_group()
     kinds.add_argument("--json-schema", metavar="FILE", help="write JSON that satisfies the schema in this file")

@@ -14,6 +14,7 @@ import garrulax as gx
 from garrulax import models
 from garrulax.cli import starting
 from garrulax.cli.starting import Start, fit
+from garrulax.cli.train_medusa import train_medusa
 from garrulax.hub.tokenizers import Tokenizer
 from garrulax.train.batches import check_length, make_data
 from garrulax.train.corpus import Corpus, xz_bits_per_byte
@@ -40,6 +41,11 @@ def train(args: argparse.Namespace) -> None:
     if args.list:
         print(_list_settings())
         return
+    if args.medusa:
+        train_medusa(args)
+        return
+    if args.choices is not None or args.heads is not None:
+        raise ValueError("--heads and --choices belong to --medusa")
     if args.distributed is not None:
         _initialize_distributed(args.distributed)
     begun = starting.start(args)

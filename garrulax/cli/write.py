@@ -34,9 +34,13 @@ def _generate(args: argparse.Namespace) -> None:
         options |= {"search": gx.beam(args.beams), "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     if args.speculate is not None:
         options["speculate"] = _speculation(args.speculate, args.ignore)
+    way = args.speculate or ""
+    heads = way.removeprefix("medusa=") if way.startswith("medusa=") else None
 
     def begin(model: gx.Model) -> None:
         nonlocal prompt
+        if heads is not None:
+            options["speculate"] = gx.medusa(gx.load_medusa(heads, model))
         prompt = _conversation(model, text) if args.chat else text
         options["cache"] = cache_of(args, model.config)
         if args.beams is None:
@@ -78,11 +82,13 @@ def _sampling(args: argparse.Namespace) -> dict:
     return options
 
 
-def _speculation(way: str, ignore: list[str]) -> Speculation:
-    """The value of `--speculate`."""
+def _speculation(way: str, ignore: list[str]) -> Speculation | None:
+    """The value of `--speculate`; None for Medusa heads."""
     if way == "lookup":
         return gx.prompt_lookup()
     name, _, value = way.partition("=")
+    if name == "medusa":
+        return None  # the heads are read when the model's config is known
     if name != "layers":
         return gx.draft(gx.load(find_model(way), ignore=ignore))
     if not value.isdecimal():

@@ -128,7 +128,7 @@ def write_folder(
         dtype = str(functools.reduce(jnp.promote_types, {part.dtype for parts in entries.values() for part in parts}))
     raw = family(config).to_hf(config) | {"torch_dtype": dtype}
     writes = jax.process_index() == 0
-    with _replacing(folder) if writes else contextlib.nullcontext(folder) as temporary:
+    with replacing(folder) if writes else contextlib.nullcontext(folder) as temporary:
         _write_shards(entries, temporary if writes else None, limit, progress)
         if writes:
             _write_json(temporary / "config.json", raw)
@@ -250,7 +250,7 @@ def _write_json(path: Path, content: Any) -> None:
 
 
 @contextlib.contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
+def replacing(folder: Path) -> Iterator[Path]:
     """A new folder beside `folder`. It replaces `folder` if the block succeeds, and is removed if it raises."""
     _check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)

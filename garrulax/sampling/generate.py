@@ -30,6 +30,7 @@ from garrulax.sampling.search.running import searched
 from garrulax.sampling.speculate import (
     Bound,
     Speculation,
+    check_acceptance,
     check_speculation,
     compile_speculation,
     decode_speculating,
@@ -106,9 +107,9 @@ def generate(
         search: How to look for a good completion in place of sampling one: `gx.beam`, `gx.diverse_beam`,
             `gx.contrastive` or `gx.best_of`; docs/search.md shows them. In a completion, `score` is what it was ranked
             by. Stop strings do not go with beam search, and temperature 0 with none.
-        speculate: How to guess several next tokens, which the model then reads in one pass: `gx.prompt_lookup` or
-            `gx.draft`; docs/speculation.md shows them. The completions are those without it, and come sooner where
-            many guesses are right. In a completion, `passes` is the number of passes.
+        speculate: How to guess several next tokens, which the model then reads in one pass: `gx.prompt_lookup`,
+            `gx.draft` or `gx.medusa`; docs/speculation.md shows them. The completions are those without it, and come
+            sooner where many guesses are right. In a completion, `passes` is the number of passes.
         cache: What is kept of the text: "full" is all, "int8" all with keys and values in 8 bits, `gx.window(n)` the
             last n tokens, `gx.sinks(4, n)` and `gx.blocks()` what lets a text go on beyond the model's context;
             docs/caches.md shows them. Models with a window keep no more than that in any case.
@@ -414,4 +415,5 @@ def make_plan(
     if speculate is not None:
         check_speculation(speculate, search, len(encoded) > len(rows))
         speculation = speculate.bind(weights, config, transform, requests, size)
+        check_acceptance(speculation, bool(matchers))
     return Plan(decoder, weights, requests, writers, matchers, size, every, search, speculation, ends, tokenizer, stops)

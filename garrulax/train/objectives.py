@@ -89,7 +89,7 @@ def mask_of(batch: Batch) -> Mask | None:
     """The mask of a batch, from its streams rank and segment; None, which means causal, if it has neither."""
     if "rank" not in batch and "segment" not in batch:
         return None
-    index = jnp.zeros_like(batch["tokens"]) + jnp.arange(batch["tokens"].shape[1], dtype=jnp.int32)
+    index = jnp.zeros_like(batch["tokens"]) + jnp.arange(batch["tokens"].shape[1], dtype=jnp.int32)[None]
     return Mask({"rank": batch.get("rank", index), "segment": batch.get("segment", jnp.zeros_like(index))})
 
 

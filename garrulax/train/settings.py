@@ -223,7 +223,7 @@ def apply_changes(
     model = {**model, **{k[6:]: changes.pop(k) for k in list(changes) if k.startswith("model.")}}
     if "optimizer" in changes:  # its own default rates, not those of the optimizer before
         changes = {**dict.fromkeys(_RATES), **changes}
-    settings = typed.replace(start or Settings(), _with_lists(changes))
+    settings = typed.replace(start or Settings(), with_lists(changes))
     return settings, typed.replace(config or models.preset(settings.preset), model, "model.")
 
 
@@ -268,7 +268,7 @@ def read_run_file(folder: str | os.PathLike, overrides: Iterable[str] = ()) -> t
         ValueError: As `read_settings` does.
     """
     record = read_record(folder)
-    recorded, changes = typed.replace(Settings(), record["settings"]), _with_lists(_pairs(overrides))
+    recorded, changes = typed.replace(Settings(), record["settings"]), with_lists(_pairs(overrides))
     given = absolute_paths(typed.replace(recorded, changes))  # what the record says stays as it is
     settings = dataclasses.replace(
         typed.replace(recorded, changes), **{k: getattr(given, k) for k in _PATHS if k in changes}
@@ -348,7 +348,7 @@ def absolute_paths(settings: Settings) -> Settings:
     return dataclasses.replace(settings, corpus=corpus, valid=valid, preset=model, tokenizer=tokenizer)
 
 
-def _with_lists(changes: Mapping[str, Any]) -> dict[str, Any]:
+def with_lists(changes: Mapping[str, Any]) -> dict[str, Any]:
     """Values in which a text that lists sources is a list."""
     lists = {k: split_sources(changes[k]) for k in ("corpus", "valid") if isinstance(changes.get(k), str)}
     return {**changes, **lists}

@@ -7,20 +7,29 @@ propose a tree of drafts. `verify` reads them, and `accept` decides which of the
 from garrulax.sampling.speculate.draft import Draft, draft
 from garrulax.sampling.speculate.interface import Bound, Outcome, Proposal, Proposer, Speculation, depths
 from garrulax.sampling.speculate.lookup import PromptLookup, prompt_lookup
-from garrulax.sampling.speculate.running import check_speculation, compile_speculation, decode_speculating
+from garrulax.sampling.speculate.medusa import Medusa, medusa
+from garrulax.sampling.speculate.running import (
+    check_acceptance,
+    check_speculation,
+    compile_speculation,
+    decode_speculating,
+)
 
 __all__ = [
     "Bound",
     "Draft",
+    "Medusa",
     "Outcome",
     "PromptLookup",
     "Proposal",
     "Proposer",
     "Speculation",
+    "check_acceptance",
     "check_speculation",
     "compile_speculation",
     "decode_speculating",
     "depths",
     "draft",
+    "medusa",
     "prompt_lookup",
 ]

@@ -15,6 +15,7 @@ from garrulax.sampling.constrain import Matcher
 from garrulax.sampling.decoder import Decoder
 from garrulax.sampling.requests import Weights
 from garrulax.sampling.search import BestOf, Search
+from garrulax.sampling.speculate.accept import exact
 from garrulax.sampling.speculate.constrained import decode_constrained_speculating, with_room
 from garrulax.sampling.speculate.interface import Bound, Speculation
 from garrulax.sampling.speculate.loop import Speculating, speculate_steps
@@ -26,11 +27,17 @@ from garrulax.sampling.writing import Pieces, Writer, end_stopped, push_new_toke
 def check_speculation(speculate: Speculation, search: Search | None, guided: bool) -> None:
     """Raises TypeError for what is no way of speculation, and ValueError for what does not go with it."""
     if not isinstance(speculate, Speculation):
-        raise TypeError(f"speculate={speculate!r:.60} must be made by gx.prompt_lookup(...) or gx.draft(...)")
+        raise TypeError(f"speculate={speculate!r:.60} must be made by gx.prompt_lookup, gx.draft or gx.medusa")
     if search is not None and not isinstance(search, BestOf):
         raise ValueError("speculate does not go with this search, which compares several tokens: use gx.best_of")
     if guided:
         raise ValueError("speculate does not go with guidance_scale: leave one of them out")
+
+
+def check_acceptance(bound: Bound, constrained: bool) -> None:
+    """Raises ValueError where drafts under constraints would be accepted by another rule than the exact one."""
+    if constrained and bound.proposer.accept is not exact:
+        raise ValueError("constrain goes with exact acceptance only: leave accept= of gx.medusa out")
 
 
 def begin(state: State, bound: Bound) -> Speculating:

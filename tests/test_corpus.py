@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from garrulax.train import corpus as module
+from garrulax.train import reading as module
 from garrulax.train.corpus import Corpus, xz_bits_per_byte
 from garrulax.train.sources import split_sources
 

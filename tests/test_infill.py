@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from garrulax.hub.tokenizers import GLM_SPECIALS, GPT_SPECIALS, ByteTokenizer
-from garrulax.train.batches import causal_batch
+from garrulax.train.components import causal_batch
 from garrulax.train.infill import (
     BlankMix,
-    InfillTokens,
     assemble,
     empty_batch,
     infill_batch,
@@ -20,6 +19,7 @@ from garrulax.train.infill import (
     token_spans,
     write_row,
 )
+from garrulax.train.infill_tokens import InfillTokens
 
 ORACLE = Path(__file__).parent / "oracles" / "glm_original_s0.npz"
 MODES = ["token", "token_noshuffle", "token_dblock", "sentence", "document", "document_midspan"]

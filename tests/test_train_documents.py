@@ -11,9 +11,10 @@ from garrulax import models
 from garrulax.hub.tokenizers import GLM_SPECIALS, ByteTokenizer
 from garrulax.train import batches, settings
 from garrulax.train.documents import isolated_infill, segments_at
-from garrulax.train.infill import BlankMix, InfillTokens, source_window
+from garrulax.train.infill import BlankMix, source_window
+from garrulax.train.infill_tokens import InfillTokens
 from garrulax.train.objectives import OBJECTIVES
-from garrulax.train.shards import Tokens
+from garrulax.train.tokens import Tokens
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 FAST = ("gpt", "llama", "falcon")

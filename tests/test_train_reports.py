@@ -15,7 +15,7 @@ from garrulax import models
 from garrulax.train import batches, flops, metrics, plots, progress
 from garrulax.train.evaluate import Evaluation, make_evaluate
 from garrulax.train.settings import Settings
-from garrulax.train.shards import Tokens
+from garrulax.train.tokens import Tokens
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

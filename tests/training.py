@@ -7,7 +7,7 @@ import numpy as np
 
 from garrulax.hub.tokenizers import GLM_SPECIALS, ByteTokenizer
 from garrulax.train import batches, loop, settings
-from garrulax.train.shards import Tokens
+from garrulax.train.tokens import Tokens
 
 SIZES = ["model.layers=1", "model.heads=4", "model.width=32", "model.context=32", "model.vocab=264"]
 GPT = [*SIZES, "model.eos=none", "model.bos=none"]

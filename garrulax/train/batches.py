@@ -67,7 +67,10 @@ def make_data(
     # The first corpus has the seed of the run, so that a run is the same with one corpus and with a mixture of one.
     made = [make(d, settings.seed if i == 0 else int(hash_of(settings.seed, i)[0])) for i, d in enumerate(datasets)]
     parts = sources.mixture(settings.corpus) if len(made) > 1 else []
-    weights = [(part.weight or 0) * (c.rows if part.epochs else 1) for part, c in zip(parts, made, strict=True)] or [1]
+    weights = [1.0]
+    if parts:
+        rows = [component.rows if part.epochs else 1 for part, component in zip(parts, made, strict=True)]
+        weights = [(part.weight or 0.0) * count for part, count in zip(parts, rows, strict=True)]
     feed = Feed(made, weights, settings.batch)
     return Data(feed.batch_at, feed.held_out, _identity(datasets, parts), _notes(made, parts, weights, settings))
 
@@ -94,7 +97,11 @@ def _maker(
 
 def blank_mix(settings: Settings, default: BlankMix) -> BlankMix:
     """The frequencies of the kinds of blanks: those of the settings, and the default's where they have none."""
-    given = {kind: getattr(settings, f"{kind}_blanks") for kind in ("token", "sentence", "document")}
+    given = {
+        "token": settings.token_blanks,
+        "sentence": settings.sentence_blanks,
+        "document": settings.document_blanks,
+    }
     return dataclasses.replace(default, **{kind: share for kind, share in given.items() if share is not None})
 
 

@@ -1,7 +1,7 @@
 """The rows of one corpus: which there are, in which order they come, and the arrays that they become.
 
-A corpus has an endless sequence of rows, in which every epoch has each row once, in another order. A component makes any
-rows of this sequence from their numbers alone.
+A corpus has an endless sequence of rows, in which every epoch has each row once, in another order. A component makes
+any rows of this sequence from their numbers alone.
 """
 
 from collections.abc import Callable, Iterator

@@ -13,6 +13,7 @@ order, each after a start-of-piece token, and is predicted token by token. For t
 This is numpy on the host. A row depends only on its text, its example number and the seed.
 """
 
+import bisect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -210,35 +211,30 @@ def assemble(
         repeat its tokens; the loss ignores them.
     """
     inputs = source if inputs is None else inputs
-    pieces: list[Any] = []
-    mask_position: dict[int, int] = {}  # begin of a span -> position of its mask in part A
-    end_of_last = 0  # in the source
-    position = 0  # in part A
-    for begin, stop in sorted(spans):
-        pieces += [source[end_of_last:begin], [mask]]
-        position += begin - end_of_last
-        mask_position[begin] = position
-        position += 1
-        end_of_last = stop
-    pieces.append(source[end_of_last:])
-    part_a = np.concatenate(pieces)
+    begins, stops = np.array(spans, np.int64).reshape(-1, 2).T
+    sizes = stops - begins
+
+    def places(lengths: np.ndarray) -> np.ndarray:  # 0, 1, ... within each span
+        return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+    kept = np.ones(len(source), bool)
+    kept[np.repeat(begins, sizes) + places(sizes)] = False
+    kept[begins] = True  # the masks
+    with_masks = source.copy()
+    with_masks[begins] = mask
+    part_a = with_masks[kept]
     split = len(part_a)
-    tokens: list[Any] = [part_a]
-    targets: list[Any] = [part_a]
-    outer, inner = [np.arange(split)], [np.zeros(split, int)]  # the two rows of positions
-    for begin, stop in spans:
-        if end is None:
-            tokens += [[start], inputs[begin : stop - 1]]
-            targets += [source[begin:stop]]
-        else:
-            tokens += [[start], inputs[begin:stop]]
-            targets += [source[begin:stop], [end]]
-        size = stop - begin + (end is not None)
-        after = split + sum(map(len, outer[1:]))
-        outer.append(after + np.arange(size) if goes_on else np.full(size, mask_position[begin]))
-        inner.append(np.arange(1, size + 1))
-    positions = np.stack([np.concatenate(outer), np.concatenate(inner)])
-    return np.concatenate(tokens), np.concatenate(targets), positions, split
+    mask_position = np.cumsum(kept)[begins] - 1
+    lengths = sizes + (end is not None)  # of the pieces of part B
+    place = places(lengths)
+    at = np.repeat(begins, lengths) + place  # in the source, of the target
+    part_b = np.where(place == 0, start, inputs[at - 1])
+    targets = source[np.minimum(at, len(source) - 1)]
+    if end is not None:
+        targets[np.cumsum(lengths) - 1] = end
+    outer = split + np.arange(len(place)) if goes_on else np.repeat(mask_position, lengths)
+    positions = np.stack([np.concatenate([np.arange(split), outer]), np.concatenate([np.zeros(split, int), place + 1])])
+    return np.concatenate([part_a, part_b]), np.concatenate([part_a, targets]), positions, split
 
 
 def token_spans(
@@ -261,13 +257,14 @@ def token_spans(
         [CLS], an eos or the last token.
     """
     documents = _documents(source, eos, first)
-    free = np.array([stop - begin for begin, stop in documents])
+    free = [stop - begin for begin, stop in documents]
     chosen: list[list[int]] = [[] for _ in documents]
     for span in _span_lengths(int(MASK_RATIO * len(source)), rng)[:max_spans]:
-        fits = np.where(free >= span, free, 0)
-        if not fits.any():
+        fits = [room if room >= span else 0 for room in free]  # a few numbers: lists are faster than arrays
+        if not any(fits):
             continue
-        document = int(np.searchsorted(np.cumsum(fits), rng.integers(fits.sum()), side="right"))
+        before = list(itertools.accumulate(fits))
+        document = bisect.bisect_right(before, int(rng.integers(before[-1])))
         chosen[document].append(span)
         free[document] -= span + 1  # one more token, between this span and the next
     spans = []

@@ -42,6 +42,6 @@ def _system(url: str) -> tuple[Any, str]:
         raise ImportError(f"{url} is read through fsspec: pip install 'garrulax[fsspec]'") from error
     try:
         system, path = fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        raise ImportError(f"{url} cannot be read: {error}") from error
+    except (ImportError, ValueError) as error:  # the package for a protocol is missing; there is no such protocol
+        raise type(error)(f"{url} cannot be read: {error}") from error
     return system, path

@@ -335,7 +335,7 @@ def differences(current: Mapping[str, Any], saved: Mapping[str, Any]) -> list[st
         saved: `run_identity` in the checkpoint.
     """
     found = []
-    names = ("config", "data", "settings")
+    names: tuple[str, ...] = ("config", "data", "settings")
     was = {name: value for name, value in saved["data"].items() if not name.startswith(INSTEAD_OF)}
     accepted = {name.removeprefix(INSTEAD_OF): value for name, value in current["data"].items() if INSTEAD_OF in name}
     if accepted == was:  # the user has said that this text may take the place of that one

@@ -43,8 +43,8 @@ def isolated_causal(windows: np.ndarray, segments: np.ndarray) -> HostBatch:
         segments: int32 [B, T + 1], the document of every token.
 
     Returns:
-        As `batches.causal_batch`, and positions and segment, int32 [B, T]. The first token of a document is no target:
-        the weight of the last token before it is 0.
+        As `components.causal_batch`, and positions and segment, int32 [B, T]. The first token of a document is no
+        target: the weight of the last token before it is 0.
     """
     index = np.arange(windows.shape[1] - 1)
     own, following = segments[:, :-1], segments[:, 1:]

@@ -1,5 +1,6 @@
 """Batches of blanks for GLM-130B and ChatGLM-6B: the layouts of the published code, and the mix of the paper."""
 
+import jax
 import numpy as np
 import pytest
 import training
@@ -67,14 +68,28 @@ def test_the_mix_of_glm_130b():
     assert ((batch["tokens"][:, 0] == ids.mask) & ~is_long).sum() > 50
 
 
-@pytest.mark.parametrize("preset", ["glm-130b", pytest.param("chatglm-6b", marks=pytest.mark.slow)])
-def test_a_preset_is_trained(preset, tmp_path):
+PRESETS = {"glm-130b": training.GLM_130B, "chatglm-6b": training.CHATGLM}
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_a_preset_gets_the_tokens_of_its_tokenizer(preset):
     s, c = settings.read_settings(None, [f"preset={preset}", *training.SIZES[:-1], "model.mlp_width=32", "window=32"])
     c = fit(c, s, TOKENIZER)
     assert (c.mask, c.generation_mask, c.sop, c.vocab) == (258, 260, 261, TOKENIZER.vocab)
     assert (c.eos, c.eop, c.sentence_mask) == ((256, 262, 259) if preset == "glm-130b" else (None, 256, None))
-    family = training.GLM_130B if preset == "glm-130b" else training.CHATGLM
-    result, _ = training.train(tmp_path / "run", ["steps=2", "packing=first_fit"], family)
-    assert result.evaluation.bits_per_byte > 0
-    data = batches.make_data(training.TEXT, settings.read_settings(None, [*family, *training.SHORT])[0], c, TOKENIZER)
-    assert data.batch_at(0)["positions"].ndim == (2 if preset == "glm-130b" else 3)
+    s, _ = settings.read_settings(None, [*PRESETS[preset], *training.SHORT])
+    batch = batches.make_data(training.TEXT, s, c, TOKENIZER).batch_at(0)
+    assert batch["positions"].ndim == (2 if preset == "glm-130b" else 3)
+    assert batch["weights"].sum(1).min() >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", list(PRESETS))
+@pytest.mark.parametrize("packing", ["cut", "first_fit"])
+def test_a_preset_is_trained_and_resumed_exactly(preset, packing, tmp_path):
+    words = ["steps=4", f"packing={packing}", "schedule=constant", "warmup=0"]
+    whole, _ = training.train(tmp_path / "whole", words, PRESETS[preset])
+    training.train(tmp_path / "parts", [*words, "steps=2"], PRESETS[preset])
+    parts, _ = training.train(tmp_path / "parts", [*words, "tail_step=0"], PRESETS[preset], resume=True)
+    assert whole.evaluation.bits_per_byte > 0
+    jax.tree.map(np.testing.assert_array_equal, whole.params, parts.params)

@@ -221,12 +221,16 @@ def _key(text: bytes) -> int:
 
 
 def _choose_threshold(keys: np.ndarray, sizes: np.ndarray, wanted: float) -> int | None:
-    """The smallest key such that documents with keys up to it have `wanted` bytes; None if all have fewer."""
+    """The smallest key such that documents with keys up to it have `wanted` bytes.
+
+    None if all have fewer, or if these have more than twice as many: then many of them are copies of one document.
+    """
     keys, sizes = keys[sizes <= wanted], sizes[sizes <= wanted]
     if sizes.sum() < wanted:
         return None
     order = np.argsort(keys)
-    return int(keys[order][np.searchsorted(np.cumsum(sizes[order]), wanted)])
+    threshold = keys[order][np.searchsorted(np.cumsum(sizes[order]), wanted)]
+    return int(threshold) if sizes[keys <= threshold].sum() <= 2 * wanted else None
 
 
 def _split_tail(text: str) -> tuple[str, str]:

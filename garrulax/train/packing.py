@@ -120,7 +120,7 @@ def pack(
     sizes = np.minimum(longest, lengths[owner] - number * longest)
     kept = sizes >= shortest
     if not kept.any():
-        raise ValueError(f"no document has {shortest} tokens or more: there is nothing to pack")
+        raise ValueError("there is nothing to pack: no document has two tokens or more")
     shuffled = np.argsort(hash_of(seed, np.arange(len(kept))), kind="stable")
     shuffled = shuffled[kept[shuffled]]
     starts, sizes = starts[shuffled], sizes[shuffled]

@@ -68,6 +68,8 @@ def make_data(
     made = [make(d, settings.seed if i == 0 else int(hash_of(settings.seed, i)[0])) for i, d in enumerate(datasets)]
     parts = sources.mixture(settings.corpus) if len(made) > 1 else []
     weights = [1.0]
+    if len(made) > 1 and len(made) != len(parts):
+        raise ValueError(f"corpus={','.join(settings.corpus)} is no mixture of {len(made)} corpora, one a data set")
     if parts:
         rows = [component.rows if part.epochs else 1 for part, component in zip(parts, made, strict=True)]
         weights = [(part.weight or 0.0) * count for part, count in zip(parts, rows, strict=True)]

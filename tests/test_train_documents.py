@@ -1,5 +1,7 @@
 """Packed documents that do not see one another in training: loss and gradients are those of the documents alone."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,6 @@ from garrulax.train.objectives import mask_of, negative_log_likelihood
 from garrulax.train.tokens import Tokens
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-FAST = ("gpt", "llama", "falcon")
 
 
 class Documents:
@@ -51,44 +52,66 @@ def assert_equal_sums(packed, alone, same):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), gradients, gradients_alone)
 
 
+LLAMA = tiny.CONFIGS["llama"]
+CONFIGS = {name: config for name, config in tiny.CONFIGS.items() if models.blanks(config) is None and name != "dynamic"}
+CONFIGS |= {
+    "window": dataclasses.replace(LLAMA, window=3, dialect="mistral"),
+    "alibi": dataclasses.replace(LLAMA, positions="alibi", kv_heads=4, dialect="baichuan"),
+    "banded": dataclasses.replace(tiny.CONFIGS["gpt"], band=3),
+}
+FAST = [("gpt", "causal"), ("window", "causal"), ("falcon", "prefix")]
+
+
 @pytest.mark.parametrize(
-    "name",
+    ("name", "objective"),
     [
-        n if n in FAST else pytest.param(n, marks=pytest.mark.slow)
-        for n in tiny.CONFIGS
-        if n not in ("glm", "glm130b", "dynamic")
+        pytest.param(name, objective, marks=() if (name, objective) in FAST else pytest.mark.slow)
+        for name in CONFIGS
+        for objective in ("causal", "prefix")
     ],
 )
-def test_a_causal_document_is_as_if_it_were_alone(name):
-    config = tiny.CONFIGS[name]
-    if models.blanks(config) is not None:
-        pytest.skip("fills blanks")
+def test_a_document_is_as_if_it_were_alone(name, objective):
+    config = CONFIGS[name]
     lengths = [5, 1, 9, 3, 4, 9]
     dataset = Documents(lengths, config.vocab)
     params, run = tiny.params(config), compiled(config)
-    alone = np.zeros((len(lengths), max(lengths)), np.int32)
-    present = np.zeros(alone.shape, np.float32)
     ids = np.split(dataset.train[:], np.cumsum(lengths)[:-1])
-    for row, document in enumerate(ids):
-        alone[row, : len(document)], present[row, : len(document)] = document, 1
-    plain = {"tokens": alone[:, :-1], "targets": alone[:, 1:], "weights": present[:, 1:]}
-    wanted = run(params, plain)
     for packing in ("cut", "first_fit"):
         s = settings.Settings(window=15, batch=2, isolate=True, packing=packing, corpus=("x",))
-        (batch,) = components.causal(dataset, s, 0).held_out()
+        (batch,) = components.causal(dataset, s, 0, prefix=objective == "prefix").held_out()
         batch.pop("bytes")
-        assert batch["weights"].sum() == sum(lengths) - len(lengths)  # every token but the first of a document
         if packing == "cut":  # rows of 15 targets: the documents 0, 1, 2, and 3, 4, 5
             assert batch["segment"][0].tolist() == [0] * 5 + [1] + [2] * 9
         else:  # 8 + 4 + 3 targets fill the first row
             assert (batch["segment"] >= 0).sum(axis=1).tolist() == [15, 10]
-        places = np.argwhere(batch["weights"] > 0)
-        owners = [
-            next(i for i, d in enumerate(ids) if batch["tokens"][r, t] in d.tolist() and _begins(d, batch, r, t))
-            for r, t in places
-        ]
-        same = tuple(places.T), (np.array(owners), batch["positions"][tuple(places.T)])
-        assert_equal_sums(run(params, batch), wanted, same)
+        if objective == "causal":
+            assert batch["weights"].sum() == sum(lengths) - len(lengths)  # every token but the first of a document
+        alone, packed_at, alone_at = separate(batch, ids)
+        assert_equal_sums(run(params, batch), run(params, alone), (packed_at, alone_at))
+
+
+def separate(batch, ids):
+    """Every document in a row of its own, with the prefix that it has in a batch, and where its places are in both."""
+    size = max(map(len, ids))
+    rows = np.zeros((len(ids), size), np.int32)
+    for row, document in enumerate(ids):
+        rows[row, : len(document)] = document
+    targets = np.array([len(document) - 1 for document in ids])[:, None]
+    here = np.arange(size - 1) < targets
+    places = np.argwhere(batch["segment"] >= 0)
+    owner = np.array([next(i for i, d in enumerate(ids) if _begins(d, batch, *place)) for place in places])
+    inside = batch["positions"][tuple(places.T)]
+    has_target = inside < targets[owner, 0]
+    packed_at, alone_at = tuple(places[has_target].T), (owner[has_target], inside[has_target])
+    weights = np.zeros(here.shape, np.float32)
+    weights[alone_at] = batch["weights"][packed_at]
+    alone = {"tokens": rows[:, :-1], "targets": rows[:, 1:], "weights": weights}
+    if "rank" in batch:
+        rank = np.tile(np.arange(size - 1), (len(ids), 1))
+        begin = packed_at[1] - inside[has_target]
+        rank[alone_at] = batch["rank"][packed_at] - begin
+        alone |= {"rank": rank.astype(np.int32), "segment": np.where(here, 0, -1).astype(np.int32)}
+    return alone, packed_at, alone_at
 
 
 def _begins(document, batch, row, place):

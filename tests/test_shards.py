@@ -13,7 +13,8 @@ from garrulax.hub.tokenizer_training import train_chars
 from garrulax.hub.tokenizers import ByteTokenizer
 from garrulax.train import shards as module
 from garrulax.train.corpus import Corpus
-from garrulax.train.shards import Dataset, Tokens, build_shards, default_root
+from garrulax.train.shards import Dataset, build_shards, default_root
+from garrulax.train.tokens import Tokens
 
 
 @pytest.fixture

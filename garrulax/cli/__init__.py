@@ -111,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--run", metavar="FOLDER", help="folder for the run (default: runs/PRESET)")
     train.add_argument("--resume", metavar="FOLDER", help="continue the run in this folder")
+    train.add_argument("--new-data", action="store_true", help="with --resume: go on although the text is another one")
     train.add_argument("--config", metavar="FILE", help="read settings from this TOML file")
     train.add_argument("--mesh", metavar="AXES", help="use several devices, by axis: such as fsdp=4,tensor=2")
     train.add_argument(

@@ -12,12 +12,15 @@ from garrulax import models
 from garrulax.core.config import ModelConfig
 from garrulax.core.sharding import RULES
 from garrulax.layers.stack import REMAT
-from garrulax.train import schedules, typed
+from garrulax.train import dedup, schedules, typed
 from garrulax.train.objectives import OBJECTIVES
-from garrulax.train.sources import absolute_source, expanded, split_sources
+from garrulax.train.sources import absolute_source, expanded, mixture, split_sources
 
 OPTIMIZERS = ("muon", "adamw")
 PRECISIONS = ("float32", "bfloat16")
+#: Before the names of hashes of a text that another one has replaced, in the identity of a run's data.
+INSTEAD_OF = "instead_of."
+PACKINGS = ("cut", "first_fit")
 
 #: Default (lr, adam_lr, weight_decay) of each optimizer.
 _DEFAULT_RATES = {"muon": (0.02, 4e-3, 0.0), "adamw": (1e-3, 1e-3, 0.1)}
@@ -34,14 +37,17 @@ class Settings:
 
     Attributes:
         preset: Model to train: a preset (`garrulax info --all`), or a folder, GGUF file, run or hub name with weights.
-        corpus: Text to train on: files, folders, glob patterns, or stdlib (the source of Python's standard library).
+        corpus: Text to train on: files, folders, patterns, URLs, stdlib; a mixture with weights: a.txt:0.7,b.jsonl:0.3.
         valid: Held-out text, written like corpus; if empty, a part of the corpus is held out.
         tokenizer: sentencepiece (trained on the corpus), bytes or chars (one id for each), model (its own), or a path.
         vocab: Number of token ids, if a sentencepiece tokenizer is trained.
-        objective: causal or infill; none is the default of the model's family.
-        token_blanks: Relative frequency of infill's rows with short blanks.
-        sentence_blanks: Relative frequency of infill's rows with blanks of whole sentences.
-        document_blanks: Relative frequency of infill's rows with one long blank.
+        dedup: Documents left out as copies of earlier ones of their corpus: none, exact, or near (by MinHash).
+        dedup_threshold: Least share of common five-word runs (Jaccard index) of near-duplicates.
+        objective: causal, prefix or infill; none is the default of the model's family.
+        token_blanks: Relative frequency of infill's rows with short blanks; none is the family's (GLM 0.5, 130B 0.3).
+        sentence_blanks: Relative frequency of infill's rows with blanks of whole sentences; none: GLM 0.3, 130B 0.
+        document_blanks: Relative frequency of infill's rows with one long blank; none: GLM 0.2, 130B 0.7.
+        packing: cut (rows cut out of the joined text) or first_fit (whole documents in rows, kept apart).
         isolate: Whether the documents in a row are kept apart: no attention from one to another, own positions each.
 
         steps: Number of updates.
@@ -87,10 +93,13 @@ class Settings:
     valid: tuple[str, ...] = ()
     tokenizer: str = "sentencepiece"
     vocab: int = 4096
+    dedup: str = "none"
+    dedup_threshold: float = 0.8
     objective: str | None = None
-    token_blanks: float = 0.5
-    sentence_blanks: float = 0.3
-    document_blanks: float = 0.2
+    token_blanks: float | None = None
+    sentence_blanks: float | None = None
+    document_blanks: float | None = None
+    packing: str = "cut"
     isolate: bool = False
 
     steps: int = 2000
@@ -131,6 +140,7 @@ class Settings:
     keep: int = 2
 
     def __post_init__(self):
+        mixture(self.corpus)  # refuses weights that do not fit together
         for name, known in _CHOICES.items():
             value = getattr(self, name)
             if value is not None and value not in known:
@@ -149,7 +159,9 @@ class Settings:
 
 
 _CHOICES = {
+    "dedup": dedup.KINDS,
     "objective": tuple(OBJECTIVES),
+    "packing": PACKINGS,
     "optimizer": OPTIMIZERS,
     "schedule": schedules.KINDS,
     "precision": PRECISIONS,
@@ -164,6 +176,7 @@ FIXED_ON_RESUME = (
     "token_blanks",
     "sentence_blanks",
     "document_blanks",
+    "packing",
     "isolate",
     "weights",
     "batch",
@@ -322,11 +335,18 @@ def differences(current: Mapping[str, Any], saved: Mapping[str, Any]) -> list[st
         saved: `run_identity` in the checkpoint.
     """
     found = []
+    names: tuple[str, ...] = ("config", "data", "settings")
+    was = {name: value for name, value in saved["data"].items() if not name.startswith(INSTEAD_OF)}
+    accepted = {name.removeprefix(INSTEAD_OF): value for name, value in current["data"].items() if INSTEAD_OF in name}
+    if accepted == was:  # the user has said that this text may take the place of that one
+        names = ("config", "settings")
     # An older version saved fewer settings: those that it lacks have their defaults.
     defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
     current, saved = ({**x, "settings": {**defaults, **x["settings"]}} for x in (current, saved))
-    for part in ("config", "data", "settings"):
+    for part in names:
         for name in sorted(current[part].keys() | saved[part].keys()):
+            if name.startswith(INSTEAD_OF):
+                continue
             now, was = current[part].get(name), saved[part].get(name)
             if now != was and (part != "settings" or name in FIXED_ON_RESUME):
                 found.append(f"{part}.{name} is {now!r}, was {was!r}")

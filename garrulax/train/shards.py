@@ -5,6 +5,8 @@ A data set is a folder, named by a hash of everything that decides its content: 
     <root>/<key>/meta.json             sizes, hashes and dtype
     <root>/<key>/train-00000.bin ...   token ids, uint16 or uint32, little-endian, one document after the other
     <root>/<key>/train.documents       int64: the index of the first token of each document, then the number of tokens
+    <root>/<key>/train.completions     int64: the index of the first token after the prompt of each document; only if a
+                                       document has a prompt
     <root>/<key>/valid-...             the same for the held-out documents
 
 It is built in a temporary folder and renamed when complete, so that no folder with the final name is incomplete.
@@ -16,6 +18,7 @@ import json
 import os
 import shutil
 import tempfile
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +27,9 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
-from garrulax.train.corpus import Corpus, Document, Split
+from garrulax.train.corpus import Corpus, Split
+from garrulax.train.reading import Document
+from garrulax.train.tokens import Tokens
 
 FORMAT = 1  # part of the key: increase it when the files of the same corpus and tokenizer change
 _PIECE = 2**20  # characters of a document that are encoded at once
@@ -48,63 +53,6 @@ class Encoder(Protocol):
     def fingerprint(self) -> str:
         """A hash of everything that the ids depend on."""
         ...
-
-
-class Tokens:
-    """The token ids of one split: one array in one or several memory-mapped shards.
-
-    `len(tokens)` is the number of tokens; `tokens[i]` is an int, `tokens[a:b]` an int32 array (copied from disk).
-
-    Attributes:
-        bytes: Size of the text in UTF-8 without separators: the denominator of bits per byte.
-        documents: int64 [D + 1], the index of the first token of each document, then `len(tokens)`. The separator after
-            a document belongs to it.
-    """
-
-    def __init__(self, shards: Sequence[np.ndarray], bytes: int, documents: np.ndarray):
-        self._shards = list(shards)
-        self._ends = np.cumsum([len(shard) for shard in self._shards], dtype=np.int64)
-        self.bytes = bytes
-        self.documents = documents
-
-    def __len__(self) -> int:
-        return int(self._ends[-1]) if self._shards else 0
-
-    def __getitem__(self, index: int | slice) -> Any:
-        if isinstance(index, slice):
-            start, stop, step = index.indices(len(self))
-            return self._read(start, max(start, stop))[::step] if step > 0 else self[:][index]
-        return int(self._read(range(len(self))[index], range(len(self))[index] + 1)[0])
-
-    def _read(self, start: int, stop: int) -> np.ndarray:
-        out = np.empty(stop - start, np.int32)
-        shard = int(np.searchsorted(self._ends, start, side="right"))
-        index = start
-        while index < stop:
-            first = int(self._ends[shard]) - len(self._shards[shard])
-            part = self._shards[shard][index - first : stop - first]
-            out[index - start : index - start + len(part)] = part
-            index += len(part)
-            shard += 1
-        return out
-
-    def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Windows of equal length.
-
-        Args:
-            starts: int64 [B], index of the first token of every window.
-            length: Of a window.
-
-        Returns:
-            int32 [B, length].
-        """
-        shard = np.searchsorted(self._ends, starts, side="right")
-        # Fast path: all windows lie in one shard.
-        if len(starts) and (shard == shard[0]).all() and starts.max() + length <= self._ends[shard[0]]:
-            view = np.lib.stride_tricks.sliding_window_view(self._shards[shard[0]], length)
-            first = self._ends[shard[0]] - len(self._shards[shard[0]])
-            return view[starts - first].astype(np.int32)
-        return np.stack([self._read(start, start + length) for start in starts.tolist()])
 
 
 class Dataset:
@@ -149,7 +97,11 @@ class Dataset:
         meta = self.meta["splits"][split]
         dtype = np.dtype(self.meta["dtype"])
         shards = [self._map(shard["file"], dtype, shard["tokens"]) for shard in meta["shards"]]
-        return Tokens(shards, meta["bytes"], self._map(f"{split}.documents", np.dtype("<i8"), meta["documents"] + 1))
+        documents = self._map(f"{split}.documents", np.dtype("<i8"), meta["documents"] + 1)
+        completions = (
+            self._map(f"{split}.completions", np.dtype("<i8"), meta["documents"]) if meta.get("prompts") else None
+        )
+        return Tokens(shards, meta["bytes"], documents, completions)
 
     def _map(self, name: str, dtype: np.dtype, count: int) -> np.ndarray:
         file = self.folder / name
@@ -273,23 +225,33 @@ def _dtype(tokenizer: Encoder) -> np.dtype:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A document, or a part of a long one."""
+    """A document, or a part of one: of a long one, or its prompt."""
 
     document: str
     text: str
-    first: bool
+    first: bool  # of the document
     last: bool
+    completes: bool  # whether the completion begins with it
 
 
 def _pieces(documents: Iterable[Document]) -> Iterator[_Piece]:
     for document in documents:
-        text, start = document.text, 0
-        while start < len(text):
-            stop = start + _PIECE
-            if stop < len(text):
-                stop = text.rfind("\n", start, stop) + 1 or stop
-            yield _Piece(document.name, text[start:stop], start == 0, stop >= len(text))
-            start = stop
+        parts = [document.prompt, document.text] if document.prompt else [document.text]
+        for number, text in enumerate(parts):
+            is_last, start = number == len(parts) - 1, 0
+            while start < len(text):
+                stop = start + _PIECE
+                if stop < len(text):
+                    stop = text.rfind("\n", start, stop) + 1 or stop
+                begins = start == 0
+                yield _Piece(
+                    document.name,
+                    text[start:stop],
+                    first=begins and number == 0,
+                    last=is_last and stop >= len(text),
+                    completes=begins and is_last,
+                )
+                start = stop
 
 
 def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
@@ -323,6 +285,8 @@ def _write_split(
     shards = _ShardWriter(folder, split, _dtype(tokenizer), shard_tokens)
     separator = [] if tokenizer.eos is None else [tokenizer.eos]
     documents = size = 0
+    completions = array("q")  # 8 bytes a document
+    has_prompts = False
     with _durable(folder / f"{split}.documents") as starts:
         for batch in _batches(_pieces(corpus.split(split))):
             for piece, ids in zip(batch, _encode(tokenizer, batch), strict=True):
@@ -334,12 +298,24 @@ def _write_split(
                         )
                     starts.write(np.array([shards.tokens], "<i8").tobytes())
                     documents += 1
+                if piece.completes:
+                    completions.append(shards.tokens)
+                    has_prompts = has_prompts or not piece.first
                 shards.append(ids + separator if piece.last else ids)
                 size += len(piece.text.encode())
             if progress is not None:
                 progress(split, size, corpus.bytes)
         starts.write(np.array([shards.tokens], "<i8").tobytes())
-    return {"tokens": shards.tokens, "bytes": size, "documents": documents, "shards": shards.close()}
+    if has_prompts:
+        with _durable(folder / f"{split}.completions") as file:
+            file.write(np.array(completions, "<i8").tobytes())
+    return {
+        "prompts": has_prompts,
+        "tokens": shards.tokens,
+        "bytes": size,
+        "documents": documents,
+        "shards": shards.close(),
+    }
 
 
 class _ShardWriter:
@@ -352,16 +328,16 @@ class _ShardWriter:
         self.tokens = 0
 
     def append(self, ids: list[int]) -> None:
-        array = np.array(ids, self._dtype)
-        while len(array):
+        left = np.array(ids, self._dtype)
+        while len(left):
             if self._file is None:
                 self._shards.append({"file": f"{self._split}-{len(self._shards):05d}.bin", "tokens": 0})
                 self._file = open(self._folder / self._shards[-1]["file"], "wb")  # noqa: SIM115  closed in _finish
-            part = array[: self._limit - self._shards[-1]["tokens"]]
+            part = left[: self._limit - self._shards[-1]["tokens"]]
             self._file.write(part.tobytes())
             self._shards[-1]["tokens"] += len(part)
             self.tokens += len(part)
-            array = array[len(part) :]
+            left = left[len(part) :]
             if self._shards[-1]["tokens"] == self._limit:
                 self._finish()
 

@@ -204,7 +204,7 @@ def test_damage_is_named_and_mended(tmp_path):
                          ("valid-00000.bin", lambda content: content[:40] + b"x" + content[41:]),
                          ("train.documents", lambda content: b"\1" + content[1:]),
                          *(("meta.json", lambda content, i=i: content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :])
-                           for i in range(5, len(files["meta.json"]), 40) if not files["meta.json"][i : i + 1].isspace()),
+                           for i in range(5, len(files["meta.json"]), 40) if files["meta.json"][i] != 32),
                          ("meta.json", None), ("valid.documents", None)]:  # fmt: skip
         if damage is None:
             (whole.folder / name).unlink()

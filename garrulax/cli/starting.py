@@ -160,8 +160,10 @@ def save_tokenizer(begun: Start) -> None:
     assert begun.model.tokenizer is not None
     try:
         begun.model.tokenizer.save(begun.folder / TOKENIZER)
-    except Exception as error:  # tokenizers raises bare ones
-        raise OSError(f"the tokenizer cannot be written to {begun.folder / TOKENIZER}: {error}") from error
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(f"{begun.folder / TOKENIZER} cannot be written: {error.strerror}") from error
     if generation := getattr(begun.model, "generation", None):
         text = json.dumps(dict(generation), indent=2) + "\n"
         (begun.folder / TOKENIZER / _GENERATION).write_text(text, encoding="utf-8")

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -116,7 +117,7 @@ class Chaos:
         name = Path("model", "model.safetensors")
         if (run / name).read_bytes() != (whole / name).read_bytes():
             raise LostError("the model has other bits")
-        ours, theirs = (jax.tree.leaves(ocp.load(r / "checkpoints" / str(STEPS))) for r in (run, whole))
+        ours, theirs = (jax.tree.leaves(stored(r)) for r in (run, whole))
         if len(ours) != len(theirs) or not all(map(same_bits, ours, theirs)):
             raise LostError("the last state has other bits")
         if losses and recorded(run) != recorded(whole):
@@ -316,14 +317,24 @@ def small_disk(run: Path, size: int) -> Iterator:
     kept.rename(run)
 
 
+def stored(run: Path):
+    """The last state of a run, as it was saved."""
+    with warnings.catch_warnings(action="ignore"):  # Orbax: that the file says on which devices
+        return ocp.load(run / "checkpoints" / str(STEPS))
+
+
 def recorded(run: Path) -> list[dict]:
     """The records of a run, without the speed."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in lines]
 
 
+def is_key(x) -> bool:
+    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
 def same_bits(one, other) -> bool:
-    one, other = np.asarray(one), np.asarray(other)
+    one, other = (np.asarray(jax.random.key_data(x) if is_key(x) else x) for x in (one, other))
     return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
 
 
@@ -332,13 +343,14 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--way", choices=[way.__name__ for way in WAYS], help="only this way of disturbing a run")
+    parser.add_argument("--first", type=int, default=1, help="number of the first round, to repeat a single one")
     args = parser.parse_args()
     seed = random.randrange(10**6) if args.seed is None else args.seed
     print(f"seed {seed}", flush=True)
     exact = lost = 0
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         chaos = Chaos(Path(folder), seed)
-        for number in range(1, args.rounds + 1):
+        for number in range(args.first, args.first + args.rounds):
             chance = random.Random(seed * 10**6 + number)  # a round does not depend on what was drawn before it
             variant = chance.choice(list(VARIANTS))
             ways = {way: weight for way, weight in WAYS.items() if args.way in (None, way.__name__)}

@@ -48,10 +48,12 @@ def test_an_older_folder_without_its_name_is_put_back(tmp_path):
 
 
 KILLED = """
-import os, signal, sys
+import importlib.util, os, signal, sys
 from pathlib import Path
-from garrulax.hub import replacing
-moment, name = sys.argv[1:]
+file, moment, name = sys.argv[1:]
+spec = importlib.util.spec_from_file_location("replacing", file)  # without all that the package imports
+replacing = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(replacing)
 def exchanged(*names):
     if moment == "before":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -67,8 +69,7 @@ with replacing.replacing(Path(name), lambda folder: None) as temporary:
 @pytest.mark.parametrize(("moment", "text"), [("before", "older"), ("after", "new")])
 def test_there_is_a_model_at_every_moment(tmp_path, moment, text):
     save(tmp_path / "m", "older")
-    environment = {**os.environ, "PYTHONPATH": str(Path(module.__file__).parents[2])}
-    done = subprocess.run([sys.executable, "-c", KILLED, moment, str(tmp_path / "m")], env=environment)
+    done = subprocess.run([sys.executable, "-c", KILLED, module.__file__, moment, str(tmp_path / "m")])
     assert done.returncode == -signal.SIGKILL
     assert (tmp_path / "m" / "model").read_text() == text
     assert len(list(tmp_path.iterdir())) == 2

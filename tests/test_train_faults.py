@@ -1,5 +1,6 @@
 """Runs whose process dies, whose files are damaged, whose disk is full: nothing is lost, nothing wrong is believed."""
 
+import argparse
 import io
 import json
 import os
@@ -16,6 +17,8 @@ import numpy as np
 import pytest
 import training
 
+from garrulax.cli import starting
+from garrulax.hub.tokenizers import GLM_SPECIALS, ByteTokenizer, load_tokenizer
 from garrulax.train import digests, events, interrupts, lock, loop, metrics, progress, settings, spare
 from garrulax.train.checkpoint import Checkpoints
 from garrulax.train.continuing import changed
@@ -121,6 +124,19 @@ def test_a_run_without_a_whole_checkpoint_begins_again(whole, run):
     assert [r["loss"] for r in metrics.read_metrics(run) if "loss" in r] == [
         r["loss"] for r in metrics.read_metrics(whole[0]) if "loss" in r
     ]
+
+
+def test_a_tuned_run_without_a_checkpoint_begins_with_its_weights_again(run):
+    s, config = settings.read_run_file(run)
+    ByteTokenizer(GLM_SPECIALS).save(run / "tokenizer")
+    data = {"corpus": "abc", "tokenizer": load_tokenizer(run / "tokenizer").fingerprint}
+    for preset, loaded in (("gpt2", False), ("/models/mine", True)):
+        settings.write_run_file(run, replace(s, preset=preset), config, data)
+        begun = starting.start(argparse.Namespace(resume=str(run), settings=[], mesh=None))
+        assert (begun.params is not None) == begun.loaded == loaded
+    settings.write_run_file(run, s, config, {**data, "tokenizer": "another"})
+    with pytest.raises(DamagedError, match="not the one that the run began with"):
+        starting.start(argparse.Namespace(resume=str(run), settings=[], mesh=None))
 
 
 def test_run_json_is_replaced_at_once_and_only_if_it_changed(whole, run, monkeypatch):
@@ -239,13 +255,13 @@ def test_events_that_cannot_be_written_stop_nothing(tmp_path):
 
 
 def test_a_second_training_is_refused(run):
-    with lock.held(run), lock.held(run):  # the loop holds it inside of the command
-        code = f"import pathlib; from garrulax.train import lock; lock.held(pathlib.Path({str(run)!r})).__enter__()"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                              env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})  # fmt: skip
-        assert f"run is in use by the training {os.getpid()} on " in done.stderr.splitlines()[-1]
-    with lock.held(run):
-        pass
+    refused = pytest.raises(lock.FolderInUseError, match=f"run is in use by the training {os.getpid()} on ")
+    with lock.held(run), lock.held(run), refused:  # the loop holds it inside of the command
+        lock._locked(run).__enter__()  # another open file is refused as another process is
+    assert not lock._held
+    with lock.held(run.with_name("new")):
+        assert (run.with_name("new") / "lock").exists()
+    assert not run.with_name("new").exists()  # nothing else was put there
 
 
 def test_progress_that_nobody_reads_is_dropped(monkeypatch):
@@ -319,7 +335,7 @@ def test_a_full_disk_names_the_metrics(tmp_path):
 
 
 def test_streams_that_are_closed_are_opened_to_nothing():
-    code = "import sys; from garrulax.cli import main; main(['info', '--all']); print(open('/dev/null').fileno())"
+    code = "from garrulax.cli import _open_standard_streams as o; o(); print(open('/dev/null').fileno())"
     done = subprocess.run(["sh", "-c", f'{sys.executable} -c "{code}" 2>&- <&-'], capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})  # fmt: skip
     assert done.returncode == 0

@@ -11,6 +11,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from garrulax.train.progress import write
+
 NAME = "lock"
 _held: set[Path] = set()
 
@@ -68,9 +70,8 @@ def _locked(folder: Path) -> Iterator[None]:
             raise FolderInUseError(
                 f"{folder} is in use by the training {owner}: wait until it ends, stop it, or choose another folder"
             ) from None
-        except OSError:
-            os.close(number)
-            raise
+        except OSError as error:  # such as a network file system without locks
+            write(f"{folder} cannot be locked ({error.strerror}): make sure that no other training works in it\n")
         if _is_at(number, folder / NAME):
             break
         os.close(number)  # whoever held it has removed the file

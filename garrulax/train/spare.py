@@ -15,8 +15,7 @@ TOKENIZER = "tokenizer"
 
 def keep(folder: Path) -> None:
     """Copies run.json and the tokenizer of a run to `spare`, with digests, if they are not there already."""
-    names = [n for n in (RUN_FILE, *(f"{TOKENIZER}/{p.name}" for p in (folder / TOKENIZER).glob("*"))) if
-             (folder / n).is_file()]  # fmt: skip
+    names = [str(p.relative_to(folder)) for p in (folder / RUN_FILE, *(folder / TOKENIZER).rglob("*")) if p.is_file()]
     wanted = dict(zip(names, digests.of_files(folder, names), strict=True))
     spare, temporary = folder / NAME, folder / f".{NAME}.writing"
     if _whole_copy(spare) == wanted:
@@ -43,13 +42,15 @@ def mend(folder: Path) -> list[str]:
     Raises:
         DamagedError: If run.json is damaged and there is no other copy.
     """
+    for left in folder.glob(".*.writing"):  # by a process that died while it wrote a file
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
     lines, copies = [], _whole_copy(folder / NAME) or {}
     for name, digest in copies.items():
         if digests.of_files(folder, [name]) == [digest] or (name == RUN_FILE and _damage(folder) is None):
             continue  # a run.json that is whole may be newer than the copy
         temporary = folder / f".{Path(name).name}.writing"
         shutil.copyfile(folder / NAME / name, temporary)
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         temporary.replace(folder / name)
         lines.append(f"{folder / name} was damaged or missing: put back from {folder / NAME}")
     damage = _damage(folder)

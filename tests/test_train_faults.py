@@ -91,6 +91,28 @@ def test_every_flip_of_a_checkpoint_is_found(tmp_path):
         np.testing.assert_array_equal(saves.restore(state).params["w"], state.params["w"])
 
 
+def test_a_digest_changes_with_every_kind_of_damage(tmp_path):
+    content = np.random.default_rng(0).integers(0, 256, 5 * 2**19 + 77, dtype=np.uint8)  # two matrices and a half
+    content[: 2**20] = 7  # pages that are alike
+
+    def digest(changed):
+        (tmp_path / "file").write_bytes(changed.tobytes())
+        return digests.of_files(tmp_path, ["file"])[0]
+
+    found = {digest(content)}
+    for place in (0, 4095, 2**20 - 1, 2**20, 2**21 - 1, 2**21, len(content) - 1):
+        for bit in (0, 7):
+            changed = content.copy()
+            changed[place] ^= 1 << bit
+            found.add(digest(changed))
+    first, second = slice(2**20, 2**20 + 4096), slice(2**20 + 8192, 2**20 + 12288)
+    lost, swapped = content.copy(), content.copy()
+    lost[:8192] = 0
+    swapped[first], swapped[second] = content[second], content[first]
+    found |= {digest(lost), digest(swapped), digest(content[:-1]), digest(np.roll(content, 8))}
+    assert len(found) == 1 + 14 + 4
+
+
 def test_parameters_alone_in_another_dtype(tmp_path):
     state = TrainState(jnp.int32(1), {"w": jnp.arange(300.0)}, {"m": jnp.ones(3)}, jax.random.key(7))
     with Checkpoints(tmp_path, IDENTITY) as saves:

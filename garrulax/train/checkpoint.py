@@ -58,7 +58,7 @@ class Checkpoints:
         losses: Mapping[int, float] | None = None,
         keep_minutes: float = 0,
     ):
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save at length
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports every save, and errors that it raises too
         self.identity, self.damaged = dict(identity), dict[int, str]()
         self._folder, self._keep, self._seconds = Path(os.path.abspath(folder)), keep, 60 * keep_minutes
         self._writes = jax.process_index() == 0

@@ -1,8 +1,10 @@
 """Checksums that tell whether the files of a folder are those that were written.
 
-The checksum is the CRC-32 of every 64 MiB of a file: it finds every flipped bit, every missing byte and every burst of
-up to 32 damaged bits, and needs less than a twentieth of the time that a checkpoint takes to be written or read. It is
-no protection against somebody who changes files on purpose.
+The digest of a file is its size and a checksum of every 64 MiB of it. To compute one, every mebibyte is laid out as a
+matrix of 64-bit integers; the sums of its rows and of its columns go into a CRC-32, and so do the bytes that are left at
+the end. Any one to three flipped bits change these sums, and one change in 2**32 of the sums has the same CRC. This takes
+half the time of a CRC of all bytes, less than a twentieth of what a checkpoint takes to be written or read. It is no
+protection against somebody who changes files on purpose.
 """
 
 import json
@@ -13,9 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 NAME = "digests.json"
 _CHECKSUM = "checksum"  # the key of a sealed object
-_BLOCK, _BUFFER = 2**26, 2**20  # bytes that one thread reads, and that it reads at a time
+_BLOCK, _PIECE, _ROW = 2**26, 2**20, 2**12  # bytes that one thread reads, of a matrix, of a row of it
 _THREADS = 4
 
 
@@ -132,12 +136,19 @@ def sync(path: Path) -> None:
 
 
 def _checksum(path: Path, start: int) -> int | None:
-    checksum, left, buffer = 0, _BLOCK, memoryview(bytearray(_BUFFER))
+    checksum, piece = 0, memoryview(bytearray(_PIECE))
+    matrix = np.frombuffer(piece, "<u8").reshape(-1, _ROW // 8)
     try:
         with open(path, "rb", buffering=0) as file:
             file.seek(start)
-            while left and (count := file.readinto(buffer[: min(left, _BUFFER)])):
-                checksum, left = zlib.crc32(buffer[:count], checksum), left - count
+            for _ in range(_BLOCK // _PIECE):
+                filled = 0
+                while filled < _PIECE and (count := file.readinto(piece[filled:])):
+                    filled += count
+                if filled < _PIECE:
+                    return zlib.crc32(piece[:filled], checksum)
+                for axis in (0, 1):
+                    checksum = zlib.crc32(np.add.reduce(matrix, axis=axis), checksum)
     except OSError:
         return None
     return checksum

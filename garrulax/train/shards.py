@@ -8,7 +8,7 @@ A data set is a folder, named by a hash of everything that decides its content: 
     <root>/<key>/valid-...             the same for the held-out documents
 
 It is built in a temporary folder and renamed when complete, so that no folder with the final name is incomplete. All
-files are compared with their digests whenever a data set is opened, which takes a second for 3 GB.
+files are compared with their digests whenever a data set is opened, which takes a second for 5 GB.
 """
 
 import contextlib

@@ -1,10 +1,10 @@
 """Checksums that tell whether the files of a folder are those that were written.
 
 The digest of a file is its size and a checksum of every 64 MiB of it. To compute one, every mebibyte is laid out as a
-matrix of 64-bit integers; the sums of its rows and of its columns go into a CRC-32, and so do the bytes that are left at
-the end. Any one to three flipped bits change these sums, and one change in 2**32 of the sums has the same CRC. This takes
-half the time of a CRC of all bytes, less than a twentieth of what a checkpoint takes to be written or read. It is no
-protection against somebody who changes files on purpose.
+matrix of 64-bit integers; the sums of its rows and of its columns go into a CRC-32, and so do the bytes that are left
+at the end. Flipped bits, lost pages and exchanged pages change these sums, and only one change in 2**32 leaves their
+CRC the same. This takes half the time of a CRC of all bytes, less than a twentieth of what a checkpoint takes to be
+written or read. It is no protection against somebody who changes files on purpose.
 """
 
 import json

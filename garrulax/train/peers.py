@@ -12,6 +12,7 @@ import shlex
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,7 +27,8 @@ from garrulax.train.progress import write
 PEER_DIED = 75
 _BEAT, _SILENCE = 1.0, 10.0  # seconds between bytes, and without a byte
 _MEETING = 20.0  # seconds to connect
-_OWN_ERROR = 2.0  # seconds that a process has to end with an error of its own when another one did
+_OWN_ERROR = 3.0  # seconds that a process has to end with an error of its own when another one did
+_CAUSE = 1.0  # seconds in which an error of this process may turn out to come from the death of another
 _ALIVE, _BYE, _FAILED, _DIED = b"a", b"b", b"f", b"d"
 _watching = False
 
@@ -57,6 +59,7 @@ def watched(folder: Path) -> Iterator[None]:
         yield
         watch.close(_BYE)
     except BaseException:
+        time.sleep(_CAUSE)  # a collective operation fails at once when a process dies: then `died` ends this one
         watch.close(_FAILED)
         raise
     finally:

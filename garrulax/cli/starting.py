@@ -21,12 +21,12 @@ from garrulax.hub.tokenizer_training import train_chars, train_sentencepiece
 from garrulax.hub.tokenizers import GLM_SPECIALS, GPT_SPECIALS, ByteTokenizer, Tokenizer, load_tokenizer
 from garrulax.train import settings as settings_
 from garrulax.train.corpus import Corpora, Corpus
+from garrulax.train.digests import DamagedError
 from garrulax.train.settings import Settings
 from garrulax.train.shards import Dataset, default_root, find_shards
 from garrulax.train.sources import STDLIB, expanded, mixture, split_weight
+from garrulax.train.spare import TOKENIZER
 
-#: Folder of the tokenizer in the folder of a run.
-TOKENIZER = "tokenizer"
 _GENERATION = "generation_config.json"
 
 
@@ -62,7 +62,12 @@ class Start:
 
 
 def start(args: argparse.Namespace) -> Start:
-    """The start that a command line describes; reads no weights and no text."""
+    """The start that a command line describes; reads no weights and no text.
+
+    Raises:
+        FileExistsError: If a new run is to begin in a folder that has one.
+        ValueError: If the settings are wrong, or a file of a resumed run is damaged.
+    """
     words = settings_words([*args.settings, *([f"mesh={args.mesh}"] if args.mesh else [])])
     if args.resume:
         return dataclasses.replace(_resumed(Path(expanded(args.resume)), words), new_data=args.new_data)
@@ -71,14 +76,19 @@ def start(args: argparse.Namespace) -> Start:
     settings, model, loaded = chosen(args.config, words)
     name = f"{_name(settings.preset)}-tuned" if loaded else settings.preset
     folder = Path(expanded(args.run)) if args.run else Path("runs", name)
-    if (folder / "run.json").exists():
+    check_new(folder)
+    return Start(settings, folder, model, loaded)
+
+
+def check_new(folder: Path) -> None:
+    """Raises FileExistsError if a folder has a run or a model in it."""
+    if (folder / settings_.RUN_FILE).exists():
         raise FileExistsError(
             f"{folder} holds a run: continue it with garrulax train --resume {shlex.quote(str(folder))}, or choose "
             "another --run"
         )
     if (folder / "config.json").exists():
         raise FileExistsError(f"{folder} is the folder of a model: choose another --run")
-    return Start(settings, folder, model, loaded)
 
 
 def settings_words(words: Sequence[str]) -> list[str]:
@@ -120,11 +130,23 @@ def _name(model: str) -> str:
 
 def _resumed(folder: Path, words: Sequence[str]) -> Start:
     settings, config = settings_.read_run_file(folder, words)
-    model = gx.Model(config, {}, load_tokenizer(folder / TOKENIZER))
+    recorded = settings_.read_record(folder)["data"]
+    model = gx.Model(config, {}, _checked_tokenizer(folder / TOKENIZER, recorded["tokenizer"]))
     if (folder / TOKENIZER / _GENERATION).exists():
         model = model.replace(generation=read_object(folder / TOKENIZER / _GENERATION))
     given = any(word.partition("=")[0].strip() in ("corpus", "valid") for word in words)
-    return Start(settings, folder, model, recorded=settings_.read_record(folder)["data"], text_given=given)
+    loaded = settings.preset not in models.presets()
+    return Start(settings, folder, model, loaded, recorded=recorded, text_given=given)
+
+
+def _checked_tokenizer(folder: Path, fingerprint: str) -> Tokenizer:
+    try:
+        tokenizer = load_tokenizer(folder)
+    except Exception as error:  # the libraries that read tokenizers raise errors of every kind
+        raise DamagedError(f"the tokenizer in {folder} is damaged: {error}; put back the one of the run") from error
+    if tokenizer.fingerprint != fingerprint:
+        raise DamagedError(f"the tokenizer in {folder} is not the one that the run began with: put that one back")
+    return tokenizer
 
 
 # -- Tokenizer --------------------------------------------------------------------------------------------------------
@@ -141,7 +163,12 @@ def with_tokenizer(begun: Start, corpus: Corpora) -> Start:
 def save_tokenizer(begun: Start) -> None:
     """Writes what a resumed run needs of the model besides its checkpoint into the run's folder."""
     assert begun.model.tokenizer is not None
-    begun.model.tokenizer.save(begun.folder / TOKENIZER)
+    try:
+        begun.model.tokenizer.save(begun.folder / TOKENIZER)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(f"{begun.folder / TOKENIZER} cannot be written: {error.strerror}") from error
     if generation := getattr(begun.model, "generation", None):
         text = json.dumps(dict(generation), indent=2) + "\n"
         (begun.folder / TOKENIZER / _GENERATION).write_text(text, encoding="utf-8")
@@ -241,7 +268,10 @@ def cached_datasets(begun: Start) -> list[Dataset] | None:
     """The token ids of a resumed run, if they are in the cache and it was not given another place of its text."""
     if not begun.recorded or begun.text_given or begun.new_data or begun.model.tokenizer is None:
         return None
-    found = [find_shards(corpus, begun.model.tokenizer) for corpus in begun.recorded["corpus"].split(",")]
+    try:
+        found = [find_shards(corpus, begun.model.tokenizer) for corpus in begun.recorded["corpus"].split(",")]
+    except DamagedError:  # `build_shards` names the file and makes them again from the text
+        return None
     return [dataset for dataset in found if dataset is not None] if all(found) else None
 
 

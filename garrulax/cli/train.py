@@ -1,15 +1,17 @@
 """`garrulax train`: trains a model on text files and saves it in a folder."""
 
 import argparse
+import contextlib
 import dataclasses
 import re
 import shlex
 import shutil
-import sys
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
+from jax.experimental import multihost_utils
 
 import garrulax as gx
 from garrulax import models
@@ -17,6 +19,7 @@ from garrulax.cli import starting
 from garrulax.cli.starting import Start, fit
 from garrulax.cli.train_medusa import train_medusa
 from garrulax.hub.tokenizers import Tokenizer
+from garrulax.train import lock, peers, progress, spare
 from garrulax.train.batches import make_data, with_new_text
 from garrulax.train.components import check_length
 from garrulax.train.corpus import Corpora, xz_bits_per_byte
@@ -25,6 +28,7 @@ from garrulax.train.loop import train as run_training
 from garrulax.train.objectives import objective_name
 from garrulax.train.settings import Settings
 from garrulax.train.shards import Dataset, build_shards
+from garrulax.train.sources import expanded
 
 MODEL = "model"  # folder of the trained model in the folder of a run
 #: The first setting of each group in `garrulax train --list`, and the title of the group.
@@ -50,8 +54,33 @@ def train(args: argparse.Namespace) -> None:
         raise ValueError("--heads and --choices belong to --medusa")
     if args.distributed is not None:
         _initialize_distributed(args.distributed)
-    begun = starting.start(args)
-    settings, resume = begun.settings, bool(args.resume)
+    with contextlib.ExitStack() as stack:
+        _train(_begin(args, stack), bool(args.resume))
+
+
+def _begin(args: argparse.Namespace, stack: contextlib.ExitStack) -> Start:
+    """The start of the run, with the lock on its folder; of a resumed run, with damaged files put back."""
+    if not args.resume:
+        begun = starting.start(args)
+        stack.enter_context(peers.watched(begun.folder))
+        stack.enter_context(lock.held(begun.folder))
+        starting.check_new(begun.folder)  # again: another process may have begun one meanwhile
+        return begun
+    folder = Path(expanded(args.resume))
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not the folder of a run: there is no such folder")
+    stack.enter_context(peers.watched(folder))
+    stack.enter_context(lock.held(folder))
+    if jax.process_index() == 0:
+        for line in spare.mend(folder):
+            say(line)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("files of the run are mended")
+    return starting.start(args)
+
+
+def _train(begun: Start, resume: bool) -> None:
+    settings = begun.settings
     corpus = starting.corpora(settings)
     datasets = starting.cached_datasets(begun)
     if datasets is None:
@@ -59,7 +88,7 @@ def train(args: argparse.Namespace) -> None:
         say(f"corpus: {', '.join(settings.corpus)}, {corpus.documents:,} documents, {corpus.bytes:,} bytes, "
             f"sha256 {corpus.hash[:12]}")  # fmt: skip
         begun = begun if resume else starting.with_tokenizer(begun, corpus)
-        datasets = [build_shards(part, _tokenizer_of(begun)) for part in corpus.parts]
+        datasets = [build_shards(part, _tokenizer_of(begun), say=say) for part in corpus.parts]
     else:
         say(f"corpus: {', '.join(settings.corpus)}, its token ids from the cache, "
             f"sha256 {begun.recorded['corpus'][:12]}")  # fmt: skip
@@ -95,7 +124,7 @@ def train(args: argparse.Namespace) -> None:
 def say(line: str) -> None:
     """Prints a line to stderr, in the first process only."""
     if jax.process_index() == 0:
-        print(line, file=sys.stderr, flush=True)
+        progress.write(f"{line}\n")
 
 
 def _initialize_distributed(value: str) -> None:

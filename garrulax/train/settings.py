@@ -13,6 +13,7 @@ from garrulax.core.config import ModelConfig
 from garrulax.core.sharding import RULES
 from garrulax.layers.stack import REMAT
 from garrulax.train import dedup, schedules, typed
+from garrulax.train.digests import read_sealed, sealed, write_durably
 from garrulax.train.objectives import OBJECTIVES
 from garrulax.train.sources import absolute_source, expanded, mixture, split_sources
 
@@ -27,6 +28,7 @@ _DEFAULT_RATES = {"muon": (0.02, 4e-3, 0.0), "adamw": (1e-3, 1e-3, 0.1)}
 _RATES = ("lr", "adam_lr", "weight_decay")
 #: The same for a model that was trained before.
 _FINETUNING_RATES = {"muon": (6e-4, 3e-5, 0.0), "adamw": (3e-5, 3e-5, 0.0)}
+RUN_FILE = "run.json"
 #: Tokenizers that are no paths; `model` is the one of the model's own folder.
 TOKENIZERS = ("sentencepiece", "bytes", "chars", "model")
 
@@ -86,6 +88,7 @@ class Settings:
         eval_tokens: Most tokens of an evaluation, 0 for all; the one after the last step takes all.
         checkpoint_every: Steps between checkpoints; the last step is always saved.
         keep: Number of latest checkpoints to keep, besides the best one.
+        keep_minutes: Minutes of training for each of which one checkpoint is kept for good; 0 keeps none so.
     """
 
     preset: str = "gpt2"
@@ -138,6 +141,7 @@ class Settings:
     eval_tokens: int = 131_072
     checkpoint_every: int = 500
     keep: int = 2
+    keep_minutes: float = 0.0
 
     def __post_init__(self):
         mixture(self.corpus)  # refuses weights that do not fit together
@@ -151,7 +155,7 @@ class Settings:
         for name, default in zip(_RATES, _DEFAULT_RATES[self.optimizer], strict=True):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
-        for name in (*_RATES, "clip", "warmup", "decay", "eval_tokens", "tail_step", "tail_ratio"):
+        for name in (*_RATES, "clip", "warmup", "decay", "eval_tokens", "tail_step", "tail_ratio", "keep_minutes"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.batch % self.accumulation:
@@ -178,7 +182,6 @@ FIXED_ON_RESUME = (
     "document_blanks",
     "packing",
     "isolate",
-    "weights",
     "batch",
     "window",
     "optimizer",
@@ -264,9 +267,10 @@ def finetuning(config: ModelConfig, changes: Mapping[str, Any]) -> dict[str, Any
 
 
 def write_run_file(folder: str | os.PathLike, settings: Settings, config: ModelConfig, data: Mapping[str, str]) -> None:
-    """Writes run.json, the `run_identity`, into a run's folder."""
-    record = run_identity(settings, config, data)
-    Path(folder, "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    """Writes run.json, the `run_identity`, into a run's folder, if it is not there already."""
+    file, text = Path(folder, RUN_FILE), sealed(run_identity(settings, config, data))
+    if not (file.is_file() and file.read_bytes() == text.encode()):
+        write_durably(file, text)
 
 
 def read_run_file(folder: str | os.PathLike, overrides: Iterable[str] = ()) -> tuple[Settings, ModelConfig]:
@@ -278,7 +282,7 @@ def read_run_file(folder: str | os.PathLike, overrides: Iterable[str] = ()) -> t
 
     Raises:
         FileNotFoundError: If it is not the folder of a run.
-        ValueError: As `read_settings` does.
+        ValueError: As `read_settings` does; a `DamagedError` if run.json is not as it was written.
     """
     record = read_record(folder)
     recorded, changes = typed.replace(Settings(), record["settings"]), with_lists(_pairs(overrides))
@@ -296,10 +300,10 @@ def read_run_file(folder: str | os.PathLike, overrides: Iterable[str] = ()) -> t
 
 def read_record(folder: str | os.PathLike) -> dict[str, Any]:
     """The object in a run's run.json, see `run_identity`. Raises as `read_run_file` does."""
-    file = Path(folder, "run.json")
+    file = Path(folder, RUN_FILE)
     if not file.exists():
         raise FileNotFoundError(f"{folder} is not the folder of a run: it has no run.json")
-    return json.loads(file.read_text(encoding="utf-8-sig"))
+    return read_sealed(file)
 
 
 def _any_config(record: Mapping[str, Any]) -> ModelConfig:
@@ -307,7 +311,7 @@ def _any_config(record: Mapping[str, Any]) -> ModelConfig:
     for family in models.FAMILIES:
         if _family_name(family) == record.get("family"):
             return next(iter(family.PRESETS.values()))
-    return models.preset(record["settings"]["preset"])  # run.json of an older version does not name the family
+    raise ValueError(f"there is no family {record.get('family')!r} of models: the run is of another version")
 
 
 def run_identity(settings: Settings, config: ModelConfig, data: Mapping[str, str]) -> dict[str, Any]:

@@ -39,7 +39,16 @@ from garrulax.sampling.search.kinds import BeamSearch, check
 from garrulax.sampling.start import size_of, start
 from garrulax.sampling.state import State
 from garrulax.sampling.transforms import Transform
-from garrulax.sampling.writing import Completion, Pieces, Writer, decode_pieces, exhaust, first_row, with_free_slots
+from garrulax.sampling.writing import (
+    Completion,
+    Pieces,
+    Writer,
+    check_every,
+    decode_pieces,
+    exhaust,
+    first_row,
+    with_free_slots,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,8 +207,7 @@ def fill_stream(
     texts, single = prompt_list(text)
     if not single:
         raise ValueError(f"fill_stream takes one text, not {len(texts)}: fill takes several")
-    if every < 1:
-        raise ValueError(f"every={every} must be at least 1")
+    check_every(every)
     if wrong := sorted({"search", "order"} & knobs.keys()):
         raise ValueError(f"fill_stream samples from left to right and has no {wrong[0]}: use fill")
     knobs = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, **knobs}

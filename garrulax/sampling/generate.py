@@ -38,7 +38,7 @@ from garrulax.sampling.speculate import (
 from garrulax.sampling.start import compile_start, size_of, start
 from garrulax.sampling.state import Requests
 from garrulax.sampling.transforms import Transform
-from garrulax.sampling.writing import Completion, Pieces, Writer, decode_pieces, exhaust, first_row
+from garrulax.sampling.writing import Completion, Pieces, Writer, check_every, decode_pieces, exhaust, first_row
 
 STOP_CHECK_STEPS = 8  # steps between two checks for stop strings
 
@@ -221,8 +221,7 @@ def stream(
     prompts, single = prompt_list(prompt)
     if not single:
         raise ValueError(f"stream takes one prompt, not {len(prompts)}: generate takes several")
-    if every < 1:
-        raise ValueError(f"every={every} must be at least 1")
+    check_every(every)
     if "search" in knobs:
         raise ValueError("stream cannot search, since a search decides at its end: use generate")
     plan = make_plan(

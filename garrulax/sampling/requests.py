@@ -22,6 +22,7 @@ from garrulax.sampling.state import Requests
 from garrulax.sampling.transforms import DEFAULT, Transform, chain, only, standard_chain
 
 MOST_NEW_TOKENS = 128  # without an explicit number
+LONGEST = 2**30  # tokens of a text: their numbers, and sums of these, are int32
 Prompt = str | Sequence[int]
 
 
@@ -177,10 +178,16 @@ def new_tokens(
         endless: Whether the text may be longer than the context, since the cache counts positions.
 
     Raises:
-        ValueError: The prompt and the new tokens do not fit into the model's context.
+        ValueError: The prompt and the new tokens do not fit into the model's context, or are more than `LONGEST`.
     """
     if endless:
-        return MOST_NEW_TOKENS if limit is None else limit
+        limit = MOST_NEW_TOKENS if limit is None else limit
+        if size + limit > LONGEST:
+            raise ValueError(
+                f"{name} has {size} tokens and {limit} new ones are asked for, but no text may have more than "
+                f"{LONGEST:,}: lower max_new_tokens"
+            )
+        return limit
     if limit is None:
         if size + blanks > config.max_length:
             raise ValueError(

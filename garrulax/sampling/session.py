@@ -23,7 +23,7 @@ from garrulax.sampling.caches import choose_kind, kind_for
 from garrulax.sampling.generate import Plan, make_plan
 from garrulax.sampling.requests import Prompt, after, prepare_model, prompt_list
 from garrulax.sampling.state import Requests, State, extract, grow_cache
-from garrulax.sampling.writing import Completion, Writer, push_new_tokens, stepper
+from garrulax.sampling.writing import Completion, Writer, check_every, push_new_tokens, stepper
 
 LENGTHS = (16, 32, 64)  # new tokens of a turn for which `compile_ahead` compiles
 
@@ -118,8 +118,7 @@ class Session:
         prompts, single = prompt_list(prompt)
         if not single:
             raise ValueError(f"a session takes one prompt, not {len(prompts)}: generate takes several")
-        if every < 1:
-            raise ValueError(f"every={every} must be at least 1")
+        check_every(every)
         for name in ("constrain", "speculate"):
             if arguments.get(name) is not None:
                 raise ValueError(f"a session takes no {name}: give it to generate or stream")

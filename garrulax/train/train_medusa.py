@@ -11,7 +11,7 @@ import numpy as np
 
 from garrulax import models
 from garrulax.core import half
-from garrulax.core.config import ModelConfig
+from garrulax.core.config import Count, ModelConfig, OptionalSize, Positive, check_value
 from garrulax.core.spec import Tree
 from garrulax.models import medusa
 from garrulax.models.medusa import MedusaHeads
@@ -92,7 +92,8 @@ def train_medusa(
         report: Called with a line about the progress now and then.
 
     Returns:
-        The heads; their `accuracy` was counted on every twentieth row, which was not trained on.
+        The heads; their `accuracy` was counted on every twentieth row, which was not trained on. Of fewer than twenty
+        rows none is held out, and it was counted on the first, so that it says little.
 
     Raises:
         TypeError: The texts are one string.
@@ -109,6 +110,10 @@ def train_medusa(
     params, config, _ = unpack_model(model)
     settings = Settings(steps=steps, batch=batch, window=window, lr=lr, adam_lr=lr, optimizer=optimizer, weight_decay=0)
     medusa.check_family(config)
+    check_value("lr", lr, Positive)
+    check_value("decay", decay, Positive)
+    check_value("seed", seed, Count)
+    check_value("choices", choices, OptionalSize)
     rows = pack(model, texts, min(window, config.context), most=steps * batch)
     held_out = np.arange(len(rows.windows)) % round(1 / HELD_OUT) == round(1 / HELD_OUT) - 1
     train, valid = np.flatnonzero(~held_out), np.flatnonzero(held_out)

@@ -30,6 +30,7 @@ from garrulax.sampling.requests import (
     Weights,
     assemble,
     chain_for,
+    check_every,
     prepare_model,
     prompt_list,
     without_padding,
@@ -39,16 +40,7 @@ from garrulax.sampling.search.kinds import BeamSearch, check
 from garrulax.sampling.start import size_of, start
 from garrulax.sampling.state import State
 from garrulax.sampling.transforms import Transform
-from garrulax.sampling.writing import (
-    Completion,
-    Pieces,
-    Writer,
-    check_every,
-    decode_pieces,
-    exhaust,
-    first_row,
-    with_free_slots,
-)
+from garrulax.sampling.writing import Completion, Pieces, Writer, decode_pieces, exhaust, first_row, with_free_slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,8 +250,8 @@ def _fill(
     order: str = "text",
 ) -> Pieces[list[Filled]]:
     """Checks the arguments at once; returns a generator that fills, `every` steps at a time (None: all at once)."""
-    if "cache" in knobs:
-        raise ValueError("fill keeps the whole text: leave cache out")
+    if without := sorted({"cache", "speculate"} & knobs.keys()):
+        raise ValueError(f"fill keeps the whole text and reads one token a step: leave {without[0]} out")
     weights, config, tokenizer = prepare_model(model)
     blanks = blanks_of(config)
     stops = StopStrings(stop, tokenizer)

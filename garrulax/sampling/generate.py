@@ -20,6 +20,7 @@ from garrulax.sampling.requests import (
     Weights,
     assemble,
     chain_for,
+    check_every,
     prepare_model,
     prompt_list,
     without_padding,
@@ -38,7 +39,7 @@ from garrulax.sampling.speculate import (
 from garrulax.sampling.start import compile_start, size_of, start
 from garrulax.sampling.state import Requests
 from garrulax.sampling.transforms import Transform
-from garrulax.sampling.writing import Completion, Pieces, Writer, check_every, decode_pieces, exhaust, first_row
+from garrulax.sampling.writing import Completion, Pieces, Writer, decode_pieces, exhaust, first_row
 
 STOP_CHECK_STEPS = 8  # steps between two checks for stop strings
 

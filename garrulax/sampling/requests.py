@@ -155,6 +155,12 @@ def token_ids(prompt: Prompt, tokenizer: TokenizerLike | None, name: str) -> lis
         raise ValueError(f"{name} must be a text or a list of token ids, not {prompt!r:.60}") from None
 
 
+def check_every(every: Any) -> None:
+    """Raises ValueError unless `every`, a number of steps between two pieces, is a whole number of at least 1."""
+    if isinstance(every, bool) or not hasattr(every, "__index__") or every < 1:
+        raise ValueError(f"every={every!r:.40} must be a whole number of at least 1")
+
+
 def check_ids(ids: list[int], config: ModelConfig, name: str) -> None:
     """Raises ValueError for an empty list and for an id outside the vocabulary."""
     if not ids:

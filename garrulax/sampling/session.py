@@ -21,9 +21,9 @@ from garrulax.models.unpack import ModelLike
 from garrulax.sampling.buckets import POWERS_OF_TWO, slots_for
 from garrulax.sampling.caches import choose_kind, kind_for
 from garrulax.sampling.generate import Plan, make_plan
-from garrulax.sampling.requests import Prompt, after, prepare_model, prompt_list
+from garrulax.sampling.requests import Prompt, after, check_every, prepare_model, prompt_list
 from garrulax.sampling.state import Requests, State, extract, grow_cache
-from garrulax.sampling.writing import Completion, Writer, check_every, push_new_tokens, stepper
+from garrulax.sampling.writing import Completion, Writer, push_new_tokens, stepper
 
 LENGTHS = (16, 32, 64)  # new tokens of a turn for which `compile_ahead` compiles
 
@@ -106,7 +106,7 @@ class Session:
             prompt: The whole conversation so far: token ids, or a text.
             max_new_tokens: See `stream`.
             every: Number of tokens between two pieces.
-            **arguments: Further arguments of `stream`, but for guidance, constraints and speculation.
+            **arguments: Further arguments of `stream`, but for guidance, constraints, speculation and `cache`.
 
         Returns:
             A generator of pieces, whose return value is the Completion.
@@ -119,9 +119,11 @@ class Session:
         if not single:
             raise ValueError(f"a session takes one prompt, not {len(prompts)}: generate takes several")
         check_every(every)
-        for name in ("constrain", "speculate"):
+        if "cache" in arguments:
+            raise ValueError("a session has one cache from its beginning: give it to Session, not to stream")
+        for name in ("constrain", "speculate", "search"):
             if arguments.get(name) is not None:
-                raise ValueError(f"a session takes no {name}: give it to generate or stream")
+                raise ValueError(f"a session takes no {name}: give it to generate")
         plan = self._plan(prompts, max_new_tokens, every=every, **arguments)
         if len(plan.requests.limit) > 1:
             raise ValueError("a session takes no guidance_scale: give it to generate or stream")

@@ -138,12 +138,6 @@ class Writer:
         return Completion(self.tokens, text, self.logprobs, self.reason, self.score)
 
 
-def check_every(every: Any) -> None:
-    """Raises ValueError unless `every`, a number of steps between two pieces, is a whole number of at least 1."""
-    if isinstance(every, bool) or not hasattr(every, "__index__") or every < 1:
-        raise ValueError(f"every={every!r:.40} must be a whole number of at least 1")
-
-
 def decode_pieces(
     decoder: Decoder, params: Tree, state: State, writers: Mapping[int, Writer], every: int, size: int
 ) -> Pieces[State]:

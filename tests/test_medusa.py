@@ -315,6 +315,8 @@ def test_bad_input_is_named(heads, tmp_path):
         "heads are what": lambda: gx.medusa(noisy.params),
         "fills blanks": lambda: medusa.init((None, glm)),
         "too few to train on": lambda: gx.train_medusa(one, [[1, 2]]),
+        "one of which is 1": lambda: gx.train_medusa(one, [1, 2, 3]),
+        "one of which is [1.5": lambda: gx.train_medusa(one, [[1.5, 2.5] * 40]),
         "several texts": lambda: gx.train_medusa(one, "text"),
         "must be from 1 to": lambda: gx.train_medusa(one, [[1, 2] * 40], choices=99, steps=1),
         "too short for 9 heads": lambda: gx.train_medusa(one, [[1, 2] * 4], heads=9, steps=1),

@@ -189,10 +189,12 @@ def pack(model: ModelLike, texts: Iterable[Text], window: int, most: int | None 
     for text in texts:
         if isinstance(text, str) and tokenizer is None:
             raise ValueError("a text needs a model with a tokenizer: give lists of token ids")
-        one = np.asarray(tokenizer.encode(text) if isinstance(text, str) else text, np.int32)  # type: ignore[union-attr]
+        one = np.asarray(tokenizer.encode(text) if isinstance(text, str) else text)  # type: ignore[union-attr]
+        if one.ndim != 1 or (one.size and one.dtype.kind not in "iu"):
+            raise ValueError(f"texts must be texts or lists of token ids, one of which is {text!r:.60}")
         if one.size and not 0 <= one.min() <= one.max() < config.vocab:
             raise ValueError(f"token ids must be from 0 to {config.vocab - 1}, the model's vocabulary")
-        ids.append(one)
+        ids.append(one.astype(np.int32))
         count += len(one)
         if most is not None and count > most * window:
             break

@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 PARITY = $(VENV)-parity
 CUDA = $(VENV)-cuda
 
-.PHONY: quickstart demo test test-slow test-x64 test-strict parity real aot-gpu table pictures lint clean
+.PHONY: quickstart demo test test-slow test-x64 test-strict chaos parity real aot-gpu table pictures lint clean
 
 quickstart: $(VENV)/.plots
 	@PATH="$(abspath $(BIN)):$$PATH" sh examples/quickstart.sh
@@ -40,6 +40,11 @@ test-x64: $(VENV)/.dev
 test-strict: $(VENV)/.dev  # but one test, which calls Optax itself: Optax relies on promotion
 	JAX_NUMPY_DTYPE_PROMOTION=strict $(BIN)/python -m pytest -n 2 --dist loadfile $(ARRAY_TESTS) \
 	--deselect tests/test_flax.py::test_training_in_nnx_and_in_linen_is_training_in_plain_jax
+
+# Kills, damages and starves runs of `garrulax train`, resumes them, and compares every bit with a run that was left
+# alone: half an hour. It prints its seed; SEED=7 repeats a run of it.
+chaos: $(VENV)/.dev
+	@PYTHONPATH=$(CURDIR) $(BIN)/python tests/chaos/chaos.py --rounds $(or $(ROUNDS),50) $(if $(SEED),--seed $(SEED))
 
 # Random models of every family that transformers has, compared with transformers: a few minutes, and torch to install
 # (its build for CPUs is enough).

@@ -43,7 +43,15 @@ def test_what_a_run_leaves_behind(causal):
     folder, result, printed = causal
     assert result.finished
     assert result.step == 6
-    assert sorted(os.listdir(folder)) == ["checkpoints", "events", "loss.png", "metrics.jsonl", "run.json"]
+    assert sorted(os.listdir(folder)) == [
+        "checkpoints",
+        "events",
+        "lock",
+        "loss.png",
+        "metrics.jsonl",
+        "run.json",
+        "spare",
+    ]
     assert result.picture == folder / "loss.png"
     records = metrics.read_metrics(folder)
     assert [r["step"] for r in records if "valid_loss" in r] == [3, 6]
@@ -129,7 +137,7 @@ def test_settings_that_do_not_fit(tmp_path):
         training.make(tmp_path, ["model.vocab=100"])
     with pytest.raises(ValueError, match="micro-batches of 4 rows cannot be shared by 8 devices"):
         training.train(tmp_path, ["accumulation=2", "mesh=fsdp=8"])
-    with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
+    with pytest.raises(FileNotFoundError, match="not the folder of a run"):
         training.train(tmp_path, resume=True)
 
 

@@ -1,6 +1,7 @@
 """The command `garrulax`: reads arguments, calls the other packages, prints."""
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 for success, 1 for a failure, 2 for wrong usage, 130 for Ctrl-C.
     """
+    _open_standard_streams()
     args = _parse(argv)
     try:
         _command(args.command)(args)
@@ -32,6 +34,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _open_standard_streams() -> None:
+    """Opens streams that are closed (`2>&-`) to nothing: else the next file takes the number of stderr."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -49,7 +61,8 @@ def _explain(error: Exception, args: argparse.Namespace, code: int) -> int:
     if args.traceback:
         raise error
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    print(f"garrulax {args.command}: {lines[0]}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        print(f"garrulax {args.command}: {lines[0]}", file=sys.stderr)
     return code
 
 
@@ -111,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--run", metavar="FOLDER", help="folder for the run (default: runs/PRESET)")
     train.add_argument("--resume", metavar="FOLDER", help="continue the run in this folder")
+    train.add_argument("--new-data", action="store_true", help="with --resume: go on although the text is another one")
     train.add_argument("--config", metavar="FILE", help="read settings from this TOML file")
     train.add_argument("--mesh", metavar="AXES", help="use several devices, by axis: such as fsdp=4,tensor=2")
     train.add_argument(

@@ -20,8 +20,9 @@ from garrulax.core.config import ModelConfig
 from garrulax.hub import streaming
 from garrulax.hub.download import find_folder
 from garrulax.hub.json_files import read_object
+from garrulax.hub.replacing import replacing
 from garrulax.hub.tensors import StoredTensor, open_tensors, write_tensors
-from garrulax.hub.writing import replacing
+from garrulax.hub.writing import check_replaceable
 from garrulax.models import medusa
 from garrulax.models.unpack import ModelLike, unpack_model
 
@@ -73,7 +74,7 @@ def save_medusa(heads: medusa.MedusaHeads, path: str | Path) -> None:
         s.layout.write(np.asarray(values[key]), out)
         return out
 
-    with replacing(Path(path).expanduser().resolve()) as folder:
+    with replacing(Path(path).expanduser().resolve(), check_replaceable) as folder:
         (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
         write_tensors(folder / FILE, layout, (stored(key, s) for key, s in named.items()))
 

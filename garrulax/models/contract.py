@@ -68,8 +68,8 @@ class Family(FamilyFile, Protocol):
     """A registered family, as other packages see it: a family file, with defaults for the names that it leaves out."""
 
     @property
-    def OBJECTIVE(self) -> str | None:
-        """Name of the training objective that the family was made for; None where `garrulax train` has none for it."""
+    def OBJECTIVE(self) -> str:
+        """Name of the training objective that the family was made for."""
 
     @property
     def CONTROL_TOKENS(self) -> Mapping[str, str]:

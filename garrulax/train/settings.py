@@ -12,18 +12,23 @@ from garrulax import models
 from garrulax.core.config import ModelConfig
 from garrulax.core.sharding import RULES
 from garrulax.layers.stack import REMAT
-from garrulax.train import schedules, typed
+from garrulax.train import dedup, schedules, typed
+from garrulax.train.digests import read_sealed, sealed, write_durably
 from garrulax.train.objectives import OBJECTIVES
-from garrulax.train.sources import absolute_source, expanded, split_sources
+from garrulax.train.sources import absolute_source, expanded, mixture, split_sources
 
 OPTIMIZERS = ("muon", "adamw")
 PRECISIONS = ("float32", "bfloat16")
+#: Before the names of hashes of a text that another one has replaced, in the identity of a run's data.
+INSTEAD_OF = "instead_of."
+PACKINGS = ("cut", "first_fit")
 
 #: Default (lr, adam_lr, weight_decay) of each optimizer.
 _DEFAULT_RATES = {"muon": (0.02, 4e-3, 0.0), "adamw": (1e-3, 1e-3, 0.1)}
 _RATES = ("lr", "adam_lr", "weight_decay")
 #: The same for a model that was trained before.
 _FINETUNING_RATES = {"muon": (6e-4, 3e-5, 0.0), "adamw": (3e-5, 3e-5, 0.0)}
+RUN_FILE = "run.json"
 #: Tokenizers that are no paths; `model` is the one of the model's own folder.
 TOKENIZERS = ("sentencepiece", "bytes", "chars", "model")
 
@@ -34,14 +39,17 @@ class Settings:
 
     Attributes:
         preset: Model to train: a preset (`garrulax info --all`), or a folder, GGUF file, run or hub name with weights.
-        corpus: Text to train on: files, folders, glob patterns, or stdlib (the source of Python's standard library).
+        corpus: Text to train on: files, folders, patterns, URLs, stdlib; a mixture with weights: a.txt:0.7,b.jsonl:0.3.
         valid: Held-out text, written like corpus; if empty, a part of the corpus is held out.
         tokenizer: sentencepiece (trained on the corpus), bytes or chars (one id for each), model (its own), or a path.
         vocab: Number of token ids, if a sentencepiece tokenizer is trained.
-        objective: causal or infill; none is the default of the model's family.
-        token_blanks: Relative frequency of infill's rows with short blanks.
-        sentence_blanks: Relative frequency of infill's rows with blanks of whole sentences.
-        document_blanks: Relative frequency of infill's rows with one long blank.
+        dedup: Documents left out as copies of earlier ones of their corpus: none, exact, or near (by MinHash).
+        dedup_threshold: Least share of common five-word runs (Jaccard index) of near-duplicates.
+        objective: causal, prefix or infill; none is the default of the model's family.
+        token_blanks: Relative frequency of infill's rows with short blanks; none is the family's (GLM 0.5, 130B 0.3).
+        sentence_blanks: Relative frequency of infill's rows with blanks of whole sentences; none: GLM 0.3, 130B 0.
+        document_blanks: Relative frequency of infill's rows with one long blank; none: GLM 0.2, 130B 0.7.
+        packing: cut (rows cut out of the joined text) or first_fit (whole documents in rows, kept apart).
         isolate: Whether the documents in a row are kept apart: no attention from one to another, own positions each.
 
         steps: Number of updates.
@@ -80,6 +88,7 @@ class Settings:
         eval_tokens: Most tokens of an evaluation, 0 for all; the one after the last step takes all.
         checkpoint_every: Steps between checkpoints; the last step is always saved.
         keep: Number of latest checkpoints to keep, besides the best one.
+        keep_minutes: Minutes of training for each of which one checkpoint is kept for good; 0 keeps none so.
     """
 
     preset: str = "gpt2"
@@ -87,10 +96,13 @@ class Settings:
     valid: tuple[str, ...] = ()
     tokenizer: str = "sentencepiece"
     vocab: int = 4096
+    dedup: str = "none"
+    dedup_threshold: float = 0.8
     objective: str | None = None
-    token_blanks: float = 0.5
-    sentence_blanks: float = 0.3
-    document_blanks: float = 0.2
+    token_blanks: float | None = None
+    sentence_blanks: float | None = None
+    document_blanks: float | None = None
+    packing: str = "cut"
     isolate: bool = False
 
     steps: int = 2000
@@ -129,8 +141,10 @@ class Settings:
     eval_tokens: int = 131_072
     checkpoint_every: int = 500
     keep: int = 2
+    keep_minutes: float = 0.0
 
     def __post_init__(self):
+        mixture(self.corpus)  # refuses weights that do not fit together
         for name, known in _CHOICES.items():
             value = getattr(self, name)
             if value is not None and value not in known:
@@ -141,7 +155,7 @@ class Settings:
         for name, default in zip(_RATES, _DEFAULT_RATES[self.optimizer], strict=True):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
-        for name in (*_RATES, "clip", "warmup", "decay", "eval_tokens", "tail_step", "tail_ratio"):
+        for name in (*_RATES, "clip", "warmup", "decay", "eval_tokens", "tail_step", "tail_ratio", "keep_minutes"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.batch % self.accumulation:
@@ -149,7 +163,9 @@ class Settings:
 
 
 _CHOICES = {
+    "dedup": dedup.KINDS,
     "objective": tuple(OBJECTIVES),
+    "packing": PACKINGS,
     "optimizer": OPTIMIZERS,
     "schedule": schedules.KINDS,
     "precision": PRECISIONS,
@@ -164,8 +180,8 @@ FIXED_ON_RESUME = (
     "token_blanks",
     "sentence_blanks",
     "document_blanks",
+    "packing",
     "isolate",
-    "weights",
     "batch",
     "window",
     "optimizer",
@@ -251,9 +267,10 @@ def finetuning(config: ModelConfig, changes: Mapping[str, Any]) -> dict[str, Any
 
 
 def write_run_file(folder: str | os.PathLike, settings: Settings, config: ModelConfig, data: Mapping[str, str]) -> None:
-    """Writes run.json, the `run_identity`, into a run's folder."""
-    record = run_identity(settings, config, data)
-    Path(folder, "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    """Writes run.json, the `run_identity`, into a run's folder, if it is not there already."""
+    file, text = Path(folder, RUN_FILE), sealed(run_identity(settings, config, data))
+    if not (file.is_file() and file.read_bytes() == text.encode()):
+        write_durably(file, text)
 
 
 def read_run_file(folder: str | os.PathLike, overrides: Iterable[str] = ()) -> tuple[Settings, ModelConfig]:
@@ -265,7 +282,7 @@ def read_run_file(folder: str | os.PathLike, overrides: Iterable[str] = ()) -> t
 
     Raises:
         FileNotFoundError: If it is not the folder of a run.
-        ValueError: As `read_settings` does.
+        ValueError: As `read_settings` does; a `DamagedError` if run.json is not as it was written.
     """
     record = read_record(folder)
     recorded, changes = typed.replace(Settings(), record["settings"]), with_lists(_pairs(overrides))
@@ -283,10 +300,10 @@ def read_run_file(folder: str | os.PathLike, overrides: Iterable[str] = ()) -> t
 
 def read_record(folder: str | os.PathLike) -> dict[str, Any]:
     """The object in a run's run.json, see `run_identity`. Raises as `read_run_file` does."""
-    file = Path(folder, "run.json")
+    file = Path(folder, RUN_FILE)
     if not file.exists():
         raise FileNotFoundError(f"{folder} is not the folder of a run: it has no run.json")
-    return json.loads(file.read_text(encoding="utf-8-sig"))
+    return read_sealed(file)
 
 
 def _any_config(record: Mapping[str, Any]) -> ModelConfig:
@@ -294,7 +311,7 @@ def _any_config(record: Mapping[str, Any]) -> ModelConfig:
     for family in models.FAMILIES:
         if _family_name(family) == record.get("family"):
             return next(iter(family.PRESETS.values()))
-    return models.preset(record["settings"]["preset"])  # run.json of an older version does not name the family
+    raise ValueError(f"there is no family {record.get('family')!r} of models: the run is of another version")
 
 
 def run_identity(settings: Settings, config: ModelConfig, data: Mapping[str, str]) -> dict[str, Any]:
@@ -322,11 +339,18 @@ def differences(current: Mapping[str, Any], saved: Mapping[str, Any]) -> list[st
         saved: `run_identity` in the checkpoint.
     """
     found = []
+    names: tuple[str, ...] = ("config", "data", "settings")
+    was = {name: value for name, value in saved["data"].items() if not name.startswith(INSTEAD_OF)}
+    accepted = {name.removeprefix(INSTEAD_OF): value for name, value in current["data"].items() if INSTEAD_OF in name}
+    if accepted == was:  # the user has said that this text may take the place of that one
+        names = ("config", "settings")
     # An older version saved fewer settings: those that it lacks have their defaults.
     defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
     current, saved = ({**x, "settings": {**defaults, **x["settings"]}} for x in (current, saved))
-    for part in ("config", "data", "settings"):
+    for part in names:
         for name in sorted(current[part].keys() | saved[part].keys()):
+            if name.startswith(INSTEAD_OF):
+                continue
             now, was = current[part].get(name), saved[part].get(name)
             if now != was and (part != "settings" or name in FIXED_ON_RESUME):
                 found.append(f"{part}.{name} is {now!r}, was {was!r}")

@@ -186,7 +186,7 @@ def test_what_cannot_be_is_refused_before_anything_is_compiled():
     def refused(message, config=LLAMA, error=ValueError, **arguments):
         params = jax.eval_shape(lambda: tiny.params(config))
         with pytest.raises(error, match=message):
-            make_plan((params, config), [[1, 2, 3]], 4, **arguments)
+            make_plan((params, config), [[1, 2, 3]], **{"max_new_tokens": 4} | arguments)
 
     with pytest.raises(ValueError, match=r"sinks\(8, 4\): the window of 4 tokens is smaller than the 8 sinks"):
         gx.sinks(8, 4)
@@ -198,15 +198,18 @@ def test_what_cannot_be_is_refused_before_anything_is_compiled():
         gx.window(0)
     with pytest.raises(ValueError, match="a pass of 8 tokens is too long for a cache of kind 'sinks'"):
         logits(tiny.params(LLAMA), LLAMA, TEXT, Sinks(2, 8, chunk=7), [8])
+    plan = make_plan((jax.eval_shape(lambda: tiny.params(LLAMA)), LLAMA), [[1, 2]], 4, cache=gx.window(2**40))
+    assert plan.decoder.cache == FULL  # not 2**40 slots for six tokens
     refused("'blocks' with 6,399 positions is larger than the model's context of 64", cache=gx.blocks())
     refused("'sinks' with 104 positions is larger than the model's context of 64", cache=gx.sinks(4, 100))
+    refused("no text may have more than 1,073,741,824", cache=gx.sinks(4, 8), max_new_tokens=2**31 - 1)
     refused("cache='ring' must be 'full', 'int8', gx.window", cache="ring")
     refused("cache=7 must be", error=TypeError, cache=7)
     refused("cache=window does not go with search", cache=gx.window(8), search=gx.beam(2))
     refused("cache=int8 does not go with search", cache="int8", search=gx.beam(2))
     refused("gpt has learned positions.* use gx.window", tiny.CONFIGS["gpt"], cache=gx.sinks(2, 4))
     refused("glm fills blanks.* use 'full'", tiny.CONFIGS["glm"], cache=gx.window(4))
-    with pytest.raises(ValueError, match="fill keeps the whole text: leave cache out"):
+    with pytest.raises(ValueError, match=r"fill keeps the whole text.* leave cache out"):
         gx.fill(({}, tiny.CONFIGS["glm"]), [1, 2], cache=gx.window(4))
 
 

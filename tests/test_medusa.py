@@ -260,14 +260,18 @@ def test_commands_train_heads_and_write_with_them(tmp_path, capsys):
     gx.save(gx.Model(one.config, one.params, one.tokenizer), tmp_path / "model")
     (tmp_path / "text.txt").write_text("abcdefgh " * 40)
     words = [str(tmp_path / "model"), f"corpus={tmp_path / 'text.txt'}", "steps=2", "batch=2", "window=24"]
-    assert main(["train", "--medusa", *words, "--heads", "2", "--choices", "12", "--run", str(tmp_path / "heads")]) == 0
+    assert main(["train", "--medusa", *words, "--heads", "2", "--choices", "2", "--run", str(tmp_path / "heads")]) == 0
     say = capsys.readouterr()
     assert "best tree" in say.err
-    assert gx.load_medusa(tmp_path / "heads", one).config.choices == 12
+    assert gx.load_medusa(tmp_path / "heads", one).config.choices == 2
     write = ["generate", str(tmp_path / "model"), "abc", "--max-new-tokens", "6", "--temperature", "0", "--no-cache"]
     assert main([*write, "--speculate", f"medusa={tmp_path / 'heads'}"]) == 0
     plain = gx.generate(one, "abc", max_new_tokens=6, temperature=0).text
     assert capsys.readouterr().out == f"abc{plain}\n"
+    assert main([*write, "--speculate", "medusa"]) == 2
+    assert "medusa= needs a folder of heads" in capsys.readouterr().err
+    assert main(["train", "--medusa", *words, "lr=0", "--run", str(tmp_path / "other")]) == 2
+    assert "lr=0.0 must be a number above 0" in capsys.readouterr().err
     assert main(["train", "--medusa", *words, "remat=full", "--run", str(tmp_path / "other")]) == 2
     assert "heads have no setting remat" in capsys.readouterr().err
 
@@ -279,6 +283,12 @@ def test_bad_input_is_named(heads, tmp_path):
     def other(**changes):
         config = dataclasses.replace(one[1], **changes)
         return spec.abstract(models.parameters(config)), config
+
+    def with_accuracy(shares):
+        gx.save_medusa(noisy, tmp_path / "saved")
+        file = tmp_path / "saved" / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "medusa_accuracy": shares}))
+        return tmp_path / "saved"
 
     say = {
         "width of 32, the model has 48": lambda: gx.generate(other(width=48), [1], speculate=gx.medusa(noisy)),
@@ -297,9 +307,16 @@ def test_bad_input_is_named(heads, tmp_path):
         ),
         "choose from exact, typical": lambda: gx.medusa(noisy, accept="greedy"),
         "epsilon=2 must be": lambda: gx.medusa(noisy, accept="typical", epsilon=2),
+        "epsilon='1' must be": lambda: gx.medusa(noisy, accept="typical", epsilon="1"),
+        "list of paths": lambda: gx.medusa(noisy, tree=1.5),
+        "decay=-1 must be": lambda: gx.train_medusa(one, [[1, 2] * 40], decay=-1),
+        "medusa_accuracy is not 3 lists": lambda: gx.load_medusa(with_accuracy([[0.5], [0.5, 0.1], [0.5]]), one),
+        "medusa_accuracy is not 3": lambda: gx.load_medusa(with_accuracy([[0.5]]), one),
         "heads are what": lambda: gx.medusa(noisy.params),
         "fills blanks": lambda: medusa.init((None, glm)),
         "too few to train on": lambda: gx.train_medusa(one, [[1, 2]]),
+        "one of which is 1": lambda: gx.train_medusa(one, [1, 2, 3]),
+        "one of which is [1.5": lambda: gx.train_medusa(one, [[1.5, 2.5] * 40]),
         "several texts": lambda: gx.train_medusa(one, "text"),
         "must be from 1 to": lambda: gx.train_medusa(one, [[1, 2] * 40], choices=99, steps=1),
         "too short for 9 heads": lambda: gx.train_medusa(one, [[1, 2] * 4], heads=9, steps=1),

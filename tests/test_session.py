@@ -170,6 +170,8 @@ def test_what_a_session_refuses():
         ({"prompt": [[1, 2], [3]]}, "a session takes one prompt"),
         ({"prompt": [1, 2], "every": 0}, "every=0"),
         ({"prompt": [1, 2], "constrain": object()}, "no constrain"),
+        ({"prompt": [1, 2], "search": gx.beam(2)}, "no search"),
+        ({"prompt": [1, 2], "cache": "full"}, "one cache from its beginning"),
         ({"prompt": [1, 2], "guidance_scale": 2.0}, "no guidance_scale"),
         ({"prompt": [1] * 256}, "no space"),
     ):

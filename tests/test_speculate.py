@@ -214,7 +214,10 @@ def test_bad_arguments():
             gx.generate(model, [3, 4, 5], max_new_tokens=8, **arguments)
     with pytest.raises(TypeError, match="must be made by gx"):
         gx.generate(model, [3, 4, 5], speculate="lookup")
-    with pytest.raises(ValueError, match="speculate"):
+    for every in (0, 1.5, None, "3", True):
+        with pytest.raises(ValueError, match=f"every={every!r} must be a whole number of at least 1"):
+            gx.stream(model, [3, 4, 5], every=every)
+    with pytest.raises(ValueError, match="leave speculate out"):
         gx.fill(abstract("glm"), [3, 4, 2], speculate=gx.prompt_lookup())
     for wrong in (
         lambda: gx.prompt_lookup(tokens=0),
@@ -222,6 +225,7 @@ def test_bad_arguments():
         lambda: gx.draft(layers=0),
         lambda: gx.draft(),
         lambda: gx.draft(model, tokens=0),
+        lambda: gx.draft(model, tokens=None),
         lambda: gx.draft(model, layers=1),
     ):
         with pytest.raises(ValueError, match=r"prompt_lookup|draft"):

@@ -35,5 +35,5 @@ def cache_of(args: argparse.Namespace, config: ModelConfig) -> str | Kind:
     words = numbers.split(",") if numbers else []
     make, least, most = _MAKE.get(name, (gx.window, 1, 0))
     if not least <= len(words) <= most or not all(word.strip().isdecimal() for word in words):
-        raise ValueError(f"--cache {text}: it must be one of {FORMS}")
+        raise ValueError(f"--cache {text}: it must be one of {FORMS}; --kv int8 is for 8 bits")
     return make(*map(int, words), dtype=args.kv)

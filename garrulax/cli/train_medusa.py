@@ -36,7 +36,7 @@ def train_medusa(args: argparse.Namespace) -> None:
         steps=settings.steps,
         batch=settings.batch,
         window=settings.window,
-        lr=settings.lr or 1e-3,
+        lr=settings.lr,
         optimizer=settings.optimizer,
         seed=settings.seed,
         choices=args.choices,
@@ -47,8 +47,9 @@ def train_medusa(args: argparse.Namespace) -> None:
     for i, shares in enumerate(heads.accuracy):
         first, three = float(shares[0]), float(shares[:3].sum())
         print(f"head {i}: its first guess is right in {first:.0%}, one of three in {three:.0%}", file=sys.stderr)
-    tree = medusa_trees.best_paths(heads.accuracy, 7)
-    print(f"heads in {folder}; the best tree of 7 drafts: {tree}", file=sys.stderr)
+    drafts = min(7, medusa_trees.number_of_paths(*heads.accuracy.shape))
+    tree = medusa_trees.best_paths(heads.accuracy, drafts)
+    print(f"heads in {folder}; the best tree of {drafts} drafts: {tree}", file=sys.stderr)
 
 
 def _settings(args: argparse.Namespace) -> Settings:

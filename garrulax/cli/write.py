@@ -86,8 +86,12 @@ def _speculation(way: str, ignore: list[str]) -> Speculation | None:
     """The value of `--speculate`; None for Medusa heads."""
     if way == "lookup":
         return gx.prompt_lookup()
+    if not way:
+        raise ValueError("--speculate needs a way: lookup, layers=N, medusa=FOLDER or a model")
     name, _, value = way.partition("=")
     if name == "medusa":
+        if not value:
+            raise ValueError(f"--speculate {way}: medusa= needs a folder of heads, such as medusa=heads")
         return None  # the heads are read when the model's config is known
     if name != "layers":
         return gx.draft(gx.load(find_model(way), ignore=ignore))

@@ -126,9 +126,8 @@ def load_medusa(path: str | Path, model: ModelLike) -> medusa.MedusaHeads:
             )
     dtype = np.dtype(jax.tree.leaves(params["blocks"])[0].dtype)
     read = spec.map_specs(lambda s: _read(s, tensors[s.name], dtype), specs)
-    shares = raw.get("medusa_accuracy")
-    accuracy = None if shares is None else np.asarray(shares, np.float64)
-    heads = medusa.MedusaHeads(settings, read, None if tokens is None else jnp.asarray(tokens, jnp.int32), accuracy)
+    ids = None if tokens is None else jnp.asarray(tokens, jnp.int32)
+    heads = medusa.MedusaHeads(settings, read, ids, _accuracy(raw.get("medusa_accuracy"), folder, settings))
     medusa.check_heads(heads, config)
     return heads
 
@@ -150,6 +149,22 @@ def _settings(
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     return settings, tokens
+
+
+def _accuracy(shares: Any, folder: Path, c: medusa.Config) -> np.ndarray | None:
+    """What config.json says about the accuracy of the heads, [k, r]; None if that is nothing."""
+    if shares is None:
+        return None
+    try:
+        table = np.asarray(shares, np.float64)
+    except (TypeError, ValueError):  # no numbers, or rows of different lengths
+        table = np.zeros(0)
+    if table.ndim != 2 or len(table) != c.heads or not table.size or not ((table >= 0) & (table <= 1)).all():
+        raise ValueError(
+            f"{folder / 'config.json'}: medusa_accuracy is not {c.heads} lists, one a head, of shares from 0 to 1: "
+            "leave it out"
+        )
+    return table
 
 
 def _read(s: spec.ParamSpec, tensor: StoredTensor, dtype: np.dtype) -> jax.Array:

@@ -117,7 +117,8 @@ def kind_for(cache: Any, config: ModelConfig) -> Kind:
 def choose_kind(kind: Kind, config: ModelConfig, size: int, full_only: str | None = None) -> Kind:
     """The kind of cache with which texts of up to `size` tokens are written.
 
-    A full cache becomes a window where the model attends no further back and the window has fewer slots.
+    A full cache becomes a window where the model attends no further back and the window has fewer slots, and a window
+    that no text outgrows a full cache, which has as many slots as the text needs.
 
     Args:
         kind: What was asked for.
@@ -131,6 +132,8 @@ def choose_kind(kind: Kind, config: ModelConfig, size: int, full_only: str | Non
     if full_only and kind != FULL:
         what = f"cache={'int8' if kind.name == 'full' else kind.name}"
         raise ValueError(f"{what} does not go with {full_only}: leave one of them out")
+    if isinstance(kind, Window) and kind.size >= size:
+        kind = Full(dtype=kind.dtype)
     if not isinstance(kind, Full) or full_only:
         return kind
     own = models.default_cache(config, kind.dtype)

@@ -54,7 +54,7 @@ def detect_watermark(
         tokenizer: The model's tokenizer, such as `model.tokenizer`; needed for a text.
 
     Returns:
-        The Detection. The p-value of a text that is unmarked is below p with the probability p.
+        The Detection. The p-value of a text that is unmarked is at most p with a probability of at most p.
 
     Raises:
         TypeError: `watermark` is something else.

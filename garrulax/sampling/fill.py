@@ -30,6 +30,7 @@ from garrulax.sampling.requests import (
     Weights,
     assemble,
     chain_for,
+    check_every,
     prepare_model,
     prompt_list,
     without_padding,
@@ -198,8 +199,7 @@ def fill_stream(
     texts, single = prompt_list(text)
     if not single:
         raise ValueError(f"fill_stream takes one text, not {len(texts)}: fill takes several")
-    if every < 1:
-        raise ValueError(f"every={every} must be at least 1")
+    check_every(every)
     if wrong := sorted({"search", "order"} & knobs.keys()):
         raise ValueError(f"fill_stream samples from left to right and has no {wrong[0]}: use fill")
     knobs = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, **knobs}
@@ -250,8 +250,8 @@ def _fill(
     order: str = "text",
 ) -> Pieces[list[Filled]]:
     """Checks the arguments at once; returns a generator that fills, `every` steps at a time (None: all at once)."""
-    if "cache" in knobs:
-        raise ValueError("fill keeps the whole text: leave cache out")
+    if without := sorted({"cache", "speculate"} & knobs.keys()):
+        raise ValueError(f"fill keeps the whole text and reads one token a step: leave {without[0]} out")
     weights, config, tokenizer = prepare_model(model)
     blanks = blanks_of(config)
     stops = StopStrings(stop, tokenizer)

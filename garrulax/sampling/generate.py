@@ -20,6 +20,7 @@ from garrulax.sampling.requests import (
     Weights,
     assemble,
     chain_for,
+    check_every,
     prepare_model,
     prompt_list,
     without_padding,
@@ -221,8 +222,7 @@ def stream(
     prompts, single = prompt_list(prompt)
     if not single:
         raise ValueError(f"stream takes one prompt, not {len(prompts)}: generate takes several")
-    if every < 1:
-        raise ValueError(f"every={every} must be at least 1")
+    check_every(every)
     if "search" in knobs:
         raise ValueError("stream cannot search, since a search decides at its end: use generate")
     plan = make_plan(

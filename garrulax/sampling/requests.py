@@ -22,6 +22,7 @@ from garrulax.sampling.state import Requests
 from garrulax.sampling.transforms import DEFAULT, Transform, chain, only, standard_chain
 
 MOST_NEW_TOKENS = 128  # without an explicit number
+LONGEST = 2**30  # tokens of a text: their numbers, and sums of these, are int32
 Prompt = str | Sequence[int]
 
 
@@ -154,6 +155,12 @@ def token_ids(prompt: Prompt, tokenizer: TokenizerLike | None, name: str) -> lis
         raise ValueError(f"{name} must be a text or a list of token ids, not {prompt!r:.60}") from None
 
 
+def check_every(every: Any) -> None:
+    """Raises ValueError unless `every`, a number of steps between two pieces, is a whole number of at least 1."""
+    if isinstance(every, bool) or not hasattr(every, "__index__") or every < 1:
+        raise ValueError(f"every={every!r:.40} must be a whole number of at least 1")
+
+
 def check_ids(ids: list[int], config: ModelConfig, name: str) -> None:
     """Raises ValueError for an empty list and for an id outside the vocabulary."""
     if not ids:
@@ -177,10 +184,16 @@ def new_tokens(
         endless: Whether the text may be longer than the context, since the cache counts positions.
 
     Raises:
-        ValueError: The prompt and the new tokens do not fit into the model's context.
+        ValueError: The prompt and the new tokens do not fit into the model's context, or are more than `LONGEST`.
     """
     if endless:
-        return MOST_NEW_TOKENS if limit is None else limit
+        limit = MOST_NEW_TOKENS if limit is None else limit
+        if size + limit > LONGEST:
+            raise ValueError(
+                f"{name} has {size} tokens and {limit} new ones are asked for, but no text may have more than "
+                f"{LONGEST:,}: lower max_new_tokens"
+            )
+        return limit
     if limit is None:
         if size + blanks > config.max_length:
             raise ValueError(

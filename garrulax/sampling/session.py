@@ -21,7 +21,7 @@ from garrulax.models.unpack import ModelLike
 from garrulax.sampling.buckets import POWERS_OF_TWO, slots_for
 from garrulax.sampling.caches import choose_kind, kind_for
 from garrulax.sampling.generate import Plan, make_plan
-from garrulax.sampling.requests import Prompt, after, prepare_model, prompt_list
+from garrulax.sampling.requests import Prompt, after, check_every, prepare_model, prompt_list
 from garrulax.sampling.state import Requests, State, extract, grow_cache
 from garrulax.sampling.writing import Completion, Writer, push_new_tokens, stepper
 
@@ -106,7 +106,7 @@ class Session:
             prompt: The whole conversation so far: token ids, or a text.
             max_new_tokens: See `stream`.
             every: Number of tokens between two pieces.
-            **arguments: Further arguments of `stream`, but for guidance, constraints and speculation.
+            **arguments: Further arguments of `stream`, but for guidance, constraints, speculation and `cache`.
 
         Returns:
             A generator of pieces, whose return value is the Completion.
@@ -118,11 +118,12 @@ class Session:
         prompts, single = prompt_list(prompt)
         if not single:
             raise ValueError(f"a session takes one prompt, not {len(prompts)}: generate takes several")
-        if every < 1:
-            raise ValueError(f"every={every} must be at least 1")
-        for name in ("constrain", "speculate"):
+        check_every(every)
+        if "cache" in arguments:
+            raise ValueError("a session has one cache from its beginning: give it to Session, not to stream")
+        for name in ("constrain", "speculate", "search"):
             if arguments.get(name) is not None:
-                raise ValueError(f"a session takes no {name}: give it to generate or stream")
+                raise ValueError(f"a session takes no {name}: give it to generate")
         plan = self._plan(prompts, max_new_tokens, every=every, **arguments)
         if len(plan.requests.limit) > 1:
             raise ValueError("a session takes no guidance_scale: give it to generate or stream")

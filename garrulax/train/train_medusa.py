@@ -11,7 +11,7 @@ import numpy as np
 
 from garrulax import models
 from garrulax.core import half
-from garrulax.core.config import ModelConfig
+from garrulax.core.config import Count, ModelConfig, OptionalSize, Positive, check_value
 from garrulax.core.spec import Tree
 from garrulax.models import medusa
 from garrulax.models.medusa import MedusaHeads
@@ -92,7 +92,8 @@ def train_medusa(
         report: Called with a line about the progress now and then.
 
     Returns:
-        The heads; their `accuracy` was counted on every twentieth row, which was not trained on.
+        The heads; their `accuracy` was counted on every twentieth row, which was not trained on. Of fewer than twenty
+        rows none is held out, and it was counted on the first, so that it says little.
 
     Raises:
         TypeError: The texts are one string.
@@ -109,6 +110,10 @@ def train_medusa(
     params, config, _ = unpack_model(model)
     settings = Settings(steps=steps, batch=batch, window=window, lr=lr, adam_lr=lr, optimizer=optimizer, weight_decay=0)
     medusa.check_family(config)
+    check_value("lr", lr, Positive)
+    check_value("decay", decay, Positive)
+    check_value("seed", seed, Count)
+    check_value("choices", choices, OptionalSize)
     rows = pack(model, texts, min(window, config.context), most=steps * batch)
     held_out = np.arange(len(rows.windows)) % round(1 / HELD_OUT) == round(1 / HELD_OUT) - 1
     train, valid = np.flatnonzero(~held_out), np.flatnonzero(held_out)
@@ -184,10 +189,12 @@ def pack(model: ModelLike, texts: Iterable[Text], window: int, most: int | None 
     for text in texts:
         if isinstance(text, str) and tokenizer is None:
             raise ValueError("a text needs a model with a tokenizer: give lists of token ids")
-        one = np.asarray(tokenizer.encode(text) if isinstance(text, str) else text, np.int32)  # type: ignore[union-attr]
+        one = np.asarray(tokenizer.encode(text) if isinstance(text, str) else text)  # type: ignore[union-attr]
+        if one.ndim != 1 or (one.size and one.dtype.kind not in "iu"):
+            raise ValueError(f"texts must be texts or lists of token ids, one of which is {text!r:.60}")
         if one.size and not 0 <= one.min() <= one.max() < config.vocab:
             raise ValueError(f"token ids must be from 0 to {config.vocab - 1}, the model's vocabulary")
-        ids.append(one)
+        ids.append(one.astype(np.int32))
         count += len(one)
         if most is not None and count > most * window:
             break

@@ -121,8 +121,8 @@ def draft(model: ModelLike | None = None, *, layers: int | None = None, tokens: 
     """
     if (model is None) == (layers is None):
         raise ValueError("draft: give either a model or layers=, the number of the model's own first layers")
-    for name, value in (("layers", layers), ("tokens", tokens)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+    for name, value in (("layers", 1 if layers is None else layers), ("tokens", tokens)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"draft: {name}={value!r} must be a whole number of at least 1")
     check_parents(tuple(range(-1, tokens - 1)))
     return Draft(model, layers, tokens)

@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from garrulax.core import half
-from garrulax.core.config import ModelConfig
+from garrulax.core.config import Check, ModelConfig, check_value
 from garrulax.models import medusa as heads_
 from garrulax.models.medusa import MedusaHeads
 from garrulax.sampling.requests import Weights
 from garrulax.sampling.speculate.accept import exact
 from garrulax.sampling.speculate.interface import Accept, Bound, Outcome, Proposal, Proposer, Speculation, check_parents
 from garrulax.sampling.speculate.loop import narrow_width, room
-from garrulax.sampling.speculate.medusa_trees import PATHS_63, DraftTree, Path, best_paths, tree_of
+from garrulax.sampling.speculate.medusa_trees import PATHS_63, DraftTree, Path, best_paths, number_of_paths, tree_of
 from garrulax.sampling.speculate.typical import EPSILON, typical
 from garrulax.sampling.state import Requests, State
 from garrulax.sampling.transforms import Transform
@@ -30,6 +30,9 @@ ACCEPT = ("exact", "typical")
 CPU_DRAFTS, DRAFTS = 7, 63
 #: Time of one more token in a pass of a CPU, in passes over two tokens.
 CPU_PRICE = 0.06
+_SHARE = Check(
+    lambda x: isinstance(x, int | float | np.floating) and bool(0 < x <= 1), "a number above 0 and at most 1"
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,10 +117,9 @@ def medusa(
         raise TypeError(f"heads are what gx.train_medusa or gx.load_medusa returns, not {type(heads).__name__}")
     if accept not in ACCEPT:
         raise ValueError(f"accept={accept!r}: choose from {', '.join(ACCEPT)}")
+    check_value("epsilon", epsilon, _SHARE)
     delta = float(epsilon) ** 0.5 if delta is None else delta
-    for name, value in (("epsilon", epsilon), ("delta", delta)):
-        if not 0 < value <= 1:
-            raise ValueError(f"{name}={value} must be above 0 and at most 1")
+    check_value("delta", delta, _SHARE)
     listed = not (tree is None or isinstance(tree, int))
     found = tree_of(tree if listed else _paths(heads, tree))  # type: ignore[arg-type]
     check_parents(found.parents)
@@ -136,7 +138,7 @@ def _paths(heads: MedusaHeads, drafts: int | None) -> list[Path]:
         raise ValueError(f"tree={drafts} must be at least 1 draft, or a list of paths")
     wanted = drafts or (CPU_DRAFTS if jax.default_backend() == "cpu" else DRAFTS)
     if heads.accuracy is not None:
-        possible = sum(heads.accuracy.shape[1] ** (i + 1) for i in range(heads.config.heads))
+        possible = number_of_paths(*heads.accuracy.shape)
         return best_paths(heads.accuracy, wanted if drafts else min(wanted, possible))
     ranks = heads.config.choices or heads.config.vocab
     known = [path for path in PATHS_63 if len(path) <= heads.config.heads and max(path) < ranks]

@@ -50,9 +50,13 @@ def tree_of(paths: Iterable[Sequence[int]]) -> DraftTree:
     """The tree that has these paths, in any order.
 
     Raises:
-        ValueError: There is no path, one is empty, appears twice or has a negative entry, or its parent is missing.
+        ValueError: `paths` are no paths, there is none, one is empty, appears twice or has a negative entry, or its
+            parent is missing.
     """
-    listed = [tuple(path) for path in paths]
+    try:
+        listed = [tuple(path) for path in paths]
+    except TypeError:
+        listed = []
     if not listed or () in listed:
         raise ValueError("a tree is a list of paths such as [(0,), (0, 0), (1,)], of at least one entry each")
     if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for path in listed for i in path):
@@ -70,6 +74,11 @@ def tree_of(paths: Iterable[Sequence[int]]) -> DraftTree:
         tuple(len(path) - 1 for path in ordered),
         tuple(path[-1] for path in ordered),
     )
+
+
+def number_of_paths(heads: int, ranks: int) -> int:
+    """The number of all paths of heads with so many guesses each."""
+    return sum(ranks ** (i + 1) for i in range(heads))
 
 
 def best_paths(accuracy: Sequence[Sequence[float]] | np.ndarray, drafts: int) -> list[Path]:

@@ -35,11 +35,13 @@ class Data:
             array than a training batch: bytes, float32 [B], the bytes of text that the weighted targets of a row stand
             for (0 if unknown).
         identity: Hashes, by name, of everything that the batches depend on.
+        eval_texts: As `held_out`, of further texts, by name (`eval_texts.eval_batches`).
     """
 
     batch_at: Callable[[int], HostBatch]
     held_out: Callable[[], Iterator[HostBatch]]
     identity: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    eval_texts: Mapping[str, Callable[[], Iterator[HostBatch]]] = dataclasses.field(default_factory=dict)
 
 
 def make_data(dataset: Dataset, settings: Settings, config: ModelConfig, tokenizer: InfillTokenizer) -> Data:

@@ -3,10 +3,11 @@
 import contextlib
 import dataclasses
 import shlex
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import jax
 from jax.sharding import Mesh
@@ -20,23 +21,30 @@ from garrulax.train import settings as settings_
 from garrulax.train.batches import Data, check_batch, check_held_out, on_devices
 from garrulax.train.checkpoint import Checkpoints
 from garrulax.train.continuing import continued
+from garrulax.train.environment import write_environment
 from garrulax.train.evaluate import Evaluation, make_evaluate
 from garrulax.train.flops import peak_flops, train_flops_per_token
+from garrulax.train.guard import first_guard, why_skipped
 from garrulax.train.interrupts import Interrupts
 from garrulax.train.metrics import MetricsLog, held_out_losses
-from garrulax.train.objectives import OBJECTIVES, Objective, objective_name
+from garrulax.train.norms import named_norms
+from garrulax.train.objectives import OBJECTIVES, Batch, Objective, objective_name
 from garrulax.train.optimizers import make_optimizer
+from garrulax.train.profiling import Profiler
 from garrulax.train.progress import Progress, StepTimer
+from garrulax.train.setting_limits import profiled
 from garrulax.train.settings import Settings
 from garrulax.train.state import TrainState, abstract_state, init_state
 from garrulax.train.step import Metrics, make_train_step
+from garrulax.train.trackers import Trackers, check_trackers
+from garrulax.train.usage import Usage
 
 # Steps that the device may be behind the host, which prepares the next batch while the device computes.
 AHEAD = 2
 
 
 class Diverged(FloatingPointError):
-    """The loss or its gradient is not finite."""
+    """The loss or its gradient is not finite, or too many steps were skipped one after another."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +59,9 @@ class Run:
         objective: None takes the one that the settings name.
         params: Parameters to start from, such as those of a loaded model, or a function that returns them, which keeps
             no second copy in memory; None draws random ones. They are not needed to resume.
+        export: Called as `export(params, step)` every `export_every` steps, to save the model; None saves none.
+        write_samples: Called with the parameters every `sample_every` steps, while the mesh is set; returns pairs of a
+            prompt and what the model writes after it. None writes none.
     """
 
     config: ModelConfig
@@ -59,6 +70,8 @@ class Run:
     folder: Path
     objective: Objective | None = None
     params: Tree | Callable[[], Tree] | None = None
+    export: Callable[[Tree, int], None] | None = None
+    write_samples: Callable[[Tree], Sequence[tuple[str, str]]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +79,7 @@ class Result:
     """The result of a training run.
 
     Attributes:
-        params: After `step` updates.
+        params: After `step` steps; their moving average, if the settings ask for one.
         step: Number of updates.
         finished: False if the run was stopped before its last step.
         evaluation: Of the final parameters; None if the run was stopped.
@@ -105,13 +118,16 @@ def train(
             held-out token to evaluate on.
         FileExistsError: If the folder has a run in it and `resume` is False.
         FileNotFoundError: If the folder has no checkpoint and `resume` is True.
-        Diverged: If the loss is not finite. The last checkpoint is intact.
+        Diverged: If the loss is not finite and the settings skip no such step, or if `most_skipped` steps were skipped
+            one after another. The last checkpoint is intact.
+        ImportError: If a package is not installed that `trackers` needs.
         OSError: If saving a checkpoint failed. The earlier ones are intact.
     """
     settings = run.settings
     mesh = _mesh(settings)
     check_batch(settings, mesh)
     check_held_out(run.data)
+    check_trackers(settings.trackers)
     identity = settings_.run_identity(settings, run.config, run.data.identity)
     run.folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
@@ -124,7 +140,9 @@ def train(
         if line is not None:
             loop.progress.say(line)
         state = loop.first_state(resume)
-        log = stack.enter_context(MetricsLog(run.folder, int(state.step)))
+        trackers = stack.enter_context(Trackers(settings.trackers, run.folder, identity["settings"]))
+        log = stack.enter_context(MetricsLog(run.folder, int(state.step), trackers))
+        stack.enter_context(loop.profiler)
         with Interrupts() as interrupts:
             result = loop.finish(*loop.steps(state, log, interrupts))
         if on_finish is not None:
@@ -168,6 +186,9 @@ class _Loop:
         self.train_step = make_train_step(c, s, self.optimizer, objective)
         self.evaluate = make_evaluate(c, objective, mesh=mesh, precision=s.precision)
         self.timer = StepTimer()
+        peak, devices = peak_flops(jax.devices()[0]), 1 if mesh is None else mesh.size
+        self.usage = Usage(s.batch * s.window, train_flops_per_token(c, s.window), peak and peak * devices)
+        self.profiler = Profiler(profiled(s.profile), run.folder / "profile")
         self.evaluated = False
         # Steps that are not reported yet, and their metrics, which the device may still compute.
         self.pending: deque[tuple[int, Metrics]] = deque()
@@ -175,8 +196,9 @@ class _Loop:
     def first_state(self, resume: bool) -> TrainState:
         """The state to start from: new, or of the latest checkpoint. Writes run.json."""
         run, s = self.run, self.run.settings
+        extra: dict[str, Any] = {"average": s.ema > 0, "guard": first_guard(s)}
         if resume:
-            target = abstract_state(run.config, self.optimizer, mesh=self.mesh, rules=s.rules, dtype=s.weights)
+            target = abstract_state(run.config, self.optimizer, mesh=self.mesh, rules=s.rules, dtype=s.weights, **extra)
             state = self.checkpoints.restore(target)
             self.progress.say(f"resumed {run.folder} at step {int(state.step):,}")
         elif self.checkpoints.latest is not None:
@@ -192,9 +214,11 @@ class _Loop:
                 rules=s.rules,
                 dtype=s.weights,
                 params=run.params,
+                **extra,
             )
         if jax.process_index() == 0:
             settings_.write_run_file(run.folder, s, run.config, run.data.identity)
+            write_environment(run.folder)
         return state
 
     def steps(
@@ -207,9 +231,15 @@ class _Loop:
         if first and self.is_evaluated(first) and first not in self.checkpoints.losses:
             evaluation = self.measure(log, state, first)  # the run ended before or in this evaluation
         for step in range(first + 1, s.steps + 1):
-            batch = on_devices(self.run.data.batch_at(step - 1), self.mesh, s.accumulation)
-            state, metrics = self.train_step(state, batch)
+            batch = self.batch(step)
+            with self.profiler.step(step):
+                state, metrics = self.train_step(state, batch)
             self.wait(step, metrics, compiling=step == first + 1)
+            if self.profiler.ends_with(step):
+                self.timer.stop()
+                self.profiler.finish(metrics)
+                self.progress.say(f"profiler trace in {self.run.folder / 'profile'}")
+                self.timer.start()
             last = step == s.steps
             stop = interrupts.stop_after(step)
             if (step - AHEAD) % s.log_every == 0 or last or stop:
@@ -218,6 +248,7 @@ class _Loop:
             if step % s.checkpoint_every == 0 or should_evaluate or stop:
                 self.save(log, state, step)
             evaluation = self.measure(log, state, step) if should_evaluate else None
+            self.use(log, state, step)
             if stop:
                 return state, step, evaluation
         return state, max(first, s.steps), evaluation
@@ -225,6 +256,14 @@ class _Loop:
     def is_evaluated(self, step: int) -> bool:
         """Whether the held-out loss is measured after this step."""
         return step % self.run.settings.eval_every == 0 or step == self.run.settings.steps
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step, on the devices. Notes its time if the device has finished all earlier steps by then."""
+        start = time.perf_counter()
+        batch = on_devices(self.run.data.batch_at(step - 1), self.mesh, self.run.settings.accumulation)
+        if not self.pending or all(x.is_ready() for x in jax.tree.leaves(self.pending[-1][1])):
+            self.usage.waited(time.perf_counter() - start)
+        return batch
 
     def wait(self, step: int, metrics: Metrics, compiling: bool) -> None:
         """Waits until the device has at most `AHEAD` unfinished steps; after the first step, which compiles, none."""
@@ -242,29 +281,42 @@ class _Loop:
             return
         values = jax.device_get([metrics for _, metrics in done])
         for (step, _), v in zip(done, values, strict=True):
-            if not v["finite"]:
-                raise Diverged(self.diverged(step, float(v["loss"]), float(v["grad_norm"])))
+            if "guard" in v:
+                self.note_skipped(log, step, v)
+            elif not v["finite"]:
+                raise Diverged(self.diverged(f"step {step}: loss {v['loss']}, gradient norm {v['grad_norm']}"))
         step, newest = done[-1][0], values[-1]
+        counted = [float(v["loss"]) for v in values if "guard" not in v or not v["guard"]["skipped"]]
+        loss = sum(counted) / len(counted) if counted else None
         seconds = self.timer.lap(step)
-        loss = sum(float(v["loss"]) for v in values) / len(values)
-        tokens = self.run.settings.batch * self.run.settings.window
         log.write(
             step,
             {
                 "loss": loss,
                 "lr": float(newest["lr"]),
-                "grad_norm": float(newest["grad_norm"]),
-                "tokens": step * tokens,
-                "tokens_per_second": seconds and tokens / seconds,
+                **({"grad_norm": float(newest["grad_norm"]), **named_norms(newest["grad_norms"])} if counted else {}),
+                "tokens": step * self.run.settings.batch * self.run.settings.window,
+                **self.usage.record(seconds, len(done)),
             },
         )
-        self.progress.update(step, loss, float(newest["lr"]), self.timer.per_step)
+        if loss is not None:
+            self.progress.update(step, loss, float(newest["lr"]), self.timer.per_step)
 
-    def diverged(self, step: int, loss: float, norm: float) -> str:
-        """The error message for a step whose loss or gradient is not finite."""
+    def note_skipped(self, log: MetricsLog, step: int, v: Metrics) -> None:
+        """Logs and says that a step was skipped, if it was. Raises Diverged if it is one too many in a row."""
+        if not v["guard"]["skipped"]:
+            return
+        why, most = why_skipped(v), self.run.settings.most_skipped
+        log.write(step, {"skipped": 1, "skipped_because": why})
+        self.progress.say(f"step {step:,} skipped: {why}")
+        if v["guard"]["in_a_row"] >= most:
+            raise Diverged(self.diverged(f"step {step}: {most} steps in a row were skipped, the last for its {why}"))
+
+    def diverged(self, what: str) -> str:
+        """The error message for a run that cannot go on."""
         latest = self.checkpoints.latest
         saved = "no checkpoint was saved yet" if latest is None else f"the checkpoint of step {latest} is intact"
-        return f"step {step}: loss {loss}, gradient norm {norm}; {saved}; try a lower lr, a longer warmup or float32"
+        return f"{what}; {saved}; try a lower lr, a longer warmup or float32"
 
     def measure(self, log: MetricsLog, state: TrainState, step: int) -> Evaluation:
         """Evaluates, logs and shows the held-out loss; after the last step on all of the held-out text.
@@ -277,13 +329,39 @@ class _Loop:
             self.checkpoints.wait()
             self.evaluated = True
         tokens = 0 if step == self.run.settings.steps else self.run.settings.eval_tokens
-        e = self.evaluate(state.params, self.run.data.held_out(), tokens)
+        e = self.evaluate(state.model, self.run.data.held_out(), tokens)
         self.checkpoints.record(step, e.loss)
-        log.write(step, {"valid_loss": e.loss, "perplexity": e.perplexity, "bits_per_byte": e.bits_per_byte})
-        bits = f"  {e.bits_per_byte:.3f} bits/byte" if e.bits_per_byte is not None else ""
-        self.progress.say(f"step {step:,}  held-out loss {e.loss:.4f}  perplexity {e.perplexity:.2f}{bits}")
+        self.show(log, step, e)
+        for name, batches in self.run.data.eval_texts.items():
+            self.show(log, step, self.evaluate(state.model, batches(), tokens), name)
         self.timer.start()
         return e
+
+    def show(self, log: MetricsLog, step: int, e: Evaluation, text: str = "") -> None:
+        """Logs and shows an evaluation; `text` is the name of one of the further texts."""
+        end = f"/{text}" if text else ""
+        values = {"valid_loss": e.loss, "perplexity": e.perplexity, "bits_per_byte": e.bits_per_byte}
+        log.write(step, {f"{name}{end}": value for name, value in values.items()})
+        bits = f"  {e.bits_per_byte:.3f} bits/byte" if e.bits_per_byte is not None else ""
+        where = f" of {text}" if text else ""
+        self.progress.say(f"step {step:,}  held-out loss{where} {e.loss:.4f}  perplexity {e.perplexity:.2f}{bits}")
+
+    def use(self, log: MetricsLog, state: TrainState, step: int) -> None:
+        """Exports the model and lets it write, after the steps that the settings say."""
+        run, s = self.run, self.run.settings
+        exports = run.export is not None and s.export_every and step % s.export_every == 0
+        writes = run.write_samples is not None and s.sample_every and step % s.sample_every == 0
+        if not exports and not writes:
+            return
+        self.report(log, ahead=0)
+        self.timer.stop()
+        if run.export is not None and exports:
+            run.export(state.model, step)
+        if run.write_samples is not None and writes:
+            for prompt, text in run.write_samples(state.model):
+                log.write(step, {"prompt": prompt, "sample": text})
+                self.progress.say(f"step {step:,}  {prompt!r} goes on: {text!r}")
+        self.timer.start()
 
     def save(self, log: MetricsLog, state: TrainState, step: int) -> None:
         """Starts to write a checkpoint, after `report` has checked that all steps up to it are finite."""
@@ -298,15 +376,13 @@ class _Loop:
         self.progress.close()
         run, finished = self.run, step >= self.run.settings.steps
         if finished and evaluation is None:  # the run was resumed after its last step
-            evaluation = self.evaluate(state.params, run.data.held_out())
+            evaluation = self.evaluate(state.model, run.data.held_out())
         if not finished:
             self.progress.say(
                 f"stopped and saved at step {step:,}; continue with: garrulax train --resume "
                 f"{shlex.quote(str(run.folder))}"
             )
-        return Result(
-            state.params, step, finished, evaluation, self.checkpoints.best, self.draw() if finished else None
-        )
+        return Result(state.model, step, finished, evaluation, self.checkpoints.best, self.draw() if finished else None)
 
     def draw(self) -> Path | None:
         """Draws the loss curves, in process 0 only and if matplotlib is installed."""

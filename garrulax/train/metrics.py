@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 
+from garrulax.train.trackers import Trackers
+
 NAME = "metrics.jsonl"
 
 
@@ -19,13 +21,15 @@ class MetricsLog:
     Args:
         folder: Of the run.
         step: Of the state that the run starts from. Records of later steps, left by a killed run, are deleted.
+        trackers: Services that get the records too.
 
     Attributes:
         note: Says why no TensorBoard events are written; None if they are.
     """
 
-    def __init__(self, folder: str | os.PathLike, step: int = 0):
+    def __init__(self, folder: str | os.PathLike, step: int = 0, trackers: Trackers | None = None):
         self.note: str | None = None
+        self._trackers = trackers
         self._file, self._events = None, None
         if jax.process_index() != 0:
             return
@@ -53,14 +57,16 @@ class MetricsLog:
 
         Args:
             step: Number of updates before the measurement.
-            values: Measured, by name; None values are left out.
+            values: Measured, by name, or texts; None values are left out.
         """
         values = {k: v for k, v in values.items() if v is not None}
         if self._file is not None:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
         if self._events is not None:
             for name, value in values.items():
-                self._events.add_scalar(name, value, step)
+                (self._events.add_text if isinstance(value, str) else self._events.add_scalar)(name, value, step)
+        if self._trackers is not None:
+            self._trackers.write(step, values)
 
 
 def read_metrics(folder: str | os.PathLike) -> list[dict[str, Any]]:

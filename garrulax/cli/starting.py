@@ -62,7 +62,7 @@ def start(args: argparse.Namespace) -> Start:
     """The start that a command line describes; reads no weights and no text."""
     words = settings_words([*args.settings, *([f"mesh={args.mesh}"] if args.mesh else [])])
     if args.resume:
-        return _resumed(Path(expanded(args.resume)), words)
+        return resumed(Path(expanded(args.resume)), words)
     settings, model, loaded = chosen(args.config, words)
     name = f"{_name(settings.preset)}-tuned" if loaded else settings.preset
     folder = Path(expanded(args.run)) if args.run else Path("runs", name)
@@ -113,7 +113,8 @@ def _name(model: str) -> str:
     return parts[-1].removesuffix(".gguf")
 
 
-def _resumed(folder: Path, words: Sequence[str]) -> Start:
+def resumed(folder: Path, words: Sequence[str] = ()) -> Start:
+    """The start of a run that goes on, with its tokenizer. `words` are settings to change, as `key=value`."""
     settings, config = settings_.read_run_file(folder, words)
     model = gx.Model(config, {}, load_tokenizer(folder / TOKENIZER))
     if (folder / TOKENIZER / _GENERATION).exists():

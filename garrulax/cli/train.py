@@ -13,10 +13,13 @@ import jax
 import garrulax as gx
 from garrulax import models
 from garrulax.cli import starting
+from garrulax.cli.samples import Samples
 from garrulax.cli.starting import Start, fit
+from garrulax.core.spec import Tree
 from garrulax.hub.tokenizers import Tokenizer
 from garrulax.train.batches import check_length, make_data
 from garrulax.train.corpus import Corpus, xz_bits_per_byte
+from garrulax.train.eval_texts import eval_batches
 from garrulax.train.loop import Result, Run
 from garrulax.train.loop import train as run_training
 from garrulax.train.objectives import objective_name
@@ -24,6 +27,7 @@ from garrulax.train.settings import Settings
 from garrulax.train.shards import Dataset, build_shards
 
 MODEL = "model"  # folder of the trained model in the folder of a run
+EXPORTS = "exports"  # folder of the models that are saved on the way, by step
 #: The first setting of each group in `garrulax train --list`, and the title of the group.
 GROUPS = {
     "preset": "Model and data",
@@ -66,15 +70,22 @@ def train(args: argparse.Namespace) -> None:
         config = fit(config, settings, tokenizer)
     begun = dataclasses.replace(begun, model=begun.model.replace(config=config))
     say(f"model: {settings.preset}, {gx.count(config):,} parameters, on {_devices(settings)}")
-    data = make_data(dataset, settings, config, tokenizer)
+    data = dataclasses.replace(
+        make_data(dataset, settings, config, tokenizer), eval_texts=eval_batches(settings, dataset, config, tokenizer)
+    )
     if not resume and jax.process_index() == 0:
         starting.save_tokenizer(begun)
 
-    def export(result: Result) -> None:
+    def export(params: Tree, step: int) -> None:
+        gx.save(begun.model.replace(params=params), begun.folder / EXPORTS / str(step))
+
+    def finish(result: Result) -> None:
         gx.save(begun.model.replace(params=result.params), begun.folder / MODEL)
 
-    run = Run(config, settings, data, begun.folder, params=begun.params)
-    _report(run_training(run, resume=resume, on_finish=export), begun, corpus, dataset)
+    prompts = settings.sample_prompts or (_prompt(begun, dataset),)
+    samples = Samples(begun.model, prompts, settings.sample_tokens) if settings.sample_every else None
+    run = Run(config, settings, data, begun.folder, params=begun.params, export=export, write_samples=samples)
+    _report(run_training(run, resume=resume, on_finish=finish), begun, corpus, dataset)
 
 
 def say(line: str) -> None:

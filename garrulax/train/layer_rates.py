@@ -34,9 +34,12 @@ def layer_factors(specs: Tree, decay: float) -> Tree:
     return jax.tree_util.tree_map_with_path(factor, specs, is_leaf=is_spec)
 
 
-def scale_by_layer(specs: Tree, decay: float) -> optax.GradientTransformation:
-    """Multiplies updates by `layer_factors`. It belongs behind the optimizer, whose weight decay it scales too."""
+def scaled_by_layer(optimizer: optax.GradientTransformation, specs: Tree, decay: float) -> optax.GradientTransformation:
+    """The optimizer with its updates, weight decay included, multiplied by `layer_factors`. Its state is the same."""
     factors = layer_factors(specs, decay)
-    return optax.stateless(
-        lambda updates, _: map_specs(lambda _, u, f: u * jnp.asarray(f, u.dtype), specs, updates, factors)
-    )
+
+    def update(updates, state, params=None):
+        updates, state = optimizer.update(updates, state, params)
+        return map_specs(lambda _, u, f: u * jnp.asarray(f, u.dtype), specs, updates, factors), state
+
+    return optax.GradientTransformation(optimizer.init, update)

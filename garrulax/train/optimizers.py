@@ -9,7 +9,7 @@ from optax.contrib import MuonDimensionNumbers
 
 from garrulax.core.spec import ParamSpec, Tree, decay_mask, map_specs
 from garrulax.train.factored import scale_by_adafactor
-from garrulax.train.layer_rates import scale_by_layer
+from garrulax.train.layer_rates import scaled_by_layer
 from garrulax.train.schedules import Schedule, make_schedule
 from garrulax.train.settings import Settings
 
@@ -27,8 +27,10 @@ def make_optimizer(settings: Settings, specs: Tree) -> optax.GradientTransformat
         specs: ParamSpec tree of the parameters.
     """
     clip = optax.clip_by_global_norm(settings.clip) if settings.clip else optax.identity()
-    layers = scale_by_layer(specs, settings.layer_decay) if settings.layer_decay != 1 else optax.identity()
-    return optax.chain(clip, _MAKERS[settings.optimizer](settings, specs), layers)
+    optimizer = _MAKERS[settings.optimizer](settings, specs)
+    if settings.layer_decay != 1:
+        optimizer = scaled_by_layer(optimizer, specs, settings.layer_decay)
+    return optax.chain(clip, optimizer)
 
 
 def schedule_of(settings: Settings, peak: float | None) -> Schedule:

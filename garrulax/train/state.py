@@ -1,12 +1,12 @@
 """The state of a run: the arrays that a step updates and a checkpoint saves."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from garrulax import models
@@ -14,9 +14,12 @@ from garrulax.core import sharding, spec
 from garrulax.core.config import ModelConfig
 
 
-@struct.dataclass
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True)
 class TrainState:
-    """The state of a run.
+    """The state of a run, a tree.
+
+    A part that is None is no part of the tree, and so of no checkpoint: those without it stay as they are.
 
     Attributes:
         step: int32 scalar, number of steps so far; skipped ones count.
@@ -33,6 +36,19 @@ class TrainState:
     key: Any
     ema: Any = None
     guard: Any = None
+
+    def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], tuple[str, ...]]:
+        """For JAX: the parts with their names, and the names."""
+        optional = ("ema", "guard")
+        names = [
+            f.name for f in dataclasses.fields(self) if f.name not in optional or getattr(self, f.name) is not None
+        ]
+        return [(jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in names], tuple(names)
+
+    @classmethod
+    def tree_unflatten(cls, names: tuple[str, ...], parts: Any) -> "TrainState":
+        """For JAX: the state of these parts."""
+        return cls(**dict(zip(names, parts, strict=True)))
 
     @property
     def model(self) -> spec.Tree:

@@ -32,6 +32,7 @@ from garrulax.train.objectives import OBJECTIVES, Batch, Objective, objective_na
 from garrulax.train.optimizers import make_optimizer
 from garrulax.train.profiling import Profiler
 from garrulax.train.progress import Progress, StepTimer
+from garrulax.train.quantized import check_quantized
 from garrulax.train.setting_limits import profiled
 from garrulax.train.settings import Settings
 from garrulax.train.state import TrainState, abstract_state, init_state
@@ -120,7 +121,7 @@ def train(
         FileNotFoundError: If the folder has no checkpoint and `resume` is True.
         Diverged: If the loss is not finite and the settings skip no such step, or if `most_skipped` steps were skipped
             one after another. The last checkpoint is intact.
-        ImportError: If a package is not installed that `trackers` needs.
+        ImportError: If a package is not installed that `trackers` or `quantize` needs.
         OSError: If saving a checkpoint failed. The earlier ones are intact.
     """
     settings = run.settings
@@ -128,6 +129,7 @@ def train(
     check_batch(settings, mesh)
     check_held_out(run.data)
     check_trackers(settings.trackers)
+    check_quantized(settings.quantize, settings.mesh)
     identity = settings_.run_identity(settings, run.config, run.data.identity)
     run.folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:

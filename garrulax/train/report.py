@@ -117,13 +117,14 @@ def _charts(runs: Sequence[RunRecord]) -> list[str]:
     charts = [line_chart("training loss (nats per token)", _smoothed(runs, "loss"), skip=0.02)]
     plain = {"valid_loss": "held-out loss (nats per token)", "perplexity": "held-out perplexity",
              "bits_per_byte": "held-out bits per byte"}  # fmt: skip
-    charts += [line_chart(title, _lines(runs, key), skip=0.02) for key, title in plain.items()]
+    charts += [line_chart(title, _lines(runs, key)) for key, title in plain.items()]
     texts = sorted({key for run in runs for r in run.records for key in r if key.startswith("valid_loss/")})
-    charts += [line_chart(f"held-out loss of {key[11:]}", _lines(runs, key), skip=0.02) for key in texts]
-    more = {"lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens per second",
+    charts += [line_chart(f"held-out loss of {key[11:]}", _lines(runs, key)) for key in texts]
+    charts.append(line_chart("gradient norm", _lines(runs, "grad_norm"), log=True))
+    more = {"lr": "learning rate", "tokens_per_second": "tokens per second",
             "mfu": "model FLOPs utilisation", "data_wait": "seconds a step that the device waited for data",
-            "goodput": "share of the time in training steps", "peak_memory": "peak memory (bytes)"}  # fmt: skip
-    charts += [line_chart(title, _lines(runs, key), skip=0.02) for key, title in more.items()]
+            "goodput": "goodput: share of time in training steps", "peak_memory": "peak memory (bytes)"}  # fmt: skip
+    charts += [line_chart(title, _lines(runs, key)) for key, title in more.items()]
     return charts + [_block_norms(run, len(runs) > 1) for run in runs]
 
 
@@ -147,7 +148,7 @@ def _block_norms(run: RunRecord, several: bool) -> str:
         shade = 205 - round(170 * layer / max(1, layers[-1]))
         name = f"block {layer}" if layer in (layers[0], layers[-1]) else ""
         lines.append(Line(name, *run.series(f"{prefix}{layer}"), f"rgb({shade // 2},{shade},{min(255, shade + 50)})"))
-    return line_chart("gradient norm of each block" + (f", {run.name}" if several else ""), lines, skip=0.02)
+    return line_chart("gradient norm of each block" + (f", {run.name}" if several else ""), lines, log=True)
 
 
 def _results(runs: Sequence[RunRecord]) -> list[list[str]]:

@@ -75,6 +75,7 @@ class Settings:
         precision: Dtype of the computation: float32 or bfloat16.
         weights: Dtype of the parameters: float32, or bfloat16, which takes half the memory.
         rounding: Of updated bfloat16 parameters: stochastic, or nearest, which loses small updates.
+        quantize: Numbers that the layers' matrices multiply: none, int8 or fp8 (needs the extra quantize).
         remat: Recomputed in the backward pass to save memory: none, dots (all but matrix products) or full.
         unroll: Compile the layers as straight code, not as a loop; none does so for few layers on a CPU.
         dropout: Whether to apply the dropout rates of the model's config.
@@ -141,6 +142,7 @@ class Settings:
     precision: str = "float32"
     weights: str = "float32"
     rounding: str = "stochastic"
+    quantize: str = "none"
     remat: str = "none"
     unroll: bool | None = None
     dropout: bool = False
@@ -187,6 +189,7 @@ _CHOICES = {
     "precision": PRECISIONS,
     "weights": PRECISIONS,
     "rounding": ("stochastic", "nearest"),
+    "quantize": ("none", "int8", "fp8"),
     "skip_steps": ("none", "not_finite", "spikes"),
     "remat": tuple(REMAT),
     "rules": tuple(RULES),

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from garrulax import models
 from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
 from garrulax.train.averaging import next_average
@@ -14,6 +15,7 @@ from garrulax.train.guard import judge
 from garrulax.train.norms import gradient_norms
 from garrulax.train.objectives import Batch, Objective
 from garrulax.train.optimizers import schedule_of
+from garrulax.train.quantized import quantized
 from garrulax.train.regularizers import Regularizers
 from garrulax.train.settings import Settings
 from garrulax.train.state import TrainState, in_full
@@ -88,6 +90,8 @@ def _gradient(config: ModelConfig, settings: Settings, objective: Objective) -> 
 
     def loss(params, batch, key):
         params = compute_dtype(params, settings.precision)
+        if settings.quantize != "none":
+            params = quantized(params, models.parameters(config), settings.quantize)
         return objective(params, batch, config, key, remat=settings.remat, unroll=unroll, **options)
 
     return jax.value_and_grad(loss, has_aux=True)

@@ -10,6 +10,7 @@ import numpy as np
 
 _WIDTH, _HEIGHT = 560, 270
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 34, 42  # margins around the plot
+_FEW = 25  # points of a line that are shown as dots too
 MOST_POINTS = 600  # of a line; more cannot be seen
 
 
@@ -32,7 +33,9 @@ class Line:
     faint: bool = False
 
 
-def line_chart(title: str, lines: Sequence[Line], *, x_label: str = "step", skip: float = 0.0) -> str:
+def line_chart(
+    title: str, lines: Sequence[Line], *, x_label: str = "step", skip: float = 0.0, log: bool = False
+) -> str:
     """Draws lines over common axes.
 
     Args:
@@ -41,6 +44,7 @@ def line_chart(title: str, lines: Sequence[Line], *, x_label: str = "step", skip
         x_label: Below the plot.
         skip: Share of the x range at the start that the y range does not have to show, such as the steep start of a
             loss. What is outside is cut off.
+        log: Whether the y axis is logarithmic; values that are not positive leave a gap.
 
     Returns:
         An `<svg>` element; "" if there is nothing to draw.
@@ -51,6 +55,8 @@ def line_chart(title: str, lines: Sequence[Line], *, x_label: str = "step", skip
         >>> chart.startswith("<svg") and chart.count("<polyline")
         1
     """
+    if log:
+        lines = [dataclasses.replace(line, y=np.log10(np.where(line.y > 0, line.y, np.nan))) for line in lines]
     lines = [line for line in lines if np.isfinite(line.y).any()]
     if not lines:
         return ""
@@ -68,7 +74,7 @@ def line_chart(title: str, lines: Sequence[Line], *, x_label: str = "step", skip
             f'<clipPath id="{name}"><rect x="{_LEFT}" y="{_TOP}" width="{_WIDTH - _LEFT - _RIGHT}" '
             f'height="{_HEIGHT - _TOP - _BOTTOM}"/></clipPath>',
             f'<text x="{_LEFT}" y="16" font-size="13" font-weight="bold" fill="#222">{escape(title)}</text>',
-            *_axes(x_range, y_range, x_label),
+            *_axes(x_range, y_range, x_label, log),
             f'<g clip-path="url(#{name})">',
             *(_polylines(line, x_range, y_range) for line in sorted(lines, key=lambda line: not line.faint)),
             "</g>",
@@ -130,16 +136,17 @@ def _polylines(line: Line, x_range: tuple, y_range: tuple) -> str:
         else:
             points = " ".join(f"{across[i]:.1f},{down[i]:.1f}" for i in stretch)
             found.append(f'<polyline fill="none" {style} points="{points}"/>')
+            few = stretch[: 0 if line.faint or len(keep) > _FEW else None]
+            found += [f'<circle cx="{across[i]:.1f}" cy="{down[i]:.1f}" r="2.5" fill="{line.color}"/>' for i in few]
     return "".join(found)
 
 
-def _axes(x_range: tuple[float, float], y_range: tuple[float, float], x_label: str) -> list[str]:
+def _axes(x_range: tuple[float, float], y_range: tuple[float, float], x_label: str, log: bool) -> list[str]:
     bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
     found = []
-    rows, columns = ticks(*y_range, most=5), ticks(*x_range, most=7)
-    for value in rows:
+    columns = ticks(*x_range, most=7)
+    for value, text in _rows(y_range, log):
         _, y = _place(np.array(0.0), np.array(value), x_range, y_range)
-        text = label(value, rows[1] - rows[0] if len(rows) > 1 else abs(value) or 1.0)
         found.append(f'<line x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="#e3e3e3"/>')
         found.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end" fill="#555">{text}</text>')
     for value in columns:
@@ -151,6 +158,18 @@ def _axes(x_range: tuple[float, float], y_range: tuple[float, float], x_label: s
     middle = (_LEFT + right) / 2
     found.append(f'<text x="{middle:.0f}" y="{_HEIGHT - 8}" text-anchor="middle" fill="#555">{escape(x_label)}</text>')
     return found
+
+
+def _rows(y_range: tuple[float, float], log: bool) -> list[tuple[float, str]]:
+    """Places and texts of the ticks of the y axis."""
+    if not log:
+        values = ticks(*y_range, most=5)
+        return [(v, label(v, values[1] - values[0] if len(values) > 1 else abs(v) or 1.0)) for v in values]
+    powers = range(math.floor(y_range[0]), math.ceil(y_range[1]) + 1)
+    factors = (1, 2, 5) if y_range[1] - y_range[0] < 2.5 else (1,)
+    found = [factor * 10.0**power for power in powers for factor in factors]
+    found = [v for v in found if y_range[0] <= math.log10(v) <= y_range[1]]
+    return [(math.log10(v), label(v, v)) for v in found[:: -(-len(found) // 8) or 1]]
 
 
 def _legend(lines: Sequence[Line]) -> list[str]:

@@ -129,6 +129,6 @@ def test_every_setting_is_documented_and_read():
     source = "".join(p.read_text() for p in pathlib.Path(garrulax.train.__file__).parent.glob("*.py"))
     for field in dataclasses.fields(Settings):
         assert field.name in Settings.__doc__, field.name
-        # preset, corpus, valid, tokenizer and vocab are for the command line, which finds the data.
-        if field.name not in ("corpus", "valid", "tokenizer", "vocab"):
+        # The command line finds the data and writes the samples.
+        if field.name not in ("corpus", "valid", "tokenizer", "vocab", "sample_prompts", "sample_tokens"):
             assert f".{field.name}" in source, field.name

@@ -155,10 +155,18 @@ def test_state_is_born_sharded_and_stays_so(optimizer):
 
 
 @pytest.mark.slow
-def test_average_and_guard_are_sharded_like_the_rest():
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "adafactor"])
+def test_average_and_guard_are_sharded_like_the_rest(optimizer):
     """On a mesh a step with a guard, an average and smaller rates below is the step of one device."""
     settings = dataclasses.replace(
-        SETTINGS, ema=0.9, skip_steps="spikes", layer_decay=0.5, z_loss=1e-3, embedding_shrink=0.1
+        SETTINGS,
+        optimizer=optimizer,
+        lr=1e-3,
+        ema=0.9,
+        skip_steps="spikes",
+        layer_decay=0.5,
+        z_loss=1e-3,
+        embedding_shrink=0.1,
     )
     states = []
     for axes in (None, "fsdp=4,tensor=2"):
@@ -176,8 +184,10 @@ def test_average_and_guard_are_sharded_like_the_rest():
             assert jax.tree.all(same)
         states.append(state)
     assert (int(state.step), int(state.guard.skipped)) == (3, 1)
-    assert distance(states[0].ema, states[1].ema) < 2e-6
-    assert distance(states[0].params, states[1].params) < 2e-6
+    for part in ("ema", "params"):
+        one, several = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(getattr(s, part))]) for s in states)
+        # Lion takes the sign of a gradient: where that is 0 up to rounding, as for the bias of keys, it is any.
+        assert np.mean(np.abs(one - several) > 5e-6) <= (0.02 if optimizer == "lion" else 0)
 
 
 def test_nearest_rounding_is_that_of_the_dtype():

@@ -37,6 +37,8 @@ class Samples:
 
     def __call__(self, params: Tree) -> list[tuple[str, str]]:
         """Pairs of a prompt and what the model writes after it."""
+        if len(jax.tree.leaves(params)[0].sharding.device_set) > 1:  # decoding runs on one device
+            params = jax.device_get(params)
         model = self._model.replace(params=params)
         return [(prompt, self._one(model, prompt, seed)) for seed, prompt in enumerate(self._prompts)]
 

@@ -43,7 +43,9 @@ def test_what_a_run_leaves_behind(causal):
     folder, result, printed = causal
     assert result.finished
     assert result.step == 6
-    assert sorted(os.listdir(folder)) == ["checkpoints", "events", "loss.png", "metrics.jsonl", "run.json"]
+    assert sorted(os.listdir(folder)) == [
+        "checkpoints", "environment.json", "events", "loss.png", "metrics.jsonl", "run.json",
+    ]  # fmt: skip
     assert result.picture == folder / "loss.png"
     records = metrics.read_metrics(folder)
     assert [r["step"] for r in records if "valid_loss" in r] == [3, 6]

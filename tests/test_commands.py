@@ -52,6 +52,8 @@ def run(line, capsys):
         words += [f"{key}={value}" for key, value in small.items()]
         if "--resume" not in words and not any(word.startswith("corpus=") for word in words):
             words.append("corpus=my_folder")
+    if "--step" in words:
+        words[words.index("--step") + 1] = "2"
     code = main(words)
     printed = capsys.readouterr()
     assert code == 0, (words, printed.err)

@@ -45,7 +45,7 @@ def test_spikes_are_what_is_far_above_the_latest_steps():
 
 def test_average_forgets_the_first_parameters():
     values = np.random.default_rng(0).normal(size=(30, 4))
-    average, expected = {"w": jnp.zeros(4)}, np.zeros(4)
+    average, expected = {"w": jnp.zeros(4, jnp.float32)}, np.zeros(4)
     for n, value in enumerate(values):
         average = next_average(average, {"w": jnp.asarray(value, jnp.bfloat16)}, jnp.int32(n), 0.7)
         rate = min(0.7, (1 + n) / (10 + n))

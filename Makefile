@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 PARITY = $(VENV)-parity
 CUDA = $(VENV)-cuda
 
-.PHONY: quickstart demo test test-slow test-x64 test-strict parity real aot-gpu table pictures lint clean
+.PHONY: quickstart demo test test-slow test-x64 test-strict chaos parity real aot-gpu table pictures lint clean
 
 quickstart: $(VENV)/.plots
 	@PATH="$(abspath $(BIN)):$$PATH" sh examples/quickstart.sh
@@ -32,7 +32,7 @@ test-slow: $(VENV)/.dev
 # module test_jax_settings.py, which `make test` runs, traces every family under both and without rank promotion.)
 ARRAY_TESTS = $(addprefix tests/test_,attention.py attention_transforms.py constrain_device.py decode_attention.py evaluate.py \
 	fill.py flax.py generate.py kernels_sharded.py kernels_xla.py knobs.py masks.py masks_built.py models_oracle.py \
-	models_padding.py models_transforms.py relative.py sampling.py search.py tasks.py train_step.py transforms.py)
+	models_padding.py models_transforms.py relative.py sampling.py search.py tasks.py train_step.py transforms.py watermarks.py)
 
 test-x64: $(VENV)/.dev
 	JAX_ENABLE_X64=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARRAY_TESTS)
@@ -40,6 +40,11 @@ test-x64: $(VENV)/.dev
 test-strict: $(VENV)/.dev  # but one test, which calls Optax itself: Optax relies on promotion
 	JAX_NUMPY_DTYPE_PROMOTION=strict $(BIN)/python -m pytest -n 2 --dist loadfile $(ARRAY_TESTS) \
 	--deselect tests/test_flax.py::test_training_in_nnx_and_in_linen_is_training_in_plain_jax
+
+# Kills, damages and starves runs of `garrulax train`, resumes them, and compares every bit with a run that was left
+# alone: half an hour. It prints its seed; SEED=7 repeats a run of it.
+chaos: $(VENV)/.dev
+	@PYTHONPATH=$(CURDIR) $(BIN)/python tests/chaos/chaos.py --rounds $(or $(ROUNDS),50) $(if $(SEED),--seed $(SEED))
 
 # Random models of every family that transformers has, compared with transformers: a few minutes, and torch to install
 # (its build for CPUs is enough).

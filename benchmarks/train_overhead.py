@@ -36,7 +36,7 @@ def trial(size: str, features: list[str], bare: bool) -> dict:
     import numpy as np
 
     from garrulax.models import gpt
-    from garrulax.train import batches, loop, objectives, optimizers, settings, state, step
+    from garrulax.train import batches, components, loop, objectives, optimizers, settings, state, step
 
     a, (steps, every) = train_step.SIZES[size], STEPS[size]
     config = gpt.Config(**{k: a[k] for k in ("layers", "heads", "width", "context", "vocab")})
@@ -53,7 +53,7 @@ def trial(size: str, features: list[str], bare: bool) -> dict:
 
     def batch_at(i):
         times.append((time.process_time(), time.perf_counter()))
-        return batches.causal_batch(rows[i % 16])
+        return components.causal_batch(rows[i % 16])
 
     if bare:
         optimizer = optimizers.make_optimizer(run, gpt.parameters(config))
@@ -63,7 +63,7 @@ def trial(size: str, features: list[str], bare: bool) -> dict:
             now, metrics = update(now, batches.on_devices(batch_at(i), None, 1))
             jax.block_until_ready(metrics)
     else:
-        held_out = {**batches.causal_batch(rows[0]), "bytes": np.ones(a["batch"], np.float32)}
+        held_out = {**components.causal_batch(rows[0]), "bytes": np.ones(a["batch"], np.float32)}
         data = batches.Data(batch_at, lambda: iter([held_out]))
         with tempfile.TemporaryDirectory() as folder:
             loop.train(loop.Run(config, run, data, Path(folder)), out=open("/dev/null", "w"))  # noqa: SIM115

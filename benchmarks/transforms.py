@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import garrulax as gx
 from garrulax.sampling import knobs, transforms
 
 V, PROMPT, SIZE = 50257, 32, 1024
@@ -45,6 +46,7 @@ ON = {
     "typical_p": 0.95,
     "epsilon_cutoff": 1e-6,
     "eta_cutoff": 1e-6,
+    "watermark": gx.watermark("a secret", "gumbel"),
 }
 
 

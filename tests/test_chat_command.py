@@ -162,3 +162,26 @@ def test_the_demo_is_a_chat(monkeypatch, capsys):
     assert words[:2] == ["chat", "some/model"]
     assert question == "What is the capital of France?\n"
     assert question.strip() in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_conversation_without_an_end(model, folder, capsys, monkeypatch):
+    lines = "".join(f"question {i}\n" for i in range(12))
+    assert scripted(monkeypatch, folder, lines, "--stream", "--temperature", "0") == 0
+    printed = capsys.readouterr()
+    ids, answers, kind = [], [], gx.sinks(4, 60)
+    for i in range(12):
+        ids += model.tokenizer.encode(f"u:question {i}|a:")
+        done = gx.generate(model, ids, max_new_tokens=6, temperature=0, cache=kind)
+        answers.append(done.text)
+        written = done.tokens[:-1] if done.finish_reason == "eos" else done.tokens
+        ids += [*written, *model.tokenizer.encode("|")]  # the format ends an answer itself
+    assert printed.out.split() == " ".join(answers).split()
+    assert printed.err == ""
+    assert len(ids) > 2 * model.config.context
+    assert scripted(monkeypatch, folder, "hi\n", "--stream", "--cache", "window=8") == 2
+    assert "--stream keeps 4 first tokens and a window: leave it or --cache window=8 out" in capsys.readouterr().err
+    for words in ("ring", "sinks=4", "window=x", "blocks=1,2,3,4,5,6"):
+        assert scripted(monkeypatch, folder, "hi\n", "--cache", words) == 2
+        assert f"--cache {words}: it must be one of full, window=N" in capsys.readouterr().err
+    assert main(["generate", folder, "ab", "--cache", "sinks=2,20", "--kv", "int8", "--max-new-tokens", "100"]) == 0

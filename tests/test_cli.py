@@ -122,14 +122,6 @@ def test_usage_errors_are_one_line_and_exit_2(folder, capsys):
     assert "config.json" in refused(capsys, 2, "generate", folder, "hello")
 
 
-def test_glms_whose_blanks_are_not_made_are_refused():
-    from garrulax import models
-    from garrulax.cli.train import fit
-
-    with pytest.raises(ValueError, match=r"not those of chatglm-6b: choose a glm preset"):
-        fit(models.preset("chatglm-6b"), Settings(corpus=("x",), preset="chatglm-6b"), None)
-
-
 def test_nan_loss_is_a_failure_with_the_step(folder, capsys):
     words = ["train", "gpt2-tiny", *TINY, "optimizer=adamw", "lr=1e30", "clip=0", "warmup=0", "steps=20"]
     line = refused(capsys, 1, *words, f"corpus={folder / 'code.py'}", "--run", folder / "run")

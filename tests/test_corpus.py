@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from garrulax.train import corpus as module
+from garrulax.train import reading as module
 from garrulax.train.corpus import Corpus, xz_bits_per_byte
 from garrulax.train.sources import split_sources
 
@@ -59,6 +59,13 @@ def test_hash_follows_the_content_alone(tmp_path):
     assert Corpus(first).hash != Corpus(other).hash
     assert Corpus(first).hash != Corpus(first, fraction=0.1).hash
     assert Corpus(first, valid=other).hash != Corpus(first).hash
+
+
+def test_copies_do_not_take_all_of_the_text(tmp_path):
+    corpus = Corpus(write(tmp_path / "all", ["the same text\n" * 20] * 100))
+    train, valid = split(corpus, "train"), split(corpus, "valid")
+    assert len(train) == len(valid) == 100  # the tails of all of them
+    assert len("".join(valid)) < 0.2 * corpus.bytes
 
 
 def test_documents_are_held_out_by_their_hash(tmp_path):

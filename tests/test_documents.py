@@ -21,14 +21,15 @@ import garrulax as gx
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = Path(__file__).parent.parent
-SLOW = ("fsdp=4", ".gguf")  # meshes and GGUF files have tests of their own
-ELSEWHERE = ("constraints.md", "evaluation.md", "search.md")  # test_docs_constraints, test_evaluate, test_search
+SLOW = ("fsdp=4", ".gguf", "train_medusa")  # meshes, GGUF files and Medusa have tests of their own
+#: test_docs_constraints, test_evaluate, test_search, test_speculate
+ELSEWHERE = ("constraints.md", "evaluation.md", "search.md", "speculation.md")
 
 
 def blocks(page):
     """The blocks of code of a page; of one whose blocks build on one another, all of them as one."""
     found = re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.MULTILINE)
-    return ["".join(found)] if page.name in ("sampling.md", "decoding.md") else found
+    return ["".join(found)] if page.name in ("sampling.md", "decoding.md", "medusa.md") else found
 
 
 CODE = [

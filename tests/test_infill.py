@@ -2,16 +2,16 @@
 
 import itertools
 import math
+import runpy
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from garrulax.hub.tokenizers import GLM_SPECIALS, GPT_SPECIALS, ByteTokenizer
-from garrulax.train.batches import causal_batch
+from garrulax.train.components import causal_batch
 from garrulax.train.infill import (
     BlankMix,
-    InfillTokens,
     assemble,
     empty_batch,
     infill_batch,
@@ -20,6 +20,7 @@ from garrulax.train.infill import (
     token_spans,
     write_row,
 )
+from garrulax.train.infill_tokens import InfillTokens
 
 ORACLE = Path(__file__).parent / "oracles" / "glm_original_s0.npz"
 MODES = ["token", "token_noshuffle", "token_dblock", "sentence", "document", "document_midspan"]
@@ -250,3 +251,20 @@ def test_causal():
     assert batch["tokens"].tolist() == [[0, 1, 2, 3], [5, 6, 7, 8]]
     assert batch["targets"].tolist() == [[1, 2, 3, 4], [6, 7, 8, 9]]
     assert batch["weights"].tolist() == [[1] * 4] * 2
+
+
+def test_denoisers_of_the_ul2_example():
+    example = runpy.run_path(str(ORACLE.parent.parent.parent / "examples" / "ul2.py"), run_name="ul2")
+    rng = np.random.default_rng(0)
+    for kind, mean, share in example["DENOISERS"]:
+        if kind == "S":
+            continue
+        for _ in range(20):
+            spans = example["spans"](rng, mean, share)
+            hidden, lengths = round(share * example["TEXT"]), [stop - begin for begin, stop in spans]
+            assert sum(lengths) == hidden
+            assert min(lengths) >= 1
+            assert len(spans) == max(1, round(hidden / mean))
+            assert spans[0][0] >= 1
+            assert spans[-1][1] < example["TEXT"]
+            assert all(a[1] < b[0] for a, b in itertools.pairwise(spans))

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from garrulax.kernels import masks
 from garrulax.kernels.blocks import block_map
 from garrulax.kernels.mask import INF, PAD
-from garrulax.train.infill import InfillTokens, infill_batch
+from garrulax.train.infill import infill_batch
+from garrulax.train.infill_tokens import InfillTokens
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 T = 12

@@ -3,15 +3,19 @@
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from garrulax.cli import main
+from garrulax.train import digests
+from garrulax.train.checkpoint import saved_steps
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 TEXT = "".join(f"def f{i}(x):\n    return x * {i} + {i * 7 % 13}\n\n" for i in range(400))
@@ -50,12 +54,39 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_two_processes_train_save_and_resume_elsewhere(folder):
+def pair_of(folder, *words):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     meeting = [f"--distributed=127.0.0.1:{port},2,{i}" for i in range(2)]
-    pair = [start(train(folder, "pair", "--mesh=fsdp=4", "steps=4", "checkpoint_every=2", m)) for m in meeting]
+    return [start(train(folder, "pair", "--mesh=fsdp=4", *words, m)) for m in meeting]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "dies"), [(signal.SIGKILL, 1), (signal.SIGSTOP, 1), (signal.SIGKILL, 0)])
+def test_a_process_that_dies_is_named_within_15_seconds(folder, number, dies):
+    pair = pair_of(folder, "steps=100000", "checkpoint_every=10", "eval_every=1000000")
+    try:
+        while not (folder / "pair" / "checkpoints" / "20").is_dir():
+            assert pair[0].poll() is None, pair[0].stderr.read()
+            time.sleep(0.05)
+        pair[dies].send_signal(number)
+        begun = time.perf_counter()
+        _, said = pair[1 - dies].communicate(timeout=60)
+        assert time.perf_counter() - begun < 15
+        assert pair[1 - dies].returncode == 75, said
+        assert re.search(rf"process {dies} of 2 ended or cannot be reached; the checkpoint of step \d+ is intact", said)
+        assert f"garrulax train --resume {folder / 'pair'}" in said
+    finally:
+        for process in pair:
+            process.kill()
+            process.communicate()
+    for step in saved_steps(folder / "pair" / "checkpoints"):
+        digests.check(folder / "pair" / "checkpoints" / str(step))
+
+
+def test_two_processes_train_save_and_resume_elsewhere(folder):
+    pair = pair_of(folder, "steps=4", "checkpoint_every=2")
     errors = [finish(p) for p in pair]
     assert re.search(r"held-out loss", errors[0])
     assert not errors[1].strip()  # only the first process speaks

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from garrulax.train.sampler import Sampler, eval_windows, permute
-from garrulax.train.shards import Tokens
+from garrulax.train.tokens import Tokens
 
 
 def text(size):

@@ -11,9 +11,12 @@ import pytest
 
 from garrulax.hub.tokenizer_training import train_chars
 from garrulax.hub.tokenizers import ByteTokenizer
+from garrulax.train import digests, shard_files
 from garrulax.train import shards as module
 from garrulax.train.corpus import Corpus
-from garrulax.train.shards import Dataset, Tokens, build_shards, default_root
+from garrulax.train.digests import DamagedError
+from garrulax.train.shards import Dataset, build_shards, default_root, find_shards
+from garrulax.train.tokens import Tokens
 
 
 @pytest.fixture
@@ -183,21 +186,53 @@ def test_errors(corpus, tmp_path):
 
     with pytest.raises(FileNotFoundError, match="no data set at"):
         Dataset(tmp_path)
-    file = single.folder / "train-00000.bin"
-    file.write_bytes(file.read_bytes()[:-2])
-    with pytest.raises(ValueError, match=r"train-00000\.bin is damaged \(358 bytes instead of 360\): delete"):
-        build_shards(Corpus(tmp_path / "one.txt"), train_chars("abc\n"), tmp_path / "cache")
-    meta = json.loads((single.folder / "meta.json").read_text())
-    (single.folder / "meta.json").write_text(json.dumps(meta | {"format": 99}))
+    digests.write(single.folder, single.meta | {"format": 99}, "meta.json")
     with pytest.raises(ValueError, match="data format 99"):
         Dataset(single.folder)
+
+
+def test_damage_is_named_and_mended(tmp_path):
+    (tmp_path / "one.txt").write_text("abc\n" * 50)
+    arguments = Corpus(tmp_path / "one.txt"), train_chars("abc\n"), tmp_path / "cache"
+    whole = build_shards(*arguments)
+    files = {file.name: file.read_bytes() for file in whole.folder.iterdir()}
+    assert len(files) == 5
+
+    def flipped(content):
+        return content[:99] + bytes([content[99] ^ 4]) + content[100:]
+
+    for name, damage in [("train-00000.bin", flipped), ("train-00000.bin", lambda content: content[:-2]),
+                         ("valid-00000.bin", lambda content: content[:40] + b"x" + content[41:]),
+                         ("train.documents", lambda content: b"\1" + content[1:]),
+                         *(("meta.json", lambda content, i=i: content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :])
+                           for i in range(5, len(files["meta.json"]), 40) if files["meta.json"][i] != 32),
+                         ("meta.json", None), ("valid.documents", None)]:  # fmt: skip
+        if damage is None:
+            (whole.folder / name).unlink()
+        else:
+            (whole.folder / name).write_bytes(damage(files[name]))
+        with pytest.raises(DamagedError, match=rf"{name}.*: delete .* to make the token ids anew"):
+            Dataset(whole.folder)
+        with pytest.raises(DamagedError, match=name):
+            find_shards(whole.meta["corpus"], *arguments[1:])
+        said = []
+        build_shards(*arguments, say=said.append)
+        assert len(said) == 1
+        assert name in said[0]
+        assert {file.name: file.read_bytes() for file in whole.folder.iterdir()} == files
+    assert folders(tmp_path / "cache") == [whole.folder.name]
+    other = whole.folder.rename(tmp_path / "cache" / "other")
+    digests.write(other, whole.meta | {"eos": 7}, "meta.json")
+    other.rename(whole.folder)
+    with pytest.raises(DamagedError, match="of another text or tokenizer"):
+        find_shards(whole.meta["corpus"], *arguments[1:])
 
 
 def test_a_full_disk_leaves_nothing(corpus, tmp_path, monkeypatch):
     def full(file):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "_to_disk", full)
+    monkeypatch.setattr(shard_files, "_to_disk", full)
     with pytest.raises(OSError, match="No space left"):
         build_shards(corpus, ByteTokenizer(), tmp_path / "cache")
     assert folders(tmp_path / "cache") == []

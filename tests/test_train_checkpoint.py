@@ -93,7 +93,7 @@ try:
             saves.save(state(i), i)
             print(i, flush=True)
             if limit and i == 2:
-                saves._orbax._manager.wait_until_finished()
+                saves.wait()
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 except OSError as error:

@@ -1,5 +1,7 @@
 """Packed documents that do not see one another in training: loss and gradients are those of the documents alone."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,14 +11,14 @@ import training
 
 from garrulax import models
 from garrulax.hub.tokenizers import GLM_SPECIALS, ByteTokenizer
-from garrulax.train import batches, settings
+from garrulax.train import batches, components, settings
 from garrulax.train.documents import isolated_infill, segments_at
-from garrulax.train.infill import BlankMix, InfillTokens, source_window
-from garrulax.train.objectives import OBJECTIVES
-from garrulax.train.shards import Tokens
+from garrulax.train.infill import BlankMix, infill_batch, source_window
+from garrulax.train.infill_tokens import InfillTokens
+from garrulax.train.objectives import mask_of, negative_log_likelihood
+from garrulax.train.tokens import Tokens
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-FAST = ("gpt", "llama", "falcon")
 
 
 class Documents:
@@ -29,52 +31,105 @@ class Documents:
         self.meta = {"corpus": "documents", "tokenizer": "none"}
 
 
-def loss_and_gradients(config, params, batch, objective="causal"):
-    def total(params):
-        mean, aux = OBJECTIVES[objective](params, batch, config)
-        return mean * aux["tokens"]
+def compiled(config):
+    """(params, batch) -> ((loss, logits), gradients) of the sum over the weighted targets."""
 
-    return jax.jit(jax.value_and_grad(total))(params)
+    def total(params, batch):
+        logits, _ = models.forward(
+            params, batch["tokens"], config, positions=batch.get("positions"), mask=mask_of(batch)
+        )
+        return jnp.sum(negative_log_likelihood(logits, batch["targets"]) * batch["weights"]), logits
+
+    return jax.jit(jax.value_and_grad(total, has_aux=True))
 
 
-def assert_equal_sums(packed, alone):
-    np.testing.assert_allclose(packed[0], alone[0], rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), packed[1], alone[1])
+def assert_equal_sums(packed, alone, same):
+    """Equal losses, gradients, and logits at the places `same`, a pair of indices into [B, T]."""
+    (loss, logits), gradients = packed
+    (loss_alone, logits_alone), gradients_alone = alone
+    np.testing.assert_allclose(loss, loss_alone, rtol=1e-5)
+    np.testing.assert_allclose(logits[same[0]], logits_alone[same[1]], rtol=2e-4, atol=2e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), gradients, gradients_alone)
+
+
+LLAMA = tiny.CONFIGS["llama"]
+CONFIGS = {name: config for name, config in tiny.CONFIGS.items() if models.blanks(config) is None and name != "dynamic"}
+CONFIGS |= {
+    "window": dataclasses.replace(LLAMA, window=3, dialect="mistral"),
+    "alibi": dataclasses.replace(LLAMA, positions="alibi", kv_heads=4, dialect="baichuan"),
+    "banded": dataclasses.replace(tiny.CONFIGS["gpt"], band=3),
+}
+FAST = [("gpt", "causal"), ("window", "causal"), ("falcon", "prefix")]
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "objective"),
     [
-        n if n in FAST else pytest.param(n, marks=pytest.mark.slow)
-        for n in tiny.CONFIGS
-        if n not in ("glm", "glm130b", "dynamic")
+        pytest.param(name, objective, marks=() if (name, objective) in FAST else pytest.mark.slow)
+        for name in CONFIGS
+        for objective in ("causal", "prefix")
     ],
 )
-def test_a_causal_document_is_as_if_it_were_alone(name):
-    config = tiny.CONFIGS[name]
-    if models.blanks(config) is not None:
-        pytest.skip("fills blanks")
+def test_a_document_is_as_if_it_were_alone(name, objective):
+    config = CONFIGS[name]
     lengths = [5, 1, 9, 3, 4, 9]
     dataset = Documents(lengths, config.vocab)
-    s = settings.Settings(window=15, batch=2, isolate=True, corpus=("x",))
-    (batch,) = batches.causal_data(dataset, s).held_out()  # rows of 15 targets: the documents 0, 1, 2, and 3, 4, 5
-    batch.pop("bytes")
-    assert batch["weights"].sum() == sum(lengths) - len(lengths)  # every token but the first of a document
-    assert batch["segment"][0].tolist() == [0] * 5 + [1] + [2] * 9
-    alone = np.zeros((len(lengths), max(lengths)), np.int32)
-    present = np.zeros(alone.shape, np.float32)
+    params, run = tiny.params(config), compiled(config)
     ids = np.split(dataset.train[:], np.cumsum(lengths)[:-1])
+    for packing in ("cut", "first_fit"):
+        s = settings.Settings(window=15, batch=2, isolate=True, packing=packing, corpus=("x",))
+        (batch,) = components.causal(dataset, s, 0, prefix=objective == "prefix").held_out()
+        batch.pop("bytes")
+        if packing == "cut":  # rows of 15 targets: the documents 0, 1, 2, and 3, 4, 5
+            assert batch["segment"][0].tolist() == [0] * 5 + [1] + [2] * 9
+        else:  # 8 + 4 + 3 targets fill the first row
+            assert (batch["segment"] >= 0).sum(axis=1).tolist() == [15, 10]
+        if objective == "causal":
+            assert batch["weights"].sum() == sum(lengths) - len(lengths)  # every token but the first of a document
+        alone, packed_at, alone_at = separate(batch, ids)
+        assert_equal_sums(run(params, batch), run(params, alone), (packed_at, alone_at))
+
+
+def separate(batch, ids):
+    """Every document in a row of its own, with the prefix that it has in a batch, and where its places are in both."""
+    size = max(map(len, ids))
+    rows = np.zeros((len(ids), size), np.int32)
     for row, document in enumerate(ids):
-        alone[row, : len(document)], present[row, : len(document)] = document, 1
-    plain = {"tokens": alone[:, :-1], "targets": alone[:, 1:], "weights": present[:, 1:]}
-    params = tiny.params(config)
-    assert_equal_sums(loss_and_gradients(config, params, batch), loss_and_gradients(config, params, plain))
+        rows[row, : len(document)] = document
+    targets = np.array([len(document) - 1 for document in ids])[:, None]
+    here = np.arange(size - 1) < targets
+    places = np.argwhere(batch["segment"] >= 0)
+    owner = np.array([next(i for i, d in enumerate(ids) if _begins(d, batch, *place)) for place in places])
+    inside = batch["positions"][tuple(places.T)]
+    has_target = inside < targets[owner, 0]
+    packed_at, alone_at = tuple(places[has_target].T), (owner[has_target], inside[has_target])
+    weights = np.zeros(here.shape, np.float32)
+    weights[alone_at] = batch["weights"][packed_at]
+    alone = {"tokens": rows[:, :-1], "targets": rows[:, 1:], "weights": weights}
+    if "rank" in batch:
+        rank = np.tile(np.arange(size - 1), (len(ids), 1))
+        begin = packed_at[1] - inside[has_target]
+        rank[alone_at] = batch["rank"][packed_at] - begin
+        alone |= {"rank": rank.astype(np.int32), "segment": np.where(here, 0, -1).astype(np.int32)}
+    return alone, packed_at, alone_at
 
 
-def test_an_infilled_document_is_as_if_it_were_alone():
+def _begins(document, batch, row, place):
+    """Whether a document begins where the positions of this place say that its document begins."""
+    begin = place - batch["positions"][row, place]
+    return batch["tokens"][row, begin : place + 1].tolist() == document[: place - begin + 1].tolist()
+
+
+@pytest.mark.parametrize(
+    "family",
+    [training.GLM, training.GLM_130B, pytest.param(training.CHATGLM, marks=pytest.mark.slow)],
+    ids=["glm", "glm-130b", "chatglm-6b"],
+)
+def test_an_infilled_document_is_as_if_it_were_alone(family):
     tokenizer = ByteTokenizer(GLM_SPECIALS)
-    ids = InfillTokens.of(tokenizer)
-    _, config = settings.read_settings(None, training.GLM)
+    _, config = settings.read_settings(None, family)
+    blanks = models.blanks(config)
+    ids = InfillTokens.of(tokenizer) if blanks.before else InfillTokens.of_blanks(tokenizer, blanks)
     lengths = [6, 2, 9, 1, 12, 20]
     window = source_window(64)
     dataset = Documents([*lengths, 40], 250)
@@ -85,8 +140,8 @@ def test_an_infilled_document_is_as_if_it_were_alone():
     for row in range(2):
         for segment in range(packed["segment"][row].max() + 1):
             here = packed["segment"][row] == segment
-            assert packed["tokens"][row, here][0] == ids.cls
-            one = batches.infill_batch(windows[:1], [0], 0, ids, 64)  # its arrays, to be overwritten
+            assert ids.cls in (None, packed["tokens"][row, here][0])
+            one = infill_batch(windows[:1], [0], 0, ids, 64)  # its arrays, to be overwritten
             for key, value in one.items():
                 value[...] = ids.pad if key in ("tokens", "targets") else -1 if key == "segment" else 0
                 value[0, ..., : here.sum()] = (
@@ -102,9 +157,10 @@ def test_an_infilled_document_is_as_if_it_were_alone():
     rows = {key: np.concatenate([one[key] for one in alone]) for key in packed}
     params = models.init(config, jax.random.key(0))
     params = jax.tree.map(lambda p: p * jnp.float32(3), params)  # far from uniform, so that the context matters
-    assert_equal_sums(
-        loss_and_gradients(config, params, packed, "infill"), loss_and_gradients(config, params, rows, "infill")
-    )
+    run = compiled(config)
+    places = np.argwhere(packed["segment"] >= 0)  # in the order of the documents
+    here = np.argwhere(rows["segment"] >= 0)
+    assert_equal_sums(run(params, packed), run(params, rows), (tuple(places.T), tuple(here.T)))
 
 
 @pytest.mark.parametrize("family", [training.GPT, training.GLM])

@@ -9,7 +9,7 @@ import pytest
 
 from garrulax.cli import starting
 from garrulax.hub.tokenizers import ByteTokenizer
-from garrulax.train import corpus as module
+from garrulax.train import reading as module
 from garrulax.train import settings
 from garrulax.train.corpus import Corpus
 from garrulax.train.shards import build_shards

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import training
 
+from garrulax.train import digests, loop, metrics
 from garrulax.train import guard as guard_
-from garrulax.train import loop, metrics
 from garrulax.train.averaging import next_average
 from garrulax.train.settings import Settings
 from garrulax.train.weights import read_weights
@@ -107,6 +107,12 @@ def test_a_run_skips_bad_steps_logs_them_and_goes_on_exactly(tmp_path):
     # What is evaluated, returned and read back is the average, not the parameters.
     assert resumed.evaluation.loss == whole.evaluation.loss
     jax.tree.map(np.testing.assert_array_equal, read_weights(tmp_path / "whole", 6)[1], whole.params)
+    files = [p for p in (tmp_path / "whole/checkpoints/6").rglob("*") if p.is_file() and p.name != digests.NAME]
+    victim = max(files, key=lambda p: p.stat().st_size)
+    content = victim.read_bytes()
+    victim.write_bytes(content[:-1] + bytes([content[-1] ^ 4]))
+    with pytest.raises(digests.DamagedError, match=victim.name):
+        read_weights(tmp_path / "whole", 6)
 
 
 def test_too_many_skipped_steps_stop_a_run(tmp_path):

@@ -44,7 +44,7 @@ def test_what_a_run_leaves_behind(causal):
     assert result.finished
     assert result.step == 6
     assert sorted(os.listdir(folder)) == [
-        "checkpoints", "environment.json", "events", "loss.png", "metrics.jsonl", "run.json",
+        "checkpoints", "environment.json", "events", "lock", "loss.png", "metrics.jsonl", "run.json", "spare",
     ]  # fmt: skip
     assert result.picture == folder / "loss.png"
     records = metrics.read_metrics(folder)
@@ -131,7 +131,7 @@ def test_settings_that_do_not_fit(tmp_path):
         training.make(tmp_path, ["model.vocab=100"])
     with pytest.raises(ValueError, match="micro-batches of 4 rows cannot be shared by 8 devices"):
         training.train(tmp_path, ["accumulation=2", "mesh=fsdp=8"])
-    with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
+    with pytest.raises(FileNotFoundError, match="not the folder of a run"):
         training.train(tmp_path, resume=True)
 
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from garrulax import models
-from garrulax.train import batches, flops, metrics, plots, progress
+from garrulax.train import batches, components, flops, metrics, plots, progress
 from garrulax.train.evaluate import Evaluation, make_evaluate
 from garrulax.train.settings import Settings
-from garrulax.train.shards import Tokens
+from garrulax.train.tokens import Tokens
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -34,7 +34,7 @@ def test_bits_per_byte_of_a_text():
         valid=Tokens([ids], 30, np.array([0, 11])),
         meta={"corpus": "c", "tokenizer": "t"},
     )
-    data = batches.causal_data(dataset, Settings(window=4, batch=2))
+    data = components.causal(dataset, Settings(window=4, batch=2), 0)
     evaluate = make_evaluate(config, constant_objective)
     e = evaluate({"w": jnp.zeros(1)}, data.held_out())
     assert e.tokens == 10
@@ -155,9 +155,10 @@ def test_without_tensorboard_the_log_says_so(tmp_path, monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with metrics.MetricsLog(tmp_path) as log:
+    said = []
+    with metrics.MetricsLog(tmp_path, say=said.append) as log:
         log.write(1, {"loss": 1.0})
-    assert "pip install 'garrulax[plots]'" in log.note
+    assert "pip install 'garrulax[plots]'" in said[0]
     assert len(metrics.read_metrics(tmp_path)) == 1
 
 

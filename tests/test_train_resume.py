@@ -152,3 +152,36 @@ def test_no_evaluation_costs_a_run(tmp_path):
     assert evaluated == [
         (r["step"], r["valid_loss"]) for r in metrics.read_metrics(tmp_path / "straight") if "valid_loss" in r
     ]
+
+
+@pytest.mark.slow
+def test_a_mixture_goes_on_and_takes_another_text_only_if_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("GARRULAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("some text to learn\n" * 200)
+    lines = [f'{{"prompt": "{i} and one is ", "completion": "{i + 1}"}}\n' for i in range(300)]
+    (tmp_path / "b.jsonl").write_text("".join(lines))
+    words = ["corpus=a.txt:0.75,b.jsonl:0.25", "packing=first_fit", "dedup=none", *TINY]
+    code, said = garrulax(capsys, "train", "gpt2-tiny", *words, "batch=4", "steps=2", "--run", "run")
+    assert code == 0, said
+    assert "mixture: 25.0% of the rows from" in said
+    monkeypatch.chdir("/")
+    run = tmp_path / "run"
+    code, said = garrulax(capsys, "train", "--resume", run, "steps=3")
+    assert code == 0, said
+    assert "from the cache" in said
+    changed = f"corpus={tmp_path}/a.txt:0.5,{tmp_path}/b.jsonl:0.5"
+    code, said = garrulax(capsys, "train", "--resume", run, changed, "steps=4")
+    assert code == 2
+    assert "data.mixture is '0.5,0.5', was '0.75,0.25'" in said
+    (tmp_path / "a.txt").write_text("other text to learn\n" * 200)
+    code, said = garrulax(capsys, "train", "--resume", run, changed, "steps=4")
+    assert code == 2
+    assert "--new-data goes on with the new one" in said
+    code, said = garrulax(capsys, "train", "--resume", run, changed, "steps=4", "--new-data")
+    assert code == 0, said
+    code, said = garrulax(capsys, "train", "--resume", run, "steps=5")
+    assert code == 0, said
+    code, said = garrulax(capsys, "train", "gpt2-tiny", *words, "--run", "other", "--new-data")
+    assert code == 2
+    assert "--new-data is for a run that is resumed" in said

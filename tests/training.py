@@ -7,12 +7,15 @@ import numpy as np
 
 from garrulax.hub.tokenizers import GLM_SPECIALS, ByteTokenizer
 from garrulax.train import batches, loop, settings
-from garrulax.train.shards import Tokens
+from garrulax.train.tokens import Tokens
 
 SIZES = ["model.layers=1", "model.heads=4", "model.width=32", "model.context=32", "model.vocab=264"]
 GPT = [*SIZES, "model.eos=none", "model.bos=none"]
 GLM = ["preset=glm-base", *SIZES, "model.eos=256", "model.pad=256", "model.cls=257", "model.mask=258",
        "model.sentence_mask=259", "model.generation_mask=260", "model.sop=261", "model.eop=262"]  # fmt: skip
+_SMALL = [*SIZES, "model.mlp_width=32", "model.pad=256", "model.mask=258", "model.generation_mask=260", "model.sop=261"]
+GLM_130B = ["preset=glm-130b", *_SMALL, "model.eos=256", "model.sentence_mask=259", "model.eop=262"]
+CHATGLM = ["preset=chatglm-6b", *_SMALL, "model.eop=256"]
 SHORT = ["batch=8", "window=32", "steps=6", "eval_every=3", "checkpoint_every=2", "eval_tokens=256"]
 
 

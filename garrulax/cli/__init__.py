@@ -1,6 +1,7 @@
 """The command `garrulax`: reads arguments, calls the other packages, prints."""
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 for success, 1 for a failure, 2 for wrong usage, 130 for Ctrl-C.
     """
+    _open_standard_streams()
     args = _parse(argv)
     try:
         _command(args.command)(args)
@@ -32,6 +34,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _open_standard_streams() -> None:
+    """Opens streams that are closed (`2>&-`) to nothing: else the next file takes the number of stderr."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -49,7 +61,8 @@ def _explain(error: Exception, args: argparse.Namespace, code: int) -> int:
     if args.traceback:
         raise error
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    print(f"garrulax {args.command}: {lines[0]}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        print(f"garrulax {args.command}: {lines[0]}", file=sys.stderr)
     return code
 
 
@@ -72,6 +85,10 @@ def _command(name: str) -> Callable[[argparse.Namespace], None]:
         from garrulax.cli.score import score
 
         return score
+    if name == "detect":
+        from garrulax.cli.detect import detect
+
+        return detect
     if name == "report":
         from garrulax.cli.report import report
 
@@ -93,7 +110,7 @@ def _command(name: str) -> Callable[[argparse.Namespace], None]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="garrulax",
-        description="Language models in JAX: train, generate, fill, chat, score, inspect, convert, report.",
+        description="Language models in JAX: train, generate, fill, chat, score, detect, inspect, convert, report.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -111,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--run", metavar="FOLDER", help="folder for the run (default: runs/PRESET)")
     train.add_argument("--resume", metavar="FOLDER", help="continue the run in this folder")
+    train.add_argument("--new-data", action="store_true", help="with --resume: go on although the text is another one")
     train.add_argument("--config", metavar="FILE", help="read settings from this TOML file")
     train.add_argument("--mesh", metavar="AXES", help="use several devices, by axis: such as fsdp=4,tensor=2")
     train.add_argument(
@@ -121,6 +139,15 @@ def _parser() -> argparse.ArgumentParser:
         help="run as process I of N; HOST:PORT is the address of process 0; no value on a TPU pod or under SLURM",
     )
     train.add_argument("--list", action="store_true", help="show all settings and their defaults, then stop")
+    train.add_argument(
+        "--medusa",
+        action="store_true",
+        help="train Medusa heads for a model that stays as it is, and save them in --run (docs/medusa.md)",
+    )
+    train.add_argument("--heads", type=int, metavar="K", help="with --medusa, number of heads (4)")
+    train.add_argument(
+        "--choices", type=int, metavar="N", help="with --medusa, let the heads choose from the N most frequent tokens"
+    )
 
     generate = commands.add_parser(
         "generate", help="continue a text", description="Continue a text; tokens are shown as soon as they are sampled."
@@ -130,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
         "--stop", action="append", default=[], metavar="TEXT", help="stop before this text; may be given several times"
     )
     _add_constraints(generate)
+    _add_cache(generate)
     generate.add_argument(
         "--chat", action="store_true", help="send the text as a message to a chat model, and show its answer"
     )
@@ -145,6 +173,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_model(chat)
     chat.add_argument("--system", metavar="TEXT", help="the system prompt")
+    _add_cache(chat)
+    chat.add_argument(
+        "--stream",
+        action="store_true",
+        help="a conversation without an end: the first tokens and as many of the last as the context has are kept",
+    )
     _add_sampling(chat, "as many tokens as fit into the model's context, up to 512")
 
     info = commands.add_parser(
@@ -181,6 +215,19 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--window", type=int, metavar="N", help="tokens of a window (the model's context)")
     score.add_argument("--stride", type=int, metavar="N", help="tokens that each further window scores (half a window)")
     score.add_argument("--json", action="store_true", help="print the numbers as one JSON object")
+    detect = commands.add_parser(
+        "detect",
+        help="look for a watermark in a text",
+        description="Test whether a text was written with --watermark KEY. Only the tokenizer of the model is read.",
+    )
+    detect.add_argument("model", help="a run, a Hugging Face model folder, a GGUF file, or a name on the hub")
+    detect.add_argument("file", nargs="?", help="a text file, without the prompt; - reads standard input")
+    detect.add_argument("--text", help="the text itself, in place of a file")
+    detect.add_argument("--key", required=True, help="the key with which it may have been written")
+    detect.add_argument("--scheme", choices=("green", "gumbel"), default="green", help="kind of watermark (green)")
+    detect.add_argument("--gamma", type=float, default=0.25, metavar="P", help="share of green tokens (0.25)")
+    detect.add_argument("--context", type=int, default=4, metavar="N", help="tokens of a context (4)")
+    detect.add_argument("--json", action="store_true", help="print the numbers as one JSON object")
     report = commands.add_parser(
         "report",
         help="write a page about one or several runs",
@@ -205,7 +252,7 @@ def _parser() -> argparse.ArgumentParser:
         "--step", type=int, metavar="N", help="of a run: the checkpoint of this step, in place of the final model"
     )
     convert.add_argument("--dialect", help="checkpoint format, if the family has several, such as glm")
-    for name in ("generate", "fill", "chat", "info", "glitch", "score", "convert"):
+    for name in ("generate", "fill", "chat", "info", "glitch", "score", "detect", "convert"):
         commands.choices[name].add_argument(
             "--ignore",
             type=lambda text: text.split(","),
@@ -244,7 +291,7 @@ def _add_sampling(command: argparse.ArgumentParser, most: str) -> None:
         help="sample from the likeliest tokens that together have probability P (0.95)",
     )
     command.add_argument("--seed", type=int, default=0, metavar="S", help="the same seed gives the same text (0)")
-    _add_cache(command)
+    _add_programs(command)
 
 
 def _add_constraints(command: argparse.ArgumentParser) -> None:
@@ -264,15 +311,40 @@ def _add_constraints(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--beams", type=int, metavar="N", help="search with N beams; shown at the end, and not sampled"
     )
+    command.add_argument(
+        "--watermark", metavar="KEY", help="mark the text with this key, so that `garrulax detect` recognises it"
+    )
+    command.add_argument(
+        "--watermark-scheme", choices=("green", "gumbel"), default="green", help="kind of watermark (green)"
+    )
+    command.add_argument(
+        "--speculate",
+        metavar="WAY",
+        help="read guessed tokens together, which gives the same text sooner: lookup guesses what followed before, "
+        "layers=N what the model's first N layers say, medusa=FOLDER what Medusa heads say, and a model (as MODEL) "
+        "what it says",
+    )
     kinds = command.add_mutually_exclusive_group()
     kinds.add_argument("--json-schema", metavar="FILE", help="write JSON that satisfies the schema in this file")
     kinds.add_argument("--regex", metavar="PATTERN", help="write a text that matches this regular expression")
 
 
 def _add_cache(command: argparse.ArgumentParser) -> None:
+    """What is kept of the text; `cli.caches` reads it."""
+    command.add_argument(
+        "--cache",
+        default="full",
+        metavar="KIND",
+        help="what is kept of the text: full, window=N, sinks=FIRST,N, blocks, or "
+        "blocks=SIZE,TOP,FIRST,LOCAL,REPRESENTATIVES (full)",
+    )
+    command.add_argument("--kv", choices=("int8",), help="keep keys and values in 8 bits, which takes less memory")
+
+
+def _add_programs(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--no-cache",
-        dest="cache",
+        dest="programs",
         action="store_false",
         help="do not keep compiled programs for the next time (by default in the user's cache folder, up to 2 GB)",
     )

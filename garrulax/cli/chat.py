@@ -28,7 +28,7 @@ Ctrl-C stops an answer. A message that begins with / needs a space before it."""
 
 def chat(args: argparse.Namespace) -> None:
     """Answers messages until the input ends. Without a terminal each line of standard input is a message."""
-    keep_programs(args.cache)
+    keep_programs(args.programs)
     terminal = sys.stdin.isatty()
     lines = _typed() if terminal else (line.rstrip("\r\n") for line in sys.stdin)
     first = [] if terminal else list(itertools.islice(lines, 1))

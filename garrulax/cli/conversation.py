@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Callable, Generator
 
 import garrulax as gx
+from garrulax.cli.caches import cache_of
+from garrulax.layers.cache_kinds import Kind
 from garrulax.sampling import Session
 from garrulax.sampling.buckets import bucket
 
@@ -45,7 +47,9 @@ class Conversation:
         self._most = args.max_new_tokens or MOST_NEW_TOKENS
         self._sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
         self._notice = notice
-        self._session = Session(model)
+        cache = cache_of(args, model.config)
+        self._endless = isinstance(cache, Kind) and cache.room is not None
+        self._session = Session(model, cache)
         self.reseed(args.seed)
         self.restart(args.system)
 
@@ -54,6 +58,7 @@ class Conversation:
         self.system = system
         self.finish_reason: str | None = None
         self._turns: list[tuple[str, str]] = []
+        self._said: list[int] = []  # ids of an endless conversation so far
         self._answers = 0  # since the seed was set, with those that are forgotten
         self._session.forget()
 
@@ -71,8 +76,9 @@ class Conversation:
         Raises:
             ValueError: The question does not fit into the context, or the chat format refuses the conversation.
         """
-        ids, room = self._fit(question)
+        ids, room = self._go_on(question) if self._endless else self._fit(question)
         self.finish_reason, text = None, ""
+        cut_off: list[int] = []
         seed = (self.seed + self._answers) % 2**32
         pieces = self._session.stream(ids, max_new_tokens=min(self._most, room), seed=seed, every=1, **self._sampling)
         try:
@@ -81,14 +87,19 @@ class Conversation:
                     piece = next(pieces)
                 except StopIteration as end:
                     self.finish_reason = end.value.finish_reason
+                    # The model has not read the last token, which is part of an answer that does not end with it.
+                    cut_off = end.value.tokens[-1:] if self.finish_reason == "length" else []
                     return
                 text += piece
                 yield piece
         finally:
             pieces.close()
             if text.strip():  # a question without an answer is no turn: chat formats have both
-                self._turns.append((question, text.strip()))
                 self._answers += 1
+                if self._endless:
+                    self._said = [*self._session.read, *cut_off]
+                else:
+                    self._turns.append((question, text.strip()))
 
     def compile_ahead(self, question: str | None = None) -> None:
         """Begins to compile the programs of the first answer, in other threads, and those of usual turns after it.
@@ -129,6 +140,18 @@ class Conversation:
             self._notice(f"the conversation no longer fits into the model's context: its {turns} forgotten")
             del self._turns[:forgotten]
         return ids, room
+
+    def _go_on(self, question: str) -> tuple[list[int], int]:
+        """The ids up to the answer in a conversation without an end, and the greatest number of tokens of the answer.
+
+        The ids of what was said stay as they are, also where the text would give others: they have been read.
+        """
+        if not self._said:
+            return self._ids([], question), self._most
+        # What the chat format puts behind an answer is what two different answers have in common at their end.
+        one, other = (self._ids([("?", answer)], question)[::-1] for answer in ("A", "B"))
+        same = next(i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+        return [*self._said, *one[:same][::-1]], self._most
 
     def _ids(self, turns: list[tuple[str, str]], question: str) -> list[int]:
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]

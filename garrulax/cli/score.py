@@ -14,7 +14,7 @@ from garrulax.core.text import whole_characters
 
 def score(args: argparse.Namespace) -> None:
     """Prints the numbers of a text, or with `--json` one object that has them."""
-    text = _text(args)
+    text = text_of(args)
     model = gx.load(find_model(args.model), ignore=args.ignore)
     numbers = numbers_of(gx.perplexity(model, text, window=args.window, stride=args.stride))
     if args.json:
@@ -29,7 +29,8 @@ def numbers_of(found: gx.Perplexity) -> dict[str, Any]:
     return {**dataclasses.asdict(found), **{name: getattr(found, name) for name in made}}
 
 
-def _text(args: argparse.Namespace) -> str:
+def text_of(args: argparse.Namespace) -> str:
+    """The text of a file, or of --text."""
     if (args.file is None) == (args.text is None):
         raise ValueError("give a file, or --text TEXT, and not both")
     if args.text is not None:

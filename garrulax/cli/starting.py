@@ -8,6 +8,7 @@ import shlex
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import garrulax as gx
 from garrulax import models
@@ -19,13 +20,13 @@ from garrulax.hub.json_files import read_object
 from garrulax.hub.tokenizer_training import train_chars, train_sentencepiece
 from garrulax.hub.tokenizers import GLM_SPECIALS, GPT_SPECIALS, ByteTokenizer, Tokenizer, load_tokenizer
 from garrulax.train import settings as settings_
-from garrulax.train.corpus import Corpus
+from garrulax.train.corpus import Corpora, Corpus
+from garrulax.train.digests import DamagedError
 from garrulax.train.settings import Settings
 from garrulax.train.shards import Dataset, default_root, find_shards
-from garrulax.train.sources import STDLIB, expanded
+from garrulax.train.sources import STDLIB, expanded, mixture, split_weight
+from garrulax.train.spare import TOKENIZER
 
-#: Folder of the tokenizer in the folder of a run.
-TOKENIZER = "tokenizer"
 _GENERATION = "generation_config.json"
 
 
@@ -41,6 +42,7 @@ class Start:
         loaded: Whether the weights come from the model that `settings.preset` names.
         recorded: Hashes of corpus and tokenizer in run.json, if a run is resumed; else empty.
         text_given: Whether a resumed run was given another place of its text.
+        new_data: Whether a resumed run may go on with another text than it began with.
     """
 
     settings: Settings
@@ -49,6 +51,7 @@ class Start:
     loaded: bool = False
     recorded: Mapping[str, str] = dataclasses.field(default_factory=dict)
     text_given: bool = False
+    new_data: bool = False
 
     @property
     def params(self) -> Callable[[], Tree] | None:
@@ -59,21 +62,33 @@ class Start:
 
 
 def start(args: argparse.Namespace) -> Start:
-    """The start that a command line describes; reads no weights and no text."""
+    """The start that a command line describes; reads no weights and no text.
+
+    Raises:
+        FileExistsError: If a new run is to begin in a folder that has one.
+        ValueError: If the settings are wrong, or a file of a resumed run is damaged.
+    """
     words = settings_words([*args.settings, *([f"mesh={args.mesh}"] if args.mesh else [])])
     if args.resume:
-        return resumed(Path(expanded(args.resume)), words)
+        return dataclasses.replace(resumed(Path(expanded(args.resume)), words), new_data=args.new_data)
+    if args.new_data:
+        raise ValueError("--new-data is for a run that is resumed: give its folder with --resume")
     settings, model, loaded = chosen(args.config, words)
     name = f"{_name(settings.preset)}-tuned" if loaded else settings.preset
     folder = Path(expanded(args.run)) if args.run else Path("runs", name)
-    if (folder / "run.json").exists():
+    check_new(folder)
+    return Start(settings, folder, model, loaded)
+
+
+def check_new(folder: Path) -> None:
+    """Raises FileExistsError if a folder has a run or a model in it."""
+    if (folder / settings_.RUN_FILE).exists():
         raise FileExistsError(
             f"{folder} holds a run: continue it with garrulax train --resume {shlex.quote(str(folder))}, or choose "
             "another --run"
         )
     if (folder / "config.json").exists():
         raise FileExistsError(f"{folder} is the folder of a model: choose another --run")
-    return Start(settings, folder, model, loaded)
 
 
 def settings_words(words: Sequence[str]) -> list[str]:
@@ -116,17 +131,29 @@ def _name(model: str) -> str:
 def resumed(folder: Path, words: Sequence[str] = ()) -> Start:
     """The start of a run that goes on, with its tokenizer. `words` are settings to change, as `key=value`."""
     settings, config = settings_.read_run_file(folder, words)
-    model = gx.Model(config, {}, load_tokenizer(folder / TOKENIZER))
+    recorded = settings_.read_record(folder)["data"]
+    model = gx.Model(config, {}, _checked_tokenizer(folder / TOKENIZER, recorded["tokenizer"]))
     if (folder / TOKENIZER / _GENERATION).exists():
         model = model.replace(generation=read_object(folder / TOKENIZER / _GENERATION))
     given = any(word.partition("=")[0].strip() in ("corpus", "valid") for word in words)
-    return Start(settings, folder, model, recorded=settings_.read_record(folder)["data"], text_given=given)
+    loaded = settings.preset not in models.presets()
+    return Start(settings, folder, model, loaded, recorded=recorded, text_given=given)
+
+
+def _checked_tokenizer(folder: Path, fingerprint: str) -> Tokenizer:
+    try:
+        tokenizer = load_tokenizer(folder)
+    except Exception as error:  # the libraries that read tokenizers raise errors of every kind
+        raise DamagedError(f"the tokenizer in {folder} is damaged: {error}; put back the one of the run") from error
+    if tokenizer.fingerprint != fingerprint:
+        raise DamagedError(f"the tokenizer in {folder} is not the one that the run began with: put that one back")
+    return tokenizer
 
 
 # -- Tokenizer --------------------------------------------------------------------------------------------------------
 
 
-def with_tokenizer(begun: Start, corpus: Corpus) -> Start:
+def with_tokenizer(begun: Start, corpus: Corpora) -> Start:
     """The start of a new run with its tokenizer: the model's own, one from a path, or one trained on the corpus."""
     with tempfile.TemporaryDirectory() as temporary:  # save and load it, as a resumed run does, to get the same ids
         _new_tokenizer(begun, corpus).save(temporary)
@@ -137,13 +164,18 @@ def with_tokenizer(begun: Start, corpus: Corpus) -> Start:
 def save_tokenizer(begun: Start) -> None:
     """Writes what a resumed run needs of the model besides its checkpoint into the run's folder."""
     assert begun.model.tokenizer is not None
-    begun.model.tokenizer.save(begun.folder / TOKENIZER)
+    try:
+        begun.model.tokenizer.save(begun.folder / TOKENIZER)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(f"{begun.folder / TOKENIZER} cannot be written: {error.strerror}") from error
     if generation := getattr(begun.model, "generation", None):
         text = json.dumps(dict(generation), indent=2) + "\n"
         (begun.folder / TOKENIZER / _GENERATION).write_text(text, encoding="utf-8")
 
 
-def _new_tokenizer(begun: Start, corpus: Corpus) -> Tokenizer:
+def _new_tokenizer(begun: Start, corpus: Corpora) -> Tokenizer:
     settings, model = begun.settings, begun.model
     if begun.loaded != (settings.tokenizer == "model") and settings.tokenizer in settings_.TOKENIZERS:
         if begun.loaded:
@@ -185,33 +217,30 @@ def fit(config: ModelConfig, settings: Settings, tokenizer: Tokenizer) -> ModelC
         ValueError: If a control token is missing, and as `check` does.
     """
     family = models.family(config)
-    if family.OBJECTIVE is not None and config.vocab == models.preset(settings.preset).vocab:
+    if config.vocab == models.preset(settings.preset).vocab:
         config = dataclasses.replace(config, vocab=tokenizer.vocab)
     check(config, settings, tokenizer)
-    missing = [name for name in family.CONTROL_TOKENS.values() if name not in tokenizer.specials]
-    if not family.CONTROL_TOKENS:
+    # A format of checkpoints may have no token for some purpose: such a field is None, and stays so.
+    control = {f: name for f, name in family.CONTROL_TOKENS.items() if getattr(config, f) is not None}
+    missing = [name for name in control.values() if name not in tokenizer.specials]
+    if not control:
         return dataclasses.replace(config, bos=tokenizer.bos, eos=tokenizer.eos)
     if missing or tokenizer.eos is None:
         raise ValueError(
             f"{family.__name__} needs control tokens that the tokenizer lacks: {', '.join(missing) or 'an end of text'}"
         )
-    ids = {field: tokenizer.specials[name] for field, name in family.CONTROL_TOKENS.items()}
-    pad = tokenizer.eos if tokenizer.pad is None else tokenizer.pad
-    return dataclasses.replace(config, **ids, eos=tokenizer.eos, pad=pad)
+    ids = {field: tokenizer.specials[name] for field, name in control.items()}
+    # ChatGLM-6B has one token that ends answers and texts.
+    ids |= {"eop" if config.eos is None else "eos": tokenizer.eos}
+    return dataclasses.replace(config, **ids, pad=tokenizer.eos if tokenizer.pad is None else tokenizer.pad)
 
 
 def check(config: ModelConfig, settings: Settings, tokenizer: Tokenizer) -> None:
     """Checks that a model can be trained with these settings and this tokenizer.
 
     Raises:
-        ValueError: If the vocabulary is too small for the tokenizer or the window longer than the model's context; and
-            for the GLMs whose blanks `train.infill` cannot make (GLM-130B, ChatGLM-6B).
+        ValueError: If the vocabulary is too small for the tokenizer or the window longer than the model's context.
     """
-    if models.family(config).OBJECTIVE is None:
-        raise ValueError(
-            f"garrulax train makes the blanks of the original GLM, not those of {settings.preset}: choose a glm "
-            "preset, or give garrulax.train.step batches of your own"
-        )
     if config.vocab < tokenizer.vocab:
         trains_one = settings.tokenizer == "sentencepiece"
         raise ValueError(
@@ -225,14 +254,29 @@ def check(config: ModelConfig, settings: Settings, tokenizer: Tokenizer) -> None
 # -- Text -------------------------------------------------------------------------------------------------------------
 
 
-def cached_dataset(begun: Start) -> Dataset | None:
+def corpora(settings: Settings) -> Corpora:
+    """The corpora that the settings describe: one, or those of a mixture."""
+    parts = mixture(settings.corpus)
+    options: dict[str, Any] = {
+        "valid": settings.valid or None,
+        "dedup": settings.dedup,
+        "dedup_threshold": settings.dedup_threshold,
+    }
+    return Corpora([Corpus(part.name, **options) for part in parts] or [Corpus(settings.corpus, **options)])
+
+
+def cached_datasets(begun: Start) -> list[Dataset] | None:
     """The token ids of a resumed run, if they are in the cache and it was not given another place of its text."""
-    if not begun.recorded or begun.text_given or begun.model.tokenizer is None:
+    if not begun.recorded or begun.text_given or begun.new_data or begun.model.tokenizer is None:
         return None
-    return find_shards(begun.recorded["corpus"], begun.model.tokenizer)
+    try:
+        found = [find_shards(corpus, begun.model.tokenizer) for corpus in begun.recorded["corpus"].split(",")]
+    except DamagedError:  # `build_shards` names the file and makes them again from the text
+        return None
+    return [dataset for dataset in found if dataset is not None] if all(found) else None
 
 
-def check_corpus(begun: Start, corpus: Corpus) -> None:
+def check_corpus(begun: Start, corpus: Corpora) -> None:
     """Reads the text of a run, and checks that a resumed run gets the text that it began with.
 
     Raises:
@@ -250,12 +294,12 @@ def check_corpus(begun: Start, corpus: Corpus) -> None:
             f"--resume {shlex.quote(str(begun.folder))} corpus=PATH, or the folder of the ids in GARRULAX_CACHE"
         ) from error
     began = begun.recorded.get("corpus", found)
-    if found == began:
+    if found == began or begun.new_data:
         return
     reason = "the text has changed"
-    if STDLIB in begun.settings.corpus:
+    if STDLIB in [split_weight(source).name for source in begun.settings.corpus]:
         reason = "stdlib is the source of the running Python, which is another one now (or text beside it is)"
     raise ValueError(
         f"{where}, but {reason}: sha256 {found[:12]}, the run began with {began[:12]}. Give that one with corpus=PATH, "
-        f"or the folder of its token ids (now {default_root()}) in GARRULAX_CACHE"
+        f"or the folder of its token ids (now {default_root()}) in GARRULAX_CACHE; --new-data goes on with the new one"
     )

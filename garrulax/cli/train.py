@@ -1,30 +1,37 @@
 """`garrulax train`: trains a model on text files and saves it in a folder."""
 
 import argparse
+import contextlib
 import dataclasses
 import re
 import shlex
 import shutil
-import sys
 import textwrap
+from collections.abc import Sequence
+from pathlib import Path
 
 import jax
+from jax.experimental import multihost_utils
 
 import garrulax as gx
 from garrulax import models
 from garrulax.cli import starting
 from garrulax.cli.samples import Samples
 from garrulax.cli.starting import Start, fit
+from garrulax.cli.train_medusa import train_medusa
 from garrulax.core.spec import Tree
 from garrulax.hub.tokenizers import Tokenizer
-from garrulax.train.batches import check_length, make_data
-from garrulax.train.corpus import Corpus, xz_bits_per_byte
+from garrulax.train import lock, peers, progress, spare
+from garrulax.train.batches import make_data, with_new_text
+from garrulax.train.components import check_length
+from garrulax.train.corpus import Corpora, xz_bits_per_byte
 from garrulax.train.eval_texts import eval_batches
 from garrulax.train.loop import Result, Run
 from garrulax.train.loop import train as run_training
 from garrulax.train.objectives import objective_name
 from garrulax.train.settings import Settings
 from garrulax.train.shards import Dataset, build_shards
+from garrulax.train.sources import expanded
 
 MODEL = "model"  # folder of the trained model in the folder of a run
 EXPORTS = "exports"  # folder of the models that are saved on the way, by step
@@ -44,25 +51,58 @@ def train(args: argparse.Namespace) -> None:
     if args.list:
         print(_list_settings())
         return
+    if args.medusa:
+        train_medusa(args)
+        return
+    if args.choices is not None or args.heads is not None:
+        raise ValueError("--heads and --choices belong to --medusa")
     if args.distributed is not None:
         _initialize_distributed(args.distributed)
-    begun = starting.start(args)
-    settings, resume = begun.settings, bool(args.resume)
-    corpus = Corpus(settings.corpus, valid=settings.valid or None)
-    dataset = starting.cached_dataset(begun)
-    if dataset is None:
+    with contextlib.ExitStack() as stack:
+        _train(_begin(args, stack), bool(args.resume))
+
+
+def _begin(args: argparse.Namespace, stack: contextlib.ExitStack) -> Start:
+    """The start of the run, with the lock on its folder; of a resumed run, with damaged files put back."""
+    if not args.resume:
+        begun = starting.start(args)
+        stack.enter_context(peers.watched(begun.folder))
+        stack.enter_context(lock.held(begun.folder))
+        starting.check_new(begun.folder)  # again: another process may have begun one meanwhile
+        return begun
+    folder = Path(expanded(args.resume))
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not the folder of a run: there is no such folder")
+    stack.enter_context(peers.watched(folder))
+    stack.enter_context(lock.held(folder))
+    if jax.process_index() == 0:
+        for line in spare.mend(folder):
+            say(line)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("files of the run are mended")
+    return starting.start(args)
+
+
+def _train(begun: Start, resume: bool) -> None:
+    settings = begun.settings
+    corpus = starting.corpora(settings)
+    datasets = starting.cached_datasets(begun)
+    if datasets is None:
         starting.check_corpus(begun, corpus)
         say(f"corpus: {', '.join(settings.corpus)}, {corpus.documents:,} documents, {corpus.bytes:,} bytes, "
             f"sha256 {corpus.hash[:12]}")  # fmt: skip
         begun = begun if resume else starting.with_tokenizer(begun, corpus)
-        dataset = build_shards(corpus, _tokenizer_of(begun))
+        datasets = [build_shards(part, _tokenizer_of(begun), say=say) for part in corpus.parts]
     else:
         say(f"corpus: {', '.join(settings.corpus)}, its token ids from the cache, "
             f"sha256 {begun.recorded['corpus'][:12]}")  # fmt: skip
     tokenizer = _tokenizer_of(begun)
-    check_length(dataset.valid, 1)
-    say(f"tokens: {len(dataset.train):,} to train on, {len(dataset.valid):,} held out, "
-        f"{dataset.valid.bytes / len(dataset.valid):.2f} bytes a token, {tokenizer.vocab:,} token ids")  # fmt: skip
+    for dataset in datasets:
+        check_length(dataset.valid, 1)
+    train, valid, size = (sum(map(count, datasets)) for count in (
+        lambda d: len(d.train), lambda d: len(d.valid), lambda d: d.valid.bytes))  # fmt: skip
+    say(f"tokens: {train:,} to train on, {valid:,} held out, "
+        f"{size / valid:.2f} bytes a token, {tokenizer.vocab:,} token ids")  # fmt: skip
     config = begun.model.config
     if begun.loaded:
         starting.check(config, settings, tokenizer)
@@ -70,9 +110,12 @@ def train(args: argparse.Namespace) -> None:
         config = fit(config, settings, tokenizer)
     begun = dataclasses.replace(begun, model=begun.model.replace(config=config))
     say(f"model: {settings.preset}, {gx.count(config):,} parameters, on {_devices(settings)}")
-    data = dataclasses.replace(
-        make_data(dataset, settings, config, tokenizer), eval_texts=eval_batches(settings, dataset, config, tokenizer)
-    )
+    data = make_data(datasets, settings, config, tokenizer)
+    for line in data.notes:
+        say(line)
+    data = dataclasses.replace(data, eval_texts=eval_batches(settings, datasets[0], config, tokenizer))
+    if begun.new_data:
+        data = with_new_text(data, begun.recorded)
     if not resume and jax.process_index() == 0:
         starting.save_tokenizer(begun)
 
@@ -82,16 +125,16 @@ def train(args: argparse.Namespace) -> None:
     def finish(result: Result) -> None:
         gx.save(begun.model.replace(params=result.params), begun.folder / MODEL)
 
-    prompts = settings.sample_prompts or (_prompt(begun, dataset),)
+    prompts = settings.sample_prompts or (_prompt(begun, datasets[0]),)
     samples = Samples(begun.model, prompts, settings.sample_tokens) if settings.sample_every else None
     run = Run(config, settings, data, begun.folder, params=begun.params, export=export, write_samples=samples)
-    _report(run_training(run, resume=resume, on_finish=finish), begun, corpus, dataset)
+    _report(run_training(run, resume=resume, on_finish=finish), begun, corpus, datasets)
 
 
 def say(line: str) -> None:
     """Prints a line to stderr, in the first process only."""
     if jax.process_index() == 0:
-        print(line, file=sys.stderr, flush=True)
+        progress.write(f"{line}\n")
 
 
 def _initialize_distributed(value: str) -> None:
@@ -144,22 +187,22 @@ def _written(value: object) -> str:
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
-def _report(result: Result, begun: Start, corpus: Corpus, dataset: Dataset) -> None:
+def _report(result: Result, begun: Start, corpus: Corpora, datasets: Sequence[Dataset]) -> None:
     e, folder, config = result.evaluation, begun.folder, begun.model.config
     if not result.finished or e is None:
         return
     say(f"\nheld-out loss {e.loss:.4f} nats a token, perplexity {e.perplexity:.2f}")
     if e.bits_per_byte is not None and objective_name(begun.settings.objective, config) == "causal":
-        sha256 = str(dataset.meta["corpus"])
+        sha256 = ",".join(str(dataset.meta["corpus"]) for dataset in datasets)
         xz = _xz(corpus, sha256)
         same = "" if xz is None else f"; xz -9 needs {xz:.3f} for the same text"
         say(f"{e.bits_per_byte:.3f} bits a byte of held-out text{same} (corpus sha256 {sha256[:12]})")
     say(f"model in {folder / MODEL}" + (f", loss curves in {result.picture}" if result.picture else ""))
     command = "generate" if models.blanks(config) is None else "fill"
-    say(f"next: {shlex.join(['garrulax', command, str(folder), _prompt(begun, dataset)])}")
+    say(f"next: {shlex.join(['garrulax', command, str(folder), _prompt(begun, datasets[0])])}")
 
 
-def _xz(corpus: Corpus, sha256: str) -> float | None:
+def _xz(corpus: Corpora, sha256: str) -> float | None:
     """Bits a byte of `xz -9`; None if a resumed run's text is not there any more, or is another one."""
     try:
         return xz_bits_per_byte(d.text for d in corpus.split("valid")) if corpus.hash == sha256 else None

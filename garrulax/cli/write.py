@@ -6,18 +6,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import garrulax as gx
+from garrulax.cli.caches import cache_of
 from garrulax.cli.models import find_model
 from garrulax.cli.programs import keep_programs
 from garrulax.cli.waiting import waiting
 from garrulax.core.text import whole_characters
 from garrulax.sampling import ahead, compile_ahead
+from garrulax.sampling.speculate import Speculation
 
 SAMPLED = (0.8, 0, 0.95)  # the defaults of --temperature, --top-k and --top-p
 
 
 def generate(args: argparse.Namespace) -> None:
     """Continues a text, or answers it with `--chat`."""
-    keep_programs(args.cache)
+    keep_programs(args.programs)
     try:
         _generate(args)
     finally:
@@ -30,10 +32,17 @@ def _generate(args: argparse.Namespace) -> None:
         if (args.temperature, args.top_k, args.top_p) != SAMPLED:
             raise ValueError("--beams does not sample: leave --temperature, --top-k and --top-p out")
         options |= {"search": gx.beam(args.beams), "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    if args.speculate is not None:
+        options["speculate"] = _speculation(args.speculate, args.ignore)
+    way = args.speculate or ""
+    heads = way.removeprefix("medusa=") if way.startswith("medusa=") else None
 
     def begin(model: gx.Model) -> None:
         nonlocal prompt
+        if heads is not None:
+            options["speculate"] = gx.medusa(gx.load_medusa(heads, model))
         prompt = _conversation(model, text) if args.chat else text
+        options["cache"] = cache_of(args, model.config)
         if args.beams is None:
             compile_ahead(model, prompt, **options)
 
@@ -64,6 +73,8 @@ def _sampling(args: argparse.Namespace) -> dict:
     """The further arguments of `gx.generate` that were given on the command line."""
     names = ("min_p", "repetition_penalty", "no_repeat_ngram_size")
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.watermark is not None:
+        options["watermark"] = gx.watermark(args.watermark, args.watermark_scheme)
     if args.json_schema is not None:
         options["constrain"] = gx.json_schema(Path(args.json_schema).read_text(encoding="utf-8"))
     if args.regex is not None:
@@ -71,9 +82,23 @@ def _sampling(args: argparse.Namespace) -> dict:
     return options
 
 
+def _speculation(way: str, ignore: list[str]) -> Speculation | None:
+    """The value of `--speculate`; None for Medusa heads."""
+    if way == "lookup":
+        return gx.prompt_lookup()
+    name, _, value = way.partition("=")
+    if name == "medusa":
+        return None  # the heads are read when the model's config is known
+    if name != "layers":
+        return gx.draft(gx.load(find_model(way), ignore=ignore))
+    if not value.isdecimal():
+        raise ValueError(f"--speculate {way}: layers= needs a number of layers, such as layers=8")
+    return gx.draft(layers=int(value))
+
+
 def fill(args: argparse.Namespace) -> None:
     """Fills the blanks of a text."""
-    keep_programs(args.cache)
+    keep_programs(args.programs)
     with waiting("reading the model"):
         model = gx.load(find_model(args.model), ignore=args.ignore)
     for piece in gx.fill_stream(model, _text(args), **_options(args)):

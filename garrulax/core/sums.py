@@ -25,6 +25,9 @@ def row_sum(x: jax.Array, most_rows: int = MOST_ROWS) -> jax.Array:
     if rows > most_rows or jax.default_backend() != "cpu" or not jax.typeof(x).sharding.mesh.empty:
         return x.sum(-1, keepdims=True)
     ones = jnp.ones((x.shape[-1], _COLUMNS), x.dtype)
+    if rows == 1:  # a product with one row has other last bits than one with several
+        twice = jnp.broadcast_to(x.reshape(1, -1), (2, x.shape[-1]))
+        return jnp.matmul(twice, ones, precision=jax.lax.Precision.HIGHEST)[:1, :1].reshape(*x.shape[:-1], 1)
     return jnp.matmul(x, ones, precision=jax.lax.Precision.HIGHEST)[..., :1]
 
 

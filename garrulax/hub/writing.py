@@ -5,10 +5,7 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import re
-import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from garrulax.core.config import ModelConfig
 from garrulax.hub.card import CARD, card_text, write_card
 from garrulax.hub.generation import content_to_write
 from garrulax.hub.model import Model
+from garrulax.hub.replacing import replacing
 from garrulax.hub.tensors import FILE, INDEX, write_tensors
 from garrulax.models import family, parameters
 
@@ -65,8 +63,8 @@ def save(model: Model, path: str | Path, max_shard_size: int | str = "5GB", prog
     files, and a stub of a model card. Host memory holds one tensor at a time.
 
     Everything is written to a hidden folder beside `path`, which is renamed at the end. So an older model at `path`
-    stays until the new one is complete, and a killed process leaves only the hidden folder. A model card that somebody
-    edited is kept.
+    stays until the new one is complete, and a killed process leaves only the hidden folder, which the next `save`
+    removes. A model card that somebody edited is kept.
 
     Args:
         model: Its parameters may be stacked or unstacked, on one device or sharded. With several processes all must
@@ -77,7 +75,9 @@ def save(model: Model, path: str | Path, max_shard_size: int | str = "5GB", prog
         progress: Called after every tensor with the number of bytes written and the number of all bytes.
 
     Raises:
-        ValueError: The parameters do not fit the config, or `path` holds other files than a model's.
+        ValueError: The parameters do not fit the config, or `path` holds other files than a model's or is a mount
+            point.
+        OSError: The folder cannot be written; an older model in it is intact.
 
     Example:
         >>> import jax, garrulax as gx
@@ -128,7 +128,7 @@ def write_folder(
         dtype = str(functools.reduce(jnp.promote_types, {part.dtype for parts in entries.values() for part in parts}))
     raw = family(config).to_hf(config) | {"torch_dtype": dtype}
     writes = jax.process_index() == 0
-    with _replacing(folder) if writes else contextlib.nullcontext(folder) as temporary:
+    with replacing(folder, check_replaceable) if writes else contextlib.nullcontext(folder) as temporary:
         _write_shards(entries, temporary if writes else None, limit, progress)
         if writes:
             _write_json(temporary / "config.json", raw)
@@ -249,31 +249,7 @@ def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-@contextlib.contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder`. It replaces `folder` if the block succeeds, and is removed if it raises."""
-    _check_replaceable(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = (folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.{kind}") for kind in ("new", "old"))
-    temporary.mkdir()
-    try:
-        yield temporary
-        for file in filter(Path.is_file, temporary.rglob("*")):
-            with file.open("rb") as f:
-                os.fsync(f.fileno())
-        _check_replaceable(folder)
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-    finally:
-        if old.exists() and not folder.exists():  # the second rename failed: put the older model back
-            old.rename(folder)
-        for leftover in (temporary, old):
-            if leftover.exists():
-                shutil.rmtree(leftover)
-
-
-def _check_replaceable(folder: Path) -> None:
+def check_replaceable(folder: Path) -> None:
     """Raises ValueError if `folder` exists and is anything but an empty folder or a model folder."""
     if not folder.exists():
         return

@@ -1,14 +1,18 @@
 """Self-attention over the tokens of a forward pass and those in its cache."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
-from garrulax.kernels import attention
+from garrulax.kernels import attention, decode
 from garrulax.kernels.mask import Mask
+from garrulax.layers import quantised
 from garrulax.layers.cache import KV, extend
 from garrulax.layers.call import Call
+from garrulax.layers.kept_attention import attend_to_kept
+from garrulax.layers.rope import Rotary
 
 
 def cached_attention(
@@ -20,6 +24,8 @@ def cached_attention(
     layer: jax.Array,
     *,
     mask: Mask | None = None,
+    rotary: Rotary | None = None,
+    bias: Callable[[Mask], jax.Array] | None = None,
     **options: Any,
 ) -> tuple[jax.Array, KV | None]:
     """Attention over these tokens and everything cached.
@@ -32,15 +38,47 @@ def cached_attention(
         kv: The cache's arrays; None without a cache.
         layer: int32 scalar, number of the layer.
         mask: Mask of this layer; None is that of the call.
-        **options: Further arguments of `kernels.attention` (scale, softcap, bias, dropout, ...).
+        rotary: Rotation of queries and keys by their positions, if the model has one.
+        bias: What is added to the scores, [B, H, T or 1, S], as a function of the mask, whose stream `position` it may
+            read.
+        **options: Further arguments of `kernels.attention` (scale, softcap, alibi, dropout, ...).
 
     Returns:
         [B, T, H, C], and the cache's arrays with the new keys and values in them.
     """
-    if kv is not None and call.slot is not None:
-        kv, stored = extend(kv, layer, key, value, call.slot)
-        key, value = stored["key"].astype(query.dtype), stored["value"].astype(query.dtype)
-    return attention(query, key, value, mask=mask or call.mask, **options), kv
+    mask = mask or call.mask
+    if kv is not None and call.room is not None:
+        return attend_to_kept(query, key, value, call, kv, layer, mask, rotary, bias, options)
+    if rotary is not None:
+        query, key = rotary(query), rotary(key)
+    if bias is not None:
+        options["bias"] = bias(mask)
+    if kv is None or call.slot is None:
+        return attention(query, key, value, mask=mask, **options), kv
+    kv, stored = extend(kv, layer, key, value, call.slot)
+    if "key_scale" in stored and _few(query, options):
+        few = {name: x for name, x in options.items() if not name.startswith("dropout")}
+        few |= {f"{name}_scales": _by_head(stored[f"{name}_scale"], len(query)) for name in ("key", "value")}
+        return decode.decode(query, stored["key"], stored["value"], mask=mask, **few), kv
+    key, value = (_tokens_first(stored, name, query.dtype) for name in ("key", "value"))
+    return attention(query, key, value, mask=mask, **options), kv
+
+
+def _few(query: jax.Array, options: dict[str, Any]) -> bool:
+    """Whether `kernels.decode` computes this request, which reads int8 as it is."""
+    without = options.get("bias") is None and options.get("dropout_key") is None
+    return without and query.shape[1] <= decode.MAX_QUERIES
+
+
+def _by_head(scale: jax.Array, batch: int) -> jax.Array:
+    """Scales [B, K, S] of [B, K, S, 1] or [B·K, S, 1]."""
+    return scale.reshape(batch, -1, scale.shape[-2])
+
+
+def _tokens_first(stored: KV, name: str, dtype: Any) -> jax.Array:
+    """Keys or values of the cache in `dtype`: [B, S, K, C], or [B·K, S, C] where the cache keeps them so."""
+    x = quantised.restore(stored[name], stored.get(f"{name}_scale"), dtype)
+    return x if x.ndim == 3 else x.swapaxes(1, 2)
 
 
 def alibi_slopes(heads: int) -> np.ndarray:

@@ -8,36 +8,46 @@ import jax.numpy as jnp
 from flax import struct
 
 from garrulax.kernels.mask import PAD_KEY, Streams
+from garrulax.layers import quantised
+from garrulax.layers.cache_kinds import FULL, Kind
 
-KV = dict[str, jax.Array]  # "key", "value"
+KV = dict[str, jax.Array]  # "key", "value", and what the kind of the cache adds (`Kind.arrays`)
 
 
 @struct.dataclass
 class Cache:
     """Keys, values and mask streams of the tokens so far.
 
-    The tokens of a row are in its first `used` slots. What is in the others does not matter: no token attends to them,
-    and the next tokens of the row overwrite them. So a row is shortened by a smaller `used`, and emptied by 0.
+    The tokens of a row are in the slots that the kind gives them: in a full cache, in its first `used` slots. What is
+    in the others does not matter: no token attends to them, and the next tokens of the row overwrite them. So a row is
+    shortened by a smaller `used`, and emptied by 0. `Kind.reusable` says how far caches that are not full can be.
 
     Attributes:
         layers: One dict {"key", "value"} of [L, B, K, S, C] for stacked parameters; for unstacked ones a tuple of one
             dict a layer: of [B·K, S, C], which is what attention multiplies by (with separate axes B and K, XLA:CPU
             copies the whole cache in every step where B is 1), or on a mesh of [B, K, S, C].
         streams: int32 [B, S] by name; the segment of an empty slot is PAD_KEY.
-        used: int32 [B], number of slots filled in each row.
+        used: int32 [B], number of tokens that each row has read.
         planned: int32 [B], the length that each row's whole text is to have, for rotary positions that depend on it.
             If they took the length so far, the keys already cached would have been rotated by other angles.
+        kind: Which tokens are kept, and where.
     """
 
     layers: Any
     streams: Streams
     used: jax.Array
     planned: jax.Array
+    kind: Kind = struct.field(pytree_node=False, default=FULL)
 
     @property
     def size(self) -> int:
         """Number of slots of a row."""
         return next(iter(self.streams.values())).shape[1]
+
+    @property
+    def has_room(self) -> jax.Array:
+        """bool scalar, whether every row can read one more token."""
+        return jnp.array(True) if self.kind.ring else self.used.max() < self.size
 
 
 def make_cache(
@@ -50,6 +60,7 @@ def make_cache(
     *,
     stacked: bool = True,
     like: jax.Array | None = None,
+    kind: Kind = FULL,
 ) -> Cache:
     """An empty cache, whose text is planned to fill all slots.
 
@@ -62,23 +73,26 @@ def make_cache(
         dtype: Of keys and values.
         stacked: Whether the parameters are stacked; the cache must have the same form (`models.unstack`).
         like: On a mesh, tokens [B, T] whose batch sharding the cache takes.
+        kind: Which tokens are kept; only full caches of the parameters' dtype are on meshes.
     """
     batch_axis = None if like is None else _first_axis(like)
-    shape = (batch, kv_heads, size, head_dim)
+    if batch_axis is not None and kind != FULL:
+        raise ValueError(f"a cache of kind {kind.name!r} runs on one device: on a mesh, leave the kind out")
 
-    def kv(shape, axes):
-        return {name: _zeros(shape, dtype, axes) for name in ("key", "value")}
+    def kv(before, axes):
+        parts = kind.arrays(size, head_dim, dtype)
+        return {name: _zeros((*before, length, width), part, axes) for name, (length, width, part) in parts.items()}
 
     if stacked:
-        arrays = kv((layers, *shape), (None, batch_axis, None, None, None))
+        arrays = kv((layers, batch, kv_heads), (None, batch_axis, None, None, None))
     elif like is None:
-        arrays = tuple(kv((batch * kv_heads, size, head_dim), (None,)) for _ in range(layers))
+        arrays = tuple(kv((batch * kv_heads,), (None,)) for _ in range(layers))
     else:
-        arrays = tuple(kv(shape, (batch_axis, None, None, None)) for _ in range(layers))
+        arrays = tuple(kv((batch, kv_heads), (batch_axis, None, None, None)) for _ in range(layers))
     empty = {name: _zeros((batch, size), jnp.int32, (batch_axis, None)) for name in ("rank", "segment", "position")}
     empty["segment"] = empty["segment"] + PAD_KEY
     rows = _zeros((batch,), jnp.int32, (batch_axis,))
-    return Cache(arrays, empty, rows, rows + size)
+    return Cache(arrays, empty, rows, rows + (size if kind.room is None else min(size, kind.room)), kind)
 
 
 def _first_axis(x: jax.Array) -> Any:
@@ -100,24 +114,28 @@ def extend(kv: KV, layer: jax.Array | int, key: jax.Array, value: jax.Array, slo
         layer: Number of the layer.
         key: [B, T, K, C].
         value: [B, T, K, C].
-        slot: int32 [B], the slot of each row's first token.
+        slot: int32 [B], the slot of each row's first token, or [B, T], the slot of each token.
 
     Returns:
-        The arrays with the new slots, and this layer's keys and values: [B, S, K, C], or [B·K, S, C] where the cache
-        keeps them so.
+        The arrays with the new slots, and those of this layer: [B, K, S, C], or [B·K, S, C] where the cache keeps them
+        so.
     """
     new = {"key": key.swapaxes(1, 2), "value": value.swapaxes(1, 2)}  # [B, K, T, C]
-    kv = {name: _write_layer(kv[name], layer, x, slot) for name, x in new.items()}
-    axes = kv["key"].ndim
-    if axes == 3:
-        return kv, kv
-    here = kv if axes == 4 else {name: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for name, x in kv.items()}
-    return kv, {name: x.swapaxes(1, 2) for name, x in here.items()}
+    if "key_scale" in kv:
+        new = {name: x for part in new for name, x in quantised.store(part, new[part]).items()}
+    kv = {**kv, **{name: write_layer(kv[name], layer, x, slot) for name, x in new.items()}}
+    return kv, {name: layer_of(x, layer) for name, x in kv.items()}
 
 
-def _write_layer(x: jax.Array, layer: jax.Array | int, new: jax.Array, slot: jax.Array) -> jax.Array:
-    """The cache's array with `new` [B, K, T, C] from slot [B] on."""
-    if x.ndim == 3 and len(new) == 1:  # through a reshape, XLA:CPU would copy the cache of a single row in every step
+def layer_of(x: jax.Array, layer: jax.Array | int) -> jax.Array:
+    """One layer of a cache's array: [B, K, S, C], or [B·K, S, C] where the cache keeps it so."""
+    return x if x.ndim < 5 else jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+
+
+def write_layer(x: jax.Array, layer: jax.Array | int, new: jax.Array, slot: jax.Array) -> jax.Array:
+    """The cache's array with `new` [B, K, T, C] from slot [B] on, or in the slots [B, T]."""
+    # Through a reshape, XLA:CPU would copy the cache of a single row in every step.
+    if x.ndim == 3 and len(new) == 1 and slot.ndim == 1:
         return jax.lax.dynamic_update_slice(x, new[0].astype(x.dtype), [jnp.zeros_like(slot[0]), slot[0], 0 * slot[0]])
     if x.ndim == 3:
         return write(x.reshape(*new.shape[:2], *x.shape[1:]), new, slot, axis=2).reshape(x.shape)
@@ -130,11 +148,14 @@ def write(x: jax.Array, new: jax.Array, start: jax.Array, axis: int, layer: jax.
     Args:
         x: [B, ...], or [L, B, ...] if `layer` is given.
         new: [B, ...], of any size on `axis` and the sizes of x on the others.
-        start: int32 [B], index on `axis` of the first new entry of each row. Entries must fit.
+        start: int32 [B], index on `axis` of the first new entry of each row; or [B, T], that of each entry. They must
+            fit; only those given one by one may lie behind the end, and are left out.
         axis: Axis of `new`, after that of the rows.
         layer: int32 scalar, the index on the leading axis of x that is written.
     """
     number = jnp.asarray(0 if layer is None else layer, jnp.int32)
+    if start.ndim == 2:
+        return _write_each(x, new, start, number, axis, layer is not None)
     local = functools.partial(_write_on_one_device, axis=axis, leading=layer is not None)
     mesh = jax.typeof(x).sharding.mesh
     if mesh.empty:
@@ -163,4 +184,16 @@ def _write_on_one_device(
     mode = jax.lax.GatherScatterMode.CLIP
     return jax.lax.scatter(
         x, indices, new.astype(x.dtype), numbers, indices_are_sorted=True, unique_indices=True, mode=mode
+    )
+
+
+def _write_each(
+    x: jax.Array, new: jax.Array, slots: jax.Array, layer: jax.Array, axis: int, leading: bool
+) -> jax.Array:
+    """`write` of entries that need not be beside each other; on one device."""
+    rows = jnp.arange(len(new), dtype=jnp.int32)[:, None]
+    before = (layer,) if leading else ()
+    # Where indices are apart, their axes come first: [B, T, ...].
+    return x.at[(*before, rows, *(slice(None),) * (axis - 1), slots)].set(
+        jnp.moveaxis(new.astype(x.dtype), axis, 1), mode="drop"
     )

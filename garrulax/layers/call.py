@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from garrulax.core.dtypes import as_int32
-from garrulax.kernels.mask import PAD_KEY, Mask, as_keys
+from garrulax.kernels.mask import PAD_KEY, Mask, Streams, as_keys
 from garrulax.kernels.masks import causal_from
 from garrulax.layers.cache import Cache, write
 
@@ -20,7 +20,8 @@ class Call:
         positions: int32 [B, T], or [B, 2, T] for families whose tokens have a place in the text and one in an answer.
         mask: Who attends to whom: the streams of these tokens as queries, and of everything cached as keys.
         cache: The cache, with the streams of these tokens in it but not yet their keys and values; None without one.
-        slot: int32 [B], the slot of each row's first token in the cache; None without a cache.
+        slot: int32 [B], the slot of each row's first token in the cache, or [B, T], that of each token in a ring; None
+            without a cache.
         key: PRNG key for dropout; None for no dropout.
         remat: What the backward pass recomputes, a name in `layers.stack.REMAT`.
         unroll: Whether the loop over layers becomes straight code.
@@ -34,6 +35,18 @@ class Call:
     key: jax.Array | None = None
     remat: str = "none"
     unroll: bool = False
+
+    @property
+    def room(self) -> int | None:
+        """Number of positions where they are counted in the cache (`cache_kinds.Kind.room`), else None."""
+        return None if self.cache is None else self.cache.kind.room
+
+    @property
+    def number(self) -> jax.Array:
+        """int32 [B, T], how many tokens of its row the cache read before each token."""
+        assert self.cache is not None
+        count = self.tokens.shape[1]
+        return self.cache.used[:, None] + jnp.arange(-count, 0, dtype=jnp.int32)[None]
 
     @property
     def text_length(self) -> jax.Array:
@@ -63,6 +76,21 @@ def default_positions(tokens: jax.Array, cache: Cache | None, rows: int) -> jax.
     return first if rows == 1 else jnp.stack([first, jnp.zeros_like(first)], axis=1)
 
 
+def slots_of(cache: Cache, query: Streams) -> jax.Array:
+    """The slots of the next T tokens of each row, whose streams are given.
+
+    Returns:
+        int32 [B], the first of slots in a row; or for rings [B, T], where padding has none: `cache.size`.
+    """
+    if not cache.kind.ring:
+        return cache.used
+    count = query["position"].shape[1]
+    slots = cache.kind.slot(cache.used[:, None] + jnp.arange(count, dtype=jnp.int32)[None], cache.size)
+    if count == 1:
+        return slots[:, 0]
+    return jnp.where(query["segment"] >= 0, slots, cache.size) if "segment" in query else slots
+
+
 def mask_and_cache(
     tokens: jax.Array, positions: jax.Array, mask: Mask | None, cache: Cache | None
 ) -> tuple[Mask, Cache | None]:
@@ -71,12 +99,13 @@ def mask_and_cache(
     Args:
         tokens: int32 [B, T].
         positions: int32 [B, T], where each token stands in its own text; they become the stream `position`.
-        mask: Who attends to whom; None is causal, continued from the cache.
+        mask: Who attends to whom; None is causal, continued from the cache. With a cache, its streams of keys, if it
+            has any, are those of all slots that the cache does not keep, such as the bits of `masks.tree`.
         cache: The cache, or None.
 
     Raises:
-        ValueError: The cache is too small (checked where its fill is known, so not under jit), or the mask has streams
-            of keys although the cache holds them, or lacks streams that the cache keeps.
+        ValueError: The cache is too small (checked where its fill is known, so not under jit), the pass is too long for
+            its kind, or the mask has streams of keys that the cache holds, or lacks streams that the cache keeps.
     """
     if mask is None:
         mask = causal_from(tokens, 0 if cache is None else cache.used[:, None])
@@ -84,18 +113,32 @@ def mask_and_cache(
     query = {**given, "position": jnp.zeros_like(tokens, jnp.int32) + positions.astype(jnp.int32)}
     if cache is None:
         return dataclasses.replace(mask, query=query), None
-    count = tokens.shape[1]
-    if not isinstance(cache.used, jax.core.Tracer) and (most := int(cache.used.max())) + count > cache.size:
+    count, kind = tokens.shape[1], cache.kind
+    if kind.longest_pass is not None and count > kind.longest_pass:
+        raise ValueError(
+            f"a pass of {count} tokens is too long for a cache of kind {kind.name!r}, which reads up to "
+            f"{kind.longest_pass} at once (its chunk): read them in several passes"
+        )
+    if (
+        not kind.ring
+        and not isinstance(cache.used, jax.core.Tracer)
+        and (most := int(cache.used.max())) + count > cache.size
+    ):
         raise ValueError(f"the cache has {cache.size} slots: {most} used, no room for {count} more")
-    if mask.key is not None:
-        raise ValueError("with a cache, give the mask streams of the new tokens only: the cache holds the keys'")
+    more = {} if mask.key is None else mask.key
+    if held := sorted(more.keys() & cache.streams.keys()):
+        raise ValueError(
+            f"the cache holds the streams {held} of the keys: give the mask streams of the new tokens only"
+        )
     new = as_keys(query)
     missing = sorted(cache.streams.keys() - new.keys())
     if missing:
         raise ValueError(f"the cache keeps streams {missing}, which the mask does not give")
-    streams = {name: write(s, new[name], cache.used, axis=1) for name, s in cache.streams.items()}
+    slots = slots_of(cache, query)
+    streams = {name: write(s, new[name], slots, axis=1) for name, s in cache.streams.items()}
     used = cache.used + count
     # The slots behind the new tokens may hold others that the row no longer has.
     behind = jnp.arange(cache.size, dtype=jnp.int32)[None] >= used[:, None]
     streams["segment"] = jnp.where(behind, PAD_KEY, streams["segment"])
-    return Mask(query, streams, mask.rule), dataclasses.replace(cache, streams=streams, used=used)
+    narrowed = Mask(query, {**streams, **more}, kind.narrow(mask.rule))
+    return narrowed, dataclasses.replace(cache, streams=streams, used=used)

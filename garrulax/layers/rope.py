@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 
 from garrulax.core.config import Flag, Positive, Size, check_fields, check_value
 from garrulax.core.dtypes import at_least_float32
+from garrulax.layers.call import Call
 
 #: Fields that each kind uses, besides theta.
 USED = {
@@ -252,3 +254,48 @@ def rotate_pairs(x: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:
     a, b = pairs[..., 0], pairs[..., 1]
     rotated = jnp.stack([a * cosine - b * sine, b * cosine + a * sine], axis=-1)
     return jnp.concatenate([rotated.reshape(*x.shape[:-1], width).astype(x.dtype), x[..., width:]], axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotary:
+    """The rotations of one forward pass.
+
+    Attributes:
+        rotate: `rotate_halves` or `rotate_pairs`.
+        cosine: [B, T, 1, F], of the tokens of the pass; where positions are counted in the cache (`Call.room`), of the
+            positions 0, 1, ..., [B or 1, room, 1, F].
+        sine: Likewise.
+    """
+
+    rotate: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    cosine: jax.Array
+    sine: jax.Array
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """The queries or keys [B, T, H, C] of the pass, rotated."""
+        return self.rotate(x, self.cosine, self.sine)
+
+    def at(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        """Queries or keys [B, S, H, C], rotated by positions [B, S] in the cache. Others are those of keys not read."""
+        place = jnp.clip(positions, 0, self.cosine.shape[1] - 1)
+        cosine, sine = (
+            t[0][place] if len(t) == 1 else jnp.take_along_axis(t, place[:, :, None, None], axis=1)
+            for t in (self.cosine, self.sine)
+        )
+        return self.rotate(x, cosine, sine)
+
+
+def rotary(rope: Rope, call: Call, width: int, dtype: Any, rotate: Callable = rotate_halves) -> Rotary:
+    """The rotations of a forward pass.
+
+    Args:
+        rope: Rotary settings.
+        call: The forward pass.
+        width: Number of entries of a head that are rotated.
+        dtype: Of the angles, at least float32.
+        rotate: How pairs lie in a head, `rotate_halves` or `rotate_pairs`.
+    """
+    if call.room is None:
+        return Rotary(rotate, *cos_sin(rope, call.positions, width, call.text_length, dtype))
+    positions = jnp.arange(call.room, dtype=jnp.int32)[None]
+    return Rotary(rotate, *cos_sin(rope, positions, width, call.text_length, dtype))

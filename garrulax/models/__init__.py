@@ -5,7 +5,18 @@ A family's formats of config.json stand beside it in a second file, `*_hf.py`, w
 
 from garrulax.core.config import ModelConfig
 from garrulax.models.contract import Family, register
-from garrulax.models.forward_pass import blanks, cache_for, count, forward, hidden, init, parameters, unstack
+from garrulax.models.forward_pass import (
+    blanks,
+    cache_for,
+    check_cache,
+    count,
+    default_cache,
+    forward,
+    hidden,
+    init,
+    parameters,
+    unstack,
+)
 from garrulax.models.registry import FAMILIES, family, preset, presets
 
 __all__ = [
@@ -14,7 +25,9 @@ __all__ = [
     "ModelConfig",
     "blanks",
     "cache_for",
+    "check_cache",
     "count",
+    "default_cache",
     "family",
     "forward",
     "hidden",

@@ -108,7 +108,7 @@ def parameters(c: Config) -> Tree:
 def hidden(params: Tree, call: Call, c: Config) -> tuple[jax.Array, Cache | None]:
     """Hidden states [B, T, D] before the last norm, and the cache."""
     x = lookup(params["tokens"], call.tokens)  # [B, T, D]
-    angles = rope.cos_sin(c.rope, call.positions, c.rotary_width, call.text_length, x.dtype)
+    rotary = rope.rotary(c.rope, call, c.rotary_width, x.dtype, rope.rotate_pairs)
 
     def block(x, p, kv, layer, key):
         keys = split(key, 3)
@@ -119,10 +119,10 @@ def hidden(params: Tree, call: Call, c: Config) -> tuple[jax.Array, Cache | None
         return add(x, y, gated_mlp(y, p["mlp"], c.activation), p.get("mlp_output_norm"), keys[2]), kv
 
     def attention(x, p, kv, layer, key):
-        q = rope.rotate_pairs(linear("BTD,DHC->BTHC", x, p, "query"), *angles)
-        k = rope.rotate_pairs(linear("BTD,DKC->BTKC", x, p, "key"), *angles)
-        v = linear("BTD,DKC->BTKC", x, p, "value")
-        y, kv = cached_attention(q, k, v, call, kv, layer, dropout=c.attention_dropout, dropout_key=key)
+        q = linear("BTD,DHC->BTHC", x, p, "query")
+        k, v = (linear("BTD,DKC->BTKC", x, p, name) for name in ("key", "value"))
+        options = {"rotary": rotary, "dropout": c.attention_dropout, "dropout_key": key}
+        y, kv = cached_attention(q, k, v, call, kv, layer, **options)
         return linear("BTHC,HCD->BTD", y, p, "out"), kv
 
     def add(x, normed, y, output_norm, key):
@@ -133,6 +133,7 @@ def hidden(params: Tree, call: Call, c: Config) -> tuple[jax.Array, Cache | None
 
 
 DIALECTS = chatglm_hf.DIALECTS
+RELATIVE_POSITIONS = True
 
 
 def from_hf(raw: dict[str, Any]) -> Config:

@@ -10,7 +10,7 @@
 
 A file may have these too; otherwise the functions of the same name below stand for them:
 
-    norm, logits, blanks, keys_attended, OBJECTIVE, CONTROL_TOKENS
+    norm, logits, blanks, keys_attended, OBJECTIVE, CONTROL_TOKENS, RELATIVE_POSITIONS
 """
 
 import inspect
@@ -68,12 +68,16 @@ class Family(FamilyFile, Protocol):
     """A registered family, as other packages see it: a family file, with defaults for the names that it leaves out."""
 
     @property
-    def OBJECTIVE(self) -> str | None:
-        """Name of the training objective that the family was made for; None where `garrulax train` has none for it."""
+    def OBJECTIVE(self) -> str:
+        """Name of the training objective that the family was made for."""
 
     @property
     def CONTROL_TOKENS(self) -> Mapping[str, str]:
         """Field of the Config -> the tokenizer's name of the control token whose id it holds."""
+
+    @property
+    def RELATIVE_POSITIONS(self) -> bool:
+        """Whether positions enter attention only as distances, so that a cache may count them itself."""
 
     def norm(self, x: jax.Array, p: Tree, c: Any, /) -> jax.Array:
         """x [B, T, D] normalised with the parameters p; `models.forward` applies it to `params["norm"]` at the end."""
@@ -115,6 +119,7 @@ DEFAULTS: dict[str, Any] = {
     "keys_attended": keys_attended,
     "OBJECTIVE": "causal",
     "CONTROL_TOKENS": types.MappingProxyType({}),
+    "RELATIVE_POSITIONS": False,
 }
 _REQUIRED = ("Config", "PRESETS", "DIALECTS", "parameters", "hidden", "from_hf", "to_hf", "tensor_names")
 _CONFIG = tuple(name for name in vars(ModelConfig) if isinstance(vars(ModelConfig)[name], property))

@@ -109,8 +109,11 @@ def parameters(c: Config) -> Tree:
 def hidden(params: Tree, call: Call, c: Config) -> tuple[jax.Array, Cache | None]:
     """Hidden states [B, T, D] before the last norm, and the cache."""
     x = lookup(params["tokens"], call.tokens)  # [B, T, D]
-    bias = alibi(call.mask, c, x.dtype) if c.alibi else None
-    angles = None if c.alibi else rope.cos_sin(c.rope, call.positions, c.head_dim, call.text_length, x.dtype)
+    options: dict[str, Any] = {"dropout": c.attention_dropout}
+    if c.alibi:
+        options["bias"] = lambda mask: alibi(mask, c, x.dtype)
+    else:
+        options["rotary"] = rope.rotary(c.rope, call, c.head_dim, x.dtype)
 
     def block(x, p, kv, layer, key):
         keys = split(key, 3)
@@ -125,9 +128,7 @@ def hidden(params: Tree, call: Call, c: Config) -> tuple[jax.Array, Cache | None
         q = linear("BTD,DKGC->BTKGC", x, p, "query").reshape(*x.shape[:2], c.heads, c.head_dim)  # [B, T, H, C]
         k = linear("BTD,DKC->BTKC", x, p, "key")
         v = linear("BTD,DKC->BTKC", x, p, "value")
-        if angles is not None:
-            q, k = rope.rotate_halves(q, *angles), rope.rotate_halves(k, *angles)
-        y, kv = cached_attention(q, k, v, call, kv, layer, bias=bias, dropout=c.attention_dropout, dropout_key=key)
+        y, kv = cached_attention(q, k, v, call, kv, layer, dropout_key=key, **options)
         y = y.reshape(*x.shape[:2], c.kv_heads, -1, c.head_dim)  # [B, T, K, G, C]
         return linear("BTKGC,KGCD->BTD", y, p, "out"), kv
 
@@ -150,6 +151,7 @@ def alibi(mask: Mask, c: Config, dtype: jnp.dtype) -> jax.Array:
     return rounded(slopes[None, :, None, None] * position[:, None, None, :]) * c.head_dim**-0.5
 
 
+RELATIVE_POSITIONS = True
 HF = HFConfig(
     model_type="falcon",
     architecture="FalconForCausalLM",

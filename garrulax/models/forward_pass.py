@@ -14,7 +14,8 @@ from garrulax.core.config import ModelConfig
 from garrulax.core.dtypes import parameter_dtype
 from garrulax.kernels.mask import Mask
 from garrulax.layers.cache import Cache, make_cache
-from garrulax.layers.call import Call, default_positions, mask_and_cache
+from garrulax.layers.cache_kinds import FULL, Full, Kind, Window
+from garrulax.layers.call import Call, default_positions, mask_and_cache, slots_of
 from garrulax.models.registry import family
 
 
@@ -103,7 +104,7 @@ def forward(
         positions: int32 [B, T]; for the original GLM and ChatGLM-6B [B, 2, T], place in the text and place in the
             answer. Default 0, 1, 2, ..., continued from the cache.
         mask: Who attends to whom (`garrulax.kernels.masks`); default causal. With a cache, it has the streams of the
-            new tokens.
+            new tokens, and of the cache's slots only those that the cache does not keep (`masks.tree`).
         cache: From `cache_for`, or returned by an earlier call; None for a pass without a cache.
         key: PRNG key for dropout; None for no dropout.
         remat: What the backward pass recomputes: "none", "dots" or "full".
@@ -161,7 +162,7 @@ def hidden(
     positions = default_positions(tokens, cache, rows) if positions is None else positions
     _check_positions(positions, tokens, rows)
     mask, cache_now = mask_and_cache(tokens, positions[:, 0] if rows == 2 else positions, mask, cache)
-    slot = None if cache is None else cache.used
+    slot = None if cache is None else slots_of(cache, mask.query)
     x, cache_now = module.hidden(params, Call(tokens, positions, mask, cache_now, slot, key, remat, unroll), config)
     return (module.norm(x, params["norm"], config) if "norm" in params else x), cache_now
 
@@ -195,15 +196,27 @@ def _check_positions(positions: jax.Array, tokens: jax.Array, rows: int) -> None
         raise ValueError(f"positions must be integers, not {positions.dtype}")
 
 
-def cache_for(params: spec.Tree, config: ModelConfig, batch: int, size: int, *, like: jax.Array | None = None) -> Cache:
+def cache_for(
+    params: spec.Tree,
+    config: ModelConfig,
+    batch: int,
+    size: int,
+    *,
+    like: jax.Array | None = None,
+    kind: Kind = FULL,
+) -> Cache:
     """An empty cache in the form (stacked or not) and dtype of the parameters.
 
     Args:
         params: Parameters of the model.
         config: Its configuration.
         batch: Number of rows.
-        size: Number of slots, one a token.
+        size: Number of slots, one a token; a ring has its own number.
         like: On a mesh, tokens [B, T] whose batch sharding the cache takes.
+        kind: Which tokens are kept (`gx.window`, `gx.sinks`, `gx.blocks`); the default is all.
+
+    Raises:
+        ValueError: The family cannot have a cache of this kind (`check_cache`).
 
     Example:
         >>> import jax, jax.numpy as jnp, garrulax as gx
@@ -215,16 +228,56 @@ def cache_for(params: spec.Tree, config: ModelConfig, batch: int, size: int, *, 
         [3]
     """
     blocks = params["blocks"]
+    check_cache(config, kind)
     return make_cache(
         config.layers,
         batch,
-        size,
+        kind.slots(size),
         config.kv_heads,
         config.head_dim,
         jax.tree.leaves(blocks)[0].dtype,
         stacked=not isinstance(blocks, tuple),
         like=like,
+        kind=kind,
     )
+
+
+def check_cache(config: ModelConfig, kind: Kind) -> None:
+    """Checks that a model can have a cache of this kind.
+
+    Raises:
+        ValueError: It cannot; the message says why.
+    """
+    name = family(config).__name__.rpartition(".")[2]
+    if kind.name != "full" and blanks(config) is not None:
+        raise ValueError(
+            f"{name} fills blanks, whose tokens attend to later ones: it has no cache of kind {kind.name!r}: use 'full'"
+        )
+    if kind.room is None:
+        return
+    if not family(config).RELATIVE_POSITIONS:
+        raise ValueError(
+            f"{name} has learned positions, which cannot be counted in a cache of kind {kind.name!r}: use gx.window, "
+            "whose texts end with the context"
+        )
+    if kind.room > config.max_length:
+        raise ValueError(
+            f"a cache of kind {kind.name!r} with {kind.room:,} positions is larger than the model's context of "
+            f"{config.max_length:,}: keep fewer tokens"
+        )
+
+
+def default_cache(config: ModelConfig, dtype: str | None = None) -> Kind:
+    """A window where every layer of the model has one, since no token further back is attended to; else a full cache.
+
+    Args:
+        config: The configuration of a model.
+        dtype: Of the cache, see `cache_kinds.Kind`.
+    """
+    attended = family(config).keys_attended
+    reaches = {attended(config, layer, length) for layer in range(config.layers) for length in (2**29, 2**30)}
+    windowed = len(reaches) == 1 and blanks(config) is None
+    return Window(reaches.pop(), dtype=dtype) if windowed else Full(dtype=dtype)
 
 
 def unstack(params: spec.Tree) -> spec.Tree:

@@ -169,7 +169,13 @@ def _rotated(x: jax.Array, angles: list[tuple[jax.Array, jax.Array]]) -> jax.Arr
     return jnp.concatenate([rope.rotate_halves(part, *angle) for part, angle in parts], axis=-1)
 
 
-OBJECTIVE = None  # the batches of blanks that `garrulax train` makes are those of the original GLM
+OBJECTIVE = "infill"
+
+#: Field of the Config -> name of the control token in the tokenizers that `garrulax train` makes.
+CONTROL_TOKENS = {
+    "mask": "[MASK]", "sentence_mask": "[sMASK]", "generation_mask": "[gMASK]",
+    "sop": "<|startofpiece|>", "eop": "<|endofpiece|>",
+}  # fmt: skip
 
 
 def blanks(c: Config) -> Blanks:

@@ -95,7 +95,7 @@ def hidden(params: Tree, call: Call, c: Config) -> tuple[jax.Array, Cache | None
     """Hidden states [B, T, D] before the last norm, and the cache."""
     embedding_key, layers_key = split(call.key, 2)
     x = dropout(lookup(params["tokens"], call.tokens), c.residual_dropout, embedding_key)  # [B, T, D]
-    angles = rope.cos_sin(c.rope, call.positions, c.rotary_width, call.text_length, x.dtype)
+    rotary = rope.rotary(c.rope, call, c.rotary_width, x.dtype)
 
     def block(x, p, kv, layer, key):
         keys = split(key, 3)
@@ -106,13 +106,14 @@ def hidden(params: Tree, call: Call, c: Config) -> tuple[jax.Array, Cache | None
 
     def attention(x, p, kv, layer, key):
         q, k, v = (linear("BTD,DHC->BTHC", x, p, name) for name in ("query", "key", "value"))
-        q, k = rope.rotate_halves(q, *angles), rope.rotate_halves(k, *angles)
-        y, kv = cached_attention(q, k, v, call, kv, layer, dropout=c.attention_dropout, dropout_key=key)
+        options = {"rotary": rotary, "dropout": c.attention_dropout, "dropout_key": key}
+        y, kv = cached_attention(q, k, v, call, kv, layer, **options)
         return linear("BTHC,HCD->BTD", y, p, "out"), kv
 
     return scan_layers(block, x, params["blocks"], call, layers_key)
 
 
+RELATIVE_POSITIONS = True
 HF = HFConfig(
     model_type="gpt_neox",
     architecture="GPTNeoXForCausalLM",

@@ -125,7 +125,7 @@ def hidden(params: Tree, call: Call, c: Config) -> tuple[jax.Array, Cache | None
     """Hidden states [B, T, D] before the last norm, and the cache."""
     x = lookup(params["tokens"], call.tokens)  # [B, T, D]
     slopes = alibi_slopes(c.heads) if c.positions == "alibi" else None
-    angles = None if slopes is not None else rope.cos_sin(c.rope, call.positions, c.head_dim, call.text_length, x.dtype)
+    rotary = None if slopes is not None else rope.rotary(c.rope, call, c.head_dim, x.dtype)
 
     def block(x, p, kv, layer, key):
         y, kv = attention(norm(x, p["attention_norm"], c), p["attention"], kv, layer, key)
@@ -133,15 +133,17 @@ def hidden(params: Tree, call: Call, c: Config) -> tuple[jax.Array, Cache | None
         return x + gated_mlp(norm(x, p["mlp_norm"], c), p["mlp"], c.activation), kv
 
     def attention(x, p, kv, layer, key):
-        q = rotate(linear("BTD,DHC->BTHC", x, p, "query"))
-        k = rotate(linear("BTD,DKC->BTKC", x, p, "key"))
-        v = linear("BTD,DKC->BTKC", x, p, "value")
-        options = {"mask": mask(layer), "alibi": slopes, "dropout": c.attention_dropout, "dropout_key": key}
+        q = linear("BTD,DHC->BTHC", x, p, "query")
+        k, v = (linear("BTD,DKC->BTKC", x, p, name) for name in ("key", "value"))
+        options = {
+            "mask": mask(layer),
+            "rotary": rotary,
+            "alibi": slopes,
+            "dropout": c.attention_dropout,
+            "dropout_key": key,
+        }
         y, kv = cached_attention(q, k, v, call, kv, layer, **options)  # [B, T, H, C]
         return linear("BTHC,HCD->BTD", y, p, "out"), kv
-
-    def rotate(x):
-        return x if angles is None else rope.rotate_halves(x, *angles)
 
     def mask(layer):
         if not c.window_from:  # the same in all layers: a scan computes the mask once
@@ -179,6 +181,7 @@ def keys_attended(c: Config, layer: int, length: int) -> int:
 
 
 DIALECTS = llama_hf.DIALECTS
+RELATIVE_POSITIONS = True
 
 
 def from_hf(raw: dict[str, Any]) -> Config:

@@ -1,12 +1,15 @@
 """Layer 4: text from a model. Logit transforms, the decoding state, `generate`, `stream`, `fill` and `fill_stream`."""
 
 from garrulax.sampling.buckets import Buckets
+from garrulax.sampling.caches import blocks, sinks, window
 from garrulax.sampling.constrain import regex_transform
 from garrulax.sampling.decoder import Decoder, compile
+from garrulax.sampling.detect import Detection, detect_watermark
 from garrulax.sampling.fill import Filled, fill, fill_stream
 from garrulax.sampling.generate import compile_ahead, generate, stream
 from garrulax.sampling.search import beam, best_of, contrastive, diverse_beam
 from garrulax.sampling.session import Session
+from garrulax.sampling.speculate import draft, prompt_lookup
 from garrulax.sampling.state import Requests, State
 from garrulax.sampling.transforms import (
     DEFAULT,
@@ -39,7 +42,9 @@ from garrulax.sampling.transforms import (
     top_k,
     top_p,
     typical_p,
+    watermarking,
 )
+from garrulax.sampling.transforms.watermarks import Watermark, watermark
 from garrulax.sampling.writing import Completion
 
 __all__ = [
@@ -48,21 +53,26 @@ __all__ = [
     "Buckets",
     "Completion",
     "Decoder",
+    "Detection",
     "Filled",
     "Requests",
     "Session",
     "State",
     "Transform",
+    "Watermark",
     "allowed_tokens",
     "bad_words",
     "beam",
     "begin_suppress_tokens",
     "best_of",
+    "blocks",
     "chain",
     "compile",
     "compile_ahead",
     "contrastive",
+    "detect_watermark",
     "diverse_beam",
+    "draft",
     "epsilon_cutoff",
     "eta_cutoff",
     "exponential_decay_length_penalty",
@@ -80,9 +90,11 @@ __all__ = [
     "no_repeat_ngram",
     "only",
     "presence_penalty",
+    "prompt_lookup",
     "regex_transform",
     "repetition_penalty",
     "sequence_bias",
+    "sinks",
     "standard_chain",
     "stream",
     "suppress_tokens",
@@ -91,4 +103,7 @@ __all__ = [
     "top_k",
     "top_p",
     "typical_p",
+    "watermark",
+    "watermarking",
+    "window",
 ]

@@ -51,6 +51,7 @@ class Buckets:
 
 
 POWERS_OF_TWO = Buckets()
+ONE_ROW = Buckets(rows=tuple(1 << i for i in range(24)))  # for speculation: its steps read several tokens of a row
 
 
 def slots_for(needed: int, size: int) -> int:

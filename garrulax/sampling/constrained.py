@@ -100,7 +100,7 @@ def decode_constrained(
             matcher.mask(masks[row])
         state = _choose_accepted(decoder, state, logits, masks, matchers)
         pieces = push_new_tokens(state, writers)
-        state = _append_forced(decoder, params, state, writers, matchers, size)
+        state = append_forced(decoder, params, state, writers, matchers, size)
         pieces = [a + b for a, b in zip(pieces, push_new_tokens(state, writers), strict=True)]
         yield pieces
         if all(writer.reason for writer in writers.values()):
@@ -143,7 +143,7 @@ def _choose_accepted(
         waiting = refused
 
 
-def _append_forced(
+def append_forced(
     decoder: Decoder,
     params: Tree,
     state: State,

@@ -11,9 +11,11 @@ import numpy as np
 from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
 from garrulax.layers.cache import Cache
+from garrulax.layers.cache_kinds import FULL, Kind
 from garrulax.models.unpack import ModelLike, unpack_model
 from garrulax.sampling import ahead, loop, state
 from garrulax.sampling.buckets import POWERS_OF_TWO, Buckets
+from garrulax.sampling.caches import kind_for
 from garrulax.sampling.knobs import knobs_per_prompt
 from garrulax.sampling.requests import Weights, assemble, causal_prompt
 from garrulax.sampling.state import Requests, State
@@ -30,6 +32,7 @@ class Decoder:
         config: The family's Config.
         transform: The transform of the logits.
         buckets: The sizes for which programs are compiled.
+        cache: The kind of the cache.
 
     Example:
         >>> import jax, garrulax as gx
@@ -48,6 +51,7 @@ class Decoder:
     config: ModelConfig
     transform: Transform = DEFAULT
     buckets: Buckets = POWERS_OF_TWO
+    cache: Kind = FULL
 
     def request(
         self,
@@ -68,7 +72,8 @@ class Decoder:
             **knobs: Sampling parameters.
         """
         checked = knobs_per_prompt(1, vocab=self.config.vocab, max_new_tokens=max_new_tokens, seed=seed, **knobs)
-        prompt = causal_prompt(list(ids), checked["max_new_tokens"][0], self.config, "the prompt")
+        limit = checked["max_new_tokens"][0]
+        prompt = causal_prompt(list(ids), limit, self.config, "the prompt", self.cache.room is not None)
         checked["max_new_tokens"] = [prompt.limit]
         return assemble([prompt], checked, self.config, end_tokens, self.transform, self.buckets)
 
@@ -78,8 +83,7 @@ class Decoder:
 
     def prefill(self, params: Tree, requests: Requests, size: int, past: Cache | None = None) -> State:
         """Reads the contexts of requests; see `state.prefill`, and with `past` `state.prefill_after`."""
-        function, behind = _prefill(past)
-        static = {"config": self.config, "transform": self.transform, "size": size}
+        function, behind, static = self._prefill(size, past)
         return ahead.find(function, params, requests, *behind, **static)(params, requests, *behind)
 
     def insert(self, into: State, prefix: State, rows: jax.Array | np.ndarray | int) -> State:
@@ -125,11 +129,11 @@ class Decoder:
         Returns:
             The abstract result of `prefill`.
         """
-        static = {"config": self.config, "transform": self.transform}
-        function, behind = _prefill(past)
-        ahead.compile_ahead(function, weights.prefill, requests, *behind, size=size, **static)
-        prefix = jax.eval_shape(functools.partial(function, size=size, **static), weights.prefill, requests, *behind)
+        function, behind, static = self._prefill(size, past)
+        ahead.compile_ahead(function, weights.prefill, requests, *behind, **static)
+        prefix = jax.eval_shape(functools.partial(function, **static), weights.prefill, requests, *behind)
         if steps:
+            static = {"config": self.config, "transform": self.transform}
             before = jax.eval_shape(lambda: self.empty(weights.step, prefix, rows, slots))
             ahead.compile_ahead(loop.decode_steps, weights.step, before, np.int32(1), **static)
         return prefix
@@ -138,18 +142,30 @@ class Decoder:
         """Frees rows; see `state.evict`."""
         return state.evict(before, rows)
 
+    def _prefill(self, size: int, past: Cache | None) -> tuple[Any, tuple[Cache, ...], dict[str, Any]]:
+        """The function that reads contexts, its arguments behind the requests, and its static ones."""
+        static = {"config": self.config, "transform": self.transform, "size": size}
+        if past is None:
+            return state.prefill, (), static | {"kind": self.cache}
+        return state.prefill_after, (past,), static
 
-def _prefill(past: Cache | None) -> tuple[Any, tuple[Cache, ...]]:
-    return (state.prefill, ()) if past is None else (state.prefill_after, (past,))
 
-
-def compile(model: ModelLike, transform: Transform = DEFAULT, buckets: Buckets = POWERS_OF_TWO) -> Decoder:
+def compile(
+    model: ModelLike,
+    transform: Transform = DEFAULT,
+    buckets: Buckets = POWERS_OF_TWO,
+    cache: str | Kind = "full",
+) -> Decoder:
     """The functions that decode with a model.
 
     Args:
         model: From `gx.load`, or (params, config).
         transform: The transform of the logits.
         buckets: The sizes for which programs are compiled.
+        cache: The kind of the cache; see `generate`.
+
+    Raises:
+        ValueError: The model cannot have such a cache.
     """
     _, config, _ = unpack_model(model)
-    return Decoder(config, transform, buckets)
+    return Decoder(config, transform, buckets, kind_for(cache, config))

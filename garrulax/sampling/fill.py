@@ -250,6 +250,8 @@ def _fill(
     order: str = "text",
 ) -> Pieces[list[Filled]]:
     """Checks the arguments at once; returns a generator that fills, `every` steps at a time (None: all at once)."""
+    if "cache" in knobs:
+        raise ValueError("fill keeps the whole text: leave cache out")
     weights, config, tokenizer = prepare_model(model)
     blanks = blanks_of(config)
     stops = StopStrings(stop, tokenizer)
@@ -265,7 +267,7 @@ def _fill(
         limits.append(answer_tokens(len(part.ids), 0, limit, config, blanks, f"text {i}", count))
         first_prompts.append(answer_prompt(part.ids, part.mask_indices[0], limits[-1], config, f"text {i}"))
     if search is not None:
-        check(search, config, values["temperature"], limits, stops)
+        check(search, config, values["temperature"], limits, stops, values.get("watermark", ()))
     rounds = max(len(part.mask_indices) for part in parts)
     # Where answers stay behind the text, a later answer needs its own slots and one for its [sop].
     more = 0 if blanks.insert_answers else (rounds - 1) * (max(limits) + 1)

@@ -4,7 +4,10 @@ import dataclasses
 from collections.abc import Generator, Sequence
 from typing import Any
 
+from garrulax.layers.cache_kinds import Kind
 from garrulax.models.unpack import ModelLike, TokenizerLike
+from garrulax.sampling.buckets import ONE_ROW, POWERS_OF_TWO
+from garrulax.sampling.caches import choose_kind, kind_for
 from garrulax.sampling.constrain import Constraint, Matcher
 from garrulax.sampling.constrained import decode_constrained, matchers_of
 from garrulax.sampling.decoder import Decoder
@@ -24,6 +27,14 @@ from garrulax.sampling.requests import (
 from garrulax.sampling.search import BestOf, ContrastiveSearch, Search, check
 from garrulax.sampling.search.copies import best_samples, copied
 from garrulax.sampling.search.running import searched
+from garrulax.sampling.speculate import (
+    Bound,
+    Speculation,
+    check_acceptance,
+    check_speculation,
+    compile_speculation,
+    decode_speculating,
+)
 from garrulax.sampling.start import compile_start, size_of, start
 from garrulax.sampling.state import Requests
 from garrulax.sampling.transforms import Transform
@@ -47,6 +58,8 @@ def generate(
     constrain: Constraint | Sequence[Constraint | None] | None = None,
     transform: Transform | None = None,
     search: Search | None = None,
+    speculate: Speculation | None = None,
+    cache: str | Kind = "full",
     **knobs: Any,
 ) -> Completion | list[Completion] | list[list[Completion]]:
     """Continues texts.
@@ -94,6 +107,12 @@ def generate(
         search: How to look for a good completion in place of sampling one: `gx.beam`, `gx.diverse_beam`,
             `gx.contrastive` or `gx.best_of`; docs/search.md shows them. In a completion, `score` is what it was ranked
             by. Stop strings do not go with beam search, and temperature 0 with none.
+        speculate: How to guess several next tokens, which the model then reads in one pass: `gx.prompt_lookup`,
+            `gx.draft` or `gx.medusa`; docs/speculation.md shows them. The completions are those without it, and come
+            sooner where many guesses are right. In a completion, `passes` is the number of passes.
+        cache: What is kept of the text: "full" is all, "int8" all with keys and values in 8 bits, `gx.window(n)` the
+            last n tokens, `gx.sinks(4, n)` and `gx.blocks()` what lets a text go on beyond the model's context;
+            docs/caches.md shows them. Models with a window keep no more than that in any case.
         **knobs: Further sampling parameters, such as min_p, repetition_penalty or no_repeat_ngram_size; see
             `sampling.transforms`, and docs/sampling.md.
 
@@ -102,7 +121,7 @@ def generate(
         list of Completions, best first.
 
     Raises:
-        TypeError: `search` is something else.
+        TypeError: `search` or `speculate` is something else.
         ValueError: An empty prompt, one that does not fit into the context with max_new_tokens, an id outside the
             vocabulary, a text without a tokenizer, a knob that no transform reads, or a bad argument. The message says
             what to do.
@@ -133,6 +152,8 @@ def generate(
         constrain=constrain,
         transform=transform,
         search=search,
+        speculate=speculate,
+        cache=cache,
         **knobs,
     )
     found = exhaust(plan.run())
@@ -154,7 +175,9 @@ def stream(
     negative_prompts: Prompt | None = None,
     constrain: Constraint | None = None,
     transform: Transform | None = None,
+    speculate: Speculation | None = None,
     every: int = 4,
+    cache: str | Kind = "full",
     **knobs: Any,
 ) -> Generator[str, None, Completion]:
     """Continues one text and yields it piece by piece. The pieces together are the text of `generate`.
@@ -174,7 +197,9 @@ def stream(
         negative_prompts: The prompt from which guidance moves the text away.
         constrain: What the text must be.
         transform: Transform of the logits.
-        every: Number of tokens between two pieces.
+        speculate: How to guess several next tokens.
+        every: Number of tokens between two pieces; with `speculate` of passes.
+        cache: What is kept of the text; see `generate`.
         **knobs: Further sampling parameters.
 
     Returns:
@@ -213,7 +238,9 @@ def stream(
         negative_prompts=negative_prompts,
         constrain=constrain,
         transform=transform,
+        speculate=speculate,
         every=every,
+        cache=cache,
         **knobs,
     )
     return _only_one(first_row(plan.run()))
@@ -232,6 +259,7 @@ class Plan:
         size: Greatest number of tokens that a row may get.
         every: Number of steps between two looks at the tokens.
         search: The search; None samples.
+        speculation: What guesses tokens; None does not.
         ends: Tokens that end a text.
         tokenizer: The model's tokenizer, or None.
         stops: Stop strings.
@@ -245,6 +273,7 @@ class Plan:
     size: int
     every: int
     search: Search | None
+    speculation: Bound | None
     ends: Sequence[int]
     tokenizer: TokenizerLike | None
     stops: StopStrings
@@ -267,13 +296,22 @@ class Plan:
                 self.stops,
                 self.matchers,
             )
-        constrained = bool(self.matchers)
-        state = start(decoder, weights, requests, self.size, constrained, steps=not constrained)
-        if constrained:
+        constrained, speculation, passes = bool(self.matchers), self.speculation, dict[int, int]()
+        if speculation is not None:
+            compile_speculation(decoder, weights, requests, self.size, speculation, constrained)
+            state = start(decoder, weights, requests, self.size, steps=False)
+            passes = yield from decode_speculating(
+                decoder, weights.step, state, self.writers, self.every, self.size, speculation, self.matchers
+            )
+        elif constrained:
+            state = start(decoder, weights, requests, self.size, constrained, steps=False)
             yield from decode_constrained(decoder, weights.step, state, self.writers, self.matchers, self.size)
         else:
+            state = start(decoder, weights, requests, self.size)
             yield from decode_pieces(decoder, weights.step, state, self.writers, self.every, self.size)
-        completions = [writer.completion() for writer in self.writers.values()]
+        completions = [
+            dataclasses.replace(writer.completion(), passes=passes.get(row)) for row, writer in self.writers.items()
+        ]
         return [[one] for one in completions] if self.search is None else best_samples(self.search, completions)
 
 
@@ -296,6 +334,10 @@ def compile_ahead(model: ModelLike, prompt: Prompt, *, max_new_tokens: int | Non
         ValueError: See `generate`.
     """
     plan = make_plan(model, [prompt], max_new_tokens, **arguments)
+    if plan.speculation is not None:
+        constrained = bool(plan.matchers)
+        compile_speculation(plan.decoder, plan.weights, plan.requests, plan.size, plan.speculation, constrained)
+        return
     steps = not plan.matchers and (plan.search is None or isinstance(plan.search, BestOf))
     compile_start(plan.decoder, plan.weights, plan.requests, plan.size, steps)
 
@@ -312,7 +354,9 @@ def make_plan(
     every: int | None = None,
     transform: Transform | None = None,
     search: Search | None = None,
+    speculate: Speculation | None = None,
     prepared: Prepared | None = None,
+    cache: str | Kind = "full",
     **knobs: Any,
 ) -> Plan:
     """Checks the arguments of `generate`.
@@ -326,27 +370,32 @@ def make_plan(
         negative_prompts: One, or one a prompt.
         every: Steps between two looks at the tokens; None is as few looks as possible.
         transform: Transform of the logits.
+        search: The search.
+        speculate: What guesses tokens.
         prepared: What `prepare_model` has made of the model; None makes it.
+        cache: What is kept of the text.
         **knobs: Sampling parameters.
     """
     weights, config, tokenizer = prepared or prepare_model(model)
+    kind = kind_for(cache, config)
     stops = StopStrings(stop, tokenizer)
     ends = ends_of(model, config, tokenizer, end_tokens)
     knobs = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0, **knobs}
     transform = without_padding(chain_for(transform, knobs), config, tokenizer, ends)
     values = knobs_per_prompt(len(prompts), vocab=config.vocab, max_new_tokens=max_new_tokens, **knobs)
     encoded = [
-        encode_prompt(prompt, limit, config, tokenizer, f"prompt {i}")
+        encode_prompt(prompt, limit, config, tokenizer, f"prompt {i}", kind.room is not None)
         for i, (prompt, limit) in enumerate(zip(prompts, values["max_new_tokens"], strict=True))
     ]
     values["max_new_tokens"] = [prompt.limit for prompt in encoded]
     if search is not None:
-        check(search, config, values["temperature"], values["max_new_tokens"], stops)
+        check(search, config, values["temperature"], values["max_new_tokens"], stops, values.get("watermark", ()))
     copies = search.n if isinstance(search, BestOf) else 1
     if isinstance(search, BestOf):
         encoded, values = copied(search, encoded, values)
     limits = values["max_new_tokens"]
-    rows, encoded, values = with_partners(encoded, values, negative_prompts, copies, config, tokenizer)
+    endless = kind.room is not None
+    rows, encoded, values = with_partners(encoded, values, negative_prompts, copies, config, tokenizer, endless)
     requests = assemble(encoded, values, config, ends, transform)
     writers = {row: Writer(tokenizer, limit, ends, stops) for row, limit in zip(rows, limits, strict=True)}
     followed = zip(rows, matchers_of(constrain, limits, copies, config, tokenizer, ends), strict=True)
@@ -357,6 +406,14 @@ def make_plan(
         raise ValueError("guidance_scale does not go with gx.contrastive: use gx.beam or gx.best_of")
     if matchers and isinstance(search, ContrastiveSearch):
         raise ValueError("constrain does not go with gx.contrastive: use gx.beam or gx.best_of")
-    decoder = Decoder(config, transform)
-    size, every = size_of(requests, decoder.buckets), every or (STOP_CHECK_STEPS if stop else max(limits))
-    return Plan(decoder, weights, requests, writers, matchers, size, every, search, ends, tokenizer, stops)
+    buckets = POWERS_OF_TWO if speculate is None else ONE_ROW
+    size, every = size_of(requests, buckets), every or (STOP_CHECK_STEPS if stop else max(limits))
+    compared = search is not None and not isinstance(search, BestOf)
+    full_only = "search" if compared else "speculate" if speculate is not None else None
+    decoder = Decoder(config, transform, buckets, choose_kind(kind, config, size, full_only))
+    speculation = None
+    if speculate is not None:
+        check_speculation(speculate, search, len(encoded) > len(rows))
+        speculation = speculate.bind(weights, config, transform, requests, size)
+        check_acceptance(speculation, bool(matchers))
+    return Plan(decoder, weights, requests, writers, matchers, size, every, search, speculation, ends, tokenizer, stops)

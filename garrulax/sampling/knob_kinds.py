@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from garrulax.sampling.transforms.watermarks import Watermark, as_arrays
+
 
 class Kind(NamedTuple):
     """A kind of knobs.
@@ -107,6 +109,11 @@ def biased_tokens() -> Kind:
         return ids, _biases(values, ids.shape[1])
 
     return Kind(read, _is_no_list, array, lambda value: (i for i, _ in value))
+
+
+def watermarks() -> Kind:
+    """Descriptions of watermarks: `transforms.watermarks.Marks`."""
+    return Kind(lambda value: _if(lambda x: isinstance(x, Watermark), value), _is_no_list, as_arrays)
 
 
 def _is_list(value: Any) -> bool:

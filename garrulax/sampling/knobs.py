@@ -23,6 +23,7 @@ from garrulax.sampling.knob_kinds import (
     start_and_factor,
     token,
     tokens,
+    watermarks,
     words,
 )
 from garrulax.sampling.transforms import Transform
@@ -88,6 +89,7 @@ KNOBS = {
     "exponential_decay_length_penalty": Knob(
         start_and_factor(), "a number of tokens and a factor above 0 (None is off)", (0, 1.0)
     ),
+    "watermark": Knob(watermarks(), "what gx.watermark(key) returns (None is off)", None),
 }
 #: Filters change nothing in a row that is greedy (temperature 0), and are switched off there.
 FILTERS = ("top_h", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
@@ -167,7 +169,7 @@ def knob_arrays(transform: Transform, knobs: Mapping[str, Sequence[Any]], rows: 
 
     Raises:
         ValueError: A knob that is not off and that the transform does not read, a knob that it reads and that is
-            neither given nor built in, or values that are no numbers.
+            neither given nor built in, values that are no numbers, or a watermark at temperature 0.
 
     Example:
         >>> from garrulax.sampling import knobs, transforms
@@ -186,6 +188,8 @@ def knob_arrays(transform: Transform, knobs: Mapping[str, Sequence[Any]], rows: 
     if missing := sorted(name for name in names - optional if name not in own and name not in KNOBS):
         raise ValueError(f"the transform reads the knob {missing[0]!r}, which has no default: give {missing[0]}=...")
     greedy = [t == 0 for t in given.get("temperature", ())]
+    if any(g and mark is not None for g, mark in zip(greedy, given.get("watermark", ()), strict=False)):
+        raise ValueError("a watermark needs a choice of tokens, and temperature=0 leaves one: set it above 0")
     arrays = {name: x for name, x in own.items() if name in names}
     for name in sorted(names & KNOBS.keys()):
         knob = KNOBS[name]

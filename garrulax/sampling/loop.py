@@ -13,7 +13,7 @@ from garrulax.core import half
 from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
 from garrulax.core.sums import MOST_ROWS, row_sum
-from garrulax.kernels.mask import Mask
+from garrulax.kernels.mask import PAD, Mask
 from garrulax.layers.cache import Cache, write
 from garrulax.sampling.state import State, without_layers
 from garrulax.sampling.transforms import DEFAULT, Transform, sample
@@ -66,11 +66,14 @@ def read(
     """
     index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]  # [1, T]
     rank = state.cache.used[:, None] + index  # [B, T]
-    if count is not None:  # the position of padding must not lie behind the context, where learned ones are NaN
+    segment = jnp.zeros_like(rank)
+    if count is not None:
+        segment = jnp.where(index < count[:, None].astype(jnp.int32), segment, PAD)
+        # The position of padding must not lie behind the context, where learned ones are NaN
         index = jnp.minimum(index, jnp.maximum(count - 1, 0)[:, None].astype(jnp.int32))  # [B, T]
     index = index.reshape(-1, *(1,) * (state.position.ndim - 1), tokens.shape[1])
     positions = state.position[..., None] + state.stride[..., None] * index  # [B, T] or [B, 2, T]
-    mask = Mask({"rank": rank, "segment": jnp.zeros_like(rank)})
+    mask = Mask({"rank": rank, "segment": segment})
     logits, cache = models.forward(params, tokens, config, positions=positions, mask=mask, cache=state.cache)
     # In bfloat16 the noise of sampling would be so coarse that rare tokens are never sampled.
     return logits.astype(jnp.float32), cast(Cache, cache)
@@ -98,7 +101,7 @@ def advance(
     generated = state.generated + active.astype(jnp.int32)
     ended = jnp.any(token[:, None] == state.ends, axis=1) | (generated >= state.limit)
     observed = transform.observe(token, transform_state)
-    column = jnp.minimum(state.generated, state.tokens.shape[1] - 1)
+    column = state.generated % state.tokens.shape[1]
     return dataclasses.replace(
         state,
         # The row of a text that is done steps on with the batch, but its slot stays free.
@@ -146,7 +149,7 @@ def decode_steps(
 
     def unfinished(carry):
         count, state = carry
-        return (count < steps) & ~jnp.all(state.done) & (state.cache.used.max() < state.cache.size)
+        return (count < steps) & ~jnp.all(state.done) & state.cache.has_room
 
     def body(carry):
         count, state = carry

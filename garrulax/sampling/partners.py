@@ -11,9 +11,14 @@ from garrulax.sampling.requests import EncodedPrompt, Prompt, causal_prompt, pro
 
 
 def encode_prompt(
-    prompt: Prompt, limit: int | None, config: ModelConfig, tokenizer: TokenizerLike | None, name: str
+    prompt: Prompt,
+    limit: int | None,
+    config: ModelConfig,
+    tokenizer: TokenizerLike | None,
+    name: str,
+    endless: bool = False,
 ) -> EncodedPrompt:
-    """The prompt that `generate` continues; `name` is its name in errors."""
+    """The prompt that `generate` continues; `name` is its name in errors, `endless` as for `new_tokens`."""
     if models.blanks(config) is not None:
         encoded = last_blank_prompt(prompt, limit, config, tokenizer, name)
         if encoded is not None:
@@ -21,7 +26,7 @@ def encode_prompt(
     ids = token_ids(prompt, tokenizer, name)
     if isinstance(prompt, str) and tokenizer is not None:
         ids = [*tokenizer.prefix, *ids, *tokenizer.suffix]
-    return causal_prompt(ids, limit, config, name)
+    return causal_prompt(ids, limit, config, name, endless)
 
 
 def with_partners(
@@ -31,6 +36,7 @@ def with_partners(
     copies: int,
     config: ModelConfig,
     tokenizer: TokenizerLike | None,
+    endless: bool = False,
 ) -> tuple[list[int], list[EncodedPrompt], dict[str, list]]:
     """The rows of a batch in which each prompt with guidance is followed by the prompt without its condition.
 
@@ -57,7 +63,7 @@ def with_partners(
     order: list[int] = []  # pairs first, since the first of a pair has an even row
     all_rows: list[EncodedPrompt] = []
     for i in guided:
-        partner = encode_prompt(negative[i], encoded[i].limit, config, tokenizer, f"negative prompt {i}")
+        partner = encode_prompt(negative[i], encoded[i].limit, config, tokenizer, f"negative prompt {i}", endless)
         all_rows += [encoded[i], partner._replace(conditional=encoded[i])]
         order += [i, i]
     others = [i for i in range(len(encoded)) if i not in guided]

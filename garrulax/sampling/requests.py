@@ -163,7 +163,9 @@ def check_ids(ids: list[int], config: ModelConfig, name: str) -> None:
         raise ValueError(f"{name} has token id {wrong[0]}: this model's ids are 0 to {config.vocab - 1}")
 
 
-def new_tokens(size: int, limit: int | None, config: ModelConfig, name: str, blanks: int = 1) -> int:
+def new_tokens(
+    size: int, limit: int | None, config: ModelConfig, name: str, blanks: int = 1, endless: bool = False
+) -> int:
     """Returns the greatest number of new tokens, for each of `blanks`, after a prompt of `size` tokens.
 
     Args:
@@ -172,10 +174,13 @@ def new_tokens(size: int, limit: int | None, config: ModelConfig, name: str, bla
         config: The family's Config.
         name: Name of the prompt in errors.
         blanks: Number of blanks that share the context.
+        endless: Whether the text may be longer than the context, since the cache counts positions.
 
     Raises:
         ValueError: The prompt and the new tokens do not fit into the model's context.
     """
+    if endless:
+        return MOST_NEW_TOKENS if limit is None else limit
     if limit is None:
         if size + blanks > config.max_length:
             raise ValueError(
@@ -191,14 +196,16 @@ def new_tokens(size: int, limit: int | None, config: ModelConfig, name: str, bla
     return limit
 
 
-def causal_prompt(ids: list[int], limit: int | None, config: ModelConfig, name: str) -> EncodedPrompt:
+def causal_prompt(
+    ids: list[int], limit: int | None, config: ModelConfig, name: str, endless: bool = False
+) -> EncodedPrompt:
     """Returns a prompt that is read causally, as `garrulax.forward` does by default.
 
     Raises:
         ValueError: An id is outside the vocabulary, or the prompt and `limit` new tokens do not fit into the context.
     """
     check_ids(ids, config, name)
-    limit = new_tokens(len(ids), limit, config, name)
+    limit = new_tokens(len(ids), limit, config, name, endless=endless)
     blanks = models.blanks(config)
     rows = 1 if blanks is None else blanks.rows
     positions, stride = np.zeros((rows, len(ids)), np.int32), np.zeros(rows, np.int32)

@@ -15,13 +15,15 @@ from garrulax.core import half
 from garrulax.core.config import ModelConfig
 from garrulax.kernels.mask import PAD
 from garrulax.layers.cache import Cache
+from garrulax.layers.cache_kinds import Kind
 from garrulax.layers.rope import same_angles
 from garrulax.models.unpack import ModelLike
 from garrulax.sampling.buckets import POWERS_OF_TWO, slots_for
+from garrulax.sampling.caches import choose_kind, kind_for
 from garrulax.sampling.generate import Plan, make_plan
 from garrulax.sampling.requests import Prompt, after, prepare_model, prompt_list
 from garrulax.sampling.state import Requests, State, extract, grow_cache
-from garrulax.sampling.writing import Completion, push_new_tokens, stepper
+from garrulax.sampling.writing import Completion, Writer, push_new_tokens, stepper
 
 LENGTHS = (16, 32, 64)  # new tokens of a turn for which `compile_ahead` compiles
 
@@ -65,16 +67,21 @@ class Session:
         6
     """
 
-    def __init__(self, model: ModelLike):
+    def __init__(self, model: ModelLike, cache: str | Kind = "full"):
         """Begins a conversation.
 
         Args:
             model: As for `generate`. Abstract parameters are enough for `compile_ahead`.
+            cache: As for `generate`. With `gx.sinks` or `gx.blocks` a conversation may be longer than the context.
+
+        Raises:
+            ValueError: The model cannot have such a cache.
         """
         self._model = model
         self._prepared = prepare_model(model)
         # The greatest size from the start: with a size that grows, programs would be compiled again.
         self._size = POWERS_OF_TWO.of("size", self._config.max_length)
+        self._kind = choose_kind(kind_for(cache, self._config), self._config, self._size)
         self._begun: set[Hashable] = set()  # programs that were compiled ahead
         self.forget()
 
@@ -99,7 +106,7 @@ class Session:
             prompt: The whole conversation so far: token ids, or a text.
             max_new_tokens: See `stream`.
             every: Number of tokens between two pieces.
-            **arguments: Further arguments of `stream`, but for guidance and constraints.
+            **arguments: Further arguments of `stream`, but for guidance, constraints and speculation.
 
         Returns:
             A generator of pieces, whose return value is the Completion.
@@ -113,8 +120,9 @@ class Session:
             raise ValueError(f"a session takes one prompt, not {len(prompts)}: generate takes several")
         if every < 1:
             raise ValueError(f"every={every} must be at least 1")
-        if arguments.get("constrain") is not None:
-            raise ValueError("a session takes no constrain: give it to generate or stream")
+        for name in ("constrain", "speculate"):
+            if arguments.get(name) is not None:
+                raise ValueError(f"a session takes no {name}: give it to generate or stream")
         plan = self._plan(prompts, max_new_tokens, every=every, **arguments)
         if len(plan.requests.limit) > 1:
             raise ValueError("a session takes no guidance_scale: give it to generate or stream")
@@ -132,11 +140,11 @@ class Session:
         read = len(self.read) if read is None else read
         arguments = {**arguments, "max_new_tokens": 1, "every": 1}
         for length in lengths:
-            if read + length + 2 > self._config.max_length:
+            if self._kind.room is None and read + length + 2 > self._config.max_length:
                 return
             plan = self._plan([[0] * (length + 1)], **arguments)
             one = self._rest(plan, 0)
-            slots = max(least, slots_for(read + one.context.shape[1], self._size_of(plan)))
+            slots = max(least, self._slots(read + one.context.shape[1], plan))
             self._compile(plan, one, jax.eval_shape(functools.partial(self._empty_cache, slots)))
 
     @property
@@ -144,7 +152,7 @@ class Session:
         return self._prepared[1]
 
     def _plan(self, prompts: list[Prompt], max_new_tokens: int | None, **arguments: Any) -> Plan:
-        return make_plan(self._model, prompts, max_new_tokens, prepared=self._prepared, **arguments)
+        return make_plan(self._model, prompts, max_new_tokens, prepared=self._prepared, cache=self._kind, **arguments)
 
     def _run(self, plan: Plan) -> Generator[str, None, Completion]:
         weights, size = self._prepared[0], self._size_of(plan)
@@ -164,7 +172,7 @@ class Session:
         finally:
             # A step that was interrupted may have taken the state with it: then the prompt stays.
             if causal and not state.token.is_deleted():
-                self._keep(state, ids)
+                self._keep(state, ids, writer)
 
     def _begin(self, plan: Plan, ids: list[int], causal: bool) -> State:
         """Reads what is new of the prompt, keeps that, and returns the state before the first new token."""
@@ -172,8 +180,10 @@ class Session:
         planned = len(ids) + int(plan.requests.limit[0])
         known = _common(self.read, ids[:-1]) if causal and self._same_angles(planned) else 0
         width = decoder.buckets.of("prompt", max(1, len(ids) - 1 - known))
-        slots = slots_for(max(known + width, len(ids)), size)
-        known = min(known, slots - width)  # where padding does not fit behind it, less is reused
+        slots = self._slots(max(known + width, len(ids)), plan)
+        if not self._kind.ring:
+            known = min(known, slots - width)  # where padding does not fit behind it, less is reused
+        known = self._kind.reusable(known, len(self.read))
         past = self._past_with(known, slots)
         one = self._rest(plan, known)
         self._compile(plan, one, past)
@@ -183,12 +193,13 @@ class Session:
         state = decoder.empty(weights.step, prefix, self._rows(plan), past.size)
         return decoder.insert(state, prefix, 0)
 
-    def _keep(self, state: State, ids: list[int]) -> None:
+    def _keep(self, state: State, ids: list[int], writer: Writer) -> None:
         """Keeps what the row of a state has read after the prompt."""
         stacked = not isinstance(self._prepared[0].prefill["blocks"], tuple)
         fetched = (state.cache.used, state.generated, state.limit, state.tokens)
         used, generated, limit, tokens = jax.device_get(fetched)
-        read = [*ids, *tokens[0, : generated[0]].tolist()][: used[0]]
+        last = tokens[0, np.arange(len(writer.tokens), generated[0]) % tokens.shape[1]]
+        read = [*ids, *writer.tokens, *last.tolist()][: used[0]]
         planned = len(ids) + int(limit[0])
         self._kept = _Kept(extract(state, 0, stacked), planned, read)
 
@@ -203,14 +214,26 @@ class Session:
 
     def _empty_cache(self, slots: int) -> Cache:
         params = jax.eval_shape(half.from_bits, self._prepared[0].prefill)
-        return models.cache_for(params, self._config, 1, slots)
+        return models.cache_for(params, self._config, 1, slots, kind=self._kind)
 
     def _same_angles(self, planned: int) -> bool:
-        rope = getattr(self._config, "rope", None)
-        return rope is None or self._kept is None or same_angles(rope, self._kept.planned, planned)
+        rope, most = getattr(self._config, "rope", None), self._kind.room or planned
+        return (
+            rope is None or self._kept is None or same_angles(rope, min(self._kept.planned, most), min(planned, most))
+        )
+
+    def _slots(self, needed: int, plan: Plan) -> int:
+        return self._kind.slots(slots_for(needed, self._size_of(plan)))
 
     def _rest(self, plan: Plan, known: int) -> Requests:
-        return after(plan.requests, 0, known, self._size_of(plan) + 1, plan.decoder.buckets)
+        size = self._size_of(plan)
+        requests = plan.requests
+        if plan.size > size:  # of an endless text, transforms see the end
+            limit = min(int(requests.limit[0]), size - 1)
+            text: Any = np.asarray(requests.prompt)
+            text = text[:, : int((text != PAD).sum())][:, limit - size :]
+            requests = dataclasses.replace(requests, prompt=text)
+        return after(requests, 0, known, size + 1, plan.decoder.buckets)
 
     def _compile(self, plan: Plan, one: Requests, past: Cache) -> None:
         key = plan.decoder, one.context.shape, past.size
@@ -224,7 +247,8 @@ class Session:
         return plan.decoder.buckets.of("rows", 1)
 
     def _size_of(self, plan: Plan) -> int:
-        return max(self._size, plan.size)
+        # A ring has its size, however long the text becomes.
+        return self._size if self._kind.ring and self._kind.room else max(self._size, plan.size)
 
 
 def _ids(requests: Requests) -> list[int]:

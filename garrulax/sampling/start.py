@@ -1,5 +1,6 @@
 """The beginning of decoding: a state with a row for each request."""
 
+import jax
 import numpy as np
 
 from garrulax.sampling.buckets import Buckets, bucket, slots_for
@@ -43,10 +44,16 @@ def start(
     return state
 
 
-def compile_start(decoder: Decoder, weights: Weights, requests: Requests, size: int, steps: bool = True) -> None:
-    """Begins to compile what `start` and the first steps need. Arguments as there; the weights may be abstract."""
+def compile_start(decoder: Decoder, weights: Weights, requests: Requests, size: int, steps: bool = True) -> State:
+    """Begins to compile what `start` and the first steps need. Arguments as there; the weights may be abstract.
+
+    Returns:
+        The abstract result of `start`.
+    """
     groups, rows, slots = _groups(decoder, requests, size)
-    decoder.compile_ahead(weights, groups[0][0], rows, slots, size, steps=steps)
+    prefix = decoder.compile_ahead(weights, groups[0][0], rows, slots, size, steps=steps)
+    state: State = jax.eval_shape(lambda: decoder.empty(weights.step, prefix, rows, slots))
+    return state
 
 
 def _groups(decoder: Decoder, requests: Requests, size: int) -> tuple[list[tuple[Requests, np.ndarray]], int, int]:

@@ -16,8 +16,10 @@ from garrulax import models
 from garrulax.core import half
 from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
-from garrulax.kernels.mask import PAD, Mask
+from garrulax.kernels.mask import PAD
 from garrulax.layers.cache import KV, Cache
+from garrulax.layers.cache_kinds import FULL, Kind
+from garrulax.sampling.contexts import cache_context
 from garrulax.sampling.transforms import Knobs, Transform
 
 
@@ -81,7 +83,7 @@ class State:
         generated: int32 [B], number of new tokens so far.
         done: bool [B], whether the row gets no more tokens. A free row is done.
         ends: int32 [B, E], tokens that end the row.
-        tokens: int32 [B, S], new tokens; valid in the first `generated` columns of a row.
+        tokens: int32 [B, S], new tokens: number i is in column i % S, so the last S of `generated` are there.
         logprobs: float32 [B, S], their log-probabilities in the model's distribution, before any transform; -inf where
             the transforms and `allowed` left no token.
         allowed: uint32 [B, ceil(V / 32)], the tokens that may be sampled next: bit i of word j stands for token
@@ -133,20 +135,23 @@ def _empty(
     def free(x: jax.Array) -> jax.Array:
         return jnp.zeros((rows, *x.shape[1:]), x.dtype)
 
-    cache = models.cache_for(jax.eval_shape(half.from_bits, params), config, rows, slots)
+    kind = prefix.cache.kind
+    cache = models.cache_for(jax.eval_shape(half.from_bits, params), config, rows, slots, kind=kind)
     state = cast(State, jax.tree.map(free, dataclasses.replace(prefix, cache=cast(Cache, None))))
     return dataclasses.replace(
         state,
         cache=dataclasses.replace(cache, planned=jnp.zeros_like(cache.planned)),
         done=jnp.ones((rows,), bool),
-        tokens=jnp.zeros((rows, slots), jnp.int32),
-        logprobs=jnp.zeros((rows, slots), jnp.float32),
+        tokens=jnp.zeros((rows, cache.size), jnp.int32),
+        logprobs=jnp.zeros((rows, cache.size), jnp.float32),
         allowed=jnp.zeros((rows, -(-config.vocab // 32)), jnp.uint32) if constrained else None,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "transform", "size"))
-def prefill(params: Tree, requests: Requests, config: ModelConfig, transform: Transform, size: int) -> State:
+@functools.partial(jax.jit, static_argnames=("config", "transform", "size", "kind"))
+def prefill(
+    params: Tree, requests: Requests, config: ModelConfig, transform: Transform, size: int, kind: Kind = FULL
+) -> State:
     """Reads the contexts of requests.
 
     A program of one row for each prompt makes the result independent of the other prompts, to the last bit.
@@ -157,11 +162,12 @@ def prefill(params: Tree, requests: Requests, config: ModelConfig, transform: Tr
         config: The family's Config.
         transform: The transform of the logits.
         size: Greatest number of tokens, of prompt and answer together, that a row may get.
+        kind: Of the cache.
 
     Returns:
         A state of these rows, which `insert` puts into a larger one. It has no space for new tokens.
     """
-    cache = models.cache_for(half.from_bits(params), config, *requests.context.shape)
+    cache = models.cache_for(half.from_bits(params), config, *requests.context.shape, kind=kind)
     return _read(params, requests, cache, config, transform, size)
 
 
@@ -192,9 +198,10 @@ def _read(
     params = half.from_bits(params)
     rows, B = len(requests.context), len(requests.limit)
     cached = cache.used + jnp.sum(requests.segment != PAD, axis=1, dtype=jnp.int32)
-    cache = dataclasses.replace(cache, planned=cached + 1 + requests.limit[:rows])
-    mask = Mask({"rank": requests.rank, "segment": requests.segment})
-    cache = cache_tokens(params, cache, requests.context, requests.positions, config, mask)
+    planned = cached + 1 + requests.limit[:rows]
+    planned = planned if cache.kind.room is None else jnp.minimum(planned, cache.kind.room)
+    streams = requests.segment, requests.rank, requests.positions
+    cache = cache_context(params, dataclasses.replace(cache, planned=planned), requests.context, *streams, config)
     cache = dataclasses.replace(cache, used=cached)
     reserved = {name: getattr(requests, name) for name in ("ends", "limit", "unconditional")}
     # States of transforms have one shape for prompts of all lengths, so that they fit into one batch.
@@ -392,11 +399,16 @@ def grow_cache(cache: Cache, slots: int) -> Cache:
 
 
 def _longer(cache: Cache, slots: int) -> Cache:
-    def longer(x: jax.Array, axis: int) -> jax.Array:
-        return jnp.pad(x, [(0, slots - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
+    def longer(x: jax.Array, axis: int, size: int) -> jax.Array:
+        return jnp.pad(x, [(0, size - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
 
-    layers = jax.tree.map(lambda x: longer(x, x.ndim - 2), cache.layers)
-    streams = {name: longer(x, 1) for name, x in cache.streams.items()}
+    def longer_layer(layer: KV) -> KV:
+        sizes = cache.kind.arrays(slots, layer["key"].shape[-1], layer["key"].dtype)
+        return {name: longer(x, x.ndim - 2, sizes[name][0]) for name, x in layer.items()}
+
+    layers = cache.layers
+    layers = tuple(map(longer_layer, layers)) if isinstance(layers, tuple) else longer_layer(layers)
+    streams = {name: longer(x, 1, slots) for name, x in cache.streams.items()}
     return dataclasses.replace(cache, layers=layers, streams=streams)
 
 
@@ -408,13 +420,3 @@ def evict(state: State, rows: jax.Array) -> State:
     cache = dataclasses.replace(state.cache, used=jnp.where(rows, 0, state.cache.used))
     limit = jnp.where(rows, 0, state.limit)
     return dataclasses.replace(state, cache=cache, limit=limit, done=state.done | rows)
-
-
-def cache_tokens(
-    params: Tree, cache: Cache, tokens: jax.Array, positions: jax.Array, config: ModelConfig, mask: Mask | None = None
-) -> Cache:
-    """Returns the cache after the model has read tokens [B, T]. Arguments as in `garrulax.forward`.
-
-    Under jit the logits are not computed, since nothing uses them.
-    """
-    return cast(Cache, models.forward(params, tokens, config, positions=positions, mask=mask, cache=cache)[1])

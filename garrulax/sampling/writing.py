@@ -29,6 +29,8 @@ class Completion:
             natural logarithm, float32).
         finish_reason: "eos" (a token that ends texts), "stop" (a stop string) or "length" (max_new_tokens).
         score: What a search ranks it by (`sampling.search`); None without a search.
+        passes: Number of passes of the model that gave these tokens, with `speculate`; None without it. Each gives one
+            token, and as many more as drafts were accepted.
 
     Example:
         >>> import jax, garrulax as gx
@@ -43,6 +45,7 @@ class Completion:
     logprobs: list[float]
     finish_reason: str
     score: float | None = None
+    passes: int | None = None
 
     def __str__(self) -> str:
         return str(self.tokens) if self.text is None else self.text
@@ -179,7 +182,8 @@ def stepper(decoder: Decoder, params: Tree, every: int, size: int) -> Callable[[
         state = with_free_slots(state, 1, size)
         if state.cache.size not in programs:
             programs[state.cache.size] = decoder.program(params, state)
-        return programs[state.cache.size](params, state, np.int32(every))
+        # The state has the last tokens only: as many as it has columns.
+        return programs[state.cache.size](params, state, np.int32(min(every, state.tokens.shape[1])))
 
     return step
 
@@ -194,7 +198,7 @@ def push_new_tokens(state: State, writers: Mapping[int, Writer]) -> list[str]:
     tokens, logprobs, generated = jax.device_get((state.tokens, state.logprobs, state.generated))
     pieces = []
     for row, writer in writers.items():
-        new = slice(len(writer.tokens), generated[row])
+        new = np.arange(len(writer.tokens), generated[row]) % tokens.shape[1]
         if np.isneginf(logprobs[row, new]).any():
             raise ValueError("the transforms and constraints leave no token that may be sampled: loosen them")
         if not np.isfinite(logprobs[row, new]).all():
@@ -216,8 +220,11 @@ def end_stopped(state: State, writers: Mapping[int, Writer]) -> State:
 def with_free_slots(state: State, count: int, size: int) -> State:
     """The state with at least `count` free slots in each row, unless a row has `size` slots already.
 
-    Beyond `size` it grows only for slots that are written and never used: those of tokens that pad a pass.
+    Beyond `size` it grows only for slots that are written and never used: those of tokens that pad a pass. A ring has
+    free slots always.
     """
+    if state.cache.kind.ring:
+        return state
     if count == 1 and state.cache.size >= size:  # the usual case; `used` would have to be read from the device
         return state
     needed = int(state.cache.used.max()) + count

@@ -1,7 +1,7 @@
 """Batches of a run as functions of the step number, so that resuming a run needs only that number."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -10,18 +10,16 @@ from jax.sharding import Mesh
 from garrulax import models
 from garrulax.core.config import ModelConfig
 from garrulax.core.sharding import SEQUENCE_AXIS, token_sharding
-from garrulax.train.documents import isolated_causal, isolated_infill, segments_at
-from garrulax.train.infill import BlankMix, InfillTokenizer, InfillTokens, infill_batch, source_window
+from garrulax.train import components, sources
+from garrulax.train.components import Component
+from garrulax.train.feed import Feed
+from garrulax.train.infill import GLM_130B, BlankMix
+from garrulax.train.infill_tokens import InfillTokenizer, InfillTokens
 from garrulax.train.objectives import Batch, objective_name
 from garrulax.train.rows import HostBatch
-from garrulax.train.sampler import Sampler, eval_windows
-from garrulax.train.settings import Settings
-from garrulax.train.shards import Dataset, Tokens
-
-# Seed of the blanks in the held-out text. It is the same in every run, so that held-out losses can be compared.
-HELD_OUT_SEED = 2**40
-# Tokens of the shortest text that blank infilling is evaluated on.
-_SHORTEST = 9
+from garrulax.train.sampler import hash_of
+from garrulax.train.settings import INSTEAD_OF, Settings
+from garrulax.train.shards import Dataset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,139 +33,80 @@ class Data:
             array than a training batch: bytes, float32 [B], the bytes of text that the weighted targets of a row stand
             for (0 if unknown).
         identity: Hashes, by name, of everything that the batches depend on.
+        notes: Lines about the mixture and the packing, for the user.
         eval_texts: As `held_out`, of further texts, by name (`eval_texts.eval_batches`).
     """
 
     batch_at: Callable[[int], HostBatch]
     held_out: Callable[[], Iterator[HostBatch]]
     identity: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     eval_texts: Mapping[str, Callable[[], Iterator[HostBatch]]] = dataclasses.field(default_factory=dict)
 
 
-def make_data(dataset: Dataset, settings: Settings, config: ModelConfig, tokenizer: InfillTokenizer) -> Data:
+def make_data(
+    datasets: Dataset | Sequence[Dataset], settings: Settings, config: ModelConfig, tokenizer: InfillTokenizer
+) -> Data:
     """Makes batches for the objective that the settings name, or else for the default objective of the model's family.
 
     Args:
-        dataset: The token ids, from `shards.build_shards`.
+        datasets: The token ids, from `shards.build_shards`: of one corpus, or of each corpus of the mixture that
+            `settings.corpus` describes.
         settings: Of the run.
         config: Of the model.
-        tokenizer: The one that the data set was made with.
+        tokenizer: The one that the data sets were made with.
 
     Raises:
-        ValueError: If the window is longer than the model's context, the vocabulary larger than the model's, a control
-            token is missing, or the text shorter than a window.
+        ValueError: If the window is longer than the model's context, the vocabulary larger than the model's, the
+            objective is not one of the model, a control token is missing, or a text shorter than a window.
     """
     if settings.window > config.context:
         raise ValueError(f"window={settings.window} is longer than the model's context={config.context}")
     if tokenizer.vocab > config.vocab:
         raise ValueError(f"the tokenizer has {tokenizer.vocab} ids, the model's vocab is {config.vocab}")
-    if objective_name(settings.objective, config) == "causal":
-        return causal_data(dataset, settings)
-    blanks = models.blanks(config)
-    has_task_masks = blanks is not None and blanks.masks["s"] != blanks.masks[""]
-    return infill_data(dataset, settings, tokenizer, InfillTokens.of(tokenizer, has_task_masks))
+    datasets = [datasets] if not isinstance(datasets, Sequence) else datasets
+    make = _maker(settings, config, tokenizer)
+    # The first corpus has the seed of the run, so that a run is the same with one corpus and with a mixture of one.
+    made = [make(d, settings.seed if i == 0 else int(hash_of(settings.seed, i)[0])) for i, d in enumerate(datasets)]
+    parts = sources.mixture(settings.corpus) if len(made) > 1 else []
+    weights = [1.0]
+    if len(made) > 1 and len(made) != len(parts):
+        raise ValueError(f"corpus={','.join(settings.corpus)} is no mixture of {len(made)} corpora, one a data set")
+    if parts:
+        rows = [component.rows if part.epochs else 1 for part, component in zip(parts, made, strict=True)]
+        weights = [(part.weight or 0.0) * count for part, count in zip(parts, rows, strict=True)]
+    feed = Feed(made, weights, settings.batch)
+    return Data(feed.batch_at, feed.held_out, _identity(datasets, parts), _notes(made, parts, weights, settings))
 
 
-def causal_data(dataset: Dataset, settings: Settings) -> Data:
-    """Makes batches for next-token prediction. Evaluation predicts each held-out token exactly once.
-
-    With `isolate`, a document sees only itself, and its first token is not predicted (`documents.isolated_causal`).
-
-    Args:
-        dataset: The token ids.
-        settings: Of the run; uses window, batch, seed and isolate.
-
-    Raises:
-        ValueError: If the text is shorter than a window, or the held-out text than two tokens.
-    """
-    check_length(dataset.valid, 2)
-    split = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    length = settings.window
-    sampler = Sampler(dataset.train, length, settings.batch, settings.seed, **split, name="training text")
-    bytes_per_token = dataset.valid.bytes / (len(dataset.valid) - 1)
-
-    def made(tokens: Tokens, windows: np.ndarray, starts: np.ndarray) -> HostBatch:
-        if not settings.isolate:
-            return causal_batch(windows)
-        return isolated_causal(windows, segments_at(tokens.documents, starts, length + 1))
-
-    def batch_at(step):
-        return made(dataset.train, sampler.batch_at(step), sampler.starts_at(step))
-
-    def held_out():
-        for i, (windows, present) in enumerate(eval_windows(dataset.valid, length, settings.batch, **split)):
-            rows = i * settings.batch + jax.process_index() * len(windows) + np.arange(len(windows))
-            batch = made(dataset.valid, windows, rows * length)
-            weights = batch["weights"] * present
-            yield {**batch, "weights": weights, "bytes": weights.sum(1) * np.float32(bytes_per_token)}
-
-    return Data(batch_at, held_out, _identity(dataset))
+def _maker(
+    settings: Settings, config: ModelConfig, tokenizer: InfillTokenizer
+) -> Callable[[Dataset, int], Component]:  # fmt: skip
+    """Maps a data set and a seed to the rows of the objective."""
+    name, blanks = objective_name(settings.objective, config), models.blanks(config)
+    family = models.family(config).__name__.rsplit(".", 1)[-1]
+    if name != "infill":
+        if blanks is not None and (name == "prefix" or not blanks.causal):
+            raise ValueError(f"objective={name}: models of the family {family} fill blanks; leave the objective out")
+        return lambda dataset, seed: components.causal(dataset, settings, seed, prefix=name == "prefix")
+    if blanks is None:
+        raise ValueError(f"objective=infill: models of the family {family} have no blanks; use causal or prefix")
+    if blanks.before:
+        ids = InfillTokens.of(tokenizer, blanks.masks["s"] != blanks.masks[""])
+    else:
+        ids = InfillTokens.of_blanks(tokenizer, blanks)
+    mix = blank_mix(settings, BlankMix() if blanks.before else GLM_130B)
+    return lambda dataset, seed: components.infill(dataset, settings, seed, tokenizer, ids, mix)
 
 
-def causal_batch(windows: np.ndarray) -> HostBatch:
-    """Makes a batch for next-token prediction.
-
-    Args:
-        windows: int32 [B, T + 1], plain text.
-
-    Returns:
-        tokens and targets, int32 [B, T]; weights, float32 [B, T], all 1.
-    """
-    return {
-        "tokens": windows[:, :-1],
-        "targets": windows[:, 1:],
-        "weights": np.ones((len(windows), windows.shape[1] - 1), np.float32),
+def blank_mix(settings: Settings, default: BlankMix) -> BlankMix:
+    """The frequencies of the kinds of blanks: those of the settings, and the default's where they have none."""
+    given = {
+        "token": settings.token_blanks,
+        "sentence": settings.sentence_blanks,
+        "document": settings.document_blanks,
     }
-
-
-def infill_data(dataset: Dataset, settings: Settings, tokenizer: InfillTokenizer, ids: InfillTokens) -> Data:
-    """Makes batches for blank infilling. The held-out text gets the same blanks in every evaluation of every run.
-
-    A held-out text that is shorter than a window is evaluated whole, in every row of one batch with other blanks. With
-    `isolate`, every document is an example of its own (`documents.isolated_infill`).
-
-    Args:
-        dataset: The token ids.
-        settings: Of the run; uses window, batch, seed, isolate and the frequencies of the kinds of blanks.
-        tokenizer: Gives the number of bytes of every token.
-        ids: Control tokens of the tokenizer.
-
-    Raises:
-        ValueError: If the text or the window is too short.
-    """
-    split = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    check_length(dataset.valid, _SHORTEST)
-    mix = BlankMix(settings.token_blanks, settings.sentence_blanks, settings.document_blanks)
-    width = source_window(settings.window)
-    sampler = Sampler(dataset.train, width, settings.batch, settings.seed, **split, name="training text")
-    valid = Sampler(dataset.valid, min(width, len(dataset.valid) - 1), settings.batch, HELD_OUT_SEED, **split)
-    sizes = np.array([len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab)], np.float32)  # [V]
-
-    def made(sampler: Sampler, step: int) -> HostBatch:
-        windows, examples = sampler.batch_at(step), sampler.examples_at(step)
-        if not settings.isolate:
-            return infill_batch(windows, examples, sampler.seed, ids, settings.window, mix)
-        segments = segments_at(sampler.tokens.documents, sampler.starts_at(step), windows.shape[1])
-        return isolated_infill(windows, segments, examples, sampler.seed, ids, settings.window, mix)
-
-    def batch_at(step):
-        return made(sampler, step)
-
-    def held_out():
-        for step in range(max(1, valid.windows_per_epoch // settings.batch)):
-            batch = made(valid, step)
-            yield {**batch, "bytes": (sizes[batch["targets"]] * batch["weights"]).sum(1)}
-
-    return Data(batch_at, held_out, _identity(dataset))
-
-
-def check_length(held_out: Tokens, least: int) -> None:
-    """Checks that there is held-out text enough to evaluate on. Raises ValueError that says what to do."""
-    if len(held_out) < least:
-        raise ValueError(
-            f"the held-out text has {len(held_out)} tokens ({held_out.bytes} bytes), too few to evaluate on: use more "
-            f"text, or name a held-out text of at least {least} tokens with valid="
-        )
+    return dataclasses.replace(default, **{kind: share for kind, share in given.items() if share is not None})
 
 
 def check_held_out(data: Data) -> None:
@@ -220,5 +159,37 @@ def check_batch(settings: Settings, mesh: Mesh | None) -> None:
         raise ValueError(f"a window of {settings.window} tokens cannot be shared by {parts} devices: choose another")
 
 
-def _identity(dataset: Dataset) -> dict[str, str]:
-    return {name: str(dataset.meta[name]) for name in ("corpus", "tokenizer")}
+def _identity(datasets: Sequence[Dataset], parts: Sequence[sources.Weighted]) -> dict[str, str]:
+    """Hashes of the texts, joined by commas, and of the tokenizer; the weights if the run has a mixture."""
+    found = {
+        "corpus": ",".join(str(dataset.meta["corpus"]) for dataset in datasets),
+        "tokenizer": str(datasets[0].meta["tokenizer"]),
+    }
+    weights = ",".join(f"{part.weight}{'x' * part.epochs}" for part in parts)
+    return {**found, "mixture": weights} if parts else found
+
+
+def with_new_text(data: Data, recorded: Mapping[str, str]) -> Data:
+    """The data of a run that goes on with another text; its identity also says which text came before.
+
+    Args:
+        data: Of the new text.
+        recorded: The identity of the data in run.json.
+    """
+    before = {f"{INSTEAD_OF}{name}": value for name, value in recorded.items() if not name.startswith(INSTEAD_OF)}
+    return dataclasses.replace(data, identity={**data.identity, **before})
+
+
+def _notes(
+    made: Sequence[Component], parts: Sequence[sources.Weighted], weights: Sequence[float], settings: Settings
+) -> tuple[str, ...]:
+    notes = []
+    rows = settings.steps * settings.batch
+    for part, component, weight in zip(parts, made, weights, strict=True) if parts else ():
+        share = weight / sum(weights)
+        epochs = share * rows / component.rows
+        notes.append(f"mixture: {share:.1%} of the rows from {part.name}, {epochs:.2f} epochs of it in this run")
+    wastes = [component.waste for component in made if component.waste is not None]
+    if wastes:
+        notes.append(f"packing: {max(wastes):.2%} of the places in the rows are empty")
+    return tuple(notes)

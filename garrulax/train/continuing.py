@@ -10,6 +10,7 @@ from garrulax.train.optimizers import schedule_of
 from garrulax.train.schedules import warmup_steps
 from garrulax.train.settings import Settings
 
+_TAIL = ("tail_step", "tail_ratio")  # `continued` sets and explains them
 _SHAPE = ("optimizer", "lr", "adam_lr", "schedule", "warmup", "decay", "min_lr_ratio", "tail_step", "tail_ratio")
 
 
@@ -51,6 +52,21 @@ def continued(settings: Settings, saved: Mapping[str, Any], step: int) -> tuple[
         f"{said}; it goes on from {planned:.3g} and ends at {_rate(tail, settings.steps):.3g}. A new schedule of "
         f"{settings.steps:,} steps would be at {now:.3g} here: take it with tail_step=0"
     )
+
+
+def changed(now: Mapping[str, Any], saved: Mapping[str, Any], step: int) -> list[str]:
+    """A line about the settings that differ from those in the checkpoint that a run goes on from, if there are any.
+
+    Args:
+        now: The settings for the rest of the run (`run_identity`).
+        saved: Those in the checkpoint.
+        step: Of the checkpoint.
+    """
+    names = [name for name in now if name in saved and now[name] != saved[name] and name not in _TAIL]
+    if not names:
+        return []
+    texts = [f"{name}={now[name]} (was {saved[name]})" for name in names]
+    return [f"settings changed since the checkpoint of step {step:,}: {', '.join(texts)}"]
 
 
 def _rate(settings: Settings, step: int) -> float:

@@ -6,7 +6,7 @@ from typing import Protocol
 from garrulax.core.config import ModelConfig
 from garrulax.train.batches import make_data
 from garrulax.train.corpus import Corpus
-from garrulax.train.infill import InfillTokenizer
+from garrulax.train.infill_tokens import InfillTokenizer
 from garrulax.train.rows import HostBatch
 from garrulax.train.setting_limits import named_texts
 from garrulax.train.settings import Settings

@@ -13,100 +13,21 @@ order, each after a start-of-piece token, and is predicted token by token. For t
 This is numpy on the host. A row depends only on its text, its example number and the seed.
 """
 
+import bisect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 
+from garrulax.train.infill_tokens import InfillTokens
 from garrulax.train.rows import HostBatch, empty_batch, row_generator, write_row
 
 MASK_RATIO = 0.15  # share of the tokens to hide
-_SENTENCE_ENDS = ".?!;:。？！；：…\n"
 # The distribution of span lengths: Poisson(3) restricted to 1..39.
 _LENGTHS = np.arange(1, 40)
 _LENGTH_CDF = np.cumsum(np.exp(_LENGTHS * np.log(3.0) - np.cumsum(np.log(_LENGTHS))))
 _LENGTH_CDF /= _LENGTH_CDF[-1]
-
-
-class InfillTokenizer(Protocol):
-    """The parts of a tokenizer that blank infilling uses. Every `garrulax.hub.tokenizers.Tokenizer` has them."""
-
-    vocab: int
-    eos: int | None
-    pad: int | None
-    specials: dict[str, int]
-
-    def token_bytes(self, token: int) -> bytes:
-        """The bytes of text that a token stands for."""
-        ...
-
-
-@dataclass(frozen=True)
-class InfillTokens:
-    """The token ids that blank infilling uses.
-
-    Attributes:
-        cls: Begins a row.
-        mask: Replaces a token-level blank.
-        sentence_mask: Replaces a sentence-level blank; the same as `mask` in models without task masks.
-        document_mask: Replaces a document-level blank; the same as `mask` in models without task masks.
-        start: Start of piece, in front of a span in part B.
-        end: End of piece, the last target of a span.
-        eos: Separates documents.
-        pad: Fills up a row.
-        sentence_ends: bool [V], whether a sentence ends after the token.
-        block: [dBLOCK], which may replace single input tokens of a span; None if the tokenizer has no such token.
-    """
-
-    cls: int
-    mask: int
-    sentence_mask: int
-    document_mask: int
-    start: int
-    end: int
-    eos: int
-    pad: int
-    sentence_ends: np.ndarray
-    block: int | None = None
-
-    @classmethod
-    def of(cls, tokenizer: InfillTokenizer, task_mask: bool = True) -> "InfillTokens":
-        """Finds the ids in a tokenizer that has GLM's control tokens.
-
-        Args:
-            tokenizer: To read them from.
-            task_mask: Whether the model has [sMASK] for sentences and [gMASK] for documents, or [MASK] for all blanks.
-
-        Raises:
-            ValueError: If control tokens are missing; it lists them.
-        """
-        specials = tokenizer.specials
-        names = {
-            "cls": "[CLS]",
-            "mask": "[MASK]",
-            "sentence_mask": "[sMASK]" if task_mask else "[MASK]",
-            "document_mask": "[gMASK]" if task_mask else "[MASK]",
-            "start": "<|startofpiece|>",
-            "end": "<|endofpiece|>",
-        }
-        missing = [name for name in names.values() if name not in specials]
-        eos = tokenizer.eos
-        if missing or eos is None:
-            missing += ["an end-of-text token"] if eos is None else []
-            raise ValueError(
-                f"blank infilling needs control tokens that this tokenizer lacks: {', '.join(missing)}; "
-                "train one with specials=GLM_SPECIALS"
-            )
-        ends = np.array([_ends_sentence(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab)])
-        return cls(
-            **{field: specials[name] for field, name in names.items()},
-            eos=eos,
-            pad=eos if tokenizer.pad is None else tokenizer.pad,
-            sentence_ends=ends,
-            block=specials.get("[dBLOCK]"),
-        )
 
 
 @dataclass(frozen=True)
@@ -136,6 +57,11 @@ class BlankMix:
         for name in ("document_ratio", "interior", "block"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} of a mix must be between 0 and 1, is {getattr(self, name)}")
+
+
+#: GLM-130B's (Zeng et al. 2023, section 2.2): [MASK] for short spans in 30 % of the rows; in the others [gMASK] for the
+#: rest of the text, whose length is uniform. ChatGLM-6B's is not published.
+GLM_130B = BlankMix(token=0.3, sentence=0.0, document=0.7, document_ratio=0.0, interior=0.0)
 
 
 def source_window(length: int) -> int:
@@ -179,7 +105,7 @@ def infill_batch(
         tokens: int32 [B, T];
         targets: int32 [B, T], predicted by the logits of the same index;
         weights: float32 [B, T], 1 for the targets that count in the loss, else 0;
-        positions: int32 [B, 2, T], in the corrupted text and within the span;
+        positions: int32 [B, 2, T], in the corrupted text and within the span; [B, T] if `ids.rows` is 1;
         rank: int32 [B, T], 0 in part A and t + 1 in part B; t attends to s if rank[s] <= rank[t];
         segment: int32 [B, T], 0 for tokens and -1 for padding. Padding has position 0 and rank 0.
 
@@ -187,7 +113,7 @@ def infill_batch(
         ValueError: If `length` is too short for a window, or [dBLOCK] is wanted and missing.
     """
     mix = mix or BlankMix()
-    size = windows.shape[1] + 1
+    size = windows.shape[1] + ids.first
     if length < size + 2:
         raise ValueError(f"a row of {length} tokens cannot hold a window of {size - 1}: it needs {size + 2} or more")
     if mix.block and ids.block is None:
@@ -195,9 +121,19 @@ def infill_batch(
     batch = empty_batch(len(windows), length, ids.pad)
     for row, (window, example) in enumerate(zip(windows, examples, strict=True)):
         rng = row_generator(seed, int(example))
-        source = np.concatenate([[ids.cls], window]).astype(np.int32)
+        source = text_of(window, ids)
         write_row(batch, row, *corrupt(source, rng, ids, mix, max_spans=(length - size) // 2))
-    return batch
+    return with_rows(batch, ids)
+
+
+def text_of(tokens: np.ndarray, ids: InfillTokens) -> np.ndarray:
+    """The tokens of a text, int32, after [CLS] where the model has it."""
+    return (tokens if ids.cls is None else np.concatenate([[ids.cls], tokens])).astype(np.int32)
+
+
+def with_rows(batch: HostBatch, ids: InfillTokens) -> HostBatch:
+    """The batch with as many rows of positions as the model reads."""
+    return batch if ids.rows == 2 else {**batch, "positions": batch["positions"][:, 0]}
 
 
 Example = tuple[np.ndarray, np.ndarray, np.ndarray, int]  # tokens, targets, positions, split; see `assemble`
@@ -222,12 +158,28 @@ def corrupt(source: np.ndarray, rng: np.random.Generator, ids: InfillTokens, mix
         if spans:
             return assemble(source, spans, ids.sentence_mask, ids.start, ids.end)
         # A text in which no sentence ends gets token-level blanks instead.
-    spans = token_spans(source, rng, ids.eos, max_spans)
+    spans = token_spans(source, rng, ids.eos, max_spans, ids.first)
     rng.shuffle(spans)
     inputs = source
     if mix.block and ids.block is not None:
         inputs = np.where(rng.random(len(source)) < mix.block, ids.block, source)
     return assemble(source, spans, ids.mask, ids.start, ids.end, inputs)
+
+
+def complete(source: np.ndarray, prompt: int, ids: InfillTokens) -> Example:
+    """A prompt and its completion: the completion is the answer to a [gMASK] behind the prompt, and ends with it.
+
+    Source: THUDM/chatglm-6b, tokenization_chatglm.py, build_inputs_with_special_tokens.
+
+    Args:
+        source: int [L], as for `corrupt`; an eos at its end is left out, since the end of the answer stands for it.
+        prompt: Tokens of it that are the prompt, [CLS] included; less than L.
+        ids: Control tokens.
+    """
+    size = len(source) - (source[-1] == ids.eos and len(source) > prompt + 1)
+    return assemble(
+        source[:size], [(prompt, size)], ids.document_mask, ids.start, ids.end, goes_on=ids.goes_on
+    )  # fmt: skip
 
 
 def assemble(
@@ -237,6 +189,7 @@ def assemble(
     start: int,
     end: int | None,
     inputs: np.ndarray | None = None,
+    goes_on: bool = False,
 ) -> Example:
     """Builds part A and part B of a text with given blanks. Nothing is random.
 
@@ -250,43 +203,42 @@ def assemble(
         end: The target after every span. None for a span that is the rest of the text, which ends without an
             end-of-piece token; its last token is a target but no input.
         inputs: int [L], the input tokens of part B if they differ from `source` because of [dBLOCK].
+        goes_on: Whether part B has the positions after part A, in place of those of the masks.
 
     Returns:
         (tokens [T], targets [T], positions [2, T], split), where part B starts at index `split`. The targets of part A
         repeat its tokens; the loss ignores them.
     """
     inputs = source if inputs is None else inputs
-    pieces: list[Any] = []
-    mask_position: dict[int, int] = {}  # begin of a span -> position of its mask in part A
-    end_of_last = 0  # in the source
-    position = 0  # in part A
-    for begin, stop in sorted(spans):
-        pieces += [source[end_of_last:begin], [mask]]
-        position += begin - end_of_last
-        mask_position[begin] = position
-        position += 1
-        end_of_last = stop
-    pieces.append(source[end_of_last:])
-    part_a = np.concatenate(pieces)
+    begins, stops = np.array(spans, np.int64).reshape(-1, 2).T
+    sizes = stops - begins
+
+    def places(lengths: np.ndarray) -> np.ndarray:  # 0, 1, ... within each span
+        return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+    kept = np.ones(len(source), bool)
+    kept[np.repeat(begins, sizes) + places(sizes)] = False
+    kept[begins] = True  # the masks
+    with_masks = source.copy()
+    with_masks[begins] = mask
+    part_a = with_masks[kept]
     split = len(part_a)
-    tokens: list[Any] = [part_a]
-    targets: list[Any] = [part_a]
-    outer, inner = [np.arange(split)], [np.zeros(split, int)]  # the two rows of positions
-    for begin, stop in spans:
-        if end is None:
-            tokens += [[start], inputs[begin : stop - 1]]
-            targets += [source[begin:stop]]
-        else:
-            tokens += [[start], inputs[begin:stop]]
-            targets += [source[begin:stop], [end]]
-        size = stop - begin + (end is not None)
-        outer.append(np.full(size, mask_position[begin]))
-        inner.append(np.arange(1, size + 1))
-    positions = np.stack([np.concatenate(outer), np.concatenate(inner)])
-    return np.concatenate(tokens), np.concatenate(targets), positions, split
+    mask_position = np.cumsum(kept)[begins] - 1
+    lengths = sizes + (end is not None)  # of the pieces of part B
+    place = places(lengths)
+    at = np.repeat(begins, lengths) + place  # in the source, of the target
+    part_b = np.where(place == 0, start, inputs[at - 1])
+    targets = source[np.minimum(at, len(source) - 1)]
+    if end is not None:
+        targets[np.cumsum(lengths) - 1] = end
+    outer = split + np.arange(len(place)) if goes_on else np.repeat(mask_position, lengths)
+    positions = np.stack([np.concatenate([np.arange(split), outer]), np.concatenate([np.zeros(split, int), place + 1])])
+    return np.concatenate([part_a, part_b]), np.concatenate([part_a, targets]), positions, split
 
 
-def token_spans(source: np.ndarray, rng: np.random.Generator, eos: int, max_spans: int) -> list[tuple[int, int]]:
+def token_spans(
+    source: np.ndarray, rng: np.random.Generator, eos: int, max_spans: int, first: int = 1
+) -> list[tuple[int, int]]:
     """Draws token-level blanks: spans of Poisson length that cover 15 % of a text.
 
     Lengths are drawn until their sum reaches the 15 %. Each span is put into a random document of the text, with
@@ -297,19 +249,21 @@ def token_spans(source: np.ndarray, rng: np.random.Generator, eos: int, max_span
         rng: For all random choices.
         eos: Id of the token between documents.
         max_spans: Greatest number of spans.
+        first: Index of the first token that may be hidden, 1 behind [CLS].
 
     Returns:
         [begin, stop) of every span, in the order of the text. Between two spans is at least one token; no span contains
         [CLS], an eos or the last token.
     """
-    documents = _documents(source, eos)
-    free = np.array([stop - begin for begin, stop in documents])
+    documents = _documents(source, eos, first)
+    free = [stop - begin for begin, stop in documents]
     chosen: list[list[int]] = [[] for _ in documents]
     for span in _span_lengths(int(MASK_RATIO * len(source)), rng)[:max_spans]:
-        fits = np.where(free >= span, free, 0)
-        if not fits.any():
+        fits = [room if room >= span else 0 for room in free]  # a few numbers: lists are faster than arrays
+        if not any(fits):
             continue
-        document = int(np.searchsorted(np.cumsum(fits), rng.integers(fits.sum()), side="right"))
+        before = list(itertools.accumulate(fits))
+        document = bisect.bisect_right(before, int(rng.integers(before[-1])))
         chosen[document].append(span)
         free[document] -= span + 1  # one more token, between this span and the next
     spans = []
@@ -336,7 +290,7 @@ def sentence_spans(source: np.ndarray, rng: np.random.Generator, ids: InfillToke
         [begin, stop) of every sentence, in the order drawn. Two of them may be adjacent.
     """
     ends = np.flatnonzero(ids.sentence_ends[source] | (source == ids.eos))
-    begins = np.concatenate([[1], ends[:-1] + 1]) if len(ends) else ends
+    begins = np.concatenate([[ids.first], ends[:-1] + 1]) if len(ends) else ends
     stops = np.where(source[ends] == ids.eos, ends, ends + 1)
     stops = np.minimum(stops, len(source) - 1)  # never hide the last token
     sentences = [(int(begin), int(stop)) for begin, stop in zip(begins, stops, strict=True) if stop > begin]
@@ -347,18 +301,20 @@ def sentence_spans(source: np.ndarray, rng: np.random.Generator, ids: InfillToke
 
 def _document(source: np.ndarray, rng: np.random.Generator, ids: InfillTokens, mix: BlankMix) -> Example:
     """One long blank: the rest of the text or, if the text is a single document, perhaps a span inside it."""
-    size = len(source)
-    blank = int(rng.integers(min(int(mix.document_ratio * size), size - 2), size - 1))
+    size, first = len(source), ids.first
+    blank = int(rng.integers(min(int(mix.document_ratio * size), size - 1 - first), size - first))
     blank = max(blank, 1)
-    if rng.random() < mix.interior and ids.eos not in source[1:-1]:
-        begin = int(rng.integers(1, size - blank))
-        return assemble(source, [(begin, begin + blank)], ids.document_mask, ids.start, ids.end)
-    return assemble(source, [(size - blank, size)], ids.document_mask, ids.start, None)
+    if rng.random() < mix.interior and ids.eos not in source[first:-1]:
+        begin = int(rng.integers(first, size - blank))
+        span, end = (begin, begin + blank), ids.end
+    else:
+        span, end = (size - blank, size), None
+    return assemble(source, [span], ids.document_mask, ids.start, end, goes_on=ids.goes_on)
 
 
-def _documents(source: np.ndarray, eos: int) -> list[tuple[int, int]]:
+def _documents(source: np.ndarray, eos: int, first: int) -> list[tuple[int, int]]:
     """[begin, stop) of the documents of a text, without the eos between them, [CLS] and the last token."""
-    cuts = [0, *np.flatnonzero(source[1:-1] == eos) + 1, len(source) - 1]
+    cuts = [first - 1, *np.flatnonzero(source[first:-1] == eos) + first, len(source) - 1]
     return [(int(a) + 1, int(b)) for a, b in itertools.pairwise(cuts)]
 
 
@@ -366,7 +322,3 @@ def _span_lengths(total: int, rng: np.random.Generator) -> list[int]:
     """Random lengths until their sum reaches `total`, at least one length."""
     lengths = _LENGTHS[np.searchsorted(_LENGTH_CDF, rng.random(max(total, 1)))]  # enough, even if all of them are 1
     return lengths[: int(np.searchsorted(np.cumsum(lengths), total)) + 1].tolist()
-
-
-def _ends_sentence(piece: bytes) -> bool:
-    return any(mark in piece.decode("utf-8", "replace") for mark in _SENTENCE_ENDS)

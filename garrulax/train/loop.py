@@ -16,16 +16,16 @@ from garrulax import models
 from garrulax.core.config import ModelConfig
 from garrulax.core.sharding import make_mesh
 from garrulax.core.spec import Tree
-from garrulax.train import plots
+from garrulax.train import lock, peers, plots, spare
 from garrulax.train import settings as settings_
 from garrulax.train.batches import Data, check_batch, check_held_out, on_devices
 from garrulax.train.checkpoint import Checkpoints
-from garrulax.train.continuing import continued
+from garrulax.train.continuing import changed, continued
 from garrulax.train.environment import write_environment
 from garrulax.train.evaluate import Evaluation, make_evaluate
 from garrulax.train.flops import peak_flops, train_flops_per_token
 from garrulax.train.guard import first_guard, why_skipped
-from garrulax.train.interrupts import Interrupts
+from garrulax.train.interrupts import Interrupts, Stopped
 from garrulax.train.metrics import MetricsLog, held_out_losses
 from garrulax.train.norms import named_norms
 from garrulax.train.objectives import OBJECTIVES, Batch, Objective, objective_name
@@ -103,14 +103,16 @@ def train(
     on_finish: Callable[[Result], None] | None = None,
     out: TextIO | None = None,
 ) -> Result:
-    """Trains until the last step of the settings, or until SIGINT or SIGTERM: then it saves a checkpoint and returns.
+    """Trains until the last step of the settings, or until SIGINT, SIGTERM or SIGHUP: then it saves and returns.
 
     With several processes, all of them call this with the same arguments after `jax.distributed.initialize()`.
 
     Args:
         run: What to train. Without `resume`, its folder must not have a run in it.
         resume: Continue from the latest checkpoint in the folder, on the same or another mesh. The result is exactly
-            that of a run which was never stopped.
+            that of a run which was never stopped, bit for bit on the same mesh, and to the rounding of sums in another
+            order on another one. A checkpoint that is damaged is named, and an earlier one is taken; without any the
+            run begins at step 0.
         on_finish: Called with the result while the mesh is set, to export the model; also for a stopped run.
         out: Where to write the progress; None is stderr.
 
@@ -118,32 +120,35 @@ def train(
         ValueError: If the settings do not fit together, or do not fit the devices or the checkpoint; or if there is no
             held-out token to evaluate on.
         FileExistsError: If the folder has a run in it and `resume` is False.
-        FileNotFoundError: If the folder has no checkpoint and `resume` is True.
+        FileNotFoundError: If `resume` is True and the folder has no run in it.
+        FolderInUseError: If another training works in the folder.
         Diverged: If the loss is not finite and the settings skip no such step, or if `most_skipped` steps were skipped
             one after another. The last checkpoint is intact.
         ImportError: If a package is not installed that `trackers` or `quantize` needs.
         OSError: If saving a checkpoint failed. The earlier ones are intact.
     """
-    settings = run.settings
-    mesh = _mesh(settings)
+    settings, mesh = run.settings, _mesh(run.settings)
     check_batch(settings, mesh)
     check_held_out(run.data)
     check_trackers(settings.trackers)
     check_quantized(settings.quantize, settings.mesh)
     identity = settings_.run_identity(settings, run.config, run.data.identity)
-    run.folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(lock.held(run.folder))
+        stack.enter_context(peers.watched(run.folder))
         if mesh is not None:
             stack.enter_context(jax.set_mesh(mesh))
         losses = held_out_losses(run.folder) if resume else {}
-        checkpoints = stack.enter_context(Checkpoints(run.folder / "checkpoints", identity, settings.keep, losses))
-        run, line = _continued(run, checkpoints) if resume else (run, None)
-        loop = _Loop(run, mesh, checkpoints, _progress(run, mesh, out))
-        if line is not None:
+        checkpoints = Checkpoints(run.folder / "checkpoints", identity, settings.keep, losses, settings.keep_minutes)
+        stack.enter_context(checkpoints)
+        lines = checkpoints.check() if resume else []
+        run, more = _continued(run, checkpoints) if resume else (run, [])
+        loop = _Loop(run, mesh, checkpoints, out)
+        for line in [*lines, *more]:
             loop.progress.say(line)
         state = loop.first_state(resume)
         trackers = stack.enter_context(Trackers(settings.trackers, run.folder, identity["settings"]))
-        log = stack.enter_context(MetricsLog(run.folder, int(state.step), trackers))
+        log = stack.enter_context(MetricsLog(run.folder, int(state.step), loop.progress.say, trackers))
         stack.enter_context(loop.profiler)
         with Interrupts() as interrupts:
             result = loop.finish(*loop.steps(state, log, interrupts))
@@ -153,85 +158,77 @@ def train(
 
 
 def _mesh(settings: Settings) -> Mesh | None:
-    if settings.mesh:
-        return make_mesh(settings.mesh)
-    if jax.process_count() > 1:
+    if not settings.mesh and jax.process_count() > 1:
         raise ValueError(f"{jax.process_count()} processes need a mesh: such as mesh=data={jax.device_count()}")
-    return None
+    return make_mesh(settings.mesh) if settings.mesh else None
 
 
-def _continued(run: Run, checkpoints: Checkpoints) -> tuple[Run, str | None]:
-    """The run with the learning rate that `continuing.continued` decides, and what to say about it."""
+def _continued(run: Run, checkpoints: Checkpoints) -> tuple[Run, list[str]]:
+    """The run with the learning rate that `continuing.continued` decides, and what to say about its settings."""
     saved, step = checkpoints.saved_identity, checkpoints.latest
     if saved is None or step is None:
-        return run, None
+        return run, []
+    lines = changed(checkpoints.identity["settings"], saved["settings"], step)
     settings, line = continued(run.settings, saved["settings"], step)
     checkpoints.identity = settings_.run_identity(settings, run.config, run.data.identity)
-    return dataclasses.replace(run, settings=settings), line
-
-
-def _progress(run: Run, mesh: Mesh | None, out: TextIO | None) -> Progress:
-    s, peak = run.settings, peak_flops(jax.devices()[0])
-    devices = 1 if mesh is None else mesh.size
-    flops = train_flops_per_token(run.config, s.window)
-    return Progress(s.steps, s.batch * s.window, flops, peak and peak * devices, out)
+    return dataclasses.replace(run, settings=settings), [*lines, *([] if line is None else [line])]
 
 
 class _Loop:
     """The objects of one call of `train`, and the steps of the loop."""
 
-    def __init__(self, run: Run, mesh: Mesh | None, checkpoints: Checkpoints, progress: Progress):
+    def __init__(self, run: Run, mesh: Mesh | None, checkpoints: Checkpoints, out: TextIO | None):
         s, c = run.settings, run.config
         objective = run.objective or OBJECTIVES[objective_name(s.objective, c)]
-        self.run, self.mesh, self.checkpoints, self.progress = run, mesh, checkpoints, progress
+        self.run, self.mesh, self.checkpoints = run, mesh, checkpoints
         self.optimizer = make_optimizer(s, models.parameters(c))
         self.train_step = make_train_step(c, s, self.optimizer, objective)
         self.evaluate = make_evaluate(c, objective, mesh=mesh, precision=s.precision)
-        self.timer = StepTimer()
+        self.timer, self.evaluated = StepTimer(), False
         peak, devices = peak_flops(jax.devices()[0]), 1 if mesh is None else mesh.size
-        self.usage = Usage(s.batch * s.window, train_flops_per_token(c, s.window), peak and peak * devices)
+        amounts = s.batch * s.window, train_flops_per_token(c, s.window), peak and peak * devices
+        self.progress, self.usage = Progress(s.steps, *amounts, out), Usage(*amounts)
         self.profiler = Profiler(profiled(s.profile), run.folder / "profile")
-        self.evaluated = False
         # Steps that are not reported yet, and their metrics, which the device may still compute.
         self.pending: deque[tuple[int, Metrics]] = deque()
 
     def first_state(self, resume: bool) -> TrainState:
-        """The state to start from: new, or of the latest checkpoint. Writes run.json."""
+        """The state to start from: new, or of the latest checkpoint. Writes run.json, and its spare copy."""
         run, s = self.run, self.run.settings
-        extra: dict[str, Any] = {"average": s.ema > 0, "guard": first_guard(s)}
-        if resume:
-            target = abstract_state(run.config, self.optimizer, mesh=self.mesh, rules=s.rules, dtype=s.weights, **extra)
-            state = self.checkpoints.restore(target)
+        options: dict[str, Any] = {"mesh": self.mesh, "rules": s.rules, "dtype": s.weights, "average": s.ema > 0,
+                                   "guard": first_guard(s)}  # fmt: skip
+        if resume and self.checkpoints.latest is not None:
+            state = self.checkpoints.restore(abstract_state(run.config, self.optimizer, **options))
             self.progress.say(f"resumed {run.folder} at step {int(state.step):,}")
         elif self.checkpoints.latest is not None:
             raise FileExistsError(
                 f"{run.folder} holds a run of {self.checkpoints.latest} steps: resume it or choose another folder"
             )
+        elif resume and not (run.folder / settings_.RUN_FILE).exists():
+            raise FileNotFoundError(f"{run.folder} is not the folder of a run: it has no run.json and no checkpoint")
         else:
-            state = init_state(
-                run.config,
-                self.optimizer,
-                s.seed,
-                mesh=self.mesh,
-                rules=s.rules,
-                dtype=s.weights,
-                params=run.params,
-                **extra,
-            )
+            if resume:
+                self.progress.say(f"{run.folder} has no whole checkpoint: it begins at step 0, with the same settings")
+            state = init_state(run.config, self.optimizer, s.seed, params=run.params, **options)
         if jax.process_index() == 0:
             settings_.write_run_file(run.folder, s, run.config, run.data.identity)
+            spare.keep(run.folder)
             write_environment(run.folder)
         return state
 
     def steps(
         self, state: TrainState, log: MetricsLog, interrupts: Interrupts
-    ) -> tuple[TrainState, int, Evaluation | None]:
-        """Runs the remaining steps, or those until an interrupt: the last state, its step and its evaluation."""
+    ) -> tuple[TrainState, int, Evaluation | None, bool]:
+        """Runs the remaining steps, or those until an interrupt.
+
+        Returns:
+            The last state, its step, its evaluation, and whether an interrupt stopped the run.
+        """
         s, first, evaluation = self.run.settings, int(state.step), None
-        if log.note:
-            self.progress.say(log.note)
         if first and self.is_evaluated(first) and first not in self.checkpoints.losses:
-            evaluation = self.measure(log, state, first)  # the run ended before or in this evaluation
+            evaluation = self.measure(log, state, first, interrupts)  # the run ended before or in this evaluation
+            if evaluation is None:
+                return state, first, None, True
         for step in range(first + 1, s.steps + 1):
             batch = self.batch(step)
             with self.profiler.step(step):
@@ -249,11 +246,11 @@ class _Loop:
             should_evaluate = self.is_evaluated(step) and not stop
             if step % s.checkpoint_every == 0 or should_evaluate or stop:
                 self.save(log, state, step)
-            evaluation = self.measure(log, state, step) if should_evaluate else None
+            evaluation = self.measure(log, state, step, interrupts) if should_evaluate else None
             self.use(log, state, step)
-            if stop:
-                return state, step, evaluation
-        return state, max(first, s.steps), evaluation
+            if stop or (should_evaluate and evaluation is None):
+                return state, step, evaluation, True
+        return state, max(first, s.steps), evaluation, False
 
     def is_evaluated(self, step: int) -> bool:
         """Whether the held-out loss is measured after this step."""
@@ -320,24 +317,28 @@ class _Loop:
         saved = "no checkpoint was saved yet" if latest is None else f"the checkpoint of step {latest} is intact"
         return f"{what}; {saved}; try a lower lr, a longer warmup or float32"
 
-    def measure(self, log: MetricsLog, state: TrainState, step: int) -> Evaluation:
+    def measure(self, log: MetricsLog, state: TrainState, step: int, interrupts: Interrupts) -> Evaluation | None:
         """Evaluates, logs and shows the held-out loss; after the last step on all of the held-out text.
 
-        The step is saved already. The first evaluation, which compiles and takes the most memory, waits until the
-        checkpoint is complete.
+        None if a signal comes meanwhile: the evaluation is repeated when the run is resumed. The step is saved already.
+        The first evaluation, which compiles and takes the most memory, waits until the checkpoint is complete.
         """
         self.timer.stop()
         if not self.evaluated:
             self.checkpoints.wait()
             self.evaluated = True
         tokens = 0 if step == self.run.settings.steps else self.run.settings.eval_tokens
-        e = self.evaluate(state.model, self.run.data.held_out(), tokens)
-        self.checkpoints.record(step, e.loss)
-        self.show(log, step, e)
-        for name, batches in self.run.data.eval_texts.items():
-            self.show(log, step, self.evaluate(state.model, batches(), tokens), name)
+        texts, found = {"": self.run.data.held_out, **self.run.data.eval_texts}, {}
+        try:
+            for name, batches in texts.items():
+                found[name] = self.evaluate(state.model, interrupts.until_received(batches()), tokens)
+        except Stopped:
+            return None
+        self.checkpoints.record(step, found[""].loss)
+        for name, e in found.items():
+            self.show(log, step, e, name)
         self.timer.start()
-        return e
+        return found[""]
 
     def show(self, log: MetricsLog, step: int, e: Evaluation, text: str = "") -> None:
         """Logs and shows an evaluation; `text` is the name of one of the further texts."""
@@ -372,11 +373,11 @@ class _Loop:
         self.checkpoints.save(state, step)
         self.timer.start()
 
-    def finish(self, state: TrainState, step: int, evaluation: Evaluation | None) -> Result:
+    def finish(self, state: TrainState, step: int, evaluation: Evaluation | None, stopped: bool) -> Result:
         """Waits for the last checkpoint and draws the loss curves."""
         self.checkpoints.close()
         self.progress.close()
-        run, finished = self.run, step >= self.run.settings.steps
+        run, finished = self.run, not stopped
         if finished and evaluation is None:  # the run was resumed after its last step
             evaluation = self.evaluate(state.model, run.data.held_out())
         if not finished:

@@ -74,24 +74,42 @@ def blank_infilling(
     return _token_loss(params, batch, config, key, options)
 
 
-OBJECTIVES: dict[str, Objective] = {"causal": causal_lm, "infill": blank_infilling}
+def prefix_lm(
+    params: Tree, batch: Batch, config: ModelConfig, key: jax.Array | None = None, **options: Any
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Mean negative log-likelihood (nats) of the targets after a prefix, whose tokens attend to one another.
+
+    Args:
+        params: Of the model.
+        batch: With rank and segment, from `prompts.with_prefixes`.
+        config: Of the model.
+        key: PRNG key for dropout; None is without dropout.
+        **options: Passed on to `garrulax.forward`.
+
+    Returns:
+        The mean, and the metrics: tokens, the sum of the weights.
+
+    Raises:
+        ValueError: If the batch has no rank.
+    """
+    if "rank" not in batch:
+        raise ValueError("a batch for prefix LM lacks rank")
+    return _token_loss(params, batch, config, key, options)
+
+
+OBJECTIVES: dict[str, Objective] = {"causal": causal_lm, "prefix": prefix_lm, "infill": blank_infilling}
 
 
 def objective_name(wanted: str | None, config: ModelConfig) -> str:
     """`wanted`, or if that is None the default objective of the config's family."""
-    name = wanted or models.family(config).OBJECTIVE
-    if name is None:
-        raise ValueError(
-            f"{models.family(config).__name__} has no default objective: name one of {', '.join(OBJECTIVES)}"
-        )
-    return name
+    return wanted or models.family(config).OBJECTIVE
 
 
 def mask_of(batch: Batch) -> Mask | None:
     """The mask of a batch, from its streams rank and segment; None, which means causal, if it has neither."""
     if "rank" not in batch and "segment" not in batch:
         return None
-    index = jnp.zeros_like(batch["tokens"]) + jnp.arange(batch["tokens"].shape[1], dtype=jnp.int32)
+    index = jnp.zeros_like(batch["tokens"]) + jnp.arange(batch["tokens"].shape[1], dtype=jnp.int32)[None]
     return Mask({"rank": batch.get("rank", index), "segment": batch.get("segment", jnp.zeros_like(index))})
 
 

@@ -1,5 +1,6 @@
 """The progress of a run on the terminal: one line that is updated in place, or plain lines in a log file."""
 
+import os
 import sys
 import time
 from typing import TextIO
@@ -7,6 +8,33 @@ from typing import TextIO
 import jax
 
 PLAIN_EVERY = 10.0  # seconds between plain lines, to keep log files short
+
+
+def write(text: str, out: TextIO | None = None) -> bool:
+    """Writes a text at once, to stderr by default. If nobody can read it any more, it is dropped: no error, but False.
+
+    A run must not end because the reader of its progress did, such as `head`, or a terminal that was closed.
+    """
+    out = sys.stderr if out is None else out
+    try:
+        if out is not None:
+            out.write(text)
+            out.flush()
+            return True
+    except (OSError, ValueError):  # a closed pipe, a full disk; a file that is closed
+        if out is sys.stderr:
+            _discard_stderr()
+    return False
+
+
+def _discard_stderr() -> None:
+    """What was or will be written to stderr goes nowhere, so that nothing fails on it, also at the end of Python."""
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stderr.fileno())
+        os.close(nowhere)
+    except (OSError, ValueError):
+        sys.stderr = None
 
 
 class StepTimer:
@@ -67,7 +95,7 @@ class Progress:
     def __init__(self, steps: int, tokens: int, flops: int, peak: float | None, out: TextIO | None = None):
         self._steps, self._tokens, self._flops, self._peak = steps, tokens, flops, peak
         self._out = sys.stderr if out is None else out
-        self._live = self._out.isatty()
+        self._live = _is_terminal(self._out)
         self._quiet = jax.process_index() != 0
         self._shown, self._last = False, 0.0
 
@@ -87,12 +115,8 @@ class Progress:
         line = f"step {step:,}/{self._steps:,}  loss {loss:.4f}  lr {lr:.1e}"
         if seconds:
             line += f"  {self.rates(seconds)}  {duration((self._steps - step) * seconds)} left"
-        if self._live:
-            self._out.write(f"\r\x1b[K{line}")
-            self._shown = True
-        else:
-            self._out.write(line + "\n")
-        self._out.flush()
+        self._write(f"\r\x1b[K{line}" if self._live else f"{line}\n")
+        self._shown = self._live
 
     def rates(self, seconds: float) -> str:
         """Tokens/s, model FLOP/s and, if the peak is known, model FLOPs utilisation of a step that takes `seconds`."""
@@ -104,15 +128,24 @@ class Progress:
         """Writes a line that later updates do not overwrite."""
         if self._quiet:
             return
-        self._out.write(f"\r\x1b[K{text}\n" if self._shown else f"{text}\n")
-        self._out.flush()
+        self._write(f"\r\x1b[K{text}\n" if self._shown else f"{text}\n")
         self._shown = False
 
     def close(self) -> None:
         """Ends the line that was updated in place."""
         if self._shown:
-            self._out.write("\n")
+            self._write("\n")
             self._shown = False
+
+    def _write(self, text: str) -> None:
+        self._quiet = self._quiet or not write(text, self._out)
+
+
+def _is_terminal(out: TextIO | None) -> bool:
+    try:
+        return out is not None and out.isatty()
+    except ValueError:  # it is closed
+        return False
 
 
 def si(value: float) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from garrulax.train.shards import Tokens
+from garrulax.train.tokens import Tokens
 
 
 class Sampler:
@@ -71,6 +71,12 @@ class Sampler:
         """The indices of this process's rows in the endless sequence of windows, int64 [B / process_count]."""
         return step * self.batch + self._rows
 
+    def starts(self, examples: np.ndarray) -> np.ndarray:
+        """The index in the text where windows of the endless sequence start; int64, the shape of `examples`."""
+        epoch, index = np.divmod(examples, self.windows_per_epoch)
+        offset = hash_of(self.seed, epoch, 0) % np.uint64(self._slack + 1)
+        return permute(index, self.windows_per_epoch, self.seed, epoch) * self.window + offset.astype(np.int64)
+
     def starts_at(self, step: int) -> np.ndarray:
         """The index in the text where each of this process's windows starts, int64 [B / process_count]."""
         if step < 0:
@@ -81,9 +87,7 @@ class Sampler:
     def _starts(self, block: int) -> np.ndarray:
         """`starts_at` of all steps of a block, int64 [block_steps, B / process_count]."""
         steps = block * self._block_steps + np.arange(self._block_steps)
-        epoch, index = np.divmod(steps[:, None] * self.batch + self._rows, self.windows_per_epoch)
-        offset = _hash(self.seed, epoch, 0) % np.uint64(self._slack + 1)
-        return permute(index, self.windows_per_epoch, self.seed, epoch) * self.window + offset.astype(np.int64)
+        return self.starts(steps[:, None] * self.batch + self._rows)
 
     def batch_at(self, step: int) -> np.ndarray:
         """This process's windows of a step, int32 [B / process_count, T + 1]. Raises ValueError if step is negative."""
@@ -150,8 +154,8 @@ def permute(index: np.ndarray, size: int, seed: int, epoch: np.ndarray | int) ->
     while outside.any():
         left, right = np.divmod(out[outside], b)
         for layer in range(1, 9, 2):
-            left = (left + _below(_hash(seed, epoch[outside], layer, right), a)) % a
-            right = (right + _below(_hash(seed, epoch[outside], layer + 1, left), b)) % b
+            left = (left + _below(hash_of(seed, epoch[outside], layer, right), a)) % a
+            right = (right + _below(hash_of(seed, epoch[outside], layer + 1, left), b)) % b
         out[outside] = left * b + right
         outside = out >= size
     return out
@@ -161,8 +165,8 @@ def _below(bits: np.ndarray, bound: int) -> np.ndarray:
     return (bits % np.uint64(bound)).astype(np.int64)
 
 
-def _hash(*values: np.ndarray | int) -> np.ndarray:
-    """A 64-bit hash of integers, by the finaliser of SplitMix64 (Steele, Lea and Flood, 2014)."""
+def hash_of(*values: np.ndarray | int) -> np.ndarray:
+    """A 64-bit hash of integers or arrays of them, uint64: the finaliser of SplitMix64 (Steele, Lea and Flood 2014)."""
     mixed = np.zeros(1, np.uint64)
     for value in values:
         value = np.asarray(value & (2**64 - 1) if isinstance(value, int) else value).astype(np.uint64)

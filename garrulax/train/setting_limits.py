@@ -3,6 +3,8 @@
 import re
 from typing import Any
 
+from garrulax.train.sources import mixture
+
 #: Default (lr, adam_lr, weight_decay) of each optimizer.
 DEFAULT_RATES = {
     "muon": (0.02, 4e-3, 0.0),
@@ -18,6 +20,9 @@ FINETUNING_RATES = {
     "adafactor": (1e-3, 1e-3, 0.0),
 }
 TRACKERS = ("wandb", "trackio")
+_COUNTS = ("steps", "batch", "window", "accumulation", "log_every", "eval_every", "checkpoint_every", "keep")
+_NOT_NEGATIVE = ("lr", "adam_lr", "weight_decay", "clip", "warmup", "decay", "eval_tokens", "tail_step", "tail_ratio",
+                 "keep_minutes")  # fmt: skip
 #: Setting -> least value, greatest value, and whether each of them is allowed.
 _RANGES = {
     "layer_decay": (0, 1, False, True),
@@ -39,6 +44,15 @@ _RANGES = {
 
 def check_limits(settings: Any) -> None:
     """Raises ValueError, which names the setting, for a value of `Settings` out of range or of another form."""
+    mixture(settings.corpus)  # refuses weights that do not fit together
+    for name in _COUNTS:
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name}={getattr(settings, name)} must be at least 1")
+    for name in _NOT_NEGATIVE:
+        if (getattr(settings, name) or 0) < 0:
+            raise ValueError(f"{name}={getattr(settings, name)} must not be negative")
+    if settings.batch % settings.accumulation:
+        raise ValueError(f"batch={settings.batch} cannot be cut into accumulation={settings.accumulation} equal parts")
     for name, (least, greatest, with_least, with_greatest) in _RANGES.items():
         value = getattr(settings, name)
         above = value >= least if with_least else value > least

@@ -11,16 +11,19 @@ from garrulax import models
 from garrulax.core.config import ModelConfig
 from garrulax.core.sharding import RULES
 from garrulax.layers.stack import REMAT
-from garrulax.train import schedules, typed
+from garrulax.train import dedup, schedules, typed
+from garrulax.train.digests import read_sealed, sealed, write_durably
 from garrulax.train.objectives import OBJECTIVES
 from garrulax.train.setting_limits import DEFAULT_RATES, FINETUNING_RATES, check_limits, named_texts
 from garrulax.train.settings_text import pairs, read_changes, with_lists
 from garrulax.train.sources import absolute_source, expanded
 
-OPTIMIZERS = ("muon", "adamw", "lion", "adafactor")
 PRECISIONS = ("float32", "bfloat16")
+#: Before the names of hashes of a text that another one has replaced, in the identity of a run's data.
+INSTEAD_OF = "instead_of."
 
 _RATES = ("lr", "adam_lr", "weight_decay")
+RUN_FILE = "run.json"
 #: Tokenizers that are no paths; `model` is the one of the model's own folder.
 TOKENIZERS = ("sentencepiece", "bytes", "chars", "model")
 
@@ -31,14 +34,17 @@ class Settings:
 
     Attributes:
         preset: Model to train: a preset (`garrulax info --all`), or a folder, GGUF file, run or hub name with weights.
-        corpus: Text to train on: files, folders, glob patterns, or stdlib (the source of Python's standard library).
+        corpus: Text to train on: files, folders, patterns, URLs, stdlib; a mixture with weights: a.txt:0.7,b.jsonl:0.3.
         valid: Held-out text, written like corpus; if empty, a part of the corpus is held out.
         tokenizer: sentencepiece (trained on the corpus), bytes or chars (one id for each), model (its own), or a path.
         vocab: Number of token ids, if a sentencepiece tokenizer is trained.
-        objective: causal or infill; none is the default of the model's family.
-        token_blanks: Relative frequency of infill's rows with short blanks.
-        sentence_blanks: Relative frequency of infill's rows with blanks of whole sentences.
-        document_blanks: Relative frequency of infill's rows with one long blank.
+        dedup: Documents left out as copies of earlier ones of their corpus: none, exact, or near (by MinHash).
+        dedup_threshold: Least share of common five-word runs (Jaccard index) of near-duplicates.
+        objective: causal, prefix or infill; none is the default of the model's family.
+        token_blanks: Relative frequency of infill's rows with short blanks; none is the family's (GLM 0.5, 130B 0.3).
+        sentence_blanks: Relative frequency of infill's rows with blanks of whole sentences; none: GLM 0.3, 130B 0.
+        document_blanks: Relative frequency of infill's rows with one long blank; none: GLM 0.2, 130B 0.7.
+        packing: cut (rows cut out of the joined text) or first_fit (whole documents in rows, kept apart).
         isolate: Whether the documents in a row are kept apart: no attention from one to another, own positions each.
 
         steps: Number of updates.
@@ -89,6 +95,7 @@ class Settings:
         eval_texts: More held-out texts, evaluated besides valid: a list of NAME=SOURCE, such as code=src,wiki=wiki.txt.
         checkpoint_every: Steps between checkpoints; the last step is always saved.
         keep: Number of latest checkpoints to keep, besides the best one.
+        keep_minutes: Minutes of training for each of which one checkpoint is kept for good; 0 keeps none so.
         export_every: Steps between exports of the model in Hugging Face layout, to exports/STEP; 0 is none.
         sample_every: Steps between texts that the model writes into the log; 0 is none.
         sample_prompts: Beginnings of these texts; empty takes one out of the held-out text.
@@ -102,10 +109,13 @@ class Settings:
     valid: tuple[str, ...] = ()
     tokenizer: str = "sentencepiece"
     vocab: int = 4096
+    dedup: str = "none"
+    dedup_threshold: float = 0.8
     objective: str | None = None
-    token_blanks: float = 0.5
-    sentence_blanks: float = 0.3
-    document_blanks: float = 0.2
+    token_blanks: float | None = None
+    sentence_blanks: float | None = None
+    document_blanks: float | None = None
+    packing: str = "cut"
     isolate: bool = False
 
     steps: int = 2000
@@ -156,6 +166,7 @@ class Settings:
     eval_texts: tuple[str, ...] = ()
     checkpoint_every: int = 500
     keep: int = 2
+    keep_minutes: float = 0.0
     export_every: int = 0
     sample_every: int = 0
     sample_prompts: tuple[str, ...] = ()
@@ -168,23 +179,17 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value not in known:
                 raise ValueError(f"{name}={value!r}: choose from {', '.join(known)}")
-        for name in ("steps", "batch", "window", "accumulation", "log_every", "eval_every", "checkpoint_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name, default in zip(_RATES, DEFAULT_RATES[self.optimizer], strict=True):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
-        for name in (*_RATES, "clip", "warmup", "decay", "eval_tokens", "tail_step", "tail_ratio"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        if self.batch % self.accumulation:
-            raise ValueError(f"batch={self.batch} cannot be cut into accumulation={self.accumulation} equal parts")
         check_limits(self)
 
 
 _CHOICES = {
+    "dedup": dedup.KINDS,
     "objective": tuple(OBJECTIVES),
-    "optimizer": OPTIMIZERS,
+    "packing": ("cut", "first_fit"),
+    "optimizer": tuple(DEFAULT_RATES),
     "schedule": schedules.KINDS,
     "precision": PRECISIONS,
     "weights": PRECISIONS,
@@ -201,8 +206,8 @@ FIXED_ON_RESUME = (
     "token_blanks",
     "sentence_blanks",
     "document_blanks",
+    "packing",
     "isolate",
-    "weights",
     "batch",
     "window",
     "optimizer",
@@ -211,7 +216,6 @@ FIXED_ON_RESUME = (
     "skip_steps",
     "spike_window",
 )
-
 
 _PATHS = ("preset", "corpus", "valid", "eval_texts", "tokenizer")
 #: Settings that a resumed run takes from its folder: the tokenizer is there, and the model in the checkpoint.
@@ -286,9 +290,10 @@ def finetuning(config: ModelConfig, changes: Mapping[str, Any]) -> dict[str, Any
 
 
 def write_run_file(folder: str | os.PathLike, settings: Settings, config: ModelConfig, data: Mapping[str, str]) -> None:
-    """Writes run.json, the `run_identity`, into a run's folder."""
-    record = run_identity(settings, config, data)
-    Path(folder, "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    """Writes run.json, the `run_identity`, into a run's folder, if it is not there already."""
+    file, text = Path(folder, RUN_FILE), sealed(run_identity(settings, config, data))
+    if not (file.is_file() and file.read_bytes() == text.encode()):
+        write_durably(file, text)
 
 
 def read_run_file(folder: str | os.PathLike, overrides: Iterable[str] = ()) -> tuple[Settings, ModelConfig]:
@@ -300,7 +305,7 @@ def read_run_file(folder: str | os.PathLike, overrides: Iterable[str] = ()) -> t
 
     Raises:
         FileNotFoundError: If it is not the folder of a run.
-        ValueError: As `read_settings` does.
+        ValueError: As `read_settings` does; a `DamagedError` if run.json is not as it was written.
     """
     record = read_record(folder)
     recorded, changes = typed.replace(Settings(), record["settings"]), with_lists(pairs(overrides))
@@ -318,10 +323,10 @@ def read_run_file(folder: str | os.PathLike, overrides: Iterable[str] = ()) -> t
 
 def read_record(folder: str | os.PathLike) -> dict[str, Any]:
     """The object in a run's run.json, see `run_identity`. Raises as `read_run_file` does."""
-    file = Path(folder, "run.json")
+    file = Path(folder, RUN_FILE)
     if not file.exists():
         raise FileNotFoundError(f"{folder} is not the folder of a run: it has no run.json")
-    return json.loads(file.read_text(encoding="utf-8-sig"))
+    return read_sealed(file)
 
 
 def _any_config(record: Mapping[str, Any]) -> ModelConfig:
@@ -329,7 +334,7 @@ def _any_config(record: Mapping[str, Any]) -> ModelConfig:
     for family in models.FAMILIES:
         if _family_name(family) == record.get("family"):
             return next(iter(family.PRESETS.values()))
-    return models.preset(record["settings"]["preset"])  # run.json of an older version does not name the family
+    raise ValueError(f"there is no family {record.get('family')!r} of models: the run is of another version")
 
 
 def run_identity(settings: Settings, config: ModelConfig, data: Mapping[str, str]) -> dict[str, Any]:
@@ -357,11 +362,18 @@ def differences(current: Mapping[str, Any], saved: Mapping[str, Any]) -> list[st
         saved: `run_identity` in the checkpoint.
     """
     found = []
+    names: tuple[str, ...] = ("config", "data", "settings")
+    was = {name: value for name, value in saved["data"].items() if not name.startswith(INSTEAD_OF)}
+    accepted = {name.removeprefix(INSTEAD_OF): value for name, value in current["data"].items() if INSTEAD_OF in name}
+    if accepted == was:  # the user has said that this text may take the place of that one
+        names = ("config", "settings")
     # An older version saved fewer settings: those that it lacks have their defaults.
     defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
     current, saved = ({**x, "settings": {**defaults, **x["settings"]}} for x in (current, saved))
-    for part in ("config", "data", "settings"):
+    for part in names:
         for name in sorted(current[part].keys() | saved[part].keys()):
+            if name.startswith(INSTEAD_OF):
+                continue
             now, was = current[part].get(name), saved[part].get(name)
             if now != was and (part != "settings" or name in FIXED_ON_RESUME):
                 found.append(f"{part}.{name} is {now!r}, was {was!r}")
@@ -380,11 +392,8 @@ def absolute_paths(settings: Settings) -> Settings:
         model = os.path.abspath(expanded(model))
     if tokenizer not in TOKENIZERS:
         tokenizer = os.path.abspath(expanded(tokenizer))
-    texts = tuple(
-        f"{name}={absolute_source(source)}"
-        for name, sources in named_texts(settings.eval_texts).items()
-        for source in sources
-    )
+    named = named_texts(settings.eval_texts)
+    texts = tuple(f"{name}={absolute_source(source)}" for name, sources in named.items() for source in sources)
     return dataclasses.replace(
         settings, corpus=corpus, valid=valid, eval_texts=texts, preset=model, tokenizer=tokenizer
     )

@@ -4,13 +4,14 @@ import os
 from pathlib import Path
 
 import jax
-from orbax.checkpoint import v1 as ocp
 
 from garrulax import models
 from garrulax.core import spec
 from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
+from garrulax.train import digests
 from garrulax.train import settings as settings_
+from garrulax.train.checkpoint import load_part, saved_steps
 
 
 def read_weights(folder: str | os.PathLike, step: int) -> tuple[ModelConfig, Tree]:
@@ -27,17 +28,16 @@ def read_weights(folder: str | os.PathLike, step: int) -> tuple[ModelConfig, Tre
 
     Raises:
         FileNotFoundError: If it is not the folder of a run, or there is no checkpoint of that step.
+        DamagedError: If run.json or the checkpoint is damaged; it names the file.
     """
     settings, config = settings_.read_run_file(folder)
     place = Path(folder, "checkpoints", str(step)).resolve()
-    if not ocp.is_orbax_checkpoint(place):
-        there = sorted(int(path.name) for path in place.parent.glob("*") if path.name.isdigit())
+    there = saved_steps(place.parent)
+    if step not in there:
         listed = ", ".join(map(str, there)) or "none"
         raise FileNotFoundError(f"{folder} has no checkpoint of step {step}; its checkpoints: {listed}")
+    digests.check(place)
     part, dtype = ("ema", "float32") if settings.ema else ("params", settings.weights)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = spec.map_specs(lambda s: jax.ShapeDtypeStruct(s.shape, dtype, sharding=device), models.parameters(config))
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True
-    with context:
-        return config, ocp.load(place, {part: target}, checkpointable_name="state")[part]
+    return config, load_part(place, part, target)

@@ -157,7 +157,10 @@ class JsonTokenizer(Tokenizer):
         """Writes tokenizer.json and tokenizer_config.json."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self._tokenizer.save(str(folder / "tokenizer.json"))
+        try:
+            self._tokenizer.save(str(folder / "tokenizer.json"))
+        except Exception as error:  # tokenizers raises bare ones
+            raise OSError(f"{folder / 'tokenizer.json'} cannot be written: {error}") from error
         self._save_config(folder, {"tokenizer_class": "PreTrainedTokenizerFast"})
 
     @property

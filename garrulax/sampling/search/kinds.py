@@ -11,6 +11,7 @@ import jax
 
 from garrulax.core.config import ModelConfig
 from garrulax.sampling.ends import StopStrings
+from garrulax.sampling.transforms.watermarks import Watermark
 
 Score = Callable[[jax.Array], jax.Array]
 
@@ -212,7 +213,12 @@ def best_of(n: int, returned: int = 1) -> BestOf:
 
 
 def check(
-    search: Any, config: ModelConfig, temperatures: Sequence[float], limits: Sequence[int], stops: StopStrings
+    search: Any,
+    config: ModelConfig,
+    temperatures: Sequence[float],
+    limits: Sequence[int],
+    stops: StopStrings,
+    watermarks: Sequence[Watermark | None] = (),
 ) -> None:
     """Checks that a search fits the other arguments of `generate`.
 
@@ -222,10 +228,11 @@ def check(
         temperatures: The temperature of each prompt.
         limits: Greatest number of new tokens of each prompt.
         stops: The stop strings.
+        watermarks: The watermark of each prompt.
 
     Raises:
         TypeError: `search` is no description.
-        ValueError: It does not fit the vocabulary, the temperature or stop strings.
+        ValueError: It does not fit the vocabulary, the temperature, stop strings or watermarks.
     """
     if not isinstance(search, Search):
         raise TypeError(f"search must be gx.beam(...), gx.diverse_beam(...), gx.contrastive(...) or gx.best_of(...), "
@@ -244,6 +251,8 @@ def check(
     if any(t == 0 for t in temperatures):
         reason = "makes all samples the same" if isinstance(search, BestOf) else "leaves one candidate"
         raise ValueError(f"temperature=0 {reason}: leave it out")
+    if any(mark is not None and mark.scheme == "gumbel" for mark in watermarks):
+        raise ValueError('a watermark with scheme="gumbel" leaves a search one candidate: take scheme="green"')
 
 
 def _checked_beams(search: BeamSearch) -> BeamSearch:

@@ -43,6 +43,7 @@ from garrulax.sampling.transforms.penalties import frequency_penalty, presence_p
 from garrulax.sampling.transforms.sequences import bad_words, no_repeat_ngram, sequence_bias
 from garrulax.sampling.transforms.thresholds import top_mask
 from garrulax.sampling.transforms.tokens import allowed_tokens, logit_bias, only, suppress_tokens
+from garrulax.sampling.transforms.watermarks import watermarking
 
 __all__ = [
     "DEFAULT",
@@ -79,4 +80,5 @@ __all__ = [
     "top_mask",
     "top_p",
     "typical_p",
+    "watermarking",
 ]

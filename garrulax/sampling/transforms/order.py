@@ -4,7 +4,7 @@ import difflib
 import functools
 from collections.abc import Callable, Iterable
 
-from garrulax.sampling.transforms import filters, lengths, penalties, sequences, tokens
+from garrulax.sampling.transforms import filters, lengths, penalties, sequences, tokens, watermarks
 from garrulax.sampling.transforms.base import Transform, chain
 from garrulax.sampling.transforms.guidance import guidance
 
@@ -36,6 +36,7 @@ STANDARD: dict[str, Callable[[], Transform]] = {
     "typical_p": filters.typical_p,
     "epsilon_cutoff": filters.epsilon_cutoff,
     "eta_cutoff": filters.eta_cutoff,
+    "watermark": watermarks.watermarking,
 }
 ALWAYS = ("temperature", "top_k", "top_p")
 

@@ -15,6 +15,47 @@ def prompt_length(knobs: Knobs) -> jax.Array:
     return jnp.sum(knobs["prompt"] >= 0, axis=-1, dtype=jnp.int32)
 
 
+def text_so_far(knobs: Knobs) -> tuple[jax.Array, jax.Array]:
+    """The prompt of each row with room for its new tokens, int32 [B, N], and its length, int32 [B]."""
+    prompt, size = knobs["prompt"], knobs["size"]
+    text = jnp.pad(prompt[:, :size], ((0, 0), (0, max(0, size - prompt.shape[1]))), constant_values=-1)
+    return text, prompt_length(knobs)
+
+
+def add_token(token: jax.Array, text: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The text and its length after one more token, int32 [B]."""
+    rows = jnp.arange(token.shape[0], dtype=jnp.int32)
+    return text.at[rows, length].set(token, mode="drop"), length + 1
+
+
+def after_same_tokens(text: jax.Array, length: jax.Array, n: jax.Array) -> jax.Array:
+    """Which tokens of a text follow n - 1 tokens that equal its last n - 1 tokens.
+
+    Args:
+        text: int32 [B, N].
+        length: int32 [B].
+        n: int32 [B]; 0 is none.
+
+    Returns:
+        bool [B, N].
+    """
+    slots = jnp.arange(text.shape[1], dtype=jnp.int32)[None]  # [1, N]
+    follows = (slots < length[:, None]) & (n > 0)[:, None]
+
+    # In round k, `follows` says whether the k - 1 tokens before a slot are the last k - 1 tokens of the text.
+    def unfinished(carry):
+        k, follows = carry
+        return (k < jnp.max(n)) & jnp.any(follows)
+
+    def compare(carry):
+        k, follows = carry
+        last = jnp.take_along_axis(text, jnp.maximum(length - k, 0)[:, None], axis=1)  # [B, 1]
+        same = (jnp.roll(text, k, axis=1) == last) & (slots >= k)
+        return k + 1, follows & (same | (k >= n)[:, None])
+
+    return jax.lax.while_loop(unfinished, compare, (jnp.int32(1), follows))[1]
+
+
 @functools.cache
 def no_repeat_ngram() -> Transform:
     """Removes each token that would make n tokens in a row which the text, prompt included, already has.
@@ -24,35 +65,17 @@ def no_repeat_ngram() -> Transform:
     """
 
     def init(knobs):
-        prompt, size = knobs["prompt"], knobs["size"]
-        text = jnp.pad(prompt[:, :size], ((0, 0), (0, max(0, size - prompt.shape[1]))), constant_values=-1)
-        return knobs["no_repeat_ngram_size"], text, prompt_length(knobs)
+        return knobs["no_repeat_ngram_size"], *text_so_far(knobs)
 
     def ban(logits, n, text, length):
-        slots = jnp.arange(text.shape[1], dtype=jnp.int32)[None]  # [1, N]
-        follows = (slots < length[:, None]) & (n > 0)[:, None]  # a token of the text, which might follow again
-
-        # In round k, `follows` says whether the k tokens before a slot are the last k tokens of the text.
-        def unfinished(carry):
-            k, follows = carry
-            return (k < jnp.max(n)) & jnp.any(follows)
-
-        def compare(carry):
-            k, follows = carry
-            last = jnp.take_along_axis(text, jnp.maximum(length - k, 0)[:, None], axis=1)  # [B, 1]
-            same = (jnp.roll(text, k, axis=1) == last) & (slots >= k)
-            return k + 1, follows & (same | (k >= n)[:, None])
-
-        _, follows = jax.lax.while_loop(unfinished, compare, (jnp.int32(1), follows))
-        return forbid(logits, jnp.where(follows, text, -1))
+        return forbid(logits, jnp.where(after_same_tokens(text, length, n), text, -1))
 
     def update(logits, state):
         return only_if(state[0] > 0, ban, logits, *state), state
 
     def observe(token, state):
         n, text, length = state
-        rows = jnp.arange(token.shape[0], dtype=jnp.int32)
-        return n, text.at[rows, length].set(token, mode="drop"), length + 1
+        return n, *add_token(token, text, length)
 
     return Transform(init, update, observe)
 

@@ -1,0 +1,125 @@
+"""The block memory of InfLLM: which keys stand for a block, and which blocks a query looks up.
+
+Letters: B rows, T tokens, K key/value heads, G query heads of each, N blocks, R representatives of a block, S slots,
+C width of a head. Source: Xiao et al. 2024, arXiv 2402.04617, section 3; thunlp/InfLLM.
+
+A key represents its block by the mean of its products with the queries of the local window after the block. Products
+are linear, so this is its product with the sum of these queries, of which the cache has one for each block. As in the
+paper, neither rotary nor other positions enter the products with representatives. Unlike there, each key/value head
+looks up its own blocks, and a block is as relevant as its most relevant representative, not as their sum: a single key
+that fits is then enough.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from garrulax.layers import quantised
+from garrulax.layers.cache import KV, layer_of, write_layer
+from garrulax.layers.cache_kinds import Blocks, View
+from garrulax.layers.call import Call
+
+
+def remember(kind: Blocks, kv: KV, stored: KV, layer: jax.Array, query: jax.Array, call: Call) -> tuple[KV, KV]:
+    """Adds the queries of a pass to the sums of their blocks, and chooses representatives of blocks that are complete.
+
+    Args:
+        kind: The kind of the cache.
+        kv: The cache's arrays with the keys of the pass in them.
+        stored: Those of this layer (`cache.extend`).
+        layer: Number of the layer.
+        query: [B, T, H, C], before the rotary embedding.
+        call: The forward pass.
+
+    Returns:
+        Both, with the new sums and representatives.
+    """
+    B, T, _, C = query.shape
+    number, real = call.number, call.mask.query["segment"] >= 0  # [B, T]
+    shapes = {name: x.shape for name, x in stored.items()}
+    heads = {name: x.reshape(B, -1, *x.shape[-2:]) for name, x in stored.items()}  # [B, K, S, C]
+    K, N = heads["queries"].shape[1:3]
+
+    counted = real & (number >= kind.first)
+    block = jnp.clip((number - kind.first) // kind.size, 0, N - 1)
+    begins = counted & ((number - kind.first) % kind.size == 0)
+    rows = jnp.arange(B, dtype=jnp.int32)[:, None]
+    summed = query.reshape(B, T, K, -1, C).sum(axis=3).astype(heads["queries"].dtype)  # [B, T, K, C]
+    # The first token of a block forgets what an earlier text has left there.
+    fresh = jnp.ones((B, N), bool).at[rows, block].min(~begins)[:, None, :, None]
+    sums = jnp.where(fresh, heads["queries"], 0)
+    sums = sums.swapaxes(1, 2).at[rows, block].add(jnp.where(counted[..., None, None], summed, 0)).swapaxes(1, 2)
+
+    # Blocks that leave the local window during the pass, the last one before it included: [B, n].
+    last = kind.outside(number[:, 0]) - 1
+    leaving = jnp.clip(last[:, None] + jnp.arange(1 if T == 1 else T // kind.size + 2, dtype=jnp.int32)[None], 0, N - 1)
+    after = leaving[..., None] + 1 + jnp.arange(kind.local // kind.size, dtype=jnp.int32)[None, None]
+    following = _take(sums, jnp.clip(after, 0, N - 1).reshape(B, -1))  # [B, K, n·W, C]
+    following = following.reshape(B, K, *after.shape[1:], C).sum(axis=3)  # [B, K, n, C]
+    slots = kind.first + leaving[..., None] * kind.size + jnp.arange(kind.size, dtype=jnp.int32)[None, None]
+    keys = _entries(heads, "key", _of_heads(slots.reshape(B, -1), K), following.dtype)
+    keys = keys.reshape(B, K, *slots.shape[1:], C)  # [B, K, n, size, C]
+    best = jax.lax.top_k(jnp.einsum("BKNSC,BKNC->BKNS", keys, following), kind.representatives)[1]
+    chosen = jnp.take_along_axis(keys, best[..., None], axis=3)  # [B, K, n, R, C]
+
+    place = leaving[..., None] * kind.representatives + jnp.arange(kind.representatives, dtype=jnp.int32)[None, None]
+    new = chosen.reshape(B, K, -1, C), sums
+    slots_of_new = place.reshape(B, -1), jnp.zeros_like(number[:, 0])
+    for name, x, slot in zip(("representative", "queries"), new, slots_of_new, strict=True):
+        kv = {**kv, name: write_layer(kv[name], layer, x, slot)}
+        stored = {**stored, name: layer_of(kv[name], layer).reshape(shapes[name])}
+    return kv, stored
+
+
+def look_up(kind: Blocks, stored: KV, query: jax.Array, number: jax.Array) -> tuple[View, KV]:
+    """What one query of each row attends to.
+
+    Args:
+        kind: The kind of the cache.
+        stored: The arrays of this layer, [B, K, S, C] each.
+        query: [B, H, C], before the rotary embedding.
+        number: int32 [B], number of the query's token.
+
+    Returns:
+        The positions, and the keys and values (with scales where they are int8) [B, K, S', C].
+    """
+    (B, K, S, C), R = stored["key"].shape, kind.representatives
+    view = kind.view(number)
+    outside = kind.outside(number)
+    N, top = stored["queries"].shape[2], kind.parts[1] // kind.size
+    representatives = stored["representative"]
+    q = query.reshape(B, K, -1, C).astype(representatives.dtype)
+    relevance = jnp.einsum("BKGC,BKRC->BKGR", q, representatives).max(axis=2)
+    relevance = relevance.reshape(B, K, N, R).max(axis=3)
+    candidates = jnp.arange(N, dtype=jnp.int32)[None] < outside[:, None]
+    relevance = jnp.where(candidates[:, None], relevance, -jnp.inf)
+    best, blocks = jax.lax.top_k(relevance, min(top, N))
+    # In the order of the text, what is no block at the end.
+    blocks = jnp.sort(jnp.where(best > -jnp.inf, blocks.astype(jnp.int32), N), axis=-1)
+    blocks = jnp.pad(blocks, ((0, 0), (0, 0), (0, top - blocks.shape[-1])), constant_values=N)
+    inside = jnp.arange(kind.size, dtype=jnp.int32)[None, None, None]
+    middle = (kind.first + blocks[..., None] * kind.size + inside).reshape(B, K, -1)
+    first, near = (jnp.arange(n, dtype=jnp.int32)[None] for n in (kind.parts[0], kind.parts[2]))
+    first = jnp.broadcast_to(first, (B, kind.parts[0]))
+    near = kind.first + outside[:, None] * kind.size + near
+    slots = jnp.concatenate([_of_heads(first, K), middle, _of_heads(near, K)], axis=-1)
+    slots = jnp.clip(slots, 0, S - 1)
+    names = [name for name in ("key", "value", "key_scale", "value_scale") if name in stored]
+    return view, {name: jnp.take_along_axis(stored[name], slots[..., None], axis=2) for name in names}
+
+
+def _of_heads(slots: jax.Array, heads: int) -> jax.Array:
+    """[B, K, S'] of slots [B, S'] that are the same for all heads."""
+    return jnp.broadcast_to(slots[:, None], (len(slots), heads, slots.shape[1]))
+
+
+def _take(x: jax.Array, index: jax.Array) -> jax.Array:
+    """Entries [B, K, n, C] of x [B, K, N, C] at index [B, n]."""
+    return jnp.take_along_axis(x, index[:, None, :, None], axis=2)
+
+
+def _entries(heads: KV, name: str, slots: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Stored keys or values [B, K, S', C] of slots [B, K, S'], in floating point."""
+    slots = jnp.clip(slots, 0, heads[name].shape[2] - 1)[..., None]
+    scale = heads.get(f"{name}_scale")
+    scale = None if scale is None else jnp.take_along_axis(scale, slots, axis=2)
+    return quantised.restore(jnp.take_along_axis(heads[name], slots, axis=2), scale, dtype)

@@ -286,9 +286,6 @@ class Checkpoints:
             ) from error
 
 
-_PARTIAL = ocp.options.PyTreeOptions.Loading(partial_load=True)
-
-
 def load_part(folder: Path, name: str, target: Tree) -> Tree:
     """Loads one field of the state in a checkpoint, without looking at the digests.
 
@@ -297,7 +294,9 @@ def load_part(folder: Path, name: str, target: Tree) -> Tree:
         name: Of the field of `TrainState`.
         target: Shapes, dtypes and shardings of its arrays.
     """
-    with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=_PARTIAL)):
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
         return ocp.load(folder, {name: target})[name]
 
 

@@ -16,7 +16,7 @@ import garrulax as gx
 from garrulax.core import spec
 from garrulax.models import gpt, heads
 from garrulax.train import tasks
-from garrulax.train.batches import causal_batch
+from garrulax.train.components import causal_batch
 from garrulax.train.objectives import causal_lm
 from garrulax.train.optimizers import make_optimizer
 from garrulax.train.settings import Settings

@@ -52,6 +52,8 @@ def run(line, capsys):
         words += [f"{key}={value}" for key, value in small.items()]
         if "--resume" not in words and not any(word.startswith("corpus=") for word in words):
             words.append("corpus=my_folder")
+    if "--step" in words:
+        words[words.index("--step") + 1] = "2"
     code = main(words)
     printed = capsys.readouterr()
     assert code == 0, (words, printed.err)
@@ -92,12 +94,18 @@ def test_quick_start_and_what_it_prints(place, capsys):
 def test_commands_of_readme(place, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("Who are you?\n"))  # of `garrulax chat`
     block = (ROOT / "README.md").read_text(encoding="utf-8").split("## Commands\n\n```\n")[1].split("```")[0]
-    chat = byte_model("chatglm")
-    for folder, model in (("path/to/chatglm3-6b", chat), ("path/to/model", byte_model()), ("SRC", byte_model())):
+    chat, llama = byte_model("chatglm"), byte_model("llama")
+    for folder, model in (
+        ("path/to/chatglm3-6b", chat),
+        ("path/to/llama", llama),
+        ("path/to/model", byte_model()),
+        ("SRC", byte_model()),
+    ):
         gx.save(gx.Model(model.config, model.params, model.tokenizer), place / folder)
     template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    settings = place / "path/to/chatglm3-6b" / "tokenizer_config.json"
-    settings.write_text(json.dumps({**json.loads(settings.read_text()), "chat_template": template}))
+    for folder in ("path/to/chatglm3-6b", "path/to/llama"):
+        settings = place / folder / "tokenizer_config.json"
+        settings.write_text(json.dumps({**json.loads(settings.read_text()), "chat_template": template}))
     glm = byte_model("glm")
     gx.save(gx.Model(glm.config, glm.params, glm.tokenizer), place / "runs/glm/model")
     (place / "model.gguf").write_bytes(gguf_files.file_of("gpt2"))

@@ -257,6 +257,16 @@ def test_events_are_complete_after_a_kill_and_a_clock_set_back(tmp_path, monkeyp
     assert (times[10], times[30]) == (2e9, 2e9 - 86400)
 
 
+def test_texts_are_events_also_after_a_resume(tmp_path):
+    with metrics.MetricsLog(tmp_path) as log:
+        log.write(1, {"loss": 0.5, "sample": "ein Häher"})
+    with metrics.MetricsLog(tmp_path, 1):
+        pass
+    assert told(tmp_path / "events") == [(1, "loss", 0.5), (1, "sample/text_summary", 0.0)]
+    (file,) = (tmp_path / "events").iterdir()
+    assert "ein Häher".encode() in file.read_bytes()
+
+
 def test_events_that_cannot_be_written_stop_nothing(tmp_path):
     said = []
     with metrics.MetricsLog(tmp_path, say=said.append) as log:
@@ -323,19 +333,22 @@ def test_sighup_is_like_sigterm_unless_it_is_ignored(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_ends_an_evaluation(whole, tmp_path):
+@pytest.mark.parametrize("number", [2, 3], ids=["held-out text", "further text"])
+def test_a_signal_ends_an_evaluation(whole, tmp_path, number):
     run = training.make(tmp_path / "run", ["eval_every=2", "checkpoint_every=100"])
     passes = []
 
     def held_out():
         passes.append(1)
         for batch in run.data.held_out():
-            if len(passes) == 2:  # the first is the check before step 1
+            if len(passes) == number:  # the first is the check before step 1
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
-    result = loop.train(replace(run, data=replace(run.data, held_out=held_out)), out=io.StringIO())
+    data = replace(run.data, held_out=held_out, eval_texts={"again": held_out})
+    result = loop.train(replace(run, data=data), out=io.StringIO())
     assert (result.step, result.finished, result.evaluation) == (2, False, None)
+    assert not any("valid_loss" in r for r in metrics.read_metrics(tmp_path / "run"))  # all texts are read again
     result, _ = training.train(tmp_path / "run", ["eval_every=2", "checkpoint_every=100"], resume=True)
     same(result, whole[1])
     assert [r["step"] for r in metrics.read_metrics(tmp_path / "run") if "valid_loss" in r] == [2, 4, 6]

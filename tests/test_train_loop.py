@@ -44,14 +44,8 @@ def test_what_a_run_leaves_behind(causal):
     assert result.finished
     assert result.step == 6
     assert sorted(os.listdir(folder)) == [
-        "checkpoints",
-        "events",
-        "lock",
-        "loss.png",
-        "metrics.jsonl",
-        "run.json",
-        "spare",
-    ]
+        "checkpoints", "environment.json", "events", "lock", "loss.png", "metrics.jsonl", "run.json", "spare",
+    ]  # fmt: skip
     assert result.picture == folder / "loss.png"
     records = metrics.read_metrics(folder)
     assert [r["step"] for r in records if "valid_loss" in r] == [3, 6]

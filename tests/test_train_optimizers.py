@@ -6,6 +6,7 @@ import pytest
 
 from garrulax import models
 from garrulax.core import spec
+from garrulax.train.layer_rates import layer_factors
 from garrulax.train.optimizers import make_optimizer, muon_dimensions
 from garrulax.train.settings import Settings
 
@@ -109,3 +110,69 @@ def test_muon_dimensions_of_a_projection_with_two_inputs():
     specs = tree(CONFIGS["gpt"])["blocks"]["attention"]
     assert muon_dimensions(specs["out"]) == ((1, 2), (3,))
     assert muon_dimensions(specs["qkv"]) == ((1,), (2, 3, 4))
+
+
+def steps(settings, specs, params, count=3):
+    """Updates of some steps with the parameters moving, by name."""
+    optimizer = make_optimizer(settings, specs)
+    state, found, step = optimizer.init(params), [], jax.jit(optimizer.update)
+    for i in range(count):
+        updates, state = step(noise(params, i), state, params)
+        params = optax.apply_updates(params, updates)
+        found.append(spec.named_specs(updates))
+    return found
+
+
+def test_lion_is_its_formula():
+    """Chen et al. 2023, algorithm 2, in float64."""
+    config = CONFIGS["gpt"]
+    params = init(config)
+    settings = Settings(optimizer="lion", lr=0.01, weight_decay=0.5, clip=0.0, **FLAT)
+    p = {k: v.astype(np.float64) for k, v in spec.named_specs(params).items()}
+    m = dict.fromkeys(p, 0.0)
+    for i, got in enumerate(steps(settings, tree(config), params)):
+        for name, g in spec.named_specs(noise(params, i)).items():
+            decay = 0.0 if spec.named_specs(tree(config))[name].role == "vector" else 0.5
+            expected = -0.01 * (np.sign(0.9 * m[name] + 0.1 * g) + decay * p[name])
+            np.testing.assert_allclose(got[name], expected, rtol=1e-4, atol=1e-7, err_msg=name)
+            m[name], p[name] = 0.99 * m[name] + 0.01 * g, p[name] + expected
+
+
+def test_adafactor_is_optax_adafactor_on_the_matrix_of_each_layer():
+    declare = spec.Declare(spec.normal(1.0), D=130, H=4, C=33, V=129)
+    layer = declare.linear("query", "{}.q", "(H C) D -> D H C", bias=True)
+    specs = {"blocks": spec.stacked(2, layer), "tokens": declare.embedding("t")}
+    params = jax.tree.map(lambda p: 0.1 * p, noise(spec.abstract(specs), 7))
+    settings = Settings(optimizer="adafactor", lr=0.01, clip=0.0, **FLAT)
+    found = steps(settings, specs, params)
+    for name, shape in {"blocks/query": (2, 130, 132), "blocks/query_bias": (2, 132), "tokens": (1, 129, 130)}.items():
+
+        def layers(tree, name=name, shape=shape):
+            return np.reshape(spec.named_specs(tree)[name], shape)
+
+        for layer, p in enumerate(layers(params)):
+            theirs = optax.adafactor(0.01)
+            state, step = theirs.init(p), jax.jit(theirs.update)
+            for i, got in enumerate(found):
+                expected, state = step(layers(noise(params, i))[layer], state, p)
+                p = p + expected
+                np.testing.assert_allclose(np.reshape(got[name], shape)[layer], expected, rtol=2e-4, atol=1e-7)
+    rows = [x.shape for x in jax.tree.leaves(make_optimizer(settings, specs).init(params))]
+    assert max(int(np.prod(shape)) for shape in rows) == 2 * 132  # a row and a column of each matrix, not the matrix
+
+
+def test_lower_layers_learn_more_slowly():
+    config, params = CONFIGS["gpt"], init(CONFIGS["gpt"])
+    plain, slow = (
+        steps(Settings(optimizer="adamw", layer_decay=d, **FLAT), tree(config), params, 1)[0] for d in (1.0, 0.5)
+    )
+    expected = {"tokens": 1 / 16, "positions": 1 / 16, "norm/scale": 1.0}
+    for name, update in slow.items():
+        factor = expected.get(name, 1.0)
+        if name.startswith("blocks"):
+            factor = np.array([1 / 8, 1 / 4, 1 / 2]).reshape(3, *[1] * (update.ndim - 1))
+        np.testing.assert_allclose(update, plain[name] * factor, rtol=1e-6, err_msg=name)
+    head = layer_factors(
+        models.parameters(models.llama.Config(vocab=9, width=8, heads=2, kv_heads=2, layers=2, tied=False)), 0.5
+    )
+    assert (head["head"], head["tokens"], head["norm"]["scale"]) == (1, 1 / 8, 1)

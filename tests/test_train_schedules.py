@@ -34,6 +34,19 @@ def test_warmup_stable_decay():
     np.testing.assert_allclose(got[15:], [1, 0.9, 0.8, 0.7, 0.6], rtol=1e-6)
 
 
+def test_inverse_square_root():
+    """Vaswani et al. 2017, eq. 3, up to the factor of the peak: min(n ** -0.5, n * w ** -1.5), steps n from 1."""
+    n, w = np.arange(1, 101), 8
+    expected = 3 * np.sqrt(w) * np.minimum(n**-0.5, n * w**-1.5)
+    np.testing.assert_allclose(values("inverse_sqrt", 3.0, 100, warmup=8), expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        values("inverse_sqrt", 3.0, 100, warmup=8, min_ratio=0.4)[8:], np.maximum(1.2, expected)[8:], rtol=1e-6
+    )
+    # A run that goes on from any step follows the same curve, whatever its number of steps.
+    tail = make_schedule("inverse_sqrt", 3.0, 500, warmup=0.3, tail=(50, expected[50] / 3))
+    np.testing.assert_allclose([tail(s) for s in range(50, 100)], expected[50:], rtol=1e-6)
+
+
 def test_warmup_linear():
     """By the formula, with s = 1 where x <= w: the fall goes on during the warm-up."""
     x, w = np.arange(1000) / 1000, 0.1

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import pathlib
 
 import pytest
 
@@ -122,13 +123,20 @@ def test_differences_name_what_matters():
 
 
 def test_every_setting_is_documented_and_read():
-    import pathlib
-
     import garrulax.train
 
     source = "".join(p.read_text() for p in pathlib.Path(garrulax.train.__file__).parent.glob("*.py"))
     for field in dataclasses.fields(Settings):
         assert field.name in Settings.__doc__, field.name
-        # preset, corpus, valid, tokenizer and vocab are for the command line, which finds the data.
-        if field.name not in ("corpus", "valid", "tokenizer", "vocab"):
+        # The command line finds the data and writes the samples.
+        if field.name not in ("corpus", "valid", "tokenizer", "vocab", "sample_prompts", "sample_tokens"):
             assert f".{field.name}" in source, field.name
+
+
+def test_commands_of_the_pages_about_training():
+    pages = [pathlib.Path(__file__).parents[1] / "docs" / name for name in ("optimizers.md", "reports.md")]
+    lines = [line.split("#")[0] for page in pages for line in page.read_text().splitlines()]
+    commands = [line.split()[2:] for line in lines if line.startswith("garrulax train ")]
+    for preset, *words in commands:
+        assert settings.read_settings(None, [f"preset={preset}", *words])[0].preset == preset
+    assert len(commands) >= 7

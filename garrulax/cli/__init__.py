@@ -89,6 +89,10 @@ def _command(name: str) -> Callable[[argparse.Namespace], None]:
         from garrulax.cli.detect import detect
 
         return detect
+    if name == "report":
+        from garrulax.cli.report import report
+
+        return report
     if name == "convert":
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # it needs no accelerator
         from garrulax.cli.convert import convert
@@ -106,7 +110,7 @@ def _command(name: str) -> Callable[[argparse.Namespace], None]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="garrulax",
-        description="Language models in JAX: train, generate, fill, chat, score, detect, inspect, convert.",
+        description="Language models in JAX: train, generate, fill, chat, score, detect, inspect, convert, report.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -224,6 +228,13 @@ def _parser() -> argparse.ArgumentParser:
     detect.add_argument("--gamma", type=float, default=0.25, metavar="P", help="share of green tokens (0.25)")
     detect.add_argument("--context", type=int, default=4, metavar="N", help="tokens of a context (4)")
     detect.add_argument("--json", action="store_true", help="print the numbers as one JSON object")
+    report = commands.add_parser(
+        "report",
+        help="write a page about one or several runs",
+        description="Write one HTML page with the curves, settings, environment and samples of one or several runs.",
+    )
+    report.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run")
+    report.add_argument("--out", metavar="FILE", help="the page (report.html in the folder of the first run)")
     convert = commands.add_parser(
         "convert",
         help="convert a model folder or GGUF file",
@@ -236,6 +247,9 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--dtype", help="of all tensors: float32, bfloat16 or float16 (default: as stored)")
     convert.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="greatest size of a file, such as 200MB (5GB)"
+    )
+    convert.add_argument(
+        "--step", type=int, metavar="N", help="of a run: the checkpoint of this step, in place of the final model"
     )
     convert.add_argument("--dialect", help="checkpoint format, if the family has several, such as glm")
     for name in ("generate", "fill", "chat", "info", "glitch", "score", "detect", "convert"):

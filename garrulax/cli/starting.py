@@ -70,7 +70,7 @@ def start(args: argparse.Namespace) -> Start:
     """
     words = settings_words([*args.settings, *([f"mesh={args.mesh}"] if args.mesh else [])])
     if args.resume:
-        return dataclasses.replace(_resumed(Path(expanded(args.resume)), words), new_data=args.new_data)
+        return dataclasses.replace(resumed(Path(expanded(args.resume)), words), new_data=args.new_data)
     if args.new_data:
         raise ValueError("--new-data is for a run that is resumed: give its folder with --resume")
     settings, model, loaded = chosen(args.config, words)
@@ -128,7 +128,8 @@ def _name(model: str) -> str:
     return parts[-1].removesuffix(".gguf")
 
 
-def _resumed(folder: Path, words: Sequence[str]) -> Start:
+def resumed(folder: Path, words: Sequence[str] = ()) -> Start:
+    """The start of a run that goes on, with its tokenizer. `words` are settings to change, as `key=value`."""
     settings, config = settings_.read_run_file(folder, words)
     recorded = settings_.read_record(folder)["data"]
     model = gx.Model(config, {}, _checked_tokenizer(folder / TOKENIZER, recorded["tokenizer"]))

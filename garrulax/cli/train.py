@@ -16,13 +16,16 @@ from jax.experimental import multihost_utils
 import garrulax as gx
 from garrulax import models
 from garrulax.cli import starting
+from garrulax.cli.samples import Samples
 from garrulax.cli.starting import Start, fit
 from garrulax.cli.train_medusa import train_medusa
+from garrulax.core.spec import Tree
 from garrulax.hub.tokenizers import Tokenizer
 from garrulax.train import lock, peers, progress, spare
 from garrulax.train.batches import make_data, with_new_text
 from garrulax.train.components import check_length
 from garrulax.train.corpus import Corpora, xz_bits_per_byte
+from garrulax.train.eval_texts import eval_batches
 from garrulax.train.loop import Result, Run
 from garrulax.train.loop import train as run_training
 from garrulax.train.objectives import objective_name
@@ -31,6 +34,7 @@ from garrulax.train.shards import Dataset, build_shards
 from garrulax.train.sources import expanded
 
 MODEL = "model"  # folder of the trained model in the folder of a run
+EXPORTS = "exports"  # folder of the models that are saved on the way, by step
 #: The first setting of each group in `garrulax train --list`, and the title of the group.
 GROUPS = {
     "preset": "Model and data",
@@ -109,16 +113,22 @@ def _train(begun: Start, resume: bool) -> None:
     data = make_data(datasets, settings, config, tokenizer)
     for line in data.notes:
         say(line)
+    data = dataclasses.replace(data, eval_texts=eval_batches(settings, datasets[0], config, tokenizer))
     if begun.new_data:
         data = with_new_text(data, begun.recorded)
     if not resume and jax.process_index() == 0:
         starting.save_tokenizer(begun)
 
-    def export(result: Result) -> None:
+    def export(params: Tree, step: int) -> None:
+        gx.save(begun.model.replace(params=params), begun.folder / EXPORTS / str(step))
+
+    def finish(result: Result) -> None:
         gx.save(begun.model.replace(params=result.params), begun.folder / MODEL)
 
-    run = Run(config, settings, data, begun.folder, params=begun.params)
-    _report(run_training(run, resume=resume, on_finish=export), begun, corpus, datasets)
+    prompts = settings.sample_prompts or (_prompt(begun, datasets[0]),)
+    samples = Samples(begun.model, prompts, settings.sample_tokens) if settings.sample_every else None
+    run = Run(config, settings, data, begun.folder, params=begun.params, export=export, write_samples=samples)
+    _report(run_training(run, resume=resume, on_finish=finish), begun, corpus, datasets)
 
 
 def say(line: str) -> None:

@@ -9,10 +9,10 @@ import garrulax as gx
 from garrulax.cli.models import find_model
 from garrulax.cli.starting import settings_words
 from garrulax.sampling.speculate import medusa_trees
-from garrulax.train import settings as settings_
 from garrulax.train import typed
 from garrulax.train.corpus import Corpus
 from garrulax.train.settings import Settings
+from garrulax.train.settings_text import read_changes, with_lists
 from garrulax.train.sources import expanded
 
 DEFAULTS = Settings(preset="", steps=300, batch=8, window=128, lr=1e-3, adam_lr=1e-3, optimizer="adamw")
@@ -56,9 +56,9 @@ def _settings(args: argparse.Namespace) -> Settings:
     for name in ("resume", "mesh", "distributed", "config"):
         if getattr(args, name, None) is not None:
             raise ValueError(f"--{name} does not go with --medusa, which trains heads in one go on one device")
-    changes = settings_.read_changes(None, settings_words(args.settings))
+    changes = read_changes(None, settings_words(args.settings))
     if odd := sorted(changes.keys() - set(KNOWN)):
         raise ValueError(f"heads have no setting {odd[0]}: --medusa knows {', '.join(KNOWN[1:])}")
     if "preset" not in changes:
         raise ValueError("--medusa needs a model with weights: garrulax train --medusa MODEL corpus=FOLDER")
-    return typed.replace(DEFAULTS, settings_.with_lists(changes))
+    return typed.replace(DEFAULTS, with_lists(changes))

@@ -1,5 +1,8 @@
 """Products of activations with weight leaves, the same on one device and on a mesh."""
 
+import dataclasses
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -8,7 +11,31 @@ from garrulax.core import half
 from garrulax.core.sharding import BATCH_AXES, axis_names, spec_of
 
 
-def einsum(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OwnProduct:
+    """A weight that `einsum` multiplies with a function of its own, such as one of low precision, on one device.
+
+    Attributes:
+        array: The weight, contracted letters first.
+        dot: The product of x [M, n] and the weight as a matrix [n, N]: [M, N].
+    """
+
+    array: jax.Array
+    dot: Callable[[jax.Array, jax.Array], jax.Array] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return self.array.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the weight."""
+        return self.array.dtype
+
+
+def einsum(spec: str, x: jax.Array, w: jax.Array | OwnProduct) -> jax.Array:
     """`jnp.einsum(spec, x, w)` of activations and a weight.
 
     On one device the letters are merged, so that the product is of two matrices: XLA:CPU multiplies [B·T, D] by
@@ -19,7 +46,7 @@ def einsum(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
     Args:
         spec: Letters of x, w and the result, such as "BTD,DHC->BTHC".
         x: Activations, contracted letters last.
-        w: Weight, contracted letters first ("BTD,DHC->BTHC") or last ("BTD,VD->BTV").
+        w: Weight, contracted letters first ("BTD,DHC->BTHC") or last ("BTD,VD->BTV"); an `OwnProduct` for the first.
 
     Returns:
         The product in x's dtype.
@@ -29,11 +56,16 @@ def einsum(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
     """
     terms, out = spec.replace(" ", "").split("->")
     left, right = terms.split(",")
+    own = None
+    if isinstance(w, OwnProduct):
+        w, own = w.array, w.dot
     _check_sizes(spec, left, x, right, w)
     w = w.astype(x.dtype)
     mesh = jax.typeof(x).sharding.mesh
     if mesh.empty or not mesh.are_all_axes_explicit:
-        return _matmul(left, right, out, x, w)
+        return _matmul(left, right, out, x, w, own)
+    if own is not None:
+        raise ValueError(f"einsum {spec!r}: a weight with a product of its own cannot be multiplied on a mesh")
     return _sharded(left, right, out, x, w)
 
 
@@ -46,7 +78,7 @@ def _check_sizes(spec: str, left: str, x: jax.Array, right: str, w: jax.Array) -
             raise ValueError(f"einsum {spec!r}: {letter} is {sizes[letter]} in {x.shape} and {size} in {w.shape}")
 
 
-def _matmul(left: str, right: str, out: str, x: jax.Array, w: jax.Array) -> jax.Array:
+def _matmul(left: str, right: str, out: str, x: jax.Array, w: jax.Array, own: Callable | None) -> jax.Array:
     contracted = "".join(c for c in left if c in right)
     rows, columns = left.removesuffix(contracted), right.replace(contracted, "")
     first = right.startswith(contracted)
@@ -57,7 +89,10 @@ def _matmul(left: str, right: str, out: str, x: jax.Array, w: jax.Array) -> jax.
         inner *= size
     x2 = x.reshape(-1, inner)
     w2 = w.reshape(inner, -1) if first else w.reshape(-1, inner)
-    y = (half.dot if half.applies(x2, w2) else half.plain_dot)(x2, w2, first)
+    if own is not None and first:
+        y = own(x2, w2)
+    else:
+        y = (half.dot if half.applies(x2, w2) else half.plain_dot)(x2, w2, first)
     w_out = w.shape[len(contracted) :] if first else w.shape[: len(columns)]
     return y.reshape(*x.shape[: len(rows)], *w_out)
 

@@ -34,12 +34,14 @@ class Data:
             for (0 if unknown).
         identity: Hashes, by name, of everything that the batches depend on.
         notes: Lines about the mixture and the packing, for the user.
+        eval_texts: As `held_out`, of further texts, by name (`eval_texts.eval_batches`).
     """
 
     batch_at: Callable[[int], HostBatch]
     held_out: Callable[[], Iterator[HostBatch]]
     identity: Mapping[str, str] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    eval_texts: Mapping[str, Callable[[], Iterator[HostBatch]]] = dataclasses.field(default_factory=dict)
 
 
 def make_data(

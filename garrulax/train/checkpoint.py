@@ -211,8 +211,7 @@ class Checkpoints:
             step: Of the checkpoint; None is the latest.
         """
         step = self._whole(step)
-        with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=_PARTIAL)):
-            return ocp.load(self._folder / str(step), {"params": target})["params"]
+        return load_part(self._folder / str(step), "params", target)
 
     def _whole(self, step: int | None) -> int:
         """The step, or that of the latest checkpoint, after checking it."""
@@ -287,7 +286,18 @@ class Checkpoints:
             ) from error
 
 
-_PARTIAL = ocp.options.PyTreeOptions.Loading(partial_load=True)
+def load_part(folder: Path, name: str, target: Tree) -> Tree:
+    """Loads one field of the state in a checkpoint, without looking at the digests.
+
+    Args:
+        folder: Of the checkpoint.
+        name: Of the field of `TrainState`.
+        target: Shapes, dtypes and shardings of its arrays.
+    """
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+        return ocp.load(folder, {name: target})[name]
 
 
 def saved_steps(folder: str | os.PathLike) -> list[int]:

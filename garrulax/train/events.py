@@ -44,7 +44,7 @@ class Events:
             path.unlink()
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes the values of a step, by name. Raises OSError if the file cannot be written."""
+        """Writes the values of a step, numbers or texts, by name. Raises OSError if the file cannot be written."""
         self._add(step, values, time.time())
         self._writer.flush()
 
@@ -55,9 +55,11 @@ class Events:
     def _add(self, step: int, values: Mapping[str, Any], wall: float) -> None:
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.proto.summary_pb2 import Summary
+        from tensorboardX.summary import text
 
         numbers = {k: v for k, v in values.items() if k != "step" and isinstance(v, int | float)}
-        summary = Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in numbers.items()])
+        texts = [text(k, v).value[0] for k, v in values.items() if isinstance(v, str)]
+        summary = Summary(value=[*(Summary.Value(tag=k, simple_value=v) for k, v in numbers.items()), *texts])
         self._writer.write(Event(step=step, wall_time=wall, summary=summary).SerializeToString())
 
 

@@ -3,10 +3,11 @@
 import contextlib
 import dataclasses
 import shlex
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import jax
 from jax.sharding import Mesh
@@ -20,23 +21,31 @@ from garrulax.train import settings as settings_
 from garrulax.train.batches import Data, check_batch, check_held_out, on_devices
 from garrulax.train.checkpoint import Checkpoints
 from garrulax.train.continuing import changed, continued
+from garrulax.train.environment import write_environment
 from garrulax.train.evaluate import Evaluation, make_evaluate
 from garrulax.train.flops import peak_flops, train_flops_per_token
+from garrulax.train.guard import first_guard, why_skipped
 from garrulax.train.interrupts import Interrupts, Stopped
 from garrulax.train.metrics import MetricsLog, held_out_losses
-from garrulax.train.objectives import OBJECTIVES, Objective, objective_name
+from garrulax.train.norms import named_norms
+from garrulax.train.objectives import OBJECTIVES, Batch, Objective, objective_name
 from garrulax.train.optimizers import make_optimizer
+from garrulax.train.profiling import Profiler
 from garrulax.train.progress import Progress, StepTimer
+from garrulax.train.quantized import check_quantized
+from garrulax.train.setting_limits import profiled
 from garrulax.train.settings import Settings
 from garrulax.train.state import TrainState, abstract_state, init_state
 from garrulax.train.step import Metrics, make_train_step
+from garrulax.train.trackers import Trackers, check_trackers
+from garrulax.train.usage import Usage
 
 # Steps that the device may be behind the host, which prepares the next batch while the device computes.
 AHEAD = 2
 
 
 class Diverged(FloatingPointError):
-    """The loss or its gradient is not finite."""
+    """The loss or its gradient is not finite, or too many steps were skipped one after another."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +60,9 @@ class Run:
         objective: None takes the one that the settings name.
         params: Parameters to start from, such as those of a loaded model, or a function that returns them, which keeps
             no second copy in memory; None draws random ones. They are not needed to resume.
+        export: Called as `export(params, step)` every `export_every` steps, to save the model; None saves none.
+        write_samples: Called with the parameters every `sample_every` steps, while the mesh is set; returns pairs of a
+            prompt and what the model writes after it. None writes none.
     """
 
     config: ModelConfig
@@ -59,6 +71,8 @@ class Run:
     folder: Path
     objective: Objective | None = None
     params: Tree | Callable[[], Tree] | None = None
+    export: Callable[[Tree, int], None] | None = None
+    write_samples: Callable[[Tree], Sequence[tuple[str, str]]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +80,7 @@ class Result:
     """The result of a training run.
 
     Attributes:
-        params: After `step` updates.
+        params: After `step` steps; their moving average, if the settings ask for one.
         step: Number of updates.
         finished: False if the run was stopped before its last step.
         evaluation: Of the final parameters; None if the run was stopped.
@@ -108,13 +122,16 @@ def train(
         FileExistsError: If the folder has a run in it and `resume` is False.
         FileNotFoundError: If `resume` is True and the folder has no run in it.
         FolderInUseError: If another training works in the folder.
-        Diverged: If the loss is not finite. The last checkpoint is intact.
+        Diverged: If the loss is not finite and the settings skip no such step, or if `most_skipped` steps were skipped
+            one after another. The last checkpoint is intact.
+        ImportError: If a package is not installed that `trackers` or `quantize` needs.
         OSError: If saving a checkpoint failed. The earlier ones are intact.
     """
-    settings = run.settings
-    mesh = _mesh(settings)
+    settings, mesh = run.settings, _mesh(run.settings)
     check_batch(settings, mesh)
     check_held_out(run.data)
+    check_trackers(settings.trackers)
+    check_quantized(settings.quantize, settings.mesh)
     identity = settings_.run_identity(settings, run.config, run.data.identity)
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock.held(run.folder))
@@ -122,16 +139,17 @@ def train(
         if mesh is not None:
             stack.enter_context(jax.set_mesh(mesh))
         losses = held_out_losses(run.folder) if resume else {}
-        checkpoints = stack.enter_context(
-            Checkpoints(run.folder / "checkpoints", identity, settings.keep, losses, settings.keep_minutes)
-        )
+        checkpoints = Checkpoints(run.folder / "checkpoints", identity, settings.keep, losses, settings.keep_minutes)
+        stack.enter_context(checkpoints)
         lines = checkpoints.check() if resume else []
         run, more = _continued(run, checkpoints) if resume else (run, [])
-        loop = _Loop(run, mesh, checkpoints, _progress(run, mesh, out))
+        loop = _Loop(run, mesh, checkpoints, out)
         for line in [*lines, *more]:
             loop.progress.say(line)
         state = loop.first_state(resume)
-        log = stack.enter_context(MetricsLog(run.folder, int(state.step), loop.progress.say))
+        trackers = stack.enter_context(Trackers(settings.trackers, run.folder, identity["settings"]))
+        log = stack.enter_context(MetricsLog(run.folder, int(state.step), loop.progress.say, trackers))
+        stack.enter_context(loop.profiler)
         with Interrupts() as interrupts:
             result = loop.finish(*loop.steps(state, log, interrupts))
         if on_finish is not None:
@@ -140,11 +158,9 @@ def train(
 
 
 def _mesh(settings: Settings) -> Mesh | None:
-    if settings.mesh:
-        return make_mesh(settings.mesh)
-    if jax.process_count() > 1:
+    if not settings.mesh and jax.process_count() > 1:
         raise ValueError(f"{jax.process_count()} processes need a mesh: such as mesh=data={jax.device_count()}")
-    return None
+    return make_mesh(settings.mesh) if settings.mesh else None
 
 
 def _continued(run: Run, checkpoints: Checkpoints) -> tuple[Run, list[str]]:
@@ -158,58 +174,46 @@ def _continued(run: Run, checkpoints: Checkpoints) -> tuple[Run, list[str]]:
     return dataclasses.replace(run, settings=settings), [*lines, *([] if line is None else [line])]
 
 
-def _progress(run: Run, mesh: Mesh | None, out: TextIO | None) -> Progress:
-    s, peak = run.settings, peak_flops(jax.devices()[0])
-    devices = 1 if mesh is None else mesh.size
-    flops = train_flops_per_token(run.config, s.window)
-    return Progress(s.steps, s.batch * s.window, flops, peak and peak * devices, out)
-
-
 class _Loop:
     """The objects of one call of `train`, and the steps of the loop."""
 
-    def __init__(self, run: Run, mesh: Mesh | None, checkpoints: Checkpoints, progress: Progress):
+    def __init__(self, run: Run, mesh: Mesh | None, checkpoints: Checkpoints, out: TextIO | None):
         s, c = run.settings, run.config
         objective = run.objective or OBJECTIVES[objective_name(s.objective, c)]
-        self.run, self.mesh, self.checkpoints, self.progress = run, mesh, checkpoints, progress
+        self.run, self.mesh, self.checkpoints = run, mesh, checkpoints
         self.optimizer = make_optimizer(s, models.parameters(c))
         self.train_step = make_train_step(c, s, self.optimizer, objective)
         self.evaluate = make_evaluate(c, objective, mesh=mesh, precision=s.precision)
-        self.timer = StepTimer()
-        self.evaluated = False
+        self.timer, self.evaluated = StepTimer(), False
+        peak, devices = peak_flops(jax.devices()[0]), 1 if mesh is None else mesh.size
+        amounts = s.batch * s.window, train_flops_per_token(c, s.window), peak and peak * devices
+        self.progress, self.usage = Progress(s.steps, *amounts, out), Usage(*amounts)
+        self.profiler = Profiler(profiled(s.profile), run.folder / "profile")
         # Steps that are not reported yet, and their metrics, which the device may still compute.
         self.pending: deque[tuple[int, Metrics]] = deque()
 
     def first_state(self, resume: bool) -> TrainState:
         """The state to start from: new, or of the latest checkpoint. Writes run.json, and its spare copy."""
         run, s = self.run, self.run.settings
+        options: dict[str, Any] = {"mesh": self.mesh, "rules": s.rules, "dtype": s.weights, "average": s.ema > 0,
+                                   "guard": first_guard(s)}  # fmt: skip
         if resume and self.checkpoints.latest is not None:
-            target = abstract_state(run.config, self.optimizer, mesh=self.mesh, rules=s.rules, dtype=s.weights)
-            state = self.checkpoints.restore(target)
+            state = self.checkpoints.restore(abstract_state(run.config, self.optimizer, **options))
             self.progress.say(f"resumed {run.folder} at step {int(state.step):,}")
         elif self.checkpoints.latest is not None:
             raise FileExistsError(
                 f"{run.folder} holds a run of {self.checkpoints.latest} steps: resume it or choose another folder"
             )
+        elif resume and not (run.folder / settings_.RUN_FILE).exists():
+            raise FileNotFoundError(f"{run.folder} is not the folder of a run: it has no run.json and no checkpoint")
         else:
-            if resume and not (run.folder / settings_.RUN_FILE).exists():
-                raise FileNotFoundError(
-                    f"{run.folder} is not the folder of a run: it has no run.json and no checkpoint"
-                )
             if resume:
                 self.progress.say(f"{run.folder} has no whole checkpoint: it begins at step 0, with the same settings")
-            state = init_state(
-                run.config,
-                self.optimizer,
-                s.seed,
-                mesh=self.mesh,
-                rules=s.rules,
-                dtype=s.weights,
-                params=run.params,
-            )
+            state = init_state(run.config, self.optimizer, s.seed, params=run.params, **options)
         if jax.process_index() == 0:
             settings_.write_run_file(run.folder, s, run.config, run.data.identity)
             spare.keep(run.folder)
+            write_environment(run.folder)
         return state
 
     def steps(
@@ -226,9 +230,15 @@ class _Loop:
             if evaluation is None:
                 return state, first, None, True
         for step in range(first + 1, s.steps + 1):
-            batch = on_devices(self.run.data.batch_at(step - 1), self.mesh, s.accumulation)
-            state, metrics = self.train_step(state, batch)
+            batch = self.batch(step)
+            with self.profiler.step(step):
+                state, metrics = self.train_step(state, batch)
             self.wait(step, metrics, compiling=step == first + 1)
+            if self.profiler.ends_with(step):
+                self.timer.stop()
+                self.profiler.finish(metrics)
+                self.progress.say(f"profiler trace in {self.run.folder / 'profile'}")
+                self.timer.start()
             last = step == s.steps
             stop = interrupts.stop_after(step)
             if (step - AHEAD) % s.log_every == 0 or last or stop:
@@ -237,6 +247,7 @@ class _Loop:
             if step % s.checkpoint_every == 0 or should_evaluate or stop:
                 self.save(log, state, step)
             evaluation = self.measure(log, state, step, interrupts) if should_evaluate else None
+            self.use(log, state, step)
             if stop or (should_evaluate and evaluation is None):
                 return state, step, evaluation, True
         return state, max(first, s.steps), evaluation, False
@@ -244,6 +255,14 @@ class _Loop:
     def is_evaluated(self, step: int) -> bool:
         """Whether the held-out loss is measured after this step."""
         return step % self.run.settings.eval_every == 0 or step == self.run.settings.steps
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step, on the devices. Notes its time if the device has finished all earlier steps by then."""
+        start = time.perf_counter()
+        batch = on_devices(self.run.data.batch_at(step - 1), self.mesh, self.run.settings.accumulation)
+        if not self.pending or all(x.is_ready() for x in jax.tree.leaves(self.pending[-1][1])):
+            self.usage.waited(time.perf_counter() - start)
+        return batch
 
     def wait(self, step: int, metrics: Metrics, compiling: bool) -> None:
         """Waits until the device has at most `AHEAD` unfinished steps; after the first step, which compiles, none."""
@@ -261,29 +280,42 @@ class _Loop:
             return
         values = jax.device_get([metrics for _, metrics in done])
         for (step, _), v in zip(done, values, strict=True):
-            if not v["finite"]:
-                raise Diverged(self.diverged(step, float(v["loss"]), float(v["grad_norm"])))
+            if "guard" in v:
+                self.note_skipped(log, step, v)
+            elif not v["finite"]:
+                raise Diverged(self.diverged(f"step {step}: loss {v['loss']}, gradient norm {v['grad_norm']}"))
         step, newest = done[-1][0], values[-1]
+        counted = [float(v["loss"]) for v in values if "guard" not in v or not v["guard"]["skipped"]]
+        loss = sum(counted) / len(counted) if counted else None
         seconds = self.timer.lap(step)
-        loss = sum(float(v["loss"]) for v in values) / len(values)
-        tokens = self.run.settings.batch * self.run.settings.window
         log.write(
             step,
             {
                 "loss": loss,
                 "lr": float(newest["lr"]),
-                "grad_norm": float(newest["grad_norm"]),
-                "tokens": step * tokens,
-                "tokens_per_second": seconds and tokens / seconds,
+                **({"grad_norm": float(newest["grad_norm"]), **named_norms(newest["grad_norms"])} if counted else {}),
+                "tokens": step * self.run.settings.batch * self.run.settings.window,
+                **self.usage.record(seconds, len(done)),
             },
         )
-        self.progress.update(step, loss, float(newest["lr"]), self.timer.per_step)
+        if loss is not None:
+            self.progress.update(step, loss, float(newest["lr"]), self.timer.per_step)
 
-    def diverged(self, step: int, loss: float, norm: float) -> str:
-        """The error message for a step whose loss or gradient is not finite."""
+    def note_skipped(self, log: MetricsLog, step: int, v: Metrics) -> None:
+        """Logs and says that a step was skipped, if it was. Raises Diverged if it is one too many in a row."""
+        if not v["guard"]["skipped"]:
+            return
+        why, most = why_skipped(v), self.run.settings.most_skipped
+        log.write(step, {"skipped": 1, "skipped_because": why})
+        self.progress.say(f"step {step:,} skipped: {why}")
+        if v["guard"]["in_a_row"] >= most:
+            raise Diverged(self.diverged(f"step {step}: {most} steps in a row were skipped, the last for its {why}"))
+
+    def diverged(self, what: str) -> str:
+        """The error message for a run that cannot go on."""
         latest = self.checkpoints.latest
         saved = "no checkpoint was saved yet" if latest is None else f"the checkpoint of step {latest} is intact"
-        return f"step {step}: loss {loss}, gradient norm {norm}; {saved}; try a lower lr, a longer warmup or float32"
+        return f"{what}; {saved}; try a lower lr, a longer warmup or float32"
 
     def measure(self, log: MetricsLog, state: TrainState, step: int, interrupts: Interrupts) -> Evaluation | None:
         """Evaluates, logs and shows the held-out loss; after the last step on all of the held-out text.
@@ -296,16 +328,43 @@ class _Loop:
             self.checkpoints.wait()
             self.evaluated = True
         tokens = 0 if step == self.run.settings.steps else self.run.settings.eval_tokens
+        texts, found = {"": self.run.data.held_out, **self.run.data.eval_texts}, {}
         try:
-            e = self.evaluate(state.params, interrupts.until_received(self.run.data.held_out()), tokens)
+            for name, batches in texts.items():
+                found[name] = self.evaluate(state.model, interrupts.until_received(batches()), tokens)
         except Stopped:
             return None
-        self.checkpoints.record(step, e.loss)
-        log.write(step, {"valid_loss": e.loss, "perplexity": e.perplexity, "bits_per_byte": e.bits_per_byte})
-        bits = f"  {e.bits_per_byte:.3f} bits/byte" if e.bits_per_byte is not None else ""
-        self.progress.say(f"step {step:,}  held-out loss {e.loss:.4f}  perplexity {e.perplexity:.2f}{bits}")
+        self.checkpoints.record(step, found[""].loss)
+        for name, e in found.items():
+            self.show(log, step, e, name)
         self.timer.start()
-        return e
+        return found[""]
+
+    def show(self, log: MetricsLog, step: int, e: Evaluation, text: str = "") -> None:
+        """Logs and shows an evaluation; `text` is the name of one of the further texts."""
+        end = f"/{text}" if text else ""
+        values = {"valid_loss": e.loss, "perplexity": e.perplexity, "bits_per_byte": e.bits_per_byte}
+        log.write(step, {f"{name}{end}": value for name, value in values.items()})
+        bits = f"  {e.bits_per_byte:.3f} bits/byte" if e.bits_per_byte is not None else ""
+        where = f" of {text}" if text else ""
+        self.progress.say(f"step {step:,}  held-out loss{where} {e.loss:.4f}  perplexity {e.perplexity:.2f}{bits}")
+
+    def use(self, log: MetricsLog, state: TrainState, step: int) -> None:
+        """Exports the model and lets it write, after the steps that the settings say."""
+        run, s = self.run, self.run.settings
+        exports = run.export is not None and s.export_every and step % s.export_every == 0
+        writes = run.write_samples is not None and s.sample_every and step % s.sample_every == 0
+        if not exports and not writes:
+            return
+        self.report(log, ahead=0)
+        self.timer.stop()
+        if run.export is not None and exports:
+            run.export(state.model, step)
+        if run.write_samples is not None and writes:
+            for prompt, text in run.write_samples(state.model):
+                log.write(step, {"prompt": prompt, "sample": text})
+                self.progress.say(f"step {step:,}  {prompt!r} goes on: {text!r}")
+        self.timer.start()
 
     def save(self, log: MetricsLog, state: TrainState, step: int) -> None:
         """Starts to write a checkpoint, after `report` has checked that all steps up to it are finite."""
@@ -320,15 +379,13 @@ class _Loop:
         self.progress.close()
         run, finished = self.run, not stopped
         if finished and evaluation is None:  # the run was resumed after its last step
-            evaluation = self.evaluate(state.params, run.data.held_out())
+            evaluation = self.evaluate(state.model, run.data.held_out())
         if not finished:
             self.progress.say(
                 f"stopped and saved at step {step:,}; continue with: garrulax train --resume "
                 f"{shlex.quote(str(run.folder))}"
             )
-        return Result(
-            state.params, step, finished, evaluation, self.checkpoints.best, self.draw() if finished else None
-        )
+        return Result(state.model, step, finished, evaluation, self.checkpoints.best, self.draw() if finished else None)
 
     def draw(self) -> Path | None:
         """Draws the loss curves, in process 0 only and if matplotlib is installed."""

@@ -11,6 +11,7 @@ import jax
 
 from garrulax.train.digests import write_durably
 from garrulax.train.events import Events
+from garrulax.train.trackers import Trackers
 
 NAME = "metrics.jsonl"
 
@@ -26,13 +27,20 @@ class MetricsLog:
         step: Of the state that the run starts from. Records of later steps, left by a killed run, are deleted. Lines
             that are no records are moved to metrics.jsonl.damaged.
         say: Called with a line for the user.
+        trackers: Services that get the records too.
 
     Raises:
         OSError: If metrics.jsonl cannot be written.
     """
 
-    def __init__(self, folder: str | os.PathLike, step: int = 0, say: Callable[[str], None] = lambda line: None):
-        self._file, self._events, self._say = None, None, say
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        step: int = 0,
+        say: Callable[[str], None] = lambda line: None,
+        trackers: Trackers | None = None,
+    ):
+        self._file, self._events, self._say, self._trackers = None, None, say, trackers
         self._path, self._folder = Path(folder, NAME), Path(folder, "events")
         if jax.process_index() != 0:
             return
@@ -60,7 +68,7 @@ class MetricsLog:
 
         Args:
             step: Number of updates before the measurement.
-            values: Measured, by name; None values are left out.
+            values: Measured, by name, or texts; None values are left out.
 
         Raises:
             OSError: If metrics.jsonl cannot be written, such as on a full disk.
@@ -74,6 +82,8 @@ class MetricsLog:
         with self._without_events():
             if self._events is not None:
                 self._events.write(step, values)
+        if self._trackers is not None:
+            self._trackers.write(step, values)
 
     def _cut(self, step: int) -> list[dict[str, Any]]:
         """Deletes the records of later steps from the file, and returns the others."""

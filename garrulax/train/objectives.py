@@ -6,7 +6,8 @@
       rank and segment, int32 [B, T].
     config: of the model.
     key: PRNG key for dropout; None is without dropout.
-    options: passed on to `garrulax.forward` (remat, unroll).
+    options: passed on to `garrulax.forward` (remat, unroll); and `extra`, the `Regularizers` of the training loss, only
+      if the settings of a run ask for any.
 
 The scalar is a mean, and metrics["tokens"] is the number of tokens in that mean: it is the weight of a micro-batch when
 several are averaged. Any function with this signature can be given to `step.make_train_step`.
@@ -23,6 +24,7 @@ from garrulax.core.config import ModelConfig
 from garrulax.core.dtypes import at_least_float32
 from garrulax.core.spec import Tree
 from garrulax.kernels.mask import Mask
+from garrulax.train.regularizers import Regularizers, regularized, shrunk
 
 Batch = dict[str, jax.Array]
 Objective = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
@@ -40,7 +42,7 @@ def causal_lm(
         batch: Tokens, targets, weights; positions, rank and segment if rows are packed.
         config: Of the model.
         key: PRNG key for dropout; None is without dropout.
-        **options: Passed on to `garrulax.forward`.
+        **options: `extra` (`Regularizers`); others are passed on to `garrulax.forward`.
 
     Returns:
         The mean, and the metrics: tokens, the sum of the weights.
@@ -58,7 +60,7 @@ def blank_infilling(
         batch: From `infill.infill_batch`.
         config: Of the model.
         key: PRNG key for dropout; None is without dropout.
-        **options: Passed on to `garrulax.forward`.
+        **options: `extra` (`Regularizers`); others are passed on to `garrulax.forward`.
 
     Returns:
         The mean, and the metrics: tokens, the sum of the weights.
@@ -130,9 +132,14 @@ def negative_log_likelihood(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def _token_loss(params, batch, config, key, options):
-    positions, mask = batch.get("positions"), mask_of(batch)
-    logits, _ = models.forward(params, batch["tokens"], config, positions=positions, mask=mask, key=key, **options)
-    nll = negative_log_likelihood(logits, batch["targets"])  # [B, T]
+    extra = options.pop("extra", Regularizers())
+    inputs = {"positions": batch.get("positions"), "mask": mask_of(batch), "key": key, **options}
+    if extra.embedding_shrink == 1:
+        logits, _ = models.forward(params, batch["tokens"], config, **inputs)
+    else:
+        x, _ = models.hidden(shrunk(params, extra.embedding_shrink), batch["tokens"], config, **inputs)
+        logits = models.family(config).logits(params, x, config)  # a tied head gets its whole gradient
+    nll = regularized(negative_log_likelihood(logits, batch["targets"]), logits, extra)  # [B, T]
     weights = batch["weights"].astype(nll.dtype)
     tokens = jnp.sum(weights)
     return jnp.sum(nll * weights) / jnp.maximum(tokens, 1), {"tokens": tokens}

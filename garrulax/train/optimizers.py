@@ -8,30 +8,29 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 from garrulax.core.spec import ParamSpec, Tree, decay_mask, map_specs
+from garrulax.train.factored import scale_by_adafactor
+from garrulax.train.layer_rates import scaled_by_layer
 from garrulax.train.schedules import Schedule, make_schedule
 from garrulax.train.settings import Settings
 
 
 def make_optimizer(settings: Settings, specs: Tree) -> optax.GradientTransformation:
-    """Makes the optimizer of the settings: clips gradients by their global norm, then applies AdamW or Muon.
+    """Makes the optimizer of the settings: clips gradients by their global norm, then applies one of Optax's.
 
-    AdamW (Loshchilov & Hutter 2019) decays matrices and embeddings, but not norms and biases. Muon (Jordan et al. 2024,
-    kellerjordan.github.io/posts/muon) orthogonalises the momentum of the matrices of every layer. Embeddings, output
-    projection, norms and biases use AdamW at `adam_lr` then.
+    AdamW (Loshchilov & Hutter 2019), Lion (Chen et al. 2023) and Adafactor (Shazeer & Stern 2018) decay matrices and
+    embeddings, but not norms and biases. Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) orthogonalises
+    the momentum of the matrices of every layer. Embeddings, output projection, norms and biases use AdamW at `adam_lr`
+    then. `layer_decay` makes the rate of lower layers smaller (`layer_rates`).
 
     Args:
         settings: Of the run.
         specs: ParamSpec tree of the parameters.
     """
     clip = optax.clip_by_global_norm(settings.clip) if settings.clip else optax.identity()
-    if settings.optimizer == "adamw":
-        return optax.chain(clip, _adamw(settings, schedule_of(settings, settings.lr), specs))
-    labels = map_specs(lambda s: "muon" if s.role == "matrix" else "adam", specs)
-    parts = {
-        "muon": _muon(settings, schedule_of(settings, settings.lr), specs),
-        "adam": _adamw(settings, schedule_of(settings, settings.adam_lr), specs),
-    }
-    return optax.chain(clip, optax.partition(parts, labels))
+    optimizer = _MAKERS[settings.optimizer](settings, specs)
+    if settings.layer_decay != 1:
+        optimizer = scaled_by_layer(optimizer, specs, settings.layer_decay)
+    return optax.chain(clip, optimizer)
 
 
 def schedule_of(settings: Settings, peak: float | None) -> Schedule:
@@ -48,23 +47,44 @@ def schedule_of(settings: Settings, peak: float | None) -> Schedule:
     )
 
 
-def _adamw(settings: Settings, schedule: Schedule, specs: Tree) -> optax.GradientTransformation:
-    decayed = decay_mask(specs)
-    if settings.optimizer == "muon":  # AdamW gets the embeddings and vectors only
-        decayed = map_specs(lambda s, d: optax.MaskedNode() if s.role == "matrix" else d, specs, decayed)
+def _adamw(settings: Settings, specs: Tree) -> optax.GradientTransformation:
+    return _adam(settings, schedule_of(settings, settings.lr), decay_mask(specs))
+
+
+def _adam(settings: Settings, schedule: Schedule, decayed: Tree) -> optax.GradientTransformation:
     return optax.adamw(
         schedule, settings.beta1, settings.beta2, settings.eps, weight_decay=settings.weight_decay, mask=decayed
     )
 
 
-def _muon(settings: Settings, schedule: Schedule, specs: Tree) -> optax.GradientTransformation:
-    dimensions = map_specs(lambda s: muon_dimensions(s) if s.role == "matrix" else optax.MaskedNode(), specs)
+def _lion(settings: Settings, specs: Tree) -> optax.GradientTransformation:
+    schedule, decay = schedule_of(settings, settings.lr), settings.weight_decay or 0.0
+    return optax.lion(schedule, settings.beta1, settings.beta2, weight_decay=decay, mask=decay_mask(specs))
+
+
+def _adafactor(settings: Settings, specs: Tree) -> optax.GradientTransformation:
     return optax.chain(
+        scale_by_adafactor(specs),
+        optax.add_decayed_weights(settings.weight_decay, decay_mask(specs)),
+        optax.scale_by_learning_rate(schedule_of(settings, settings.lr)),
+    )
+
+
+def _muon(settings: Settings, specs: Tree) -> optax.GradientTransformation:
+    labels = map_specs(lambda s: "muon" if s.role == "matrix" else "adam", specs)
+    decayed = map_specs(lambda s, d: optax.MaskedNode() if s.role == "matrix" else d, specs, decay_mask(specs))
+    dimensions = map_specs(lambda s: muon_dimensions(s) if s.role == "matrix" else optax.MaskedNode(), specs)
+    muon = optax.chain(
         optax.contrib.scale_by_muon(beta=settings.momentum, weight_dimension_numbers=dimensions),
         _scale_by_shape(specs),
         optax.add_decayed_weights(settings.weight_decay),
-        optax.scale_by_learning_rate(schedule),
+        optax.scale_by_learning_rate(schedule_of(settings, settings.lr)),
     )
+    adam = _adam(settings, schedule_of(settings, settings.adam_lr), decayed)
+    return optax.partition({"muon": muon, "adam": adam}, labels)
+
+
+_MAKERS = {"adamw": _adamw, "lion": _lion, "adafactor": _adafactor, "muon": _muon}
 
 
 def muon_dimensions(s: ParamSpec) -> MuonDimensionNumbers:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 Schedule = Callable[[jax.Array | int], jax.Array]
 
-KINDS = ("constant", "linear", "cosine", "wsd", "warmup_linear")
+KINDS = ("constant", "linear", "cosine", "wsd", "inverse_sqrt", "warmup_linear")
 
 
 def make_schedule(
@@ -28,8 +28,9 @@ def make_schedule(
     Args:
         kind: "constant" stays at the peak. "linear" and "cosine" (Loshchilov & Hutter 2017, eq. 5) fall from the
             warm-up to the last step. "wsd" (warm-up, stable, decay: Hu et al. 2024, arXiv 2404.06395) stays at the peak
-            and falls linearly at the end. "warmup_linear" is GPT-1's: it decays during the warm-up too, and its first
-            rate is 0.
+            and falls linearly at the end. "inverse_sqrt" is peak * sqrt(warm-up / step) (Vaswani et al. 2017, section
+            5.3): it does not depend on the number of steps, and min_ratio is its least value. "warmup_linear" is
+            GPT-1's: it decays during the warm-up too, and its first rate is 0.
         peak: Highest learning rate.
         steps: Number of updates in the run.
         warmup: Number of steps, or a share of all steps if below 1.
@@ -53,6 +54,8 @@ def make_schedule(
         raise ValueError(f"warmup={warmup} and decay={decay} are longer than the {steps} steps of the run")
     if kind == "warmup_linear":
         return _warmup_linear(peak, steps, warmup if warmup < 1 else warmup / steps, min_ratio)
+    if kind == "inverse_sqrt":
+        return _inverse_sqrt(peak, max(1, rise), min_ratio)
     begin = steps - fall if kind == "wsd" else rise
 
     def schedule(step):
@@ -73,8 +76,20 @@ def _fall(kind: str, step: jax.Array | int, begin: int, steps: int, ratio: float
 
 
 def _tail(kind: str, peak: float, steps: int, at: int, ratio: float, min_ratio: float, fall: int) -> Schedule:
+    if kind == "inverse_sqrt":  # the step in which the warm-up would have ended, for this rate at that step
+        return _inverse_sqrt(peak, ratio**2 * (at + 1), min(ratio, min_ratio))
     begin = max(at, steps - fall) if kind == "wsd" else at
     return lambda step: peak * _fall(kind, step, begin, steps, ratio, min(ratio, min_ratio))
+
+
+def _inverse_sqrt(peak: float, rise: float, min_ratio: float) -> Schedule:
+    """min(n / rise, sqrt(rise / n)) times the peak, where n = step + 1 counts from 1."""
+
+    def schedule(step):
+        n = (step + 1) / rise
+        return peak * jnp.minimum(n, jnp.maximum(min_ratio, jax.lax.rsqrt(jnp.maximum(n, 1.0))))
+
+    return schedule
 
 
 def _warmup_linear(peak: float, steps: int, warmup: float, min_ratio: float) -> Schedule:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,15 @@ from garrulax.layers.stack import REMAT
 from garrulax.train import dedup, schedules, typed
 from garrulax.train.digests import read_sealed, sealed, write_durably
 from garrulax.train.objectives import OBJECTIVES
-from garrulax.train.sources import absolute_source, expanded, mixture, split_sources
+from garrulax.train.setting_limits import DEFAULT_RATES, FINETUNING_RATES, check_limits, named_texts
+from garrulax.train.settings_text import pairs, read_changes, with_lists
+from garrulax.train.sources import absolute_source, expanded
 
-OPTIMIZERS = ("muon", "adamw")
 PRECISIONS = ("float32", "bfloat16")
 #: Before the names of hashes of a text that another one has replaced, in the identity of a run's data.
 INSTEAD_OF = "instead_of."
-PACKINGS = ("cut", "first_fit")
 
-#: Default (lr, adam_lr, weight_decay) of each optimizer.
-_DEFAULT_RATES = {"muon": (0.02, 4e-3, 0.0), "adamw": (1e-3, 1e-3, 0.1)}
 _RATES = ("lr", "adam_lr", "weight_decay")
-#: The same for a model that was trained before.
-_FINETUNING_RATES = {"muon": (6e-4, 3e-5, 0.0), "adamw": (3e-5, 3e-5, 0.0)}
 RUN_FILE = "run.json"
 #: Tokenizers that are no paths; `model` is the one of the model's own folder.
 TOKENIZERS = ("sentencepiece", "bytes", "chars", "model")
@@ -57,25 +52,36 @@ class Settings:
         window: Tokens in a row.
         accumulation: Micro-batches in a batch, computed one after another to save memory.
 
-        optimizer: muon or adamw.
-        lr: Peak learning rate; none is 0.02 with muon, 0.001 with adamw.
+        optimizer: muon, adamw, lion or adafactor.
+        lr: Peak learning rate; none is 0.02 with muon, 0.001 with adamw, 0.0001 with lion, 0.01 with adafactor.
         adam_lr: With muon, peak rate of embeddings, output, norms and biases, which use Adam; none is 0.004.
-        schedule: How the learning rate changes: constant, linear, cosine, wsd or warmup_linear.
+        schedule: How the learning rate changes: constant, linear, cosine, wsd, inverse_sqrt or warmup_linear.
         warmup: Number of warm-up steps, or a share of all steps if below 1.
         decay: Number of steps of wsd's decay, or a share of all steps if below 1.
         min_lr_ratio: Last learning rate divided by the peak.
         tail_step: Step from which the rate falls from tail_ratio; none: set when resumed with other steps, 0: never.
         tail_ratio: Learning rate at tail_step divided by the peak.
-        weight_decay: Decoupled weight decay; none is 0 with muon, 0.1 with adamw.
+        weight_decay: Decoupled weight decay; none is 0.1 with adamw, 1 with lion, 0 with the others.
         clip: Norm that gradients are clipped to; 0 does not clip.
-        beta1: Decay rate of Adam's first moment.
-        beta2: Decay rate of Adam's second moment.
+        beta1: Decay rate of Adam's first moment; the first rate of lion.
+        beta2: Decay rate of Adam's second moment; the second rate of lion.
         eps: Added to the denominator in Adam.
         momentum: Decay rate of Muon's momentum.
+        layer_decay: Each layer's learning rate divided by that of the layer above it; 1 is the same for all.
+        z_loss: Coefficient of the squared log of the softmax's denominator in the training loss; PaLM's is 0.0001.
+        label_smoothing: Share of a target's probability that all tokens get alike in the training loss.
+        embedding_shrink: Factor of the gradient that the token embedding gets from the lookup; GLM-130B's is 0.1.
+        ema: Decay rate of a moving average of the parameters, which is evaluated and saved as the model; 0 is none.
+        skip_steps: none stops at a loss that is not finite; not_finite skips such steps, spikes also those far above.
+        spike_factor: With skip_steps=spikes, standard deviations above the mean from which a step is skipped.
+        spike_window: Number of latest steps that the mean is of.
+        most_skipped: Number of steps skipped one after another with which the run stops.
 
         seed: Decides initial parameters, order of the data, and dropout.
         precision: Dtype of the computation: float32 or bfloat16.
-        weights: Dtype of the parameters: float32, or bfloat16 (half the memory) with stochastic rounding of updates.
+        weights: Dtype of the parameters: float32, or bfloat16, which takes half the memory.
+        rounding: Of updated bfloat16 parameters: stochastic, or nearest, which loses small updates.
+        quantize: Numbers that the layers' matrices multiply: none, int8 or fp8 (needs the extra quantize).
         remat: Recomputed in the backward pass to save memory: none, dots (all but matrix products) or full.
         unroll: Compile the layers as straight code, not as a loop; none does so for few layers on a CPU.
         dropout: Whether to apply the dropout rates of the model's config.
@@ -86,9 +92,16 @@ class Settings:
         log_every: Steps between records of the training loss.
         eval_every: Steps between evaluations; the last step is always evaluated.
         eval_tokens: Most tokens of an evaluation, 0 for all; the one after the last step takes all.
+        eval_texts: More held-out texts, evaluated besides valid: a list of NAME=SOURCE, such as code=src,wiki=wiki.txt.
         checkpoint_every: Steps between checkpoints; the last step is always saved.
         keep: Number of latest checkpoints to keep, besides the best one.
         keep_minutes: Minutes of training for each of which one checkpoint is kept for good; 0 keeps none so.
+        export_every: Steps between exports of the model in Hugging Face layout, to exports/STEP; 0 is none.
+        sample_every: Steps between texts that the model writes into the log; 0 is none.
+        sample_prompts: Beginnings of these texts; empty takes one out of the held-out text.
+        sample_tokens: Most tokens of such a text.
+        profile: Steps to record a profiler trace of, such as 100:103 (100, 101 and 102); empty is none.
+        trackers: Services that get the metrics too: wandb, trackio.
     """
 
     preset: str = "gpt2"
@@ -125,10 +138,21 @@ class Settings:
     beta2: float = 0.99
     eps: float = 1e-8
     momentum: float = 0.95
+    layer_decay: float = 1.0
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
+    embedding_shrink: float = 1.0
+    ema: float = 0.0
+    skip_steps: str = "none"
+    spike_factor: float = 6.0
+    spike_window: int = 128
+    most_skipped: int = 10
 
     seed: int = 0
     precision: str = "float32"
     weights: str = "float32"
+    rounding: str = "stochastic"
+    quantize: str = "none"
     remat: str = "none"
     unroll: bool | None = None
     dropout: bool = False
@@ -139,37 +163,39 @@ class Settings:
     log_every: int = 10
     eval_every: int = 250
     eval_tokens: int = 131_072
+    eval_texts: tuple[str, ...] = ()
     checkpoint_every: int = 500
     keep: int = 2
     keep_minutes: float = 0.0
+    export_every: int = 0
+    sample_every: int = 0
+    sample_prompts: tuple[str, ...] = ()
+    sample_tokens: int = 64
+    profile: str = ""
+    trackers: tuple[str, ...] = ()
 
     def __post_init__(self):
-        mixture(self.corpus)  # refuses weights that do not fit together
         for name, known in _CHOICES.items():
             value = getattr(self, name)
             if value is not None and value not in known:
                 raise ValueError(f"{name}={value!r}: choose from {', '.join(known)}")
-        for name in ("steps", "batch", "window", "accumulation", "log_every", "eval_every", "checkpoint_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name, default in zip(_RATES, _DEFAULT_RATES[self.optimizer], strict=True):
+        for name, default in zip(_RATES, DEFAULT_RATES[self.optimizer], strict=True):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
-        for name in (*_RATES, "clip", "warmup", "decay", "eval_tokens", "tail_step", "tail_ratio", "keep_minutes"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        if self.batch % self.accumulation:
-            raise ValueError(f"batch={self.batch} cannot be cut into accumulation={self.accumulation} equal parts")
+        check_limits(self)
 
 
 _CHOICES = {
     "dedup": dedup.KINDS,
     "objective": tuple(OBJECTIVES),
-    "packing": PACKINGS,
-    "optimizer": OPTIMIZERS,
+    "packing": ("cut", "first_fit"),
+    "optimizer": tuple(DEFAULT_RATES),
     "schedule": schedules.KINDS,
     "precision": PRECISIONS,
     "weights": PRECISIONS,
+    "rounding": ("stochastic", "nearest"),
+    "quantize": ("none", "int8", "fp8"),
+    "skip_steps": ("none", "not_finite", "spikes"),
     "remat": tuple(REMAT),
     "rules": tuple(RULES),
 }
@@ -186,10 +212,12 @@ FIXED_ON_RESUME = (
     "window",
     "optimizer",
     "seed",
+    "ema",
+    "skip_steps",
+    "spike_window",
 )
 
-
-_PATHS = ("preset", "corpus", "valid", "tokenizer")
+_PATHS = ("preset", "corpus", "valid", "eval_texts", "tokenizer")
 #: Settings that a resumed run takes from its folder: the tokenizer is there, and the model in the checkpoint.
 _IN_THE_FOLDER = ("preset", "tokenizer", "vocab")
 
@@ -212,11 +240,6 @@ def read_settings(
         FileNotFoundError: If the file does not exist.
     """
     return apply_changes(read_changes(file, overrides), start)
-
-
-def read_changes(file: str | os.PathLike | None = None, overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """The values in a settings file and in `key=value` texts, unchecked, by name. Arguments as for `read_settings`."""
-    return {**_toml(file), **_pairs(overrides)}
 
 
 def apply_changes(
@@ -251,7 +274,7 @@ def finetuning(config: ModelConfig, changes: Mapping[str, Any]) -> dict[str, Any
         changes: From `read_changes`; they win over the defaults.
     """
     optimizer = changes.get("optimizer", "adamw")
-    rates = _FINETUNING_RATES.get(optimizer, (None, None, None))  # of an unknown one: it is refused later
+    rates = FINETUNING_RATES.get(optimizer, (None, None, None))  # of an unknown one: it is refused later
     return {
         "optimizer": optimizer,
         **dict(zip(_RATES, rates, strict=True)),
@@ -285,7 +308,7 @@ def read_run_file(folder: str | os.PathLike, overrides: Iterable[str] = ()) -> t
         ValueError: As `read_settings` does; a `DamagedError` if run.json is not as it was written.
     """
     record = read_record(folder)
-    recorded, changes = typed.replace(Settings(), record["settings"]), with_lists(_pairs(overrides))
+    recorded, changes = typed.replace(Settings(), record["settings"]), with_lists(pairs(overrides))
     given = absolute_paths(typed.replace(recorded, changes))  # what the record says stays as it is
     settings = dataclasses.replace(
         typed.replace(recorded, changes), **{k: getattr(given, k) for k in _PATHS if k in changes}
@@ -369,34 +392,8 @@ def absolute_paths(settings: Settings) -> Settings:
         model = os.path.abspath(expanded(model))
     if tokenizer not in TOKENIZERS:
         tokenizer = os.path.abspath(expanded(tokenizer))
-    return dataclasses.replace(settings, corpus=corpus, valid=valid, preset=model, tokenizer=tokenizer)
-
-
-def with_lists(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Values in which a text that lists sources is a list."""
-    lists = {k: split_sources(changes[k]) for k in ("corpus", "valid") if isinstance(changes.get(k), str)}
-    return {**changes, **lists}
-
-
-def _toml(file: str | os.PathLike | None) -> dict[str, Any]:
-    if file is None:
-        return {}
-    path = Path(expanded(file))
-    if not path.is_file():
-        raise FileNotFoundError(f"no settings file {file}")
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{file} is not valid TOML: {error}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
-
-
-def _pairs(overrides: Iterable[str]) -> dict[str, str]:
-    pairs = {}
-    for text in overrides:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise ValueError(f"{text!r} is not like key=value")
-        pairs[key.strip()] = value.strip()
-    return pairs
+    named = named_texts(settings.eval_texts)
+    texts = tuple(f"{name}={absolute_source(source)}" for name, sources in named.items() for source in sources)
+    return dataclasses.replace(
+        settings, corpus=corpus, valid=valid, eval_texts=texts, preset=model, tokenizer=tokenizer
+    )

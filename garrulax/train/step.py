@@ -7,10 +7,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from garrulax import models
 from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
+from garrulax.train.averaging import next_average
+from garrulax.train.guard import judge
+from garrulax.train.norms import gradient_norms
 from garrulax.train.objectives import Batch, Objective
 from garrulax.train.optimizers import schedule_of
+from garrulax.train.quantized import quantized
+from garrulax.train.regularizers import Regularizers
 from garrulax.train.settings import Settings
 from garrulax.train.state import TrainState, in_full
 
@@ -23,31 +29,43 @@ def make_train_step(
     """Makes the jitted step `(state, batch) -> (state, metrics)`.
 
     The state passed in is donated: use the returned one afterwards. If the loss or the gradient is not finite, the
-    state is returned unchanged.
+    state is returned unchanged. If the state has a guard (`guard.first_guard`), a step that it does not accept changes
+    only the guard and the number of the step, so that the run goes on with the next batch.
 
     The arrays of a batch are [A, B, ...]: A micro-batches, whose gradients are averaged over all their tokens. The
-    metrics are scalars: loss (nats per token), grad_norm (before clipping), lr, tokens (in the mean of the loss) and
-    finite (bool).
+    metrics are scalars: loss (what is minimised, nats per token), grad_norm (before clipping), lr, tokens (in the mean
+    of the loss) and finite (bool); grad_norms has the norms of the parts (`norms.gradient_norms`), and guard what
+    `guard.judge` says, if there is one.
 
     Args:
         config: Of the model.
-        settings: Of the run; uses precision, remat, unroll, dropout and the learning-rate schedule.
+        settings: Of the run; uses precision, rounding, remat, unroll, dropout, the learning-rate schedule, the
+            regularizers, ema and spike_factor.
         optimizer: From `optimizers.make_optimizer`.
         objective: To minimise, see `train.objectives`.
     """
     gradient = _gradient(config, settings, objective)
     schedule = schedule_of(settings, settings.lr)
+    factor = settings.spike_factor if settings.skip_steps == "spikes" else None
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step) if settings.dropout else None
         loss, tokens, grads = _accumulated(gradient, state.params, batch, key)
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # Optax relies on promotion
-            norm, lr = optax.tree.norm(grads), schedule(state.step)
-            params, opt_state = _update(optimizer, grads, state)
+            norm, norms = gradient_norms(grads)
+            updates = state.step if state.guard is None else state.step - state.guard.skipped  # the optimizer's count
+            lr = schedule(updates)
+            params, opt_state = _update(optimizer, grads, state, settings.rounding)
+        ema = None if state.ema is None else next_average(state.ema, params, updates, settings.ema)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        new = TrainState(state.step + 1, params, opt_state, state.key)
-        metrics = {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": tokens, "finite": finite}
-        return _select(finite, new, state), metrics
+        metrics = {"loss": loss, "grad_norm": norm, "grad_norms": norms, "lr": lr, "tokens": tokens, "finite": finite}
+        if state.guard is None:
+            new = TrainState(state.step + 1, params, opt_state, state.key, ema)
+            return _select(finite, new, state), metrics
+        counts, guard, metrics["guard"] = judge(state.guard, loss, norm, factor)
+        old = (state.params, state.opt_state, state.ema)
+        params, opt_state, ema = _select(counts, (params, opt_state, ema), old)
+        return TrainState(state.step + 1, params, opt_state, state.key, ema, guard), metrics
 
     return jax.jit(step, donate_argnums=0)
 
@@ -67,10 +85,14 @@ def should_unroll(config: ModelConfig) -> bool:
 
 def _gradient(config: ModelConfig, settings: Settings, objective: Objective) -> Callable:
     unroll = should_unroll(config) if settings.unroll is None else settings.unroll
+    extra = Regularizers(settings.z_loss, settings.label_smoothing, settings.embedding_shrink)
+    options = {} if extra == Regularizers() else {"extra": extra}  # objectives of other people may have no such option
 
     def loss(params, batch, key):
         params = compute_dtype(params, settings.precision)
-        return objective(params, batch, config, key, remat=settings.remat, unroll=unroll)
+        if settings.quantize != "none":
+            params = quantized(params, models.parameters(config), settings.quantize)
+        return objective(params, batch, config, key, remat=settings.remat, unroll=unroll, **options)
 
     return jax.value_and_grad(loss, has_aux=True)
 
@@ -101,13 +123,13 @@ def _accumulated(gradient: Callable, params: Tree, batch: Batch, key: jax.Array 
     return loss / count, tokens, jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
 
 
-def _update(optimizer: optax.GradientTransformation, grads: Tree, state: TrainState) -> tuple[Tree, Any]:
+def _update(optimizer: optax.GradientTransformation, grads: Tree, state: TrainState, rounding: str) -> tuple[Tree, Any]:
     """The next parameters and optimizer state; on a mesh in Auto mode, since Explicit mode rejects Muon's products."""
 
     def update(grads, opt_state, params, key):
         full = in_full(params)
         updates, opt_state = optimizer.update(in_full(grads), opt_state, full)
-        return _rounded(optax.apply_updates(full, updates), params, key), opt_state
+        return _rounded(optax.apply_updates(full, updates), params, key, rounding), opt_state
 
     arguments = (grads, state.opt_state, state.params, jax.random.fold_in(state.key, state.step))
     if jax.sharding.get_abstract_mesh().empty:
@@ -116,15 +138,17 @@ def _update(optimizer: optax.GradientTransformation, grads: Tree, state: TrainSt
     return jax.sharding.auto_axes(update, out_sharding=shardings)(*arguments)
 
 
-def _rounded(new: Tree, like: Tree, key: jax.Array) -> Tree:
-    """The new parameters in the dtypes of the old ones; bfloat16 by stochastic rounding.
+def _rounded(new: Tree, like: Tree, key: jax.Array, rounding: str) -> Tree:
+    """The new parameters in the dtypes of the old ones; bfloat16 by stochastic rounding, unless it is "nearest".
 
     A bfloat16 has 8 bits: most updates are smaller than half a step between two of them and would be lost. Rounding up
     with a probability equal to the distance from below keeps them in expectation.
     """
     leaves, tree = jax.tree.flatten(new)
     rounded = [
-        stochastic_round(x, jax.random.fold_in(key, i)) if old.dtype == jnp.bfloat16 else x.astype(old.dtype)
+        stochastic_round(x, jax.random.fold_in(key, i))
+        if old.dtype == jnp.bfloat16 and rounding == "stochastic"
+        else x.astype(old.dtype)
         for i, (x, old) in enumerate(zip(leaves, jax.tree.leaves(like), strict=True))
     ]
     return jax.tree.unflatten(tree, rounded)
@@ -137,5 +161,5 @@ def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
-def _select(condition: jax.Array, new: TrainState, old: TrainState) -> TrainState:
+def _select(condition: jax.Array, new: Tree, old: Tree) -> Any:
     return jax.tree.map(lambda n, o: n if n is o else jnp.where(condition, n, o), new, old)

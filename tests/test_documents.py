@@ -42,6 +42,7 @@ SMALLER = {
     'gx.preset("gpt2")': 'gx.preset("gpt2-tiny", layers=1, width=32, heads=2, vocab=96)',
     'gx.preset("llama3-8b")': 'gx.preset("llama-tiny", layers=1, width=32, vocab=96, mlp_width=48)',
     "max_new_tokens=64": "max_new_tokens=8",
+    "max_new_tokens=100_000, cache=gx.sinks(4, 1020)": "max_new_tokens=8, cache=gx.sinks(4, 20)",
     'gx.preset("gpt2-tiny", eos=None)': 'gx.preset("gpt2-tiny", layers=1, width=32, heads=2, eos=None)',
 }
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -92,6 +93,7 @@ def given(code):
     config = gx.preset("gpt2-tiny", layers=1, width=32, heads=2, vocab=96)
     numbers = np.random.default_rng(0).normal(size=(3, 1, 8, 2, 8)).astype(np.float32)
     positions = np.broadcast_to(np.arange(8), (2, 8))
+    family = "llama" if "gx.sinks" in code else "gpt"
     return {
         "jax": jax, "gx": gx, "tokens": tokens, "config": config,
         "params": gx.init(config, jax.random.key(0)) if "params=params" in code else None,
@@ -99,7 +101,7 @@ def given(code):
         "query": numbers[0], "key": numbers[1], "value": numbers[2], "sinks": jnp.zeros(2),
         "segment": jnp.array([[0, 0, 0, 1, 1, 1, 1, -1]]), "rank": jnp.arange(8)[None],
         "context": jnp.array([[1, 1, 0, 1, 1, 0, 0, 0]]),
-        "model": byte_model("gpt", layers=1, eos=256) if "model, prompt" in code else None,
+        "model": byte_model(family, layers=1, eos=256) if "model, " in code else None,
         "prompts": ["One", "Two"], "prompt": "One",
     }  # fmt: skip
 

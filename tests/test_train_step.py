@@ -172,14 +172,14 @@ def test_average_and_guard_are_sharded_like_the_rest(optimizer):
     for axes in (None, "fsdp=4,tensor=2"):
         mesh = make_mesh(axes) if axes else None
         with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
-            optimizer, step = machine(settings, mesh)
+            update, step = machine(settings, mesh)
             extra = {"average": True, "guard": first_guard(settings)}
-            state = init_state(CONFIG, optimizer, 0, mesh=mesh, params=params(), **extra)
+            state = init_state(CONFIG, update, 0, mesh=mesh, params=params(), **extra)
             for i in range(3):
                 bad = host_batch(seed=i)
                 bad["weights"][0, 0] = np.nan if i == 1 else 1
                 state, _ = step(state, on_devices(bad, mesh, 2))
-            target = abstract_state(CONFIG, optimizer, mesh=mesh, **extra)
+            target = abstract_state(CONFIG, update, mesh=mesh, **extra)
             same = jax.tree.map(lambda x, t: x.sharding.is_equivalent_to(t.sharding, x.ndim), state, target)
             assert jax.tree.all(same)
         states.append(state)
@@ -187,7 +187,7 @@ def test_average_and_guard_are_sharded_like_the_rest(optimizer):
     for part in ("ema", "params"):
         one, several = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(getattr(s, part))]) for s in states)
         # Lion takes the sign of a gradient: where that is 0 up to rounding, as for the bias of keys, it is any.
-        assert np.mean(np.abs(one - several) > 5e-6) <= (0.02 if optimizer == "lion" else 0)
+        assert np.mean(np.abs(one - several) > 5e-6) <= (0.005 if optimizer == "lion" else 0)
 
 
 def test_nearest_rounding_is_that_of_the_dtype():

@@ -11,6 +11,8 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from garrulax.core.disk import sync
+
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
 
@@ -41,10 +43,10 @@ def replacing(folder: Path, check: Callable[[Path], None]) -> Iterator[Path]:
         try:
             yield temporary
             for path in [*temporary.rglob("*"), temporary]:
-                _sync(path)
+                sync(path)
             check(folder)
             _swap(temporary, folder, locks)
-            _sync(folder.parent)
+            sync(folder.parent)
         except OSError as error:
             if error.filename is not None or error.errno is None:
                 raise
@@ -131,11 +133,3 @@ def _locked(path: Path, locks: contextlib.ExitStack) -> bool:
         return os.path.samestat(os.fstat(number), os.stat(path))
     except (BlockingIOError, FileNotFoundError):
         return False
-
-
-def _sync(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

@@ -32,7 +32,7 @@ class View(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What all kinds of cache have; a frozen dataclass, which is part of the static arguments of programs.
+    """Base class of the kinds of cache. A kind is frozen, because it is a static argument of compiled programs.
 
     Attributes:
         dtype: Of the stored keys and values: None is that of the parameters, "int8" has a scale for each token and
@@ -71,7 +71,7 @@ class Kind:
         return rule
 
     def reusable(self, known: int, read: int) -> int:
-        """How many of the first `known` tokens remain usable when a row of `read` tokens is shortened to them.
+        """Number of the first `known` tokens that remain usable when a row of `read` tokens is shortened to them.
 
         A ring has lost what a shorter row would need, if it was shortened by more than the slots that it has beyond the
         window.
@@ -97,8 +97,22 @@ class Full(Kind):
     name: ClassVar[str] = "full"
 
 
+class Ring(Kind):
+    """Base class of the kinds in which new tokens take the slots of the oldest ones; `chunk` is a field of each."""
+
+    ring: ClassVar[bool] = True
+    chunk: int
+
+    @property
+    def longest_pass(self) -> int:
+        return self.chunk
+
+    def reusable(self, known: int, read: int) -> int:
+        return known if read <= self.slots(read) or read - known < self.chunk else 0
+
+
 @dataclasses.dataclass(frozen=True)
-class Window(Kind):
+class Window(Ring):
     """The last `size` tokens are kept, at their own positions, in a ring of slots.
 
     Attributes:
@@ -110,11 +124,6 @@ class Window(Kind):
     chunk: Size = PASS
 
     name: ClassVar[str] = "window"
-    ring: ClassVar[bool] = True
-
-    @property
-    def longest_pass(self) -> int:
-        return self.chunk
 
     def slots(self, needed: int) -> int:
         return self.size + self.chunk
@@ -128,12 +137,9 @@ class Window(Kind):
     def keeps_whole(self, number: jax.Array) -> jax.Array:
         return number < self.size
 
-    def reusable(self, known: int, read: int) -> int:
-        return known if read <= self.slots(read) or read - known < self.chunk else 0
-
 
 @dataclasses.dataclass(frozen=True)
-class Sinks(Kind):
+class Sinks(Ring):
     """StreamingLLM: the first tokens and the last `size` ones, at positions counted in the cache.
 
     Source: Xiao et al. 2023, arXiv 2309.17453, section 3.2. Keys are stored before the rotary embedding.
@@ -149,15 +155,10 @@ class Sinks(Kind):
     chunk: Size = PASS
 
     name: ClassVar[str] = "sinks"
-    ring: ClassVar[bool] = True
 
     @property
     def room(self) -> int:
         return self.first + self.size
-
-    @property
-    def longest_pass(self) -> int:
-        return self.chunk
 
     def slots(self, needed: int) -> int:
         return self.room + self.chunk
@@ -165,14 +166,11 @@ class Sinks(Kind):
     def slot(self, number: jax.Array, size: int) -> jax.Array:
         return jnp.where(number < self.first, number, self.first + (number - self.first) % (size - self.first))
 
-    def reusable(self, known: int, read: int) -> int:
-        return known if read <= self.slots(read) or read - known < self.chunk else 0
-
     def keeps_whole(self, number: jax.Array) -> jax.Array:
         return number < self.room
 
     def view(self, number: jax.Array, streams: Streams) -> View:
-        """What the token of each number [B] attends to, over all slots."""
+        """The positions of all slots for the query of each row, whose token has this number [B]."""
         token = streams["rank"]  # int32 [B, S], number of the token in each slot
         query = jnp.minimum(number, self.room - 1)
         evicted = (number - query)[:, None]
@@ -255,7 +253,7 @@ class Blocks(Kind):
         return super().arrays(size, head_dim, dtype) | sums
 
     def view(self, number: jax.Array) -> View:
-        """What the token of each number [B] attends to, over the slots that `block_memory.chosen` lists."""
+        """The positions of the slots that `block_memory.look_up` gathers, for the token of each number [B]."""
         outside = self.outside(number)
         looked_up = jnp.minimum(outside, self.top)
         start = self.first + outside * self.size  # of the local tokens

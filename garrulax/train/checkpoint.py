@@ -16,6 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from garrulax.core.disk import sync
 from garrulax.core.spec import Tree
 from garrulax.train import digests
 from garrulax.train import settings as settings_
@@ -254,7 +255,7 @@ class Checkpoints:
             final = self._folder / str(record["step"])
             _remove(final)  # a damaged one that nobody asked for
             target.rename(final)
-            digests.sync(self._folder)
+            sync(self._folder)
             _remove(final.with_name(f"{final.name}{_DAMAGED}"))
             kept = {*self._kept({record["step"]: record}), *self.damaged}
             for step in set(saved_steps(self._folder)) - kept:

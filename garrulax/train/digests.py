@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from garrulax.core.disk import sync
+
 NAME = "digests.json"
 _CHECKSUM = "checksum"  # the key of a sealed object
 _BLOCK, _PIECE, _ROW = 2**26, 2**20, 2**12  # bytes that one thread reads, of a matrix, of a row of it
@@ -124,15 +126,6 @@ def write_durably(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     temporary.replace(path)
     sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Waits until a file, or the list of names in a folder, is on disk."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def _checksum(path: Path, start: int) -> int | None:

@@ -29,6 +29,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from garrulax.core.disk import sync
 from garrulax.train import digests
 from garrulax.train.corpus import Corpus, Split
 from garrulax.train.digests import DamagedError
@@ -169,7 +170,7 @@ def build_shards(
             digests.write(folder, meta, _META)
             folder.chmod(0o755)  # mkdtemp makes private folders, but users share this one
             folder.rename(final)
-            digests.sync(root)
+            sync(root)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise

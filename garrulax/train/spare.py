@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+from garrulax.core.disk import sync
 from garrulax.train import digests
 from garrulax.train.checkpoint import saved_steps
 from garrulax.train.digests import DamagedError
@@ -27,7 +28,7 @@ def keep(folder: Path) -> None:
     digests.write(temporary)
     shutil.rmtree(spare, ignore_errors=True)
     temporary.rename(spare)
-    digests.sync(folder)
+    sync(folder)
 
 
 def mend(folder: Path) -> list[str]:
@@ -69,7 +70,7 @@ def mend(folder: Path) -> list[str]:
 
 
 def _damage(folder: Path) -> str | None:
-    """What is wrong with a run's run.json, or None."""
+    """Describes the damage to the run.json of a run; None if it is whole."""
     try:
         digests.read_sealed(folder / RUN_FILE)
     except DamagedError as error:

@@ -330,7 +330,7 @@ def _add_constraints(command: argparse.ArgumentParser) -> None:
 
 
 def _add_cache(command: argparse.ArgumentParser) -> None:
-    """What is kept of the text; `cli.caches` reads it."""
+    """Adds the options --cache and --kv, which `cli.caches` reads."""
     command.add_argument(
         "--cache",
         default="full",

@@ -185,7 +185,7 @@ class Harness(TemplateLM):
         return texts
 
     def _generate(self, contexts: Sequence[str], arguments: dict[str, Any]) -> list[str]:
-        """`gx.generate` with the arguments of a task; those that it does not know raise TypeError."""
+        """Calls `gx.generate` with the arguments of a task. An argument that it does not know raises TypeError."""
         new, stop = arguments.pop("max_gen_toks"), [text for text in arguments.pop("until") if text]
         arguments.setdefault("temperature", 0.0)
         if not arguments.pop("do_sample"):

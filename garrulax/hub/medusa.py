@@ -152,7 +152,7 @@ def _settings(
 
 
 def _accuracy(shares: Any, folder: Path, c: medusa.Config) -> np.ndarray | None:
-    """What config.json says about the accuracy of the heads, [k, r]; None if that is nothing."""
+    """Returns the accuracy [k, r] of the heads from config.json, or None if the file has none."""
     if shares is None:
         return None
     try:

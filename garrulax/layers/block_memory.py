@@ -71,7 +71,7 @@ def remember(kind: Blocks, kv: KV, stored: KV, layer: jax.Array, query: jax.Arra
 
 
 def look_up(kind: Blocks, stored: KV, query: jax.Array, number: jax.Array) -> tuple[View, KV]:
-    """What one query of each row attends to.
+    """Finds the keys and values that one query of each row attends to.
 
     Args:
         kind: The kind of the cache.

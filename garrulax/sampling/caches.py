@@ -1,4 +1,4 @@
-"""What a cache keeps of a text, as `generate`, `stream` and sessions take it: a window, sinks, blocks, 8 bits."""
+"""The argument `cache` of `generate`, `stream` and sessions: a window, attention sinks, blocks, or 8 bits."""
 
 from typing import Any
 

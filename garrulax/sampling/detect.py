@@ -16,7 +16,7 @@ from garrulax.sampling.transforms.watermarks import LONGEST_CONTEXT, Watermark, 
 
 @dataclasses.dataclass(frozen=True)
 class Detection:
-    """What `detect_watermark` found.
+    """The result of `detect_watermark`.
 
     Attributes:
         z: Number of standard deviations by which the statistic is above its mean in texts without this watermark.

@@ -13,7 +13,7 @@ from garrulax.train.settings import Settings
 
 @struct.dataclass
 class Guard:
-    """What is known of the earlier steps. It is a part of the state of a run, and so of its checkpoints.
+    """Statistics of the earlier steps. They are part of the state of a run, and so of its checkpoints.
 
     Attributes:
         losses: float32 [W], the losses of the latest W steps that counted, as a ring.
@@ -92,7 +92,7 @@ def _limit(values: jax.Array, known: jax.Array, factor: float) -> jax.Array:
 
 
 def why_skipped(metrics: Mapping[str, Any]) -> str:
-    """What was wrong with a step that was skipped, from its metrics on the host (`step.make_train_step`)."""
+    """The reason why a step was skipped, from its metrics on the host (`step.make_train_step`)."""
     guard = metrics["guard"]
     values = {
         "loss": (metrics["loss"], guard["loss_limit"]),

@@ -85,7 +85,10 @@ def joint_objective(
 
 
 def places(tokens: Any, c: medusa.Config) -> np.ndarray | None:
-    """int32 [V], the index of each token among those that heads choose from, -1 for others; None if these are all."""
+    """Index of each token among the tokens that heads choose from: int32 [V], -1 for the others.
+
+    None if heads choose from all tokens.
+    """
     if tokens is None:
         return None
     table = np.full(c.vocab, -1, np.int32)
@@ -119,7 +122,7 @@ def heads_loss(
 
 
 def labels(batch: Batch, c: medusa.Config) -> list[tuple[jax.Array, jax.Array]]:
-    """What each head is to predict: targets int32 [B, T] and weights float32 [B, T], 0 where there is nothing."""
+    """The labels of each head: targets int32 [B, T] and weights float32 [B, T], 0 where there is nothing."""
     found = []
     for i in range(c.heads):
         weights = _later(batch["weights"], i + 1)
@@ -133,7 +136,7 @@ def labels(batch: Batch, c: medusa.Config) -> list[tuple[jax.Array, jax.Array]]:
 def correct(
     params: Tree, x: jax.Array, batch: Batch, c: medusa.Config, tokens: jax.Array | None, ranks: int
 ) -> tuple[jax.Array, jax.Array]:
-    """How often each guess of each head is right.
+    """The accuracy of each guess of each head.
 
     Args:
         params: Of the heads.

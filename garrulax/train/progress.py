@@ -28,7 +28,7 @@ def write(text: str, out: TextIO | None = None) -> bool:
 
 
 def _discard_stderr() -> None:
-    """What was or will be written to stderr goes nowhere, so that nothing fails on it, also at the end of Python."""
+    """Sends stderr to the null device, so that no write to it fails, not even when Python exits."""
     try:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stderr.fileno())

@@ -11,7 +11,7 @@ from garrulax.core.spec import Tree
 
 @dataclasses.dataclass(frozen=True)
 class Regularizers:
-    """What an objective adds to the negative log-likelihood of a token.
+    """The terms that are added to the negative log-likelihood of a token.
 
     Attributes:
         z_loss: Coefficient of log(Z)^2, where Z is the denominator of the softmax (Chowdhery et al. 2022, section 5:

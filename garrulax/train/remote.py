@@ -6,7 +6,7 @@ from typing import IO, Any
 
 
 def files(url: str) -> list[str]:
-    """The URLs of a file, of all files in a folder but hidden ones, or of those that match a pattern, sorted.
+    """Lists the URLs of a file, of the files in a folder that are not hidden, or of those that match a pattern, sorted.
 
     Args:
         url: With a protocol that fsspec knows.

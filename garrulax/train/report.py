@@ -28,7 +28,7 @@ pre{white-space:pre-wrap;background:#f6f6f6;padding:.6em;font-size:.85em;margin:
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """What a run's folder says about it.
+    """The settings, metrics and environment of a run, read from its folder.
 
     Attributes:
         name: Of the run.

@@ -61,7 +61,7 @@ class Tokens:
         return out
 
     def completion_of(self, index: np.ndarray) -> np.ndarray:
-        """Where the completion begins in the document that has the token at each index.
+        """The index of the first token of the completion, in the document that has the token at each index.
 
         Args:
             index: int64, any shape.

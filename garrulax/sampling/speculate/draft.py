@@ -28,7 +28,7 @@ from garrulax.sampling.transforms import Transform
 
 @struct.dataclass
 class DraftMemory:
-    """What a draft model has read.
+    """The cache and the positions of a draft model.
 
     Attributes:
         cache: Its cache: of the row's text without the last token, or without more.

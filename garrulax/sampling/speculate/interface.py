@@ -1,4 +1,4 @@
-"""What speculation is made of: proposals, the acceptance, and the pure functions of a proposer.
+"""The parts of speculation: proposals, acceptance, and the pure functions of a proposer.
 
 Letters: B rows, N drafts (nodes of the tree of drafts), T = N + 1 tokens that a pass reads, D width of the model, G
 greatest depth of the tree plus 1.
@@ -33,7 +33,7 @@ class Proposal(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What one pass of the model has done.
+    """The states before and after one pass of the model.
 
     Attributes:
         before: The state before it, without keys and values.

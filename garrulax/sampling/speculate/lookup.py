@@ -103,7 +103,7 @@ def _proposer(ngram: int, count: int) -> Proposer:
 
 
 def lookup(text: jax.Array, end: jax.Array, ngram: int, count: int) -> tuple[jax.Array, jax.Array]:
-    """What followed the last tokens of a text when they occurred before.
+    """Finds the tokens that followed an earlier occurrence of the last tokens of a text.
 
     Args:
         text: int32 [B, L], negative for no token; what lies from `end` on is not read.

@@ -96,7 +96,7 @@ def read_once(
 
 
 def observed(own: Any, one: Speculating, state: State, outcome: Outcome, proposer: Proposer) -> Speculating:
-    """What follows from `one` by a pass that led to a state."""
+    """Updates the memory of the proposer and the number of passes, after a pass that led to `state`."""
     active = (~outcome.before.done).astype(jnp.int32)
     return Speculating(state, proposer.observe(own, one.memory, outcome), one.passes + active)
 

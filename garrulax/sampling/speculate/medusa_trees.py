@@ -42,7 +42,7 @@ class DraftTree(NamedTuple):
         return max(self.head) + 1
 
     def guesses(self, head: int) -> int:
-        """How many of the likeliest tokens of a head the tree has."""
+        """Number of the likeliest tokens of each head that the tree uses."""
         return max((rank for i, rank in zip(self.head, self.rank, strict=True) if i == head), default=-1) + 1
 
 

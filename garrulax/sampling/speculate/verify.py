@@ -101,7 +101,7 @@ def _tree_mask(mask: Mask, cache: Cache, parents: tuple[int, ...]) -> Mask:
 
 
 def _gather(cache: Cache, first: jax.Array, path: jax.Array) -> Cache:
-    """The cache whose slots from `first` [B] on have the tokens `path` [B, G] of those that a pass wrote there."""
+    """Moves the accepted tokens, numbers `path` [B, G] of a pass whose tokens begin at slot `first` [B], together."""
     slots = first[:, None] + path  # [B, G]
     B = len(slots)
 

@@ -18,6 +18,7 @@ from flax.training.train_state import TrainState
 import garrulax as gx
 from garrulax import models
 from garrulax.core import sharding, spec
+from garrulax.core.strategies import STRATEGIES
 from garrulax.flax import linen_module, logical_axes, nnx_module, params_of
 
 #: Those whose trees have a form that another's has are left to `make test-slow`.
@@ -201,8 +202,10 @@ def test_on_a_mesh_with_logical_axes():
     expected, _ = forward(params, TOKENS, config)
     mesh = gx.make_mesh("fsdp=4,tensor=2")
     specs = models.family(config).parameters(config)
-    places = linen.logical_to_mesh_sharding(logical_axes(config), mesh, list(sharding.RULES["fsdp+tp"].items()))
-    same = jax.tree.map(lambda a, b, p: a.is_equivalent_to(b, p.ndim), places, sharding.shardings(specs, mesh), params)
+    places = linen.logical_to_mesh_sharding(logical_axes(config), mesh, list(STRATEGIES["hsdp"].rules.items()))
+    same = jax.tree.map(
+        lambda a, b, p: a.is_equivalent_to(b, p.ndim), places, sharding.shardings(specs, mesh, "hsdp"), params
+    )
     assert all(jax.tree.leaves(same)), same
     boxed = jax.tree.map(lambda x, axes: linen.LogicallyPartitioned(x, tuple(axes)), params, logical_axes(config))
     assert jax.tree.leaves(linen.get_partition_spec(boxed)) == jax.tree.leaves(logical_axes(config))

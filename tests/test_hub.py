@@ -25,6 +25,7 @@ import garrulax as gx
 from garrulax import models
 from garrulax.core import sharding, spec
 from garrulax.core.layout import TensorLayout
+from garrulax.core.strategies import STRATEGIES
 from garrulax.hub import reading, replacing, streaming, writing
 from garrulax.hub.streaming import read_windows, window
 from garrulax.hub.tensors import StoredTensor, open_tensors
@@ -309,13 +310,13 @@ def test_hub_names(tmp_path, monkeypatch):
 # -- Placement --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rules", ["ddp", "fsdp", "tp", "fsdp+tp"])
-def test_parameters_are_born_sharded(rules, tmp_path):
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_parameters_are_born_sharded(strategy, tmp_path):
     mesh = gx.make_mesh("data=2,fsdp=2,tensor=2")
     folder = folder_of("llama_gqa", tmp_path / "m")
-    model = gx.load(folder, mesh=mesh, rules=rules)
+    model = gx.load(folder, mesh=mesh, strategy=strategy)
     same_bytes(model.params, params("llama_gqa"))
-    wanted = sharding.shardings(models.llama.parameters(model.config), mesh, rules)
+    wanted = sharding.shardings(models.llama.parameters(model.config), mesh, strategy)
     for x, place in zip(jax.tree.leaves(model.params), jax.tree.leaves(wanted), strict=True):
         assert x.sharding.is_equivalent_to(place, x.ndim)
 
@@ -331,9 +332,14 @@ def test_only_what_the_devices_need_is_read(tmp_path, monkeypatch):
     stored, folder = tensors("llama_gqa"), folder_of("llama_gqa", tmp_path / "m")
     monkeypatch.setattr(StoredTensor, "read", counted)
     everything = sum(x.size for x in stored.values())
-    for mesh, rules in (("fsdp=8", "fsdp+tp"), ("data=8", "ddp"), ("data=4,fsdp=2", "fsdp"), ("data=4,tensor=2", "tp")):
+    for mesh, strategy in (
+        ("fsdp=8", "fsdp+tp"),
+        ("data=8", "ddp"),
+        ("data=4,fsdp=2", "fsdp"),
+        ("data=4,tensor=2", "tp"),
+    ):
         read.clear()
-        gx.load(folder, mesh=gx.make_mesh(mesh), rules=rules)
+        gx.load(folder, mesh=gx.make_mesh(mesh), strategy=strategy)
         assert sum(read) == everything, mesh  # copies for several devices are read once
     place = NamedSharding(gx.make_mesh("fsdp=8"), PartitionSpec(None, "fsdp"))
     index = next(iter(place.addressable_devices_indices_map((96, 32)).values()))

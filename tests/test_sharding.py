@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import garrulax as gx
 from garrulax import models
 from garrulax.core import sharding, spec
+from garrulax.core.strategies import STRATEGIES, Strategy, check_strategy
 from garrulax.kernels import masks
 
 CONFIGS = {
@@ -27,6 +28,7 @@ CONFIGS = {
         vocab=96, context=24, width=32, layers=1, heads=4, kv_heads=1, mlp_width=48,
     ),
 }  # fmt: skip
+ODD = models.gpt.Config(vocab=97, context=24, width=36, layers=1, heads=3)
 FAMILIES = ("gpt", "glm", "llama")
 MESHES = ["fsdp=8", "data=8", "data=2,fsdp=2,tensor=2", "fsdp=4,tensor=2"]
 BOUNDS = {"float32": 1e-5, "float64": 1e-10}
@@ -116,9 +118,9 @@ def test_rules_may_split_the_key_value_heads_alone():
     config, m = dataclasses.replace(CONFIGS["one key"], kv_heads=2), sharding.make_mesh("data=4,tensor=2")
     params = gx.init(config, jax.random.key(1))
     expected = loss(params, tokens(config), config)
-    rules = sharding.RULES["tp"] | {"heads": None}
+    strategy = dataclasses.replace(STRATEGIES["tp"], rules=STRATEGIES["tp"].rules | {"heads": None})
     with jax.set_mesh(m):
-        sharded = jax.device_put(params, sharding.shardings(models.chatglm.parameters(config), m, rules))
+        sharded = jax.device_put(params, sharding.shardings(models.chatglm.parameters(config), m, strategy))
         batch = jax.device_put(tokens(config), NamedSharding(m, P("data", None)))
         assert relative(loss(sharded, batch, config), expected) <= 1e-5
 
@@ -164,10 +166,32 @@ def test_errors_name_the_axis():
         sharding.make_mesh("fsdp=4")
     with pytest.raises(ValueError, match="not like fsdp=4"):
         sharding.make_mesh("fsdp:8")
-    odd = models.gpt.Config(vocab=96, context=24, width=36, layers=1, heads=3)
-    with pytest.raises(ValueError, match="embed=36 cannot be split 8 ways"):
-        sharding.shardings(models.gpt.parameters(odd), sharding.make_mesh("fsdp=8"))
+    with pytest.raises(ValueError, match="mesh axis expert cannot be used: it is reserved"):
+        sharding.make_mesh("expert=8")
+    odd, mesh = models.gpt.parameters(ODD), sharding.make_mesh("fsdp=8")
     with pytest.raises(ValueError, match="no sharding rule for logical axis"):
-        sharding.shardings(models.gpt.parameters(odd), sharding.make_mesh("fsdp=8"), {"embed": None})
-    with pytest.raises(ValueError, match="unknown sharding rules"):
-        sharding.shardings(models.gpt.parameters(odd), sharding.make_mesh("fsdp=8"), "zero")
+        sharding.shardings(odd, mesh, Strategy("mine", {"embed": None}))
+    with pytest.raises(ValueError, match="unknown strategy 'zero': choose from ddp, fsdp"):
+        sharding.shardings(odd, mesh, "zero")
+    with pytest.raises(ValueError, match="strategy tp needs the mesh axis tensor: the mesh has fsdp"):
+        check_strategy("tp", mesh.shape)
+    with pytest.raises(ValueError, match="strategy fsdp does not use the mesh axis tensor=2"):
+        check_strategy("fsdp", {"fsdp": 4, "tensor": 2})
+
+
+def test_what_stays_whole_is_reported_by_name_and_refused_if_strict():
+    odd, mesh = models.gpt.parameters(ODD), sharding.make_mesh("fsdp=4,tensor=2")
+    params = gx.init(ODD, jax.random.key(0), mesh=mesh)
+    held = sum(x.addressable_shards[0].data.size for x in jax.tree.leaves(params))
+    first, *rest = sharding.sharding_report(odd, mesh)
+    assert first == f"strategy fsdp+tp on fsdp=4,tensor=2: a device holds {held:,} of {gx.count(ODD):,} parameters"
+    heads = [f"  not split: blocks/attention/{n}: heads=3 cannot be split 2 ways over tensor" for n in ("out", "qkv")]
+    assert set(rest) > {*heads, "  not split: tokens: vocab=97 cannot be split 2 ways over tensor"}
+    by_tensor = sharding.sharding_report(odd, mesh, "tp")
+    assert "  not split: positions [24, 36]: no rule shards it" in by_tensor
+    assert by_tensor[-1] == "  not split: 8 norms and biases, 288 numbers"
+    with pytest.raises(
+        ValueError, match=r"\(strict\) leaves arrays whole: blocks/attention/.*heads=3 cannot be split 2 "
+    ):
+        sharding.shardings(odd, mesh, strict=True)
+    assert sharding.sharding_report(odd, mesh, "ddp")[1:] == []

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from garrulax.core import half
-from garrulax.core.sharding import BATCH_AXES, axis_names, spec_of
+from garrulax.core.sharding import Entry, axis_names, spec_of
+from garrulax.core.strategies import BATCH_AXES, TENSOR_AXIS
 
 
 @jax.tree_util.register_dataclass
@@ -41,7 +42,8 @@ def einsum(spec: str, x: jax.Array, w: jax.Array | OwnProduct) -> jax.Array:
     On one device the letters are merged, so that the product is of two matrices: XLA:CPU multiplies [B·T, D] by
     [D, F] 1.4 times faster than [B, T, D] by [D, F] (in the backward pass). On a mesh in Explicit mode the output
     keeps the shardings of its letters, weights are gathered over the axes of the batch (FSDP), and a contraction over
-    a sharded letter is summed across its axis (tensor parallelism).
+    a sharded letter is summed across its axis (tensor parallelism). Tokens that `tensor` splits (sequence parallelism)
+    are gathered for a weight whose outputs it splits; the sum that follows is split again where it is added to them.
 
     Args:
         spec: Letters of x, w and the result, such as "BTD,DHC->BTHC".
@@ -98,7 +100,10 @@ def _matmul(left: str, right: str, out: str, x: jax.Array, w: jax.Array, own: Ca
 
 
 def _sharded(left: str, right: str, out: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    of_x = dict(zip(left, spec_of(x), strict=True))
+    of_x, of_w = dict(zip(left, spec_of(x), strict=True)), dict(zip(right, spec_of(w), strict=True))
+    if TENSOR_AXIS in {axis for letter in right if letter not in left for axis in axis_names(of_w[letter])}:
+        of_x = {letter: _without(TENSOR_AXIS, entry) if letter in out else entry for letter, entry in of_x.items()}
+        x = jax.sharding.reshard(x, P(*of_x.values()))  # gathers what sequence parallelism split
     gathered = {axis for letter in left if letter in out for axis in axis_names(of_x[letter])} | set(BATCH_AXES)
 
     def keep(letter, axes):
@@ -106,10 +111,24 @@ def _sharded(left: str, right: str, out: str, x: jax.Array, w: jax.Array) -> jax
             return of_x[letter]
         return None if gathered & set(axis_names(axes)) else axes
 
-    of_w = {letter: keep(letter, axes) for letter, axes in zip(right, spec_of(w), strict=True)}
+    of_w = {letter: keep(letter, axes) for letter, axes in of_w.items()}
     w = jax.sharding.reshard(w, P(*(of_w[letter] for letter in right)))
     sharding = P(*({**of_w, **of_x}[letter] for letter in out))
     return jnp.einsum(f"{left},{right}->{out}", x, w, out_sharding=sharding)
+
+
+def _without(axis: str, entry: Entry) -> Entry:
+    """An entry of a PartitionSpec without one mesh axis."""
+    names = tuple(name for name in axis_names(entry) if name != axis)
+    return names[0] if len(names) == 1 else names or None
+
+
+def like_tokens(x: jax.Array, other: jax.Array) -> jax.Array:
+    """x [B or 1, T, ...] with its tokens split over the mesh as those of `other` [B, T, ...] are."""
+    mesh = jax.typeof(other).sharding.mesh
+    if mesh.empty or not mesh.are_all_axes_explicit:
+        return x
+    return jax.sharding.reshard(x, P(spec_of(x)[0], spec_of(other)[1]))
 
 
 def gather(w: jax.Array, x: jax.Array) -> jax.Array:

@@ -19,6 +19,7 @@ from garrulax.core.config import ModelConfig
 from garrulax.core.dtypes import parameter_dtype
 from garrulax.core.hf_keys import without
 from garrulax.core.names import nearest
+from garrulax.core.strategies import Strategy
 from garrulax.hub import streaming
 from garrulax.hub.download import find_folder
 from garrulax.hub.files import is_file
@@ -39,7 +40,7 @@ def load(
     path: str | Path,
     mesh: Mesh | None = None,
     dtype: DTypeLike | None = None,
-    rules: str | sharding.Rules = "fsdp+tp",
+    strategy: str | Strategy = "fsdp+tp",
     only: Collection[str] | None = None,
     ignore: Collection[str] = (),
     while_reading: Callable[[Model], Any] | None = None,
@@ -52,13 +53,13 @@ def load(
     Args:
         path: The folder; a GGUF file, or a folder with one; or a name on the Hugging Face hub such as
             "openai-community/gpt2" (extra `hub`).
-        mesh: Shards the parameters by `rules` from the start. Each process then reads only the parts of the files that
-            its devices need.
+        mesh: Shards the parameters by `strategy` from the start. Each process then reads only the parts of the files
+            that its devices need.
         dtype: Dtype of the parameters, or "stored" for that of the files. None is the stored one too, but on CPUs
             bfloat16 and float16 become float32 if that fits into the memory: CPUs compute in float32, and would
             convert the parameters again in every step of decoding. The log says so. Of a GGUF file, None is float32 on
             CPUs and "stored" elsewhere, which is the dtype of its matrices, or bfloat16 if they are quantised.
-        rules: Name or table of sharding rules (`core.sharding`); used only with a mesh.
+        strategy: A name in `core.strategies.STRATEGIES`, or a strategy of your own; used only with a mesh.
         only: top-level names of the parameters to read, such as ("tokens", "head"); None reads all.
         ignore: Keys of config.json to leave out, as if the file did not have them, such as ["sparsity"] or
             ["rope_scaling.finetuned"]: a way past keys that are refused but do not change what the model computes. Of a
@@ -96,7 +97,7 @@ def load(
     tensors, tokenizer = checkpoint.tensors, tokenizer_of(checkpoint)
     if checkpoint.gguf is not None and (dtype is None or (isinstance(dtype, str) and dtype == "stored")):
         dtype = _gguf_dtype(checkpoint.gguf, mesh, dtype)
-    places = spec.map_specs(lambda _: None, specs) if mesh is None else sharding.shardings(specs, mesh, rules)
+    places = spec.map_specs(lambda _: None, specs) if mesh is None else sharding.shardings(specs, mesh, strategy)
     dtype = dtype_to_load(dtype, specs, tensors, on_mesh=mesh is not None)
     dtypes = spec.map_specs(lambda s: _jax_dtype(s, stored_dtype(s, tensors, dtype)), specs)
     config = with_ends(checkpoint.config, generation)

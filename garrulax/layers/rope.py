@@ -11,6 +11,7 @@ import numpy as np
 
 from garrulax.core.config import Flag, Positive, Size, check_fields, check_value
 from garrulax.core.dtypes import at_least_float32
+from garrulax.core.einsum import like_tokens
 from garrulax.layers.call import Call
 
 #: Fields that each kind uses, besides theta.
@@ -273,7 +274,7 @@ class Rotary:
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """The queries or keys [B, T, H, C] of the pass, rotated."""
-        return self.rotate(x, self.cosine, self.sine)
+        return self.rotate(x, *(like_tokens(t, x) for t in (self.cosine, self.sine)))
 
     def at(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """Queries or keys [B, S, H, C], rotated by positions [B, S] in the cache. Others are those of keys not read."""

@@ -12,6 +12,7 @@ from garrulax.core import sharding, spec
 from garrulax.core.blanks import Blanks
 from garrulax.core.config import ModelConfig
 from garrulax.core.dtypes import parameter_dtype
+from garrulax.core.strategies import Strategy
 from garrulax.kernels.mask import Mask
 from garrulax.layers.cache import Cache, make_cache
 from garrulax.layers.cache_kinds import FULL, Full, Kind, Window
@@ -46,7 +47,8 @@ def init(
     key: jax.Array,
     mesh: Mesh | None = None,
     dtype: Any = jnp.float32,
-    rules: str | sharding.Rules = "fsdp+tp",
+    strategy: str | Strategy = "fsdp+tp",
+    strict: bool = False,
 ) -> spec.Tree:
     """Initial parameters.
 
@@ -55,13 +57,14 @@ def init(
         key: PRNG key.
         mesh: Mesh over which the parameters are sharded from the start; None is one device.
         dtype: Of the parameters.
-        rules: Sharding rules, a name in `core.sharding.RULES` or a table of your own.
+        strategy: A name in `core.strategies.STRATEGIES`, or a strategy of your own; used only with a mesh.
+        strict: Whether to refuse what stays whole against the strategy (`core.sharding.unsharded`).
 
     Returns:
         Nested dicts of arrays; the layers are stacked on the leading axis of everything under `blocks`.
 
     Raises:
-        ValueError: The mesh does not divide a dimension, or `dtype` is no dtype of parameters.
+        ValueError: The mesh does not divide a dimension and `strict` is set, or `dtype` is no dtype of parameters.
 
     Example:
         >>> import jax, garrulax as gx
@@ -72,7 +75,7 @@ def init(
     dtype = parameter_dtype(dtype)
     if mesh is None:
         return _init_on_one_device(key, config, dtype)
-    places = sharding.shardings(parameters(config), mesh, rules)
+    places = sharding.shardings(parameters(config), mesh, strategy, strict=strict)
     return jax.jit(_init, static_argnums=(1, 2), out_shardings=places)(key, config, dtype)
 
 

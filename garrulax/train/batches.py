@@ -1,15 +1,16 @@
 """Batches of a run as functions of the step number, so that resuming a run needs only that number."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from garrulax import models
 from garrulax.core.config import ModelConfig
-from garrulax.core.sharding import SEQUENCE_AXIS, token_sharding
+from garrulax.core.sharding import axis_names, token_sharding
+from garrulax.core.strategies import Strategy
 from garrulax.train import components, sources
 from garrulax.train.components import Component
 from garrulax.train.feed import Feed
@@ -119,19 +120,22 @@ def check_held_out(data: Data) -> None:
         raise ValueError("the held-out text has no token to predict: use more text, or name one with valid=")
 
 
-def on_devices(batch: HostBatch, mesh: Mesh | None, micro_batches: int | None = None) -> Batch:
-    """Copies a host batch to the devices: rows sharded over the mesh's batch axes, tokens over its sequence axis.
+def on_devices(
+    batch: HostBatch, mesh: Mesh | None, micro_batches: int | None = None, strategy: str | Strategy = "fsdp+tp"
+) -> Batch:
+    """Copies a host batch to the devices: rows sharded over the mesh's batch axes, tokens as the strategy says.
 
     Args:
         batch: Arrays [B, ...], this process's rows.
         mesh: None is one device.
         micro_batches: A, to split the rows into: the arrays become [A, B / A, ...]. None keeps [B, ...].
+        strategy: A name in `core.strategies.STRATEGIES`, or a strategy.
     """
     if micro_batches is not None:
         batch = {k: v.reshape(micro_batches, v.shape[0] // micro_batches, *v.shape[1:]) for k, v in batch.items()}
     if mesh is None:
         return jax.device_put(batch)
-    rows, tokens = token_sharding(mesh)
+    rows, tokens = token_sharding(mesh, strategy)
     leading = () if micro_batches is None else (None,)  # the axis of micro-batches is not sharded
 
     def sharding(v):
@@ -149,12 +153,14 @@ def check_batch(settings: Settings, mesh: Mesh | None) -> None:
         ValueError: If they cannot; it says which setting to change.
     """
     rows = settings.batch // settings.accumulation
-    devices = 1 if mesh is None else int(np.prod([mesh.shape[a] for a in ("data", "fsdp") if a in mesh.shape]))
+    devices, parts = 1, 1
+    if mesh is not None:
+        axes = map(axis_names, token_sharding(mesh, settings.strategy))
+        devices, parts = (math.prod(mesh.shape[name] for name in names) for names in axes)
     if settings.batch % (settings.accumulation * jax.process_count()):
         raise ValueError(f"batch={settings.batch} cannot be shared by {jax.process_count()} processes")
     if rows % devices:
         raise ValueError(f"micro-batches of {rows} rows cannot be shared by {devices} devices: choose another batch")
-    parts = 1 if mesh is None else mesh.shape.get(SEQUENCE_AXIS, 1)
     if settings.window % parts:
         raise ValueError(f"a window of {settings.window} tokens cannot be shared by {parts} devices: choose another")
 

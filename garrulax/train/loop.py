@@ -14,8 +14,9 @@ from jax.sharding import Mesh
 
 from garrulax import models
 from garrulax.core.config import ModelConfig
-from garrulax.core.sharding import make_mesh
+from garrulax.core.sharding import make_mesh, sharding_report
 from garrulax.core.spec import Tree
+from garrulax.core.strategies import check_strategy
 from garrulax.train import lock, peers, plots, spare
 from garrulax.train import settings as settings_
 from garrulax.train.batches import Data, check_batch, check_held_out, on_devices
@@ -144,7 +145,8 @@ def train(
         lines = checkpoints.check() if resume else []
         run, more = _continued(run, checkpoints) if resume else (run, [])
         loop = _Loop(run, mesh, checkpoints, out)
-        for line in [*lines, *more]:
+        report = [] if mesh is None else sharding_report(models.parameters(run.config), mesh, settings.strategy)
+        for line in [*lines, *more, *report]:
             loop.progress.say(line)
         state = loop.first_state(resume)
         trackers = stack.enter_context(Trackers(settings.trackers, run.folder, identity["settings"]))
@@ -160,7 +162,11 @@ def train(
 def _mesh(settings: Settings) -> Mesh | None:
     if not settings.mesh and jax.process_count() > 1:
         raise ValueError(f"{jax.process_count()} processes need a mesh: such as mesh=data={jax.device_count()}")
-    return make_mesh(settings.mesh) if settings.mesh else None
+    if not settings.mesh:
+        return None
+    mesh = make_mesh(settings.mesh)
+    check_strategy(settings.strategy, mesh.shape)
+    return mesh
 
 
 def _continued(run: Run, checkpoints: Checkpoints) -> tuple[Run, list[str]]:
@@ -195,8 +201,8 @@ class _Loop:
     def first_state(self, resume: bool) -> TrainState:
         """The state to start from: new, or of the latest checkpoint. Writes run.json, and its spare copy."""
         run, s = self.run, self.run.settings
-        options: dict[str, Any] = {"mesh": self.mesh, "rules": s.rules, "dtype": s.weights, "average": s.ema > 0,
-                                   "guard": first_guard(s)}  # fmt: skip
+        options: dict[str, Any] = {"mesh": self.mesh, "strategy": s.strategy, "strict": s.strict,
+                                   "dtype": s.weights, "average": s.ema > 0, "guard": first_guard(s)}  # fmt: skip
         if resume and self.checkpoints.latest is not None:
             state = self.checkpoints.restore(abstract_state(run.config, self.optimizer, **options))
             self.progress.say(f"resumed {run.folder} at step {int(state.step):,}")
@@ -258,8 +264,8 @@ class _Loop:
 
     def batch(self, step: int) -> Batch:
         """The batch of a step, on the devices. Notes its time if the device has finished all earlier steps by then."""
-        start = time.perf_counter()
-        batch = on_devices(self.run.data.batch_at(step - 1), self.mesh, self.run.settings.accumulation)
+        start, s = time.perf_counter(), self.run.settings
+        batch = on_devices(self.run.data.batch_at(step - 1), self.mesh, s.accumulation, s.strategy)
         if not self.pending or all(x.is_ready() for x in jax.tree.leaves(self.pending[-1][1])):
             self.usage.waited(time.perf_counter() - start)
         return batch

@@ -9,7 +9,7 @@ from typing import Any
 
 from garrulax import models
 from garrulax.core.config import ModelConfig
-from garrulax.core.sharding import RULES
+from garrulax.core.strategies import STRATEGIES
 from garrulax.layers.stack import REMAT
 from garrulax.train import dedup, schedules, typed
 from garrulax.train.digests import read_sealed, sealed, write_durably
@@ -87,7 +87,8 @@ class Settings:
         dropout: Whether to apply the dropout rates of the model's config.
 
         mesh: Devices by axis, such as fsdp=4,tensor=2; empty is one device.
-        rules: How parameters are sharded over the mesh: ddp, fsdp, tp or fsdp+tp.
+        strategy: How the mesh shards parameters and activations: ddp, fsdp, hsdp, tp, fsdp+tp or fsdp+tp+sp.
+        strict: Whether to refuse a model of which the strategy leaves an array or a dimension whole.
 
         log_every: Steps between records of the training loss.
         eval_every: Steps between evaluations; the last step is always evaluated.
@@ -158,7 +159,8 @@ class Settings:
     dropout: bool = False
 
     mesh: str = ""
-    rules: str = "fsdp+tp"
+    strategy: str = "fsdp+tp"
+    strict: bool = False
 
     log_every: int = 10
     eval_every: int = 250
@@ -197,7 +199,7 @@ _CHOICES = {
     "quantize": ("none", "int8", "fp8"),
     "skip_steps": ("none", "not_finite", "spikes"),
     "remat": tuple(REMAT),
-    "rules": tuple(RULES),
+    "strategy": tuple(STRATEGIES),
 }
 
 #: Settings that a resumed run must not change: its optimizer state or the order of its data would not fit.

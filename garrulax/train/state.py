@@ -12,6 +12,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from garrulax import models
 from garrulax.core import sharding, spec
 from garrulax.core.config import ModelConfig
+from garrulax.core.strategies import Strategy
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -62,7 +63,8 @@ def init_state(
     seed: int,
     *,
     mesh: Mesh | None = None,
-    rules: str | sharding.Rules = "fsdp+tp",
+    strategy: str | Strategy = "fsdp+tp",
+    strict: bool = False,
     dtype: Any = jnp.float32,
     params: spec.Tree | Callable[[], spec.Tree] | None = None,
     specs: spec.Tree | None = None,
@@ -76,7 +78,8 @@ def init_state(
         optimizer: From `optimizers.make_optimizer`.
         seed: Of the initial parameters and of dropout.
         mesh: To create the state on, already sharded. It must be set with `jax.set_mesh`. None is one device.
-        rules: Of sharding, such as a name in `core.sharding.RULES`.
+        strategy: A name in `core.strategies.STRATEGIES`, or a strategy.
+        strict: Whether to refuse what stays whole against the strategy (`core.sharding.unsharded`).
         dtype: Of the parameters. The optimizer's state is in float32 at least.
         params: Parameters to start from, as arrays of any kind; None draws random ones. They are copied, because a step
             donates its state; the arrays that a function returns are not.
@@ -89,7 +92,7 @@ def init_state(
     """
     init_key, key = jax.random.split(jax.random.key(seed))
     if params is None:
-        params = models.init(config, init_key, mesh, dtype, rules)
+        params = models.init(config, init_key, mesh, dtype, strategy, strict)
     else:
         ours = callable(params)
         specs = models.parameters(config) if specs is None else specs
@@ -97,7 +100,7 @@ def init_state(
         spec.check_params(specs, params)
         params = jax.tree.map(lambda p: jnp.asarray(p, dtype) if ours else jnp.array(p, dtype, copy=True), params)
         if mesh is not None:
-            params = jax.device_put(params, sharding.shardings(specs, mesh, rules))
+            params = jax.device_put(params, sharding.shardings(specs, mesh, strategy, strict=strict))
     step = jnp.zeros((), jnp.int32)
     if mesh is not None:
         step, key, guard = jax.device_put((step, key, guard), jax.NamedSharding(mesh, jax.P()))
@@ -119,7 +122,8 @@ def abstract_state(
     optimizer: optax.GradientTransformation,
     *,
     mesh: Mesh | None = None,
-    rules: str | sharding.Rules = "fsdp+tp",
+    strategy: str | Strategy = "fsdp+tp",
+    strict: bool = False,
     dtype: Any = jnp.float32,
     specs: spec.Tree | None = None,
     average: bool = False,
@@ -131,14 +135,17 @@ def abstract_state(
         config: Of the model.
         optimizer: From `optimizers.make_optimizer`.
         mesh: Of the state; None is one device.
-        rules: Of sharding, such as a name in `core.sharding.RULES`.
+        strategy: A name in `core.strategies.STRATEGIES`, or a strategy.
+        strict: Whether to refuse what stays whole against the strategy (`core.sharding.unsharded`).
         dtype: Of the parameters.
         specs: ParamSpec tree of the parameters, if it is not that of the config's family.
         average: Whether the state has a moving average of the parameters.
         guard: From `guard.first_guard`.
     """
     specs = models.parameters(config) if specs is None else specs
-    params = spec.abstract(specs, dtype, None if mesh is None else sharding.shardings(specs, mesh, rules))
+    params = spec.abstract(
+        specs, dtype, None if mesh is None else sharding.shardings(specs, mesh, strategy, strict=strict)
+    )
     opt_state = jax.eval_shape(lambda p: optimizer.init(in_full(p)), params)
     key = jax.eval_shape(lambda: jax.random.key(0))
     ema = jax.eval_shape(_average, params) if average else None

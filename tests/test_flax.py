@@ -202,7 +202,8 @@ def test_on_a_mesh_with_logical_axes():
     expected, _ = forward(params, TOKENS, config)
     mesh = gx.make_mesh("fsdp=4,tensor=2")
     specs = models.family(config).parameters(config)
-    places = linen.logical_to_mesh_sharding(logical_axes(config), mesh, list(STRATEGIES["hsdp"].rules.items()))
+    rules = [(axis, by if by in mesh.shape else None) for axis, by in STRATEGIES["hsdp"].rules.items()]
+    places = linen.logical_to_mesh_sharding(logical_axes(config), mesh, rules)
     same = jax.tree.map(
         lambda a, b, p: a.is_equivalent_to(b, p.ndim), places, sharding.shardings(specs, mesh, "hsdp"), params
     )

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from garrulax import models
 from garrulax.core.config import ModelConfig
 from garrulax.core.dtypes import at_least_float32
+from garrulax.core.einsum import like_tokens
 from garrulax.core.spec import Tree
 from garrulax.kernels.mask import Mask
 from garrulax.train.regularizers import Regularizers, regularized, shrunk
@@ -139,7 +140,8 @@ def _token_loss(params, batch, config, key, options):
     else:
         x, _ = models.hidden(shrunk(params, extra.embedding_shrink), batch["tokens"], config, **inputs)
         logits = models.family(config).logits(params, x, config)  # a tied head gets its whole gradient
-    nll = regularized(negative_log_likelihood(logits, batch["targets"]), logits, extra)  # [B, T]
-    weights = batch["weights"].astype(nll.dtype)
+    targets, weights = (like_tokens(batch[name], logits) for name in ("targets", "weights"))
+    nll = regularized(negative_log_likelihood(logits, targets), logits, extra)  # [B, T]
+    weights = weights.astype(nll.dtype)
     tokens = jnp.sum(weights)
     return jnp.sum(nll * weights) / jnp.maximum(tokens, 1), {"tokens": tokens}

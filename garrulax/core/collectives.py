@@ -92,7 +92,7 @@ def total(found: Iterable[Collective], kind: str | None = None, axis: str | None
 
 
 def table(found: Iterable[Collective]) -> list[str]:
-    """Lines that sum up collectives by kind and mesh axes: how many run, the bytes sent, and the share that is hidden."""
+    """Lines that sum up collectives by kind and mesh axes: how many run, bytes sent, and the share that is hidden."""
     groups: dict[tuple[str, str], list[Collective]] = {}
     for c in found:
         groups.setdefault((c.kind, "+".join(c.axes)), []).append(c)

@@ -65,6 +65,7 @@ _HOME = {
     "Perplexity": "garrulax.evaluate",
     "choose": "garrulax.evaluate",
     "Choice": "garrulax.evaluate",
+    "plan": "garrulax.plan.planning",
     "train_medusa": "garrulax.train.train_medusa",
     "medusa_accuracy": "garrulax.train.train_medusa",
 }

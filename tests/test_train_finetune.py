@@ -15,6 +15,7 @@ from garrulax.cli import costs, main
 from garrulax.hub.tokenizers import ByteTokenizer
 from garrulax.models.summary import bytes_of
 from garrulax.train import metrics, settings, step
+from garrulax.train.activations import saved_per_token
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 TEXT = "".join(f"def f{i}(x):\n    return x * {i} + {i * 7 % 13}\n\n" for i in range(200))
@@ -141,8 +142,4 @@ def test_info_states_memory_and_time(source, capsys):
     assert c.optimizer == pytest.approx(2 * bytes_of(gx.count(config), "float32"), rel=1e-6)
     half = costs.training_costs(config, settings.read_settings(None, ["preset=llama3-8b", "weights=bfloat16"])[0])
     assert half.parameters * 2 == c.parameters
-    assert (
-        costs.saved_per_token(config, "full")
-        < costs.saved_per_token(config, "dots")
-        < costs.saved_per_token(config, "none")
-    )
+    assert saved_per_token(config, "full") < saved_per_token(config, "dots") < saved_per_token(config, "none")

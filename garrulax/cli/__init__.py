@@ -5,6 +5,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 USAGE_ERRORS = (ValueError, TypeError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 FAILURES = (OSError, ArithmeticError, RuntimeError, MemoryError, ImportError)
@@ -50,7 +51,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     # argparse accepts a list of positionals in one place only, but settings may come before and after options.
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    if args.command in ("train", "info") and not any(word.startswith("-") for word in rest):
+    if args.command in ("train", "info", "plan") and not any(word.startswith("-") for word in rest):
         args.settings += rest
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -77,6 +78,11 @@ def _command(name: str) -> Callable[[argparse.Namespace], None]:
         from garrulax.cli.info import info
 
         return info
+    if name == "plan":
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # it compiles for chips that are not there
+        from garrulax.cli.plan import plan
+
+        return plan
     if name == "glitch":
         from garrulax.cli.glitch import glitch
 
@@ -110,7 +116,8 @@ def _command(name: str) -> Callable[[argparse.Namespace], None]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="garrulax",
-        description="Language models in JAX: train, generate, fill, chat, score, detect, inspect, convert, report.",
+        description="Language models in JAX: train, plan, generate, fill, chat, score, detect, inspect, convert, "
+        "report.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -194,6 +201,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     info.add_argument("--all", action="store_true", help="list all presets")
     info.add_argument("--train", action="store_true", help="show the memory and time that training takes instead")
+    _add_plan(commands)
     glitch = commands.add_parser(
         "glitch",
         help="list the tokens that look untrained",
@@ -263,6 +271,28 @@ def _parser() -> argparse.ArgumentParser:
     for command in commands.choices.values():
         command.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     return parser
+
+
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="predict memory and speed of training on a pod",
+        description="Compile the training step for chips that are not there, and show its memory, operations, "
+        "collectives and predicted time (docs/plan.md).",
+    )
+    plan.add_argument("model", metavar="PRESET", help="a preset (`garrulax info --all` lists them)")
+    plan.add_argument(
+        "settings", nargs="*", metavar="KEY=VALUE", help="a setting of the run, such as remat=dots or model.layers=40"
+    )
+    plan.add_argument("--topology", required=True, metavar="NAME", help="chips, such as v5p:4x4x4 or v5e:16x16")
+    plan.add_argument("--batch", type=int, required=True, metavar="ROWS", help="rows in a step, on all chips together")
+    plan.add_argument("--length", type=int, metavar="N", help="tokens in a row (the model's context)")
+    plan.add_argument("--strategy", default="fsdp", metavar="NAME", help="how the model is sharded (fsdp)")
+    plan.add_argument("--mesh", metavar="AXES", help="chips by axis, such as fsdp=64,tensor=8")
+    plan.add_argument("--search", action="store_true", help="rank strategies, meshes and remat policies")
+    plan.add_argument("--compile", type=int, default=3, metavar="N", help="with --search, how many to compile (3)")
+    plan.add_argument("--xla", action="append", default=[], metavar="OPTION=VALUE", help="an option of the compiler")
+    plan.add_argument("--json", action="store_true", help="print the numbers as JSON")
 
 
 def _add_writing(command: argparse.ArgumentParser) -> None:

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from garrulax import models
-from garrulax.core import spec
 from garrulax.core.config import ModelConfig
+from garrulax.core.spec import Tree
 from garrulax.models.summary import bytes_of
+from garrulax.train.activations import outputs_per_token, saved_per_token
 from garrulax.train.flops import peak_flops, train_flops_per_token
 from garrulax.train.optimizers import make_optimizer
 from garrulax.train.settings import Settings
@@ -85,27 +86,6 @@ def training_costs(config: ModelConfig, settings: Settings) -> Costs:
     )
 
 
-def saved_per_token(config: ModelConfig, remat: str) -> int:
-    """Numbers a token that the forward pass keeps for the backward pass.
-
-    A product needs its input there, and what follows needs its output: for each weight [inputs, outputs] both are
-    counted, and two more widths for the norms and the residual sum. With remat "dots" only the outputs are kept; with
-    "full" the input of every layer, and one layer is computed again at a time.
-
-    Args:
-        config: Of the model.
-        remat: none, dots or full.
-    """
-    outputs = _outputs(config)
-    both = outputs + sum(math.prod(s.layer_shape[: s.inputs]) for s in _matrices(config))
-    layer = both + 2 * config.width
-    if remat == "full":
-        return config.layers * config.width + layer
-    if remat == "dots":
-        return config.layers * (outputs + config.width) + layer
-    return config.layers * layer
-
-
 def reading_bytes(config: ModelConfig, tokens: int) -> int:
     """Bytes in float32 that reading a prompt takes for a moment beside the cache, roughly.
 
@@ -115,7 +95,7 @@ def reading_bytes(config: ModelConfig, tokens: int) -> int:
         config: Of the model.
         tokens: Length of the prompt, of which no logits are computed.
     """
-    return tokens * 4 * 2 * _outputs(config)
+    return tokens * 4 * 2 * outputs_per_token(config)
 
 
 def measured_rate(dtype: str) -> float:
@@ -141,16 +121,5 @@ def device_rate(dtype: str) -> tuple[float, str]:
     return measured_rate(dtype), f"matrix products in {dtype}, measured now on {device.device_kind}"
 
 
-def _matrices(config: ModelConfig) -> list[spec.ParamSpec]:
-    """The weights of one layer's products."""
-    specs = spec.named_specs(models.parameters(config))
-    return [s for name, s in specs.items() if name.startswith("blocks/") and s.role == "matrix"]
-
-
-def _outputs(config: ModelConfig) -> int:
-    """Numbers a token that the products with one layer's weights give."""
-    return sum(math.prod(s.layer_shape[s.inputs :]) for s in _matrices(config))
-
-
-def _bytes(tree: spec.Tree) -> int:
+def _bytes(tree: Tree) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -17,6 +17,7 @@ from garrulax.hub.matching import match
 from garrulax.hub.reading import open_checkpoint
 from garrulax.hub.tensors import BITS, open_tensors
 from garrulax.models.summary import Summary, bytes_of, summarize
+from garrulax.train.activations import saved_per_token
 from garrulax.train.progress import duration
 
 DTYPES = ("float32", "bfloat16", "int8")
@@ -56,7 +57,7 @@ def describe_training(words: Sequence[str]) -> str:
         ("optimizer", f"{_size(c.optimizer)}  {settings.optimizer} in float32"),
         ("computation", f"{_size(c.copies)}  parameters once more in {settings.precision}"),
         ("activations", f"{_size(c.activations)}  = {settings.batch // settings.accumulation} rows x {settings.window} "
-                        f"tokens x {costs.saved_per_token(config, settings.remat):,} numbers x "
+                        f"tokens x {saved_per_token(config, settings.remat):,} numbers x "
                         f"{of[settings.precision]} bytes: inputs and outputs of all products, remat={settings.remat}"),
         ("logits", f"{_size(c.logits)}  = rows x tokens x {config.vocab:,} ids, and their gradient"),
         ("saving", f"{_size(c.save)}  copy of the state while a checkpoint is written"),

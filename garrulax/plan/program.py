@@ -1,0 +1,181 @@
+"""The costs of a compiled program on one chip: operations, bytes and seconds, of every part times how often it runs."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jax.sharding import Mesh
+
+from garrulax.core.collectives import KINDS, Collective, collectives
+from garrulax.plan.chips import Chip
+from garrulax.plan.hlo import Instruction, Module, read_module
+from garrulax.plan.operations import FREE, kernel_pass, memory_bytes, product_flops
+from garrulax.plan.topology import HOST, Topology
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What is scheduled one after another: the program itself, or the body of a loop. Numbers are of one run of it.
+
+    Attributes:
+        times: How often it runs in a step.
+        flops: FLOPs of matrix products.
+        kernel_flops: FLOPs of attention's kernels.
+        bytes: Bytes of HBM that are read and written.
+        compute: Seconds without collectives.
+    """
+
+    times: int
+    flops: int
+    kernel_flops: float
+    bytes: int
+    compute: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled step on one chip.
+
+    Attributes:
+        parts: Of the program.
+        counted: FLOPs by the compiler's `cost_analysis`, which counts the body of a loop once; None if it has none.
+        collectives: Those of a step.
+        hidden: Seconds a step of collectives during which computation goes on.
+        exposed: Seconds a step of collectives for which computation waits.
+    """
+
+    parts: tuple[Part, ...]
+    counted: float | None
+    collectives: tuple[Collective, ...]
+    hidden: float
+    exposed: float
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of a step without attention's kernels: what the compiler counted, and the other runs of loops."""
+        if self.counted is None:
+            return sum(p.times * p.flops for p in self.parts)
+        return self.counted + sum((p.times - 1) * p.flops for p in self.parts)
+
+    @property
+    def kernel_flops(self) -> float:
+        """FLOPs of attention's kernels, which the compiler does not count."""
+        return sum(p.times * p.kernel_flops for p in self.parts)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of HBM that a step reads and writes."""
+        return sum(p.times * p.bytes for p in self.parts)
+
+    @property
+    def compute(self) -> float:
+        """Seconds a step without collectives."""
+        return sum(p.times * p.compute for p in self.parts)
+
+    @property
+    def seconds(self) -> float:
+        """Of a step: hidden collectives take no time of their own unless they are longer than the computation."""
+        return max(self.compute, self.hidden) + self.exposed
+
+
+def read_program(
+    text: str, counted: float | None, topology: Topology, mesh: Mesh, keys: Callable[[int], float]
+) -> Program:
+    """The costs of a compiled program.
+
+    Args:
+        text: Of the program, `compiled.as_text()`.
+        counted: "flops" of its `cost_analysis`.
+        topology: What it was compiled for.
+        mesh: What it was compiled for.
+        keys: Number of keys that a kernel of attention visits a query, a mean, from the number that it is given.
+    """
+    module = read_module(text)
+    parts = tuple(_part(module, name, times, topology.chip, keys) for name, times in module.parts())
+    found = tuple(collectives(text, mesh.shape))
+    waits = [c.sent / bandwidth(topology, mesh, c.axes) for c in found]
+    hidden, exposed = (sum(w for c, w in zip(found, waits, strict=True) if c.hidden is way) for way in (True, False))
+    return Program(parts, counted, found, hidden, exposed)
+
+
+def _part(module: Module, name: str, times: int, chip: Chip, keys: Callable[[int], float]) -> Part:
+    flops, moved, kernels, compute = 0, 0, 0.0, 0.0
+    for i in module.computations[name].values():
+        own_flops, own_bytes = product_flops(module, name, i), memory_bytes(module, name, i)
+        of_kernels = _kernel_flops(module, name, i, keys)
+        flops, moved, kernels = flops + own_flops, moved + own_bytes, kernels + of_kernels
+        if of_kernels:
+            compute += of_kernels / (chip.peak * chip.kernel)
+        elif i.opcode not in FREE and not i.opcode.startswith(KINDS) and "all-reduce-scatter" not in i.text:
+            compute += _seconds(i, chip, own_flops, own_bytes)
+    return Part(times, flops, kernels, moved, compute)
+
+
+def _kernel_flops(module: Module, part: str, i: Instruction, keys: Callable[[int], float]) -> float:
+    """FLOPs of attention's kernels in an instruction, also in a fusion."""
+    inside = () if i.opcode in FREE else module.inside(i)
+    found = [(name, inner) for name, inner in [(part, i), *inside] if kernel_pass(inner)]
+    return sum(kernel_flops(module.computations[name], inner, keys) for name, inner in found)
+
+
+def _seconds(i: Instruction, chip: Chip, flops: int, moved: int) -> float:
+    """By the compiler's own estimate of cycles where it has one, else by the peaks."""
+    cycles = i.attribute(r'"estimated_cycles":"(\d+)"')
+    if cycles is not None and chip.clock is not None:
+        return int(cycles) / chip.clock
+    return max(flops / chip.peak, moved / chip.bandwidth)
+
+
+def kernel_flops(computation: dict[str, Instruction], i: Instruction, keys: Callable[[int], float]) -> float:
+    """FLOPs of a kernel of attention: 2 products of queries and keys forward, and 5 backward.
+
+    Args:
+        computation: That the instruction is in.
+        i: The instruction. Of the arrays that it reads, query and output have the most entries, key and value the
+            fewest: [..., S, C], or with cuDNN [B, S, K, C].
+        keys: Number of keys that it visits a query, a mean, from the number S that it is given.
+    """
+    read = [a for name in i.operands for a in computation[name].arrays if len(a.shape) >= 4 and "f" in a.dtype]
+    query = max(read, key=lambda a: a.count)
+    key = min((a for a in read if a.shape[-1] == query.shape[-1]), key=lambda a: a.count)
+    products = 2 if kernel_pass(i) == "forward" else 5
+    return 2.0 * products * query.count * keys(key.shape[1] if "fmha" in i.text else key.shape[-2])
+
+
+def bandwidth(topology: Topology, mesh: Mesh, axes: Sequence[str]) -> float:
+    """Bytes/s that a device can send while the devices along some mesh axes communicate with one another.
+
+    On a torus these are the links of every dimension in which they differ: two where they are a whole ring, else one.
+    GPUs in one host use NVLink; those in several send through as many adapters as a host has GPUs of the group.
+
+    Args:
+        topology: The chips.
+        mesh: Over them.
+        axes: Names of mesh axes.
+    """
+    chip = topology.chip
+    places = tuple(slice(None) if name in axes else 0 for name in mesh.axis_names)
+    group = np.atleast_1d(mesh.devices[places]).reshape(-1)
+    if chip.platform == "gpu":
+        size = math.prod(mesh.shape[name] for name in axes)
+        local = len({d.id // HOST for d in group})
+        return chip.link if local == 1 else min(chip.link, chip.network * size / local)
+    coordinates = np.array([d.coords for d in group])
+    links = 0
+    for found, size in zip(coordinates.T, topology.shape, strict=False):
+        extent = len(set(found.tolist()))
+        links += 0 if extent == 1 else 2 if extent == size and size % chip.wraps_at == 0 else 1
+    return chip.link * links
+
+
+def memory_of(error: str) -> float | None:
+    """Bytes of HBM that a program would use, from the compiler's message that it does not fit; None from another one.
+
+    Args:
+        error: The message.
+    """
+    units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    found = re.search(r"[Uu]sed (?:at least )?([\d.]+)([KMGT]?)i?B? of [\d.]+[KMGT]?i?B? hbm", error)
+    return float(found[1]) * units[found[2]] if found else None

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from garrulax.core.collectives import Collective
@@ -20,7 +21,7 @@ def plan(args: argparse.Namespace) -> None:
     """Prints the plan of a run, or with `--search` the ranking of several."""
     quiet_compiler()
     config, given = _read(args)
-    options = dict(word.split("=", 1) for word in args.xla) if args.xla else None
+    options = _options(args.xla) if args.xla else None
     if args.search:
         found = search(config, args.topology, batch=args.batch, length=args.length, compiled=args.compile,
                                options=options, say=lambda line: print(line, file=sys.stderr), **given)  # fmt: skip
@@ -30,6 +31,12 @@ def plan(args: argparse.Namespace) -> None:
     chosen = chosen_settings(config, topology, args.batch, args.length, args.strategy, args.mesh, given)
     found_plan = compile_plan(config, chosen, topology, options)
     print(json.dumps(numbers(found_plan)) if args.json else describe(args.model, found_plan))
+
+
+def _options(words: Sequence[str]) -> dict[str, str]:
+    if wrong := [word for word in words if "=" not in word]:
+        raise ValueError(f"--xla {wrong[0]} is not like OPTION=VALUE")
+    return {name.removeprefix("--"): value for name, _, value in (word.partition("=") for word in words)}
 
 
 def _read(args: argparse.Namespace) -> tuple[ModelConfig, dict[str, Any]]:

@@ -19,7 +19,8 @@ class Chip:
         memory: Bytes of HBM.
         bandwidth: Bytes/s of HBM.
         link: Bytes/s of one link in one direction; of a GPU, of all its links within a host together.
-        dimensions: Of the torus, each with two links a chip; 0 for GPUs, of which every pair in a host is connected.
+        pod: Shape of the largest torus, with two links a chip and dimension; () for GPUs, of which every pair in a host
+            is connected.
         network: Bytes/s a chip and direction between hosts that no link connects; 0 where a topology has no such hosts.
         products: Multiplications and additions a cycle at the peak, by which the compiler's cycles become seconds; 0
             where the compiler says no cycles.
@@ -34,7 +35,7 @@ class Chip:
     memory: float
     bandwidth: float
     link: float
-    dimensions: int = 0
+    pod: tuple[int, ...] = ()
     network: float = 0.0
     products: int = 0
     kernel: float = 1.0
@@ -52,11 +53,57 @@ class Chip:
 # units a chip times their size, 128 x 128 or on v6e 256 x 256. GPUs: NVIDIA's data sheets of H100 SXM and H200 SXM
 # (dense, not sparse, bfloat16); NVLink has 900 GB/s in both directions; one 400 Gb/s adapter a GPU as in DGX H100.
 _CHIPS = (
-    Chip("v4", "TPU v4", "tpu", 275e12, 32 * GIB, 1228e9, 45e9, 3, products=8 * 128**2, kernel=0.85, wraps_at=4),
-    Chip("v5e", "TPU v5 lite", "tpu", 197e12, 16 * GIB, 819e9, 50e9, 2, products=4 * 128**2, kernel=0.85, wraps_at=16),
-    Chip("v5p", "TPU v5", "tpu", 459e12, 95 * GIB, 2765e9, 100e9, 3, products=8 * 128**2, kernel=0.85, wraps_at=4),
     Chip(
-        "v6e", "TPU v6 lite", "tpu", 918e12, 32 * GIB, 1640e9, 100e9, 2, products=4 * 256**2, kernel=0.45, wraps_at=16
+        "v4",
+        "TPU v4",
+        "tpu",
+        275e12,
+        32 * GIB,
+        1228e9,
+        45e9,
+        (16, 16, 16),
+        products=8 * 128**2,
+        kernel=0.85,
+        wraps_at=4,
+    ),
+    Chip(
+        "v5e",
+        "TPU v5 lite",
+        "tpu",
+        197e12,
+        16 * GIB,
+        819e9,
+        50e9,
+        (16, 16),
+        products=4 * 128**2,
+        kernel=0.85,
+        wraps_at=16,
+    ),
+    Chip(
+        "v5p",
+        "TPU v5",
+        "tpu",
+        459e12,
+        95 * GIB,
+        2765e9,
+        100e9,
+        (16, 20, 28),
+        products=8 * 128**2,
+        kernel=0.85,
+        wraps_at=4,
+    ),
+    Chip(
+        "v6e",
+        "TPU v6 lite",
+        "tpu",
+        918e12,
+        32 * GIB,
+        1640e9,
+        100e9,
+        (16, 16),
+        products=4 * 256**2,
+        kernel=0.45,
+        wraps_at=16,
     ),
     Chip("h100", "NVIDIA H100 80GB HBM3", "gpu", 989e12, 80e9, 3350e9, 450e9, network=50e9, kernel=0.6),
     Chip("h200", "NVIDIA H200", "gpu", 989e12, 141e9, 4800e9, 450e9, network=50e9, kernel=0.6),

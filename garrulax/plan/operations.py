@@ -6,9 +6,10 @@ import re
 from garrulax.plan.hlo import Array, Instruction, Module
 
 #: Instructions that move nothing, or whose work is that of what they call.
-FREE = frozenset({"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional",
-                  "copy-start", "copy-done", "partition-id", "replica-id", "after-all", "opt-barrier", "async-start", "async-update",
-                  "async-done"})  # fmt: skip
+FREE = frozenset(
+    {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "copy-start",
+     "copy-done", "partition-id", "replica-id", "after-all", "opt-barrier", "async-start", "async-update", "async-done"}
+)  # fmt: skip
 
 
 def product_flops(module: Module, part: str, i: Instruction) -> int:

@@ -56,7 +56,7 @@ def read_topology(text: str) -> Topology:
     """
     name, _, sizes = text.partition(":")
     chip = chip_named(name)
-    example = {3: "4x4x4", 2: "16x16"}.get(chip.dimensions, "2x8")
+    example = {3: "4x4x4", 2: "16x16"}.get(len(chip.pod), "2x8")
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes):
         raise ValueError(f"topology {text!r} is not like {name}:{example}")
     shape = tuple(map(int, sizes.split("x")))
@@ -65,8 +65,10 @@ def read_topology(text: str) -> Topology:
         if len(shape) != 2 or shape[1] > HOST:
             raise ValueError(f"topology {text!r} is not like {name}:{example}: hosts x at most {HOST} GPUs")
         return Topology(chip, shape)
-    if len(shape) != chip.dimensions:
-        raise ValueError(f"topology {text!r}: {name} has {chip.dimensions} dimensions, such as {name}:{example}")
+    if len(shape) != len(chip.pod):
+        raise ValueError(f"topology {text!r}: {name} has {len(chip.pod)} dimensions, such as {name}:{example}")
+    if any(size > most for size, most in zip(sorted(shape), sorted(chip.pod), strict=True)):
+        raise ValueError(f"topology {text!r} is larger than a pod, {name}:{'x'.join(map(str, chip.pod))}")
     if shape[0] % 2 or shape[1] % 2:
         raise ValueError(f"topology {text!r}: a host has 2 x 2 chips, so the first two dimensions must be even")
     return Topology(chip, shape)

@@ -30,20 +30,33 @@ CONFIGS = {
 }  # fmt: skip
 ODD = models.gpt.Config(vocab=97, context=24, width=36, layers=1, heads=3)
 FAMILIES = ("gpt", "glm", "llama")
-MESHES = ["fsdp=8", "data=8", "data=2,fsdp=2,tensor=2", "fsdp=4,tensor=2"]
+#: Every strategy on a mesh for it; all axes of the mesh are used. Strategy, mesh.
+PLANS = [
+    ("ddp", "data=8"),
+    ("ddp", "data=2,sequence=4"),
+    ("fsdp", "fsdp=8"),
+    ("fsdp", "data=2,fsdp=4"),
+    ("hsdp", "data=2,fsdp=4"),
+    ("hsdp", "data=2,fsdp=2,tensor=2"),
+    ("tp", "data=2,tensor=4"),
+    ("fsdp+tp", "data=2,fsdp=2,tensor=2"),
+    ("fsdp+tp", "fsdp=4,tensor=2"),
+    ("fsdp+tp", "fsdp=2,sequence=2,tensor=2"),
+    ("fsdp+tp+sp", "data=2,fsdp=2,tensor=2"),
+    ("fsdp+tp+sp", "fsdp=2,tensor=4"),
+]
 BOUNDS = {"float32": 1e-5, "float64": 1e-10}
-ALL = {(config, mesh, "float64") for config in CONFIGS for mesh in (*MESHES, "fsdp=2,tensor=2,sequence=2")}
-ALL |= {(config, "data=2,sequence=4", "float64") for config in FAMILIES}
-ALL |= {(config, "data=2,fsdp=2,tensor=2", "float32") for config in FAMILIES}  # the bound of float64 says more
-#: One family on every mesh, and every other on one that has all axes; the rest is slow.
-QUICK = {("llama", mesh, "float64") for mesh in MESHES}
+ALL = {(config, *plan, "float64") for config in CONFIGS for plan in PLANS}
+ALL |= {(config, *plan, "float32") for config in FAMILIES for plan in PLANS}
+#: One family under every strategy, and every other on a mesh that has all axes; the rest is slow.
+QUICK = {("llama", *PLANS[i], "float64") for i in (2, 6, 8, 10)}
 QUICK |= {
-    (config, "data=2,fsdp=2,tensor=2", "float64")
+    (config, "fsdp+tp", "data=2,fsdp=2,tensor=2", "float64")
     for config in CONFIGS
     if config
     not in (*FAMILIES, "strided", "one key", "alibi", "opt", "gpt_neox")  # OPT and GPT-NeoX declare what GPT does
 }
-QUICK |= {(config, "fsdp=2,tensor=2,sequence=2", "float64") for config in (*FAMILIES, "alibi")}
+QUICK |= {(config, "fsdp+tp", "fsdp=2,sequence=2,tensor=2", "float64") for config in (*FAMILIES, "alibi")}
 CASES = [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in sorted(ALL)]
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -82,16 +95,17 @@ def worst_errors(grads, gradients, bound):
     return {name: error for name, error in spec.named_leaves(errors).items() if error > bound}
 
 
-@pytest.mark.parametrize(("family", "mesh", "precision"), CASES)
-def test_loss_and_gradients_equal_one_device(family, mesh, precision):
+@pytest.mark.parametrize(("family", "strategy", "mesh", "precision"), CASES)
+def test_loss_and_gradients_equal_one_device(family, strategy, mesh, precision):
     config, bound = CONFIGS[family], BOUNDS[precision]
     with jax.enable_x64(precision == "float64"):
         (expected, gradients), params = single(family, precision)
         m = sharding.make_mesh(mesh)
-        places = sharding.shardings(models.parameters(config), m)
+        check_strategy(strategy, m.shape)
+        places = sharding.shardings(models.parameters(config), m, strategy)
         with jax.set_mesh(m):
             sharded = jax.device_put(params, places)
-            batch = jax.device_put(tokens(config), NamedSharding(m, sharding.token_sharding(m)))
+            batch = jax.device_put(tokens(config), NamedSharding(m, sharding.token_sharding(m, strategy)))
             value, grads = jax.jit(jax.value_and_grad(loss), static_argnums=(2, 3))(sharded, batch, config, "dots")
         assert relative(value, expected) <= bound
         assert not worst_errors(grads, gradients, bound)

@@ -7,7 +7,7 @@ import pytest
 from garrulax import models
 from garrulax.core import spec
 from garrulax.train.layer_rates import layer_factors
-from garrulax.train.optimizers import make_optimizer, muon_dimensions
+from garrulax.train.optimizers import make_optimizer
 from garrulax.train.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -63,12 +63,17 @@ def test_gradients_are_clipped_by_their_norm_before_adam():
 
 
 def test_muon_is_optax_muon_on_plain_matrices():
+    with jax.enable_x64(True):
+        compare_with_optax_muon()
+
+
+def compare_with_optax_muon():
     shapes = {"tall": (12, 5), "wide": (5, 12), "square": (7, 7)}
     specs = {}
     for name, (inputs, outputs) in shapes.items():
         specs |= spec.Declare(spec.normal(1.0), I=inputs, O=outputs).linear(name, name, "O I -> I O")
     specs["table"] = spec.Declare(spec.normal(1.0), V=9, D=4).embedding("table")
-    params = spec.init(specs, jax.random.key(0))
+    params = spec.init(specs, jax.random.key(0), "float64")
     settings = Settings(lr=0.02, adam_lr=0.003, weight_decay=0.1, clip=0.0, **FLAT)
     ours = make_optimizer(settings, specs)
     matrices = lambda p: {k: v for k, v in p.items() if k != "table"}  # noqa: E731
@@ -81,7 +86,8 @@ def test_muon_is_optax_muon_on_plain_matrices():
         expected, muon_state = jax.jit(theirs.update)(matrices(gradients), muon_state, matrices(params))
         table, adam_state = jax.jit(adam.update)(gradients["table"], adam_state, params["table"])
         for name, value in {**expected, "table": table}.items():
-            np.testing.assert_allclose(got[name], value, rtol=2e-5, atol=1e-7, err_msg=name)
+            np.testing.assert_allclose(got[name], value, rtol=1e-5, err_msg=name)  # Optax corrects Adam's first
+            # steps in float32
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -104,12 +110,6 @@ def test_muon_orthogonalises_every_layer_on_its_own(family):
             assert sizes.min() > 0.3, name
             assert sizes.max() < 1.3, name
     assert seen >= 4
-
-
-def test_muon_dimensions_of_a_projection_with_two_inputs():
-    specs = tree(CONFIGS["gpt"])["blocks"]["attention"]
-    assert muon_dimensions(specs["out"]) == ((1, 2), (3,))
-    assert muon_dimensions(specs["qkv"]) == ((1,), (2, 3, 4))
 
 
 def steps(settings, specs, params, count=3):

@@ -123,6 +123,14 @@ def _without(axis: str, entry: Entry) -> Entry:
     return names[0] if len(names) == 1 else names or None
 
 
+def whole_tokens(x: jax.Array) -> jax.Array:
+    """x [..., T] with the tokens that sequence parallelism splits gathered: once, for what many layers read."""
+    mesh = jax.typeof(x).sharding.mesh
+    if mesh.empty or not mesh.are_all_axes_explicit:
+        return x
+    return jax.sharding.reshard(x, P(*spec_of(x)[:-1], _without(TENSOR_AXIS, spec_of(x)[-1])))
+
+
 def like_tokens(x: jax.Array, other: jax.Array) -> jax.Array:
     """x [B or 1, T, ...] with its tokens split over the mesh as those of `other` [B, T, ...] are."""
     mesh = jax.typeof(other).sharding.mesh
@@ -146,7 +154,8 @@ def gather(w: jax.Array, x: jax.Array) -> jax.Array:
 def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
     """Rows of a table; an id outside 0..V-1 gives NaN, never another row.
 
-    On a mesh the table is gathered over the axes that shard the ids.
+    On a mesh the table is gathered, but over `tensor`: there each device looks up the ids of its own rows, and the
+    results are summed.
 
     Args:
         table: [V, D].
@@ -161,6 +170,9 @@ def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
         return half.rows(table, ids)
     if mesh.empty or not mesh.are_all_axes_explicit:
         return table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-    table = jax.sharding.reshard(table, P(None, None))
+    by_rows, wanted = TENSOR_AXIS in axis_names(spec_of(table)[0]), P(*spec_of(ids), None)
+    table = jax.sharding.reshard(table, P(TENSOR_AXIS if by_rows else None, None))
+    ids = whole_tokens(ids) if by_rows else ids
     sharding = P(*spec_of(ids), None)
-    return table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False, out_sharding=sharding)
+    rows = table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False, out_sharding=sharding)
+    return jax.sharding.reshard(rows, wanted)

@@ -63,7 +63,7 @@ STRATEGIES: dict[str, Strategy] = {
         Strategy("fsdp", _LAYERS | _EVERY),
         Strategy("tp", _LAYERS | _TENSOR, needs=(TENSOR_AXIS,)),
         Strategy("fsdp+tp", _LAYERS | _EVERY | _TENSOR),
-        Strategy("fsdp+tp+sp", _LAYERS | _EVERY | _TENSOR, (SEQUENCE_AXIS, TENSOR_AXIS), needs=(TENSOR_AXIS,)),
+        Strategy("fsdp+tp+sp", _LAYERS | _EVERY | _TENSOR, (TENSOR_AXIS,), needs=(TENSOR_AXIS,)),
         Strategy("hsdp", _LAYERS | _GROUP | _TENSOR, needs=BATCH_AXES),
     )
 }

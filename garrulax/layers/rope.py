@@ -11,7 +11,7 @@ import numpy as np
 
 from garrulax.core.config import Flag, Positive, Size, check_fields, check_value
 from garrulax.core.dtypes import at_least_float32
-from garrulax.core.einsum import like_tokens
+from garrulax.core.einsum import like_tokens, whole_tokens
 from garrulax.layers.call import Call
 
 #: Fields that each kind uses, besides theta.
@@ -224,7 +224,7 @@ def cos_sin_of(angles: np.ndarray | jax.Array, positions: jax.Array, dtype: Any)
     dtype = at_least_float32(dtype)
     angles = jnp.asarray(angles, dtype)
     angles = angles[:, None] if angles.ndim == 2 else angles[None, None]  # [B or 1, 1, F]
-    angle = (positions.astype(dtype)[..., None] * angles)[:, :, None]  # [B, T, 1, F]
+    angle = (whole_tokens(positions).astype(dtype)[..., None] * angles)[:, :, None]  # [B, T, 1, F]
     return jnp.cos(angle), jnp.sin(angle)
 
 
@@ -237,6 +237,7 @@ def rotate_halves(x: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array
         sine: [B, T, 1, F].
     """
     width = 2 * cosine.shape[-1]
+    cosine, sine = like_tokens(cosine, x), like_tokens(sine, x)
     a, b = jnp.split(x[..., :width].astype(cosine.dtype), 2, axis=-1)
     rotated = jnp.concatenate([a * cosine - b * sine, b * cosine + a * sine], axis=-1).astype(x.dtype)
     return rotated if width == x.shape[-1] else jnp.concatenate([rotated, x[..., width:]], axis=-1)
@@ -251,6 +252,7 @@ def rotate_pairs(x: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:
         sine: [B, T, 1, F].
     """
     width = 2 * cosine.shape[-1]
+    cosine, sine = like_tokens(cosine, x), like_tokens(sine, x)
     pairs = x[..., :width].astype(cosine.dtype).reshape(*x.shape[:-1], -1, 2)
     a, b = pairs[..., 0], pairs[..., 1]
     rotated = jnp.stack([a * cosine - b * sine, b * cosine + a * sine], axis=-1)
@@ -274,7 +276,7 @@ class Rotary:
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """The queries or keys [B, T, H, C] of the pass, rotated."""
-        return self.rotate(x, *(like_tokens(t, x) for t in (self.cosine, self.sine)))
+        return self.rotate(x, self.cosine, self.sine)
 
     def at(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """Queries or keys [B, S, H, C], rotated by positions [B, S] in the cache. Others are those of keys not read."""

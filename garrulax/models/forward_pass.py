@@ -12,6 +12,7 @@ from garrulax.core import sharding, spec
 from garrulax.core.blanks import Blanks
 from garrulax.core.config import ModelConfig
 from garrulax.core.dtypes import parameter_dtype
+from garrulax.core.einsum import whole_tokens
 from garrulax.core.strategies import Strategy
 from garrulax.kernels.mask import Mask
 from garrulax.layers.cache import Cache, make_cache
@@ -165,6 +166,7 @@ def hidden(
     positions = default_positions(tokens, cache, rows) if positions is None else positions
     _check_positions(positions, tokens, rows)
     mask, cache_now = mask_and_cache(tokens, positions[:, 0] if rows == 2 else positions, mask, cache)
+    mask = jax.tree.map(whole_tokens, mask)
     slot = None if cache is None else slots_of(cache, mask.query)
     x, cache_now = module.hidden(params, Call(tokens, positions, mask, cache_now, slot, key, remat, unroll), config)
     return (module.norm(x, params["norm"], config) if "norm" in params else x), cache_now

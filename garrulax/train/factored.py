@@ -32,6 +32,13 @@ def scale_by_adafactor(specs: Tree) -> optax.GradientTransformation:
         return jax.tree.map(jax.vmap(one.init), zeros)
 
     def update(updates, state, params):
+        if jax.sharding.get_abstract_mesh().empty:
+            return on_one_device(updates, state, params)
+        # Explicit mode refuses reshapes that merge two split dimensions: the partitioner does them.
+        shardings = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (updates, state))
+        return jax.sharding.auto_axes(on_one_device, out_sharding=shardings)(updates, state, params)
+
+    def on_one_device(updates, state, params):
         def each(s, u, state, p):
             out, state = jax.vmap(one.update)(u, state, p)
             return out.reshape(s.shape), state

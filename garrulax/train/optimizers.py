@@ -5,11 +5,11 @@ import math
 import jax
 import jax.numpy as jnp
 import optax
-from optax.contrib import MuonDimensionNumbers
 
-from garrulax.core.spec import ParamSpec, Tree, decay_mask, map_specs
+from garrulax.core.spec import Tree, decay_mask, map_specs
 from garrulax.train.factored import scale_by_adafactor
 from garrulax.train.layer_rates import scaled_by_layer
+from garrulax.train.muon import scale_by_muon
 from garrulax.train.schedules import Schedule, make_schedule
 from garrulax.train.settings import Settings
 
@@ -73,9 +73,8 @@ def _adafactor(settings: Settings, specs: Tree) -> optax.GradientTransformation:
 def _muon(settings: Settings, specs: Tree) -> optax.GradientTransformation:
     labels = map_specs(lambda s: "muon" if s.role == "matrix" else "adam", specs)
     decayed = map_specs(lambda s, d: optax.MaskedNode() if s.role == "matrix" else d, specs, decay_mask(specs))
-    dimensions = map_specs(lambda s: muon_dimensions(s) if s.role == "matrix" else optax.MaskedNode(), specs)
     muon = optax.chain(
-        optax.contrib.scale_by_muon(beta=settings.momentum, weight_dimension_numbers=dimensions),
+        scale_by_muon(settings.momentum, specs),
         _scale_by_shape(specs),
         optax.add_decayed_weights(settings.weight_decay),
         optax.scale_by_learning_rate(schedule_of(settings, settings.lr)),
@@ -85,12 +84,6 @@ def _muon(settings: Settings, specs: Tree) -> optax.GradientTransformation:
 
 
 _MAKERS = {"adamw": _adamw, "lion": _lion, "adafactor": _adafactor, "muon": _muon}
-
-
-def muon_dimensions(s: ParamSpec) -> MuonDimensionNumbers:
-    """The input and output axes of a matrix for Muon. Every layer of a stack is a separate matrix."""
-    first = 1 if s.layers else 0
-    return MuonDimensionNumbers(tuple(range(first, first + s.inputs)), tuple(range(first + s.inputs, len(s.shape))))
 
 
 def _scale_by_shape(specs: Tree) -> optax.GradientTransformation:

@@ -124,18 +124,17 @@ def _accumulated(gradient: Callable, params: Tree, batch: Batch, key: jax.Array 
 
 
 def _update(optimizer: optax.GradientTransformation, grads: Tree, state: TrainState, rounding: str) -> tuple[Tree, Any]:
-    """The next parameters and optimizer state; on a mesh in Auto mode, since Explicit mode rejects Muon's products."""
-
-    def update(grads, opt_state, params, key):
-        full = in_full(params)
-        updates, opt_state = optimizer.update(in_full(grads), opt_state, full)
-        return _rounded(optax.apply_updates(full, updates), params, key, rounding), opt_state
-
-    arguments = (grads, state.opt_state, state.params, jax.random.fold_in(state.key, state.step))
+    """The next parameters and optimizer state, sharded as they are."""
+    full = in_full(state.params)
+    updates, opt_state = optimizer.update(in_full(grads), state.opt_state, full)
+    new, key = optax.apply_updates(full, updates), jax.random.fold_in(state.key, state.step)
     if jax.sharding.get_abstract_mesh().empty:
-        return update(*arguments)
-    shardings = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (state.params, state.opt_state))
-    return jax.sharding.auto_axes(update, out_sharding=shardings)(*arguments)
+        return _rounded(new, state.params, key, rounding), opt_state
+    shardings = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, state.params)
+    rounded = jax.sharding.auto_axes(  # random bits are made where they are used
+        lambda new, like, key: _rounded(new, like, key, rounding), out_sharding=shardings
+    )
+    return rounded(new, state.params, key), opt_state
 
 
 def _rounded(new: Tree, like: Tree, key: jax.Array, rounding: str) -> Tree:

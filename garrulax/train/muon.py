@@ -1,0 +1,169 @@
+"""Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon), its work shared by the devices of a mesh.
+
+Newton-Schulz iterations multiply a whole matrix with itself. A mesh splits matrices, and left to the partitioner many
+devices would gather and multiply the same ones. Here each device gets whole matrices of its own: those of one shape,
+of all layers and parameters, are divided among the devices by an all-to-all, orthogonalised where they are, and sent
+back. A device sends and receives what it holds, and nothing is computed twice. Only where the devices do not divide
+the number of matrices do zeros fill up the rest.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec as P
+
+from garrulax.core.sharding import axis_names, spec_of
+from garrulax.core.spec import ParamSpec, Tree, is_spec, map_specs
+
+STEPS, COEFFICIENTS, EPS = 5, (3.4445, -4.7750, 2.0315), 1e-8  # of the Newton-Schulz iterations, as in Optax
+
+Axes = tuple[str, ...]
+
+
+def scale_by_muon(momentum: float, specs: Tree) -> optax.GradientTransformation:
+    """Replaces gradients by their orthogonalised Nesterov momentum; every layer of a stack is a matrix of its own.
+
+    The numbers and the state are those of `optax.contrib.scale_by_muon`.
+
+    Args:
+        momentum: Decay rate of the momentum.
+        specs: ParamSpec tree of the parameters. Gradients of those that are no matrices must be masked.
+    """
+    matrices = jax.tree.leaves(map_specs(lambda s: s if s.role == "matrix" else None, specs), is_leaf=is_spec)
+
+    def init(params: Tree) -> optax.contrib.MuonState:
+        mu = jax.tree.map(jnp.zeros_like, params)
+        return optax.contrib.MuonState(jnp.zeros((), jnp.int32), mu, jnp.asarray(COEFFICIENTS))
+
+    def update(updates: Tree, state: optax.contrib.MuonState, params: Tree | None = None) -> tuple[Tree, Any]:
+        def nesterov(m, g):
+            first, second = (1 - jnp.asarray(momentum, m.dtype) ** (state.count + i).astype(m.dtype) for i in (1, 2))
+            return momentum * m / second + (1 - momentum) * g / first  # divided as Adam divides its first steps
+
+        mu = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, state.mu, updates)
+        leaves, tree = jax.tree.flatten(jax.tree.map(nesterov, mu, updates))
+        new = jax.tree.unflatten(tree, orthogonalised(leaves, matrices))
+        return new, optax.contrib.MuonState(state.count + 1, mu, state.ns_coeffs)
+
+    return optax.GradientTransformation(init, update)
+
+
+def orthogonalised(arrays: list[jax.Array], specs: list[ParamSpec]) -> list[jax.Array]:
+    """The matrices in these arrays with their singular values brought near 1, each by Newton-Schulz iterations.
+
+    Args:
+        arrays: Arrays of the shapes of `specs`, in at least float32.
+        specs: ParamSpecs of matrices: they say which dimensions are layers, inputs and outputs.
+
+    Returns:
+        Arrays of the same shapes and, on a mesh in Explicit mode, of the same shardings.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not mesh.are_all_axes_explicit:
+        return [_alone(x, s) for x, s in zip(arrays, specs, strict=True)]
+    entries = [spec_of(x) for x in arrays]
+    sizes = dict(mesh.shape)
+
+    def device(parts):
+        blocks = [_block(x, s, e) for x, s, e in zip(parts, specs, entries, strict=True)]
+        groups: dict[Any, list[int]] = {}
+        for i, block in enumerate(blocks):
+            groups.setdefault(block.group, []).append(i)
+        out = list(parts)
+        for members in groups.values():
+            stack = jnp.concatenate([blocks[i].array for i in members])
+            new, done = _shared(stack, blocks[members[0]], sizes), 0
+            for i in members:
+                count = len(blocks[i].array)
+                out[i] = blocks[i].restored(new[done : done + count]).reshape(parts[i].shape)
+                done += count
+        return out
+
+    shards = [P(*e) for e in entries]
+    return jax.shard_map(device, in_specs=(shards,), out_specs=shards, check_vma=False)(arrays)
+
+
+def newton_schulz(x: jax.Array) -> jax.Array:
+    """Matrices [N, m, n], m <= n, with singular values near 1: five steps of a quintic iteration of x xᵀ."""
+    a, b, c = (jnp.asarray(k, x.dtype) for k in COEFFICIENTS)
+    x = x / (jnp.sqrt(jnp.sum(x * x, axis=(1, 2), keepdims=True)) + jnp.asarray(EPS, x.dtype))
+    for _ in range(STEPS):
+        square = x @ x.mT
+        x = a * x + (b * square + (c * square) @ square) @ x
+    return x
+
+
+def _alone(x: jax.Array, s: ParamSpec) -> jax.Array:
+    block = _block(x, s, (None,) * x.ndim)
+    return block.restored(newton_schulz(block.array)).reshape(x.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """A device's part of a stack of matrices, as [N, rows, columns] with no more rows than columns in the whole.
+
+    The rows of a matrix of several input dimensions may be in another order than in the array, the same on all devices:
+    orthogonalisation commutes with that.
+
+    Attributes:
+        array: [N, rows of the device, columns of the device].
+        rows: Mesh axes that split the rows.
+        columns: Mesh axes that split the columns.
+        layers: Mesh axes that split the stack.
+        turned: Whether rows are outputs.
+        whole: Rows and columns of the whole matrix.
+    """
+
+    array: jax.Array
+    rows: Axes
+    columns: Axes
+    layers: Axes
+    turned: bool
+    whole: tuple[int, int]
+
+    @property
+    def group(self) -> Any:
+        """Blocks of one group can be exchanged together."""
+        return self.whole, self.rows, self.columns, self.layers, self.array.dtype
+
+    def restored(self, x: jax.Array) -> jax.Array:
+        """x like `array`, as [N, inputs, outputs]."""
+        return x.mT if self.turned else x
+
+
+def _block(x: jax.Array, s: ParamSpec, entries: tuple[Any, ...]) -> _Block:
+    first = 1 if s.layers else 0
+    inputs, outputs = slice(first, first + s.inputs), slice(first + s.inputs, None)
+    by_layers, by_inputs, by_outputs = (
+        tuple(name for entry in entries[part] for name in axis_names(entry)) for part in (slice(first), inputs, outputs)
+    )
+    m, n = math.prod(s.shape[inputs]), math.prod(s.shape[outputs])
+    x = x.reshape(-1, math.prod(x.shape[inputs]), math.prod(x.shape[outputs]))
+    if m > n or (m == n and by_inputs > by_outputs):  # square ones so that parameters split both ways share a group
+        return _Block(x.mT, by_outputs, by_inputs, by_layers, True, (n, m))
+    return _Block(x, by_inputs, by_outputs, by_layers, False, (m, n))
+
+
+def _shared(stack: jax.Array, like: _Block, sizes: dict[str, int]) -> jax.Array:
+    """`newton_schulz` of a stack whose matrices are split as those of `like`, each computed by one device."""
+    copies = tuple(name for name in sizes if name not in {*like.rows, *like.columns, *like.layers})
+    count, parts = len(stack), math.prod(sizes[name] for name in (*copies, *like.rows, *like.columns))
+    # XLA:CPU (jax 0.10) fails to compile an all-to-all some of whose operands it knows to be zeros.
+    stack = jax.lax.optimization_barrier(jnp.pad(stack, ((0, -count % parts), (0, 0), (0, 0))))
+    if copies:
+        own = len(stack) // math.prod(sizes[name] for name in copies)
+        stack = jax.lax.dynamic_slice_in_dim(stack, jax.lax.axis_index(copies) * own, own)
+    for axes, dimension in ((like.rows, 1), (like.columns, 2)):
+        if axes:
+            stack = jax.lax.all_to_all(stack, axes, 0, dimension, tiled=True)
+    stack = newton_schulz(stack)
+    for axes, dimension in ((like.columns, 2), (like.rows, 1)):
+        if axes:
+            stack = jax.lax.all_to_all(stack, axes, dimension, 0, tiled=True)
+    if copies:
+        stack = jax.lax.all_gather(stack, copies, tiled=True)
+    return stack[:count]

@@ -65,7 +65,7 @@ _HOME = {
     "Perplexity": "garrulax.evaluate",
     "choose": "garrulax.evaluate",
     "Choice": "garrulax.evaluate",
-    "plan": "garrulax.plan.planning",
+    "plan": "garrulax.planning.plan",
     "train_medusa": "garrulax.train.train_medusa",
     "medusa_accuracy": "garrulax.train.train_medusa",
 }

@@ -9,9 +9,9 @@ from typing import Any
 
 from garrulax.core.collectives import Collective
 from garrulax.core.config import ModelConfig
-from garrulax.plan.planning import DEFAULTS, Plan, chosen_settings, compile_plan
-from garrulax.plan.search import Candidate, search
-from garrulax.plan.topology import quiet_compiler, read_topology
+from garrulax.planning.plan import DEFAULTS, Plan, chosen_settings, compile_plan
+from garrulax.planning.search import Candidate, search
+from garrulax.planning.topology import quiet_compiler, read_topology
 from garrulax.train import settings as settings_
 
 _OWN = ("batch", "window", "strategy", "mesh", "preset")

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from garrulax import models
 from garrulax.core.config import ModelConfig
 from garrulax.core.sharding import token_sharding
-from garrulax.plan.topology import Topology
+from garrulax.planning.topology import Topology
 from garrulax.train.guard import first_guard
 from garrulax.train.objectives import OBJECTIVES, Batch, objective_name
 from garrulax.train.optimizers import make_optimizer

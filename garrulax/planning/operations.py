@@ -3,7 +3,7 @@
 import math
 import re
 
-from garrulax.plan.hlo import Array, Instruction, Module
+from garrulax.planning.hlo import Array, Instruction, Module
 
 #: Instructions that move nothing, or whose work is that of what they call.
 FREE = frozenset(

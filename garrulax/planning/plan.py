@@ -10,9 +10,9 @@ import jax
 from garrulax import models
 from garrulax.core.config import ModelConfig
 from garrulax.core.strategies import check_strategy, strategy_of
-from garrulax.plan.lowering import bytes_a_device, lower_step
-from garrulax.plan.program import Program, memory_of, read_program
-from garrulax.plan.topology import Topology, check_sizes, default_mesh, mesh_over, read_topology
+from garrulax.planning.lowering import bytes_a_device, lower_step
+from garrulax.planning.program import Program, memory_of, read_program
+from garrulax.planning.topology import Topology, check_sizes, default_mesh, mesh_over, read_topology
 from garrulax.train.batches import check_batch
 from garrulax.train.flops import train_flops_per_token
 from garrulax.train.settings import Settings

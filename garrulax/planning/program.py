@@ -9,10 +9,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from garrulax.core.collectives import KINDS, Collective, collectives
-from garrulax.plan.chips import Chip
-from garrulax.plan.hlo import Instruction, Module, read_module
-from garrulax.plan.operations import FREE, kernel_pass, memory_bytes, product_flops
-from garrulax.plan.topology import HOST, Topology
+from garrulax.planning.chips import Chip
+from garrulax.planning.hlo import Instruction, Module, read_module
+from garrulax.planning.operations import FREE, kernel_pass, memory_bytes, product_flops
+from garrulax.planning.topology import HOST, Topology
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +108,8 @@ def _part(module: Module, name: str, times: int, chip: Chip, keys: Callable[[int
         flops, moved, kernels = flops + own_flops, moved + own_bytes, kernels + of_kernels
         if of_kernels:
             compute += of_kernels / (chip.peak * chip.kernel)
-        elif i.opcode not in FREE and not i.opcode.startswith(KINDS) and "all-reduce-scatter" not in i.text:
-            compute += _seconds(i, chip, own_flops, own_bytes)
+        elif i.opcode not in FREE:
+            compute += _seconds(module, i, chip, own_flops, own_bytes)
     return Part(times, flops, kernels, moved, compute)
 
 
@@ -120,11 +120,13 @@ def _kernel_flops(module: Module, part: str, i: Instruction, keys: Callable[[int
     return sum(kernel_flops(module.computations[name], inner, keys) for name, inner in found)
 
 
-def _seconds(i: Instruction, chip: Chip, flops: int, moved: int) -> float:
-    """By the compiler's own estimate of cycles where it has one, else by the peaks."""
+def _seconds(module: Module, i: Instruction, chip: Chip, flops: int, moved: int) -> float:
+    """By the compiler's own estimate of cycles where it has one, else by the peaks; 0 for what only communicates."""
     cycles = i.attribute(r'"estimated_cycles":"(\d+)"')
     if cycles is not None and chip.clock is not None:
         return int(cycles) / chip.clock
+    if any(each.opcode.startswith(KINDS) for each in (i, *(inner for _, inner in module.inside(i)))):
+        return 0.0
     return max(flops / chip.peak, moved / chip.bandwidth)
 
 

@@ -13,8 +13,8 @@ from garrulax.core.config import ModelConfig
 from garrulax.core.sharding import shardings
 from garrulax.core.spec import map_specs
 from garrulax.core.strategies import strategy_of
-from garrulax.plan.program import bandwidth
-from garrulax.plan.topology import Topology
+from garrulax.planning.program import bandwidth
+from garrulax.planning.topology import Topology
 from garrulax.train.activations import saved_per_token
 from garrulax.train.flops import train_flops_per_token
 from garrulax.train.settings import Settings

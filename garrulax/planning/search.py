@@ -7,9 +7,9 @@ from typing import Any
 from garrulax import models
 from garrulax.core.config import ModelConfig
 from garrulax.core.strategies import STRATEGIES, strategy_of
-from garrulax.plan.formula import Estimate, estimate
-from garrulax.plan.planning import Plan, chosen_settings, compile_plan, mesh_sizes, rows_unit
-from garrulax.plan.topology import Topology, mesh_over, read_topology
+from garrulax.planning.formula import Estimate, estimate
+from garrulax.planning.plan import Plan, chosen_settings, compile_plan, mesh_sizes, rows_unit
+from garrulax.planning.topology import Topology, mesh_over, read_topology
 from garrulax.train.settings import Settings
 
 #: Estimates up to this many times the memory of a chip are compiled, since they are rough.

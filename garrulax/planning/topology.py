@@ -14,7 +14,7 @@ from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh
 
 from garrulax.core.strategies import MESH_AXES, RESERVED_AXES, TENSOR_AXIS, Strategy
-from garrulax.plan.chips import Chip, chip_named
+from garrulax.planning.chips import Chip, chip_named
 
 HOST = 8  # GPUs that NVLink connects
 _TARGETS = Path(__file__).parent / "targets"
@@ -50,7 +50,7 @@ def read_topology(text: str) -> Topology:
         ValueError: The chip is unknown, or the shape is not one of its.
 
     Example:
-        >>> from garrulax.plan.topology import read_topology
+        >>> from garrulax.planning.topology import read_topology
         >>> read_topology("v5p:4x4x4").chips
         64
     """
@@ -135,6 +135,8 @@ def _devices(topology: Topology) -> list[Any]:
         return _gpu_devices(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise ImportError("a plan for TPUs needs their compiler, libtpu: pip install 'jax[tpu]'")
+    if jax.default_backend() != "tpu":
+        quiet_compiler()
     options = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}  # else a device is half a chip
     return _described("tpu", topology.name, options)
 
@@ -150,13 +152,15 @@ def _gpu_devices(topology: Topology) -> list[Any]:
 def _described(platform: str, name: str, options: dict[str, Any]) -> list[Any]:
     try:
         return list(topologies.get_topology_desc(name, platform, **options).devices)
-    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+    except jax.errors.JaxRuntimeError as error:
         first = str(error).splitlines()[0]
+        if not first.startswith(("INVALID_ARGUMENT", "NOT_FOUND")):
+            raise
         raise ValueError(f"the compiler does not know the topology {name or options['topology']}: {first}") from error
 
 
 def quiet_compiler() -> None:
-    """Sets what libtpu reads from the environment where there is no TPU: for a process that only plans.
+    """Sets what libtpu reads from the environment where there is no TPU.
 
     Without it libtpu asks the network where it is, and two compilations cannot run side by side.
     """

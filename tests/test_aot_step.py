@@ -1,0 +1,79 @@
+"""The training step compiled for eight TPUs that are not there: what moves between them, and what is never gathered."""
+
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None,
+        reason="libtpu, the TPU's compiler, is not installed: jax[tpu] has it",
+    ),
+]
+ROOT = Path(__file__).parent.parent
+SMALL = 2**18  # bytes: norms, biases and sums, and what is known of tokens (ids, positions, masks)
+
+
+@functools.cache
+def compiled(axes, strategy, optimizer):
+    """What aot/compile_step.py prints."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "tests" / "aot" / "compile_step.py"), "v5e:2x4", axes, strategy, optimizer]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def of_kind(result, kind, *axes):
+    """The collectives of a kind over these mesh axes, the small ones left out."""
+    chosen = (c for c in result["collectives"] if c["kind"] == kind and set(c["axes"]) & set(axes))
+    return [c for c in chosen if c["bytes"] > SMALL]
+
+
+CASES = [
+    ("fsdp=8", "fsdp", "adamw"),
+    ("data=2,fsdp=4", "hsdp", "adamw"),
+    ("fsdp=4,tensor=2", "fsdp+tp", "adamw"),
+    ("fsdp=4,tensor=2", "fsdp+tp+sp", "muon"),
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_parameters_are_gathered_one_by_one_and_gradients_scattered(case):
+    result = compiled(*case)
+    gathers = of_kind(result, "all-gather", "fsdp")
+    assert gathers
+    # The layers are gathered in loops, one parameter at a time, and in 16 bits: never the model.
+    assert max(c["bytes"] for c in gathers) <= result["largest"] < result["model"] / 3
+    assert sum(c["sent"] for c in of_kind(result, "reduce-scatter", "fsdp")) > 0
+    assert not of_kind(result, "all-reduce", "fsdp")  # no device gets a whole gradient
+    assert sum(c["hidden"] for c in gathers) >= len(gathers) / 3  # beside products
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_state_is_donated(case):
+    result = compiled(*case)
+    assert result["donated"] >= result["arguments"] - 3 * 8 * 1024 * 4 - 4096  # all but the batch
+
+
+def test_tensor_parallelism_sums_activations_and_sequence_parallelism_scatters_them():
+    sums, scattered = (compiled("fsdp=4,tensor=2", s, o) for s, o in (("fsdp+tp", "adamw"), ("fsdp+tp+sp", "muon")))
+    assert of_kind(sums, "all-reduce", "tensor")
+    assert not of_kind(scattered, "all-reduce", "tensor")
+    assert of_kind(scattered, "reduce-scatter", "tensor")
+    assert of_kind(scattered, "all-gather", "tensor")
+
+
+def test_muon_moves_its_matrices_once_there_and_once_back():
+    result = compiled("fsdp=4,tensor=2", "fsdp+tp+sp", "muon")
+    moved = sum(c["sent"] for c in result["collectives"] if c["kind"] == "all-to-all")
+    # An eighth of them on each device, in 32 bits; 3/4 of that over fsdp and 1/2 over tensor, there and back; the six
+    # matrices of the feed-forward layers are filled up to eight.
+    assert 0 < moved <= 2 * (2 * result["model"] / 8) * (3 / 4 + 1 / 2) * 8 / 6

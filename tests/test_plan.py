@@ -10,7 +10,7 @@ import pytest
 import garrulax as gx
 from garrulax import models
 from garrulax.planning import hlo, operations, plan, search, topology
-from garrulax.planning.program import Part, Program, memory_of
+from garrulax.planning.program import Computation, Program, memory_of
 from garrulax.train.flops import train_flops_per_token
 from garrulax.train.objectives import causal_lm
 from garrulax.train.optimizers import make_optimizer
@@ -40,11 +40,11 @@ def test_operations_are_those_of_the_compiler_and_of_the_formula():
     """A scanned layer counts as often as it runs; its FLOPs are those of the same step unrolled."""
 
     def program(compiled):
-        module, parts = hlo.read_module(compiled.as_text()), []
-        for name, times in module.parts():
+        module, found = hlo.read_module(compiled.as_text()), []
+        for name, times in module.scheduled():
             flops = sum(operations.product_flops(module, name, i) for i in module.computations[name].values())
-            parts.append(Part(times, flops, 0, 0, 0))
-        return Program(tuple(parts), compiled.cost_analysis()["flops"], (), 0.0, 0.0)
+            found.append(Computation(times, flops, 0, 0, 0))
+        return Program(tuple(found), compiled.cost_analysis()["flops"], (), 0.0, 0.0)
 
     unrolled, formula = compiled_step(True)
     scanned, _ = compiled_step(False)
@@ -95,7 +95,7 @@ def test_products_that_are_written_as_convolutions():
     flops = {name: operations.product_flops(module, "main", i) for name, i in main.items()}
     assert flops["to_heads"] == 2 * (2 * 128) * 64 * (4 * 32)
     assert flops["batched"] == 2 * 6 * 8 * 16 * 24
-    assert list(module.parts()) == [("main", 1), ("body", 7)]
+    assert list(module.scheduled()) == [("main", 1), ("body", 7)]
     assert main["b"].arrays[0].near
     assert operations.memory_bytes(module, "main", main["over_heads"]) == 2 * (2 * 128 * 4 * 32 + 2 * 128 * 128)
 

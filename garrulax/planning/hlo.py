@@ -99,7 +99,7 @@ class Module:
         limits = [i.attribute(r"constant\((\d+)\)") for i in condition.values() if i.opcode == "constant"]
         return max((int(limit) for limit in limits if limit), default=1)
 
-    def parts(self, name: str | None = None, times: int = 1) -> Iterator[tuple[str, int]]:
+    def scheduled(self, name: str | None = None, times: int = 1) -> Iterator[tuple[str, int]]:
         """The computations whose instructions are scheduled one after another, and how often each runs.
 
         These are the entry, the bodies of loops and what `call` and `conditional` call (of branches all, as if each
@@ -111,10 +111,10 @@ class Module:
             if i.opcode == "while":
                 body = i.attribute(r"body=%?([\w.\-]+)")
                 assert body is not None
-                yield from self.parts(body, times * self.trips(i))
+                yield from self.scheduled(body, times * self.trips(i))
             elif i.opcode in ("call", "conditional"):
                 for called in i.called:
-                    yield from self.parts(called, times)
+                    yield from self.scheduled(called, times)
 
     def inside(self, i: Instruction) -> Iterator[tuple[str, Instruction]]:
         """An instruction of a computation that an instruction calls, with the name of that computation; recursively."""

@@ -12,16 +12,16 @@ FREE = frozenset(
 )  # fmt: skip
 
 
-def product_flops(module: Module, part: str, i: Instruction) -> int:
+def product_flops(module: Module, where: str, i: Instruction) -> int:
     """FLOPs of the matrix products in an instruction, and in the fusions that it calls; not of what a kernel computes.
 
     Args:
         module: The program.
-        part: Name of the instruction's computation.
+        where: Name of the instruction's computation.
         i: The instruction.
     """
-    own = _product(module.computations[part], i)
-    if i.opcode in ("while", "call", "conditional"):  # their parts are counted on their own
+    own = _product(module.computations[where], i)
+    if i.opcode in ("while", "call", "conditional"):  # what they call is counted on its own
         return own
     return own + sum(_product(module.computations[name], inner) for name, inner in module.inside(i))
 
@@ -71,19 +71,19 @@ def _pairs(inputs: int, outputs: int, window: dict[str, int]) -> int:
     return count
 
 
-def memory_bytes(module: Module, part: str, i: Instruction) -> int:
+def memory_bytes(module: Module, where: str, i: Instruction) -> int:
     """Bytes of HBM that an instruction reads and writes.
 
     Of an array of which it reads or writes one slice, such as a layer of a stack, the slice counts.
 
     Args:
         module: The program.
-        part: Name of the instruction's computation.
+        where: Name of the instruction's computation.
         i: The instruction.
     """
     if i.opcode in FREE or i.opcode.endswith(("-start", "-done")):
         return 0
-    computation = module.computations[part]
+    computation = module.computations[where]
     read = [computation[name].arrays for name in i.operands if name in computation]
     if i.opcode == "dynamic-slice":
         return 2 * _far(i.arrays)

@@ -1,4 +1,4 @@
-"""The costs of a compiled program on one chip: operations, bytes and seconds, of every part times how often it runs."""
+"""The costs of a compiled program on one chip: operations, bytes and seconds, as often as loops run."""
 
 import dataclasses
 import math
@@ -16,8 +16,8 @@ from garrulax.planning.topology import HOST, Topology
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """What is scheduled one after another: the program itself, or the body of a loop. Numbers are of one run of it.
+class Computation:
+    """What XLA schedules as one: the program itself, or the body of a loop. Numbers are of one run of it.
 
     Attributes:
         times: How often it runs in a step.
@@ -39,14 +39,14 @@ class Program:
     """A compiled step on one chip.
 
     Attributes:
-        parts: Of the program.
+        computations: The program itself, and the bodies of its loops.
         counted: FLOPs by the compiler's `cost_analysis`, which counts the body of a loop once; None if it has none.
         collectives: Those of a step.
         hidden: Seconds a step of collectives during which computation goes on.
         exposed: Seconds a step of collectives for which computation waits.
     """
 
-    parts: tuple[Part, ...]
+    computations: tuple[Computation, ...]
     counted: float | None
     collectives: tuple[Collective, ...]
     hidden: float
@@ -56,23 +56,23 @@ class Program:
     def flops(self) -> float:
         """FLOPs of a step without attention's kernels: what the compiler counted, and the other runs of loops."""
         if self.counted is None:
-            return sum(p.times * p.flops for p in self.parts)
-        return self.counted + sum((p.times - 1) * p.flops for p in self.parts)
+            return sum(c.times * c.flops for c in self.computations)
+        return self.counted + sum((c.times - 1) * c.flops for c in self.computations)
 
     @property
     def kernel_flops(self) -> float:
         """FLOPs of attention's kernels, which the compiler does not count."""
-        return sum(p.times * p.kernel_flops for p in self.parts)
+        return sum(c.times * c.kernel_flops for c in self.computations)
 
     @property
     def bytes(self) -> int:
         """Bytes of HBM that a step reads and writes."""
-        return sum(p.times * p.bytes for p in self.parts)
+        return sum(c.times * c.bytes for c in self.computations)
 
     @property
     def compute(self) -> float:
         """Seconds a step without collectives."""
-        return sum(p.times * p.compute for p in self.parts)
+        return sum(c.times * c.compute for c in self.computations)
 
     @property
     def seconds(self) -> float:
@@ -93,14 +93,14 @@ def read_program(
         keys: Number of keys that a kernel of attention visits a query, a mean, from the number that it is given.
     """
     module = read_module(text)
-    parts = tuple(_part(module, name, times, topology.chip, keys) for name, times in module.parts())
+    scheduled = tuple(_computation(module, name, times, topology.chip, keys) for name, times in module.scheduled())
     found = tuple(collectives(text, mesh.shape))
     waits = [c.sent / bandwidth(topology, mesh, c.axes) for c in found]
     hidden, exposed = (sum(w for c, w in zip(found, waits, strict=True) if c.hidden is way) for way in (True, False))
-    return Program(parts, counted, found, hidden, exposed)
+    return Program(scheduled, counted, found, hidden, exposed)
 
 
-def _part(module: Module, name: str, times: int, chip: Chip, keys: Callable[[int], float]) -> Part:
+def _computation(module: Module, name: str, times: int, chip: Chip, keys: Callable[[int], float]) -> Computation:
     flops, moved, kernels, compute = 0, 0, 0.0, 0.0
     for i in module.computations[name].values():
         own_flops, own_bytes = product_flops(module, name, i), memory_bytes(module, name, i)
@@ -110,13 +110,13 @@ def _part(module: Module, name: str, times: int, chip: Chip, keys: Callable[[int
             compute += of_kernels / (chip.peak * chip.kernel)
         elif i.opcode not in FREE:
             compute += _seconds(module, i, chip, own_flops, own_bytes)
-    return Part(times, flops, kernels, moved, compute)
+    return Computation(times, flops, kernels, moved, compute)
 
 
-def _kernel_flops(module: Module, part: str, i: Instruction, keys: Callable[[int], float]) -> float:
+def _kernel_flops(module: Module, where: str, i: Instruction, keys: Callable[[int], float]) -> float:
     """FLOPs of attention's kernels in an instruction, also in a fusion."""
     inside = () if i.opcode in FREE else module.inside(i)
-    found = [(name, inner) for name, inner in [(part, i), *inside] if kernel_pass(inner)]
+    found = [(name, inner) for name, inner in [(where, i), *inside] if kernel_pass(inner)]
     return sum(kernel_flops(module.computations[name], inner, keys) for name, inner in found)
 
 

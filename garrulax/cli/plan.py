@@ -137,7 +137,7 @@ def describe_search(found: list[Candidate]) -> str:
         p = c.plan
         if p is None:
             predicted = f"{'not compiled':>26}  "
-        elif p.seconds is None or not p.memory.fits:
+        elif p.seconds is None:
             predicted = f"{'does not fit':>12}{_gib(p.memory.total):>14}  "
         else:
             predicted = f"{p.seconds:8.3f} s {p.mfu:8.1%}{p.memory.total / 2**30:7.1f}G  "
@@ -153,7 +153,7 @@ def numbers(p: Plan) -> dict[str, Any]:
     return {
         "topology": p.topology.name, "strategy": p.settings.strategy, "mesh": p.settings.mesh,
         "remat": p.settings.remat, "batch": p.settings.batch, "length": p.settings.window,
-        "memory": {**dataclasses.asdict(p.memory), "fits": p.memory.fits}, "largest_batch": p.largest_batch,
+        "memory": dataclasses.asdict(p.memory), "largest_batch": p.largest_batch,
         "model_flops": p.model_flops, "causal_flops": p.causal_flops, "chip_flops": p.flops,
         "roofline": p.roofline, "seconds": p.seconds, "mfu": p.mfu, "causal_mfu": p.causal_mfu,
         "compute": q and q.compute, "hidden": q and q.hidden, "exposed": q and q.exposed,

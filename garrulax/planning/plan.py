@@ -48,6 +48,7 @@ class Memory:
         total: As the compiler plans it: arguments, results that are not written over them, temporaries and code. If
             the program does not fit, what the compiler says it would need.
         capacity: What the chip has.
+        fits: Whether the compiler accepts the program.
     """
 
     parameters: int
@@ -57,11 +58,7 @@ class Memory:
     code: int
     total: int
     capacity: float
-
-    @property
-    def fits(self) -> bool:
-        """Whether the program fits."""
-        return self.total <= self.capacity
+    fits: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,39 +210,39 @@ def compile_plan(
     mesh = mesh_over(topology, mesh_sizes(settings))
     check_batch(settings, mesh)
     lowered = lower_step(config, settings, topology, mesh)
-    parts = [bytes_a_device(x) for x in (lowered.state.params, lowered.state, lowered.batch)]
+    held = [bytes_a_device(x) for x in (lowered.state.params, lowered.state, lowered.batch)]
     options = (OVERLAP if topology.chip.platform == "tpu" else {}) if options is None else options
     tokens = settings.batch * settings.window
-    formula = tokens * train_flops_per_token(config, settings.window)
-    hidden_pairs = formula - tokens * train_flops_per_token(config, 0)
-    causal = formula - hidden_pairs / 2 if is_causal(config) else formula
+    formula = float(tokens * train_flops_per_token(config, settings.window))
+    visited = keys_visited(config, settings, settings.window)
+    attention = 12 * config.heads * config.head_dim * config.layers * visited
+    causal = tokens * (train_flops_per_token(config, 0) + attention)
     began = time.perf_counter()
     try:
         compiled = lowered.program.compile(compiler_options=dict(options))
     except jax.errors.JaxRuntimeError as error:
-        needed = memory_of(str(error))
+        params, state, arrays = held
+        needed = memory_of(str(error), state + arrays)
         if needed is None:
             raise
-        temporary = int(needed) - parts[1] - parts[2]
-        memory = Memory(
-            parts[0], parts[1] - parts[0], parts[2], temporary, 0, int(needed), min(topology.chip.memory, needed - 1)
-        )
+        temporary = needed - state - arrays
+        memory = Memory(params, state - params, arrays, temporary, 0, needed, topology.chip.memory, fits=False)
         elapsed = time.perf_counter() - began
         return Plan(config, settings, topology, memory, None, formula, causal, lowered.seconds, elapsed, options)
     elapsed = time.perf_counter() - began
-    memory = _memory(compiled.memory_analysis(), parts, topology)
+    memory = _memory(compiled.memory_analysis(), held, topology)
     cost = compiled.cost_analysis()
     counted = None if not cost else cost.get("flops")
     program = read_program(compiled.as_text(), counted, topology, mesh, lambda n: keys_visited(config, settings, n))
     return Plan(config, settings, topology, memory, program, formula, causal, lowered.seconds, elapsed, options)
 
 
-def _memory(found: Any, parts: list[int], topology: Topology) -> Memory:
+def _memory(found: Any, held: list[int], topology: Topology) -> Memory:
     results = found.output_size_in_bytes - found.alias_size_in_bytes
     code = found.generated_code_size_in_bytes
     total = found.argument_size_in_bytes + results + found.temp_size_in_bytes + code
-    params, state, batch = parts
-    return Memory(params, state - params, batch, found.temp_size_in_bytes, code, total, topology.chip.memory)
+    params, state, batch = held
+    return Memory(params, state - params, batch, found.temp_size_in_bytes, code, total, topology.chip.memory, fits=True)
 
 
 def mesh_sizes(settings: Settings) -> dict[str, int]:

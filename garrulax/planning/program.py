@@ -172,12 +172,19 @@ def bandwidth(topology: Topology, mesh: Mesh, axes: Sequence[str]) -> float:
     return chip.link * links
 
 
-def memory_of(error: str) -> float | None:
+def memory_of(error: str, held: int) -> int | None:
     """Bytes of HBM that a program would use, from the compiler's message that it does not fit; None from another one.
 
     Args:
         error: The message.
+        held: Bytes of the program's arguments, for a message that says only what else it needs.
     """
-    units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    found = re.search(r"[Uu]sed (?:at least )?([\d.]+)([KMGT]?)i?B? of [\d.]+[KMGT]?i?B? hbm", error)
-    return float(found[1]) * units[found[2]] if found else None
+    size = r"([\d.]+)([KMGT]?)"
+    for pattern, others in (
+        (rf"[Uu]sed {size}i?B? of [\d.]+\w* hbm", 0),
+        (rf"HLO temporaries \({size}\) exceeds", held),
+    ):
+        if found := re.search(pattern, error):
+            units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+            return int(float(found[1]) * units[found[2]]) + others
+    return None

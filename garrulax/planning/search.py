@@ -94,8 +94,8 @@ def search(
 
 
 def _rank(c: Candidate) -> float:
-    fits = c.plan is not None and c.plan.seconds is not None and c.plan.memory.fits
-    return c.plan.seconds if fits and c.plan is not None and c.plan.seconds is not None else float("inf")
+    seconds = None if c.plan is None else c.plan.seconds
+    return float("inf") if seconds is None else seconds
 
 
 def _choices(

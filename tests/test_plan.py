@@ -101,9 +101,13 @@ def test_products_that_are_written_as_convolutions():
 
 
 def test_what_does_not_fit_is_read_from_the_compilers_message():
-    text = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 23.19G of 15.75G hbm. Exceeded hbm capacity"
-    assert memory_of(text) == 23.19 * 2**30
-    assert memory_of("INTERNAL: something else") is None
+    whole = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 23.5G of 15.75G hbm. Exceeded hbm capacity"
+    rest = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (321.25G) exceeds"
+    )
+    assert memory_of(whole, 2**30) == 23.5 * 2**30
+    assert memory_of(rest, 2**30) == 322.25 * 2**30
+    assert memory_of("INTERNAL: something else", 0) is None
 
 
 @pytest.mark.parametrize(

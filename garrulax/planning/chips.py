@@ -16,7 +16,7 @@ class Chip:
         kind: JAX's `device_kind`.
         platform: "tpu" or "gpu".
         peak: FLOP/s of dense bfloat16 matrix products.
-        memory: Bytes of HBM.
+        memory: Bytes of HBM; of v5e those that its compiler leaves to programs, of 16 GiB.
         bandwidth: Bytes/s of HBM.
         link: Bytes/s of one link in one direction; of a GPU, of all its links within a host together.
         pod: Shape of the largest torus, with two links a chip and dimension; () for GPUs, of which every pair in a host
@@ -52,59 +52,12 @@ class Chip:
 # 45 GB/s a link (jax-ml.github.io/scaling-book/tpus, which also says which dimensions wrap). Products a cycle: matrix
 # units a chip times their size, 128 x 128 or on v6e 256 x 256. GPUs: NVIDIA's data sheets of H100 SXM and H200 SXM
 # (dense, not sparse, bfloat16); NVLink has 900 GB/s in both directions; one 400 Gb/s adapter a GPU as in DGX H100.
+# Attention's kernels: the static schedules of ours for TPUs (tests/test_aot_tpu.py), cuDNN's as published for H100.
 _CHIPS = (
-    Chip(
-        "v4",
-        "TPU v4",
-        "tpu",
-        275e12,
-        32 * GIB,
-        1228e9,
-        45e9,
-        (16, 16, 16),
-        products=8 * 128**2,
-        kernel=0.85,
-        wraps_at=4,
-    ),
-    Chip(
-        "v5e",
-        "TPU v5 lite",
-        "tpu",
-        197e12,
-        16 * GIB,
-        819e9,
-        50e9,
-        (16, 16),
-        products=4 * 128**2,
-        kernel=0.85,
-        wraps_at=16,
-    ),
-    Chip(
-        "v5p",
-        "TPU v5",
-        "tpu",
-        459e12,
-        95 * GIB,
-        2765e9,
-        100e9,
-        (16, 20, 28),
-        products=8 * 128**2,
-        kernel=0.85,
-        wraps_at=4,
-    ),
-    Chip(
-        "v6e",
-        "TPU v6 lite",
-        "tpu",
-        918e12,
-        32 * GIB,
-        1640e9,
-        100e9,
-        (16, 16),
-        products=4 * 256**2,
-        kernel=0.45,
-        wraps_at=16,
-    ),
+    Chip("v4", "TPU v4", "tpu", 275e12, 32 * GIB, 1228e9, 45e9, (16, 16, 16), 0.0, 8 * 128**2, 0.85, 4),
+    Chip("v5e", "TPU v5 lite", "tpu", 197e12, 15.75 * GIB, 819e9, 50e9, (16, 16), 0.0, 4 * 128**2, 0.85, 16),
+    Chip("v5p", "TPU v5", "tpu", 459e12, 95 * GIB, 2765e9, 100e9, (16, 20, 28), 0.0, 8 * 128**2, 0.85, 4),
+    Chip("v6e", "TPU v6 lite", "tpu", 918e12, 32 * GIB, 1640e9, 100e9, (16, 16), 0.0, 4 * 256**2, 0.45, 16),
     Chip("h100", "NVIDIA H100 80GB HBM3", "gpu", 989e12, 80e9, 3350e9, 450e9, network=50e9, kernel=0.6),
     Chip("h200", "NVIDIA H200", "gpu", 989e12, 141e9, 4800e9, 450e9, network=50e9, kernel=0.6),
 )

@@ -9,6 +9,7 @@ import pytest
 
 import garrulax as gx
 from garrulax import models
+from garrulax.cli import main
 from garrulax.planning import hlo, operations, plan, search, topology
 from garrulax.planning.program import Computation, Program, memory_of
 from garrulax.train.flops import train_flops_per_token
@@ -156,3 +157,16 @@ def test_search_compiles_nothing_that_cannot_fit():
     assert found[0].estimate.memory < 95 * 2**30
     with pytest.raises(ValueError, match="nothing fits into v5e:2x2 by the formula"):
         search.search("llama2-70b", "v5e:2x2", batch=4, strategies=("fsdp",), compiled=0)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["batch=4"], "batch=4: give batch, length, strategy and mesh as --batch"),
+        (["--xla", "fast"], "--xla fast is not like OPTION=VALUE"),
+        (["model.layers=0"], "layers=0 must be a whole number"),
+    ],
+)
+def test_command_refuses_in_one_line(words, message, capsys):
+    assert main(["plan", "llama-tiny", "--topology", "v5e:2x2", "--batch", "8", *words]) == 2
+    assert message in capsys.readouterr().err

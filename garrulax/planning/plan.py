@@ -21,13 +21,15 @@ from garrulax.train.settings import Settings
 DEFAULTS = {"optimizer": "adamw", "precision": "bfloat16", "remat": "full", "unroll": False}
 #: Options of the TPU's compiler under which collectives run beside products. Without them nearly all of them wait on
 #: large slices. A run takes them from the environment variable LIBTPU_INIT_ARGS. Pods of others train with the same
-#: ones (AI-Hypercomputer/maxtext, configs/tpu/v5p/llama2_70b.sh).
+#: ones (AI-Hypercomputer/maxtext, configs/tpu/v5p/llama2_70b.sh, and benchmarks/xla_flags_library.py).
 OVERLAP = {
     "xla_enable_async_all_gather": "true",
+    "xla_enable_async_all_reduce": "true",
     "xla_tpu_data_parallel_opt_different_sized_ops": "true",
     "xla_tpu_enable_ag_backward_pipelining": "true",
     "xla_tpu_enable_async_collective_fusion": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
     "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
     "xla_tpu_enable_data_parallel_all_reduce_opt": "true",
     "xla_tpu_megacore_fusion_allow_ags": "false",

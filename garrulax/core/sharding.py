@@ -221,7 +221,7 @@ def token_sharding(mesh: Mesh, strategy: str | Strategy = "fsdp+tp") -> P:
 
 
 def is_explicit(mesh: AbstractMesh) -> bool:
-    """Whether the types of arrays on this mesh say how they are sharded: within `shard_map` too, over its other axes."""
+    """Whether the types of arrays on this mesh say how they are sharded; within `shard_map`, over its other axes."""
     return not mesh.empty and bool(mesh.explicit_axes) and not mesh.auto_axes
 
 

@@ -43,7 +43,7 @@ def microbatches(rows: int, count: int) -> int:
     most = max(m for m in range(1, count * MICROBATCHES + 1) if rows % m == 0)
     if most < count:
         raise ValueError(
-            f"{rows} rows a device make {most} microbatches, which keep fewer than {count} stages of the pipeline busy: "
+            f"{rows} rows a device make {most} microbatches, which keep fewer than {count} stages of a pipeline busy: "
             f"use a multiple of {count}"
         )
     return most

@@ -82,12 +82,15 @@ def test_metrics_of_a_step():
     assert one_step(steps=3)[1]["lr"] == pytest.approx(1e-3 * 0.8 + 1e-4 * 0.2)
 
 
-@pytest.mark.parametrize("mesh", ["fsdp=2,tensor=2,sequence=2"])
-def test_a_step_on_texts_in_parts_is_a_step(mesh):
-    expected, metrics = one_step(micro=2)
+@pytest.mark.parametrize(
+    ("mesh", "micro"),
+    [("fsdp=2,tensor=2,sequence=2", 2), pytest.param("pipeline=2,fsdp=2,tensor=2", 1, marks=pytest.mark.slow)],
+)
+def test_a_step_on_texts_in_parts_is_a_step(mesh, micro):
+    expected, metrics = one_step(micro=micro)
     mesh = make_mesh(mesh)
     with jax.set_mesh(mesh):
-        state, found = one_step(micro=2, mesh=mesh)
+        state, found = one_step(micro=micro, mesh=mesh)
     assert distance(state.params, expected.params) < 1e-6
     np.testing.assert_allclose(found["loss"], metrics["loss"], rtol=1e-6)
 

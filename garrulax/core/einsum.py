@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from garrulax.core import half
-from garrulax.core.sharding import Entry, axis_names, spec_of
+from garrulax.core.sharding import Entry, axis_names, is_explicit, spec_of
 from garrulax.core.strategies import BATCH_AXES, TENSOR_AXIS
 
 
@@ -64,7 +64,7 @@ def einsum(spec: str, x: jax.Array, w: jax.Array | OwnProduct) -> jax.Array:
     _check_sizes(spec, left, x, right, w)
     w = w.astype(x.dtype)
     mesh = jax.typeof(x).sharding.mesh
-    if mesh.empty or not mesh.are_all_axes_explicit:
+    if not is_explicit(mesh):
         return _matmul(left, right, out, x, w, own)
     if own is not None:
         raise ValueError(f"einsum {spec!r}: a weight with a product of its own cannot be multiplied on a mesh")
@@ -126,7 +126,7 @@ def _without(axis: str, entry: Entry) -> Entry:
 def whole_tokens(x: jax.Array) -> jax.Array:
     """x [..., T] with the tokens that sequence parallelism splits gathered: once, for what many layers read."""
     mesh = jax.typeof(x).sharding.mesh
-    if mesh.empty or not mesh.are_all_axes_explicit:
+    if not is_explicit(mesh):
         return x
     return jax.sharding.reshard(x, P(*spec_of(x)[:-1], _without(TENSOR_AXIS, spec_of(x)[-1])))
 
@@ -134,7 +134,7 @@ def whole_tokens(x: jax.Array) -> jax.Array:
 def like_tokens(x: jax.Array, other: jax.Array) -> jax.Array:
     """x [B or 1, T, ...] with its tokens split over the mesh as those of `other` [B, T, ...] are."""
     mesh = jax.typeof(other).sharding.mesh
-    if mesh.empty or not mesh.are_all_axes_explicit:
+    if not is_explicit(mesh):
         return x
     return jax.sharding.reshard(x, P(spec_of(x)[0], spec_of(other)[1]))
 
@@ -146,7 +146,7 @@ def gather(w: jax.Array, x: jax.Array) -> jax.Array:
     """
     w = jax.lax.expand_dims(jnp.asarray(w, x.dtype), range(x.ndim - w.ndim))
     mesh = jax.typeof(w).sharding.mesh
-    if mesh.empty or not mesh.are_all_axes_explicit:
+    if not is_explicit(mesh):
         return w
     return jax.sharding.reshard(w, P(*(None for _ in w.shape)))
 
@@ -168,11 +168,30 @@ def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
     mesh = jax.typeof(table).sharding.mesh
     if mesh.empty and table.dtype == jnp.bfloat16:
         return half.rows(table, ids)
-    if mesh.empty or not mesh.are_all_axes_explicit:
-        return table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    if not is_explicit(mesh):
+        return _rows(table, ids)
     by_rows, wanted = TENSOR_AXIS in axis_names(spec_of(table)[0]), P(*spec_of(ids), None)
-    table = jax.sharding.reshard(table, P(TENSOR_AXIS if by_rows else None, None))
     ids = whole_tokens(ids) if by_rows else ids
-    sharding = P(*spec_of(ids), None)
-    rows = table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False, out_sharding=sharding)
-    return jax.sharding.reshard(rows, wanted)
+    of_table, of_ids = P(TENSOR_AXIS if by_rows else None, None), P(*spec_of(ids))
+
+    def device(table, ids):
+        if not by_rows:
+            return _rows(table, ids)
+        own = ids - jax.lax.axis_index(TENSOR_AXIS) * len(table)
+        rows = jnp.where(((own >= 0) & (own < len(table)))[..., None], _rows(table, own), 0)
+        known = (ids >= 0) & (ids < len(table) * mesh.shape[TENSOR_AXIS])
+        return jnp.where(known[..., None], jax.lax.psum(rows, TENSOR_AXIS), jnp.nan)
+
+    # A `shard_map` of its own: the partitioner would do the same, but not within the `shard_map` of a pipeline.
+    run = jax.shard_map(
+        device,
+        in_specs=(of_table, of_ids),
+        out_specs=P(*of_ids, None),
+        axis_names=set(mesh.explicit_axes),
+        check_vma=False,
+    )
+    return jax.sharding.reshard(run(jax.sharding.reshard(table, of_table), ids), wanted)
+
+
+def _rows(table: jax.Array, ids: jax.Array) -> jax.Array:
+    return table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from garrulax.core import spec as specs_
@@ -81,12 +81,14 @@ def shardings(
         strict: Whether to refuse what stays whole against the strategy, see `unsharded`.
 
     Raises:
-        ValueError: A logical axis has no rule, or `strict` refuses an array.
+        ValueError: A logical axis has no rule, `strict` refuses an array, or `pipeline` does not divide the layers.
     """
     strategy = strategy_of(strategy)
     refused = [u for u in unsharded(specs, mesh, strategy) if u.refused]
     if strict and refused:
         raise ValueError(f"strategy {strategy.name} (strict) leaves arrays whole: {'; '.join(map(str, refused[:8]))}")
+    if stages := [u for u in refused if u.axis == "layers"]:
+        raise ValueError(f"a pipeline needs as many layers in every stage: {stages[0]}")
     for u in refused:
         if u.size:
             _warn_once(f"strategy {strategy.name}: {u}")
@@ -216,6 +218,11 @@ def batch_sharding(mesh: Mesh) -> P:
 def token_sharding(mesh: Mesh, strategy: str | Strategy = "fsdp+tp") -> P:
     """PartitionSpec of tokens [B, T]: B as in `batch_sharding`, T over the axes by which the strategy splits texts."""
     return P(*batch_sharding(mesh), _entry(tuple(a for a in strategy_of(strategy).tokens if a in mesh.shape)))
+
+
+def is_explicit(mesh: AbstractMesh) -> bool:
+    """Whether the types of arrays on this mesh say how they are sharded; within `shard_map`, over its other axes."""
+    return not mesh.empty and bool(mesh.explicit_axes) and not mesh.auto_axes
 
 
 def spec_of(x: jax.Array) -> tuple[Entry, ...]:

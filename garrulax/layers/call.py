@@ -12,6 +12,19 @@ from garrulax.layers.cache import Cache, write
 
 
 @dataclasses.dataclass(frozen=True)
+class Stage:
+    """A stage of a pipeline of layers (`models.pipeline`).
+
+    Attributes:
+        index: int32 scalar, which stage this device computes.
+        received: [B, T, D], from the stage before; the first stage reads the embedded tokens instead.
+    """
+
+    index: jax.Array
+    received: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
 class Call:
     """One forward pass, prepared: what `models.forward` hands to the function `hidden` of a family.
 
@@ -25,6 +38,7 @@ class Call:
         key: PRNG key for dropout; None for no dropout.
         remat: What the backward pass recomputes, a name in `layers.stack.REMAT`.
         unroll: Whether the loop over layers becomes straight code.
+        stage: In a pipeline of layers, this device's stage; None runs all layers.
     """
 
     tokens: jax.Array
@@ -35,6 +49,7 @@ class Call:
     key: jax.Array | None = None
     remat: str = "none"
     unroll: bool = False
+    stage: Stage | None = None
 
     @property
     def room(self) -> int | None:

@@ -53,7 +53,10 @@ def scan_layers(
         block = jax.checkpoint(block, policy=REMAT[remat])
     if isinstance(blocks, tuple):
         return _unrolled(block, x, blocks, cache, key)
-    return _scanned(block, x, blocks, cache, key, call.unroll)
+    if call.stage is None:
+        return _scanned(block, x, blocks, cache, key, call.unroll)
+    x = jnp.where(call.stage.index == 0, x, call.stage.received)
+    return _scanned(block, x, blocks, cache, key, call.unroll, call.stage.index)
 
 
 def _unrolled(block, x, blocks, cache, key):
@@ -67,8 +70,9 @@ def _unrolled(block, x, blocks, cache, key):
     return x, dataclasses.replace(cache, layers=tuple(done)) if cache else None
 
 
-def _scanned(block, x, blocks, cache, key, unroll):
+def _scanned(block, x, blocks, cache, key, unroll, stage=None):
     layers = jax.tree.leaves(blocks)[0].shape[0]
+    numbers = jnp.arange(layers, dtype=jnp.int32) + (0 if stage is None else stage * layers)
 
     def body(carry, layer):
         x, kv = carry
@@ -76,7 +80,7 @@ def _scanned(block, x, blocks, cache, key, unroll):
         return block(x, p, kv, i, _fold(key, i)), None
 
     carry = (x, cache.layers if cache else None)
-    (x, kv), _ = jax.lax.scan(body, carry, (jnp.arange(layers, dtype=jnp.int32), blocks), unroll=unroll)
+    (x, kv), _ = jax.lax.scan(body, carry, (numbers, blocks), unroll=unroll)
     return x, dataclasses.replace(cache, layers=kv) if cache else None
 
 

@@ -18,6 +18,7 @@ from garrulax.kernels.mask import Mask
 from garrulax.layers.cache import Cache, make_cache
 from garrulax.layers.cache_kinds import FULL, Full, Kind, Window
 from garrulax.layers.call import Call, default_positions, mask_and_cache, slots_of
+from garrulax.models import pipeline
 from garrulax.models.registry import family
 
 
@@ -168,7 +169,11 @@ def hidden(
     mask, cache_now = mask_and_cache(tokens, positions[:, 0] if rows == 2 else positions, mask, cache)
     mask = jax.tree.map(whole_tokens, mask)
     slot = None if cache is None else slots_of(cache, mask.query)
-    x, cache_now = module.hidden(params, Call(tokens, positions, mask, cache_now, slot, key, remat, unroll), config)
+    call = Call(tokens, positions, mask, cache_now, slot, key, remat, unroll)
+    if pipeline.stages(params) > 1:
+        x = pipeline.pipelined(module, params, call, config)
+    else:
+        x, cache_now = module.hidden(params, call, config)
     return (module.norm(x, params["norm"], config) if "norm" in params else x), cache_now
 
 

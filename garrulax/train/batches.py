@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 from garrulax import models
 from garrulax.core.config import ModelConfig
 from garrulax.core.sharding import axis_names, token_sharding
-from garrulax.core.strategies import Strategy
+from garrulax.core.strategies import PIPELINE_AXIS, Strategy
+from garrulax.models import pipeline
 from garrulax.train import components, sources
 from garrulax.train.components import Component
 from garrulax.train.feed import Feed
@@ -161,6 +162,8 @@ def check_batch(settings: Settings, mesh: Mesh | None) -> None:
         raise ValueError(f"batch={settings.batch} cannot be shared by {jax.process_count()} processes")
     if rows % devices:
         raise ValueError(f"micro-batches of {rows} rows cannot be shared by {devices} devices: choose another batch")
+    if mesh is not None and PIPELINE_AXIS in mesh.shape:
+        pipeline.microbatches(rows // devices, mesh.shape[PIPELINE_AXIS])
     if settings.window % parts:
         raise ValueError(f"a window of {settings.window} tokens cannot be shared by {parts} devices: choose another")
 

@@ -10,6 +10,7 @@ from typing import Any
 from garrulax.core.collectives import Collective
 from garrulax.core.config import ModelConfig
 from garrulax.planning.plan import DEFAULTS, Plan, chosen_settings, compile_plan
+from garrulax.planning.program import PRODUCTS
 from garrulax.planning.search import Candidate, search
 from garrulax.planning.topology import quiet_compiler, read_topology
 from garrulax.train import settings as settings_
@@ -121,12 +122,13 @@ def _prediction(p: Plan) -> list[tuple[str, str]]:
     assert p.program is not None
     q = p.program
     return [
-        ("computation", f"{q.compute:.3f} s  cycles that the compiler estimates; attention at its kernels' rate"),
+        ("computation", f"{q.compute:.3f} s  products at {PRODUCTS} of the peak, the rest by the compiler's cycles"),
         ("collectives", f"{q.exposed:.3f} s for which it waits, {q.hidden:.3f} s beside it"),
-        ("a step", f"{p.seconds:.3f} s = max(computation, beside it) + waiting"),
+        ("a step", f"{p.seconds:.3f} s = max(computation, beside it) + waiting; "
+                   f"{q.slow_seconds:.3f} s by the compiler's cycles for products too"),
         ("tokens", f"{p.tokens_per_second:,.0f} a second and chip"),
         ("MFU", f"{p.mfu:.1%} = formula / (step x chips x {p.topology.chip.peak / 1e12:.0f} TFLOP/s); "
-                f"{p.causal_mfu:.1%} with the causal formula"),
+                f"{p.causal_mfu:.1%} with the causal formula; {p.slow_mfu:.1%} by the compiler's cycles"),
     ]  # fmt: skip
 
 
@@ -156,7 +158,8 @@ def numbers(p: Plan) -> dict[str, Any]:
         "memory": dataclasses.asdict(p.memory), "largest_batch": p.largest_batch,
         "model_flops": p.model_flops, "causal_flops": p.causal_flops, "chip_flops": p.flops,
         "roofline": p.roofline, "seconds": p.seconds, "mfu": p.mfu, "causal_mfu": p.causal_mfu,
-        "compute": q and q.compute, "hidden": q and q.hidden, "exposed": q and q.exposed,
+        "compute": q and q.compute, "slow_seconds": q and q.slow_seconds, "hidden": q and q.hidden,
+        "exposed": q and q.exposed,
         "tokens_per_second": p.tokens_per_second, "lowering": p.lowering, "compiling": p.compiling,
     }  # fmt: skip
 

@@ -59,7 +59,7 @@ def estimate(config: ModelConfig, settings: Settings, topology: Topology, mesh: 
         topology: The chips.
         mesh: Over them.
     """
-    sizes = dict(mesh.shape)
+    sizes, strategy = dict(mesh.shape), strategy_of(settings.strategy)
     data, fsdp, tensor, sequence = (sizes.get(name, 1) for name in ("data", "fsdp", "tensor", "sequence"))
     itemsize = jnp.dtype(settings.precision).itemsize
     tokens = settings.batch * settings.window / (data * fsdp * sequence)  # of a chip and those that share its tokens
@@ -69,12 +69,13 @@ def estimate(config: ModelConfig, settings: Settings, topology: Topology, mesh: 
     layer = all_of / config.layers / tensor
     state = own * (jnp.dtype(settings.weights).itemsize + _OPTIMIZER[settings.optimizer])
     weights = own * 2 * itemsize + 4 * layer * itemsize  # a copy and gradients; layers that are gathered
-    kept = now * itemsize * saved_per_token(config, settings.remat) / tensor
+    inputs = config.layers * config.width  # of the layers: every chip of `tensor` has them, unless tokens are split too
+    inner = saved_per_token(config, settings.remat) - inputs
+    kept = now * itemsize * (inner / tensor + inputs / (tensor if "tensor" in strategy.tokens else 1))
     logits = now * config.vocab / tensor * (4 + 2 * itemsize)
     flops = settings.batch * settings.window * train_flops_per_token(config, settings.window)
     again = {"none": 1.0, "dots": 1.0, "full": 4 / 3}[settings.remat]
     compute = flops * again / topology.chips / (topology.chip.peak * EFFICIENCY)
-    strategy = strategy_of(settings.strategy)
     split = strategy.rules["embed"]
     along = tuple(a for a in ((split,) if isinstance(split, str) else split or ()) if sizes.get(a, 1) > 1)
     gathers = settings.accumulation * 3 * all_of / tensor * itemsize / bandwidth(topology, mesh, along) if along else 0

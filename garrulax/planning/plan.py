@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from jax.sharding import AbstractMesh
 
 from garrulax import models
 from garrulax.core.config import ModelConfig
@@ -116,12 +117,17 @@ class Plan:
     @property
     def mfu(self) -> float | None:
         """Model FLOPs utilisation: `model_flops` / (seconds x chips x peak)."""
-        return self._share(self.model_flops)
+        return self._share(self.model_flops, self.seconds)
 
     @property
     def causal_mfu(self) -> float | None:
         """The same with `causal_flops`."""
-        return self._share(self.causal_flops)
+        return self._share(self.causal_flops, self.seconds)
+
+    @property
+    def slow_mfu(self) -> float | None:
+        """`mfu`, if products take as many cycles as the compiler estimates."""
+        return self._share(self.model_flops, None if self.program is None else self.program.slow_seconds)
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -129,8 +135,8 @@ class Plan:
         tokens = self.settings.batch * self.settings.window
         return None if self.seconds is None else tokens / self.seconds / self.topology.chips
 
-    def _share(self, flops: float) -> float | None:
-        return None if self.seconds is None else flops / (self.seconds * self.topology.chips * self.topology.chip.peak)
+    def _share(self, flops: float, seconds: float | None) -> float | None:
+        return None if seconds is None else flops / (seconds * self.topology.chips * self.topology.chip.peak)
 
     @property
     def largest_batch(self) -> int:
@@ -139,7 +145,7 @@ class Plan:
         Gathered weights and gradients do not, so that somewhat more may fit: a plan with that batch tells.
         """
         free = self.memory.capacity - (self.memory.total - self.memory.temporary - self.memory.batch)
-        unit = rows_unit(self.settings, mesh_sizes(self.settings))
+        unit = rows_unit(mesh_sizes(self.settings))
         grows = self.memory.temporary + self.memory.batch
         rows = self.settings.batch / self.settings.accumulation * free / grows
         return max(0, int(rows // unit)) * unit * self.settings.accumulation
@@ -174,6 +180,10 @@ def plan(
 
     Example:
         >>> import garrulax as gx
+        >>> gx.plan("llama2-70b", "v5p:8x8x8", batch=1000)
+        Traceback (most recent call last):
+        ...
+        ValueError: micro-batches of 1000 rows cannot be shared by 512 devices: choose another batch
         >>> p = gx.plan("llama2-70b", "v5p:8x8x8", batch=2048, remat="full")  # doctest: +SKIP
         >>> p.memory.fits, round(p.mfu, 2)  # doctest: +SKIP
     """
@@ -202,6 +212,8 @@ def chosen_settings(
     found = mesh_sizes(chosen)
     check_sizes(topology, found)
     check_strategy(strategy, found)
+    shape: Any = AbstractMesh(tuple(found.values()), tuple(found))  # before a compiler is looked for
+    check_batch(chosen, shape)
     return chosen
 
 
@@ -210,7 +222,6 @@ def compile_plan(
 ) -> Plan:
     """The plan of a run with these settings; arguments and errors as in `plan`."""
     mesh = mesh_over(topology, mesh_sizes(settings))
-    check_batch(settings, mesh)
     lowered = lower_step(config, settings, topology, mesh)
     held = [bytes_a_device(x) for x in (lowered.state.params, lowered.state, lowered.batch)]
     options = (OVERLAP if topology.chip.platform == "tpu" else {}) if options is None else options
@@ -269,7 +280,7 @@ def read_sizes(text: str) -> dict[str, int]:
     return sizes
 
 
-def rows_unit(settings: Settings, sizes: Mapping[str, int]) -> int:
+def rows_unit(sizes: Mapping[str, int]) -> int:
     """What the rows of a batch must be a multiple of."""
     return sizes.get("data", 1) * sizes.get("fsdp", 1)
 

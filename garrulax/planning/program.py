@@ -14,6 +14,10 @@ from garrulax.planning.hlo import Instruction, Module, read_module
 from garrulax.planning.operations import FREE, kernel_pass, memory_bytes, product_flops
 from garrulax.planning.topology import HOST, Topology
 
+#: Share of the peak that products reach. The TPU's compiler estimates 0.90 to 0.95 for bare ones, and 0.4 to 0.75 for
+#: those with a norm fused into them; published runs are faster than that (docs/plan.md, "How far off").
+PRODUCTS = 0.9
+
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
@@ -24,7 +28,8 @@ class Computation:
         flops: FLOPs of matrix products.
         kernel_flops: FLOPs of attention's kernels.
         bytes: Bytes of HBM that are read and written.
-        compute: Seconds without collectives.
+        compute: Seconds without collectives: products at `PRODUCTS` of the peak, the rest by the compiler's cycles.
+        cycles: The same with the compiler's cycles for products too, which is slower than published runs.
     """
 
     times: int
@@ -32,6 +37,7 @@ class Computation:
     kernel_flops: float
     bytes: int
     compute: float
+    cycles: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +85,11 @@ class Program:
         """Of a step: hidden collectives take no time of their own unless they are longer than the computation."""
         return max(self.compute, self.hidden) + self.exposed
 
+    @property
+    def slow_seconds(self) -> float:
+        """Of a step, if products take as many cycles as the compiler estimates."""
+        return max(sum(c.times * c.cycles for c in self.computations), self.hidden) + self.exposed
+
 
 def read_program(
     text: str, counted: float | None, topology: Topology, mesh: Mesh, keys: Callable[[int], float]
@@ -101,16 +112,20 @@ def read_program(
 
 
 def _computation(module: Module, name: str, times: int, chip: Chip, keys: Callable[[int], float]) -> Computation:
-    flops, moved, kernels, compute = 0, 0, 0.0, 0.0
+    flops, moved, kernels, compute, slow = 0, 0, 0.0, 0.0, 0.0
     for i in module.computations[name].values():
         own_flops, own_bytes = product_flops(module, name, i), memory_bytes(module, name, i)
         of_kernels = _kernel_flops(module, name, i, keys)
         flops, moved, kernels = flops + own_flops, moved + own_bytes, kernels + of_kernels
         if of_kernels:
-            compute += of_kernels / (chip.peak * chip.kernel)
-        elif i.opcode not in FREE:
-            compute += _seconds(module, i, chip, own_flops, own_bytes)
-    return Computation(times, flops, kernels, moved, compute)
+            seconds = cycles = of_kernels / (chip.peak * chip.kernel)
+        elif i.opcode in FREE:
+            continue
+        else:
+            seconds = _seconds(module, i, chip, own_flops, own_bytes)
+            cycles = max(seconds, _cycles(i, chip) or 0.0)
+        compute, slow = compute + seconds, slow + cycles
+    return Computation(times, flops, kernels, moved, compute, slow)
 
 
 def _kernel_flops(module: Module, where: str, i: Instruction, keys: Callable[[int], float]) -> float:
@@ -121,13 +136,21 @@ def _kernel_flops(module: Module, where: str, i: Instruction, keys: Callable[[in
 
 
 def _seconds(module: Module, i: Instruction, chip: Chip, flops: int, moved: int) -> float:
-    """By the compiler's own estimate of cycles where it has one, else by the peaks; 0 for what only communicates."""
-    cycles = i.attribute(r'"estimated_cycles":"(\d+)"')
-    if cycles is not None and chip.clock is not None:
-        return int(cycles) / chip.clock
+    """Products by the peak; what has none by the compiler's cycles, else by its bytes; 0 for what only communicates."""
+    if flops:
+        return max(flops / (PRODUCTS * chip.peak), moved / chip.bandwidth)
+    cycles = _cycles(i, chip)
+    if cycles is not None:
+        return cycles
     if any(each.opcode.startswith(KINDS) for each in (i, *(inner for _, inner in module.inside(i)))):
         return 0.0
-    return max(flops / chip.peak, moved / chip.bandwidth)
+    return moved / chip.bandwidth
+
+
+def _cycles(i: Instruction, chip: Chip) -> float | None:
+    """Seconds by the compiler's own estimate of cycles; None where it has none."""
+    cycles = i.attribute(r'"estimated_cycles":"(\d+)"')
+    return None if cycles is None or chip.clock is None else int(cycles) / chip.clock
 
 
 def kernel_flops(computation: dict[str, Instruction], i: Instruction, keys: Callable[[int], float]) -> float:

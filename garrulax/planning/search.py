@@ -107,17 +107,13 @@ def _choices(
     remats: Sequence[str],
     settings: Mapping[str, Any],
 ) -> Iterator[Settings]:
-    seen = set()
     given = {k: v for k, v in settings.items() if k != "remat"}
     for name in strategies:
         for sizes in meshes(strategy_of(name).name, topology, config):
             mesh = ",".join(f"{axis}={size}" for axis, size in sizes.items())
             for remat in remats:
-                chosen = chosen_settings(config, topology, batch, length, name, mesh, {**given, "remat": remat})
-                key = (mesh, remat) if name.startswith("fsdp+tp") and "tensor" not in sizes else (name, mesh, remat)
-                if batch // chosen.accumulation % rows_unit(chosen, sizes) == 0 and key not in seen:
-                    seen.add(key)
-                    yield chosen
+                if batch // given.get("accumulation", 1) % rows_unit(sizes) == 0:
+                    yield chosen_settings(config, topology, batch, length, name, mesh, {**given, "remat": remat})
 
 
 def meshes(strategy: str, topology: Topology, config: ModelConfig) -> Iterator[dict[str, int]]:

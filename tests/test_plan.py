@@ -155,6 +155,8 @@ def test_search_compiles_nothing_that_cannot_fit():
     found = search.search("llama2-70b", "v5p:8x8x8", batch=512, strategies=("fsdp", "hsdp"), compiled=0)
     assert found[0].settings.remat == "dots"
     assert found[0].estimate.memory < 95 * 2**30
+    with pytest.raises(ValueError, match="no mesh of 4 chips divides a batch of 7 rows"):
+        search.search("llama-tiny", "v5e:2x2", batch=7, strategies=("ddp", "fsdp"), compiled=0)
     with pytest.raises(ValueError, match="nothing fits into v5e:2x2 by the formula"):
         search.search("llama2-70b", "v5e:2x2", batch=4, strategies=("fsdp",), compiled=0)
 

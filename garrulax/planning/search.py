@@ -62,7 +62,7 @@ def search(
         batch: Rows in a step.
         length: Tokens in a row; None is the model's context.
         strategies: To try.
-        remats: Policies to try.
+        remats: Policies to try; a setting `remat` is the only one.
         compiled: How many to compile.
         options: Of the compiler, as in `plan`.
         say: Is told what is being compiled.
@@ -72,12 +72,16 @@ def search(
         The compiled ones that fit, by their predicted time; then the others, by the formula's.
 
     Raises:
-        ValueError: As `plan` does, and if no candidate fits by the formula.
+        ValueError: As `plan` does, and if no mesh divides the batch or no candidate fits by the formula.
     """
     config = models.preset(model) if isinstance(model, str) else model
     place = read_topology(topology)
+    remats = (settings.pop("remat"),) if "remat" in settings else remats
+    choices = list(_choices(config, place, batch, length, strategies, remats, settings))
+    if not choices:
+        raise ValueError(f"no mesh of {place.chips} chips divides a batch of {batch} rows: choose another batch")
     found = []
-    for chosen in _choices(config, place, batch, length, strategies, remats, settings):
+    for chosen in choices:
         guess = estimate(config, chosen, place, mesh_over(place, mesh_sizes(chosen)))
         if guess.memory <= SLACK * place.chip.memory:
             found.append(Candidate(chosen, guess))
@@ -107,13 +111,12 @@ def _choices(
     remats: Sequence[str],
     settings: Mapping[str, Any],
 ) -> Iterator[Settings]:
-    given = {k: v for k, v in settings.items() if k != "remat"}
     for name in strategies:
         for sizes in meshes(strategy_of(name).name, topology, config):
             mesh = ",".join(f"{axis}={size}" for axis, size in sizes.items())
             for remat in remats:
-                if batch // given.get("accumulation", 1) % rows_unit(sizes) == 0:
-                    yield chosen_settings(config, topology, batch, length, name, mesh, {**given, "remat": remat})
+                if batch // settings.get("accumulation", 1) % rows_unit(sizes) == 0:
+                    yield chosen_settings(config, topology, batch, length, name, mesh, {**settings, "remat": remat})
 
 
 def meshes(strategy: str, topology: Topology, config: ModelConfig) -> Iterator[dict[str, int]]:

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from garrulax.core.collectives import collectives, total
 from garrulax.core.sharding import make_mesh
 from garrulax.kernels.attention import attention
 from garrulax.kernels.call import Operands, Options
@@ -204,6 +205,24 @@ def test_the_way_across_a_sequence(heads, parts, dropout, expected):
         Operands(*(jnp.ones((1, 8, n, 4)) for n in (H, K, K)), {}, {}),
     )
     assert choose_strategy(options, operands, parts) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kv_heads", [1, 8])
+def test_what_the_two_ways_cost(kv_heads):
+    """As `kernels.sequence` says, in compiled programs: bytes that a device sends, and temporary memory."""
+    T, mesh, sent, memory = 1024, make_mesh("sequence=8"), {}, {}
+    for way in WAYS:
+        with jax.set_mesh(mesh):
+            q, k, v = (placed(mesh, jnp.ones((1, T, n, 32)), None, "sequence") for n in (8, kv_heads, kv_heads))
+            run = functools.partial(attention, mask=causal(1, T), implementation=Sharded(Chunked(), way))
+            step = jax.jit(jax.grad(lambda *x, run=run: run(*x).sum(), (0, 1, 2))).lower(q, k, v).compile()
+        sent[way] = total(collectives(step.as_text(), mesh.shape)) / (k.nbytes + v.nbytes)
+        memory[way] = step.memory_analysis().temp_size_in_bytes
+    once = 7 / 8  # of keys and values: a device has its own part. Both passes use what was gathered once here.
+    assert 2 * once <= sent["gather"] <= 2.1 * once
+    assert 3 * once <= sent["ring"] <= 3.1  # and one message more a pass, which nobody reads
+    assert memory["ring"] < memory["gather"] / 3
 
 
 @pytest.mark.parametrize(("kv_heads", "moved"), [(1, "all_gather"), (4, "ppermute")])

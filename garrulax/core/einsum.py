@@ -188,7 +188,6 @@ def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
         in_specs=(of_table, of_ids),
         out_specs=P(*of_ids, None),
         axis_names=set(mesh.explicit_axes),
-        check_vma=False,
     )
     return jax.sharding.reshard(run(jax.sharding.reshard(table, of_table), ids), wanted)
 

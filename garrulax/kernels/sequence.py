@@ -7,7 +7,11 @@ and time:
 - gathering (`AllGather`, `AllGatherPasses`) holds the keys of all devices at once and calls its implementation once,
   after they have arrived;
 - the ring (`RingPasses`) holds the keys of two devices and computes on one while the next arrives. It pays with n
-  calls, whose outputs are merged in float32.
+  calls, whose outputs are merged in float32, and with one message a pass that nobody reads.
+
+Compiled for eight devices and 1024 tokens of eight heads, forward and backward in one program, a device sends 1.75
+times the keys and values with gathering, which both passes then share, and 2.9 times with the ring; the ring's
+temporary memory is a quarter (a test measures both).
 
 `choose_strategy` decides. Ranks and positions are streams, so a mask keeps its meaning on a part of the sequence.
 Tokens may be in any order: the ring skips parts that no query of the device attends to.

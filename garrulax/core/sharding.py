@@ -6,12 +6,14 @@ program runs on one device, on fake CPU devices, on several processes, and on a 
 """
 
 import math
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from garrulax.core import spec as specs_
+from garrulax.core.leaf import Leaf
 
 Rules = dict[str, str | tuple[str, ...] | None]
 
@@ -96,6 +98,25 @@ def shardings(specs: specs_.Tree, mesh: Mesh, rules: str | Rules = "fsdp+tp") ->
         return NamedSharding(mesh, P(*(_axis(s, i, mesh, table) for i in range(len(s.axes)))))
 
     return specs_.map_specs(one, specs)
+
+
+def place(params: specs_.Tree, specs: specs_.Tree, mesh: Mesh, rules: str | Rules = "fsdp+tp") -> specs_.Tree:
+    """Parameters on a mesh; a weight that is a `core.leaf.Leaf` says how its arrays are sharded.
+
+    Args:
+        params: Parameters with stacked layers.
+        specs: Their ParamSpec tree.
+        mesh: As in `shardings`.
+        rules: As in `shardings`.
+
+    Raises:
+        ValueError: As `shardings` does, and if a leaf cannot be sharded so.
+    """
+
+    def one(_: specs_.ParamSpec, where: NamedSharding, w: Any) -> Any:
+        return jax.device_put(w, w.shardings(where) if isinstance(w, Leaf) else where)
+
+    return specs_.map_specs(one, specs, shardings(specs, mesh, rules), params)
 
 
 def _table(name: str) -> Rules:

@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 
 from garrulax.core import spec
 from garrulax.core.config import ModelConfig
+from garrulax.core.leaf import check_arrays
 from garrulax.hub.card import CARD, card_text, write_card
 from garrulax.hub.generation import content_to_write
 from garrulax.hub.model import Model
@@ -154,6 +155,7 @@ def parse_size(size: int | str) -> int:
 
 def _entries(specs: spec.Tree, params: spec.Tree) -> Entries:
     """The parts of the tensors of parameters in memory. Raises ValueError that names leaves that do not fit."""
+    check_arrays(params, "saving")
     entries: Entries = {}
     named = spec.named_specs(specs)
     found = spec.named_leaves(params)

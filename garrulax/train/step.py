@@ -9,6 +9,7 @@ import optax
 
 from garrulax import models
 from garrulax.core.config import ModelConfig
+from garrulax.core.leaf import cast
 from garrulax.core.spec import Tree
 from garrulax.train.averaging import next_average
 from garrulax.train.guard import judge
@@ -72,10 +73,7 @@ def make_train_step(
 
 def compute_dtype(params: Tree, precision: str) -> Tree:
     """The parameters in the dtype of the computation: those of 32 bits or more are unchanged for "float32"."""
-    if precision == "float32":
-        return in_full(params)
-    dtype = jnp.dtype(precision)
-    return jax.tree.map(lambda p: p.astype(dtype) if jnp.issubdtype(p.dtype, jnp.floating) else p, params)
+    return in_full(params) if precision == "float32" else cast(params, precision)
 
 
 def should_unroll(config: ModelConfig) -> bool:

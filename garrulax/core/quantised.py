@@ -105,7 +105,7 @@ class Quantised(Leaf):
         plain = out == rows + columns and left == rows + contracted and (first or right.endswith(contracted))
         if not plain or first != self.form.first or x.shape[len(rows) :] != self.form.inner or products.on_mesh(x):
             return products.einsum(spec, x, self.dense(x.dtype))
-        x2 = x.reshape(-1, self.form.inputs)
+        x2 = jnp.asarray(x).reshape(-1, self.form.inputs)
         y = _product(x2, (self.codes, self.scale, self.offset, self.order, self.factors), self.form)
         return y.reshape(*x.shape[: len(rows)], *self.form.outer)
 
@@ -151,7 +151,7 @@ def _merged(axes: tuple[Any, ...], what: str) -> Any:
 
 
 def _pick(array: jax.Array, ids: jax.Array, fill: Any) -> jax.Array:
-    return array.at[ids].get(mode="fill", fill_value=fill, wrap_negative_indices=False)
+    return jnp.asarray(array).at[ids].get(mode="fill", fill_value=fill, wrap_negative_indices=False)
 
 
 Fields = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None, jax.Array | None]
@@ -194,7 +194,7 @@ def _columns(x: jax.Array, order: jax.Array | None, factors: jax.Array | None, c
     if factors is not None:
         x = x * factors[None].astype(x.dtype)
     if order is not None:
-        x = x.at[:, order].get(mode="fill", fill_value=0)
+        x = jnp.asarray(x).at[:, order].get(mode="fill", fill_value=0)
     elif count != x.shape[1]:
         x = jnp.pad(x, ((0, 0), (0, count - x.shape[1])))
     return coding.arrange(x, form)

@@ -73,6 +73,11 @@ class StoredTensor:
         """The dtype for numpy. Raises KeyError if it is not in DTYPES."""
         return np.dtype(DTYPES[self.dtype])
 
+    @property
+    def quantised(self) -> bool:
+        """Whether the tensor is stored as codes, which its method `coded` gives (`hub.quantised`)."""
+        return False
+
     def read(self, first: int, step: int, rows: Rows) -> None:
         """Fills rows from the file: row i begins at number `first + i * step` of the flattened tensor.
 

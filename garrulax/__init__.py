@@ -65,6 +65,8 @@ _HOME = {
     "Perplexity": "garrulax.evaluate",
     "choose": "garrulax.evaluate",
     "Choice": "garrulax.evaluate",
+    "quantise": "garrulax.quantise",
+    "dequantise": "garrulax.quantise",
     "train_medusa": "garrulax.train.train_medusa",
     "medusa_accuracy": "garrulax.train.train_medusa",
 }

@@ -8,7 +8,8 @@ of several steps. Other platforms convert the codes while they multiply.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import jax
@@ -68,7 +69,9 @@ class Quantised(Leaf):
     def dense(self, dtype: Any = None) -> jax.Array:
         """The weight as one array."""
         f = self.form
-        rows = self._rows(coding.restore(coding.decode(self.codes, self.scale, self.offset, f), f), self.codes.shape[:-2])
+        rows = self._rows(
+            coding.restore(coding.decode(self.codes, self.scale, self.offset, f), f), self.codes.shape[:-2]
+        )
         rows = rows.astype(self.dtype if dtype is None else dtype)
         lead = self.codes.shape[:-2]
         if f.first:
@@ -82,7 +85,9 @@ class Quantised(Leaf):
             numbers = numbers[..., :inputs]
         else:  # codes that belong to no input are last
             places = jnp.argsort(self.order, axis=-1)[..., :inputs]
-            numbers = jnp.take_along_axis(numbers, places.reshape(*lead, *(1,) * (numbers.ndim - 1 - len(lead)), inputs), -1)
+            numbers = jnp.take_along_axis(
+                numbers, places.reshape(*lead, *(1,) * (numbers.ndim - 1 - len(lead)), inputs), -1
+            )
         if self.factors is None:
             return numbers
         return numbers * self.factors.reshape(*lead, *(1,) * (numbers.ndim - 1 - len(lead)), inputs)
@@ -106,7 +111,7 @@ class Quantised(Leaf):
         if not plain or first != self.form.first or x.shape[len(rows) :] != self.form.inner or products.on_mesh(x):
             return products.einsum(spec, x, self.dense(x.dtype))
         x2 = jnp.asarray(x).reshape(-1, self.form.inputs)
-        y = _product(x2, (self.codes, self.scale, self.offset, self.order, self.factors), self.form)
+        y = _product(x2, jax.tree.map(jnp.asarray, self))
         return y.reshape(*x.shape[: len(rows)], *self.form.outer)
 
     def shardings(self, place: NamedSharding) -> "Quantised":
@@ -126,12 +131,10 @@ class Quantised(Leaf):
         groups = self.scale.shape[-1]
         parts = math.prod(mesh.shape[name] for name in products.axis_names(across))
         if parts > 1 and (self.order is not None or groups % parts or groups * f.group != f.inputs):
-            why = "are in the order of their quantisation (act-order)" if self.order is not None else (
-                f"are {groups} groups of {f.group}"
-            )
             raise ValueError(
-                f"a sharding over {parts} devices would cut a group: the {f.inputs} inputs of this quantised weight {why}; "
-                "quantise with a smaller group, or use rules that do not shard this dimension"
+                f"a sharding over {parts} devices would cut a group of a quantised weight, which has {groups} groups of "
+                f"{f.group} for {f.inputs} inputs{'' if self.order is None else ' in an order of their own'}: quantise "
+                "with another group, or use rules that do not shard this dimension"
             )
 
         def of(array: jax.Array | None, *axes: Any) -> Any:
@@ -140,7 +143,7 @@ class Quantised(Leaf):
         return Quantised(
             of(self.codes, down, across), of(self.scale, down, across), of(self.offset, down, across),
             of(self.order, None), of(self.factors, across), f,
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
 
 
 def _merged(axes: tuple[Any, ...], what: str) -> Any:
@@ -154,102 +157,94 @@ def _pick(array: jax.Array, ids: jax.Array, fill: Any) -> jax.Array:
     return jnp.asarray(array).at[ids].get(mode="fill", fill_value=fill, wrap_negative_indices=False)
 
 
-Fields = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None, jax.Array | None]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x: jax.Array, fields: Fields, form: Form) -> jax.Array:
+@jax.custom_vjp
+def _product(x: jax.Array, w: Quantised) -> jax.Array:
     """The product [M, outputs] in x's dtype of x [M, inputs] and a weight of one layer."""
-    return _by_platform(_FORWARD, form)(x, *fields)
+    return _by_platform(_FORWARD, x, w)
 
 
-def _product_forward(x: jax.Array, fields: Fields, form: Form) -> tuple[jax.Array, Any]:
-    return _product(x, fields, form), (fields, jnp.zeros((0,), x.dtype))
+def _product_forward(x: jax.Array, w: Quantised) -> tuple[jax.Array, Quantised]:
+    return _product(x, w), w
 
 
-def _product_backward(form: Form, saved: Any, dy: jax.Array) -> tuple[jax.Array, Any]:
+def _product_backward(w: Quantised, dy: jax.Array) -> tuple[jax.Array, Quantised]:
     """The gradient for x. That for the weight is zero: `train` refuses to train it."""
-    fields, like = saved
-    dx = _by_platform(_BACKWARD, form)(dy, *fields)
-    none = jax.tree.map(
-        lambda a: jnp.zeros_like(a) if jnp.issubdtype(a.dtype, jnp.floating) else np.zeros(a.shape, jax.dtypes.float0),
-        fields,
-    )
-    return dx.astype(like.dtype), none
+
+    def none(a: jax.Array) -> Any:
+        return jnp.zeros_like(a) if jnp.issubdtype(a.dtype, jnp.floating) else np.zeros(a.shape, jax.dtypes.float0)
+
+    return _by_platform(_BACKWARD, dy, w), jax.tree.map(none, w)
 
 
 _product.defvjp(_product_forward, _product_backward)
 
 
-def _by_platform(table: dict[str, Callable], form: Form) -> Callable:
-    """The function of the platform that the program is compiled for."""
-    functions = {name: functools.partial(f, form) for name, f in table.items()}
-    if form.inputs * form.outputs < LEAST:
-        return functions["default"]
-    return functools.partial(jax.lax.platform_dependent, **functions)
+def _by_platform(table: dict[str, Callable], x: jax.Array, w: Quantised) -> jax.Array:
+    """Calls the function of the platform that the program is compiled for; the default one for small weights."""
+    if w.size < LEAST:
+        return table["default"](x, w)
+    return jax.lax.platform_dependent(x, w, **table)
 
 
-def _columns(x: jax.Array, order: jax.Array | None, factors: jax.Array | None, count: int, form: Form) -> list[jax.Array]:
-    """The activations [M, inputs] in the order of the codes, `count` of them a row."""
-    if factors is not None:
-        x = x * factors[None].astype(x.dtype)
-    if order is not None:
-        x = jnp.asarray(x).at[:, order].get(mode="fill", fill_value=0)
+def _columns(x: jax.Array, w: Quantised) -> list[jax.Array]:
+    """The activations [M, inputs] in the order of the codes; see `codes.arrange`."""
+    count = w.scale.shape[-1] * w.form.group
+    if w.factors is not None:
+        x = x * w.factors[None].astype(x.dtype)
+    if w.order is not None:
+        x = x.at[:, w.order].get(mode="fill", fill_value=0)
     elif count != x.shape[1]:
         x = jnp.pad(x, ((0, 0), (0, count - x.shape[1])))
-    return coding.arrange(x, form)
+    return coding.arrange(x, w.form)
 
 
-def _inputs(parts: list[jax.Array], order: jax.Array | None, factors: jax.Array | None, form: Form) -> jax.Array:
+def _inputs(parts: list[jax.Array], w: Quantised) -> jax.Array:
     """The transpose of `_columns`."""
-    x = coding.restore(parts, form)
-    if order is not None:
-        x = jnp.zeros((len(x), form.inputs), x.dtype).at[:, order].add(x, mode="drop")
-    x = x[:, : form.inputs]
-    return x if factors is None else x * factors[None].astype(x.dtype)
+    x = coding.restore(parts, w.form)
+    if w.order is not None:
+        x = jnp.zeros((len(x), w.form.inputs), x.dtype).at[:, w.order].add(x, mode="drop")
+    x = x[:, : w.form.inputs]
+    return x if w.factors is None else x * w.factors[None].astype(x.dtype)
 
 
-def _whole(form: Form, x: jax.Array, codes, scale, offset, order, factors) -> jax.Array:
+def _whole(x: jax.Array, w: Quantised) -> jax.Array:
     """The product, with the weight converted by one expression, which the compiler can fuse with it."""
-    parts = _columns(x, order, factors, scale.shape[-1] * form.group, form)
-    weights = coding.decode(codes, scale, offset, form)
-    return sum(_dot(a, w.astype(x.dtype), 1) for a, w in zip(parts, weights, strict=True))  # type: ignore[return-value]
+    numbers = coding.decode(w.codes, w.scale, w.offset, w.form)
+    return _sum(_dot(part, n.astype(x.dtype), 1) for part, n in zip(_columns(x, w), numbers, strict=True))
 
 
-def _whole_backward(form: Form, dy: jax.Array, codes, scale, offset, order, factors) -> jax.Array:
-    weights = coding.decode(codes, scale, offset, form)
-    return _inputs([_dot(dy, w.astype(dy.dtype), 0) for w in weights], order, factors, form)
+def _whole_backward(dy: jax.Array, w: Quantised) -> jax.Array:
+    numbers = coding.decode(w.codes, w.scale, w.offset, w.form)
+    return _inputs([_dot(dy, n.astype(dy.dtype), 0) for n in numbers], w)
 
 
-def _by_blocks(form: Form, x: jax.Array, codes, scale, offset, order, factors) -> jax.Array:
+def _by_blocks(x: jax.Array, w: Quantised) -> jax.Array:
     """The product, with a block of rows converted at a time."""
-    parts = _columns(x.astype(jnp.float32), order, factors, scale.shape[-1] * form.group, form)
-    size, count = _blocks(form)
+    parts = _columns(x.astype(jnp.float32), w)
+    size, count = _blocks(w.form)
 
-    def write(i, out):
-        start = jnp.minimum(i * size, form.outputs - size)  # the last block overlaps the one before it
-        weights = _block(start, size, codes, scale, offset, form)
-        part = sum(_dot(a, w, 1) for a, w in zip(parts, weights, strict=True))
-        return jax.lax.dynamic_update_slice_in_dim(out, part, start, axis=1)
+    def write(i: jax.Array, out: jax.Array) -> jax.Array:
+        start = jnp.minimum(i * size, w.form.outputs - size)  # the last block overlaps the one before it
+        y = _sum(_dot(part, n, 1) for part, n in zip(parts, _block(start, size, w), strict=True))
+        return jax.lax.dynamic_update_slice_in_dim(out, y, start, axis=1)
 
-    zero = jnp.zeros((x.shape[0], form.outputs), jnp.float32)
+    zero = jnp.zeros((x.shape[0], w.form.outputs), jnp.float32)
     return jax.lax.fori_loop(np.int32(0), np.int32(count), write, zero).astype(x.dtype)
 
 
-def _by_blocks_backward(form: Form, dy: jax.Array, codes, scale, offset, order, factors) -> jax.Array:
-    size, count = _blocks(form)
+def _by_blocks_backward(dy: jax.Array, w: Quantised) -> jax.Array:
+    size, count = _blocks(w.form)
     wide = dy.astype(jnp.float32)
 
-    def add(i, totals):
-        start = jnp.minimum(i * size, form.outputs - size)
+    def add(i: jax.Array, totals: list[jax.Array]) -> list[jax.Array]:
+        start = jnp.minimum(i * size, w.form.outputs - size)
         repeated = jax.lax.broadcasted_iota(jnp.int32, (1, size), 1) + start < i * size  # rows that were counted before
         part = jnp.where(repeated, 0, jax.lax.dynamic_slice_in_dim(wide, start, size, axis=1))
-        weights = _block(start, size, codes, scale, offset, form)
-        return [total + _dot(part, w, 0) for total, w in zip(totals, weights, strict=True)]
+        return [total + _dot(part, n, 0) for total, n in zip(totals, _block(start, size, w), strict=True)]
 
-    zero = [jnp.zeros((dy.shape[0], codes.shape[-1]), jnp.float32) for _ in range(coding.halves(form))]
+    zero = [jnp.zeros((dy.shape[0], w.codes.shape[-1]), jnp.float32) for _ in range(coding.halves(w.form))]
     totals = jax.lax.fori_loop(np.int32(0), np.int32(count), add, zero)
-    return _inputs(totals, order, factors, form).astype(dy.dtype)
+    return _inputs(totals, w).astype(dy.dtype)
 
 
 def _blocks(form: Form) -> tuple[int, int]:
@@ -258,13 +253,18 @@ def _blocks(form: Form) -> tuple[int, int]:
     return size, -(-form.outputs // size)
 
 
-def _block(start: jax.Array, size: int, codes, scale, offset, form: Form) -> list[jax.Array]:
-    rows = [None if a is None else jax.lax.dynamic_slice_in_dim(a, start, size) for a in (codes, scale, offset)]
-    return coding.decode(*rows, form)  # type: ignore[arg-type]
+def _block(start: jax.Array, size: int, w: Quantised) -> list[jax.Array]:
+    """The numbers of `size` rows."""
+    cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
+    return coding.decode(cut(w.codes), cut(w.scale), None if w.offset is None else cut(w.offset), w.form)
 
 
 def _dot(x: jax.Array, w: jax.Array, contracted: int) -> jax.Array:
     return jax.lax.dot_general(x, w, (((1,), (contracted,)), ((), ())))
+
+
+def _sum(parts: Iterable[jax.Array]) -> jax.Array:
+    return functools.reduce(operator.add, parts)
 
 
 _FORWARD = {"cpu": _by_blocks, "default": _whole}

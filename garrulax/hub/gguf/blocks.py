@@ -15,6 +15,7 @@ import numpy as np
 
 from garrulax.core.codes import E2M1
 
+
 class Codes(NamedTuple):
     """The codes of n blocks: numbers are scale * level + minimum, where codes of 4 bits without minima are less 8.
 

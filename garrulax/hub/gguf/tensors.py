@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from garrulax.core.coded import Coded
 from garrulax.hub.gguf.blocks import FORMATS, Format
 from garrulax.hub.gguf.container import Entry
-from garrulax.hub.quantised.coded import Coded
 from garrulax.hub.quantised.formats import check_scales
 from garrulax.hub.tensors import DTYPES, Rows, StoredTensor, read_buffers
 

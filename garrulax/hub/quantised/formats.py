@@ -15,8 +15,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from garrulax.core.coded import Coded
 from garrulax.core.codes import E2M1
-from garrulax.hub.quantised.coded import Coded
 from garrulax.hub.quantised.unpacking import awq_fields, fields, nibbles
 
 _log = logging.getLogger("garrulax")
@@ -63,12 +63,14 @@ def _zero_points(stored: np.ndarray, name: str, settings: Mapping[str, Any]) -> 
                 f"(gptq) or {middle} (gptq_v2), but they are {stored.min()} to {stored.max()}"
             )
         if (stored.flat[0] == middle - 1) != first:
-            _log.warning("%s.qzeros are of the other version than config.json says (%s): read by the data", name, labelled)
+            _log.warning(
+                "%s.qzeros are of the other version than config.json says (%s): read by the data", name, labelled
+            )
             first = not first
     elif first and bits == 4 and _overflown(stored):
         _log.warning(
-            "%s.qzeros may be damaged: zero points of 0 were stored as 15, which AutoGPTQ's packer then writes over all "
-            "later ones of a word; quantise again with checkpoint_format gptq_v2", name
+            "%s.qzeros may be damaged: zero points of 0 were stored as 15, which AutoGPTQ's packer then writes over "
+            "all later ones of a word; quantise again with checkpoint_format gptq_v2", name
         )  # fmt: skip
     if not first:
         return stored
@@ -96,7 +98,9 @@ def bnb_int8(parts: Parts, name: str, settings: Mapping[str, Any]) -> Coded:
     """bitsandbytes, 8 bits: SCB is the largest number of each row."""
     codes = parts["weight"]
     if parts.get("weight_format", np.zeros(1)).any():
-        raise ValueError(f"{name}.weight_format is not 0 (row-major), which is not implemented: save it with newer code")
+        raise ValueError(
+            f"{name}.weight_format is not 0 (row-major), which is not implemented: save it with newer code"
+        )
     _check(name, "SCB", parts["SCB"].shape, (len(codes),))
     return Coded(codes, parts["SCB"][:, None] / np.float32(127), None, codes.shape[1], bits=8)
 
@@ -133,7 +137,7 @@ def chatglm(parts: Parts, name: str, settings: Mapping[str, Any]) -> Coded:
 
 
 def fp8(parts: Parts, name: str, settings: Mapping[str, Any]) -> Coded:
-    """float8_e4m3fn with a scale for all, a row, or a block of rows and inputs; `weight_scale_inv` is multiplied too."""
+    """float8_e4m3fn with a scale for all, a row, or a block of rows and inputs; `weight_scale_inv` is a factor too."""
     codes = parts["weight"]
     if np.isin(codes & 127, 127).any():
         raise ValueError(f"{name}.weight holds NaN")
@@ -143,7 +147,9 @@ def fp8(parts: Parts, name: str, settings: Mapping[str, Any]) -> Coded:
         scale = _e8m0(scale)
     scale = scale.astype(np.float32)
     if scale.size == 1:
-        return Coded(codes, np.broadcast_to(scale.reshape(1, 1), (outputs, 1)).copy(), None, inputs, kind="e4m3", bits=8)
+        return Coded(
+            codes, np.broadcast_to(scale.reshape(1, 1), (outputs, 1)).copy(), None, inputs, kind="e4m3", bits=8
+        )
     block = settings.get("block")
     if block is None:
         _check(name, end, scale.reshape(len(scale), -1).shape, (outputs, 1))
@@ -183,7 +189,9 @@ def plain_int(parts: Parts, name: str, settings: Mapping[str, Any]) -> Coded:
     zeros = parts.get("weight_zero_point")
     if zeros is None or not zeros.any():
         return Coded(codes, np.ascontiguousarray(scale), None, group, bits=8)
-    return Coded(codes, np.ascontiguousarray(scale), np.broadcast_to(zeros, scale.shape).astype(np.int16), group, bits=8)
+    return Coded(
+        codes, np.ascontiguousarray(scale), np.broadcast_to(zeros, scale.shape).astype(np.int16), group, bits=8
+    )
 
 
 def packed_float(parts: Parts, name: str, settings: Mapping[str, Any]) -> Coded:
@@ -199,7 +207,7 @@ def packed_float(parts: Parts, name: str, settings: Mapping[str, Any]) -> Coded:
 
 
 def mxfp4_experts(blocks: np.ndarray, scales: np.ndarray) -> list[Coded]:
-    """The experts of gpt-oss: blocks uint8 [experts, outputs, groups, 16] and scales uint8 [experts, outputs, groups]."""
+    """The experts of gpt-oss: uint8 blocks [experts, outputs, groups, 16] and scales [experts, outputs, groups]."""
     codes = nibbles(blocks, high_first=False).reshape(*blocks.shape[:2], -1)
     return [Coded(c, _e8m0(s), None, 32, kind="table", values=E2M1) for c, s in zip(codes, scales, strict=True)]
 

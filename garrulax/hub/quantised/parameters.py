@@ -7,15 +7,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from garrulax.core.coded import Coded
 from garrulax.core.quantised import Quantised
 from garrulax.core.spec import ParamSpec
 from garrulax.hub import streaming
-from garrulax.hub.quantised.coded import Coded
 from garrulax.hub.tensors import StoredTensor
 
 
 def keeps_codes(s: ParamSpec, tensors: Sequence[StoredTensor]) -> bool:
-    """Whether a parameter can be a `Quantised`: a matrix or table, all of whose tensors are quantised, in whole rows."""
+    """Whether a parameter can be a `Quantised`: a matrix or table that is rows of quantised tensors."""
     return s.role != "vector" and all(tensor.quantised for tensor in tensors) and _output_rows(s) is not None
 
 
@@ -88,7 +88,7 @@ def _places(sizes: Sequence[int], steps: Sequence[int]) -> np.ndarray:
 
 
 def _stacked(leaves: Any, count: int) -> Quantised | list[Quantised]:
-    """The layers on a leading axis, or as they are if they differ in form. Memory holds one layer besides the result."""
+    """The layers on a leading axis, or as they are if their forms differ. Memory holds one layer besides the result."""
     first = next(leaves)
     whole = jax.tree.map(lambda x: streaming.empty((count, *x.shape), x.dtype), first)
 
@@ -115,7 +115,9 @@ def _with_order(leaf: Quantised, like: Quantised) -> Quantised:
 
 
 def _alike(a: Quantised, b: Quantised) -> bool:
-    same = jax.tree.structure(a) == jax.tree.structure(b)
-    return same and all(
+    def fields(w: Quantised) -> Any:
+        return jax.tree.structure(w)
+
+    return fields(a) == fields(b) and all(
         (x.shape, x.dtype) == (y.shape, y.dtype) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     )

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from garrulax.core.coded import Coded
 from garrulax.hub.files import is_file
 from garrulax.hub.json_files import read_object
 from garrulax.hub.quantised import formats
-from garrulax.hub.quantised.coded import Coded
 
 Shape = tuple[int, ...]
 
@@ -116,8 +116,8 @@ def _bitsandbytes(s: Mapping[str, Any]) -> Scheme:
             lambda main, _: (main[0], main[1]), zero_scales=True,
         )  # fmt: skip
     return Scheme(
-        "bitsandbytes, 8 bits", formats.bnb_int8, "SCB", "weight", ("weight", "SCB", "weight_format"), ("weight", "SCB"),
-        lambda main, _: (main[0], main[1]), zero_scales=True,
+        "bitsandbytes, 8 bits", formats.bnb_int8, "SCB", "weight", ("weight", "SCB", "weight_format"),
+        ("weight", "SCB"), lambda main, _: (main[0], main[1]), zero_scales=True,
     )  # fmt: skip
 
 
@@ -158,7 +158,9 @@ def _compressed_tensors(s: Mapping[str, Any]) -> Scheme:
     name = f"compressed-tensors, {found}"
     same = ("weight", "weight_scale", "weight_zero_point")
     if found == "pack-quantized" and settings["bits"] in (4, 8):
-        return Scheme(name, formats.packed_int, "weight_packed", "weight_packed", _PACKED, _PACKED[:3], _wider(1), settings)
+        return Scheme(
+            name, formats.packed_int, "weight_packed", "weight_packed", _PACKED, _PACKED[:3], _wider(1), settings
+        )
     if found == "int-quantized" and settings["bits"] == 8:
         return Scheme(name, formats.plain_int, "weight_scale", "weight", same, same[:2], _wider(1), settings)
     if found in ("float-quantized", "naive-quantized") and (w.get("type"), settings["bits"]) == ("float", 8):

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 import ml_dtypes
 import numpy as np
 
-from garrulax.hub.quantised.coded import Coded
+from garrulax.core.coded import Coded
 from garrulax.hub.quantised.formats import check_scales
 from garrulax.hub.quantised.schemes import Scheme
 from garrulax.hub.tensors import Rows, StoredTensor, read_buffers
@@ -108,10 +108,10 @@ def quantised_tensors(
         marker = parts[scheme.marker]
         shape = _shape(parts, module, scheme)
         tensors[f"{module}.weight"] = QuantisedTensor(shape, "F32", marker.file, marker.start, module, parts, scheme)
-        bias = tensors.get(f"{module}.bias")
-        if bias is not None and not any(f"{module}.bias".endswith(name) or name.endswith(f"{module}.bias") for name in known):
-            if not raw_array(bias, f"{module}.bias").any():  # tools write one for every linear layer
-                del tensors[f"{module}.bias"]
+        name = f"{module}.bias"  # tools write one for every linear layer
+        unknown = name in tensors and not any(name.endswith(n) or n.endswith(name) for n in known)
+        if unknown and not raw_array(tensors[name], name).any():
+            del tensors[name]
     return tensors
 
 
@@ -129,4 +129,3 @@ def _shape(parts: Mapping[str, StoredTensor], module: str, scheme: Scheme) -> tu
     if len(main) != 2:
         raise ValueError(f"{module}.{scheme.main} is {main}: a quantised matrix has two dimensions")
     return scheme.shape(main, marker)
-

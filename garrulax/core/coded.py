@@ -1,4 +1,4 @@
-"""A quantised matrix of a checkpoint, in one form for all formats."""
+"""A quantised matrix of numpy arrays, before its codes are packed."""
 
 import dataclasses
 import math

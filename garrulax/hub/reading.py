@@ -133,7 +133,9 @@ def open_checkpoint(folder: Path, ignore: Collection[str] = ()) -> Checkpoint:
         return Checkpoint(folder, found.config, found.specs, found.tensors, found)
     config = config_in(folder, ignore)
     if (folder / "adapter_config.json").exists():
-        _log.warning("%s holds an adapter too (adapter_config.json), which is not applied to the weights", folder)
+        _log.warning(
+            "%s holds an adapter too (adapter_config.json), which gx.load_adapter applies to the weights", folder
+        )
     specs = parameters(config)
     return Checkpoint(folder, config, specs, match(open_tensors(folder), specs, config, folder))
 
@@ -186,8 +188,8 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     if not is_file(path):
         if (folder / "adapter_config.json").exists():
             raise FileNotFoundError(
-                f"{folder} has no config.json: it is an adapter (adapter_config.json), not a model; merge it into its "
-                "model first, with peft's merge_and_unload(), and save that"
+                f"{folder} has no config.json: it is an adapter (adapter_config.json), not a model: load its model "
+                "and then gx.load_adapter(model, folder), or write both as one with garrulax merge"
             )
         raise FileNotFoundError(f"{folder} has no config.json: it is not a Hugging Face model folder")
     return read_object(path)

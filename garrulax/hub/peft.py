@@ -61,8 +61,9 @@ def check_lora(raw: Mapping[str, Any], label: str) -> None:
     init = raw.get("init_lora_weights", True)
     if init not in _PLAIN_INITS:
         raise ValueError(
-            f"{label}: init_lora_weights={init!r} changes the weights of the model too, so the file alone is "
-            "no adapter of the original: convert it in PEFT, with path_initial_model_for_weight_conversion of save_pretrained"
+            f"{label}: init_lora_weights={init!r} changes the weights of the model too, so the file alone "
+            "is no adapter of the original: convert it in PEFT (save_pretrained with "
+            "path_initial_model_for_weight_conversion)"
         )
     for key, value in raw.items():
         if key not in _NEUTRAL and key not in _READ and value not in _UNSET:

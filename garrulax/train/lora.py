@@ -16,7 +16,7 @@ from garrulax.core import lora, sharding, spec
 from garrulax.core.config import ModelConfig
 from garrulax.core.leaf import map_weights
 from garrulax.core.lora import Lora
-from garrulax.core.lora_specs import adapter_specs, attach, module_of
+from garrulax.core.lora_specs import adapter_specs, attach, chosen, module_of
 from garrulax.core.spec import ParamSpec, Tree, named_specs
 
 
@@ -133,22 +133,22 @@ def adapted(
     Raises:
         ValueError: There are no weights, or the settings do not go together.
     """
-    specs, chosen = models.parameters(config), read(settings.lora)
-    if chosen is None:
+    specs, made = models.parameters(config), read(settings.lora)
+    if made is None:
         return Adaptation(params, specs)
     check(settings)
     if params is None:
         raise ValueError("lora needs a model with weights: name a folder, GGUF file, run or hub name, not a preset")
-    whole = frozenset(_whole(specs, chosen.whole))
+    whole = frozenset(_whole(specs, made.whole))
     if config.tied and "tokens" in whole:
         raise ValueError("lora: the token embedding is the output head too and cannot be trained as a whole beside it")
     base = params() if callable(params) else params
     spec.check_params(specs, base)
     base = map_weights(jnp.asarray, base) if mesh is None else sharding.place(base, specs, mesh, settings.rules)
     key = jax.random.fold_in(jax.random.key(settings.seed), 1)
-    assert chosen.alpha is not None
+    assert made.alpha is not None
     full = attach(
-        base, specs, chosen.targets, chosen.rank, chosen.alpha, key, rslora=chosen.rslora, dora=chosen.dora
+        base, specs, made.targets, made.rank, made.alpha, key, rslora=made.rslora, dora=made.dora
     )  # fmt: skip
     if both := [path for path in whole if isinstance(spec.named_leaves(full)[path], Lora)]:
         raise ValueError(f"lora: {both[0]} is among targets and whole: name it once")
@@ -163,6 +163,14 @@ def check(settings: Any) -> None:
             raise ValueError(f"{name}={getattr(settings, name)} does not go with lora: leave it out")
     if settings.optimizer == "muon":
         raise ValueError("optimizer=muon is for matrices that are trained as a whole: use adamw with lora")
+
+
+def check_names(words: Sequence[str], config: ModelConfig) -> None:
+    """Raises ValueError if the setting `lora` names a weight that the model lacks; reads no weights."""
+    found = read(words)
+    if found is not None:
+        chosen(models.parameters(config), found.targets)
+        _whole(models.parameters(config), found.whole)
 
 
 def _whole(specs: Tree, names: Sequence[str]) -> dict[str, ParamSpec]:

@@ -92,6 +92,11 @@ class Lora(Leaf):
         """Number of dimensions of one layer's weight that `a` has."""
         return self.a.ndim - 1 - self.stacked - self.by_row
 
+    @property
+    def rank(self) -> int:
+        """r, the greatest of all layers and rows."""
+        return self.a.shape[-1]
+
     def einsum(self, spec: str, x: jax.Array) -> jax.Array:
         """The product with the weight and that with the pair, which is computed in x's dtype too."""
         left, right, out = letters(spec)

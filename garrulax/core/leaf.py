@@ -11,7 +11,7 @@ and `weights`, which treat a leaf as one parameter.
 import abc
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +84,7 @@ class Leaf(abc.ABC):
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, layer: Any) -> "Leaf":
+    def __getitem__(self, layer: Any) -> Self:
         """One layer of stacked ones."""
         return jax.tree.map(lambda x: x[layer], self)
 

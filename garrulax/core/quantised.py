@@ -132,7 +132,7 @@ class Quantised(Leaf):
         parts = math.prod(mesh.shape[name] for name in products.axis_names(across))
         if parts > 1 and (self.order is not None or groups % parts or groups * f.group != f.inputs):
             raise ValueError(
-                f"a sharding over {parts} devices would cut a group of a quantised weight, which has {groups} groups of "
+                f"a sharding over {parts} devices would cut a group of a quantised weight: it has {groups} groups of "
                 f"{f.group} for {f.inputs} inputs{'' if self.order is None else ' in an order of their own'}: quantise "
                 "with another group, or use rules that do not shard this dimension"
             )

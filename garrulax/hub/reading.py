@@ -173,7 +173,9 @@ def open_checkpoint(folder: Path, ignore: Collection[str] = ()) -> Checkpoint:
         return Checkpoint(folder, found.config, found.specs, found.tensors, found)
     config, scheme = _config_and_scheme(folder, ignore)
     if (folder / "adapter_config.json").exists():
-        _log.warning("%s holds an adapter too (adapter_config.json), which is not applied to the weights", folder)
+        _log.warning(
+            "%s holds an adapter too (adapter_config.json), which gx.load_adapter applies to the weights", folder
+        )
     specs = parameters(config)
     tensors = open_tensors(folder)
     if scheme is not None:
@@ -236,8 +238,8 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     if not is_file(path):
         if (folder / "adapter_config.json").exists():
             raise FileNotFoundError(
-                f"{folder} has no config.json: it is an adapter (adapter_config.json), not a model; merge it into its "
-                "model first, with peft's merge_and_unload(), and save that"
+                f"{folder} has no config.json: it is an adapter (adapter_config.json), not a model: load its model "
+                "and then gx.load_adapter(model, folder), or write both as one with garrulax merge"
             )
         raise FileNotFoundError(f"{folder} has no config.json: it is not a Hugging Face model folder")
     return read_object(path)

@@ -78,6 +78,14 @@ class StoredTensor:
         """Whether the tensor is stored as codes, which its method `coded` gives (`hub.quantised`)."""
         return False
 
+    def array(self) -> np.ndarray:
+        """The whole tensor in memory. Raises ValueError for a dtype that is not in DTYPES."""
+        if self.dtype not in DTYPES:
+            raise ValueError(f"a tensor is stored as {self.dtype}: there are {', '.join(DTYPES)}")
+        out = np.empty(self.shape, self.numpy_dtype)
+        self.read(0, out.size, Rows.of(out.reshape(1, -1)))
+        return out
+
     def read(self, first: int, step: int, rows: Rows) -> None:
         """Fills rows from the file: row i begins at number `first + i * step` of the flattened tensor.
 
@@ -119,7 +127,7 @@ def open_tensors(folder: Path) -> dict[str, StoredTensor]:
     """
     tensors: dict[str, StoredTensor] = {}
     for path in _files(folder):
-        for name, tensor in _open_file(path).items():
+        for name, tensor in open_file(path).items():
             if name in tensors:
                 raise ValueError(f"{folder}: tensor {name} is in two files, the second is {path.name}")
             tensors[name] = tensor
@@ -210,7 +218,7 @@ def _why_none(folder: Path) -> str:
     return f"{folder} has no {FILE} and no {INDEX}"
 
 
-def _open_file(path: Path) -> dict[str, StoredTensor]:
+def open_file(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one file. Raises ValueError unless they cover its data without overlaps and gaps."""
     file = io.FileIO(path)
     size = path.stat().st_size

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import jax
 import ml_dtypes
 import numpy as np
 
@@ -42,6 +43,22 @@ class Coded:
         """The matrix of some outputs."""
         offset = None if self.offset is None else self.offset[index]
         return dataclasses.replace(self, codes=self.codes[index], scale=self.scale[index], offset=offset)
+
+    @classmethod
+    def of(cls, leaf: Quantised) -> "Coded":
+        """The matrix of a weight of one layer."""
+        f, host = leaf.form, jax.tree.map(np.asarray, leaf)
+        codes = coding.unpack(host.codes, f.group) if f.bits == 4 else host.codes
+        groups = None
+        if host.order is None:
+            codes = codes[:, : f.inputs]
+        else:
+            used = host.order < f.inputs
+            groups = np.empty(f.inputs, np.int32)
+            groups[host.order[used]] = np.flatnonzero(used) // f.group
+            codes = codes[:, np.argsort(host.order, kind="stable")[: f.inputs]]
+        group = min(f.group, f.inputs)
+        return cls(codes, host.scale, host.offset, group, groups, f.kind, f.bits, f.values, host.factors)
 
     def numbers(self) -> np.ndarray:
         """The matrix as float32."""

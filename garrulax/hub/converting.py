@@ -11,9 +11,10 @@ import numpy as np
 from garrulax.core import spec
 from garrulax.hub import streaming
 from garrulax.hub.download import find_folder
+from garrulax.hub.entries import Entries, TensorPart
 from garrulax.hub.reading import open_checkpoint, stored_dtype, tokenizer_of
 from garrulax.hub.tensors import DTYPES, StoredTensor, file_to_copy
-from garrulax.hub.writing import COMPANIONS, Entries, Progress, TensorPart, write_folder
+from garrulax.hub.writing import COMPANIONS, Progress, write_folder
 from garrulax.models import family, parameters
 
 
@@ -96,7 +97,9 @@ def _converted_entries(
         kind = stored_dtype(ours[path], tensors, dtype)
         for name, old in zip(s.names, ours[path].names, strict=True):
             write = functools.partial(_copy_parameter, ours[path], tensors[old], s)
-            entries.setdefault(name, []).append(TensorPart(s, kind, write))
+            parts = entries.setdefault(name, [])
+            assert isinstance(parts, list)
+            parts.append(TensorPart(s, kind, write))
     return entries
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import logging
 import reprlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from garrulax.hub.json_files import read_object
 from garrulax.hub.matching import match
 from garrulax.hub.memory import dtype_to_load
 from garrulax.hub.model import Model
+from garrulax.hub.quantised.own import Own, is_own, read_own, take_own
 from garrulax.hub.quantised.parameters import keeps_codes, read_codes
 from garrulax.hub.quantised.schemes import Scheme, take_scheme
 from garrulax.hub.quantised.tensors import quantised_tensors
@@ -101,10 +102,11 @@ def load(
     specs = {name: tree for name, tree in checkpoint.specs.items() if only is None or name in only}
     tensors, tokenizer = checkpoint.tensors, tokenizer_of(checkpoint)
     coded = set()  # names of the parameters that stay codes
-    if dtype is None or (isinstance(dtype, str) and dtype == "stored"):
+    keep = dtype is None or (isinstance(dtype, str) and dtype == "stored")
+    if keep:
         leaves = jax.tree.leaves(specs, is_leaf=spec.is_spec)
         coded = {s.name for s in leaves if keeps_codes(s, [tensors[name] for name in s.names])}
-        if checkpoint.gguf is not None or coded:
+        if checkpoint.gguf is not None or coded or checkpoint.own:
             dtype = _dtype_beside_codes(checkpoint, mesh, dtype)
     places = spec.map_specs(lambda _: None, specs) if mesh is None else sharding.shardings(specs, mesh, rules)
     dtype = dtype_to_load(dtype, specs, tensors, on_mesh=mesh is not None)
@@ -116,17 +118,24 @@ def load(
             return _parameter(s, tensors, kind, place)
         return _placed(read_codes(s, [tensors[name] for name in s.names], kind.name), place)
 
-    if while_reading is not None and not coded:  # the shapes of codes are known when they are read
+    own = {path: one for path, one in checkpoint.own.items() if only is None or path.split("/")[0] in only}
+    late = bool(coded or own)  # the shapes of codes are known when they are read
+    if while_reading is not None and not late:
         abstract = spec.map_specs(lambda s, kind: jax.ShapeDtypeStruct(s.shape, kind), specs, dtypes)
         while_reading(Model(config, abstract, tokenizer, generation))
-    params = _unstacked_if_mixed(spec.map_specs(read, specs, dtypes, places))
-    if while_reading is not None and coded:
+    params = spec.map_specs(read, specs, dtypes, places)
+    if own:
+        compute = np.dtype(dtype).name if dtype is not None else "float32"
+        where = {} if mesh is None else spec.named_leaves(sharding.shardings(parameters(config), mesh, rules))
+        params = _with_own(params, {p: _placed(read_own(w, compute, not keep), where.get(p)) for p, w in own.items()})
+    params = _unstacked_if_mixed(params)
+    if while_reading is not None and late:
         while_reading(Model(config, jax.eval_shape(lambda: params), tokenizer, generation))
     return Model(config, params, tokenizer, generation)
 
 
 def _placed(leaf: Any, place: NamedSharding | None) -> Any:
-    """A quantised parameter, or a list of those of the layers, on its devices."""
+    """A quantised parameter, or a list of those of the layers, or an array, on its devices."""
     if isinstance(leaf, list):
         if place is not None:
             raise ValueError(
@@ -135,7 +144,7 @@ def _placed(leaf: Any, place: NamedSharding | None) -> Any:
         return [_placed(one, None) for one in leaf]
     if place is None:
         return jax.tree.map(lambda x: jax.device_put(x, may_alias=True), leaf)
-    return jax.device_put(leaf, leaf.shardings(place))
+    return jax.device_put(leaf, leaf.shardings(place) if is_leaf(leaf) else place)
 
 
 def _unstacked_if_mixed(params: spec.Tree) -> spec.Tree:
@@ -157,6 +166,7 @@ class Checkpoint:
         specs: Its ParamSpec tree.
         tensors: The stored tensors, by the names in the ParamSpec tree.
         gguf: What else a GGUF file says; None for a folder.
+        own: Quantised parameters in our own format, by path, which `specs` and `tensors` are without.
     """
 
     folder: Path
@@ -164,6 +174,7 @@ class Checkpoint:
     specs: spec.Tree
     tensors: dict[str, StoredTensor]
     gguf: GGUFModel | None = None
+    own: Own = dataclasses.field(default_factory=dict)
 
 
 def open_checkpoint(folder: Path, ignore: Collection[str] = ()) -> Checkpoint:
@@ -171,13 +182,17 @@ def open_checkpoint(folder: Path, ignore: Collection[str] = ()) -> Checkpoint:
     if folder.is_file():
         found = open_gguf(folder, family_of, ignore)
         return Checkpoint(folder, found.config, found.specs, found.tensors, found)
-    config, scheme = _config_and_scheme(folder, ignore)
+    config, scheme, raw = _config_and_scheme(folder, ignore)
     if (folder / "adapter_config.json").exists():
         _log.warning(
             "%s holds an adapter too (adapter_config.json), which gx.load_adapter applies to the weights", folder
         )
     specs = parameters(config)
     tensors = open_tensors(folder)
+    if is_own(raw):
+        own, tensors = take_own(raw, specs, tensors)
+        plain = _without(specs, own)
+        return Checkpoint(folder, config, plain, match(tensors, plain, config, folder), own=own)
     if scheme is not None:
         names = [name for s in jax.tree.leaves(specs, is_leaf=spec.is_spec) for name in s.names]
         tensors = quantised_tensors(tensors, scheme, names)
@@ -216,11 +231,37 @@ def config_in(folder: Path, ignore: Collection[str] = ()) -> ModelConfig:
     return _config_and_scheme(folder, ignore)[0]
 
 
-def _config_and_scheme(folder: Path, ignore: Collection[str]) -> tuple[ModelConfig, Scheme | None]:
-    """The Config of a folder, and how its weights are quantised."""
+def _config_and_scheme(folder: Path, ignore: Collection[str]) -> tuple[ModelConfig, Scheme | None, dict[str, Any]]:
+    """The Config of a folder, how its weights are quantised, and its config.json."""
     label = str(folder / "config.json")
-    raw, scheme = take_scheme(without(read_config_json(folder), ignore, label), folder)
-    return parse_config(raw, label), scheme
+    raw = without(read_config_json(folder), ignore, label)
+    if is_own(raw):
+        return parse_config({key: raw[key] for key in raw if key != "quantization_config"}, label), None, raw
+    rest, scheme = take_scheme(raw, folder)
+    return parse_config(rest, label), scheme, raw
+
+
+def _without(specs: spec.Tree, own: Collection[str]) -> spec.Tree:
+    """The ParamSpecs but for some, by path."""
+
+    def kept(tree: spec.Tree, path: str) -> spec.Tree:
+        if spec.is_spec(tree):
+            return tree
+        below = {name: kept(part, f"{path}{name}/") for name, part in tree.items() if f"{path}{name}" not in own}
+        return {name: part for name, part in below.items() if part != {}}
+
+    return kept(specs, "")
+
+
+def _with_own(params: spec.Tree, own: Mapping[str, Any]) -> spec.Tree:
+    """The parameters with those of our own format at their paths."""
+    for path, leaf in own.items():
+        *above, name = path.split("/")
+        tree = params
+        for part in above:
+            tree = tree.setdefault(part, {})
+        tree[name] = leaf
+    return params
 
 
 def parse_config(raw: dict[str, Any], label: str = "config.json") -> ModelConfig:

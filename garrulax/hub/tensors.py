@@ -25,6 +25,11 @@ from garrulax.hub.json_files import INDEX_BYTES, parse_object, read_object
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+#: Dtypes of the parts of quantised weights.
+PART_DTYPES = {
+    "U8": np.uint8, "I8": np.int8, "I16": np.int16, "I32": np.int32, "U32": np.uint32, "I64": np.int64,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+}  # fmt: skip
 #: Bits of a number for every dtype of the format; parameters can only have the dtypes in DTYPES.
 BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
@@ -285,10 +290,11 @@ def write_tensors(path: Path, layout: dict[str, tuple[np.dtype, tuple[int, ...]]
     Raises:
         ValueError: A dtype is not in DTYPES, or a tensor does not fit `layout`.
     """
-    names = {np.dtype(kind): name for name, kind in DTYPES.items()}
+    names = {np.dtype(kind): name for name, kind in (DTYPES | PART_DTYPES).items()}
     odd = sorted({str(dtype) for dtype, _ in layout.values() if dtype not in names})
     if odd:
-        raise ValueError(f"parameters are stored as {', '.join(map(str, names))}, not as {', '.join(odd)}")
+        known = ", ".join(str(np.dtype(kind)) for kind in DTYPES.values())
+        raise ValueError(f"parameters are stored as {known}, not as {', '.join(odd)}")
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires it
     at = 0
     for name, (dtype, shape) in layout.items():

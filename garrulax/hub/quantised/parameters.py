@@ -16,7 +16,7 @@ from garrulax.hub.tensors import StoredTensor
 
 def keeps_codes(s: ParamSpec, tensors: Sequence[StoredTensor]) -> bool:
     """Whether a parameter can be a `Quantised`: a matrix or table that is rows of quantised tensors."""
-    return s.role != "vector" and all(tensor.quantised for tensor in tensors) and _output_rows(s) is not None
+    return s.role != "vector" and all(tensor.quantised for tensor in tensors) and output_rows(s) is not None
 
 
 def read_codes(s: ParamSpec, tensors: Sequence[StoredTensor], dtype: str) -> Any:
@@ -38,11 +38,11 @@ def read_codes(s: ParamSpec, tensors: Sequence[StoredTensor], dtype: str) -> Any
 
 
 def _leaf(s: ParamSpec, coded: Coded, dtype: str) -> Quantised:
-    rows = _output_rows(s)
+    rows = output_rows(s)
     assert rows is not None
     if not np.array_equal(rows, np.arange(len(coded.codes))):
         coded = coded.rows(rows)
-    inner, outer = _sides(s)
+    inner, outer = sides(s)
     leaf = coded.leaf(inner, outer, s.role == "matrix", dtype)
     return jax.tree.map(_aligned, leaf)
 
@@ -53,14 +53,14 @@ def _aligned(x: np.ndarray) -> np.ndarray:
     return out
 
 
-def _sides(s: ParamSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def sides(s: ParamSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Sizes of the contracted dimensions, and of the others. A table is multiplied from its last dimension."""
     if s.role == "embedding":
         return s.layer_shape[1:], s.layer_shape[:1]
     return s.layer_shape[: s.inputs], s.layer_shape[s.inputs :]
 
 
-def _output_rows(s: ParamSpec) -> np.ndarray | None:
+def output_rows(s: ParamSpec) -> np.ndarray | None:
     """The row of the stored matrix [outputs, inputs] of each output; None if the parameter is no set of whole rows."""
     layout = s.layout
     if len(layout.stored_shape) != 2:
@@ -71,11 +71,11 @@ def _output_rows(s: ParamSpec) -> np.ndarray | None:
     kept = [at for at, i in enumerate(layout.index) if not isinstance(i, int)]
     first = sum(int(step) * start for step, start in zip(steps, starts, strict=True))
     own = [int(steps[kept[i]]) for i in layout.order]  # of each dimension of the parameter
-    sides = (own[1:], own[:1]) if s.role == "embedding" else (own[: s.inputs], own[s.inputs :])
-    inner, outer = _sides(s)
-    if not np.array_equal(_places(inner, sides[0]), np.arange(width)):
+    across, down = (own[1:], own[:1]) if s.role == "embedding" else (own[: s.inputs], own[s.inputs :])
+    inner, outer = sides(s)
+    if not np.array_equal(_places(inner, across), np.arange(width)):
         return None
-    places = _places(outer, sides[1]) + first
+    places = _places(outer, down) + first
     return places // width if not (places % width).any() else None
 
 

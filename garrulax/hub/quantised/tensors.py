@@ -5,20 +5,16 @@ import functools
 import json
 import threading
 from collections.abc import Collection, Mapping
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from garrulax.core.coded import Coded
 from garrulax.hub.quantised.formats import check_scales
 from garrulax.hub.quantised.schemes import Scheme
-from garrulax.hub.tensors import Rows, StoredTensor, read_buffers
+from garrulax.hub.tensors import DTYPES, PART_DTYPES, Rows, StoredTensor, read_buffers
 
-_RAW = {
-    "U8": np.uint8, "I8": np.int8, "F8_E4M3": np.uint8, "F8_E8M0": np.uint8, "I16": np.int16, "I32": np.int32,
-    "U32": np.uint32, "I64": np.int64, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32,
-    "F64": np.float64,
-}  # fmt: skip
+_RAW: dict[str, Any] = {**DTYPES, **PART_DTYPES, "F8_E4M3": np.uint8, "F8_E8M0": np.uint8}
 _lock = threading.Lock()
 
 

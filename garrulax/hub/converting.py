@@ -53,6 +53,8 @@ def convert_folder(
     if folder == goal or folder in goal.parents or goal in folder.parents:
         raise ValueError(f"{target} and {source} are one folder, or one lies in the other: choose another target")
     checkpoint = open_checkpoint(folder, ignore)
+    if checkpoint.own:
+        raise ValueError(f"{source} is quantised in Garrulax's own format: load it with a dtype, and save that")
     config, gguf = checkpoint.config, checkpoint.gguf
     tokenizer = None if gguf is None else tokenizer_of(checkpoint)
     if gguf is not None and numpy_dtype is None:

@@ -382,7 +382,7 @@ def _read_parameter(
     return out if stacked else out[0]
 
 
-def _dtype_beside_codes(checkpoint: Checkpoint, mesh: Mesh | None, asked: str | None) -> np.dtype:
+def _dtype_beside_codes(checkpoint: Checkpoint, mesh: Mesh | None, asked: object) -> np.dtype:
     """Dtype of the parameters of a GGUF file or a quantised folder, where none or "stored" is asked for."""
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     if asked is None and platform == "cpu":

@@ -44,7 +44,7 @@ class OwnWeight:
                 if np.issubdtype(raw.dtype, np.floating) and not np.isfinite(raw).all():
                     raise ValueError(f"{self.name}.{end} is not finite: the checkpoint is damaged")
         form = dataclasses.replace(self.form, dtype=dtype)
-        return Quantised(*(arrays.get(end) for end in FIELDS), form)  # type: ignore[arg-type]
+        return Quantised(**{end: arrays.get(end) for end in FIELDS}, form=form)  # type: ignore[arg-type]
 
 
 Own = dict[str, OwnWeight | list[OwnWeight]]  # path of a parameter -> itself, or its layers

@@ -68,7 +68,7 @@ def compressed_entries(named: Mapping[str, spec.ParamSpec], found: Named) -> tup
             make = functools.partial(_stored_array, end, scheme["weights"], leaves, rows)
             entries[f"{name.removesuffix('.weight')}.{end}"] = WholeTensor(shape, np.dtype(dtype), make)
     if len(schemes) > 1:
-        raise ValueError("compressed-tensors cannot hold several forms: save the model with quantised='garrulax'")
+        raise ValueError("compressed-tensors cannot hold several forms: write the format 'garrulax'")
     quantised = {name.removesuffix(".weight") for name in stored}
     every = {n.removesuffix(".weight") for s in named.values() if s.role != "vector" for n in s.names}
     ignored = sorted({"lm_head", *every} - quantised)
@@ -109,7 +109,7 @@ def _scheme(leaves: list[Quantised], name: str) -> dict[str, Any]:
     elif f.kind == "e4m3" and w.scale.shape[-1] > 1:
         reason = "float8 has a scale a row there"
     if reason:
-        raise ValueError(f"compressed-tensors cannot hold {name}: {reason}; save it with quantised='garrulax'")
+        raise ValueError(f"compressed-tensors cannot hold {name}: {reason}; write it in the format 'garrulax'")
     channel = w.scale.shape[-1] == 1
     settings = {
         "num_bits": f.bits, "type": "int" if f.kind == "int" else "float", "symmetric": w.offset is None,

@@ -69,8 +69,8 @@ _HOME = {
     "Perplexity": "garrulax.evaluate",
     "choose": "garrulax.evaluate",
     "Choice": "garrulax.evaluate",
-    "quantise": "garrulax.quantise",
-    "dequantise": "garrulax.quantise",
+    "quantise": "garrulax.quantisation",
+    "dequantise": "garrulax.quantisation",
     "train_medusa": "garrulax.train.train_medusa",
     "medusa_accuracy": "garrulax.train.train_medusa",
 }

@@ -9,7 +9,7 @@ import numpy as np
 
 import garrulax as gx
 from garrulax.cli.models import find_model
-from garrulax.quantise import MatrixError, quantise_with_errors
+from garrulax.quantisation import MatrixError, quantise_with_errors
 
 HELD_OUT = 0.1  # share of the calibration text that only measures the perplexity
 MOST_HELD_OUT, MOST_READ = 20_000, 200_000  # characters

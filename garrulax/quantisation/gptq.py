@@ -10,7 +10,7 @@ import dataclasses
 import numpy as np
 
 from garrulax.core.coded import Coded
-from garrulax.quantise.grid import Grid, find_grid, fits_float16, to_coded
+from garrulax.quantisation.grid import Grid, find_grid, fits_float16, to_coded
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from garrulax.core.coded import Coded
-from garrulax.quantise.grid import in_groups
+from garrulax.quantisation.grid import in_groups
 
 STEPS = 20  # of the search
 

@@ -15,10 +15,10 @@ from garrulax.core.leaf import Leaf, check_arrays, map_weights
 from garrulax.core.quantised import Quantised
 from garrulax.models import parameters, unstack
 from garrulax.models.unpack import TokenizerLike, unpack_model
-from garrulax.quantise import awq, gptq
-from garrulax.quantise.calibrating import Calibrating, windows
-from garrulax.quantise.calibrating import calibrate as read_texts
-from garrulax.quantise.grid import GROUPS, nearest
+from garrulax.quantisation import awq, gptq
+from garrulax.quantisation.calibrating import Calibrating, windows
+from garrulax.quantisation.calibrating import calibrate as read_texts
+from garrulax.quantisation.grid import GROUPS, nearest
 
 METHODS = ("rtn", "gptq", "awq")
 _ROWS = 2048  # of inputs, with which AWQ's search and the reported errors are computed
@@ -162,8 +162,11 @@ def dequantise(model: Any, dtype: Any = "float32") -> Any:
     """
     kind = parameter_dtype(dtype)
     params, config, _ = unpack_model(model)
-    plain = map_weights(lambda w: w.dense(kind) if isinstance(w, Quantised) else w.astype(kind), params)
+    plain = map_weights(lambda w: _dense(w, kind) if isinstance(w, Quantised) else w.astype(kind), params)
     return (plain, config) if isinstance(model, tuple) else model.replace(params=plain)
+
+
+_dense = jax.jit(Quantised.dense, static_argnums=1)
 
 
 def _check(kind: str, group: int | None, method: str, calibrate: Any, symmetric: bool, tables: str | None) -> int:

@@ -20,6 +20,7 @@ from garrulax.core.quantised import Quantised
 from garrulax.core.sharding import place
 from garrulax.models import parameters
 from garrulax.quantisation import awq, gptq, grid, quantise_with_errors
+from garrulax.train.state import init_state
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 CONFIG = gx.preset("llama-tiny", layers=2, width=64, heads=4, kv_heads=2, mlp_width=96, vocab=131, tied=False, eos=None)
@@ -197,7 +198,8 @@ def test_the_search_of_awq_finds_the_factors_of_its_authors():
 METHODS = ({"method": "gptq"}, {"method": "gptq", "act_order": True}, {"method": "awq", "symmetric": False})
 
 
-@pytest.mark.parametrize("more", [METHODS[0], *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("more", METHODS)
 def test_calibrated_models_have_smaller_errors(more, model):
     rows = [list(np.random.default_rng(i).integers(0, 131, 64)) for i in range(4)]
     options = {"kind": "int4", "group": 16, "tables": None}
@@ -269,6 +271,10 @@ def test_a_quantised_model_is_not_quantised_or_trained(model):
     small = gx.quantise(model, "int8", tables=None)
     with pytest.raises(ValueError, match="quantising needs plain weights, but the model has a quantised weight: make"):
         gx.quantise(small, "int4")
+    with pytest.raises(
+        ValueError, match="training all weights needs plain weights, but the model has a quantised weight"
+    ):
+        init_state(CONFIG, None, 0, params=small.params)
     damaged = {**model.params, "blocks": jax.tree.map(lambda x: x * jnp.nan, model.params["blocks"])}
     with pytest.raises(ValueError, match=r"blocks/0/attention/key has numbers that are not finite"):
         gx.quantise(model.replace(params=damaged))
@@ -287,3 +293,12 @@ def test_the_command(model, tmp_path, capsys):
     ):
         assert main(["convert", str(tmp_path / "a"), str(tmp_path / "c"), *words]) != 0
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_examples_of_the_page_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = cases.ORACLES.parent.parent / "docs" / "quantisation.md"
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        exec(block, {})
+    assert capsys.readouterr().out.split() == ["uint8", "float32", "int4"]

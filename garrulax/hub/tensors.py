@@ -288,13 +288,12 @@ def write_tensors(path: Path, layout: dict[str, tuple[np.dtype, tuple[int, ...]]
         data: The tensors, in the order of `layout`; only one is in memory at a time if this is a generator.
 
     Raises:
-        ValueError: A dtype is not in DTYPES, or a tensor does not fit `layout`.
+        ValueError: A dtype is not in DTYPES or PART_DTYPES, or a tensor does not fit `layout`.
     """
     names = {np.dtype(kind): name for name, kind in (DTYPES | PART_DTYPES).items()}
     odd = sorted({str(dtype) for dtype, _ in layout.values() if dtype not in names})
     if odd:
-        known = ", ".join(str(np.dtype(kind)) for kind in DTYPES.values())
-        raise ValueError(f"parameters are stored as {known}, not as {', '.join(odd)}")
+        raise ValueError(f"tensors are stored as {', '.join(map(str, names))}, not as {', '.join(odd)}")
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires it
     at = 0
     for name, (dtype, shape) in layout.items():

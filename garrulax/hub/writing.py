@@ -24,7 +24,7 @@ from garrulax.hub.generation import content_to_write
 from garrulax.hub.model import Model
 from garrulax.hub.quantised.writing import FORMATS, compressed_entries, own_entries
 from garrulax.hub.replacing import replacing
-from garrulax.hub.tensors import FILE, INDEX, write_tensors
+from garrulax.hub.tensors import DTYPES, FILE, INDEX, write_tensors
 from garrulax.models import family, parameters
 
 TEMPLATES = "additional_chat_templates"
@@ -262,6 +262,9 @@ def _tensor_layout(name: str, parts: list[TensorPart] | WholeTensor) -> tuple[np
     shape = parts[0].spec.layout.stored_shape
     if sum(math.prod(part.spec.layer_shape) for part in parts) != math.prod(shape):
         raise ValueError(f"the parameters in {name} do not fill its shape {shape}")
+    known = [np.dtype(kind) for kind in DTYPES.values()]
+    if parts[0].dtype not in known:
+        raise ValueError(f"parameters are stored as {', '.join(map(str, known))}, not as {parts[0].dtype}")
     if len({part.dtype for part in parts}) > 1:
         raise ValueError(f"the parameters in {name} have several dtypes")
     return parts[0].dtype, shape

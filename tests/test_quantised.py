@@ -271,9 +271,7 @@ def test_a_quantised_model_is_not_quantised_or_trained(model):
     small = gx.quantise(model, "int8", tables=None)
     with pytest.raises(ValueError, match="quantising needs plain weights, but the model has a quantised weight: make"):
         gx.quantise(small, "int4")
-    with pytest.raises(
-        ValueError, match="training all weights needs plain weights, but the model has a quantised weight"
-    ):
+    with pytest.raises(ValueError, match="training all weights needs plain weights"):
         init_state(CONFIG, None, 0, params=small.params)
     damaged = {**model.params, "blocks": jax.tree.map(lambda x: x * jnp.nan, model.params["blocks"])}
     with pytest.raises(ValueError, match=r"blocks/0/attention/key has numbers that are not finite"):

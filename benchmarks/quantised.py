@@ -4,7 +4,8 @@
 
 MODEL is a folder or a GGUF file; without one, a LLaMA of about 100 million random numbers. Every form is written to a
 folder first. A process of its own loads the folder and writes tokens after a prompt of 8, one row, greedily. Its memory
-is the growth of its resident set from before loading to after writing; float32 is the control of this meter.
+is the growth of its resident set by loading, and by loading and writing, which includes what compiling took; float32 is
+the control of this meter.
 """
 
 import argparse
@@ -34,10 +35,12 @@ def serve(folder: str, form: str, tokens: int) -> None:
     jax.jit(lambda x: x + 1)(0)  # what JAX itself takes
     before = resident()
     model = gx.load(folder, dtype=form if form in ("float32", "bfloat16") else None)
+    jax.block_until_ready(model.params)
+    loaded = resident() - before
     for _ in sys.stdin:
         begun = time.perf_counter()
         gx.generate(model, list(range(1, 9)), max_new_tokens=tokens, temperature=0.0, end_tokens=())
-        print(json.dumps([(time.perf_counter() - begun) / tokens, resident() - before]), flush=True)
+        print(json.dumps([(time.perf_counter() - begun) / tokens, loaded, resident() - before]), flush=True)
 
 
 def written(source: str | None, forms: list[str], place: Path) -> dict[str, str]:
@@ -77,7 +80,7 @@ def main() -> None:
             )
             for form, folder in folders.items()
         }  # fmt: skip
-        found: dict[str, list[tuple[float, int]]] = {form: [] for form in servers}
+        found: dict[str, list[tuple[float, int, int]]] = {form: [] for form in servers}
         for _ in range(args.rounds + 1):  # the first one compiles
             for form, server in servers.items():
                 assert server.stdin is not None
@@ -89,13 +92,13 @@ def main() -> None:
             server.stdin.close()
             server.wait()
     first = next(iter(found.values()))
-    print(f"{'form':<10}{'ms a token':>12}{'tokens/s':>10}{'of the first':>14}{'MiB':>8}{'of the first':>14}")
+    print(f"{'form':<10}{'ms a token':>12}{'tokens/s':>10}{'ratio':>7}{'MiB loaded':>12}{'ratio':>7}{'MiB at end':>12}")
     for form, rows in found.items():
         seconds = statistics.median(row[0] for row in rows[1:])
         speed = statistics.median(a[0] / b[0] for a, b in zip(first[1:], rows[1:], strict=True))
         print(
-            f"{form:<10}{seconds * 1e3:>12.2f}{1 / seconds:>10.1f}{speed:>13.2f}x{rows[-1][1] / 2**20:>8.0f}"
-            f"{rows[-1][1] / first[-1][1]:>13.2f}x"
+            f"{form:<10}{seconds * 1e3:>12.2f}{1 / seconds:>10.1f}{speed:>6.2f}x{rows[0][1] / 2**20:>12.0f}"
+            f"{rows[0][1] / first[0][1]:>6.2f}x{rows[-1][2] / 2**20:>12.0f}"
         )
 
 

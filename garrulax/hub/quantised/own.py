@@ -10,7 +10,6 @@ import numpy as np
 from garrulax.core import spec
 from garrulax.core.codes import Form
 from garrulax.core.quantised import Quantised
-from garrulax.hub import streaming
 from garrulax.hub.quantised.parameters import sides
 from garrulax.hub.quantised.tensors import raw_array
 from garrulax.hub.quantised.writing import FIELDS, OWN_METHOD
@@ -37,11 +36,9 @@ class OwnWeight:
         """The weight of numpy arrays. Raises ValueError if a scale is not finite."""
         arrays = {}
         for end in FIELDS:
-            raw = raw_array(self.parts[end], f"{self.name}.{end}") if end in self.parts else None
-            if raw is not None:
-                arrays[end] = streaming.empty(raw.shape, raw.dtype)
-                arrays[end][...] = raw
-                if np.issubdtype(raw.dtype, np.floating) and not np.isfinite(raw).all():
+            if end in self.parts:
+                arrays[end] = raw_array(self.parts[end], f"{self.name}.{end}")
+                if np.issubdtype(arrays[end].dtype, np.floating) and not np.isfinite(arrays[end]).all():
                     raise ValueError(f"{self.name}.{end} is not finite: the checkpoint is damaged")
         form = dataclasses.replace(self.form, dtype=dtype)
         return Quantised(**{end: arrays.get(end) for end in FIELDS}, form=form)  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from garrulax.core.coded import Coded
+from garrulax.hub import streaming
 from garrulax.hub.quantised.formats import check_scales
 from garrulax.hub.quantised.schemes import Scheme
 from garrulax.hub.tensors import DTYPES, PART_DTYPES, Rows, StoredTensor, read_buffers
@@ -22,7 +23,7 @@ def raw_array(tensor: StoredTensor, name: str) -> np.ndarray:
     """A tensor as it is stored; float8 as its bits. Raises ValueError for a dtype that no format has."""
     if tensor.dtype not in _RAW:
         raise ValueError(f"{name} is {tensor.dtype}, which no format of quantised weights has")
-    array = np.empty(tensor.shape, _RAW[tensor.dtype])
+    array = streaming.empty(tensor.shape, np.dtype(_RAW[tensor.dtype]))  # JAX on CPUs takes it without a copy
     octets = array.reshape(-1).view(np.uint8)
     read_buffers(tensor.file, tensor.start, 0, [octets], len(octets))
     return array

@@ -19,6 +19,7 @@ from test_hub_fuzz import damaged, survives
 import garrulax as gx
 from garrulax import hub, models
 from garrulax.cli import main
+from garrulax.core.coded import Coded
 from garrulax.hub.gguf.blocks import FORMATS
 from garrulax.hub.tokenizers import JsonTokenizer, SentencePieceTokenizer
 
@@ -68,6 +69,10 @@ def test_rope_factors_in_a_tensor(original, tmp_path):
     assert relative_error(ours, theirs) < 1e-5
 
 
+def first_layer(leaf):
+    return jax.tree.map(lambda x: np.asarray(x)[0], leaf)
+
+
 @pytest.mark.parametrize("kind", [name for name in KINDS if f"{name}.data" in BLOCKS])
 def test_blocks(kind, tmp_path):
     """A row of the embedding, the rows of a permuted matrix and those of a transposed one are the package's numbers."""
@@ -96,17 +101,22 @@ def test_blocks(kind, tmp_path):
         "llama.attention.head_count_kv": 1, "llama.attention.layer_norm_rms_epsilon": 1e-6,
     }  # fmt: skip
     path = written(tmp_path / "m.gguf", gguf_files.file(metadata, stored))
-    p = gx.load(path).params
+    p, kept = gx.load(path, dtype="float32").params, gx.load(path).params
     assert hub.load_config(path) == dataclasses.replace(c, bos=None, eos=None)
     query = values[512].reshape(2, 128, 2, 512).swapaxes(1, 2).reshape(2, 256, 512)
     block = p["blocks"]
     np.testing.assert_array_equal(p["tokens"], values[6])
     np.testing.assert_array_equal(block["attention"]["query"][0], query.transpose(2, 0, 1))
     np.testing.assert_array_equal(block["mlp"]["up"][0], values[256].T)
+    if FORMATS[KINDS[kind]].codes is not None:
+        for leaf, plain in ((kept["tokens"], values[6]), (first_layer(kept["blocks"]["mlp"]["up"]), values[256])):
+            np.testing.assert_array_equal(Coded.of(leaf).numbers(), plain)
+        rows = Coded.of(first_layer(kept["blocks"]["attention"]["query"])).numbers()
+        np.testing.assert_array_equal(rows, query.reshape(512, 512))
     half = gx.load(path, dtype="bfloat16").params
     np.testing.assert_array_equal(half["tokens"], jnp.asarray(values[6], jnp.bfloat16))
     assert {x.dtype for x in jax.tree.leaves(half)} == {jnp.dtype("bfloat16")}
-    sharded = gx.load(path, mesh=gx.make_mesh("fsdp=4,tensor=2")).params
+    sharded = gx.load(path, dtype="float32", mesh=gx.make_mesh("fsdp=4,tensor=2")).params
     np.testing.assert_array_equal(sharded["blocks"]["attention"]["query"], block["attention"]["query"])
 
 

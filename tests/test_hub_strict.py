@@ -121,8 +121,8 @@ def test_the_format_is_the_library_s(tmp_path):
     for name, x in (ours | others).items():
         assert found[name].shape == x.shape
         assert BITS[found[name].dtype] == 8 * x.itemsize
-    with pytest.raises(ValueError, match="stored as float64, float32, float16, bfloat16, not as int8"):
-        write_tensors(tmp_path / "x", {"a": (np.dtype("int8"), (3,))}, [])
+    with pytest.raises(ValueError, match=r"stored as float64, float32, float16, bfloat16, .*, not as bool"):
+        write_tensors(tmp_path / "x", {"a": (np.dtype("bool"), (3,))}, [])
 
 
 @pytest.fixture

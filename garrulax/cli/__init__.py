@@ -104,6 +104,11 @@ def _command(name: str) -> Callable[[argparse.Namespace], None]:
         from garrulax.cli.convert import convert
 
         return convert
+    if name == "merge":
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        from garrulax.cli.merge import merge
+
+        return merge
     if name == "chat":
         from garrulax.cli.chat import chat
 
@@ -117,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="garrulax",
         description="Language models in JAX: train, plan, generate, fill, chat, score, detect, inspect, convert, "
-        "report.",
+        "merge, report.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -146,6 +151,12 @@ def _parser() -> argparse.ArgumentParser:
         help="run as process I of N; HOST:PORT is the address of process 0; no value on a TPU pod or under SLURM",
     )
     train.add_argument("--list", action="store_true", help="show all settings and their defaults, then stop")
+    train.add_argument(
+        "--lora",
+        metavar="NAME=VALUE,...",
+        help="train a LoRA adapter and leave the weights of the model as they are, such as rank=16 or "
+        "rank=8,alpha=16,targets=query+value,dora=true (docs/lora.md)",
+    )
     train.add_argument(
         "--medusa",
         action="store_true",
@@ -260,7 +271,35 @@ def _parser() -> argparse.ArgumentParser:
         "--step", type=int, metavar="N", help="of a run: the checkpoint of this step, in place of the final model"
     )
     convert.add_argument("--dialect", help="checkpoint format, if the family has several, such as glm")
-    for name in ("generate", "fill", "chat", "info", "glitch", "score", "detect", "convert"):
+    convert.add_argument("--quantise", metavar="KIND", help="quantise the weights: int8, int4, nf4, fp8 or mxfp4")
+    convert.add_argument("--group", type=int, metavar="N", help="inputs that share a scale; -1 is a row (by KIND)")
+    convert.add_argument("--gptq", action="store_true", help="quantise int8 and int4 by GPTQ, with --calibrate")
+    convert.add_argument("--awq", action="store_true", help="quantise int8 and int4 by AWQ, with --calibrate")
+    convert.add_argument(
+        "--calibrate",
+        metavar="FILE",
+        help="a text like those that the model will read; its end measures the perplexity",
+    )
+    convert.add_argument(
+        "--format",
+        help="of quantised weights: compressed-tensors, which transformers reads, or garrulax, for all kinds",
+    )
+    merge = commands.add_parser(
+        "merge",
+        help="write a model and an adapter as one model",
+        description="Add a LoRA adapter to the weights of its model, and write the sum as a model folder.",
+    )
+    merge.add_argument("adapter", metavar="ADAPTER", help="a PEFT folder, or the run of an adapter")
+    merge.add_argument("target", metavar="DST", help="the folder to write; a model in it is replaced")
+    merge.add_argument("--base", metavar="MODEL", help="the model (default: the one that adapter_config.json names)")
+    merge.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="greatest size of a file, such as 200MB (5GB)"
+    )
+    for name in ("generate", "fill", "chat", "score"):
+        commands.choices[name].add_argument(
+            "--adapter", metavar="FOLDER", help="a LoRA adapter of the model: a PEFT folder, or the run of an adapter"
+        )
+    for name in ("generate", "fill", "chat", "info", "glitch", "score", "detect", "convert", "merge"):
         commands.choices[name].add_argument(
             "--ignore",
             type=lambda text: text.split(","),

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import garrulax as gx
 from garrulax.cli.conversation import Conversation
-from garrulax.cli.models import find_model
+from garrulax.cli.models import load
 from garrulax.cli.programs import keep_programs
 from garrulax.cli.waiting import waiting
 from garrulax.core.text import whole_characters
@@ -41,7 +41,7 @@ def chat(args: argparse.Namespace) -> None:
 
     try:
         with waiting("reading the model"):
-            model = gx.load(find_model(args.model), ignore=args.ignore, while_reading=begin)
+            model = load(args.model, args.adapter, args.ignore, begin)
         conversation = Conversation(model, args, _notice)
         if terminal:
             print("Ctrl-C stops an answer, Ctrl-D ends the chat, /help lists the commands.")

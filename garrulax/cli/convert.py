@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 
 import garrulax as gx
-from garrulax.cli import starting
+from garrulax.cli import quantise, starting
 from garrulax.cli.models import find_model
 from garrulax.core.dtypes import parameter_dtype
 from garrulax.hub.converting import convert_folder
@@ -21,6 +21,10 @@ WIDTH = 30  # of the bar, in characters
 
 def convert(args: argparse.Namespace) -> None:
     """Runs the command; shows a progress bar if stderr is a terminal."""
+    quantise.check(args)
+    if args.quantise is not None:
+        quantise.write_quantised(args)
+        return
     progress = Bar() if sys.stderr.isatty() else None
     if args.step is not None:
         _convert_checkpoint(args, progress)
@@ -54,10 +58,10 @@ def _convert_checkpoint(args: argparse.Namespace, progress: "Bar | None") -> Non
 
 
 class Bar:
-    """A progress bar on stderr: bytes written, speed, time left."""
+    """A progress bar on stderr: bytes written (or other units), speed, time left."""
 
-    def __init__(self) -> None:
-        self._start, self._shown = time.perf_counter(), 0.0
+    def __init__(self, unit: str = "B") -> None:
+        self._start, self._shown, self._unit = time.perf_counter(), 0.0, unit
 
     def update(self, done: int, total: int) -> None:
         """Shows that `done` of `total` bytes are written; redraws at most ten times a second."""
@@ -68,7 +72,8 @@ class Bar:
         speed = done / max(now - self._start, 1e-9)
         full = WIDTH * done // max(total, 1)
         sys.stderr.write(
-            f"\r\x1b[K[{'#' * full}{'.' * (WIDTH - full)}] {si(done)}B of {si(total)}B  {si(speed)}B/s  "
+            f"\r\x1b[K[{'#' * full}{'.' * (WIDTH - full)}] {si(done)}{self._unit} of {si(total)}{self._unit}  "
+            f"{si(speed)}{self._unit}/s  "
             f"{duration((total - done) / max(speed, 1e-9))} left"
         )
         sys.stderr.flush()

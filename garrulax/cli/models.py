@@ -1,18 +1,69 @@
-"""Finds the model for a name on the command line."""
+"""Finds and loads the model for a name on the command line."""
 
+import json
 import shlex
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
+
+import garrulax as gx
+
+ADAPTER = "adapter"  # folder of the trained adapter in the folder of a run
+_CONFIG = "adapter_config.json"
 
 
 def find_model(name: str) -> str:
     """The model folder for the name of a run, a model folder, or a model on the hub.
 
     Raises:
-        FileNotFoundError: For a run that has not exported its model yet.
+        FileNotFoundError: For a run that has not exported its model yet, and for one of an adapter.
     """
     folder = Path(name)
     if (folder / "model" / "config.json").exists():
         return str(folder / "model")
+    if (folder / ADAPTER / _CONFIG).exists():
+        raise FileNotFoundError(
+            f"{name} has an adapter and no model of its own: garrulax merge {shlex.quote(name)} DST writes both as one"
+        )
     if (folder / "run.json").exists():
         raise FileNotFoundError(f"{name} has no model yet: finish it with garrulax train --resume {shlex.quote(name)}")
     return name
+
+
+def find_adapter(name: str) -> Path | None:
+    """The folder of the adapter for the name of a run or a folder; None if it is no adapter."""
+    for folder in (Path(name, ADAPTER), Path(name)):
+        if (folder / _CONFIG).exists() and not (folder / "config.json").exists():
+            return folder
+    return None
+
+
+def base_of(adapter: Path) -> str:
+    """The model that an adapter says it is for.
+
+    Raises:
+        ValueError: It says none.
+    """
+    base = json.loads((adapter / _CONFIG).read_text(encoding="utf-8-sig")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{adapter / _CONFIG} does not say which model it is for: give the model, and --adapter")
+    return base
+
+
+def load(name: str, adapter: str | None = None, ignore: Collection[str] = (), while_reading: Any = None) -> gx.Model:
+    """The model for a name, with an adapter.
+
+    Args:
+        name: As for `find_model`, or an adapter or the run of one: its model is loaded then.
+        adapter: The folder of an adapter, or the run of one.
+        ignore: As in `gx.load`.
+        while_reading: As in `gx.load`; called after reading where the model has an adapter.
+    """
+    own = find_adapter(name) if adapter is None else find_adapter(adapter) or Path(adapter)
+    if own is None:
+        return gx.load(find_model(name), ignore=ignore, while_reading=while_reading)
+    base = base_of(own) if adapter is None else name
+    model = gx.load_adapter(gx.load(find_model(base), ignore=ignore), own)
+    if while_reading is not None:
+        while_reading(model)
+    return model

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import garrulax as gx
-from garrulax.cli.models import find_model
+from garrulax.cli.models import load
 from garrulax.core.text import whole_characters
 
 
 def score(args: argparse.Namespace) -> None:
     """Prints the numbers of a text, or with `--json` one object that has them."""
     text = text_of(args)
-    model = gx.load(find_model(args.model), ignore=args.ignore)
+    model = load(args.model, args.adapter, args.ignore)
     numbers = numbers_of(gx.perplexity(model, text, window=args.window, stride=args.stride))
     if args.json:
         print(json.dumps(numbers))

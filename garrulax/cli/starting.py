@@ -19,6 +19,7 @@ from garrulax.core.spec import Tree
 from garrulax.hub.json_files import read_object
 from garrulax.hub.tokenizer_training import train_chars, train_sentencepiece
 from garrulax.hub.tokenizers import GLM_SPECIALS, GPT_SPECIALS, ByteTokenizer, Tokenizer, load_tokenizer
+from garrulax.train import lora
 from garrulax.train import settings as settings_
 from garrulax.train.corpus import Corpora, Corpus
 from garrulax.train.digests import DamagedError
@@ -58,7 +59,15 @@ class Start:
         """Reads the weights to start from; None draws random ones, or a checkpoint has them."""
         if not self.loaded:
             return None
-        return lambda: gx.load(find_model(self.settings.preset), dtype=self.settings.weights).params
+        # Frozen weights stay as they are stored: `weights` is for those that are trained.
+        dtype = None if self.settings.lora else self.settings.weights
+        return lambda: gx.load(find_model(self.settings.preset), dtype=dtype).params
+
+    def with_params(self, params: Tree) -> gx.Model:
+        """The model with trained parameters."""
+        adapters = lora.read(self.settings.lora)
+        about = {} if adapters is None else adapters.adapter(self.model.config)
+        return self.model.replace(params=params, adapter=about)
 
 
 def start(args: argparse.Namespace) -> Start:
@@ -68,12 +77,14 @@ def start(args: argparse.Namespace) -> Start:
         FileExistsError: If a new run is to begin in a folder that has one.
         ValueError: If the settings are wrong, or a file of a resumed run is damaged.
     """
-    words = settings_words([*args.settings, *([f"mesh={args.mesh}"] if args.mesh else [])])
+    options = {"mesh": args.mesh, "lora": args.lora}
+    words = settings_words([*args.settings, *(f"{name}={value}" for name, value in options.items() if value)])
     if args.resume:
         return dataclasses.replace(resumed(Path(expanded(args.resume)), words), new_data=args.new_data)
     if args.new_data:
         raise ValueError("--new-data is for a run that is resumed: give its folder with --resume")
     settings, model, loaded = chosen(args.config, words)
+    lora.check_names(settings.lora, model.config)
     name = f"{_name(settings.preset)}-tuned" if loaded else settings.preset
     folder = Path(expanded(args.run)) if args.run else Path("runs", name)
     check_new(folder)
@@ -109,6 +120,8 @@ def chosen(file: str | None, words: Sequence[str]) -> tuple[Settings, gx.Model, 
     changes = settings_.read_changes(file, words)
     name = changes.get("preset", Settings.preset)
     if not isinstance(name, str) or name in models.presets() or not _may_be_model(name):
+        if changes.get("lora"):
+            raise ValueError(f"lora needs a model with weights: {name} is a preset; name a folder or a run")
         settings, config = settings_.apply_changes(changes)
         return settings_.absolute_paths(settings), gx.Model(config, {}), False
     model = gx.load(find_model(expanded(name)), only=())

@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 import garrulax as gx
 from garrulax import models
 from garrulax.cli import starting
+from garrulax.cli.models import ADAPTER
 from garrulax.cli.samples import Samples
 from garrulax.cli.starting import Start, fit
 from garrulax.cli.train_medusa import train_medusa
@@ -120,15 +121,27 @@ def _train(begun: Start, resume: bool) -> None:
         starting.save_tokenizer(begun)
 
     def export(params: Tree, step: int) -> None:
-        gx.save(begun.model.replace(params=params), begun.folder / EXPORTS / str(step))
+        _save(begun, params, begun.folder / EXPORTS / str(step))
 
     def finish(result: Result) -> None:
-        gx.save(begun.model.replace(params=result.params), begun.folder / MODEL)
+        _save(begun, result.params, begun.folder / _product(begun))
 
     prompts = settings.sample_prompts or (_prompt(begun, datasets[0]),)
     samples = Samples(begun.model, prompts, settings.sample_tokens) if settings.sample_every else None
     run = Run(config, settings, data, begun.folder, params=begun.params, export=export, write_samples=samples)
     _report(run_training(run, resume=resume, on_finish=finish), begun, corpus, datasets)
+
+
+def _product(begun: Start) -> str:
+    return ADAPTER if begun.settings.lora else MODEL
+
+
+def _save(begun: Start, params: Tree, folder: Path) -> None:
+    """Saves the model, or the adapter alone if the weights of the model are frozen."""
+    if begun.settings.lora:
+        gx.save_adapter(begun.with_params(params), folder, base=begun.settings.preset)
+    else:
+        gx.save(begun.with_params(params), folder)
 
 
 def say(line: str) -> None:
@@ -197,7 +210,10 @@ def _report(result: Result, begun: Start, corpus: Corpora, datasets: Sequence[Da
         xz = _xz(corpus, sha256)
         same = "" if xz is None else f"; xz -9 needs {xz:.3f} for the same text"
         say(f"{e.bits_per_byte:.3f} bits a byte of held-out text{same} (corpus sha256 {sha256[:12]})")
-    say(f"model in {folder / MODEL}" + (f", loss curves in {result.picture}" if result.picture else ""))
+    say(
+        f"{_product(begun)} in {folder / _product(begun)}"
+        + (f", loss curves in {result.picture}" if result.picture else "")
+    )
     command = "generate" if models.blanks(config) is None else "fill"
     say(f"next: {shlex.join(['garrulax', command, str(folder), _prompt(begun, datasets[0])])}")
 

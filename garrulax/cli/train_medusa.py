@@ -53,7 +53,7 @@ def train_medusa(args: argparse.Namespace) -> None:
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    for name in ("resume", "mesh", "distributed", "config"):
+    for name in ("resume", "mesh", "distributed", "config", "lora"):
         if getattr(args, name, None) is not None:
             raise ValueError(f"--{name} does not go with --medusa, which trains heads in one go on one device")
     changes = read_changes(None, settings_words(args.settings))

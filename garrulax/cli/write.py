@@ -7,7 +7,7 @@ from pathlib import Path
 
 import garrulax as gx
 from garrulax.cli.caches import cache_of
-from garrulax.cli.models import find_model
+from garrulax.cli.models import find_model, load
 from garrulax.cli.programs import keep_programs
 from garrulax.cli.waiting import waiting
 from garrulax.core.text import whole_characters
@@ -47,7 +47,7 @@ def _generate(args: argparse.Namespace) -> None:
             compile_ahead(model, prompt, **options)
 
     with waiting("reading the model"):
-        model = gx.load(find_model(args.model), ignore=args.ignore, while_reading=begin)
+        model = load(args.model, args.adapter, args.ignore, begin)
     with waiting("compiling" if args.beams is None else "searching"):  # errors come before anything is printed
         pieces: Iterator[str]
         if args.beams is None:
@@ -104,7 +104,7 @@ def fill(args: argparse.Namespace) -> None:
     """Fills the blanks of a text."""
     keep_programs(args.programs)
     with waiting("reading the model"):
-        model = gx.load(find_model(args.model), ignore=args.ignore)
+        model = load(args.model, args.adapter, args.ignore)
     for piece in gx.fill_stream(model, _text(args), **_options(args)):
         print(piece, end="", flush=True)
     print()

@@ -1,6 +1,5 @@
 """Products of activations with weight leaves, the same on one device and on a mesh."""
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -8,35 +7,12 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from garrulax.core import half
+from garrulax.core.leaf import Leaf
 from garrulax.core.sharding import Entry, axis_names, is_explicit, spec_of
 from garrulax.core.strategies import BATCH_AXES, TENSOR_AXIS
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class OwnProduct:
-    """A weight that `einsum` multiplies with a function of its own, such as one of low precision, on one device.
-
-    Attributes:
-        array: The weight, contracted letters first.
-        dot: The product of x [M, n] and the weight as a matrix [n, N]: [M, N].
-    """
-
-    array: jax.Array
-    dot: Callable[[jax.Array, jax.Array], jax.Array] = dataclasses.field(metadata={"static": True})
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
-        return self.array.shape
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """Of the weight."""
-        return self.array.dtype
-
-
-def einsum(spec: str, x: jax.Array, w: jax.Array | OwnProduct) -> jax.Array:
+def einsum(spec: str, x: jax.Array, w: jax.Array | Leaf) -> jax.Array:
     """`jnp.einsum(spec, x, w)` of activations and a weight.
 
     On one device the letters are merged, so that the product is of two matrices: XLA:CPU multiplies [B·T, D] by
@@ -48,7 +24,7 @@ def einsum(spec: str, x: jax.Array, w: jax.Array | OwnProduct) -> jax.Array:
     Args:
         spec: Letters of x, w and the result, such as "BTD,DHC->BTHC".
         x: Activations, contracted letters last.
-        w: Weight, contracted letters first ("BTD,DHC->BTHC") or last ("BTD,VD->BTV"); an `OwnProduct` for the first.
+        w: Weight, contracted letters first ("BTD,DHC->BTHC") or last ("BTD,VD->BTV"); a `Leaf` multiplies itself.
 
     Returns:
         The product in x's dtype.
@@ -56,22 +32,49 @@ def einsum(spec: str, x: jax.Array, w: jax.Array | OwnProduct) -> jax.Array:
     Raises:
         ValueError: A letter has two sizes.
     """
+    check_sizes(spec, x, w)
+    if isinstance(w, Leaf):
+        return w.einsum(spec, x)
+    left, right, out = letters(spec)
+    w = w.astype(x.dtype)
+    if on_mesh(x):
+        return _sharded(left, right, out, x, w)
+    return _matmul(left, right, out, x, w, None)
+
+
+def product(spec: str, x: jax.Array, w: jax.Array, dot: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
+    """`einsum` on one device by a function of two matrices.
+
+    Args:
+        spec: As in `einsum`; a spec with the contracted letters last is multiplied as `einsum` does.
+        x: Activations.
+        w: Weight.
+        dot: The product of x [M, n] and the weight as a matrix [n, N]: [M, N].
+
+    Raises:
+        ValueError: The activations are on a mesh.
+    """
+    if on_mesh(x):
+        raise ValueError(f"einsum {spec!r}: a weight with a product of its own cannot be multiplied on a mesh")
+    return _matmul(*letters(spec), x, w.astype(x.dtype), dot)
+
+
+def letters(spec: str) -> tuple[str, str, str]:
+    """The letters of x, of the weight and of the result."""
     terms, out = spec.replace(" ", "").split("->")
     left, right = terms.split(",")
-    own = None
-    if isinstance(w, OwnProduct):
-        w, own = w.array, w.dot
-    _check_sizes(spec, left, x, right, w)
-    w = w.astype(x.dtype)
+    return left, right, out
+
+
+def on_mesh(x: jax.Array) -> bool:
+    """Whether the type of x says how it is sharded (a mesh in Explicit mode)."""
     mesh = jax.typeof(x).sharding.mesh
-    if not is_explicit(mesh):
-        return _matmul(left, right, out, x, w, own)
-    if own is not None:
-        raise ValueError(f"einsum {spec!r}: a weight with a product of its own cannot be multiplied on a mesh")
-    return _sharded(left, right, out, x, w)
+    return is_explicit(mesh)
 
 
-def _check_sizes(spec: str, left: str, x: jax.Array, right: str, w: jax.Array) -> None:
+def check_sizes(spec: str, x: jax.Array, w: jax.Array | Leaf) -> None:
+    """Raises ValueError if the spec does not fit the shapes."""
+    left, right, _ = letters(spec)
     if len(left) != x.ndim or len(right) != w.ndim:
         raise ValueError(f"einsum {spec!r} does not fit shapes {x.shape} and {w.shape}")
     sizes = dict(zip(left, x.shape, strict=True))
@@ -139,11 +142,13 @@ def like_tokens(x: jax.Array, other: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, P(spec_of(x)[0], spec_of(other)[1]))
 
 
-def gather(w: jax.Array, x: jax.Array) -> jax.Array:
+def gather(w: jax.Array | Leaf, x: jax.Array) -> jax.Array:
     """A small weight (scale, bias) for products and sums with x, complete on every device.
 
     It gets x's dtype, and axes of size 1 in front until it has as many axes as x, so that nothing is promoted.
     """
+    if isinstance(w, Leaf):
+        w = w.dense(x.dtype)
     w = jax.lax.expand_dims(jnp.asarray(w, x.dtype), range(x.ndim - w.ndim))
     mesh = jax.typeof(w).sharding.mesh
     if not is_explicit(mesh):
@@ -151,20 +156,23 @@ def gather(w: jax.Array, x: jax.Array) -> jax.Array:
     return jax.sharding.reshard(w, P(*(None for _ in w.shape)))
 
 
-def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
+def lookup(table: jax.Array | Leaf, ids: jax.Array) -> jax.Array:
     """Rows of a table; an id outside 0..V-1 gives NaN, never another row.
 
     On a mesh the table is gathered, but over `tensor`: there each device looks up the ids of its own rows, and the
     results are summed.
 
     Args:
-        table: [V, D].
+        table: [V, D]; a `Leaf` looks itself up.
         ids: Integers [...].
 
     Returns:
         [..., D], sharded like the ids, with D complete on every device.
     """
-    table = jnp.asarray(table)
+    return table.lookup(ids) if isinstance(table, Leaf) else _lookup(jnp.asarray(table), ids)
+
+
+def _lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
     mesh = jax.typeof(table).sharding.mesh
     if mesh.empty and table.dtype == jnp.bfloat16:
         return half.rows(table, ids)

@@ -85,7 +85,7 @@ def parse_layout(name: str, pattern: str, sizes: Mapping[str, int], parts: Mappi
     def error(problem: str) -> ValueError:
         return ValueError(f"{name}: layout {pattern!r}: {problem}")
 
-    groups, target = _parse(pattern, error)
+    groups, target = parse_pattern(pattern, error)
     source = [letter for group in groups for letter in group]
     known = {**_NUMBERS, **sizes}
     if unknown := [letter for letter in dict.fromkeys((*source, *target)) if letter not in known]:
@@ -106,14 +106,14 @@ def parse_layout(name: str, pattern: str, sizes: Mapping[str, int], parts: Mappi
 
 def bias_pattern(pattern: str) -> str:
     """The layout of the bias that belongs to a weight: its pattern without the inputs."""
-    groups, target = _parse(pattern, ValueError)
+    groups, target = parse_pattern(pattern, ValueError)
     inputs = next(group for group in groups if target[0] in group)
     outputs = " ".join(f"({' '.join(group)})" for group in groups if group is not inputs)
     return f"{outputs} -> {' '.join(letter for letter in target if letter not in inputs)}"
 
 
-def _parse(pattern: str, error: Error) -> tuple[list[list[str]], list[str]]:
-    """Letters of the left side by stored dimension, and of the right side."""
+def parse_pattern(pattern: str, error: Error) -> tuple[list[list[str]], list[str]]:
+    """Letters of the left side of a pattern by stored dimension, and of the right side."""
     left, arrow, right = pattern.partition("->")
     dimensions = re.findall(r"\(([\w ]+)\)|(\w+)", left)
     if not arrow or re.sub(r"\([\w ]+\)|\w+|\s", "", left) or re.sub(r"\w+|\s", "", right):

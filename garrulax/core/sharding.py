@@ -8,12 +8,14 @@ import functools
 import logging
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from garrulax.core import spec as specs_
+from garrulax.core.leaf import Leaf
 from garrulax.core.strategies import BATCH_AXES, MESH_AXES, RESERVED_AXES, Strategy, strategy_of
 
 Entry = str | tuple[str, ...] | None  # of a PartitionSpec
@@ -93,6 +95,28 @@ def shardings(
         if u.size:
             _warn_once(f"strategy {strategy.name}: {u}")
     return specs_.map_specs(lambda s: NamedSharding(mesh, P(*_entries(s, mesh, strategy))), specs)
+
+
+def place(
+    params: specs_.Tree, specs: specs_.Tree, mesh: Mesh, strategy: str | Strategy = "fsdp+tp", strict: bool = False
+) -> specs_.Tree:
+    """Parameters on a mesh; a weight that is a `core.leaf.Leaf` says how its arrays are sharded.
+
+    Args:
+        params: Parameters with stacked layers.
+        specs: Their ParamSpec tree.
+        mesh: As in `shardings`.
+        strategy: As in `shardings`.
+        strict: As in `shardings`.
+
+    Raises:
+        ValueError: As `shardings` does, and if a leaf cannot be sharded so.
+    """
+
+    def one(_: specs_.ParamSpec, where: NamedSharding, w: Any) -> Any:
+        return jax.device_put(w, w.shardings(where) if isinstance(w, Leaf) else where)
+
+    return specs_.map_specs(one, specs, shardings(specs, mesh, strategy, strict=strict), params)
 
 
 @functools.cache

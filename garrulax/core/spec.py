@@ -14,6 +14,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from garrulax.core import leaf
 from garrulax.core.layout import Part, TensorLayout, bias_pattern, parse_layout
 
 Tree = Any  # nested dicts (and tuples) of leaves
@@ -250,7 +251,7 @@ def _misfits(specs: Tree, params: Tree, path: str, unstacked: bool = False) -> I
             yield from _misfits(specs[name], params[name], f"{below}{name}", unstacked)
 
 
-def named_leaves(tree: Tree, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
-    """The leaves of any tree by path, such as `blocks/attention/query`."""
+def named_leaves(tree: Tree, is_leaf: Callable[[Any], bool] = leaf.is_leaf) -> dict[str, Any]:
+    """The leaves of any tree by path, such as `blocks/attention/query`; a `core.leaf.Leaf` is one of them."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

@@ -11,9 +11,10 @@ import numpy as np
 from garrulax.core import spec
 from garrulax.hub import streaming
 from garrulax.hub.download import find_folder
+from garrulax.hub.entries import Entries, TensorPart
 from garrulax.hub.reading import open_checkpoint, stored_dtype, tokenizer_of
 from garrulax.hub.tensors import DTYPES, StoredTensor, file_to_copy
-from garrulax.hub.writing import COMPANIONS, Entries, Progress, TensorPart, write_folder
+from garrulax.hub.writing import COMPANIONS, Progress, write_folder
 from garrulax.models import family, parameters
 
 
@@ -52,6 +53,8 @@ def convert_folder(
     if folder == goal or folder in goal.parents or goal in folder.parents:
         raise ValueError(f"{target} and {source} are one folder, or one lies in the other: choose another target")
     checkpoint = open_checkpoint(folder, ignore)
+    if checkpoint.own:
+        raise ValueError(f"{source} is quantised in Garrulax's own format: load it with a dtype, and save that")
     config, gguf = checkpoint.config, checkpoint.gguf
     tokenizer = None if gguf is None else tokenizer_of(checkpoint)
     if gguf is not None and numpy_dtype is None:
@@ -96,7 +99,9 @@ def _converted_entries(
         kind = stored_dtype(ours[path], tensors, dtype)
         for name, old in zip(s.names, ours[path].names, strict=True):
             write = functools.partial(_copy_parameter, ours[path], tensors[old], s)
-            entries.setdefault(name, []).append(TensorPart(s, kind, write))
+            parts = entries.setdefault(name, [])
+            assert isinstance(parts, list)
+            parts.append(TensorPart(s, kind, write))
     return entries
 
 

@@ -58,7 +58,7 @@ def match(
     _check_adapters(found, folder)
     more = family(config).tensor_names(config)
     buffers = (*more.buffers, *ROTARY_TABLES, *_CONSTANTS)
-    ties = dict.fromkeys(more.heads, specs["tokens"].name) if config.tied else {}
+    ties = dict.fromkeys(more.heads, specs["tokens"].name) if config.tied and "tokens" in specs else {}
     wanted = {name: s for s in jax.tree.leaves(specs, is_leaf=spec.is_spec) for name in s.names}
     known = wanted.keys() | ties.keys()
     tensors, unknown, twice = {}, [], []

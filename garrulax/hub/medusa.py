@@ -17,6 +17,7 @@ import numpy as np
 
 from garrulax.core import spec
 from garrulax.core.config import ModelConfig
+from garrulax.core.leaf import dtype_of
 from garrulax.hub import streaming
 from garrulax.hub.download import find_folder
 from garrulax.hub.json_files import read_object
@@ -124,7 +125,7 @@ def load_medusa(path: str | Path, model: ModelLike) -> medusa.MedusaHeads:
             raise ValueError(
                 f"{folder}: {name} is {tensors[name].shape}, the model needs {shape}: these heads are for another model"
             )
-    dtype = np.dtype(jax.tree.leaves(params["blocks"])[0].dtype)
+    dtype = dtype_of(params["blocks"])
     read = spec.map_specs(lambda s: _read(s, tensors[s.name], dtype), specs)
     ids = None if tokens is None else jnp.asarray(tokens, jnp.int32)
     heads = medusa.MedusaHeads(settings, read, ids, _accuracy(raw.get("medusa_accuracy"), folder, settings))

@@ -20,6 +20,8 @@ class Model:
         generation: The content of generation_config.json as loaded; `garrulax.save` writes it back. Its end tokens are
             in `config.eos`, which decides. Nothing else in it has an effect: temperature and the like are arguments of
             `garrulax.generate`.
+        adapter: What adapter_config.json says, or will say, of the adapter in `params`; empty without one.
+        adapters: By name, models with other adapters of the same weights; `garrulax.generate(adapter=...)` chooses.
 
     Example:
         >>> import jax, garrulax as gx
@@ -33,6 +35,8 @@ class Model:
     params: Tree = dataclasses.field(repr=False)
     tokenizer: Tokenizer | None = None
     generation: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+    adapter: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+    adapters: "Mapping[str, Model]" = dataclasses.field(default_factory=dict, repr=False)
 
     def replace(self, **changes: Any) -> "Model":
         """A copy with the given fields changed."""

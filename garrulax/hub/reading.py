@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import logging
 import reprlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from garrulax.core import sharding, spec
 from garrulax.core.config import ModelConfig
 from garrulax.core.dtypes import parameter_dtype
 from garrulax.core.hf_keys import without
+from garrulax.core.leaf import is_leaf
 from garrulax.core.names import nearest
 from garrulax.core.strategies import Strategy
 from garrulax.hub import streaming
@@ -29,9 +30,13 @@ from garrulax.hub.json_files import read_object
 from garrulax.hub.matching import match
 from garrulax.hub.memory import dtype_to_load
 from garrulax.hub.model import Model
+from garrulax.hub.quantised.own import Own, is_own, read_own, take_own
+from garrulax.hub.quantised.parameters import keeps_codes, read_codes
+from garrulax.hub.quantised.schemes import Scheme, take_scheme
+from garrulax.hub.quantised.tensors import quantised_tensors
 from garrulax.hub.tensors import StoredTensor, open_tensors
 from garrulax.hub.tokenizers import Tokenizer, find_tokenizer, load_tokenizer
-from garrulax.models import FAMILIES, Family, parameters
+from garrulax.models import FAMILIES, Family, parameters, unstack
 
 _log = logging.getLogger("garrulax")
 
@@ -57,8 +62,10 @@ def load(
             that its devices need.
         dtype: Dtype of the parameters, or "stored" for that of the files. None is the stored one too, but on CPUs
             bfloat16 and float16 become float32 if that fits into the memory: CPUs compute in float32, and would
-            convert the parameters again in every step of decoding. The log says so. Of a GGUF file, None is float32 on
-            CPUs and "stored" elsewhere, which is the dtype of its matrices, or bfloat16 if they are quantised.
+            convert the parameters again in every step of decoding. The log says so. Quantised weights keep their codes
+            (`core.quantised.Quantised`) with None and "stored", beside which other parameters are float32 on CPUs
+            (None) or bfloat16; any other dtype makes plain weights of them. Of a GGUF file that is not quantised, None
+            is float32 on CPUs and "stored" elsewhere.
         strategy: A name in `core.strategies.STRATEGIES`, or a strategy of your own; used only with a mesh.
         only: top-level names of the parameters to read, such as ("tokens", "head"); None reads all.
         ignore: Keys of config.json to leave out, as if the file did not have them, such as ["sparsity"] or
@@ -95,17 +102,59 @@ def load(
     generation = read_generation(checkpoint.folder)
     specs = {name: tree for name, tree in checkpoint.specs.items() if only is None or name in only}
     tensors, tokenizer = checkpoint.tensors, tokenizer_of(checkpoint)
-    if checkpoint.gguf is not None and (dtype is None or (isinstance(dtype, str) and dtype == "stored")):
-        dtype = _gguf_dtype(checkpoint.gguf, mesh, dtype)
+    coded = set()  # names of the parameters that stay codes
+    keep = dtype is None or (isinstance(dtype, str) and dtype == "stored")
+    if keep:
+        leaves = jax.tree.leaves(specs, is_leaf=spec.is_spec)
+        coded = {s.name for s in leaves if keeps_codes(s, [tensors[name] for name in s.names])}
+        if checkpoint.gguf is not None or coded or checkpoint.own:
+            dtype = _dtype_beside_codes(checkpoint, mesh, dtype)
     places = spec.map_specs(lambda _: None, specs) if mesh is None else sharding.shardings(specs, mesh, strategy)
     dtype = dtype_to_load(dtype, specs, tensors, on_mesh=mesh is not None)
     dtypes = spec.map_specs(lambda s: _jax_dtype(s, stored_dtype(s, tensors, dtype)), specs)
     config = with_ends(checkpoint.config, generation)
-    if while_reading is not None:
+
+    def read(s: spec.ParamSpec, kind: np.dtype, place: NamedSharding | None) -> Any:
+        if s.name not in coded:
+            return _parameter(s, tensors, kind, place)
+        return _placed(read_codes(s, [tensors[name] for name in s.names], kind.name), place)
+
+    own = {path: one for path, one in checkpoint.own.items() if only is None or path.split("/")[0] in only}
+    late = bool(coded or own)  # the shapes of codes are known when they are read
+    if while_reading is not None and not late:
         abstract = spec.map_specs(lambda s, kind: jax.ShapeDtypeStruct(s.shape, kind), specs, dtypes)
         while_reading(Model(config, abstract, tokenizer, generation))
-    params = spec.map_specs(lambda s, kind, place: _parameter(s, tensors, kind, place), specs, dtypes, places)
+    params = spec.map_specs(read, specs, dtypes, places)
+    if own:
+        compute = np.dtype(dtype).name if dtype is not None else "float32"
+        where = {} if mesh is None else spec.named_leaves(sharding.shardings(parameters(config), mesh, strategy))
+        params = _with_own(params, {p: _placed(read_own(w, compute, not keep), where.get(p)) for p, w in own.items()})
+    params = _unstacked_if_mixed(params)
+    if while_reading is not None and late:
+        while_reading(Model(config, jax.eval_shape(lambda: params), tokenizer, generation))
     return Model(config, params, tokenizer, generation)
+
+
+def _placed(leaf: Any, place: NamedSharding | None) -> Any:
+    """A quantised parameter, or a list of those of the layers, or an array, on its devices."""
+    if isinstance(leaf, list):
+        if place is not None:
+            raise ValueError(
+                "the layers of this checkpoint are quantised in different forms, which cannot be sharded: give a dtype"
+            )
+        return [_placed(one, None) for one in leaf]
+    if place is None:
+        return jax.tree.map(lambda x: jax.device_put(x, may_alias=True), leaf)
+    return jax.device_put(leaf, leaf.shardings(place) if is_leaf(leaf) else place)
+
+
+def _unstacked_if_mixed(params: spec.Tree) -> spec.Tree:
+    """The parameters with one tree a layer, if any is a list of leaves of different forms; else as they are."""
+    if not any(isinstance(x, list) for x in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, list))):
+        return params
+    leaves, tree = jax.tree.flatten(params["blocks"], is_leaf=lambda x: isinstance(x, list) or is_leaf(x))
+    layers = (x if isinstance(x, list) else unstack({"blocks": x})["blocks"] for x in leaves)
+    return {**params, "blocks": tuple(jax.tree.unflatten(tree, layer) for layer in zip(*layers, strict=True))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +167,7 @@ class Checkpoint:
         specs: Its ParamSpec tree.
         tensors: The stored tensors, by the names in the ParamSpec tree.
         gguf: What else a GGUF file says; None for a folder.
+        own: Quantised parameters in our own format, by path, which `specs` and `tensors` are without.
     """
 
     folder: Path
@@ -125,6 +175,7 @@ class Checkpoint:
     specs: spec.Tree
     tensors: dict[str, StoredTensor]
     gguf: GGUFModel | None = None
+    own: Own = dataclasses.field(default_factory=dict)
 
 
 def open_checkpoint(folder: Path, ignore: Collection[str] = ()) -> Checkpoint:
@@ -132,11 +183,21 @@ def open_checkpoint(folder: Path, ignore: Collection[str] = ()) -> Checkpoint:
     if folder.is_file():
         found = open_gguf(folder, family_of, ignore)
         return Checkpoint(folder, found.config, found.specs, found.tensors, found)
-    config = config_in(folder, ignore)
+    config, scheme, raw = _config_and_scheme(folder, ignore)
     if (folder / "adapter_config.json").exists():
-        _log.warning("%s holds an adapter too (adapter_config.json), which is not applied to the weights", folder)
+        _log.warning(
+            "%s holds an adapter too (adapter_config.json), which gx.load_adapter applies to the weights", folder
+        )
     specs = parameters(config)
-    return Checkpoint(folder, config, specs, match(open_tensors(folder), specs, config, folder))
+    tensors = open_tensors(folder)
+    if is_own(raw):
+        own, tensors = take_own(raw, specs, tensors)
+        plain = _without(specs, own)
+        return Checkpoint(folder, config, plain, match(tensors, plain, config, folder), own=own)
+    if scheme is not None:
+        names = [name for s in jax.tree.leaves(specs, is_leaf=spec.is_spec) for name in s.names]
+        tensors = quantised_tensors(tensors, scheme, names)
+    return Checkpoint(folder, config, specs, match(tensors, specs, config, folder))
 
 
 def load_config(path: str | Path, ignore: Collection[str] = ()) -> ModelConfig:
@@ -168,8 +229,40 @@ def config_in(folder: Path, ignore: Collection[str] = ()) -> ModelConfig:
     """The Config of a local folder or GGUF file. Raises as `load` does."""
     if folder.is_file():
         return read_gguf_config(folder, family_of, ignore)[3]
+    return _config_and_scheme(folder, ignore)[0]
+
+
+def _config_and_scheme(folder: Path, ignore: Collection[str]) -> tuple[ModelConfig, Scheme | None, dict[str, Any]]:
+    """The Config of a folder, how its weights are quantised, and its config.json."""
     label = str(folder / "config.json")
-    return parse_config(without(read_config_json(folder), ignore, label), label)
+    raw = without(read_config_json(folder), ignore, label)
+    if is_own(raw):
+        return parse_config({key: raw[key] for key in raw if key != "quantization_config"}, label), None, raw
+    rest, scheme = take_scheme(raw, folder)
+    return parse_config(rest, label), scheme, raw
+
+
+def _without(specs: spec.Tree, own: Collection[str]) -> spec.Tree:
+    """The ParamSpecs but for some, by path."""
+
+    def kept(tree: spec.Tree, path: str) -> spec.Tree:
+        if spec.is_spec(tree):
+            return tree
+        below = {name: kept(part, f"{path}{name}/") for name, part in tree.items() if f"{path}{name}" not in own}
+        return {name: part for name, part in below.items() if part != {}}
+
+    return kept(specs, "")
+
+
+def _with_own(params: spec.Tree, own: Mapping[str, Any]) -> spec.Tree:
+    """The parameters with those of our own format at their paths."""
+    for path, leaf in own.items():
+        *above, name = path.split("/")
+        tree = params
+        for part in above:
+            tree = tree.setdefault(part, {})
+        tree[name] = leaf
+    return params
 
 
 def parse_config(raw: dict[str, Any], label: str = "config.json") -> ModelConfig:
@@ -187,8 +280,8 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     if not is_file(path):
         if (folder / "adapter_config.json").exists():
             raise FileNotFoundError(
-                f"{folder} has no config.json: it is an adapter (adapter_config.json), not a model; merge it into its "
-                "model first, with peft's merge_and_unload(), and save that"
+                f"{folder} has no config.json: it is an adapter (adapter_config.json), not a model: load its model "
+                "and then gx.load_adapter(model, folder), or write both as one with garrulax merge"
             )
         raise FileNotFoundError(f"{folder} has no config.json: it is not a Hugging Face model folder")
     return read_object(path)
@@ -290,12 +383,14 @@ def _read_parameter(
     return out if stacked else out[0]
 
 
-def _gguf_dtype(found: GGUFModel, mesh: Mesh | None, asked: str | None) -> np.dtype:
-    """Dtype of the parameters of a GGUF file, where none or "stored" is asked for."""
+def _dtype_beside_codes(checkpoint: Checkpoint, mesh: Mesh | None, asked: object) -> np.dtype:
+    """Dtype of the parameters of a GGUF file or a quantised folder, where none or "stored" is asked for."""
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     if asked is None and platform == "cpu":
         return np.dtype(np.float32)
-    return jnp.dtype(jnp.bfloat16) if found.quantised else found.dtype
+    if checkpoint.gguf is not None and not checkpoint.gguf.quantised:
+        return checkpoint.gguf.dtype
+    return jnp.dtype(jnp.bfloat16)
 
 
 def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer | None:

@@ -25,6 +25,11 @@ from garrulax.hub.json_files import INDEX_BYTES, parse_object, read_object
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+#: Dtypes of the parts of quantised weights.
+PART_DTYPES = {
+    "U8": np.uint8, "I8": np.int8, "I16": np.int16, "I32": np.int32, "U32": np.uint32, "I64": np.int64,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+}  # fmt: skip
 #: Bits of a number for every dtype of the format; parameters can only have the dtypes in DTYPES.
 BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
@@ -73,6 +78,19 @@ class StoredTensor:
         """The dtype for numpy. Raises KeyError if it is not in DTYPES."""
         return np.dtype(DTYPES[self.dtype])
 
+    @property
+    def quantised(self) -> bool:
+        """Whether the tensor is stored as codes, which its method `coded` gives (`hub.quantised`)."""
+        return False
+
+    def array(self) -> np.ndarray:
+        """The whole tensor in memory. Raises ValueError for a dtype that is not in DTYPES."""
+        if self.dtype not in DTYPES:
+            raise ValueError(f"a tensor is stored as {self.dtype}: there are {', '.join(DTYPES)}")
+        out = np.empty(self.shape, self.numpy_dtype)
+        self.read(0, out.size, Rows.of(out.reshape(1, -1)))
+        return out
+
     def read(self, first: int, step: int, rows: Rows) -> None:
         """Fills rows from the file: row i begins at number `first + i * step` of the flattened tensor.
 
@@ -114,7 +132,7 @@ def open_tensors(folder: Path) -> dict[str, StoredTensor]:
     """
     tensors: dict[str, StoredTensor] = {}
     for path in _files(folder):
-        for name, tensor in _open_file(path).items():
+        for name, tensor in open_file(path).items():
             if name in tensors:
                 raise ValueError(f"{folder}: tensor {name} is in two files, the second is {path.name}")
             tensors[name] = tensor
@@ -205,7 +223,7 @@ def _why_none(folder: Path) -> str:
     return f"{folder} has no {FILE} and no {INDEX}"
 
 
-def _open_file(path: Path) -> dict[str, StoredTensor]:
+def open_file(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one file. Raises ValueError unless they cover its data without overlaps and gaps."""
     file = io.FileIO(path)
     size = path.stat().st_size
@@ -270,12 +288,12 @@ def write_tensors(path: Path, layout: dict[str, tuple[np.dtype, tuple[int, ...]]
         data: The tensors, in the order of `layout`; only one is in memory at a time if this is a generator.
 
     Raises:
-        ValueError: A dtype is not in DTYPES, or a tensor does not fit `layout`.
+        ValueError: A dtype is not in DTYPES or PART_DTYPES, or a tensor does not fit `layout`.
     """
-    names = {np.dtype(kind): name for name, kind in DTYPES.items()}
+    names = {np.dtype(kind): name for name, kind in (DTYPES | PART_DTYPES).items()}
     odd = sorted({str(dtype) for dtype, _ in layout.values() if dtype not in names})
     if odd:
-        raise ValueError(f"parameters are stored as {', '.join(map(str, names))}, not as {', '.join(odd)}")
+        raise ValueError(f"tensors are stored as {', '.join(map(str, names))}, not as {', '.join(odd)}")
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires it
     at = 0
     for name, (dtype, shape) in layout.items():

@@ -1,12 +1,11 @@
 """Saves a Model as a Hugging Face folder, tensor by tensor."""
 
 import contextlib
-import dataclasses
 import functools
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,15 @@ from jax.experimental import multihost_utils
 
 from garrulax.core import spec
 from garrulax.core.config import ModelConfig
+from garrulax.core.leaf import check_arrays, weights
+from garrulax.core.quantised import Quantised
 from garrulax.hub.card import CARD, card_text, write_card
+from garrulax.hub.entries import Entries, TensorPart, WholeTensor
 from garrulax.hub.generation import content_to_write
 from garrulax.hub.model import Model
+from garrulax.hub.quantised.writing import FORMATS, compressed_entries, own_entries
 from garrulax.hub.replacing import replacing
-from garrulax.hub.tensors import FILE, INDEX, write_tensors
+from garrulax.hub.tensors import DTYPES, FILE, INDEX, write_tensors
 from garrulax.models import family, parameters
 
 TEMPLATES = "additional_chat_templates"
@@ -37,26 +40,13 @@ KNOWN_FILES = ("config.json", "*.safetensors", INDEX, CARD, *COMPANIONS)
 Progress = Callable[[int, int], None]  # (bytes written so far, bytes of all tensors)
 
 
-@dataclasses.dataclass(frozen=True)
-class TensorPart:
-    """A parameter, or one layer of it, and how to write it into the stored tensor that contains it.
-
-    Attributes:
-        spec: The parameter.
-        dtype: Dtype of the stored tensor.
-        write: Writes the parameter to its place in the stored tensor (the argument). Every process must call it, since
-            it may gather a sharded array; a process that writes no files passes None.
-    """
-
-    spec: spec.ParamSpec
-    dtype: np.dtype
-    write: Callable[[np.ndarray | None], None]
-
-
-Entries = dict[str, list[TensorPart]]  # name -> parts of each stored tensor, in the order of writing
-
-
-def save(model: Model, path: str | Path, max_shard_size: int | str = "5GB", progress: Progress | None = None) -> None:
+def save(
+    model: Model,
+    path: str | Path,
+    max_shard_size: int | str = "5GB",
+    progress: Progress | None = None,
+    quantised: str = "compressed-tensors",
+) -> None:
     """Saves a model as a folder that `load`, and `from_pretrained` of Hugging Face, read.
 
     The folder has config.json, generation_config.json, safetensors in the dtype of the parameters, the tokenizer's
@@ -73,10 +63,13 @@ def save(model: Model, path: str | Path, max_shard_size: int | str = "5GB", prog
         max_shard_size: Most bytes of one safetensors file, such as 200_000_000, "200MB" or "5GB". A larger model is
             written as several files and an index.
         progress: Called after every tensor with the number of bytes written and the number of all bytes.
+        quantised: Format of quantised weights. "compressed-tensors" is read by transformers and vLLM; it has int4,
+            int8, fp8 and mxfp4 in linear layers, and embeddings become plain numbers. "garrulax" has every form as it
+            is, and only `load` reads it.
 
     Raises:
-        ValueError: The parameters do not fit the config, or `path` holds other files than a model's or is a mount
-            point.
+        ValueError: The parameters do not fit the config, their form does not exist in the format `quantised`, or `path`
+            holds other files than a model's or is a mount point.
         OSError: The folder cannot be written; an older model in it is intact.
 
     Example:
@@ -88,14 +81,16 @@ def save(model: Model, path: str | Path, max_shard_size: int | str = "5GB", prog
         ...     sorted(file.name for file in pathlib.Path(folder).iterdir())
         ['README.md', 'config.json', 'generation_config.json', 'model.safetensors']
     """
-    entries = _entries(parameters(model.config), model.params)
+    specs = parameters(model.config)
+    stored, replaced, more = _quantised_entries(specs, model.params, quantised)
+    entries = _entries(specs, model.params, replaced) | stored
 
     def add_files(folder: Path) -> None:
         if model.tokenizer is not None:
             model.tokenizer.save(folder)
 
     origin = "written by `garrulax.save`"
-    write_folder(Path(path), model.config, entries, max_shard_size, origin, add_files, progress, model.generation)
+    write_folder(Path(path), model.config, entries, max_shard_size, origin, add_files, progress, model.generation, more)
 
 
 def write_folder(
@@ -107,6 +102,7 @@ def write_folder(
     add_files: Callable[[Path], None],
     progress: Progress | None,
     generation: Mapping[str, Any] | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a model folder from parts of tensors.
 
@@ -119,14 +115,16 @@ def write_folder(
         add_files: Called with the new folder to add files such as the tokenizer's.
         progress: As in `save`.
         generation: As in `Model`; None writes the ids of the config only.
+        more: Further keys of config.json.
 
     Raises:
         ValueError: As in `save`.
     """
     folder, limit = path.expanduser().resolve(), parse_size(max_shard_size)
     with jax.numpy_dtype_promotion("standard"):  # strict promotion has no common dtype of a float32 and a bfloat16
-        dtype = str(functools.reduce(jnp.promote_types, {part.dtype for parts in entries.values() for part in parts}))
-    raw = family(config).to_hf(config) | {"torch_dtype": dtype}
+        parts = (part for entry in entries.values() if isinstance(entry, list) for part in entry)
+        dtype = str(functools.reduce(jnp.promote_types, {part.dtype for part in parts}))
+    raw = family(config).to_hf(config) | {"torch_dtype": dtype} | dict(more or {})
     writes = jax.process_index() == 0
     with replacing(folder, check_replaceable) if writes else contextlib.nullcontext(folder) as temporary:
         _write_shards(entries, temporary if writes else None, limit, progress)
@@ -152,16 +150,48 @@ def parse_size(size: int | str) -> int:
     return count
 
 
-def _entries(specs: spec.Tree, params: spec.Tree) -> Entries:
-    """The parts of the tensors of parameters in memory. Raises ValueError that names leaves that do not fit."""
-    entries: Entries = {}
-    named = spec.named_specs(specs)
+def _named(params: spec.Tree) -> dict[str, Any]:
+    """The parameters by path; for unstacked layers a list with that of each."""
     found = spec.named_leaves(params)
     blocks = params.get("blocks")
     if isinstance(blocks, tuple):  # unstacked: one tree a layer
         found = {k: v for k, v in found.items() if not k.startswith("blocks/")}
         layers = [spec.named_leaves(block) for block in blocks]
         found |= {f"blocks/{k}": [layer.get(k) for layer in layers] for layer in layers[:1] for k in layer}
+    return found
+
+
+def _is_quantised(leaf: Any) -> bool:
+    return all(isinstance(x, Quantised) for x in (leaf if isinstance(leaf, list) else [leaf]))
+
+
+def _quantised_entries(specs: spec.Tree, params: spec.Tree, format: str) -> tuple[Entries, set[str], dict[str, Any]]:
+    """The tensors of quantised parameters, the names of plain tensors that they replace, and keys of config.json."""
+    if format not in FORMATS:
+        raise ValueError(f"quantised={format!r} is none of {', '.join(FORMATS)}")
+    named = spec.named_specs(specs)
+    found = {path: leaf for path, leaf in _named(params).items() if _is_quantised(leaf) and path in named}
+    if format == "compressed-tensors":
+        found = {path: leaf for path, leaf in found.items() if named[path].role == "matrix"}
+    if not found:
+        return {}, set(), {}
+    replaced = {name for path in found for name in named[path].names}
+    partly = [n for path, s in named.items() if path not in found for n in s.names if n in replaced]
+    if partly:
+        raise ValueError(f"{partly[0]} holds a quantised parameter and a plain one: quantise both or none")
+    entries, more = compressed_entries(named, found) if format == "compressed-tensors" else own_entries(found)
+    return entries, replaced, more
+
+
+def _entries(specs: spec.Tree, params: spec.Tree, without: Collection[str] = ()) -> Entries:
+    """The parts of the tensors of parameters in memory, but for some.
+
+    Quantised ones become plain. Raises ValueError that names leaves that do not fit.
+    """
+    check_arrays([w for w in weights(params) if not isinstance(w, Quantised)], "saving")
+    entries: Entries = {}
+    named = spec.named_specs(specs)
+    found = _named(params)
     odd = sorted(found.keys() ^ named.keys())
     if odd:
         raise ValueError(f"the parameters do not fit the config: {', '.join(odd[:4])} missing or unknown")
@@ -172,14 +202,18 @@ def _entries(specs: spec.Tree, params: spec.Tree) -> Entries:
             raise ValueError(f"the parameters do not fit the config: {path} should be {s.shape}, is {shapes}")
         dtype = np.dtype((leaf[0] if isinstance(leaf, list) else leaf).dtype)
         for i, name in enumerate(s.names):
-            write = functools.partial(_write_parameter, s, leaf, i if s.layers else None)
-            entries.setdefault(name, []).append(TensorPart(s, dtype, write))
+            if name not in without:
+                write = functools.partial(_write_parameter, s, leaf, i if s.layers else None)
+                parts = entries.setdefault(name, [])
+                assert isinstance(parts, list)
+                parts.append(TensorPart(s, dtype, write))
     return entries
 
 
 def _write_parameter(s: spec.ParamSpec, leaf: Any, i: int | None, target: np.ndarray | None) -> None:
     """Writes a parameter, or layer `i` of it, into the stored tensor `target`."""
-    x = _on_host(leaf if i is None else leaf[i])
+    x = leaf if i is None else leaf[i]
+    x = _on_host(x.dense() if isinstance(x, Quantised) else x)
     if target is not None:
         s.layout.write(x, target)
 
@@ -195,11 +229,17 @@ def _write_shards(entries: Entries, folder: Path | None, limit: int, progress: P
         nonlocal done
         for name in names:
             dtype, shape = layout[name]
-            tensor = None if folder is None else np.empty(shape, dtype)
-            for part in entries[name]:
-                part.write(tensor)
-            if tensor is not None:
-                yield tensor
+            entry = entries[name]
+            if isinstance(entry, WholeTensor):
+                whole = entry.make()
+                if folder is not None:
+                    yield whole
+            else:
+                tensor = None if folder is None else np.empty(shape, dtype)
+                for part in entry:
+                    part.write(tensor)
+                if tensor is not None:
+                    yield tensor
             done += sizes[name]
             if progress is not None:
                 progress(done, total)
@@ -215,11 +255,16 @@ def _write_shards(entries: Entries, folder: Path | None, limit: int, progress: P
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
 
 
-def _tensor_layout(name: str, parts: list[TensorPart]) -> tuple[np.dtype, tuple[int, ...]]:
+def _tensor_layout(name: str, parts: list[TensorPart] | WholeTensor) -> tuple[np.dtype, tuple[int, ...]]:
     """dtype and shape of a tensor to store. Raises ValueError if its parts do not fill it or differ in dtype."""
+    if isinstance(parts, WholeTensor):
+        return np.dtype(parts.dtype), parts.shape
     shape = parts[0].spec.layout.stored_shape
     if sum(math.prod(part.spec.layer_shape) for part in parts) != math.prod(shape):
         raise ValueError(f"the parameters in {name} do not fill its shape {shape}")
+    known = [np.dtype(kind) for kind in DTYPES.values()]
+    if parts[0].dtype not in known:
+        raise ValueError(f"parameters are stored as {', '.join(map(str, known))}, not as {parts[0].dtype}")
     if len({part.dtype for part in parts}) > 1:
         raise ValueError(f"the parameters in {name} have several dtypes")
     return parts[0].dtype, shape

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from garrulax.core.dtypes import at_least_float32
 from garrulax.core.einsum import gather
+from garrulax.core.leaf import Leaf
 from garrulax.core.sums import row_mean, row_sum
 
 
@@ -27,7 +28,8 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return y.astype(x.dtype) * gather(scale, x)
 
 
-def unit_norm(x: jax.Array, eps: float) -> jax.Array:
+def unit_norm(x: jax.Array | Leaf, eps: float) -> jax.Array:
     """x / max(|x|, eps), |x| the length of each row. x: [..., D]. A row of zeros stays, with finite gradients."""
+    x = x.dense() if isinstance(x, Leaf) else x
     y = x.astype(at_least_float32(x.dtype))
     return (y * jax.lax.rsqrt(jnp.maximum(row_sum(y * y), eps**2))).astype(x.dtype)

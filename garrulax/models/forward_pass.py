@@ -13,6 +13,7 @@ from garrulax.core.blanks import Blanks
 from garrulax.core.config import ModelConfig
 from garrulax.core.dtypes import parameter_dtype
 from garrulax.core.einsum import whole_tokens
+from garrulax.core.leaf import dtype_of
 from garrulax.core.strategies import Strategy
 from garrulax.kernels.mask import Mask
 from garrulax.layers.cache import Cache, make_cache
@@ -245,7 +246,7 @@ def cache_for(
         kind.slots(size),
         config.kv_heads,
         config.head_dim,
-        jax.tree.leaves(blocks)[0].dtype,
+        dtype_of(blocks),
         stacked=not isinstance(blocks, tuple),
         like=like,
         kind=kind,

@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from garrulax.core.dtypes import at_least_float32
+from garrulax.core.leaf import Leaf
 from garrulax.models.unpack import ModelLike, TokenizerLike, unpack_model
 
 SIDES = {"input": "tokens", "output": "head"}  # side -> name of its table in the parameters
@@ -302,9 +303,10 @@ def _to_host(x: jax.Array) -> np.ndarray:
     return np.array(x, np.float64)
 
 
-def _promoted(table: jax.Array) -> jax.Array:
+def _promoted(table: jax.Array | Leaf) -> jax.Array:
     """The table in at least float32. XLA converts each entry inside the sum, so there is no copy of the table."""
-    return table.astype(at_least_float32(table.dtype))
+    dtype = at_least_float32(table.dtype)
+    return table.dense(dtype) if isinstance(table, Leaf) else table.astype(dtype)
 
 
 def _replicated(x: jax.Array) -> jax.Array:

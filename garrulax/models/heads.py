@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from garrulax.core.config import ModelConfig
 from garrulax.core.einsum import einsum, gather
+from garrulax.core.leaf import check_arrays
 from garrulax.core.spec import Declare, Tree, normal
 from garrulax.layers.dropout import dropout
 from garrulax.models import gpt, parameters
@@ -39,6 +40,7 @@ def add_tokens(params: Tree, config: Config, count: int, key: jax.Array) -> tupl
     for name in ("tokens", "head"):
         if name in specs:
             old = params[name]
+            check_arrays(old, "add_tokens")
             new = specs[name].init(jax.random.fold_in(key, len(rows)), (count, old.shape[1]), old.dtype)
             rows[name] = jnp.concatenate([old, new])
     return {**params, **rows}, wider

@@ -23,6 +23,7 @@ from garrulax import models
 from garrulax.core import spec
 from garrulax.core.config import Count, ModelConfig, OptionalSize, Size, check_fields
 from garrulax.core.einsum import einsum
+from garrulax.core.leaf import dtype_of
 from garrulax.core.spec import Declare, Tree
 from garrulax.layers.mlp import linear
 from garrulax.models.unpack import ModelLike, unpack_model
@@ -123,7 +124,7 @@ def init(
 
 def _output_matrix(params: Tree, config: ModelConfig) -> jax.Array:
     """The model's output head [V, D], whatever its family makes of it: its logits are W x, so those of unit vectors."""
-    units = jnp.eye(config.width, dtype=jax.tree.leaves(params["blocks"])[0].dtype)[None]
+    units = jnp.eye(config.width, dtype=dtype_of(params["blocks"]))[None]
     return models.family(config).logits(params, units, config)[0].T
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from garrulax.layers.cache_kinds import Kind
 from garrulax.models.unpack import ModelLike, TokenizerLike
+from garrulax.sampling.adapters import Adapter, chosen, weights_by_row
 from garrulax.sampling.buckets import ONE_ROW, POWERS_OF_TWO
 from garrulax.sampling.caches import choose_kind, kind_for
 from garrulax.sampling.constrain import Constraint, Matcher
@@ -61,6 +62,7 @@ def generate(
     search: Search | None = None,
     speculate: Speculation | None = None,
     cache: str | Kind = "full",
+    adapter: Adapter | Sequence[Adapter] = None,
     **knobs: Any,
 ) -> Completion | list[Completion] | list[list[Completion]]:
     """Continues texts.
@@ -114,6 +116,7 @@ def generate(
         cache: What is kept of the text: "full" is all, "int8" all with keys and values in 8 bits, `gx.window(n)` the
             last n tokens, `gx.sinks(4, n)` and `gx.blocks()` what lets a text go on beyond the model's context;
             docs/caches.md shows them. Models with a window keep no more than that in any case.
+        adapter: Name of the adapter in `model.adapters` to write with, or one or None a prompt (docs/lora.md).
         **knobs: Further sampling parameters, such as min_p, repetition_penalty or no_repeat_ngram_size; see
             `sampling.transforms`, and docs/sampling.md.
 
@@ -155,6 +158,7 @@ def generate(
         search=search,
         speculate=speculate,
         cache=cache,
+        adapter=adapter,
         **knobs,
     )
     found = exhaust(plan.run())
@@ -179,6 +183,7 @@ def stream(
     speculate: Speculation | None = None,
     every: int = 4,
     cache: str | Kind = "full",
+    adapter: Adapter = None,
     **knobs: Any,
 ) -> Generator[str, None, Completion]:
     """Continues one text and yields it piece by piece. The pieces together are the text of `generate`.
@@ -201,6 +206,7 @@ def stream(
         speculate: How to guess several next tokens.
         every: Number of tokens between two pieces; with `speculate` of passes.
         cache: What is kept of the text; see `generate`.
+        adapter: Name of the adapter to write with.
         **knobs: Further sampling parameters.
 
     Returns:
@@ -241,6 +247,7 @@ def stream(
         speculate=speculate,
         every=every,
         cache=cache,
+        adapter=adapter,
         **knobs,
     )
     return _only_one(first_row(plan.run()))
@@ -357,6 +364,7 @@ def make_plan(
     speculate: Speculation | None = None,
     prepared: Prepared | None = None,
     cache: str | Kind = "full",
+    adapter: Adapter | Sequence[Adapter] = None,
     **knobs: Any,
 ) -> Plan:
     """Checks the arguments of `generate`.
@@ -374,8 +382,12 @@ def make_plan(
         speculate: What guesses tokens.
         prepared: What `prepare_model` has made of the model; None makes it.
         cache: What is kept of the text.
+        adapter: Names of adapters.
         **knobs: Sampling parameters.
     """
+    if prepared and adapter is not None:
+        raise ValueError("a session has one model: begin it with that of the adapter, model.adapters[name]")
+    model, trees = chosen(model, adapter, len(prompts))
     weights, config, tokenizer = prepared or prepare_model(model)
     kind = kind_for(cache, config)
     stops = StopStrings(stop, tokenizer)
@@ -388,6 +400,7 @@ def make_plan(
         for i, (prompt, limit) in enumerate(zip(prompts, values["max_new_tokens"], strict=True))
     ]
     values["max_new_tokens"] = [prompt.limit for prompt in encoded]
+    values |= {"adapter": list(trees)} if trees else {}
     if search is not None:
         check(search, config, values["temperature"], values["max_new_tokens"], stops, values.get("watermark", ()))
     copies = search.n if isinstance(search, BestOf) else 1
@@ -396,6 +409,7 @@ def make_plan(
     limits = values["max_new_tokens"]
     endless = kind.room is not None
     rows, encoded, values = with_partners(encoded, values, negative_prompts, copies, config, tokenizer, endless)
+    trees = values.pop("adapter", [])
     requests = assemble(encoded, values, config, ends, transform)
     writers = {row: Writer(tokenizer, limit, ends, stops) for row, limit in zip(rows, limits, strict=True)}
     followed = zip(rows, matchers_of(constrain, limits, copies, config, tokenizer, ends), strict=True)
@@ -409,6 +423,10 @@ def make_plan(
     buckets = POWERS_OF_TWO if speculate is None else ONE_ROW
     size, every = size_of(requests, buckets), every or (STOP_CHECK_STEPS if stop else max(limits))
     compared = search is not None and not isinstance(search, BestOf)
+    if trees:
+        if compared or speculate is not None:
+            raise ValueError("several adapters in one call go with sampling only: call once for each adapter")
+        weights = weights_by_row(trees, buckets.of("rows", len(encoded)))
     full_only = "search" if compared else "speculate" if speculate is not None else None
     decoder = Decoder(config, transform, buckets, choose_kind(kind, config, size, full_only))
     speculation = None

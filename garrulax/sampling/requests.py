@@ -67,10 +67,16 @@ class Weights(NamedTuple):
     Attributes:
         prefill: As they were given. Stacked ones compile in a time that does not grow with depth.
         step: Unstacked, which decodes fastest. On a CPU they lie in the same memory.
+        requests: `prefill` of each request, where requests have different adapters; empty otherwise.
     """
 
     prefill: Tree
     step: Tree
+    requests: tuple[Tree, ...] = ()
+
+    def of(self, request: int) -> Tree:
+        """The parameters with which a request is read."""
+        return self.requests[request] if self.requests else self.prefill
 
 
 Prepared = tuple[Weights, ModelConfig, TokenizerLike | None]

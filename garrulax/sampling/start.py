@@ -36,11 +36,12 @@ def start(
     Returns:
         The state before the first new token.
     """
-    groups, rows, slots = _groups(decoder, requests, size)
-    like = decoder.compile_ahead(weights, groups[0][0], rows, slots, size, steps=steps)
+    groups, rows, slots = _groups(decoder, weights, requests, size)
+    first = weights._replace(prefill=weights.of(groups[0][1][0]))
+    like = decoder.compile_ahead(first, groups[0][0], rows, slots, size, steps=steps)
     state = decoder.empty(weights.step, like, rows, slots, constrained)
     for one, places in groups:
-        state = decoder.insert(state, decoder.prefill(weights.prefill, one, size), places)
+        state = decoder.insert(state, decoder.prefill(weights.of(places[0]), one, size), places)
     return state
 
 
@@ -50,25 +51,27 @@ def compile_start(decoder: Decoder, weights: Weights, requests: Requests, size: 
     Returns:
         The abstract result of `start`.
     """
-    groups, rows, slots = _groups(decoder, requests, size)
+    groups, rows, slots = _groups(decoder, weights, requests, size)
     prefix = decoder.compile_ahead(weights, groups[0][0], rows, slots, size, steps=steps)
     state: State = jax.eval_shape(lambda: decoder.empty(weights.step, prefix, rows, slots))
     return state
 
 
-def _groups(decoder: Decoder, requests: Requests, size: int) -> tuple[list[tuple[Requests, np.ndarray]], int, int]:
-    """The requests with one context together, and the numbers of rows and slots of their state.
+def _groups(
+    decoder: Decoder, weights: Weights, requests: Requests, size: int
+) -> tuple[list[tuple[Requests, np.ndarray]], int, int]:
+    """The requests with one context and one adapter together, and the numbers of rows and slots of their state.
 
     Returns:
         For each group its requests, of one context, and their rows. The number of requests is rounded up to a power of
         two by repeating the first.
     """
     count, width = requests.context.shape
-    groups: dict[bytes, list[int]] = {}
+    groups: dict[tuple[bytes, int], list[int]] = {}
     for i in range(count):
         parts = (requests.context, requests.segment, requests.rank, requests.positions)
         # What is planned for rotary positions depends on the limit.
-        key = b"".join(np.asarray(x[i]).tobytes() for x in (*parts, requests.limit))
+        key = b"".join(np.asarray(x[i]).tobytes() for x in (*parts, requests.limit)), id(weights.of(i))
         groups.setdefault(key, []).append(i)
     padded = (rows + rows[:1] * (bucket(len(rows)) - len(rows)) for rows in groups.values())
     each = [(of_one_context(requests, rows, decoder.buckets), np.array(rows, np.int32)) for rows in padded]

@@ -17,7 +17,7 @@ from garrulax.core.config import ModelConfig
 from garrulax.core.sharding import make_mesh, sharding_report
 from garrulax.core.spec import Tree
 from garrulax.core.strategies import check_strategy
-from garrulax.train import lock, peers, plots, spare
+from garrulax.train import lock, lora, peers, plots, spare
 from garrulax.train import settings as settings_
 from garrulax.train.batches import Data, check_batch, check_held_out, on_devices
 from garrulax.train.checkpoint import Checkpoints
@@ -60,7 +60,8 @@ class Run:
         folder: For run.json, metrics.jsonl, events/, checkpoints/ and loss.png.
         objective: None takes the one that the settings name.
         params: Parameters to start from, such as those of a loaded model, or a function that returns them, which keeps
-            no second copy in memory; None draws random ones. They are not needed to resume.
+            no second copy in memory; None draws random ones. They are not needed to resume, unless the settings train
+            adapters: checkpoints have these alone.
         export: Called as `export(params, step)` every `export_every` steps, to save the model; None saves none.
         write_samples: Called with the parameters every `sample_every` steps, while the mesh is set; returns pairs of a
             prompt and what the model writes after it. None writes none.
@@ -133,19 +134,21 @@ def train(
     check_held_out(run.data)
     check_trackers(settings.trackers)
     check_quantized(settings.quantize, settings.mesh)
-    identity = settings_.run_identity(settings, run.config, run.data.identity)
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock.held(run.folder))
         stack.enter_context(peers.watched(run.folder))
         if mesh is not None:
             stack.enter_context(jax.set_mesh(mesh))
+        adaptation = lora.adapted(run.params, run.config, settings, mesh)
+        run = _with_base(run, adaptation)
+        identity = settings_.run_identity(settings, run.config, run.data.identity)
         losses = held_out_losses(run.folder) if resume else {}
         checkpoints = Checkpoints(run.folder / "checkpoints", identity, settings.keep, losses, settings.keep_minutes)
         stack.enter_context(checkpoints)
         lines = checkpoints.check() if resume else []
         run, more = _continued(run, checkpoints) if resume else (run, [])
-        loop = _Loop(run, mesh, checkpoints, out)
-        report = [] if mesh is None else sharding_report(models.parameters(run.config), mesh, settings.strategy)
+        loop = _Loop(run, adaptation, mesh, checkpoints, out)
+        report = [] if mesh is None else sharding_report(adaptation.specs, mesh, settings.strategy)
         for line in [*lines, *more, *report]:
             loop.progress.say(line)
         state = loop.first_state(resume)
@@ -157,6 +160,14 @@ def train(
         if on_finish is not None:
             on_finish(result)
         return result
+
+
+def _with_base(run: Run, adaptation: lora.Adaptation) -> Run:
+    """The run, which may be resumed with the same frozen weights only."""
+    if adaptation.frozen is None:
+        return run
+    identity = {**run.data.identity, "base": adaptation.digest}
+    return dataclasses.replace(run, params=adaptation.start, data=dataclasses.replace(run.data, identity=identity))
 
 
 def _mesh(settings: Settings) -> Mesh | None:
@@ -183,11 +194,14 @@ def _continued(run: Run, checkpoints: Checkpoints) -> tuple[Run, list[str]]:
 class _Loop:
     """The objects of one call of `train`, and the steps of the loop."""
 
-    def __init__(self, run: Run, mesh: Mesh | None, checkpoints: Checkpoints, out: TextIO | None):
+    def __init__(
+        self, run: Run, adaptation: lora.Adaptation, mesh: Mesh | None, checkpoints: Checkpoints, out: TextIO | None
+    ):
         s, c = run.settings, run.config
         objective = run.objective or OBJECTIVES[objective_name(s.objective, c)]
         self.run, self.mesh, self.checkpoints = run, mesh, checkpoints
-        self.optimizer = make_optimizer(s, models.parameters(c))
+        self.adaptation = adaptation
+        self.optimizer = make_optimizer(s, adaptation.specs)
         self.train_step = make_train_step(c, s, self.optimizer, objective)
         self.evaluate = make_evaluate(c, objective, mesh=mesh, precision=s.precision)
         self.timer, self.evaluated = StepTimer(), False
@@ -202,7 +216,8 @@ class _Loop:
         """The state to start from: new, or of the latest checkpoint. Writes run.json, and its spare copy."""
         run, s = self.run, self.run.settings
         options: dict[str, Any] = {"mesh": self.mesh, "strategy": s.strategy, "strict": s.strict,
-                                   "dtype": s.weights, "average": s.ema > 0, "guard": first_guard(s)}  # fmt: skip
+                                   "dtype": s.weights, "average": s.ema > 0, "guard": first_guard(s),
+                                   "specs": self.adaptation.specs}  # fmt: skip
         if resume and self.checkpoints.latest is not None:
             state = self.checkpoints.restore(abstract_state(run.config, self.optimizer, **options))
             self.progress.say(f"resumed {run.folder} at step {int(state.step):,}")
@@ -222,6 +237,10 @@ class _Loop:
             write_environment(run.folder)
         return state
 
+    def model(self, state: TrainState) -> Tree:
+        """All parameters of the model, to evaluate and to save."""
+        return self.adaptation.joined(state.model)
+
     def steps(
         self, state: TrainState, log: MetricsLog, interrupts: Interrupts
     ) -> tuple[TrainState, int, Evaluation | None, bool]:
@@ -238,7 +257,7 @@ class _Loop:
         for step in range(first + 1, s.steps + 1):
             batch = self.batch(step)
             with self.profiler.step(step):
-                state, metrics = self.train_step(state, batch)
+                state, metrics = self.train_step(state, batch, self.adaptation.frozen)
             self.wait(step, metrics, compiling=step == first + 1)
             if self.profiler.ends_with(step):
                 self.timer.stop()
@@ -337,7 +356,7 @@ class _Loop:
         texts, found = {"": self.run.data.held_out, **self.run.data.eval_texts}, {}
         try:
             for name, batches in texts.items():
-                found[name] = self.evaluate(state.model, interrupts.until_received(batches()), tokens)
+                found[name] = self.evaluate(self.model(state), interrupts.until_received(batches()), tokens)
         except Stopped:
             return None
         self.checkpoints.record(step, found[""].loss)
@@ -365,9 +384,9 @@ class _Loop:
         self.report(log, ahead=0)
         self.timer.stop()
         if run.export is not None and exports:
-            run.export(state.model, step)
+            run.export(self.model(state), step)
         if run.write_samples is not None and writes:
-            for prompt, text in run.write_samples(state.model):
+            for prompt, text in run.write_samples(self.model(state)):
                 log.write(step, {"prompt": prompt, "sample": text})
                 self.progress.say(f"step {step:,}  {prompt!r} goes on: {text!r}")
         self.timer.start()
@@ -385,13 +404,15 @@ class _Loop:
         self.progress.close()
         run, finished = self.run, not stopped
         if finished and evaluation is None:  # the run was resumed after its last step
-            evaluation = self.evaluate(state.model, run.data.held_out())
+            evaluation = self.evaluate(self.model(state), run.data.held_out())
         if not finished:
             self.progress.say(
                 f"stopped and saved at step {step:,}; continue with: garrulax train --resume "
                 f"{shlex.quote(str(run.folder))}"
             )
-        return Result(state.model, step, finished, evaluation, self.checkpoints.best, self.draw() if finished else None)
+        return Result(
+            self.model(state), step, finished, evaluation, self.checkpoints.best, self.draw() if finished else None
+        )
 
     def draw(self) -> Path | None:
         """Draws the loss curves, in process 0 only and if matplotlib is installed."""

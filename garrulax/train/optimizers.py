@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from garrulax.core.spec import Tree, decay_mask, map_specs
+from garrulax.train import lora
 from garrulax.train.factored import scale_by_adafactor
 from garrulax.train.layer_rates import scaled_by_layer
 from garrulax.train.muon import scale_by_muon
@@ -20,16 +21,19 @@ def make_optimizer(settings: Settings, specs: Tree) -> optax.GradientTransformat
     AdamW (Loshchilov & Hutter 2019), Lion (Chen et al. 2023) and Adafactor (Shazeer & Stern 2018) decay matrices and
     embeddings, but not norms and biases. Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) orthogonalises
     the momentum of the matrices of every layer. Embeddings, output projection, norms and biases use AdamW at `adam_lr`
-    then. `layer_decay` makes the rate of lower layers smaller (`layer_rates`).
+    then. `layer_decay` makes the rate of lower layers smaller (`layer_rates`), `plus` in `lora` that of every B larger.
 
     Args:
         settings: Of the run.
         specs: ParamSpec tree of the parameters.
     """
+    adapters = lora.read(settings.lora)
     clip = optax.clip_by_global_norm(settings.clip) if settings.clip else optax.identity()
     optimizer = _MAKERS[settings.optimizer](settings, specs)
     if settings.layer_decay != 1:
         optimizer = scaled_by_layer(optimizer, specs, settings.layer_decay)
+    if adapters is not None and adapters.plus != 1:
+        optimizer = lora.plus_rates(optimizer, specs, adapters.plus)
     return optax.chain(clip, optimizer)
 
 

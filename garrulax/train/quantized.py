@@ -1,16 +1,67 @@
 """Training with products of int8 or fp8 numbers, which Qwix quantises and multiplies (an extra)."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
 
-from garrulax.core.einsum import OwnProduct
+from garrulax.core.einsum import lookup, product
+from garrulax.core.leaf import Leaf
 from garrulax.core.spec import Tree, map_specs
 
 #: Setting -> dtype of activations and weights, and dtype of gradients.
 _DTYPES = {"int8": ("int8", "int8"), "fp8": ("float8_e4m3fn", "float8_e5m2")}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OwnProduct(Leaf):
+    """A weight that is multiplied by a function of its own, on one device.
+
+    Attributes:
+        array: The weight, contracted letters first.
+        dot: The product of x [M, n] and the weight as a matrix [n, N]: [M, N].
+    """
+
+    array: jax.Array
+    dot: Callable[[jax.Array, jax.Array], jax.Array] = dataclasses.field(metadata={"static": True})
+
+    kind = "weights that are multiplied in low precision"
+    advice = "leave out quantize"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return self.array.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the weight."""
+        return np.dtype(self.array.dtype)
+
+    def einsum(self, spec: str, x: jax.Array) -> jax.Array:
+        """The product by `dot`."""
+        return product(spec, x, self.array, self.dot)
+
+    def lookup(self, ids: jax.Array) -> jax.Array:
+        """Rows of the weight."""
+        return lookup(self.array, ids)
+
+    def dense(self, dtype: Any = None) -> jax.Array:
+        """The weight."""
+        return self.array if dtype is None else self.array.astype(dtype)
+
+    def astype(self, dtype: Any) -> "OwnProduct":
+        """The weight in another dtype, with the same `dot`."""
+        return dataclasses.replace(self, array=self.array.astype(dtype))
+
+    def shardings(self, place: NamedSharding) -> "OwnProduct":
+        """The sharding of the weight."""
+        return OwnProduct(cast(Any, place), self.dot)
 
 
 def check_quantized(kind: str, mesh: str) -> None:

@@ -19,6 +19,12 @@ FINETUNING_RATES = {
     "lion": (3e-6, 3e-6, 0.0),
     "adafactor": (1e-3, 1e-3, 0.0),
 }
+#: The same for adapters, which learn at about ten times the rate of all weights.
+ADAPTER_RATES = {
+    "adamw": (2e-4, 2e-4, 0.0),
+    "lion": (2e-5, 2e-5, 0.0),
+    "adafactor": (1e-3, 1e-3, 0.0),
+}
 TRACKERS = ("wandb", "trackio")
 _COUNTS = ("steps", "batch", "window", "accumulation", "log_every", "eval_every", "checkpoint_every", "keep")
 _NOT_NEGATIVE = ("lr", "adam_lr", "weight_decay", "clip", "warmup", "decay", "eval_tokens", "tail_step", "tail_ratio",

@@ -11,10 +11,10 @@ from garrulax import models
 from garrulax.core.config import ModelConfig
 from garrulax.core.strategies import STRATEGIES
 from garrulax.layers.stack import REMAT
-from garrulax.train import dedup, schedules, typed
+from garrulax.train import dedup, lora, schedules, typed
 from garrulax.train.digests import read_sealed, sealed, write_durably
 from garrulax.train.objectives import OBJECTIVES
-from garrulax.train.setting_limits import DEFAULT_RATES, FINETUNING_RATES, check_limits, named_texts
+from garrulax.train.setting_limits import ADAPTER_RATES, DEFAULT_RATES, FINETUNING_RATES, check_limits, named_texts
 from garrulax.train.settings_text import pairs, read_changes, with_lists
 from garrulax.train.sources import absolute_source, expanded
 
@@ -81,6 +81,7 @@ class Settings:
         precision: Dtype of the computation: float32 or bfloat16.
         weights: Dtype of the parameters: float32, or bfloat16, which takes half the memory.
         rounding: Of updated bfloat16 parameters: stochastic, or nearest, which loses small updates.
+        lora: Trains adapters of a model with weights: a list of rank=16, alpha=32, targets=query+value, dora=true, ...
         quantize: Numbers that the layers' matrices multiply: none, int8 or fp8 (needs the extra quantize).
         remat: Recomputed in the backward pass to save memory: none, dots (all but matrix products) or full.
         unroll: Compile the layers as straight code, not as a loop; none does so for few layers on a CPU.
@@ -153,6 +154,7 @@ class Settings:
     precision: str = "float32"
     weights: str = "float32"
     rounding: str = "stochastic"
+    lora: tuple[str, ...] = ()
     quantize: str = "none"
     remat: str = "none"
     unroll: bool | None = None
@@ -185,6 +187,8 @@ class Settings:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
         check_limits(self)
+        if lora.read(self.lora) is not None:
+            lora.check(self)
 
 
 _CHOICES = {
@@ -213,6 +217,7 @@ FIXED_ON_RESUME = (
     "batch",
     "window",
     "optimizer",
+    "lora",
     "seed",
     "ema",
     "skip_steps",
@@ -276,7 +281,8 @@ def finetuning(config: ModelConfig, changes: Mapping[str, Any]) -> dict[str, Any
         changes: From `read_changes`; they win over the defaults.
     """
     optimizer = changes.get("optimizer", "adamw")
-    rates = FINETUNING_RATES.get(optimizer, (None, None, None))  # of an unknown one: it is refused later
+    table = ADAPTER_RATES if changes.get("lora") else FINETUNING_RATES
+    rates = table.get(optimizer, (None, None, None))  # of an unknown one: it is refused later
     return {
         "optimizer": optimizer,
         **dict(zip(_RATES, rates, strict=True)),

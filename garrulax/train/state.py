@@ -12,6 +12,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from garrulax import models
 from garrulax.core import sharding, spec
 from garrulax.core.config import ModelConfig
+from garrulax.core.leaf import check_arrays, map_weights
 from garrulax.core.strategies import Strategy
 
 
@@ -98,9 +99,10 @@ def init_state(
         specs = models.parameters(config) if specs is None else specs
         params = params() if callable(params) else params
         spec.check_params(specs, params)
+        check_arrays(params, "training all weights")
         params = jax.tree.map(lambda p: jnp.asarray(p, dtype) if ours else jnp.array(p, dtype, copy=True), params)
         if mesh is not None:
-            params = jax.device_put(params, sharding.shardings(specs, mesh, strategy, strict=strict))
+            params = sharding.place(params, specs, mesh, strategy, strict=strict)
     step = jnp.zeros((), jnp.int32)
     if mesh is not None:
         step, key, guard = jax.device_put((step, key, guard), jax.NamedSharding(mesh, jax.P()))
@@ -109,8 +111,8 @@ def init_state(
 
 
 def in_full(tree: spec.Tree) -> spec.Tree:
-    """A tree of arrays with those of 16 bits, such as bfloat16, in float32."""
-    return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype in (jnp.bfloat16, jnp.float16) else x, tree)
+    """The parameters with those of 16 bits, such as bfloat16, in float32."""
+    return map_weights(lambda x: x.astype(jnp.float32) if x.dtype in (jnp.bfloat16, jnp.float16) else x, tree)
 
 
 def _average(params: spec.Tree) -> spec.Tree:

@@ -9,6 +9,8 @@ import optax
 
 from garrulax import models
 from garrulax.core.config import ModelConfig
+from garrulax.core.leaf import cast
+from garrulax.core.lora import join
 from garrulax.core.spec import Tree
 from garrulax.train.averaging import next_average
 from garrulax.train.guard import judge
@@ -25,8 +27,11 @@ Metrics = dict[str, jax.Array]
 
 def make_train_step(
     config: ModelConfig, settings: Settings, optimizer: optax.GradientTransformation, objective: Objective
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Makes the jitted step `(state, batch) -> (state, metrics)`.
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Makes the jitted step `(state, batch, frozen=None) -> (state, metrics)`.
+
+    Without `frozen` the parameters of the state are those of the model. With it they are those that are trained, and
+    `frozen` has the rest (`core.lora.split`), which gets no gradients and no optimizer state.
 
     The state passed in is donated: use the returned one afterwards. If the loss or the gradient is not finite, the
     state is returned unchanged. If the state has a guard (`guard.first_guard`), a step that it does not accept changes
@@ -48,9 +53,9 @@ def make_train_step(
     schedule = schedule_of(settings, settings.lr)
     factor = settings.spike_factor if settings.skip_steps == "spikes" else None
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch, frozen: Tree | None = None) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step) if settings.dropout else None
-        loss, tokens, grads = _accumulated(gradient, state.params, batch, key)
+        loss, tokens, grads = _accumulated(gradient, state.params, frozen, batch, key)
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # Optax relies on promotion
             norm, norms = gradient_norms(grads)
             updates = state.step if state.guard is None else state.step - state.guard.skipped  # the optimizer's count
@@ -72,10 +77,7 @@ def make_train_step(
 
 def compute_dtype(params: Tree, precision: str) -> Tree:
     """The parameters in the dtype of the computation: those of 32 bits or more are unchanged for "float32"."""
-    if precision == "float32":
-        return in_full(params)
-    dtype = jnp.dtype(precision)
-    return jax.tree.map(lambda p: p.astype(dtype) if jnp.issubdtype(p.dtype, jnp.floating) else p, params)
+    return in_full(params) if precision == "float32" else cast(params, precision)
 
 
 def should_unroll(config: ModelConfig) -> bool:
@@ -88,8 +90,8 @@ def _gradient(config: ModelConfig, settings: Settings, objective: Objective) -> 
     extra = Regularizers(settings.z_loss, settings.label_smoothing, settings.embedding_shrink)
     options = {} if extra == Regularizers() else {"extra": extra}  # objectives of other people may have no such option
 
-    def loss(params, batch, key):
-        params = compute_dtype(params, settings.precision)
+    def loss(params, frozen, batch, key):
+        params = compute_dtype(params if frozen is None else join(params, frozen), settings.precision)
         if settings.quantize != "none":
             params = quantized(params, models.parameters(config), settings.quantize)
         return objective(params, batch, config, key, remat=settings.remat, unroll=unroll, **options)
@@ -97,25 +99,25 @@ def _gradient(config: ModelConfig, settings: Settings, objective: Objective) -> 
     return jax.value_and_grad(loss, has_aux=True)
 
 
-def _accumulated(gradient: Callable, params: Tree, batch: Batch, key: jax.Array | None) -> tuple:
+def _accumulated(gradient: Callable, params: Tree, frozen: Tree | None, batch: Batch, key: jax.Array | None) -> tuple:
     """Loss, number of tokens and gradient of the mean over the tokens of all micro-batches.
 
     Micro-batches differ in their number of tokens, so this is not the mean of their means.
     """
     micro_batches = next(iter(batch.values())).shape[0]
     if micro_batches == 1:
-        (loss, aux), grads = gradient(params, {k: v[0] for k, v in batch.items()}, key)
+        (loss, aux), grads = gradient(params, frozen, {k: v[0] for k, v in batch.items()}, key)
         return loss, aux["tokens"], grads
 
     def add(total, item):
         i, part = item
-        (loss, aux), grads = gradient(params, part, None if key is None else jax.random.fold_in(key, i))
+        (loss, aux), grads = gradient(params, frozen, part, None if key is None else jax.random.fold_in(key, i))
         tokens = aux["tokens"]
         return jax.tree.map(
             lambda t, x: t + x.astype(t.dtype) * tokens.astype(t.dtype), total, (loss, jnp.ones_like(loss), grads)
         ), None
 
-    shapes = jax.eval_shape(lambda: gradient(params, {k: v[0] for k, v in batch.items()}, key))
+    shapes = jax.eval_shape(lambda: gradient(params, frozen, {k: v[0] for k, v in batch.items()}, key))
     zero = jnp.zeros((), shapes[0][0].dtype)
     total = (zero, zero, jax.tree.map(jnp.zeros_like, in_full(params)))
     (loss, tokens, grads), _ = jax.lax.scan(add, total, (jnp.arange(micro_batches, dtype=jnp.int32), batch))

@@ -48,7 +48,7 @@ class GGUFModel:
     @property
     def quantised(self) -> bool:
         """Whether any tensor is stored in blocks."""
-        return any(FORMATS[entry.kind].decode is not None for entry in self.container.tensors.values())
+        return any(FORMATS[entry.kind].codes is not None for entry in self.container.tensors.values())
 
 
 def read_gguf_config(

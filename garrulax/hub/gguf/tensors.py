@@ -2,12 +2,15 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 
 import numpy as np
 
+from garrulax.core.coded import Coded
 from garrulax.hub.gguf.blocks import FORMATS, Format
 from garrulax.hub.gguf.container import Entry
+from garrulax.hub.quantised.formats import check_scales
 from garrulax.hub.tensors import DTYPES, Rows, StoredTensor, read_buffers
 
 
@@ -22,6 +25,25 @@ class BlockTensor(StoredTensor):
 
     format: Format
     rows: np.ndarray | None
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the numbers are stored as codes."""
+        return self.format.codes is not None and len(self.shape) == 2
+
+    def coded(self) -> Coded:
+        """The codes of a matrix, with its rows in the order of the checkpoint. Raises ValueError as `read` does."""
+        assert self.format.codes is not None
+        raw = np.empty((math.prod(self.shape) // self.format.values, self.format.bytes), np.uint8)
+        octets = raw.reshape(-1)
+        read_buffers(self.file, self.start, 0, [octets], len(octets))
+        found = (None if a is None else a.reshape(self.shape[0], -1) for a in self.format.codes(raw))
+        codes, scale, minimum = found
+        assert codes is not None
+        assert scale is not None
+        kind, group = "table" if self.format.table else "int", self.shape[1] // scale.shape[1]
+        whole = Coded(codes, scale, minimum, group, None, kind, self.format.bits, self.format.table)
+        return check_scales(whole if self.rows is None else whole.rows(self.rows), str(self.file.name), zeros=True)
 
     def read(self, first: int, step: int, rows: Rows) -> None:
         """As `StoredTensor.read`; numbers of quantised tensors are float32."""
@@ -62,7 +84,7 @@ class BlockTensor(StoredTensor):
         else:
             for start, buffer in zip(starts, raw, strict=True):
                 read_buffers(self.file, self.start + start * self.format.bytes, 0, [buffer], raw.shape[1])
-        if self.format.decode is None:
+        if self.format.codes is None:
             return raw.view(self.numpy_dtype)
         numbers = self.format.decode(raw.reshape(-1, self.format.bytes))
         return np.ascontiguousarray(numbers.reshape(len(starts), -1)[:, phase : phase + count])

@@ -30,26 +30,6 @@ class Words:
 
     text = "<pad> <|start|> <|end|> <nl> system user assistant be kind what is 2 + 3 5 thanks you are welcome"
     words = tuple(text.split())
-        "<pad>",
-        "<|start|>",
-        "<|end|>",
-        "<nl>",
-        "system",
-        "user",
-        "assistant",
-        "be",
-        "kind",
-        "what",
-        "is",
-        "2",
-        "+",
-        "3",
-        "5",
-        "thanks",
-        "you",
-        "are",
-        "welcome",
-    ]
 
     def encode(self, text, *, start=True):
         return [self.words.index(w) for w in text.replace("\n", " <nl> ").split()]
@@ -75,7 +55,8 @@ def test_mask_of_transformers():
 
 
 SPECIALS = ["<|endoftext|>", "<s>", "</s>", "[gMASK]", "sop", "<sop>", "<|system|>", "<|user|>", "<|assistant|>",
-            "<|observation|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]  # fmt: skip
+            "<|observation|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
+            "<|eot_id|>"]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -85,7 +66,7 @@ SPECIALS = ["<|endoftext|>", "<s>", "</s>", "[gMASK]", "sop", "<sop>", "<|system
         ("chatglm3", "<|user|>", [b"so.", b"because"]),  # the next turn ends an answer
         ("glm4", "<|user|>", [b"so.", b"because"]),
         ("llama2", "</s>", [b"so.", b"because"]),
-        ("chatglm2", "</s>", [b"because"]),  # all is one text: only the last answer
+        ("chatglm2", "</s>", [b"because"]),  # all is one text
     ],
 )
 def test_only_answers_and_their_ends_are_learned(form, end, learned):

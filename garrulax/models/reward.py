@@ -22,16 +22,21 @@ NAME = "reward"
 
 
 def reward_specs(config: ModelConfig) -> Tree:
-    """The ParamSpec tree of a model with a reward head, whose weight has the standard deviation 1 / sqrt(width + 1)."""
+    """The ParamSpec tree of a model with a reward head."""
+    return {**parameters(config), NAME: head_specs(config)}
+
+
+def head_specs(config: ModelConfig) -> Tree:
+    """The ParamSpec tree of a head with one output, whose weight has the standard deviation 1 / sqrt(width + 1)."""
     declare = Declare(normal((config.width + 1) ** -0.5), D=config.width, N=1)
     head = declare.linear("weight", "score", "N D -> D N", bias=True)
     weight = dataclasses.replace(head["weight"], role="embedding")
-    return {**parameters(config), NAME: {"weight": weight, "bias": head["weight_bias"]}}
+    return {"weight": weight, "bias": head["weight_bias"]}
 
 
 def add_reward_head(params: Tree, config: ModelConfig, key: jax.Array) -> Tree:
     """The parameters of a model with those of a new reward head."""
-    return {**params, **spec.init({NAME: reward_specs(config)[NAME]}, key)}
+    return {**params, **spec.init({NAME: head_specs(config)}, key)}
 
 
 def scores(
@@ -57,13 +62,13 @@ def scores(
         [B], in at least float32.
     """
     x, _ = hidden(without_head(params), tokens, config, key=key, **options)
-    return score(params, state_at(x, jnp.maximum(length - 1, 0)))
+    return score(params[NAME], state_at(x, jnp.maximum(length - 1, 0)))
 
 
-def score(params: Tree, states: jax.Array) -> jax.Array:
-    """The head's output for hidden states [..., D]: [...], computed in at least float32, in which scores do not tie."""
+def score(head: Tree, states: jax.Array) -> jax.Array:
+    """A head's output for hidden states [..., D]: [...], computed in at least float32, in which scores do not tie."""
     dtype = at_least_float32(states.dtype)
-    weight, bias = (params[NAME][name].astype(dtype) for name in ("weight", "bias"))
+    weight, bias = (head[name].astype(dtype) for name in ("weight", "bias"))
     return jnp.sum(states.astype(dtype) * weight[:, 0], axis=-1) + bias[0]
 
 

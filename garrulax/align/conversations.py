@@ -126,8 +126,37 @@ def _renamed(turn: Any, where: str) -> Any:
     return {"role": ROLES[turn["from"]], "content": turn.get("value")}
 
 
+def has_chat_format(tokenizer: Any) -> bool:
+    """Whether a tokenizer can write conversations."""
+    return bool(getattr(tokenizer, "chat_format", None) or getattr(tokenizer, "config", {}).get("chat_template"))
+
+
+def plain(tokenizer: Any, messages: Sequence[Message], ends: Sequence[int], where: str) -> Example:
+    """A prompt and its completion as a text, for a model without a chat format.
+
+    Raises:
+        ValueError: If there are other messages than one of the user and one of the assistant.
+    """
+    roles = [message.get("role") for message in messages]
+    if roles != ["user", "assistant"]:
+        raise ValueError(
+            f"{where} has messages of {', '.join(map(str, roles))}, and this model has no chat format: it can learn a "
+            "prompt and a completion"
+        )
+    prompt, text = (str(message["content"]) for message in messages)
+    first, answer = list(tokenizer.prompt(prompt)), tokenizer.encode(text, start=False)
+    if not answer:
+        raise ValueError(f"{where}: the completion is empty")
+    return _ended(first + answer, [False] * len(first) + [True] * len(answer), ends)
+
+
 def encode(
-    tokenizer: ChatTokenizer, messages: Sequence[Message], ends: Sequence[int], where: str = "the conversation"
+    tokenizer: ChatTokenizer,
+    messages: Sequence[Message],
+    ends: Sequence[int],
+    where: str = "the conversation",
+    *,
+    last_only: bool = False,
 ) -> Example:
     """The tokens of a conversation, and which of them the assistant writes.
 
@@ -140,6 +169,7 @@ def encode(
         ends: Ids that end an answer, from `sampling.ends.ends_of`; the first is added behind the last answer where the
             format writes none.
         where: For errors.
+        last_only: Whether only the last answer counts.
 
     Raises:
         ValueError: If there is no answer, or the format does not let answers be told from the rest.
@@ -159,7 +189,8 @@ def encode(
         if end is None and number < len(spans) - 1:  # nothing in the format tells that this answer is over
             return _last_answer(tokenizer, messages, ends)
         stop = stop if end is None else end
-        mask[begin:stop] = [True] * (stop - begin)
+        if number == len(spans) - 1 or not last_only:
+            mask[begin:stop] = [True] * (stop - begin)
     final = max(i for i, counted in enumerate(mask) if counted) if any(mask) else -1
     if final < 0:
         raise ValueError(f"{where}: the answers are empty")

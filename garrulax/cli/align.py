@@ -238,7 +238,7 @@ def _policy(begun: Start, job: Job) -> Run:
     config, tokenizer = begun.model.config, begun.model.tokenizer
     assert tokenizer is not None
     assert begun.params is not None
-    settings = _policy_settings(job)
+    settings, reward = _policy_settings(job), reward_function(job.reward)
     given = [[_prompt(record, where, tokenizer) for where, record in part] for part in _records(job)]
     prompts, held_out = (Prompts(part, config, tokenizer, settings.limit) for part in given)
     s = dataclasses.replace(begun.settings, window=prompts.length)
@@ -253,7 +253,7 @@ def _policy(begun: Start, job: Job) -> Run:
         text = _text(begun, prompts.length).batch_at
     needed = settings.beta > 0 or settings.target_kl is not None
     made = rl.PolicyRollouts(
-        prompts, reward_function(job.reward), config, settings, s.batch, s.seed,
+        prompts, reward, config, settings, s.batch, s.seed,
         reference=reference if needed else None,
         tokenizer=tokenizer, end_tokens=_ends(begun), text=text, say=say,
     )  # fmt: skip

@@ -6,8 +6,10 @@ Letters: B rows, T tokens, V vocabulary. `segment` int32 [B, T] numbers the docu
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from garrulax.core.dtypes import at_least_float32
+from garrulax.core.sharding import spec_of
 
 _LEAST = 1e-5  # of 1 - p, as in the original code of token-level unlikelihood
 _LEAST_SEQUENCE = 1e-20  # in that of the sequence level and of DITTO
@@ -37,8 +39,7 @@ def unlikelihood(
     first = ~jnp.any(same & earlier, axis=2)  # [B, S]: the token occurs here for the first time
     candidates = earlier & first[:, None, :] & ~same
     # Every candidate is an earlier target: [B, T, T] instead of [B, T, V].
-    index = jnp.broadcast_to(targets[:, None, :], same.shape)
-    logp = jnp.take_along_axis(logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True), index, axis=2)
+    logp = _at_targets(logits, targets) - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     penalty = jnp.sum(jnp.where(candidates, -_log_rest(logp, _LEAST), 0), axis=2)
     return jnp.where(counted, penalty, 0)
 
@@ -137,6 +138,18 @@ def _earlier(targets: jax.Array, segment: jax.Array | None) -> jax.Array:
     length = targets.shape[1]
     earlier = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool), -1)[None], (len(targets), length, length))
     return earlier if segment is None else earlier & (segment[:, :, None] == segment[:, None, :])
+
+
+def _at_targets(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """The logit at place t of the target at place s, [B, T, S]."""
+    if jax.typeof(logits).sharding.mesh.empty:
+        index = jnp.broadcast_to(targets[:, None, :], (*targets.shape, targets.shape[1]))
+        return jnp.take_along_axis(logits, index, axis=2)
+    # A gather does not work on a sharded vocabulary; a product with one-hot rows does, and is as exact.
+    one_hot = (targets[..., None] == jnp.arange(logits.shape[-1], dtype=targets.dtype)).astype(logits.dtype)
+    sharding = P(*spec_of(logits)[:2], None)
+    one_hot = jax.sharding.reshard(one_hot, P(spec_of(logits)[0], None, spec_of(logits)[2]))
+    return jnp.einsum("BTV,BSV->BTS", logits, one_hot, out_sharding=sharding, precision="highest")
 
 
 def _log_rest(logp: jax.Array, least: float) -> jax.Array:

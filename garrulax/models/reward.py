@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from garrulax.core import spec
 from garrulax.core.config import ModelConfig
 from garrulax.core.dtypes import at_least_float32
+from garrulax.core.einsum import einsum, gather
 from garrulax.core.spec import Declare, Tree, normal
 from garrulax.models.forward_pass import hidden, parameters
 from garrulax.models.heads import state_at
@@ -66,10 +67,11 @@ def scores(
 
 
 def score(head: Tree, states: jax.Array) -> jax.Array:
-    """A head's output for hidden states [..., D]: [...], computed in at least float32, in which scores do not tie."""
-    dtype = at_least_float32(states.dtype)
-    weight, bias = (head[name].astype(dtype) for name in ("weight", "bias"))
-    return jnp.sum(states.astype(dtype) * weight[:, 0], axis=-1) + bias[0]
+    """A head's output for hidden states [B, D] or [B, T, D]: [B] or [B, T], in at least float32."""
+    states = states.astype(at_least_float32(states.dtype))
+    rows = "BT"[: states.ndim - 1]
+    outputs = einsum(f"{rows}D,DN->{rows}N", states, head["weight"]) + gather(head["bias"], states)
+    return outputs[..., 0]
 
 
 def without_head(params: Tree) -> Tree:

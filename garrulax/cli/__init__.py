@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _open_standard_streams()
     args = _parse(argv)
     try:
-        _command(args.command)(args)
+        _command("align" if args.command == "train" and _aligns(args) else args.command)(args)
     except USAGE_ERRORS as error:
         return _explain(error, args, 2)
     except BrokenPipeError:  # the reader of our output, such as `head`, has ended
@@ -51,7 +51,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     # argparse accepts a list of positionals in one place only, but settings may come before and after options.
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    if args.command in ("train", "info", "plan") and not any(word.startswith("-") for word in rest):
+    if args.command in ("train", "align", "info", "plan") and not any(word.startswith("-") for word in rest):
         args.settings += rest
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -67,6 +67,11 @@ def _explain(error: Exception, args: argparse.Namespace, code: int) -> int:
     return code
 
 
+def _aligns(args: argparse.Namespace) -> bool:
+    """Whether `garrulax train` is to do what `garrulax align` does."""
+    return bool(args.sft) or bool(args.resume and os.path.exists(os.path.join(args.resume, "align.json")))
+
+
 def _command(name: str) -> Callable[[argparse.Namespace], None]:
     # Each command imports its modules here, so that --help starts at once.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -74,6 +79,10 @@ def _command(name: str) -> Callable[[argparse.Namespace], None]:
         from garrulax.cli.train import train
 
         return train
+    if name == "align":
+        from garrulax.cli.align import align
+
+        return align
     if name == "info":
         from garrulax.cli.info import info
 
@@ -121,8 +130,8 @@ def _command(name: str) -> Callable[[argparse.Namespace], None]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="garrulax",
-        description="Language models in JAX: train, plan, generate, fill, chat, score, detect, inspect, convert, "
-        "merge, report.",
+        description="Language models in JAX: train, align, plan, generate, fill, chat, score, detect, inspect, "
+        "convert, merge, report.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -166,6 +175,37 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--choices", type=int, metavar="N", help="with --medusa, let the heads choose from the N most frequent tokens"
     )
+
+    train.add_argument(
+        "--sft",
+        metavar="FILE",
+        help="train on the answers in conversations, JSON lines, as garrulax align --method sft (docs/alignment.md)",
+    )
+
+    align = commands.add_parser(
+        "align",
+        help="train a model on answers, preferences or rewards",
+        description="Train a model with weights on conversations (sft), on answers that people have compared (reward, "
+        "dpo, ipo, orpo, simpo), or on rewards for what it writes (ppo, rloo, grpo, dr_grpo, dapo, gspo). "
+        "docs/alignment.md shows the files.",
+    )
+    align.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="the model, and settings as of garrulax train")
+    align.add_argument("--method", default="sft", metavar="NAME", help="sft, reward, dpo, ppo, ... (sft)")
+    align.add_argument(
+        "--data", metavar="FILE", help="conversations, compared answers or prompts, one JSON object a line"
+    )
+    align.add_argument("--valid", metavar="FILE", help="held-out ones; without it one record in twenty is held out")
+    align.add_argument(
+        "--reward", metavar="WHAT", help="MODULE:FUNCTION, which gets a sample, or the folder of a reward model"
+    )
+    align.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE",
+        help="of the method, such as beta=0.1 or group=8; may be given several times",
+    )  # fmt: skip
+    align.add_argument("--ptx", type=float, metavar="WEIGHT", help="of the loss on the text corpus= (PPO-ptx)")
+    align.add_argument("--run", metavar="FOLDER", help="folder for the run (default: runs/MODEL-METHOD)")
+    align.add_argument("--resume", metavar="FOLDER", help="continue the run in this folder")
+    align.add_argument("--config", metavar="FILE", help="read settings from this TOML file")
 
     generate = commands.add_parser(
         "generate", help="continue a text", description="Continue a text; tokens are shown as soon as they are sampled."

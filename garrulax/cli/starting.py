@@ -85,7 +85,7 @@ def start(args: argparse.Namespace) -> Start:
         raise ValueError("--new-data is for a run that is resumed: give its folder with --resume")
     settings, model, loaded = chosen(args.config, words)
     lora.check_names(settings.lora, model.config)
-    name = f"{_name(settings.preset)}-tuned" if loaded else settings.preset
+    name = f"{name_of(settings.preset)}-tuned" if loaded else settings.preset
     folder = Path(expanded(args.run)) if args.run else Path("runs", name)
     check_new(folder)
     return Start(settings, folder, model, loaded)
@@ -135,7 +135,8 @@ def _may_be_model(name: str) -> bool:
     return Path(expanded(name)).exists() or "/" in name or name.endswith(".gguf")
 
 
-def _name(model: str) -> str:
+def name_of(model: str) -> str:
+    """The last part of a model's path or name, for the folder of a run."""
     path = Path(model)
     parts = path.parts[:-1] if path.name == "model" and len(path.parts) > 1 else path.parts  # of a run
     return parts[-1].removesuffix(".gguf")

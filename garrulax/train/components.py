@@ -97,10 +97,10 @@ def causal(dataset: Dataset, settings: Settings, seed: int, *, prefix: bool = Fa
             return finished(*packed_causal(dataset.train, train, rows, length), dataset.train, examples, seed)
 
         def held_out() -> Iterator[HostBatch]:
-            for rows in _in_order(len(valid), settings.batch):
+            for rows in in_order(len(valid), settings.batch):
                 yield evaluated(*packed_causal(dataset.valid, valid, rows, length), rows, 1)
 
-        return _packed(train, seed, make, held_out)
+        return packed_component(train, seed, make, held_out)
 
     sampler = Sampler(dataset.train, length, 1, seed, name="training text")
 
@@ -179,10 +179,10 @@ def infill(
             return from_rows(dataset.train, train, rows, examples, seed)
 
         def held_out() -> Iterator[HostBatch]:
-            for rows in _in_order(len(valid), settings.batch):
+            for rows in in_order(len(valid), settings.batch):
                 yield evaluated(from_rows(dataset.valid, valid, rows, np.maximum(rows, 0), HELD_OUT_SEED))
 
-        return _packed(train, seed, make, held_out)
+        return packed_component(train, seed, make, held_out)
 
     width = source_window(length)
     sampler = Sampler(dataset.train, width, 1, seed, name="training text")
@@ -226,7 +226,8 @@ def check_no_prompts(dataset: Dataset, objective: str) -> None:
         )
 
 
-def _packed(packing: Packing, seed: int, make: Callable, held_out: Callable) -> Component:
+def packed_component(packing: Packing, seed: int, make: Callable, held_out: Callable) -> Component:
+    """The component of packed rows; `make` and `held_out` are those of `Component`, `make` of the packing's rows."""
     rows = len(packing)
 
     def places(examples: np.ndarray) -> np.ndarray:
@@ -236,7 +237,7 @@ def _packed(packing: Packing, seed: int, make: Callable, held_out: Callable) -> 
     return Component(rows, places, make, held_out, packing.waste)
 
 
-def _in_order(count: int, batch: int) -> Iterator[np.ndarray]:
+def in_order(count: int, batch: int) -> Iterator[np.ndarray]:
     """This process's rows of the batches of a pass over `count` rows; -1 after the last."""
     local = batch // jax.process_count()
     for first in range(0, count, batch):

@@ -23,11 +23,13 @@ class Evaluation:
         loss: Mean negative log-likelihood, nats per token.
         tokens: Number of predicted tokens.
         bytes: Size of the text that they stand for, 0 if unknown.
+        reward: Mean reward of what the model writes, in reinforcement learning, where `loss` is minus that; else None.
     """
 
     loss: float
     tokens: int
     bytes: float
+    reward: float | None = None
 
     @property
     def perplexity(self) -> float:

@@ -5,9 +5,9 @@ import dataclasses
 import shlex
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 import jax
 from jax.sharding import Mesh
@@ -34,6 +34,7 @@ from garrulax.train.optimizers import make_optimizer
 from garrulax.train.profiling import Profiler
 from garrulax.train.progress import Progress, StepTimer
 from garrulax.train.quantized import check_quantized
+from garrulax.train.rows import HostBatch
 from garrulax.train.setting_limits import profiled
 from garrulax.train.settings import Settings
 from garrulax.train.state import TrainState, abstract_state, init_state
@@ -65,6 +66,9 @@ class Run:
         export: Called as `export(params, step)` every `export_every` steps, to save the model; None saves none.
         write_samples: Called with the parameters every `sample_every` steps, while the mesh is set; returns pairs of a
             prompt and what the model writes after it. None writes none.
+        specs: ParamSpec tree of the parameters, if they have more leaves than the config's family says, such as a head.
+        rollouts: Makes the batches instead of `data.batch_at`, from what the model itself writes; see `Rollouts`.
+        evaluate: `evaluate(params, batches, tokens)`, instead of that of `evaluate.make_evaluate`.
     """
 
     config: ModelConfig
@@ -75,6 +79,28 @@ class Run:
     params: Tree | Callable[[], Tree] | None = None
     export: Callable[[Tree, int], None] | None = None
     write_samples: Callable[[Tree], Sequence[tuple[str, str]]] | None = None
+    specs: Tree | None = None
+    rollouts: "Rollouts | None" = None
+    evaluate: Callable[..., Evaluation] | None = None
+
+
+class Rollouts(Protocol):
+    """Batches that depend on the parameters, as in reinforcement learning.
+
+    Attributes:
+        updates: Steps for which one rollout is used. Checkpoints and stops come only between rollouts, so that a
+            resumed run makes the rollouts that it would have made.
+    """
+
+    updates: int
+
+    def __call__(self, state: TrainState, step: int, params: Tree) -> tuple[TrainState, HostBatch, Mapping[str, float]]:
+        """The batch of a step, counted from 0; `params` are all parameters, also those that are not trained.
+
+        Returns:
+            The state, in which it may have changed parameters that the optimizer does not; this process's rows of the
+            batch; and metrics of the rollout, to be logged.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +157,7 @@ def train(
     """
     settings, mesh = run.settings, _mesh(run.settings)
     check_batch(settings, mesh)
+    check_rollouts(run)
     check_held_out(run.data)
     check_trackers(settings.trackers)
     check_quantized(settings.quantize, settings.mesh)
@@ -139,7 +166,7 @@ def train(
         stack.enter_context(peers.watched(run.folder))
         if mesh is not None:
             stack.enter_context(jax.set_mesh(mesh))
-        adaptation = lora.adapted(run.params, run.config, settings, mesh)
+        adaptation = lora.adapted(run.params, run.config, settings, mesh, run.specs)
         run = _with_base(run, adaptation)
         identity = settings_.run_identity(settings, run.config, run.data.identity)
         losses = held_out_losses(run.folder) if resume else {}
@@ -168,6 +195,15 @@ def _with_base(run: Run, adaptation: lora.Adaptation) -> Run:
         return run
     identity = {**run.data.identity, "base": adaptation.digest}
     return dataclasses.replace(run, params=adaptation.start, data=dataclasses.replace(run.data, identity=identity))
+
+
+def check_rollouts(run: Run) -> None:
+    """Checks that checkpoints come between rollouts. Raises ValueError if they do not."""
+    updates = 1 if run.rollouts is None else run.rollouts.updates
+    for name in ("steps", "checkpoint_every", "eval_every"):
+        value = getattr(run.settings, name)
+        if value % updates:
+            raise ValueError(f"{name}={value} is not a multiple of the {updates} steps that one rollout is used for")
 
 
 def _mesh(settings: Settings) -> Mesh | None:
@@ -203,8 +239,9 @@ class _Loop:
         self.adaptation = adaptation
         self.optimizer = make_optimizer(s, adaptation.specs)
         self.train_step = make_train_step(c, s, self.optimizer, objective)
-        self.evaluate = make_evaluate(c, objective, mesh=mesh, precision=s.precision)
+        self.evaluate = run.evaluate or make_evaluate(c, objective, mesh=mesh, precision=s.precision)
         self.timer, self.evaluated = StepTimer(), False
+        self.whole = 1 if run.rollouts is None else run.rollouts.updates
         peak, devices = peak_flops(jax.devices()[0]), 1 if mesh is None else mesh.size
         amounts = s.batch * s.window, train_flops_per_token(c, s.window), peak and peak * devices
         self.progress, self.usage = Progress(s.steps, *amounts, out), Usage(*amounts)
@@ -255,7 +292,7 @@ class _Loop:
             if evaluation is None:
                 return state, first, None, True
         for step in range(first + 1, s.steps + 1):
-            batch = self.batch(step)
+            state, batch = self.batch(state, step, log)
             with self.profiler.step(step):
                 state, metrics = self.train_step(state, batch, self.adaptation.frozen)
             self.wait(step, metrics, compiling=step == first + 1)
@@ -265,7 +302,7 @@ class _Loop:
                 self.progress.say(f"profiler trace in {self.run.folder / 'profile'}")
                 self.timer.start()
             last = step == s.steps
-            stop = interrupts.stop_after(step)
+            stop = interrupts.stop_after(step) and step % self.whole == 0
             if (step - AHEAD) % s.log_every == 0 or last or stop:
                 self.report(log)
             should_evaluate = self.is_evaluated(step) and not stop
@@ -281,13 +318,18 @@ class _Loop:
         """Whether the held-out loss is measured after this step."""
         return step % self.run.settings.eval_every == 0 or step == self.run.settings.steps
 
-    def batch(self, step: int) -> Batch:
-        """The batch of a step, on the devices. Notes its time if the device has finished all earlier steps by then."""
+    def batch(self, state: TrainState, step: int, log: MetricsLog) -> tuple[TrainState, Batch]:
+        """The state and the batch of a step, on the devices; how long it took, if the device had nothing else to do."""
         start, s = time.perf_counter(), self.run.settings
-        batch = on_devices(self.run.data.batch_at(step - 1), self.mesh, s.accumulation, s.strategy)
+        if self.run.rollouts is None:
+            rows = self.run.data.batch_at(step - 1)
+        else:
+            state, rows, metrics = self.run.rollouts(state, step - 1, self.model(state))
+            log.write(step, dict(metrics))
+        batch = on_devices(rows, self.mesh, s.accumulation, s.strategy)
         if not self.pending or all(x.is_ready() for x in jax.tree.leaves(self.pending[-1][1])):
             self.usage.waited(time.perf_counter() - start)
-        return batch
+        return state, batch
 
     def wait(self, step: int, metrics: Metrics, compiling: bool) -> None:
         """Waits until the device has at most `AHEAD` unfinished steps; after the first step, which compiles, none."""
@@ -319,6 +361,7 @@ class _Loop:
                 "loss": loss,
                 "lr": float(newest["lr"]),
                 **({"grad_norm": float(newest["grad_norm"]), **named_norms(newest["grad_norms"])} if counted else {}),
+                **{name: float(x) for name, x in newest["extra"].items()},
                 "tokens": step * self.run.settings.batch * self.run.settings.window,
                 **self.usage.record(seconds, len(done)),
             },
@@ -368,6 +411,10 @@ class _Loop:
     def show(self, log: MetricsLog, step: int, e: Evaluation, text: str = "") -> None:
         """Logs and shows an evaluation; `text` is the name of one of the further texts."""
         end = f"/{text}" if text else ""
+        if e.reward is not None:
+            log.write(step, {"valid_loss": e.loss, "valid_reward": e.reward})
+            self.progress.say(f"step {step:,}  held-out reward {e.reward:.4f}")
+            return
         values = {"valid_loss": e.loss, "perplexity": e.perplexity, "bits_per_byte": e.bits_per_byte}
         log.write(step, {f"{name}{end}": value for name, value in values.items()})
         bits = f"  {e.bits_per_byte:.3f} bits/byte" if e.bits_per_byte is not None else ""

@@ -121,6 +121,7 @@ def adapted(
     config: ModelConfig,
     settings: Any,
     mesh: Mesh | None,
+    specs: Tree | None = None,
 ) -> Adaptation:
     """The parts of the parameters of a run: with the setting `lora` its adapters are trained and the rest is frozen.
 
@@ -129,17 +130,21 @@ def adapted(
         config: Of the model.
         settings: Of the run; uses lora, seed, strategy and strict.
         mesh: To put the weights on.
+        specs: ParamSpec tree of the weights, if they have more leaves than the config's family says, such as a head,
+            which is trained as a whole.
 
     Raises:
         ValueError: There are no weights, or the settings do not go together.
     """
-    specs, made = models.parameters(config), read(settings.lora)
+    of_model, made = models.parameters(config), read(settings.lora)
+    specs = of_model if specs is None else specs
     if made is None:
         return Adaptation(params, specs)
     check(settings)
     if params is None:
         raise ValueError("lora needs a model with weights: name a folder, GGUF file, run or hub name, not a preset")
-    whole = frozenset(_whole(specs, made.whole))
+    heads = [path for path in spec.named_specs(specs) if path.split("/")[0] not in of_model]
+    whole = frozenset([*_whole(of_model, made.whole), *heads])
     if config.tied and "tokens" in whole:
         raise ValueError("lora: the token embedding is the output head too and cannot be trained as a whole beside it")
     base = params() if callable(params) else params

@@ -39,8 +39,8 @@ def make_train_step(
 
     The arrays of a batch are [A, B, ...]: A micro-batches, whose gradients are averaged over all their tokens. The
     metrics are scalars: loss (what is minimised, nats per token), grad_norm (before clipping), lr, tokens (in the mean
-    of the loss) and finite (bool); grad_norms has the norms of the parts (`norms.gradient_norms`), and guard what
-    `guard.judge` says, if there is one.
+    of the loss) and finite (bool); grad_norms has the norms of the parts (`norms.gradient_norms`), extra the further
+    metrics of the objective, averaged as the loss, and guard what `guard.judge` says, if there is one.
 
     Args:
         config: Of the model.
@@ -55,7 +55,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch, frozen: Tree | None = None) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step) if settings.dropout else None
-        loss, tokens, grads = _accumulated(gradient, state.params, frozen, batch, key)
+        loss, tokens, extra, grads = _accumulated(gradient, state.params, frozen, batch, key)
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # Optax relies on promotion
             norm, norms = gradient_norms(grads)
             updates = state.step if state.guard is None else state.step - state.guard.skipped  # the optimizer's count
@@ -63,7 +63,8 @@ def make_train_step(
             params, opt_state = _update(optimizer, grads, state, settings.rounding)
         ema = None if state.ema is None else next_average(state.ema, params, updates, settings.ema)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        metrics = {"loss": loss, "grad_norm": norm, "grad_norms": norms, "lr": lr, "tokens": tokens, "finite": finite}
+        metrics = {"loss": loss, "grad_norm": norm, "grad_norms": norms, "lr": lr, "tokens": tokens, "extra": extra,
+                   "finite": finite}  # fmt: skip
         if state.guard is None:
             new = TrainState(state.step + 1, params, opt_state, state.key, ema)
             return _select(finite, new, state), metrics
@@ -100,29 +101,37 @@ def _gradient(config: ModelConfig, settings: Settings, objective: Objective) -> 
 
 
 def _accumulated(gradient: Callable, params: Tree, frozen: Tree | None, batch: Batch, key: jax.Array | None) -> tuple:
-    """Loss, number of tokens and gradient of the mean over the tokens of all micro-batches.
+    """Loss, number of tokens, further metrics and gradient of the mean over the tokens of all micro-batches.
 
     Micro-batches differ in their number of tokens, so this is not the mean of their means.
     """
     micro_batches = next(iter(batch.values())).shape[0]
     if micro_batches == 1:
         (loss, aux), grads = gradient(params, frozen, {k: v[0] for k, v in batch.items()}, key)
-        return loss, aux["tokens"], grads
+        return loss, aux["tokens"], _extra(aux), grads
 
     def add(total, item):
         i, part = item
         (loss, aux), grads = gradient(params, frozen, part, None if key is None else jax.random.fold_in(key, i))
         tokens = aux["tokens"]
         return jax.tree.map(
-            lambda t, x: t + x.astype(t.dtype) * tokens.astype(t.dtype), total, (loss, jnp.ones_like(loss), grads)
+            lambda t, x: t + x.astype(t.dtype) * tokens.astype(t.dtype),
+            total,
+            (loss, jnp.ones_like(loss), _extra(aux), grads),
         ), None
 
     shapes = jax.eval_shape(lambda: gradient(params, frozen, {k: v[0] for k, v in batch.items()}, key))
     zero = jnp.zeros((), shapes[0][0].dtype)
-    total = (zero, zero, jax.tree.map(jnp.zeros_like, in_full(params)))
-    (loss, tokens, grads), _ = jax.lax.scan(add, total, (jnp.arange(micro_batches, dtype=jnp.int32), batch))
+    extra = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), _extra(shapes[0][1]))
+    total = (zero, zero, extra, jax.tree.map(jnp.zeros_like, in_full(params)))
+    (loss, tokens, extra, grads), _ = jax.lax.scan(add, total, (jnp.arange(micro_batches, dtype=jnp.int32), batch))
     count = jnp.maximum(tokens, 1)
-    return loss / count, tokens, jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
+    extra, grads = jax.tree.map(lambda x: x / count.astype(x.dtype), (extra, grads))
+    return loss / count, tokens, extra, grads
+
+
+def _extra(metrics: Metrics) -> Metrics:
+    return {name: x for name, x in metrics.items() if name != "tokens"}
 
 
 def _update(optimizer: optax.GradientTransformation, grads: Tree, state: TrainState, rounding: str) -> tuple[Tree, Any]:

@@ -1,0 +1,179 @@
+"""Rollouts: what a model writes after prompts, as arrays to train on.
+
+Letters: B responses, T tokens, R rows of positions (1, or 2 in the GLM families).
+
+Responses are sampled from the model's own distribution (temperature 1, no filter), so that the log-probabilities of
+sampling are those of training, up to rounding. A response depends on the parameters, its prompt and its seed alone, and
+the seed on the run's seed, the step and the row: a resumed run writes what it would have written.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from garrulax import models
+from garrulax.core.config import ModelConfig
+from garrulax.core.spec import Tree
+from garrulax.models.unpack import TokenizerLike
+from garrulax.sampling.generate import generate
+from garrulax.sampling.partners import encode_prompt
+from garrulax.sampling.requests import EncodedPrompt, Prompt
+from garrulax.train.rows import HostBatch
+from garrulax.train.sampler import hash_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """A prompt and a response, as a reward function sees them.
+
+    Attributes:
+        prompt: Token ids, as the model read them.
+        response: Token ids, with the end token if there is one.
+        text: The response as text, without the end token; "" without a tokenizer.
+        ended: Whether the response has its end token; if not, the limit cut it.
+        given: The prompt as it was given.
+    """
+
+    prompt: list[int]
+    response: list[int]
+    text: str
+    ended: bool
+    given: Prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """Responses to prompts.
+
+    Attributes:
+        batch: Host arrays in the form of `train.objectives`, aligned to targets: tokens, targets, weights (1 at targets
+            that belong to the response), positions, rank, segment, and logprobs, float32 [B, T], of sampling.
+        samples: The responses, in the order of the rows.
+    """
+
+    batch: HostBatch
+    samples: list[Sampled]
+
+
+class Prompts:
+    """Prompts that are read in one way for sampling and for training.
+
+    Args:
+        prompts: Texts, lists of ids, or conversations that end with the user's message.
+        config: Of the model.
+        tokenizer: Of the model; only lists of ids do without.
+        limit: Greatest number of tokens of a response.
+
+    Raises:
+        ValueError: If there is none, or one does not fit into the context with `limit` tokens.
+    """
+
+    def __init__(self, prompts: Sequence[Any], config: ModelConfig, tokenizer: TokenizerLike | None, limit: int):
+        if not prompts:
+            raise ValueError("there are no prompts")
+        self.given = [_ids(prompt, tokenizer) for prompt in prompts]
+        self.encoded: list[EncodedPrompt] = [
+            encode_prompt(prompt, limit, config, tokenizer, f"prompt {i}") for i, prompt in enumerate(self.given)
+        ]
+        #: T, one for the whole run, so that one program is compiled.
+        self.length = max(len(one.ids) for one in self.encoded) + limit - 1
+
+    def __len__(self) -> int:
+        return len(self.given)
+
+
+def _ids(prompt: Any, tokenizer: TokenizerLike | None) -> Prompt:
+    if isinstance(prompt, str) or not prompt or not isinstance(prompt[0], Mapping):
+        return prompt
+    if tokenizer is None:
+        raise ValueError("a conversation needs a tokenizer with a chat format")
+    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True))  # type: ignore[attr-defined]
+
+
+def seeds(seed: int, step: int, rows: int) -> list[int]:
+    """One seed a row, uint32: rows of one seed would share their random numbers."""
+    return (hash_of(seed, step, np.arange(rows)) % np.uint64(2**32)).astype(np.int64).tolist()
+
+
+def roll_out(
+    params: Tree,
+    config: ModelConfig,
+    prompts: Prompts,
+    chosen: Sequence[int],
+    *,
+    seeds: Sequence[int],
+    limit: int,
+    tokenizer: TokenizerLike | None = None,
+    end_tokens: Sequence[int] | None = None,
+) -> Rollout:
+    """Lets the model write a response to each of some prompts.
+
+    Args:
+        params: Of the model, on one device; unstacked ones decode fastest.
+        config: Of the model.
+        prompts: All prompts of the run.
+        chosen: Indices of the prompts, B; several responses to a prompt are its index several times.
+        seeds: One a response.
+        limit: Greatest number of tokens of a response.
+        tokenizer: For the texts.
+        end_tokens: Ids that end a response; None takes those of the model.
+    """
+    from garrulax.hub import Model
+
+    rows = [prompts.encoded[i] for i in chosen]
+    model: Any = (params, config) if tokenizer is None else Model(config, params, tokenizer)  # type: ignore[arg-type]
+    written: Any = generate(model, [one.ids for one in rows], max_new_tokens=limit, temperature=1.0, seed=list(seeds),
+                       end_tokens=end_tokens)  # fmt: skip
+    samples = [
+        Sampled(one.ids, list(w.tokens), w.text or "", w.finish_reason == "eos", prompts.given[i])
+        for i, one, w in zip(chosen, rows, written, strict=True)
+    ]
+    batch = _batch(rows, samples, [w.logprobs for w in written], prompts.length)
+    return Rollout(batch, samples)
+
+
+def _batch(
+    rows: Sequence[EncodedPrompt], samples: Sequence[Sampled], logprobs: Sequence[Sequence[float]], length: int
+) -> HostBatch:
+    B, R = len(rows), len(rows[0].stride)
+    batch = {
+        "tokens": np.zeros((B, length), np.int32),
+        "targets": np.zeros((B, length), np.int32),
+        "weights": np.zeros((B, length), np.float32),
+        "logprobs": np.zeros((B, length), np.float32),
+        "positions": np.zeros((B, R, length), np.int32),
+        "rank": np.zeros((B, length), np.int32),
+        "segment": np.full((B, length), -1, np.int32),
+    }
+    for row, (prompt, sample, found) in enumerate(zip(rows, samples, logprobs, strict=True)):
+        ids = [*prompt.ids, *sample.response]
+        first, size = len(prompt.ids) - 1, len(ids) - 1
+        batch["tokens"][row, :size], batch["targets"][row, :size] = ids[:-1], ids[1:]
+        batch["weights"][row, first:size], batch["logprobs"][row, first:size] = 1, found
+        later = prompt.position[:, None] + prompt.stride[:, None] * np.arange(1, size - first)
+        batch["positions"][row, :, :size] = np.concatenate([prompt.positions, later], axis=1)
+        batch["rank"][row, prompt.prefix :] = np.arange(prompt.prefix, length)
+        batch["segment"][row, :size] = 0
+    if R == 1:
+        batch["positions"] = batch["positions"][:, 0]
+    return batch
+
+
+def largest_difference(params: Tree, rollout: Rollout, config: ModelConfig) -> float:
+    """The greatest difference between the log-probabilities of sampling and of a training pass, in nats.
+
+    Greater than 1e-4 in float32 means that something differs, such as a mask or the positions.
+    """
+    from garrulax.align.logprobs import token_logprobs
+
+    batch = {name: jnp.asarray(x) for name, x in rollout.batch.items()}
+    difference = token_logprobs(params, batch, config) - batch["logprobs"]
+    return float(jnp.max(jnp.abs(difference * batch["weights"])))
+
+
+def unstacked(params: Tree) -> Tree:
+    """The parameters in the form that decodes fastest, of the model alone."""
+    return models.unstack(params)

@@ -1,0 +1,371 @@
+"""`garrulax align`: instruction tuning, reward models, preference losses and reinforcement learning from a file."""
+
+import argparse
+import dataclasses
+import functools
+import importlib
+import json
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import garrulax as gx
+from garrulax.align import answers, objectives, rl, sft
+from garrulax.align.conversations import Example, conversation, encode, has_chat_format, plain, read_records
+from garrulax.align.policy_objectives import (
+    METHODS,
+    on_model,
+    policy_model,
+    policy_objective,
+    policy_params,
+    policy_specs,
+)
+from garrulax.align.reward_files import load_reward_model, save_reward_model
+from garrulax.align.rollouts import Prompts, Sampled
+from garrulax.cli import starting
+from garrulax.cli.starting import Start
+from garrulax.cli.train import MODEL, say
+from garrulax.core.spec import Tree
+from garrulax.models import reward as reward_head
+from garrulax.sampling.ends import ends_of
+from garrulax.train.batches import Data, make_data
+from garrulax.train.digests import write_durably
+from garrulax.train.loop import Result, Run
+from garrulax.train.loop import train as run_training
+from garrulax.train.objectives import causal_lm
+from garrulax.train.shards import build_shards
+from garrulax.train.sources import expanded
+
+FILE, REFERENCE = "align.json", "reference.npz"
+ALL = ("sft", "reward", *objectives.PAIR_LOSSES, *METHODS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What `align.json` keeps of the command line, besides the settings.
+
+    Attributes:
+        method: One of `ALL`.
+        data: File of conversations, answers or prompts.
+        valid: File of held-out ones; "" holds out one in twenty.
+        reward: "module:function", or the folder of a reward model.
+        options: Of the method, by name.
+        ptx: Weight of the loss on the text `corpus=`, for PPO-ptx.
+    """
+
+    method: str
+    data: str
+    valid: str = ""
+    reward: str = ""
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    ptx: float = 0.0
+
+
+def align(args: argparse.Namespace) -> None:
+    """Trains by the method that the command line names; of `garrulax train --sft FILE` by sft."""
+    args = _completed(args)
+    begun = starting.start(args)
+    if args.resume:
+        job = Job(**json.loads(Path(begun.folder, FILE).read_text(encoding="utf-8")))
+    else:
+        job = _job(args)
+    if not begun.loaded:
+        raise ValueError(f"{begun.settings.preset} is a preset without weights: align begins with a trained model")
+    if begun.model.tokenizer is None:
+        raise ValueError(f"{begun.settings.preset} has no tokenizer")
+    run = _MAKE[_kind(job.method)](begun, job)
+    identity = {**run.data.identity, "tokenizer": begun.model.tokenizer.fingerprint}
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, identity=identity))
+    for line in run.data.notes:
+        say(line)
+    if not args.resume:
+        begun.folder.mkdir(parents=True, exist_ok=True)
+        starting.save_tokenizer(begun)
+        write_durably(begun.folder / FILE, json.dumps(dataclasses.asdict(job), indent=2) + "\n")
+    finish = functools.partial(_finish, begun, job, run)
+    result = run_training(run, resume=bool(args.resume), on_finish=finish)
+    if result.finished:
+        e = result.evaluation
+        if e is not None:
+            what = f"held-out reward {e.reward:.4f}" if e.reward is not None else f"held-out loss {e.loss:.4f}"
+            say(f"\n{what}; model in {begun.folder / MODEL}")
+
+
+def _completed(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments with those that the command lacks, and a name of the run that says the method."""
+    given = vars(args)
+    if given.get("sft"):
+        for name in ("medusa", "distributed", "list"):
+            if given.get(name):
+                raise ValueError(f"--{name} does not go with --sft")
+        given = {**given, "method": "sft", "data": given["sft"], "valid": "", "reward": "", "option": [], "ptx": None}
+    given = {"mesh": None, "new_data": False, "method": None, **given}
+    if not given["run"] and not given["resume"]:
+        models = [word for word in starting.settings_words(given["settings"]) if word.startswith("preset=")]
+        if models:
+            given["run"] = str(Path("runs", f"{starting.name_of(models[0].removeprefix('preset='))}-{given['method']}"))
+    return argparse.Namespace(**given)
+
+
+def _job(args: argparse.Namespace) -> Job:
+    if args.method not in ALL:
+        raise ValueError(f"--method {args.method}: choose from {', '.join(ALL)}")
+    if not args.data:
+        raise ValueError("--data FILE is needed: JSON lines (docs/alignment.md shows their forms)")
+    if args.method in METHODS and not args.reward:
+        raise ValueError(f"--method {args.method} needs --reward MODULE:FUNCTION, or --reward FOLDER of a reward model")
+    options = {}
+    for word in args.option:
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise ValueError(f"--option {word} is not like beta=0.1")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    data, valid = (str(Path(expanded(path)).absolute()) if path else "" for path in (args.data, args.valid))
+    return Job(args.method, data, valid, args.reward or "", options, args.ptx or 0.0)
+
+
+def _kind(method: str) -> str:
+    return "policy" if method in METHODS else "pairs" if method in objectives.PAIR_LOSSES else method
+
+
+def _records(job: Job) -> tuple[list[tuple[str, dict]], list[tuple[str, dict]]]:
+    """The records to train on, and those that are held out."""
+    found = list(read_records(job.data))
+    if job.valid:
+        return found, list(read_records(job.valid))
+    train, held = answers.split(len(found))
+    return [found[i] for i in train], [found[i] for i in held]
+
+
+def _ends(begun: Start) -> tuple[int, ...]:
+    return ends_of(begun.model, begun.model.config, begun.model.tokenizer, None)
+
+
+# -- SFT --------------------------------------------------------------------------------------------------------------
+
+
+def _sft(begun: Start, job: Job) -> Run:
+    tokenizer, ends = begun.model.tokenizer, _ends(begun)
+    assert tokenizer is not None
+
+    def example(where: str, record: dict) -> Example:
+        messages = conversation(record, where)
+        if has_chat_format(tokenizer):
+            return encode(tokenizer, messages, ends, where)
+        return plain(tokenizer, messages, ends, where)
+
+    train, valid = ([example(*one) for one in part] for part in _records(job))
+    data = sft.make_sft_data(train, valid, begun.settings)
+    return Run(begun.model.config, begun.settings, data, begun.folder, objective=causal_lm, params=begun.params)
+
+
+# -- Pairs and rankings -----------------------------------------------------------------------------------------------
+
+
+def _rankings(begun: Start, job: Job) -> list[list[answers.Ranking]]:
+    tokenizer, ends = begun.model.tokenizer, _ends(begun)
+    assert tokenizer is not None
+    return [[answers.ranking(record, tokenizer, ends, where) for where, record in part] for part in _records(job)]
+
+
+def _left_out(kind: str, counts: dict[str, int]) -> list[str]:
+    return [f"{number:,} {kind} left out: {why}" for why, number in counts.items() if number]
+
+
+def _reward(begun: Start, job: Job) -> Run:
+    s, config = begun.settings, begun.model.config
+    made = [answers.ranking_arrays(part, s.window) for part in _rankings(begun, job)]
+    notes = [line for _, counts in made for line in _left_out("prompts", counts)]
+    notes.append(f"rankings: {len(made[0][0]['tokens']):,} prompts, up to {made[0][0]['tokens'].shape[1]} answers each")
+    data = answers.array_data(made[0][0], made[1][0], s, notes)
+
+    def params() -> Tree:
+        assert begun.params is not None
+        return reward_head.add_reward_head(begun.params(), config, jax.random.key(s.seed))
+
+    objective = objectives.reward_objective(**job.options)
+    return Run(
+        config, s, data, begun.folder, objective=objective, params=params, specs=reward_head.reward_specs(config)
+    )
+
+
+def _pairs(begun: Start, job: Job) -> Run:
+    s, config = begun.settings, begun.model.config
+    made = [answers.pair_arrays(part, s.window) for part in _rankings(begun, job)]
+    notes = [line for _, counts in made for line in _left_out("pairs", counts)]
+    notes.append(f"pairs: {len(made[0][0]['tokens']):,} to train on, {len(made[1][0]['tokens']):,} held out")
+    arrays = [part for part, _ in made]
+    if job.method in ("dpo", "ipo"):
+        arrays = _with_references(begun, arrays)
+    data = answers.array_data(arrays[0], arrays[1], s, notes)
+    objective = objectives.pair_objective(job.method, **job.options)
+    return Run(config, s, data, begun.folder, objective=objective, params=begun.params)
+
+
+def _with_references(begun: Start, arrays: list[Any]) -> list[Any]:
+    """The arrays with the log-probabilities under the model that training begins with."""
+    file = begun.folder / REFERENCE
+    if file.exists():
+        with np.load(file) as stored:
+            return [{**part, "reference": stored[name]} for name, part in zip(("train", "valid"), arrays, strict=True)]
+    say("computing the log-probabilities of the reference")
+    assert begun.params is not None
+    params, config = begun.params(), begun.model.config
+    compute = jax.jit(lambda params, batch: objectives.with_reference(batch, params, config)["reference"])
+    filled = [
+        answers.filled(part, lambda batch: compute(params, batch), begun.settings.batch, "reference") for part in arrays
+    ]
+    begun.folder.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"partial-{REFERENCE}")
+    np.savez(partial, train=filled[0]["reference"], valid=filled[1]["reference"])
+    partial.replace(file)
+    return filled
+
+
+# -- Reinforcement learning -------------------------------------------------------------------------------------------
+
+
+def _policy(begun: Start, job: Job) -> Run:
+    config, tokenizer = begun.model.config, begun.model.tokenizer
+    assert tokenizer is not None
+    assert begun.params is not None
+    settings, reward = _policy_settings(job), reward_function(job.reward)
+    given = [[_prompt(record, where, tokenizer) for where, record in part] for part in _records(job)]
+    prompts, held_out = (Prompts(part, config, tokenizer, settings.limit) for part in given)
+    s = dataclasses.replace(begun.settings, window=prompts.length)
+    reference = begun.params()
+    values = settings.method == "ppo"
+    keywords = {k: getattr(settings, k) for k in ("clip", "clip_high", "limit", "clip_value", "value_weight")}
+    beta = 0.0 if settings.in_reward else settings.beta
+    objective = policy_objective(settings.method, beta=beta, **keywords)
+    text = None
+    if job.ptx:
+        objective = objectives.mixed(objective, on_model(causal_lm), job.ptx)
+        text = _text(begun, prompts.length).batch_at
+    needed = settings.beta > 0 or settings.target_kl is not None
+    made = rl.PolicyRollouts(
+        prompts, reward, config, settings, s.batch, s.seed,
+        reference=reference if needed else None,
+        tokenizer=tokenizer, end_tokens=_ends(begun), text=text, say=say,
+    )  # fmt: skip
+    notes = (f"prompts: {len(prompts):,} to train on, {len(held_out):,} held out; {made.rows} responses of at most "
+             f"{settings.limit} tokens a rollout, {made.updates} updates each",)  # fmt: skip
+    identity = {"corpus": f"{Path(job.data).name}: {len(prompts)} prompts"}
+    nothing = {"weights": np.ones((1, 1), np.float32)}  # the evaluation makes its own batches
+    data = Data(lambda step: nothing, lambda: iter([nothing]), identity, notes)
+
+    def params() -> Tree:  # copies: a step donates its state, and the reference stays
+        return policy_params(
+            jax.tree.map(jnp.copy, reference), config, settings.beta, values=values, key=jax.random.key(s.seed)
+        )
+
+    return Run(
+        config, s, data, begun.folder, objective=objective, params=params, specs=policy_specs(config, values=values),
+        rollouts=made, evaluate=made.evaluate(held_out),
+    )  # fmt: skip
+
+
+def _policy_settings(job: Job) -> rl.PolicySettings:
+    known = {field.name for field in dataclasses.fields(rl.PolicySettings)} - {"method"}
+    if odd := sorted(job.options.keys() - known):
+        raise ValueError(f"--option {odd[0]}: --method {job.method} knows {', '.join(sorted(known))}")
+    return rl.PolicySettings(job.method, **job.options)
+
+
+def _prompt(record: dict, where: str, tokenizer: Any) -> Any:
+    prompt = record.get("prompt", record.get("messages"))
+    if not prompt:
+        raise ValueError(f"{where} has no prompt, but {', '.join(record)}")
+    if isinstance(prompt, str) and has_chat_format(tokenizer):
+        return [{"role": "user", "content": prompt}]
+    return prompt
+
+
+def _text(begun: Start, window: int) -> Data:
+    """The pre-training text of PPO-ptx, from the setting `corpus`."""
+    s = dataclasses.replace(begun.settings, window=window)
+    assert begun.model.tokenizer is not None
+    datasets = [build_shards(part, begun.model.tokenizer, say=say) for part in starting.corpora(s).parts]
+    return make_data(datasets, s, begun.model.config, begun.model.tokenizer)
+
+
+def reward_function(name: str) -> rl.Reward:
+    """The function "module:function", of samples (`align.rollouts.Sampled`), or the scores of a reward model's folder.
+
+    Raises:
+        ValueError: If there is neither.
+    """
+    folder = Path(expanded(name))
+    if folder.is_dir():
+        return _model_scores(folder / MODEL if (folder / MODEL).is_dir() else folder)
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise ValueError(f"--reward {name}: give MODULE:FUNCTION, or the folder of a reward model")
+    sys.path.insert(0, "")  # a module in the working folder, as `python -m` finds it
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"--reward {name}: {error}") from error
+    return lambda samples: [float(found(one)) for one in samples]
+
+
+def _model_scores(folder: Path) -> rl.Reward:
+    model = load_reward_model(folder)
+    compute = jax.jit(lambda params, tokens, length: reward_head.scores(params, tokens, length, model.config))
+
+    def scores(samples: Sequence[Sampled]) -> list[float]:
+        longest = max(len(one.prompt) + len(one.response) for one in samples)
+        width = min(1 << (longest - 1).bit_length(), model.config.context)
+        tokens, length = np.zeros((len(samples), width), np.int32), np.zeros(len(samples), np.int32)
+        for i, one in enumerate(samples):
+            ids = [*one.prompt, *one.response][:width]
+            tokens[i, : len(ids)], length[i] = ids, len(ids)
+        return np.asarray(compute(model.params, tokens, length), np.float64).tolist()
+
+    return scores
+
+
+# -- The end ----------------------------------------------------------------------------------------------------------
+
+
+def _finish(begun: Start, job: Job, run: Run, result: Result) -> None:
+    folder, params = begun.folder / MODEL, result.params
+    if job.method == "reward":
+        params = reward_head.centred(params, _mean_of_best(params, run, begun))
+        save_reward_model(begun.model.replace(params=params), folder)
+    elif job.method in METHODS:
+        gx.save(begun.model.replace(params=policy_model(params)), folder)
+    else:
+        gx.save(begun.model.replace(params=params), folder)
+    if not result.finished:
+        return
+    if job.method == "reward":
+        words = ["garrulax", "align", begun.settings.preset, "--method", "ppo", "--reward", str(begun.folder), "--data"]
+        say(f"next: {shlex.join(words)} PROMPTS")
+    else:
+        command = "chat" if has_chat_format(begun.model.tokenizer) else "generate"
+        say(f"next: {shlex.join(['garrulax', command, str(begun.folder)])}")
+
+
+def _mean_of_best(params: Tree, run: Run, begun: Start) -> float:
+    """The mean reward of the best answers to train on: it is taken off, so that good answers score 0 on average."""
+    compute: Callable = jax.jit(lambda params, tokens, length: reward_head.scores(params, tokens, length, run.config))
+    found = []
+    for step in range(max(1, min(20, begun.settings.steps))):
+        batch = run.data.batch_at(step)
+        best = batch["rank"].argmin(axis=1)
+        rows = np.arange(len(best))
+        found.append(np.asarray(compute(params, batch["tokens"][rows, best], batch["length"][rows, best])))
+    return float(np.concatenate(found).mean())
+
+
+_MAKE: dict[str, Callable[[Start, Job], Run]] = {"sft": _sft, "reward": _reward, "pairs": _pairs, "policy": _policy}

@@ -1,0 +1,164 @@
+"""`garrulax align`: from files to models, resuming after kill -9, errors before anything is trained."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from tiny import byte_model
+
+import garrulax as gx
+from garrulax.align import answers
+from garrulax.align.comparisons import NO_ANSWER
+from garrulax.align.reward_files import load_reward_model, save_reward_model
+from garrulax.cli import main
+from garrulax.hub.tokenizers import ByteTokenizer
+from garrulax.models import reward
+
+PAIRS = [{"prompt": f"is {i}", "chosen": " yes", "rejected": f" no {i}"} for i in range(40)]
+FEW = ["batch=4", "window=24", "steps=4", "eval_every=4", "checkpoint_every=2", "lr=0.003", "log_every=1", "warmup=0"]
+END = 256
+
+
+def written(path, records):
+    path.write_text("\n".join(map(json.dumps, records)))
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def quick(quick_compilation):
+    pass
+
+
+@pytest.fixture
+def model(tmp_path):
+    made = byte_model("gpt", eos=END, context=64)
+    gx.save(gx.Model(made.config, made.params, made.tokenizer), tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+def test_pairs_and_rankings_of_a_file():
+    tokenizer = ByteTokenizer(["<|endoftext|>"])
+    record = {"prompt": "q", "answers": ["a", "bb", "bb", "c"], "ranks": [0, 1, 1, 2]}
+    found = answers.ranking(record, tokenizer, (END,), "here")
+    assert [one.tokens for one in found.answers[:2]] == [[113, 97, END], [113, 98, 98, END]]
+    assert found.answers[1].mask == [False, True, True, True]
+    assert len(list(found.pairs())) == 5, "the two equal ones tie"
+    arrays, left_out = answers.pair_arrays([found], 8)
+    assert arrays["tokens"].shape == (5, 2, 8)
+    assert arrays["weights"][0].sum(axis=1).tolist() == [2, 3]
+    assert not left_out["too long"]
+    ranked, _ = answers.ranking_arrays([found, answers.ranking(PAIRS[0], tokenizer, (END,), "there")], 16)
+    assert ranked["rank"].tolist() == [[0, 1, 1, 2], [0, 1, NO_ANSWER, NO_ANSWER]]
+    assert ranked["length"].tolist() == [[3, 4, 4, 3], [9, 10, 0, 0]]
+    same = answers.ranking({"prompt": "q", "chosen": "a", "rejected": "a"}, tokenizer, (END,), "here")
+    for rankings, window, message in (([same], 8, "all of them tie"), ([found], 1, "no pair fits into window=1")):
+        with pytest.raises(ValueError, match=message):
+            answers.pair_arrays(rankings, window)
+    with pytest.raises(ValueError, match="no ranking fits into window=3"):
+        answers.ranking_arrays([found], 3)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"chosen": "a", "rejected": "b"}, "has no prompt"),
+        ({"prompt": "a", "text": "b"}, "give chosen and rejected"),
+        ({"prompt": "a", "answers": ["b"]}, "has 1 answers"),
+        ({"prompt": "a", "answers": ["b", "c"], "ranks": [1]}, "not whole numbers, one an answer"),
+        ({"prompt": "a", "chosen": 3, "rejected": "b"}, "an answer is a text"),
+        ({"prompt": [{"role": "system", "content": "a"}] * 2, "chosen": "b", "rejected": "c"}, "has no chat format"),
+    ],
+)  # fmt: skip
+def test_bad_answers(record, message):
+    with pytest.raises(ValueError, match=message):
+        answers.ranking(record, ByteTokenizer(["<|endoftext|>"]), (END,), "here")
+
+
+def test_a_reward_model_on_disk(tmp_path):
+    made = byte_model("llama")
+    params = reward.add_reward_head(made.params, made.config, jax.random.key(1))
+    save_reward_model(gx.Model(made.config, params, made.tokenizer), tmp_path / "reward")
+    found = load_reward_model(tmp_path / "reward")
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(found.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    (tmp_path / "reward/reward_head.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="is no reward model"):
+        load_reward_model(tmp_path / "reward")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--method", "trpo"], "--method trpo: choose from sft, reward, dpo"),
+        (["--method", "dpo"], "--data FILE is needed"),
+        (["--method", "ppo", "--data", "DATA"], "--method ppo needs --reward"),
+        (["--method", "ppo", "--data", "DATA", "--reward", "nowhere"], "give MODULE:FUNCTION"),
+        (["--method", "ppo", "--data", "DATA", "--reward", "json:nothing"], "has no attribute 'nothing'"),
+        (["--method", "rloo", "--data", "DATA", "--reward", "json:dumps", "--option", "speed=3"], "--option speed: "),
+        (["--method", "dpo", "--data", "DATA", "--option", "beta"], "--option beta is not like beta=0.1"),
+        (["--method", "sft", "--data", "DATA"], "has the keys prompt, chosen, rejected"),
+    ],
+)
+def test_bad_commands(words, message, model, tmp_path, capsys):
+    data = written(tmp_path / "pairs.jsonl", PAIRS)
+    words = [data if word == "DATA" else word for word in words]
+    assert main(["align", model, *FEW, *words, "--run", str(tmp_path / "run")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_dpo_from_a_file(model, tmp_path, capsys):
+    data = written(tmp_path / "pairs.jsonl", PAIRS)
+    words = ["align", model, "--method", "dpo", "--data", data, *FEW, "--option", "beta=0.2", "--run"]
+    assert main([*words, str(tmp_path / "run")]) == 0
+    assert "pairs: 38 to train on, 2 held out" in capsys.readouterr().err
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < losses[0] < np.log(2)
+    assert any("accuracy" in line and "margin" in line for line in lines)
+    assert gx.load(tmp_path / "run" / "model").config == gx.load(model).config
+
+
+@pytest.mark.slow
+def test_the_whole_way_and_kill_9(model, tmp_path):
+    """Reward model, then PPO against it; a run that is killed ends with the bits of one that is not."""
+    (tmp_path / "rules.py").write_text("def vowels(sample):\n    return sum(c in 'aeiou' for c in sample.text) / 4\n")
+    pairs, prompts = (written(tmp_path / f"{name}.jsonl", records) for name, records in (
+        ("pairs", PAIRS), ("prompts", [{"prompt": p["prompt"]} for p in PAIRS])))  # fmt: skip
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+
+    def started(*words):
+        command = [sys.executable, "-c", "import sys; from garrulax.cli import main; sys.exit(main())", *words]
+        return subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+
+    def done(*words):
+        process = started(*words)
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        return errors
+
+    done("align", model, "--method", "reward", "--data", pairs, *FEW, "--run", "reward")
+    options = ["limit=6", "group=1", "epochs=2", "beta=0.05", "target_kl=1"]
+    policy = ["align", model, "--method", "ppo", "--data", prompts, "--reward", "reward", "batch=8", "steps=60",
+              "checkpoint_every=4", "eval_every=60", "lr=0.001", *(f"--option={o}" for o in options)]  # fmt: skip
+    done(*policy, "--run", "whole")
+    process = started(*policy, "--run", "killed")
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed/checkpoints/8").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed/model").exists()
+    assert "resumed" in done("train", "--resume", "killed")
+    whole, killed = ((tmp_path / name / "model/model.safetensors").read_bytes() for name in ("whole", "killed"))
+    assert whole == killed
+    errors = done("align", model, "--method", "rloo", "--data", prompts, "--reward", "rules:vowels", *FEW,
+                  "--option", "limit=6", "--option", "group=4", "--run", "rloo")  # fmt: skip
+    assert "held-out reward" in errors

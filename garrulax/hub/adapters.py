@@ -210,7 +210,8 @@ def _whole(params: Any, specs: Any, raw: Mapping[str, Any], written: Mapping[str
     """The tensors that the adapter has as a whole: modules, biases, rows of a table, tables below a pair."""
     names = [name for s in spec.named_specs(specs).values() for name in s.names]
     wanted = peft.whole_names(raw, names, written)
-    wanted |= {f"{m}.weight": f"{m}.base_layer.weight" for m, p in written.items() if "lora_embedding_A" in p.tensors}
+    tables = {s.name for s in spec.named_specs(specs).values() if s.role == "embedding"}
+    wanted |= {f"{m}.weight": f"{m}.base_layer.weight" for m in written if f"{m}.weight" in tables}
     rows = raw.get("trainable_token_indices")
     tensors: Arrays = {}
 

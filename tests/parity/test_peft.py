@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 
 pytest.importorskip("torch", reason="`make parity` installs torch and transformers")
-peft = pytest.importorskip("peft", reason="`make parity` installs peft")
+pytest.importorskip("peft", reason="`make parity` installs peft")
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft
 import tiny
 import torch
 import transformers
@@ -20,11 +21,11 @@ from garrulax.core.lora import Lora
 IDS = np.array([[5, 17, 3, 90], [9, 2, 44, 1]])
 #: Family -> targets; the query, key and value of Falcon are one tensor for PEFT, and three pairs here.
 OURS = {
-    "gpt": dict(targets="all", rslora=True),
-    "llama": dict(targets=["query", "up", "head"]),
-    "falcon": dict(targets="all"),
-    "gpt_neox": dict(targets="all", dora=True),
-    "opt": dict(targets=["fc1", "out"]),
+    "gpt": {"targets": "all", "rslora": True},
+    "llama": {"targets": ["query", "up", "head"]},
+    "falcon": {"targets": "all"},
+    "gpt_neox": {"targets": "all", "dora": True},
+    "opt": {"targets": ["fc1", "out"]},
 }
 
 
@@ -68,12 +69,12 @@ def test_peft_opens_our_adapters(name, tmp_path):
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("falcon", dict(target_modules=["query_key_value"], r=3, lora_alpha=5)),
-        ("falcon", dict(target_modules="all-linear", r=2, use_rslora=True)),
-        ("gpt_neox", dict(r=3, use_dora=True)),
-        ("llama", dict(target_modules=["lm_head", "q_proj"], r=2)),
-        ("gpt", dict(target_modules=["wte", "c_attn"], r=2, fan_in_fan_out=True)),
-        ("opt", dict(target_modules=["fc2"], r=2, bias="all")),
+        ("falcon", {"target_modules": ["query_key_value"], "r": 3, "lora_alpha": 5}),
+        ("falcon", {"target_modules": "all-linear", "r": 2, "use_rslora": True}),
+        ("gpt_neox", {"r": 3, "use_dora": True}),
+        ("llama", {"target_modules": ["lm_head", "q_proj"], "r": 2}),
+        ("gpt", {"target_modules": ["wte", "c_attn"], "r": 2, "fan_in_fan_out": True}),
+        ("opt", {"target_modules": ["fc2"], "r": 2, "bias": "all"}),
     ],
 )
 def test_we_open_adapters_of_peft(name, options, tmp_path):

@@ -89,6 +89,8 @@ def save(model: Model, path: str | Path, max_shard_size: int | str = "5GB", prog
         ...     sorted(file.name for file in pathlib.Path(folder).iterdir())
         ['README.md', 'config.json', 'generation_config.json', 'model.safetensors']
     """
+    if model.prefix is not None:
+        raise ValueError("a model with a prefix cannot be saved as one: save the prefix alone with gx.save_adapter")
     entries = _entries(parameters(model.config), model.params)
 
     def add_files(folder: Path) -> None:

@@ -23,6 +23,8 @@ from garrulax.core.einsum import einsum, lookup
 from garrulax.core.leaf import map_weights
 from garrulax.core.lora_rows import by_row
 from garrulax.core.lora_specs import adapter_specs, attach
+from garrulax.kernels import masks
+from garrulax.layers.shifted_attention import shifted_attention
 from garrulax.models import parameters
 from garrulax.train import loop
 from garrulax.train import lora as adapters
@@ -382,3 +384,34 @@ def test_training_all_weights_refuses_leaves(tmp_path):
     model = gx.lora(gx.Model(run.config, models.init(run.config, jax.random.key(0))))
     with pytest.raises(ValueError, match="training all weights needs plain weights, but the model has LoRA adapters"):
         loop.train(dataclasses.replace(run, params=model.params), out=io.StringIO())
+
+
+# -- LongLoRA ---------------------------------------------------------------------------------------------------------
+
+
+def test_shifted_attention_is_that_of_longlora_without_its_roll(reference):
+    q, k, v, wanted = (reference[f"longlora/{name}"] for name in ("q", "k", "v", "out_masked"))
+    q, k, v = (jnp.asarray(x).swapaxes(1, 2) for x in (q, k, v))  # [B, T, H, C]
+    mask = masks.causal(1, 16)
+    mask = dataclasses.replace(mask, query={**mask.query, "position": mask.query["rank"]})
+    np.testing.assert_allclose(shifted_attention(q, k, v, mask, 4, {}), wanted, atol=1e-6)
+    with pytest.raises(ValueError, match="an even number of heads, not 3"):
+        shifted_attention(q[:, :, :3], k[:, :, :3], v[:, :, :3], mask, 4, {})
+
+
+@pytest.mark.slow
+def test_a_model_is_trained_in_groups_and_merged(tmp_path):
+    config = dataclasses.replace(tiny.CONFIGS["llama"], kv_heads=2)
+    params, tokens = tiny.params(config), jnp.arange(16, dtype=jnp.int32)[None]
+    whole, grouped, one = (gx.forward(params, tokens, config, group=group)[0] for group in (0, 4, 64))
+    np.testing.assert_allclose(one, whole, atol=1e-6)
+    assert np.abs(grouped - whole).max() > 1e-3
+    words = [word for word in WORDS if not word.startswith("lora=")]
+    words += ["lora=rank=2,targets=query+key+value+out,whole=norm,group=8", "preset=llama-tiny", "model.kv_heads=4"]
+    run = training.make(tmp_path / "run", [*words, "model.tied=true", "model.mlp_width=32"])
+    base = models.init(run.config, jax.random.key(3))
+    result = loop.train(dataclasses.replace(run, params=base), out=io.StringIO())
+    assert np.abs(result.params["norm"]["scale"] - base["norm"]["scale"]).max() > 0
+    merged = gx.merge(gx.Model(run.config, result.params, adapter={"r": 2}))
+    gx.save(merged, tmp_path / "merged")
+    assert gx.load(tmp_path / "merged").config == run.config

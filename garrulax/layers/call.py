@@ -25,6 +25,7 @@ class Call:
         key: PRNG key for dropout; None for no dropout.
         remat: What the backward pass recomputes, a name in `layers.stack.REMAT`.
         unroll: Whether the loop over layers becomes straight code.
+        group: Tokens of a group of LongLoRA's shifted attention; 0 attends to everything.
     """
 
     tokens: jax.Array
@@ -35,6 +36,7 @@ class Call:
     key: jax.Array | None = None
     remat: str = "none"
     unroll: bool = False
+    group: int = 0
 
     @property
     def room(self) -> int | None:

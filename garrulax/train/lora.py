@@ -161,6 +161,14 @@ def adapted(
     return Adaptation(start, adapter_specs(full, specs, whole), frozen, digest(frozen))
 
 
+def with_base(run: Any, adaptation: Adaptation) -> Any:
+    """The `loop.Run`, which begins with the trained part, and can be resumed with the same frozen weights only."""
+    if adaptation.frozen is None:
+        return run
+    identity = {**run.data.identity, "base": adaptation.digest}
+    return dataclasses.replace(run, params=adaptation.start, data=dataclasses.replace(run.data, identity=identity))
+
+
 def check(settings: Any) -> None:
     """Raises ValueError for settings that do not go with adapters."""
     for name, plain in (("quantize", "none"), ("embedding_shrink", 1.0)):

@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from garrulax.core.dtypes import at_least_float32
-from garrulax.core.einsum import einsum, letters, lookup
+from garrulax.core.einsum import einsum, gather, letters, lookup
 from garrulax.core.leaf import Leaf, Tree, map_weights, weights
 
 #: The arrays of a pair that are trained, as `split` names them.
@@ -110,7 +110,7 @@ class Lora(Leaf):
     def _scaled(self, y: jax.Array) -> jax.Array:
         """s (y + bias)."""
         if self.bias is not None:
-            y = y + jnp.broadcast_to(self.bias.astype(y.dtype), y.shape)
+            y = y + gather(self.bias, y)
         scale = self.scale.astype(y.dtype)
         return y * (scale.reshape(-1, *(1,) * (y.ndim - 1)) if self.by_row else scale)
 
@@ -119,7 +119,7 @@ class Lora(Leaf):
         if self.magnitude is None:
             return y
         factor = self.magnitude / jax.lax.stop_gradient(column_lengths(self._sum(), self.first))
-        return y * jnp.broadcast_to(factor.astype(y.dtype), y.shape)
+        return y * gather(factor, y)
 
     def lookup(self, ids: jax.Array) -> jax.Array:
         """Rows of the table."""

@@ -69,8 +69,8 @@ def read_pairs(params: Any, specs: Any, tensors: Arrays, raw: Mapping[str, Any],
     """
     pairs = pairs_of(tensors)
     whole = {**peft.whole_names(raw, _names(specs), pairs)}
-    for module, ends in pairs.items():  # a copy of the table that an adapter of embeddings has
-        if "lora_embedding_A" in ends and f"{module}.base_layer.weight" in tensors:
+    for module in pairs:  # an adapter of embedding or head has a copy of the table
+        if f"{module}.base_layer.weight" in tensors:
             whole[f"{module}.weight"] = f"{module}.base_layer.weight"
     whole = {ours: _stored(theirs, ours, tensors) for ours, theirs in whole.items()}
     rows = _trained_rows(tensors, raw, specs, label)

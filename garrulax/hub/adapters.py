@@ -15,7 +15,7 @@ from garrulax.core.config import ModelConfig
 from garrulax.core.layout import parse_pattern
 from garrulax.core.lora import Lora, has_pairs
 from garrulax.core.lora_specs import Rule, attach, is_head, map_parameters, module_of
-from garrulax.hub import peft
+from garrulax.hub import peft, prefixes
 from garrulax.hub.adapter_tensors import Arrays, pairs_of, plain_names, read_pairs, write_pairs
 from garrulax.hub.download import find_folder
 from garrulax.hub.model import Model
@@ -23,6 +23,7 @@ from garrulax.hub.replacing import replacing
 from garrulax.hub.tensors import open_file, write_tensors
 from garrulax.models import family, parameters
 
+_BASE = "base_model_name_or_path"
 _FILES = {peft.CONFIG, peft.WEIGHTS, "README.md"}
 
 
@@ -83,6 +84,8 @@ def merge(model: Model) -> Model:
         >>> gx.merge(model).params["blocks"]["attention"]["qkv"].shape
         (1, 32, 3, 2, 16)
     """
+    if model.prefix is not None:
+        raise ValueError("a prefix is no change of weights and cannot be merged")
     if not has_pairs(model.params) and not model.adapter:
         raise ValueError("the model has no adapters to merge")
     return model.replace(params=pairs.merge(model.params), adapter={}, adapters={})
@@ -90,6 +93,9 @@ def merge(model: Model) -> Model:
 
 def load_adapter(model: Model, path: str | Path, name: str | None = None) -> Model:
     """The model with the adapter of a PEFT folder (adapter_config.json, adapter_model.safetensors).
+
+    It is LoRA, or a prefix or soft prompt (PREFIX_TUNING, PROMPT_TUNING, P_TUNING), which becomes `Model.prefix`. A
+    folder with the prefix encoder of ChatGLM's P-tuning v2 in safetensors is read too.
 
     Args:
         model: The model that the adapter was trained for, without adapters in its parameters.
@@ -117,9 +123,15 @@ def load_adapter(model: Model, path: str | Path, name: str | None = None) -> Mod
         4
     """
     folder = find_folder(path)
-    raw = peft.read_config(folder)
-    if has_pairs(model.params):
+    if has_pairs(model.params) or model.prefix is not None:
         raise ValueError("the model has adapters already: give the model without them, or merge them first (gx.merge)")
+    found: Any = None if (folder / peft.CONFIG).exists() else prefixes.read_chatglm(folder, model.config)
+    raw = {} if found is not None else peft.read_config(folder)
+    if raw.get("peft_type", "LORA") != "LORA":
+        found = prefixes.read_peft(folder, raw, model.config)
+    if found is not None:
+        adapted = model.replace(prefix=found, adapter=raw, adapters={})
+        return adapted if name is None else model.replace(adapters={**model.adapters, name: adapted})
     label = str(folder)
     peft.check_lora(raw, str(folder / peft.CONFIG))
     tensors: Arrays = {k: t.array() for k, t in plain_names(open_file(folder / peft.WEIGHTS)).items()}
@@ -166,6 +178,10 @@ def save_adapter(model: Model, path: str | Path, base: str | None = None) -> Non
         ...     sorted(file.name for file in pathlib.Path(folder).iterdir())
         ['adapter_config.json', 'adapter_model.safetensors']
     """
+    if model.prefix is not None:
+        raw = prefixes.config_of(model.prefix, model.adapter, model.config)
+        _write(Path(path), prefixes.tensors_of(model.prefix), raw if base is None else {**raw, _BASE: base})
+        return
     specs = parameters(model.config)
     if not has_pairs(model.params):
         raise ValueError("the model has no adapter to save: gx.lora makes one")
@@ -179,11 +195,15 @@ def save_adapter(model: Model, path: str | Path, base: str | None = None) -> Non
     ]
     raw = peft.written_config(model.adapter, sizes, modules, _transposed(specs))
     if base is not None:
-        raw["base_model_name_or_path"] = base
+        raw[_BASE] = base
     tensors = {f"{m}.{end}": x for m, p in written.items() for end, x in p.tensors.items()}
     tensors |= _whole(model.params, specs, raw, written)
-    named = {f"base_model.model.{name}": np.ascontiguousarray(x) for name, x in sorted(tensors.items())}
-    folder = Path(path).expanduser().resolve()
+    _write(Path(path), {f"base_model.model.{name}": x for name, x in tensors.items()}, raw)
+
+
+def _write(path: Path, tensors: Arrays, raw: Mapping[str, Any]) -> None:
+    named = {name: np.ascontiguousarray(x) for name, x in sorted(tensors.items())}
+    folder = path.expanduser().resolve()
     with replacing(folder, _check_replaceable) as temporary:
         write_tensors(temporary / peft.WEIGHTS, {k: (x.dtype, x.shape) for k, x in named.items()}, iter(named.values()))
         text = json.dumps(raw, indent=2, sort_keys=True) + "\n"
@@ -210,7 +230,8 @@ def _whole(params: Any, specs: Any, raw: Mapping[str, Any], written: Mapping[str
     """The tensors that the adapter has as a whole: modules, biases, rows of a table, tables below a pair."""
     names = [name for s in spec.named_specs(specs).values() for name in s.names]
     wanted = peft.whole_names(raw, names, written)
-    wanted |= {f"{m}.weight": f"{m}.base_layer.weight" for m, p in written.items() if "lora_embedding_A" in p.tensors}
+    tables = {s.name for s in spec.named_specs(specs).values() if s.role == "embedding"}
+    wanted |= {f"{m}.weight": f"{m}.base_layer.weight" for m in written if f"{m}.weight" in tables}
     rows = raw.get("trainable_token_indices")
     tensors: Arrays = {}
 

@@ -7,6 +7,7 @@ from typing import Any
 from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
 from garrulax.hub.tokenizers import Tokenizer
+from garrulax.models.prefix import Prefix, SoftPrompt
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -20,6 +21,8 @@ class Model:
         generation: The content of generation_config.json as loaded; `garrulax.save` writes it back. Its end tokens are
             in `config.eos`, which decides. Nothing else in it has an effect: temperature and the like are arguments of
             `garrulax.generate`.
+        prefix: Keys and values, or embeddings, that stand before every text (`models.prefix`); None without. Only
+            `generate` and `stream` take a model with a prefix; others refuse it.
         adapter: What adapter_config.json says, or will say, of the adapter in `params`; empty without one.
         adapters: By name, models with other adapters of the same weights; `garrulax.generate(adapter=...)` chooses.
 
@@ -35,6 +38,7 @@ class Model:
     params: Tree = dataclasses.field(repr=False)
     tokenizer: Tokenizer | None = None
     generation: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+    prefix: Prefix | SoftPrompt | None = None
     adapter: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
     adapters: "Mapping[str, Model]" = dataclasses.field(default_factory=dict, repr=False)
 

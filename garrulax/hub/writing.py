@@ -81,6 +81,8 @@ def save(
         ...     sorted(file.name for file in pathlib.Path(folder).iterdir())
         ['README.md', 'config.json', 'generation_config.json', 'model.safetensors']
     """
+    if model.prefix is not None:
+        raise ValueError("a model with a prefix cannot be saved as one: save the prefix alone with gx.save_adapter")
     specs = parameters(model.config)
     stored, replaced, more = _quantised_entries(specs, model.params, quantised)
     entries = _entries(specs, model.params, replaced) | stored

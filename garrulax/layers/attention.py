@@ -13,6 +13,7 @@ from garrulax.layers.cache import KV, extend
 from garrulax.layers.call import Call
 from garrulax.layers.kept_attention import attend_to_kept
 from garrulax.layers.rope import Rotary
+from garrulax.layers.shifted_attention import shifted_attention
 
 
 def cached_attention(
@@ -53,6 +54,10 @@ def cached_attention(
         query, key = rotary(query), rotary(key)
     if bias is not None:
         options["bias"] = bias(mask)
+    if call.group:
+        if kv is not None:
+            raise ValueError("shifted attention (group) is for training: leave the cache out")
+        return shifted_attention(query, key, value, mask, call.group, options), None
     if kv is None or call.slot is None:
         return attention(query, key, value, mask=mask, **options), kv
     kv, stored = extend(kv, layer, key, value, call.slot)

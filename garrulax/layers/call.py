@@ -39,6 +39,7 @@ class Call:
         remat: What the backward pass recomputes, a name in `layers.stack.REMAT`.
         unroll: Whether the loop over layers becomes straight code.
         stage: In a pipeline of layers, this device's stage; None runs all layers.
+        group: Tokens of a group of LongLoRA's shifted attention; 0 attends to everything.
     """
 
     tokens: jax.Array
@@ -50,6 +51,7 @@ class Call:
     remat: str = "none"
     unroll: bool = False
     stage: Stage | None = None
+    group: int = 0
 
     @property
     def room(self) -> int | None:

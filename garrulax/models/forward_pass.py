@@ -100,6 +100,7 @@ def forward(
     key: jax.Array | None = None,
     remat: str = "none",
     unroll: bool = False,
+    group: int = 0,
 ) -> tuple[jax.Array, Cache | None]:
     """Logits of tokens, and the cache with the tokens in it. Works under jit, grad and vmap with `config` static.
 
@@ -115,6 +116,7 @@ def forward(
         key: PRNG key for dropout; None for no dropout.
         remat: What the backward pass recomputes: "none", "dots" or "full".
         unroll: Whether the loop over layers becomes straight code.
+        group: For training on long texts: tokens of a group of LongLoRA's shifted attention; 0 attends to everything.
 
     Returns:
         Logits [B, T, V] in the dtype of the parameters, and the cache (None without one).
@@ -134,8 +136,9 @@ def forward(
     module = family(config)
     spec.check_params(parameters(config), params)
     x, cache = hidden(
-        params, tokens, config, positions=positions, mask=mask, cache=cache, key=key, remat=remat, unroll=unroll
-    )
+        params, tokens, config, positions=positions, mask=mask, cache=cache, key=key, remat=remat, unroll=unroll,
+        group=group,
+    )  # fmt: skip
     return module.logits(params, x, config), cache
 
 
@@ -150,6 +153,7 @@ def hidden(
     key: jax.Array | None = None,
     remat: str = "none",
     unroll: bool = False,
+    group: int = 0,
 ) -> tuple[jax.Array, Cache | None]:
     """Hidden states [B, T, D] after the last norm, and the cache.
 
@@ -170,7 +174,7 @@ def hidden(
     mask, cache_now = mask_and_cache(tokens, positions[:, 0] if rows == 2 else positions, mask, cache)
     mask = jax.tree.map(whole_tokens, mask)
     slot = None if cache is None else slots_of(cache, mask.query)
-    call = Call(tokens, positions, mask, cache_now, slot, key, remat, unroll)
+    call = Call(tokens, positions, mask, cache_now, slot, key, remat, unroll, group=group)
     if pipeline.stages(params) > 1:
         x = pipeline.pipelined(module, params, call, config)
     else:

@@ -75,6 +75,7 @@ def unpack_model(model: ModelLike) -> tuple[Tree, ModelConfig, TokenizerLike | N
         model: The result of `garrulax.load`, or a tuple (params, config).
 
     Raises:
+        ValueError: The model has a prefix, which would be left out.
         TypeError: `model` is something else, or its config is not the Config of a family.
     """
     parts: tuple[Any, ...]
@@ -86,6 +87,8 @@ def unpack_model(model: ModelLike) -> tuple[Tree, ModelConfig, TokenizerLike | N
         parts = (model.params, model.config, model.tokenizer)
     else:
         raise TypeError(f"a model is what gx.load returns, or a tuple (params, config), not {type(model).__name__}")
+    if getattr(model, "prefix", None) is not None:
+        raise ValueError("the model has a prefix, which only generate and stream read (models.prefix.forward_after)")
     params, config, tokenizer = parts
     models.family(config)  # raises TypeError
     return params, config, tokenizer

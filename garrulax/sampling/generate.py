@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Generator, Sequence
 from typing import Any
 
+from garrulax.layers.cache import Cache
 from garrulax.layers.cache_kinds import Kind
 from garrulax.models.unpack import ModelLike, TokenizerLike
-from garrulax.sampling.adapters import Adapter, chosen, weights_by_row
+from garrulax.sampling.adapters import Adapter, behind, chosen, weights_by_row, without_prefix
 from garrulax.sampling.buckets import ONE_ROW, POWERS_OF_TWO
 from garrulax.sampling.caches import choose_kind, kind_for
 from garrulax.sampling.constrain import Constraint, Matcher
@@ -270,6 +271,7 @@ class Plan:
         ends: Tokens that end a text.
         tokenizer: The model's tokenizer, or None.
         stops: Stop strings.
+        past: A cache with the prefix of the model; None without.
     """
 
     decoder: Decoder
@@ -284,6 +286,7 @@ class Plan:
     ends: Sequence[int]
     tokenizer: TokenizerLike | None
     stops: StopStrings
+    past: Cache | None = None
 
     def run(self) -> Pieces[list[list[Completion]]]:
         """Decodes; returns a generator, whose result is a list for each prompt: one completion, or what was found."""
@@ -311,10 +314,10 @@ class Plan:
                 decoder, weights.step, state, self.writers, self.every, self.size, speculation, self.matchers
             )
         elif constrained:
-            state = start(decoder, weights, requests, self.size, constrained, steps=False)
+            state = start(decoder, weights, requests, self.size, constrained, steps=False, past=self.past)
             yield from decode_constrained(decoder, weights.step, state, self.writers, self.matchers, self.size)
         else:
-            state = start(decoder, weights, requests, self.size)
+            state = start(decoder, weights, requests, self.size, past=self.past)
             yield from decode_pieces(decoder, weights.step, state, self.writers, self.every, self.size)
         completions = [
             dataclasses.replace(writer.completion(), passes=passes.get(row)) for row, writer in self.writers.items()
@@ -344,6 +347,8 @@ def compile_ahead(model: ModelLike, prompt: Prompt, *, max_new_tokens: int | Non
     if plan.speculation is not None:
         constrained = bool(plan.matchers)
         compile_speculation(plan.decoder, plan.weights, plan.requests, plan.size, plan.speculation, constrained)
+        return
+    if plan.past is not None:  # which is known only when the weights are
         return
     steps = not plan.matchers and (plan.search is None or isinstance(plan.search, BestOf))
     compile_start(plan.decoder, plan.weights, plan.requests, plan.size, steps)
@@ -388,6 +393,7 @@ def make_plan(
     if prepared and adapter is not None:
         raise ValueError("a session has one model: begin it with that of the adapter, model.adapters[name]")
     model, trees = chosen(model, adapter, len(prompts))
+    model, prefix = without_prefix(model)
     weights, config, tokenizer = prepared or prepare_model(model)
     kind = kind_for(cache, config)
     stops = StopStrings(stop, tokenizer)
@@ -427,11 +433,18 @@ def make_plan(
         if compared or speculate is not None:
             raise ValueError("several adapters in one call go with sampling only: call once for each adapter")
         weights = weights_by_row(trees, buckets.of("rows", len(encoded)))
-    full_only = "search" if compared else "speculate" if speculate is not None else None
+    full_only = "search" if compared else "speculate" if speculate is not None else "a prefix" if prefix else None
+    past = None
+    if prefix is not None:
+        if compared or speculate is not None or trees:
+            raise ValueError("a prefix goes with sampling of one adapter only: leave search and speculate out")
+        requests, past = behind(prefix, weights, requests, config)
     decoder = Decoder(config, transform, buckets, choose_kind(kind, config, size, full_only))
     speculation = None
     if speculate is not None:
         check_speculation(speculate, search, len(encoded) > len(rows))
         speculation = speculate.bind(weights, config, transform, requests, size)
         check_acceptance(speculation, bool(matchers))
-    return Plan(decoder, weights, requests, writers, matchers, size, every, search, speculation, ends, tokenizer, stops)
+    return Plan(
+        decoder, weights, requests, writers, matchers, size, every, search, speculation, ends, tokenizer, stops, past
+    )

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 
+from garrulax.layers.cache import Cache
 from garrulax.sampling.buckets import Buckets, bucket, slots_for
 from garrulax.sampling.decoder import Decoder
 from garrulax.sampling.requests import Weights, of_one_context
@@ -22,6 +23,7 @@ def start(
     size: int,
     constrained: bool = False,
     steps: bool = True,
+    past: Cache | None = None,
 ) -> State:
     """Reads each prompt by itself, and puts it into its row of a new state.
 
@@ -32,16 +34,18 @@ def start(
         size: From `size_of`.
         constrained: Whether the state has `allowed`.
         steps: Whether `Decoder.step` will be called, and is compiled meanwhile.
+        past: A cache of one row with what stands before every prompt, and room for the longest.
 
     Returns:
         The state before the first new token.
     """
     groups, rows, slots = _groups(decoder, weights, requests, size)
+    slots += 0 if past is None else past.size - requests.context.shape[1]
     first = weights._replace(prefill=weights.of(groups[0][1][0]))
-    like = decoder.compile_ahead(first, groups[0][0], rows, slots, size, steps=steps)
+    like = decoder.compile_ahead(first, groups[0][0], rows, slots, size, past, steps)
     state = decoder.empty(weights.step, like, rows, slots, constrained)
     for one, places in groups:
-        state = decoder.insert(state, decoder.prefill(weights.of(places[0]), one, size), places)
+        state = decoder.insert(state, decoder.prefill(weights.of(places[0]), one, size, past), places)
     return state
 
 

@@ -167,7 +167,7 @@ def train(
         if mesh is not None:
             stack.enter_context(jax.set_mesh(mesh))
         adaptation = lora.adapted(run.params, run.config, settings, mesh, run.specs)
-        run = _with_base(run, adaptation)
+        run = lora.with_base(run, adaptation)
         identity = settings_.run_identity(settings, run.config, run.data.identity)
         losses = held_out_losses(run.folder) if resume else {}
         checkpoints = Checkpoints(run.folder / "checkpoints", identity, settings.keep, losses, settings.keep_minutes)
@@ -187,14 +187,6 @@ def train(
         if on_finish is not None:
             on_finish(result)
         return result
-
-
-def _with_base(run: Run, adaptation: lora.Adaptation) -> Run:
-    """The run, which may be resumed with the same frozen weights only."""
-    if adaptation.frozen is None:
-        return run
-    identity = {**run.data.identity, "base": adaptation.digest}
-    return dataclasses.replace(run, params=adaptation.start, data=dataclasses.replace(run.data, identity=identity))
 
 
 def check_rollouts(run: Run) -> None:

@@ -32,6 +32,7 @@ class LoraSettings:
         dora: Whether the lengths of the columns are trained as well.
         plus: Learning rate of B divided by that of A (LoRA+, Hayou et al. 2024: 16).
         whole: Parameters that are trained as a whole, by the ends of their modules' names; several are joined by +.
+        group: Tokens of a group of LongLoRA's shifted attention, in training alone; 0 attends to everything.
     """
 
     rank: int = 16
@@ -41,6 +42,7 @@ class LoraSettings:
     dora: bool = False
     plus: float = 1.0
     whole: tuple[str, ...] = ()
+    group: int = 0
 
     def adapter(self, config: ModelConfig) -> dict[str, Any]:
         """What adapter_config.json will say of such an adapter."""
@@ -71,6 +73,8 @@ def read(words: Sequence[str]) -> LoraSettings | None:
     found = dataclasses.replace(found, alpha=2 * found.rank if found.alpha is None else found.alpha)
     try:
         lora.check_size(found.rank, found.alpha)
+        if found.group < 0 or found.group == 1:
+            raise ValueError(f"group={found.group} must be at least 2 tokens, or 0")
         if not 0 < found.plus < float("inf"):
             raise ValueError(f"plus={found.plus} must be above 0")
     except ValueError as error:
@@ -92,6 +96,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 _READERS: dict[str, Callable[[str], Any]] = {
     "rank": int, "alpha": float, "targets": _names, "rslora": _flag, "dora": _flag, "plus": float, "whole": _names,
+    "group": int,
 }  # fmt: skip
 
 
@@ -163,6 +168,14 @@ def adapted(
         raise ValueError(f"lora: {both[0]} is among targets and whole: name it once")
     start, frozen = lora.split(full, whole)
     return Adaptation(start, adapter_specs(full, specs, whole), frozen, digest(frozen))
+
+
+def with_base(run: Any, adaptation: Adaptation) -> Any:
+    """The `loop.Run`, which begins with the trained part, and can be resumed with the same frozen weights only."""
+    if adaptation.frozen is None:
+        return run
+    identity = {**run.data.identity, "base": adaptation.digest}
+    return dataclasses.replace(run, params=adaptation.start, data=dataclasses.replace(run.data, identity=identity))
 
 
 def check(settings: Any) -> None:

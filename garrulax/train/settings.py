@@ -208,21 +208,9 @@ _CHOICES = {
 
 #: Settings that a resumed run must not change: its optimizer state or the order of its data would not fit.
 FIXED_ON_RESUME = (
-    "objective",
-    "token_blanks",
-    "sentence_blanks",
-    "document_blanks",
-    "packing",
-    "isolate",
-    "batch",
-    "window",
-    "optimizer",
-    "lora",
-    "seed",
-    "ema",
-    "skip_steps",
-    "spike_window",
-)
+    "objective", "token_blanks", "sentence_blanks", "document_blanks", "packing", "isolate", "batch",
+    "window", "optimizer", "lora", "seed", "ema", "skip_steps", "spike_window",
+)  # fmt: skip
 
 _PATHS = ("preset", "corpus", "valid", "eval_texts", "tokenizer")
 #: Settings that a resumed run takes from its folder: the tokenizer is there, and the model in the checkpoint.

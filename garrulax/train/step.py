@@ -12,6 +12,7 @@ from garrulax.core.config import ModelConfig
 from garrulax.core.leaf import cast
 from garrulax.core.lora import join
 from garrulax.core.spec import Tree
+from garrulax.train import lora
 from garrulax.train.averaging import next_average
 from garrulax.train.guard import judge
 from garrulax.train.norms import gradient_norms
@@ -89,7 +90,12 @@ def should_unroll(config: ModelConfig) -> bool:
 def _gradient(config: ModelConfig, settings: Settings, objective: Objective) -> Callable:
     unroll = should_unroll(config) if settings.unroll is None else settings.unroll
     extra = Regularizers(settings.z_loss, settings.label_smoothing, settings.embedding_shrink)
-    options = {} if extra == Regularizers() else {"extra": extra}  # objectives of other people may have no such option
+    options: dict[str, Any] = (
+        {} if extra == Regularizers() else {"extra": extra}
+    )  # objectives of other people may have no such option
+    adapters = lora.read(settings.lora)
+    if adapters is not None and adapters.group:
+        options["group"] = adapters.group
 
     def loss(params, frozen, batch, key):
         params = compute_dtype(params if frozen is None else join(params, frozen), settings.precision)

@@ -3,20 +3,17 @@
 import argparse
 import dataclasses
 import sys
-import time
 from pathlib import Path
 
 import jax
 
 import garrulax as gx
 from garrulax.cli import quantise, starting
+from garrulax.cli.bar import Bar
 from garrulax.cli.models import find_model
 from garrulax.core.dtypes import parameter_dtype
 from garrulax.hub.converting import convert_folder
-from garrulax.train.progress import duration, si
 from garrulax.train.weights import read_weights
-
-WIDTH = 30  # of the bar, in characters
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -55,29 +52,3 @@ def _convert_checkpoint(args: argparse.Namespace, progress: "Bar | None") -> Non
         params = jax.tree.map(lambda p: p.astype(dtype), params)
     model = begun.model.replace(config=config, params=params)
     gx.save(model, args.target, args.max_shard_size, None if progress is None else progress.update)
-
-
-class Bar:
-    """A progress bar on stderr: bytes written (or other units), speed, time left."""
-
-    def __init__(self, unit: str = "B") -> None:
-        self._start, self._shown, self._unit = time.perf_counter(), 0.0, unit
-
-    def update(self, done: int, total: int) -> None:
-        """Shows that `done` of `total` bytes are written; redraws at most ten times a second."""
-        now = time.perf_counter()
-        if done < total and now - self._shown < 0.1:
-            return
-        self._shown = now
-        speed = done / max(now - self._start, 1e-9)
-        full = WIDTH * done // max(total, 1)
-        sys.stderr.write(
-            f"\r\x1b[K[{'#' * full}{'.' * (WIDTH - full)}] {si(done)}{self._unit} of {si(total)}{self._unit}  "
-            f"{si(speed)}{self._unit}/s  "
-            f"{duration((total - done) / max(speed, 1e-9))} left"
-        )
-        sys.stderr.flush()
-
-    def close(self) -> None:
-        """Ends the line."""
-        sys.stderr.write("\n")

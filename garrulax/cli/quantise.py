@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 import garrulax as gx
+from garrulax.cli.bar import Bar
 from garrulax.cli.models import find_model
 from garrulax.quantisation import MatrixError, quantise_with_errors
 
@@ -32,8 +33,6 @@ def check(args: argparse.Namespace) -> None:
 
 def write_quantised(args: argparse.Namespace) -> None:
     """Runs the command; shows a progress bar if stderr is a terminal."""
-    from garrulax.cli.convert import Bar
-
     read, held = (None, None) if args.calibrate is None else _texts(Path(args.calibrate))
     model = gx.load(find_model(args.source), dtype="float32", ignore=args.ignore)
     method = "gptq" if args.gptq else "awq" if args.awq else "rtn"

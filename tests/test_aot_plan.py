@@ -29,7 +29,7 @@ def test_memory_and_operations_are_those_of_the_compiler():
     m = own.memory_analysis()
     assert found.memory.temporary == m.temp_size_in_bytes
     assert found.memory.parameters + found.memory.optimizer + found.memory.batch == pytest.approx(
-        m.argument_size_in_bytes, rel=0.02
+        m.argument_size_in_bytes, rel=0.05
     )  # the compiler pads small arrays
     results = m.output_size_in_bytes - m.alias_size_in_bytes
     assert found.memory.total == m.peak_memory_in_bytes + m.generated_code_size_in_bytes

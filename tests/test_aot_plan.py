@@ -32,8 +32,8 @@ def test_memory_and_operations_are_those_of_the_compiler():
         m.argument_size_in_bytes, rel=0.05
     )  # the compiler pads small arrays
     results = m.output_size_in_bytes - m.alias_size_in_bytes
-    assert found.memory.total == m.peak_memory_in_bytes + m.generated_code_size_in_bytes
-    assert m.peak_memory_in_bytes <= m.argument_size_in_bytes + results + m.temp_size_in_bytes
+    code = m.generated_code_size_in_bytes
+    assert found.memory.total == m.argument_size_in_bytes + results + m.temp_size_in_bytes + code
     # Attention: 2 products forward, 2 once more because of remat, 5 backward; half of the pairs of 128 x 128.
     a_layer = 2 * (2 + 2 + 5) * 8 * 128 * 2 * 128 * 64
     assert found.program.kernel_flops * 4 == pytest.approx(3 * a_layer)

@@ -48,8 +48,8 @@ class Memory:
         batch: Of a batch.
         temporary: Activations, gradients and gathered weights at the moment with the most of them.
         code: The program.
-        total: As the compiler plans it: its peak of arguments, results that are not written over them, and
-            temporaries; and code. If the program does not fit, what the compiler says it would need.
+        total: As the compiler plans it: arguments, results that are not written over them, temporaries and code. Parts
+            may share memory, so that this is what it needs at most; if it does not fit, what the compiler says.
         capacity: What the chip has.
         fits: Whether the compiler accepts the program.
     """
@@ -253,8 +253,7 @@ def compile_plan(
 def _memory(found: Any, held: list[int], topology: Topology) -> Memory:
     results = found.output_size_in_bytes - found.alias_size_in_bytes
     code = found.generated_code_size_in_bytes
-    most = found.argument_size_in_bytes + results + found.temp_size_in_bytes
-    total = (getattr(found, "peak_memory_in_bytes", 0) or most) + code  # some compilers do not say the peak
+    total = found.argument_size_in_bytes + results + found.temp_size_in_bytes + code
     params, state, batch = held
     return Memory(params, state - params, batch, found.temp_size_in_bytes, code, total, topology.chip.memory, fits=True)
 

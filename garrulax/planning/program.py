@@ -164,7 +164,8 @@ def kernel_flops(computation: dict[str, Instruction], i: Instruction, keys: Call
     """
     read = [a for name in i.operands for a in computation[name].arrays if len(a.shape) >= 4 and "f" in a.dtype]
     query = max(read, key=lambda a: a.count)
-    key = min((a for a in read if a.shape[-1] == query.shape[-1]), key=lambda a: a.count)
+    like = [a for a in read if (a.dtype, a.shape[-1]) == (query.dtype, query.shape[-1])]  # not sums of rows, in float32
+    key = min(like, key=lambda a: a.count)
     products = 2 if kernel_pass(i) == "forward" else 5
     return 2.0 * products * query.count * keys(key.shape[1] if "fmha" in i.text else key.shape[-2])
 

@@ -214,7 +214,7 @@ def _entries(specs: spec.Tree, params: spec.Tree, without: Collection[str] = ())
 
 def _write_parameter(s: spec.ParamSpec, leaf: Any, i: int | None, target: np.ndarray | None) -> None:
     """Writes a parameter, or layer `i` of it, into the stored tensor `target`."""
-    x = leaf if i is None else leaf[i]
+    x = leaf if i is None else _layer(leaf, i)
     x = _on_host(x.dense() if isinstance(x, Quantised) else x)
     if target is not None:
         s.layout.write(x, target)
@@ -283,6 +283,14 @@ def _split_into_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
         shards[-1].append(name)
         filled += size
     return shards
+
+
+def _layer(stacked: Any, i: int) -> Any:
+    """`stacked[i]`, also where a mesh splits the layers."""
+    place = getattr(stacked, "sharding", None)
+    if not isinstance(place, jax.NamedSharding) or not any(place.spec[:1]):
+        return stacked[i]
+    return stacked.at[i].get(out_sharding=jax.NamedSharding(place.mesh, jax.P(*place.spec[1:])))
 
 
 def _on_host(array: jax.Array) -> np.ndarray:

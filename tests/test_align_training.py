@@ -292,3 +292,27 @@ def test_fisher_information_is_a_mean_of_squares():
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     with pytest.raises(ValueError, match="4 examples cannot be taken in 3 equal parts"):
         align.fisher(loglikelihood, params, x, parts=3)
+
+
+def test_noise_on_the_embeddings():
+    from garrulax.align import neftune
+
+    config = CONFIGS["llama"]
+    params = models.init(config, jax.random.key(0))
+    segment = jnp.array([[0] * 6 + [1] * 2, [0] * 8])
+    batch = {"tokens": jnp.ones((2, 8), jnp.int32), "targets": jnp.ones((2, 8), jnp.int32), "weights": jnp.ones((2, 8)),
+             "segment": segment}  # fmt: skip
+    noisy = neftune.neftune(causal_lm, 5.0)
+    plain = causal_lm(params, batch, config)[0]
+    assert noisy(params, batch, config)[0] == plain, "evaluation has no noise"
+    found = [float(noisy(params, batch, config, jax.random.key(i))[0]) for i in (1, 1, 2)]
+    assert found[0] == found[1] != found[2]
+    assert found[0] != plain
+    table = jnp.zeros((3, 4000))
+    scale = 5.0 / np.sqrt(neftune._lengths(batch) * 4000)
+    noise = neftune.Noisy(table, scale, jax.random.key(0)).lookup(jnp.ones((2, 8), jnp.int32))
+    assert float(jnp.abs(noise).max()) <= 5 / np.sqrt(2 * 4000)
+    np.testing.assert_allclose(jnp.var(noise, axis=2), scale**2 / 3, rtol=0.1)
+    np.testing.assert_allclose(scale[:, 0], 5.0 / np.sqrt(np.array([6, 8]) * 4000), rtol=1e-6)
+    with pytest.raises(ValueError, match="alpha=0 must be positive"):
+        neftune.neftune(causal_lm, 0)

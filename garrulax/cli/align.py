@@ -18,6 +18,7 @@ import numpy as np
 import garrulax as gx
 from garrulax.align import answers, objectives, rl, sft
 from garrulax.align.conversations import Example, conversation, encode, has_chat_format, plain, read_records
+from garrulax.align.neftune import neftune
 from garrulax.align.policy_objectives import (
     METHODS,
     on_model,
@@ -164,8 +165,13 @@ def _sft(begun: Start, job: Job) -> Run:
         return plain(tokenizer, messages, ends, where)
 
     train, valid = ([example(*one) for one in part] for part in _records(job))
-    data = sft.make_sft_data(train, valid, begun.settings)
-    return Run(begun.model.config, begun.settings, data, begun.folder, objective=causal_lm, params=begun.params)
+    settings, objective, alpha = begun.settings, causal_lm, job.options.get("neftune")
+    if odd := sorted(job.options.keys() - {"neftune"}):
+        raise ValueError(f"--option {odd[0]}: --method sft knows neftune")
+    if alpha is not None:  # the step has a key where there is dropout
+        objective, settings = neftune(causal_lm, alpha), dataclasses.replace(settings, dropout=True)
+    data = sft.make_sft_data(train, valid, settings)
+    return Run(begun.model.config, settings, data, begun.folder, objective=objective, params=begun.params)
 
 
 # -- Pairs and rankings -----------------------------------------------------------------------------------------------

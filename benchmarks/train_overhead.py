@@ -1,103 +1,134 @@
-"""Times the trainer with its features on against the bare step: same model, same batches, in turns.
+"""Times the trainer with its features on against the bare step, in turns within one process.
 
-    python benchmarks/train_overhead.py [--rounds 5] [--sizes small medium] [--features guard,ema,...]
+    python benchmarks/train_overhead.py [--blocks 12] [--sizes small medium] [--without save,ema,...]
 
-The bare step is `step.make_train_step` in a loop over batches that are made beforehand. The trainer is `loop.train`: it
-makes each batch, logs norms of every block, throughput, goodput and memory every 10 steps, skips spikes, averages the
-parameters, and saves a checkpoint every `checkpoint` steps. Times are seconds of the processors a step (of all threads)
-and of the clock; the first quarter of the steps is a warm-up. Both run in new processes, one after the other, in every
-round. The processor's seconds tell more on a machine that does other work too.
+The trainer is `loop.train`: it makes packed batches of a mixture of two corpora, logs norms of every block, throughput,
+goodput and memory every 10 steps, skips spikes, averages the parameters, and saves checkpoints with digests. The bare
+step is `step.make_train_step` on such batches, made beforehand. Between the trainer's blocks of steps as many bare
+steps run, so that both meet the same state of the machine. Every second block of the trainer has one save in it, to its
+end.
+
+Printed are the medians of a step, of the clock (wall) and of the processors (cpu, all threads), the overhead of the
+blocks without a save, the cost of a save in bare steps, and both together at the default interval of
+`checkpoint_every`.
 """
 
 import argparse
-import json
+import dataclasses
+import itertools
 import statistics
-import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import train_step
-from measuring import measure
+from input_pipeline import made
 
-#: Steps between checkpoints: a few minutes of a long run would be usual; here each run saves twice or three times.
-STEPS = {"small": (160, 70), "medium": (24, 10)}
+from garrulax.hub.tokenizers import GLM_SPECIALS, ByteTokenizer
+from garrulax.models import gpt
+from garrulax.train import batches, loop, objectives, optimizers, settings, state, step
+from garrulax.train.checkpoint import saved_steps
+
+#: Steps of a block: a few seconds, longer than a save takes.
+BLOCK = {"small": 60, "medium": 8}
 FEATURES = {
     "skip": {"skip_steps": "spikes"},
     "ema": {"ema": 0.999},
     "log": {"log_every": 10},
     "save": {},
 }
+NEVER = 10**9
 
 
-def trial(size: str, features: list[str], bare: bool) -> dict:
-    """Seconds of the processors and of the clock a step."""
-    import jax
-    import numpy as np
+class Turns:
+    """The batches of the trainer, and the clock of both sides.
 
-    from garrulax.models import gpt
-    from garrulax.train import batches, components, loop, objectives, optimizers, settings, state, step
+    Attributes:
+        blocks: Seconds a step of each pair of blocks, by clock: trainer, bare.
+    """
 
-    a, (steps, every) = train_step.SIZES[size], STEPS[size]
-    config = gpt.Config(**{k: a[k] for k in ("layers", "heads", "width", "context", "vocab")})
-    never = 10**9
-    values = {"optimizer": "adamw", "batch": a["batch"], "window": a["context"], "steps": steps, "eval_tokens": 1,
-              "eval_every": never, "log_every": never, "checkpoint_every": never}  # fmt: skip
+    def __init__(self, batch_at: Callable, bare_steps: Callable[[], None], first: int, size: int):
+        self.batch_at, self.bare_steps, self.first, self.size = batch_at, bare_steps, first, size
+        self.blocks: list[dict[str, tuple[float, float]]] = []
+        self.begin: tuple[float, float] | None = None
+
+    def __call__(self, i: int):
+        if i >= self.first and (i - self.first) % self.size == 0:
+            jax.block_until_ready([x for x in jax.live_arrays() if not x.is_deleted()])
+            end = time.perf_counter(), time.process_time()
+            self.bare_steps()
+            after = time.perf_counter(), time.process_time()
+            if self.begin is not None:
+                trainer = [(e - b) / self.size for b, e in zip(self.begin, end, strict=True)]
+                bare = [(a - e) / self.size for e, a in zip(end, after, strict=True)]
+                self.blocks.append(dict(zip(("wall", "cpu"), zip(trainer, bare, strict=True), strict=True)))
+            self.begin = time.perf_counter(), time.process_time()
+        return self.batch_at(i)
+
+
+def bare(config, run: settings.Settings, ready: list, steps: int) -> Callable[[], None]:
+    """A function that runs `steps` bare steps, each waited for as the trainer waits: one step later."""
+    optimizer = optimizers.make_optimizer(run, gpt.parameters(config))
+    update = step.make_train_step(config, run, optimizer, objectives.causal_lm)
+    now = state.init_state(config, optimizer, 0)
+
+    def go() -> None:
+        nonlocal now
+        before = None
+        for _, batch in zip(range(steps), itertools.cycle(ready), strict=False):
+            now, metrics = update(now, batches.on_devices(batch, None, 1))
+            jax.block_until_ready(before)
+            before = metrics
+        jax.block_until_ready(now)
+
+    return go
+
+
+def compare(size: str, blocks: int, features: list[str]) -> None:
+    a, block = train_step.SIZES[size], BLOCK[size]
+    config = gpt.Config(**{k: a[k] for k in ("layers", "heads", "width")}, context=a["context"] + 1, vocab=300)
+    first = 2 * block - 2  # saves come two steps after a block's begin
+    plain = {"optimizer": "adamw", "batch": a["batch"], "window": a["context"], "steps": first + block * blocks + 1,
+             "eval_tokens": 1, "eval_every": NEVER, "log_every": NEVER, "checkpoint_every": NEVER,
+             "packing": "first_fit", "corpus": ("a:0.7", "b:0.3")}  # fmt: skip
+    full = {k: v for name in features for k, v in FEATURES[name].items()}
     if "save" in features:
-        values["checkpoint_every"] = every
-    for name in features if not bare else []:
-        values |= FEATURES[name]
-    run = settings.Settings(**values)
-    rows = np.random.default_rng(0).integers(0, a["vocab"], (16, a["batch"], a["context"] + 1)).astype(np.int32)
-    times = []
-
-    def batch_at(i):
-        times.append((time.process_time(), time.perf_counter()))
-        return components.causal_batch(rows[i % 16])
-
-    if bare:
-        optimizer = optimizers.make_optimizer(run, gpt.parameters(config))
-        now = state.init_state(config, optimizer, 0)
-        update = step.make_train_step(config, run, optimizer, objectives.causal_lm)
-        for i in range(steps):
-            now, metrics = update(now, batches.on_devices(batch_at(i), None, 1))
-            jax.block_until_ready(metrics)
-    else:
-        held_out = {**components.causal_batch(rows[0]), "bytes": np.ones(a["batch"], np.float32)}
-        data = batches.Data(batch_at, lambda: iter([held_out]))
-        with tempfile.TemporaryDirectory() as folder:
-            loop.train(loop.Run(config, run, data, Path(folder)), out=open("/dev/null", "w"))  # noqa: SIM115
-    begin = len(times) // 4
-    (cpu, wall), (cpu0, wall0), n = times[-1], times[begin], len(times) - 1 - begin
-    return {"cpu": (cpu - cpu0) / n, "wall": (wall - wall0) / n}
-
-
-def compare(size: str, rounds: int, features: list[str]) -> None:
-    """Runs both in every round; prints medians and the ratios within the rounds."""
-    found: dict[str, list[dict]] = {"bare": [], "trainer": []}
-    for _ in range(rounds):
-        for name, seen in found.items():
-            seen.append(
-                measure([sys.executable, __file__, "--trial", size, "--features", ",".join(features), "--as", name])
-            )
-    for clock in ("cpu", "wall"):
-        ratios = sorted(t[clock] / b[clock] - 1 for b, t in zip(found["bare"], found["trainer"], strict=True))
-        bare, trainer = (1e3 * statistics.median(one[clock] for one in seen) for seen in found.values())
-        print(f"{size:7} {clock:5} bare {bare:8.2f} ms  trainer {trainer:8.2f} ms  "
-              f"overhead {statistics.median(ratios):+.1%} ({ratios[0]:+.1%} to {ratios[-1]:+.1%})")  # fmt: skip
+        full["checkpoint_every"] = 2 * block
+    run = settings.Settings(**plain | full)
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root)
+        corpora = [made(folder / "a", 3_000_000, 600, 0), made(folder / "b", 1_500_000, 200, 2)]
+        data = batches.make_data(corpora, run, config, ByteTokenizer(GLM_SPECIALS))
+        ready = [data.batch_at(i) for i in range(16)]
+        steps = bare(config, settings.Settings(**plain), ready, block)
+        steps()
+        turns = Turns(data.batch_at, steps, first, block)
+        with open("/dev/null", "w") as nowhere:
+            loop.train(loop.Run(config, run, dataclasses.replace(data, batch_at=turns), folder / "run"), out=nowhere)
+        if "save" in features and not saved_steps(folder / "run" / "checkpoints"):
+            raise SystemExit("no checkpoint was saved")
+    quiet = turns.blocks[1::2] if "save" in features else turns.blocks
+    for clock in ("wall", "cpu"):
+        step_time = statistics.median(b for _, b in (pair[clock] for pair in turns.blocks))
+        ratios = sorted(t / b - 1 for t, b in (pair[clock] for pair in quiet))
+        line = (f"{size:7} {clock:5} bare {1e3 * step_time:8.2f} ms  without a save {statistics.median(ratios):+.1%} "
+                f"({ratios[0]:+.1%} to {ratios[-1]:+.1%})")  # fmt: skip
+        if "save" in features:
+            with_save = statistics.median(t - b for t, b in (pair[clock] for pair in turns.blocks[::2]))
+            without = statistics.median(t - b for t, b in (pair[clock] for pair in quiet))
+            cost, every = block * (with_save - without) / step_time, settings.Settings().checkpoint_every
+            line += f"  a save {cost:.1f} steps  together, saving every {every} steps, " \
+                    f"{statistics.median(ratios) + cost / every:+.1%}"  # fmt: skip
+        print(line, flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--sizes", nargs="+", choices=STEPS, default=list(STEPS))
-    parser.add_argument("--features", default=",".join(FEATURES), help=f"of {', '.join(FEATURES)}")
-    parser.add_argument("--trial", choices=STEPS, help=argparse.SUPPRESS)
-    parser.add_argument("--as", dest="kind", help=argparse.SUPPRESS)
+    parser.add_argument("--blocks", type=int, default=12, help="blocks of the trainer, half of them with a save")
+    parser.add_argument("--sizes", nargs="+", choices=BLOCK, default=list(BLOCK))
+    parser.add_argument("--without", default="", help=f"features to leave out, of {', '.join(FEATURES)}")
     args = parser.parse_args()
-    chosen = [name for name in args.features.split(",") if name]
-    if args.trial:
-        print(json.dumps(trial(args.trial, chosen, args.kind == "bare")))
-    else:
-        for each in args.sizes:
-            compare(each, args.rounds, chosen)
+    for each in args.sizes:
+        compare(each, args.blocks, [name for name in FEATURES if name not in args.without.split(",")])

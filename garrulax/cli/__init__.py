@@ -202,6 +202,7 @@ def _parser() -> argparse.ArgumentParser:
         "--option", action="append", default=[], metavar="NAME=VALUE",
         help="of the method, such as beta=0.1 or group=8; may be given several times",
     )  # fmt: skip
+    align.add_argument("--lora", metavar="NAME=VALUE,...", help="train a LoRA adapter alone, such as rank=16")
     align.add_argument("--ptx", type=float, metavar="WEIGHT", help="of the loss on the text corpus= (PPO-ptx)")
     align.add_argument("--run", metavar="FOLDER", help="folder for the run (default: runs/MODEL-METHOD)")
     align.add_argument("--resume", metavar="FOLDER", help="continue the run in this folder")

@@ -31,7 +31,7 @@ from garrulax.align.reward_files import load_reward_model, save_reward_model
 from garrulax.align.rollouts import Prompts, Sampled
 from garrulax.cli import starting
 from garrulax.cli.starting import Start
-from garrulax.cli.train import MODEL, say
+from garrulax.cli.train import MODEL, product, save_model, say
 from garrulax.core.spec import Tree
 from garrulax.models import reward as reward_head
 from garrulax.sampling.ends import ends_of
@@ -95,7 +95,8 @@ def align(args: argparse.Namespace) -> None:
         e = result.evaluation
         if e is not None:
             what = f"held-out reward {e.reward:.4f}" if e.reward is not None else f"held-out loss {e.loss:.4f}"
-            say(f"\n{what}; model in {begun.folder / MODEL}")
+            made = MODEL if job.method == "reward" else product(begun)
+            say(f"\n{what}; {made} in {begun.folder / made}")
 
 
 def _completed(args: argparse.Namespace) -> argparse.Namespace:
@@ -344,14 +345,13 @@ def _model_scores(folder: Path) -> rl.Reward:
 
 
 def _finish(begun: Start, job: Job, run: Run, result: Result) -> None:
-    folder, params = begun.folder / MODEL, result.params
+    params = result.params
     if job.method == "reward":
         params = reward_head.centred(params, _mean_of_best(params, run, begun))
-        save_reward_model(begun.model.replace(params=params), folder)
-    elif job.method in METHODS:
-        gx.save(begun.model.replace(params=policy_model(params)), folder)
+        save_reward_model(_merged(begun, params), begun.folder / MODEL)
     else:
-        gx.save(begun.model.replace(params=params), folder)
+        model = policy_model(params) if job.method in METHODS else params
+        save_model(begun, model, begun.folder / product(begun))
     if not result.finished:
         return
     if job.method == "reward":
@@ -360,6 +360,14 @@ def _finish(begun: Start, job: Job, run: Run, result: Result) -> None:
     else:
         command = "chat" if has_chat_format(begun.model.tokenizer) else "generate"
         say(f"next: {shlex.join(['garrulax', command, str(begun.folder)])}")
+
+
+def _merged(begun: Start, params: Tree) -> gx.Model:
+    """The model with a reward head, and its adapters merged into its weights."""
+    if not begun.settings.lora:
+        return begun.model.replace(params=params)
+    model = gx.merge(begun.with_params(reward_head.without_head(params)))
+    return model.replace(params={**model.params, reward_head.NAME: params[reward_head.NAME]})
 
 
 def _mean_of_best(params: Tree, run: Run, begun: Start) -> float:

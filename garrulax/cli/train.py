@@ -121,10 +121,10 @@ def _train(begun: Start, resume: bool) -> None:
         starting.save_tokenizer(begun)
 
     def export(params: Tree, step: int) -> None:
-        _save(begun, params, begun.folder / EXPORTS / str(step))
+        save_model(begun, params, begun.folder / EXPORTS / str(step))
 
     def finish(result: Result) -> None:
-        _save(begun, result.params, begun.folder / _product(begun))
+        save_model(begun, result.params, begun.folder / product(begun))
 
     prompts = settings.sample_prompts or (_prompt(begun, datasets[0]),)
     samples = Samples(begun.model, prompts, settings.sample_tokens) if settings.sample_every else None
@@ -132,11 +132,12 @@ def _train(begun: Start, resume: bool) -> None:
     _report(run_training(run, resume=resume, on_finish=finish), begun, corpus, datasets)
 
 
-def _product(begun: Start) -> str:
+def product(begun: Start) -> str:
+    """The folder, in that of a run, of what was trained."""
     return ADAPTER if begun.settings.lora else MODEL
 
 
-def _save(begun: Start, params: Tree, folder: Path) -> None:
+def save_model(begun: Start, params: Tree, folder: Path) -> None:
     """Saves the model, or the adapter alone if the weights of the model are frozen."""
     if begun.settings.lora:
         gx.save_adapter(begun.with_params(params), folder, base=begun.settings.preset)
@@ -211,7 +212,7 @@ def _report(result: Result, begun: Start, corpus: Corpora, datasets: Sequence[Da
         same = "" if xz is None else f"; xz -9 needs {xz:.3f} for the same text"
         say(f"{e.bits_per_byte:.3f} bits a byte of held-out text{same} (corpus sha256 {sha256[:12]})")
     say(
-        f"{_product(begun)} in {folder / _product(begun)}"
+        f"{product(begun)} in {folder / product(begun)}"
         + (f", loss curves in {result.picture}" if result.picture else "")
     )
     command = "generate" if models.blanks(config) is None else "fill"

@@ -21,7 +21,8 @@ import garrulax as gx
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = Path(__file__).parent.parent
-SLOW = ("fsdp=4", ".gguf", "train_medusa")  # meshes, GGUF files and Medusa have tests of their own
+#: Meshes, GGUF files, Medusa and plans have tests of their own.
+SLOW = ("fsdp=4", ".gguf", "train_medusa", "gx.plan(")
 #: test_docs_constraints, test_evaluate, test_search, test_speculate
 ELSEWHERE = ("constraints.md", "evaluation.md", "search.md", "speculation.md")
 
@@ -29,7 +30,7 @@ ELSEWHERE = ("constraints.md", "evaluation.md", "search.md", "speculation.md")
 def blocks(page):
     """The blocks of code of a page; of one whose blocks build on one another, all of them as one."""
     found = re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.MULTILINE)
-    return ["".join(found)] if page.name in ("sampling.md", "decoding.md", "medusa.md") else found
+    return ["".join(found)] if page.name in ("sampling.md", "decoding.md", "medusa.md", "lora.md") else found
 
 
 CODE = [
@@ -78,6 +79,9 @@ def files(place, code):
         (place / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(chat_gguf())
     if "path/to/model" in code:
         saved(place / "path/to/model", byte_model("gpt", layers=1, eos=256))
+    for name in ("path/to/adapter", "adapters/french", "adapters/code"):
+        if name in code:
+            gx.save_adapter(gx.lora(gx.load(place / "path/to/model"), rank=2, alpha=4), place / name)
     if "path/to/glm" in code:
         saved(place / "path/to/glm", byte_model("glm", layers=1))
     if "chatglm3-6b" in code:
@@ -103,6 +107,7 @@ def given(code):
         "context": jnp.array([[1, 1, 0, 1, 1, 0, 0, 0]]),
         "model": byte_model(family, layers=1, eos=256) if "model, " in code else None,
         "prompts": ["One", "Two"], "prompt": "One",
+        "my_loss": lambda params: sum(jnp.sum(x**2) for x in jax.tree.leaves(params)),
     }  # fmt: skip
 
 

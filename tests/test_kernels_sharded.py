@@ -98,8 +98,7 @@ WAYS = ("gather", "ring")
     ("extra", "implementation"),
     cases.some(
         [(extra, SMALL) for extra in cases.EXTRAS] + [(extra, Dense()) for extra in ("bias", "sinks", "dropout")],
-        *((extra, SMALL) for extra in ("alibi", "sinks", "relative", "bias", "key_bias", "dropout")),
-        ("bias", Dense()),
+        *((extra, SMALL) for extra in ("alibi", "relative", "bias", "dropout")),
         ("dropout", Dense()),
     ),
     ids=lambda x: x if isinstance(x, str) else type(x).__name__,
@@ -155,8 +154,8 @@ def test_sequence_with_batch_and_heads(case, heads, precision, way):
     ("extra", "way"),
     cases.some(
         [(e, w) for e in cases.EXTRAS for w in WAYS if (e, w) != ("dropout", "ring")],
-        *((e, "ring") for e in ("alibi", "sinks", "relative", "bias", "key_bias")),
-        *((e, "gather") for e in ("bias", "dropout")),
+        *((e, "ring") for e in ("sinks", "relative", "bias")),
+        ("dropout", "gather"),
     ),
 )
 def test_extras_with_sequence(extra, way):

@@ -41,6 +41,7 @@ def test_gradients_of_huge_scores():
     cases.assert_huge_scores_agree(SMALL, BOUND, biases=(-1e9, 1e9))
 
 
+@pytest.mark.slow
 def test_extras_together_and_a_mask_with_empty_rows():
     extras = ("softcap", "alibi", "relative", "bias", "sinks", "dropout")
     cases.assert_agrees(SMALL, cases.nothing(200), (200, 200, 2, 1, 16), extras=extras, bound=2 * BOUND)
@@ -73,6 +74,7 @@ def test_more_keys_than_queries(case):
     cases.assert_agrees(SMALL, getattr(cases, case)(40, 300), (40, 300, 4, 2, 16), bound=BOUND)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernel", "extras"),
     [
@@ -94,6 +96,7 @@ def test_blocks(kernel, extras):
     cases.assert_agrees(kernel, cases.packed(400), (400, 400, 2, 1, 16), extras=extras, bound=4 * BOUND)
 
 
+@pytest.mark.slow
 def test_keys_in_several_spans():
     """Gradients of keys that would not fit into VMEM: three blocks of keys in two spans of two."""
     kernel = dataclasses.replace(SMALL, span_bytes=2 * 128 * 2 * 128 * 4)

@@ -169,6 +169,7 @@ def test_within_takes_another_reach_for_every_layer_of_a_scan(stride):
         np.testing.assert_array_equal(layer, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("block", "first", "near", "random"), [(2, 1, 1, 2), (1, 2, 0, 3), (3, 1, 2, 0), (2, 3, 1, 9)])
 def test_bigbird(block, first, near, random):
     """Blocks as a whole; the first ones, the near ones and the right number of others, of the own document."""

@@ -81,12 +81,12 @@ def test_an_adapter_beside_a_model_is_not_applied_silently(tmp_path, caplog):
     folder = folder_of("llama_gqa", tmp_path / "m")
     (folder / "adapter_config.json").write_text("{}")
     gx.load(folder, only=("norm",))
-    assert [line for line in caplog.messages if "adapter_config.json), which is not applied" in line]
+    assert [line for line in caplog.messages if "adapter_config.json), which gx.load_adapter applies" in line]
 
 
 def test_a_folder_with_an_adapter_alone(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match=r"it is an adapter .*merge it into its model first"):
+    with pytest.raises(FileNotFoundError, match=r"it is an adapter .*and then gx.load_adapter"):
         gx.load(tmp_path)
 
 

@@ -217,6 +217,7 @@ def test_best_paths_are_the_best_of_all_trees():
         np.testing.assert_allclose(sum(value[p] for p in found), sum(sorted(value.values())[-n:]))
 
 
+@pytest.mark.slow
 def test_heads_learn_and_the_model_stays_as_it_is(tmp_path):
     (params, config), _ = small()
     before = jax.tree.map(np.array, params)

@@ -99,6 +99,7 @@ def test_a_step_does_not_sort_the_vocabulary(diverse):
     assert not re.search(r" sort\(", program)
 
 
+@pytest.mark.slow
 def test_many_beams_find_the_most_probable_text():
     """64 beams keep all texts of 3 tokens in a vocabulary of 4; all texts of 4 are scored by a full pass."""
     config = dataclasses.replace(small()[1], vocab=4)

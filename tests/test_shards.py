@@ -163,6 +163,7 @@ def test_a_killed_build_leaves_nothing_that_is_used(corpus, tmp_path, death):
     assert len(data.train) == data.train.bytes + len(data.train.documents) - 1
 
 
+@pytest.mark.slow
 def test_concurrent_builders_share_one_result(corpus, tmp_path):
     root = tmp_path / "cache"
     processes = [build(corpus, root, delay=0.002) for _ in range(3)]

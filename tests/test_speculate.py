@@ -109,6 +109,7 @@ FAMILIES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "changes"), slow_but_first(FAMILIES))
 def test_trees(family, changes):
     """The right branch of a tree is kept, and nothing of the others: its keys and values move to where they belong."""

@@ -229,6 +229,7 @@ def examples(task, rng, count):
     return texts, labels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "task", [task if task == "multiple_choice" else pytest.param(task, marks=pytest.mark.slow) for task in HEAD]
 )

@@ -104,6 +104,7 @@ def test_text_cannot_forge_what_a_model_file_lets_it(chatglm):
     assert tokenizer.decode(tokenizer.encode(wide)) == unicodedata.normalize("NFKC", wide)
 
 
+@pytest.mark.slow
 def test_releases_of_ice_text(chatglm, tmp_path, table):
     """icetk's own file gets the tokens that its code adds; pictures come first in GLM-130B and in the first release."""
     model = chatglm_model(baked=False)

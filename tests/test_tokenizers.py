@@ -111,7 +111,7 @@ def test_control_tokens_decode_to_nothing(name):
 
 
 @pytest.mark.parametrize("name", list(TOKENIZERS))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_streaming_equals_decoding_at_once(name, data):
     """Any ids at all, in any portions: also bytes that are not UTF-8, and text of multi-byte characters."""

@@ -25,6 +25,7 @@ def small(value):
     return TrainState(jnp.int32(value), {"w": jnp.full((3, 4), float(value))}, (), jax.random.key(7))
 
 
+@pytest.mark.slow
 def test_restored_state_is_the_same_on_any_mesh(tmp_path):
     optimizer = make_optimizer(Settings(), models.gpt.parameters(CONFIG))
     state = init_state(CONFIG, optimizer, 3)

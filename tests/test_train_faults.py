@@ -154,11 +154,11 @@ def test_a_tuned_run_without_a_checkpoint_begins_with_its_weights_again(run):
     data = {"corpus": "abc", "tokenizer": load_tokenizer(run / "tokenizer").fingerprint}
     for preset, loaded in (("gpt2", False), ("/models/mine", True)):
         settings.write_run_file(run, replace(s, preset=preset), config, data)
-        begun = starting.start(argparse.Namespace(resume=str(run), settings=[], mesh=None, new_data=False))
+        begun = starting.start(argparse.Namespace(resume=str(run), settings=[], mesh=None, lora=None, new_data=False))
         assert (begun.params is not None) == begun.loaded == loaded
     settings.write_run_file(run, s, config, {**data, "tokenizer": "another"})
     with pytest.raises(DamagedError, match="not the one that the run began with"):
-        starting.start(argparse.Namespace(resume=str(run), settings=[], mesh=None, new_data=False))
+        starting.start(argparse.Namespace(resume=str(run), settings=[], mesh=None, lora=None, new_data=False))
 
 
 def test_run_json_is_replaced_at_once_and_only_if_it_changed(whole, run, monkeypatch):

@@ -77,6 +77,7 @@ def test_resuming_is_exact_without_the_source_folder(source, cache, capsys):
     assert "goes on with tokenizer=model" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_can_be_trained_further_and_in_bfloat16(source, cache):
     words = [f"corpus={source / 'text.py'}", "window=24", "batch=8", "lr=3e-4", "warmup=0", "schedule=constant"]
     train(source / "model", *words, "steps=1", "--run", cache / "first")

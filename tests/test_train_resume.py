@@ -128,6 +128,7 @@ def test_a_short_held_out_text_is_evaluated_and_one_too_short_refused_before_ste
         training.batches.make_data(Short(1), s, config, training.ByteTokenizer(training.GLM_SPECIALS))
 
 
+@pytest.mark.slow
 def test_no_evaluation_costs_a_run(tmp_path):
     run = training.make(tmp_path / "run", ["checkpoint_every=100", "eval_every=2"])
     passes = []

@@ -82,6 +82,7 @@ def test_metrics_of_a_step():
     assert one_step(steps=3)[1]["lr"] == pytest.approx(1e-3 * 0.8 + 1e-4 * 0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "micro"),
     [("fsdp=2,tensor=2,sequence=2", 2), pytest.param("pipeline=2,fsdp=2,tensor=2", 1, marks=pytest.mark.slow)],

@@ -38,7 +38,7 @@ class Model:
     params: Tree = dataclasses.field(repr=False)
     tokenizer: Tokenizer | None = None
     generation: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
-    prefix: Prefix | SoftPrompt | None = None
+    prefix: Prefix | SoftPrompt | None = dataclasses.field(default=None, repr=False)
     adapter: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
     adapters: "Mapping[str, Model]" = dataclasses.field(default_factory=dict, repr=False)
 

@@ -316,3 +316,19 @@ def test_noise_on_the_embeddings():
     np.testing.assert_allclose(scale[:, 0], 5.0 / np.sqrt(np.array([6, 8]) * 4000), rtol=1e-6)
     with pytest.raises(ValueError, match="alpha=0 must be positive"):
         neftune.neftune(causal_lm, 0)
+
+
+@pytest.mark.parametrize("family", ["glm", "glm130b"])
+def test_answers_are_trained_as_blanks(family, quick_compilation):
+    """The log-likelihood of the answer is that with which the model would write it into the blank."""
+    from garrulax.sampling.partners import encode_prompt
+    from garrulax.train.objectives import blank_infilling
+
+    model = byte_model(family)
+    prompt = encode_prompt("ab", None, model.config, model.tokenizer, "a prompt").ids
+    written = gx.generate(model, prompt, max_new_tokens=3, temperature=0, end_tokens=())
+    example = conversations.Example([*prompt, *written.tokens], [False] * len(prompt) + [True] * 3)
+    batch = {k: jnp.asarray(v) for k, v in sft.blank_arrays([example, example], model.config, len(prompt) + 8).items()}
+    loss, metrics = blank_infilling(model.params, batch, model.config)
+    assert metrics["tokens"] == 6
+    np.testing.assert_allclose(loss, -np.mean(written.logprobs), rtol=1e-5)

@@ -8,7 +8,7 @@ prompt as `apply_chat_template` gives them at inference. A format from which the
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 Message = Mapping[str, Any]
@@ -131,8 +131,21 @@ def has_chat_format(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "chat_format", None) or getattr(tokenizer, "config", {}).get("chat_template"))
 
 
-def plain(tokenizer: Any, messages: Sequence[Message], ends: Sequence[int], where: str) -> Example:
+def plain(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    ends: Sequence[int],
+    where: str,
+    prompt_ids: Callable[[str], list[int]] | None = None,
+) -> Example:
     """A prompt and its completion as a text, for a model without a chat format.
+
+    Args:
+        tokenizer: Of the model.
+        messages: One of the user, one of the assistant.
+        ends: Ids that end a text.
+        where: For errors.
+        prompt_ids: The ids of a prompt; None is `tokenizer.prompt`.
 
     Raises:
         ValueError: If there are other messages than one of the user and one of the assistant.
@@ -144,7 +157,7 @@ def plain(tokenizer: Any, messages: Sequence[Message], ends: Sequence[int], wher
             "prompt and a completion"
         )
     prompt, text = (str(message["content"]) for message in messages)
-    first, answer = list(tokenizer.prompt(prompt)), tokenizer.encode(text, start=False)
+    first, answer = list((prompt_ids or tokenizer.prompt)(prompt)), tokenizer.encode(text, start=False)
     if not answer:
         raise ValueError(f"{where}: the completion is empty")
     return _ended(first + answer, [False] * len(first) + [True] * len(answer), ends)

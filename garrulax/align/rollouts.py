@@ -131,28 +131,37 @@ def roll_out(
         Sampled(one.ids, list(w.tokens), w.text or "", w.finish_reason == "eos", prompts.given[i])
         for i, one, w in zip(chosen, rows, written, strict=True)
     ]
-    batch = _batch(rows, samples, [w.logprobs for w in written], prompts.length)
-    return Rollout(batch, samples)
+    batch = aligned(rows, [sample.response for sample in samples], prompts.length)
+    logprobs = np.zeros(batch["weights"].shape, np.float32)
+    logprobs[batch["weights"] > 0] = np.concatenate([np.asarray(w.logprobs, np.float32) for w in written])
+    return Rollout({**batch, "logprobs": logprobs}, samples)
 
 
-def _batch(
-    rows: Sequence[EncodedPrompt], samples: Sequence[Sampled], logprobs: Sequence[Sequence[float]], length: int
-) -> HostBatch:
-    B, R = len(rows), len(rows[0].stride)
+def aligned(prompts: Sequence[EncodedPrompt], responses: Sequence[Sequence[int]], length: int) -> HostBatch:
+    """Prompts and responses as a batch of `train.objectives`, with the positions and the mask of the model's family.
+
+    Args:
+        prompts: As the model reads them.
+        responses: Ids of the response to each.
+        length: T, at least that of the longest prompt and its response, less 1.
+
+    Returns:
+        tokens, targets, weights (1 at targets that belong to the response), positions, rank, segment.
+    """
+    B, R = len(prompts), len(prompts[0].stride)
     batch = {
         "tokens": np.zeros((B, length), np.int32),
         "targets": np.zeros((B, length), np.int32),
         "weights": np.zeros((B, length), np.float32),
-        "logprobs": np.zeros((B, length), np.float32),
         "positions": np.zeros((B, R, length), np.int32),
         "rank": np.zeros((B, length), np.int32),
         "segment": np.full((B, length), -1, np.int32),
     }
-    for row, (prompt, sample, found) in enumerate(zip(rows, samples, logprobs, strict=True)):
-        ids = [*prompt.ids, *sample.response]
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        ids = [*prompt.ids, *response]
         first, size = len(prompt.ids) - 1, len(ids) - 1
         batch["tokens"][row, :size], batch["targets"][row, :size] = ids[:-1], ids[1:]
-        batch["weights"][row, first:size], batch["logprobs"][row, first:size] = 1, found
+        batch["weights"][row, first:size] = 1
         later = prompt.position[:, None] + prompt.stride[:, None] * np.arange(1, size - first)
         batch["positions"][row, :, :size] = np.concatenate([prompt.positions, later], axis=1)
         batch["rank"][row, prompt.prefix :] = np.arange(prompt.prefix, length)

@@ -10,6 +10,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from garrulax.align.conversations import Example
+from garrulax.align.rollouts import aligned
+from garrulax.core.config import ModelConfig
+from garrulax.sampling.partners import encode_prompt
 from garrulax.train.batches import Data
 from garrulax.train.components import in_order, packed_component
 from garrulax.train.documents import causal_packing, packed_causal
@@ -99,6 +102,26 @@ def make_sft_data(train: Sequence[Example], valid: Sequence[Example], settings: 
     )
     identity = {"corpus": f"{parts[0].digest},{parts[1].digest}"}
     return Data(feed.batch_at, feed.held_out, identity, tuple(notes))
+
+
+def blank_arrays(examples: Sequence[Example], config: ModelConfig, window: int) -> HostBatch:
+    """Answers as blanks, for models of the GLM families: one conversation a row, of which the last answer counts.
+
+    Args:
+        examples: Of which the mask is 1 at the end alone, behind the token that begins a blank.
+        config: Of the model.
+        window: T.
+
+    Returns:
+        The arrays of `rollouts.aligned`, with the positions of the family and its mask.
+    """
+    prompts, responses = [], []
+    for number, example in enumerate(examples):
+        first = len(example) - sum(example.mask)
+        ids, answer = example.tokens[:first], example.tokens[first:]
+        prompts.append(encode_prompt(ids, len(answer), config, None, f"conversation {number}"))
+        responses.append(answer)
+    return aligned(prompts, responses, window)
 
 
 def _batch(examples: Examples, packing: Packing, rows: np.ndarray, window: int) -> HostBatch:

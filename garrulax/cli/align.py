@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import garrulax as gx
+from garrulax import models
 from garrulax.align import answers, objectives, rl, sft
 from garrulax.align.conversations import Example, conversation, encode, has_chat_format, plain, read_records
 from garrulax.align.neftune import neftune
@@ -35,11 +36,12 @@ from garrulax.cli.train import MODEL, product, save_model, say
 from garrulax.core.spec import Tree
 from garrulax.models import reward as reward_head
 from garrulax.sampling.ends import ends_of
+from garrulax.sampling.partners import encode_prompt
 from garrulax.train.batches import Data, make_data
 from garrulax.train.digests import write_durably
 from garrulax.train.loop import Result, Run
 from garrulax.train.loop import train as run_training
-from garrulax.train.objectives import causal_lm
+from garrulax.train.objectives import blank_infilling, causal_lm
 from garrulax.train.shards import build_shards
 from garrulax.train.sources import expanded
 
@@ -159,11 +161,16 @@ def _sft(begun: Start, job: Job) -> Run:
     tokenizer, ends = begun.model.tokenizer, _ends(begun)
     assert tokenizer is not None
 
+    in_blanks = models.blanks(begun.model.config) is not None
+
     def example(where: str, record: dict) -> Example:
         messages = conversation(record, where)
         if has_chat_format(tokenizer):
-            return encode(tokenizer, messages, ends, where)
-        return plain(tokenizer, messages, ends, where)
+            return encode(tokenizer, messages, ends, where, last_only=in_blanks)
+        return plain(tokenizer, messages, ends, where, _prompt_ids if in_blanks else None)
+
+    def _prompt_ids(text: str) -> list[int]:  # with the mask token and the token that begins a blank
+        return list(encode_prompt(text, None, begun.model.config, tokenizer, "a prompt").ids)
 
     train, valid = ([example(*one) for one in part] for part in _records(job))
     settings, objective, alpha = begun.settings, causal_lm, job.options.get("neftune")
@@ -171,7 +178,16 @@ def _sft(begun: Start, job: Job) -> Run:
         raise ValueError(f"--option {odd[0]}: --method sft knows neftune")
     if alpha is not None:  # the step has a key where there is dropout
         objective, settings = neftune(causal_lm, alpha), dataclasses.replace(settings, dropout=True)
-    data = sft.make_sft_data(train, valid, settings)
+    if in_blanks:
+        parts = [sft.fitting(part, settings.window) for part in (train, valid)]
+        notes = [f"{dropped:,} conversations left out: longer than window={settings.window}" for _, dropped in parts
+                 if dropped]  # fmt: skip
+        arrays = [sft.blank_arrays(part, begun.model.config, settings.window) for part, _ in parts]
+        data, objective = answers.array_data(arrays[0], arrays[1], settings, notes), blank_infilling
+        if alpha is not None:
+            objective = neftune(blank_infilling, alpha)
+    else:
+        data = sft.make_sft_data(train, valid, settings)
     return Run(begun.model.config, settings, data, begun.folder, objective=objective, params=begun.params)
 
 
@@ -179,6 +195,9 @@ def _sft(begun: Start, job: Job) -> Run:
 
 
 def _rankings(begun: Start, job: Job) -> list[list[answers.Ranking]]:
+    if models.blanks(begun.model.config) is not None:
+        raise ValueError(f"--method {job.method} is for models that read from left to right; sft "
+                         "and the policy methods go with models that fill blanks")  # fmt: skip
     tokenizer, ends = begun.model.tokenizer, _ends(begun)
     assert tokenizer is not None
     return [[answers.ranking(record, tokenizer, ends, where) for where, record in part] for part in _records(job)]

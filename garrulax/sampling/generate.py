@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Generator, Sequence
 from typing import Any
 
+from garrulax.core.auto_mesh import each_using
 from garrulax.layers.cache import Cache
 from garrulax.layers.cache_kinds import Kind
 from garrulax.models.unpack import ModelLike, TokenizerLike
@@ -23,6 +24,7 @@ from garrulax.sampling.requests import (
     assemble,
     chain_for,
     check_every,
+    check_mesh,
     prepare_model,
     prompt_list,
     without_padding,
@@ -290,6 +292,9 @@ class Plan:
 
     def run(self) -> Pieces[list[list[Completion]]]:
         """Decodes; returns a generator, whose result is a list for each prompt: one completion, or what was found."""
+        return each_using(self.weights.mesh, self._pieces())
+
+    def _pieces(self) -> Pieces[list[list[Completion]]]:
         decoder, weights, requests = self.decoder, self.weights, self.requests
         if self.search is not None and not isinstance(self.search, BestOf):
             rows = list(self.writers)
@@ -433,7 +438,16 @@ def make_plan(
         if compared or speculate is not None:
             raise ValueError("several adapters in one call go with sampling only: call once for each adapter")
         weights = weights_by_row(trees, buckets.of("rows", len(encoded)))
+    if weights.mesh is not None:
+        given = {
+            "speculate": speculate,
+            "constrain": matchers or None,
+            "a prefix": prefix,
+            "several adapters": trees or None,
+        }
+        check_mesh(given | {"search": search if compared else None})
     full_only = "search" if compared else "speculate" if speculate is not None else "a prefix" if prefix else None
+    full_only = full_only if weights.mesh is None else "parameters on several devices"
     past = None
     if prefix is not None:
         if compared or speculate is not None or trees:

@@ -18,7 +18,8 @@ from jax.sharding import PartitionSpec as P
 from garrulax.core.sharding import Entry
 from garrulax.core.strategies import BATCH_AXES, PIPELINE_AXIS, TENSOR_AXIS
 
-T, Piece = TypeVar("T"), TypeVar("Piece")
+T = TypeVar("T")
+Piece = TypeVar("Piece")
 
 
 def mesh_of(tree: Any) -> Mesh | None:

@@ -155,9 +155,10 @@ def decode_steps(
 
     def body(carry):
         count, state = carry
-        return count + 1, split_state(decode_step(params, state, config, transform))
+        return count + 1, split_state(decode_step(params, state, config, transform), whole=False)
 
-    return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+    begun = jnp.int32(0), split_state(state, whole=False)
+    return split_state(jax.lax.while_loop(unfinished, body, begun)[1])
 
 
 @functools.partial(jax.jit, static_argnames=("config", "transform"), donate_argnames="state")

@@ -230,13 +230,20 @@ def _read(
     return split_state(state)
 
 
-def split_state(state: State) -> State:
-    """The state as it lies on a mesh in Auto mode: keys and values split by rows and heads, all else on every device.
+def split_state(state: State, whole: bool = True) -> State:
+    """The state as it lies on a mesh in Auto mode; without one, the state itself.
 
-    What the host reads between two steps is then whole in every process. Without a mesh, the state itself.
+    Args:
+        state: The state.
+        whole: Whether every device has the rows of all that is not in the cache, so that the host can read it. Between
+            two steps of a loop no device needs the rows of others.
     """
     layers = jax.tree.map(_split_layer, state.cache.layers)
-    return with_layers(jax.tree.map(split, without_layers(state)), layers)
+    by_rows = functools.partial(split, rows=0)
+    streams = jax.tree.map(by_rows, state.cache.streams)
+    state = jax.tree.map(split if whole else by_rows, without_layers(state))
+    cache = dataclasses.replace(state.cache, layers=layers, streams=streams)
+    return dataclasses.replace(state, cache=cache)
 
 
 def _split_layer(x: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ import jax
 import garrulax as gx
 from garrulax import models
 from garrulax.core.spec import Tree
+from garrulax.core.strategies import PIPELINE_AXIS
 
 TEMPERATURE, TOP_P = 0.8, 0.95
 
@@ -37,7 +38,8 @@ class Samples:
 
     def __call__(self, params: Tree) -> list[tuple[str, str]]:
         """Pairs of a prompt and what the model writes after it."""
-        if len(jax.tree.leaves(params)[0].sharding.device_set) > 1:  # decoding runs on one device
+        mesh = getattr(jax.tree.leaves(params)[0].sharding, "mesh", None)
+        if mesh is not None and PIPELINE_AXIS in mesh.shape:  # sampling does not run in stages
             params = jax.device_get(params)
         model = self._model.replace(params=params)
         return [(prompt, self._one(model, prompt, seed)) for seed, prompt in enumerate(self._prompts)]

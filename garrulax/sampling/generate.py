@@ -338,6 +338,8 @@ def _only_one(pieces: Generator[str, None, list[Completion]]) -> Generator[str, 
 def compile_ahead(model: ModelLike, prompt: Prompt, *, max_new_tokens: int | None = None, **arguments: Any) -> None:
     """Begins, in other threads, to compile the programs with which `generate` and `stream` continue a prompt.
 
+    With parameters on several devices it does nothing: they compile when they are called.
+
     Args:
         model: As for `generate`; its parameters may be abstract (`jax.ShapeDtypeStruct`), since only shapes and dtypes
             are read. `load(while_reading=...)` gives such a model.
@@ -349,6 +351,8 @@ def compile_ahead(model: ModelLike, prompt: Prompt, *, max_new_tokens: int | Non
         ValueError: See `generate`.
     """
     plan = make_plan(model, [prompt], max_new_tokens, **arguments)
+    if plan.weights.mesh is not None:
+        return
     if plan.speculation is not None:
         constrained = bool(plan.matchers)
         compile_speculation(plan.decoder, plan.weights, plan.requests, plan.size, plan.speculation, constrained)

@@ -133,13 +133,15 @@ class Session:
         return each_using(plan.weights.mesh, self._run(plan))
 
     def compile_ahead(self, lengths: Sequence[int] = LENGTHS, read: int | None = None, **arguments: Any) -> None:
-        """Begins, in other threads, to compile the programs for prompts with some new tokens.
+        """Begins, in other threads, to compile the programs for prompts with some new tokens; with a mesh, none.
 
         Args:
             lengths: Numbers of new tokens.
             read: Number of tokens that will have been read before them; None is as many as now.
             **arguments: Those of `stream`; the programs do not depend on the values of sampling parameters.
         """
+        if self._prepared[0].mesh is not None:
+            return
         least = 0 if self._kept is None else self._kept.cache.size
         read = len(self.read) if read is None else read
         arguments = {**arguments, "max_new_tokens": 1, "every": 1}

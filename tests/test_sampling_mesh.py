@@ -9,8 +9,10 @@ import registry
 
 import garrulax as gx
 from garrulax import models
+from garrulax.cli import main
 from garrulax.core.collectives import collectives
 from garrulax.core.sharding import make_mesh, place
+from garrulax.hub.tokenizers import ByteTokenizer
 from garrulax.sampling import loop
 from garrulax.sampling.decoder import Decoder
 from garrulax.sampling.requests import prepare_model
@@ -118,3 +120,17 @@ def test_what_runs_on_one_device_is_refused_by_name():
         ValueError, match="do not run in stages: put the parameters on a mesh without the axis pipeline"
     ):
         gx.generate((staged, one[1]), [5, 6], max_new_tokens=2)
+
+
+@pytest.mark.slow
+def test_one_command_writes_with_a_model_that_is_split_while_it_is_read(tmp_path, capsys):
+    config = gx.preset("llama-tiny", layers=2, width=32, heads=4, kv_heads=2, mlp_width=48, vocab=256)
+    gx.save(gx.Model(config, gx.init(config, jax.random.key(0)), ByteTokenizer()), tmp_path)
+    written = []
+    for more in ([], ["--mesh", MESHES[1]]):
+        words = ["generate", str(tmp_path), "Once", "--temperature", "0.5", "--max-new-tokens", "6", "--no-cache"]
+        assert main([*words, *more]) == 0
+        assert main(["score", str(tmp_path), "--text", "Once upon", *more]) == 0
+        written.append(capsys.readouterr().out)
+    assert written[0] == written[1]
+    assert len(written[0]) > 100

@@ -12,7 +12,7 @@ from collections.abc import Generator
 from typing import Any, TypeVar
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from garrulax.core.sharding import Entry
@@ -85,6 +85,12 @@ def in_context() -> bool:
     return not mesh.empty and mesh.are_all_axes_auto
 
 
+def dividing(mesh: AbstractMesh, size: int, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of some mesh axes that the mesh has, if together they divide a size; else none."""
+    there = tuple(name for name in names if name in mesh.shape)
+    return there if size % math.prod(mesh.shape[name] for name in there) == 0 else ()
+
+
 def split(x: jax.Array, rows: int | None = None, heads: int | None = None) -> jax.Array:
     """x with its rows over `data` and `fsdp` and its heads over `tensor`, as far as they divide; the rest whole.
 
@@ -100,7 +106,6 @@ def split(x: jax.Array, rows: int | None = None, heads: int | None = None) -> ja
     mesh = jax.sharding.get_abstract_mesh()
     entries: list[Entry] = [None] * x.ndim
     for axis, names in ((rows, BATCH_AXES), (heads, (TENSOR_AXIS,))):
-        there = tuple(name for name in names if name in mesh.shape)
-        if axis is not None and there and x.shape[axis] % math.prod(mesh.shape[name] for name in there) == 0:
-            entries[axis] = there
+        if axis is not None:
+            entries[axis] = dividing(mesh, x.shape[axis], names) or None
     return jax.lax.with_sharding_constraint(x, P(*entries))

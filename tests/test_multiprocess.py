@@ -22,6 +22,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 TEXT = "".join(f"def f{i}(x):\n    return x * {i} + {i * 7 % 13}\n\n" for i in range(400))
 SIZES = ("model.width=32", "model.layers=1", "model.heads=4", "window=32", "batch=8", "tokenizer=bytes", "eval_every=2",
          "optimizer=adamw", "lr=0.003")  # fmt: skip
+WRITING = ("sample_every=4", "sample_tokens=4", "sample_prompts=def f")
 COMMAND = [sys.executable, "-c", "import sys; from garrulax.cli import main; sys.exit(main())"]
 
 
@@ -40,6 +41,11 @@ def finish(process):
     _, error = process.communicate(timeout=240)
     assert process.returncode == 0, error
     return error
+
+
+def samples(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row["sample"] for row in rows if "sample" in row]
 
 
 def held_out(run):
@@ -109,7 +115,7 @@ def test_two_processes_train_save_and_resume_elsewhere(folder):
 
 @pytest.mark.slow
 def test_four_processes_train_as_one_and_two_go_on(folder):
-    four = together(4, train(folder, "four", "--mesh=fsdp=4,tensor=2", "steps=4", "checkpoint_every=2"))
+    four = together(4, train(folder, "four", "--mesh=fsdp=4,tensor=2", "steps=4", "checkpoint_every=2", *WRITING))
     errors = [finish(p) for p in four]
     assert re.search(r"held-out loss", errors[0])
     assert not any(error.strip() for error in errors[1:])
@@ -117,8 +123,10 @@ def test_four_processes_train_as_one_and_two_go_on(folder):
     errors = [finish(p) for p in again]
     assert not errors[1].strip()
 
-    assert main(train(folder, "alone", "steps=4", "mesh=")) == 0  # one process, one device
+    assert main(train(folder, "alone", "steps=4", "mesh=", *WRITING)) == 0  # one process, one device
     assert main(["train", "--resume", str(folder / "alone"), "steps=6"]) == 0
+    assert samples(folder / "four") == samples(folder / "alone")
+    assert len(samples(folder / "four")) == 1
     found, alone = held_out(folder / "four"), held_out(folder / "alone")
     assert found.keys() == alone.keys() == {2, 4, 6}
     assert max(abs(found[i] - alone[i]) for i in alone) < 1e-4

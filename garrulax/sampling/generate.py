@@ -88,8 +88,9 @@ def generate(
     time of float32 ones (`gx.load` gives float32 where memory allows). `garrulax info` states all parts.
 
     Args:
-        model: From `gx.load`, or (params, config). Stacked parameters are unstacked in every call, which copies them
-            unless they are on a CPU: elsewhere, to call often, pass the result of `gx.unstack`.
+        model: From `gx.load`, or (params, config), on one device or on a mesh (docs/parallel.md). Stacked parameters are
+            unstacked in every call, which copies them unless they are on one CPU: elsewhere, to call often, pass the
+            result of `gx.unstack`.
         prompts: A text, a list of token ids, or a list of these. A text gets the tokens that its tokenizer puts around
             a prompt, such as bos; token ids are read as `gx.forward` reads them.
         max_new_tokens: Greatest number of new tokens; None is as many as fit into the context, up to 128. Like the next

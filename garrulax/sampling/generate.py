@@ -88,7 +88,7 @@ def generate(
     time of float32 ones (`gx.load` gives float32 where memory allows). `garrulax info` states all parts.
 
     Args:
-        model: From `gx.load`, or (params, config), on one device or on a mesh (docs/parallel.md). Stacked parameters are
+        model: From `gx.load`, or (params, config), on one device or a mesh (docs/parallel.md). Stacked parameters are
             unstacked in every call, which copies them unless they are on one CPU: elsewhere, to call often, pass the
             result of `gx.unstack`.
         prompts: A text, a list of token ids, or a list of these. A text gets the tokens that its tokenizer puts around

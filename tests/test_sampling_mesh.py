@@ -108,7 +108,7 @@ def test_weights_and_caches_stay_where_they_are():
 
 
 def test_what_runs_on_one_device_is_refused_by_name():
-    one, many = one_and_many("gpt", MESHES[1], layers=2)
+    one, many = one_and_many("gpt", MESHES[1], layers=2, width=16)
     for name, value in {"speculate": gx.prompt_lookup(), "search": gx.beam(2)}.items():
         with pytest.raises(ValueError, match=f"{name} runs on one device, but the parameters are on several: leave it"):
             gx.generate(many, [5, 6], max_new_tokens=2, **{name: value})

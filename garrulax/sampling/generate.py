@@ -405,6 +405,15 @@ def make_plan(
     model, trees = chosen(model, adapter, len(prompts))
     model, prefix = without_prefix(model)
     weights, config, tokenizer = prepared or prepare_model(model)
+    on_mesh = weights.mesh is not None
+    if on_mesh:
+        one_device = {
+            "speculate": speculate,
+            "constrain": constrain,
+            "a prefix": prefix,
+            "an adapter a prompt": trees or None,
+        }
+        check_mesh(one_device | {"search": None if isinstance(search, BestOf) else search})
     kind = kind_for(cache, config)
     stops = StopStrings(stop, tokenizer)
     ends = ends_of(model, config, tokenizer, end_tokens)
@@ -443,16 +452,8 @@ def make_plan(
         if compared or speculate is not None:
             raise ValueError("several adapters in one call go with sampling only: call once for each adapter")
         weights = weights_by_row(trees, buckets.of("rows", len(encoded)))
-    if weights.mesh is not None:
-        given = {
-            "speculate": speculate,
-            "constrain": matchers or None,
-            "a prefix": prefix,
-            "several adapters": trees or None,
-        }
-        check_mesh(given | {"search": search if compared else None})
     full_only = "search" if compared else "speculate" if speculate is not None else "a prefix" if prefix else None
-    full_only = full_only if weights.mesh is None else "parameters on several devices"
+    full_only = "parameters on several devices" if on_mesh else full_only
     past = None
     if prefix is not None:
         if compared or speculate is not None or trees:

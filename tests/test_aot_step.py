@@ -81,3 +81,14 @@ def test_muon_moves_its_matrices_once_there_and_once_back():
     # An eighth of them on each device, in 32 bits; 3/4 of that over fsdp and 1/2 over tensor, there and back; the six
     # matrices of the feed-forward layers are filled up to eight.
     assert 0 < moved <= 2 * (2 * result["model"] / 8) * (3 / 4 + 1 / 2) * 8 / 6
+
+
+def test_sampling_moves_neither_weights_nor_caches():
+    """Each device multiplies its parts of the weights; a step sends activations and logits only."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "tests" / "aot" / "compile_writing.py"), "v5e:2x4", "fsdp=4,tensor=2"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["largest"][0] <= result["logits"] < min(result["matrix"], result["keys"]), result
+    assert result["temporary"] < result["keys"], result  # no copy of a cache

@@ -12,7 +12,6 @@ import tiny
 
 import garrulax as gx
 from garrulax import models, sampling
-from garrulax.core import sharding
 from garrulax.sampling import transforms
 from garrulax.sampling.buckets import bucket
 from garrulax.sampling.knobs import knobs_per_prompt
@@ -479,18 +478,6 @@ def test_parameters_that_are_not_finite_are_reported():
     broken = jax.tree.map(lambda x: x * jnp.nan, tiny.params(config))
     with pytest.raises(FloatingPointError, match="not finite"):
         gx.generate((broken, config), [1], max_new_tokens=2)
-
-
-def test_sharded_parameters_are_refused_with_the_way_out():
-    config = dataclasses.replace(tiny.CONFIGS["gpt"], vocab=96)
-    places = sharding.shardings(models.gpt.parameters(config), gx.make_mesh("fsdp=4,tensor=2"))
-    params = jax.device_put(tiny.params(config), places)
-    with pytest.raises(ValueError, match=r"gather them with jax\.device_get"):
-        gx.generate((params, config), [1])
-    gathered = jax.device_get(params)
-    knobs = {"max_new_tokens": 4, "temperature": 0}
-    alone = gx.generate((tiny.params(config), config), [1], **knobs)
-    assert gx.generate((gathered, config), [1], **knobs).tokens == alone.tokens
 
 
 def test_buckets():

@@ -1,4 +1,4 @@
-"""Two real processes over loopback train and save together; one process on another mesh goes on from there."""
+"""Two and four real processes over loopback train and save together; another number of them goes on from there."""
 
 import json
 import os
@@ -8,12 +8,13 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from garrulax.cli import main
+from garrulax.cli import _parse, main
 from garrulax.train import digests
 from garrulax.train.checkpoint import saved_steps
 
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 TEXT = "".join(f"def f{i}(x):\n    return x * {i} + {i * 7 % 13}\n\n" for i in range(400))
 SIZES = ("model.width=32", "model.layers=1", "model.heads=4", "window=32", "batch=8", "tokenizer=bytes", "eval_every=2",
          "optimizer=adamw", "lr=0.003")  # fmt: skip
+WRITING = ("sample_every=4", "sample_tokens=4", "sample_prompts=def f")
 COMMAND = [sys.executable, "-c", "import sys; from garrulax.cli import main; sys.exit(main())"]
 
 
@@ -41,6 +43,11 @@ def finish(process):
     return error
 
 
+def samples(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row["sample"] for row in rows if "sample" in row]
+
+
 def held_out(run):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {row["step"]: row["valid_loss"] for row in rows if "valid_loss" in row}
@@ -54,12 +61,16 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def pair_of(folder, *words):
+def together(count, words):
+    """Processes of one run, with the same words."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    meeting = [f"--distributed=127.0.0.1:{port},2,{i}" for i in range(2)]
-    return [start(train(folder, "pair", "--mesh=fsdp=4", *words, m)) for m in meeting]
+    return [start([*words, f"--distributed=127.0.0.1:{port},{count},{i}"]) for i in range(count)]
+
+
+def pair_of(folder, *words):
+    return together(2, train(folder, "pair", "--mesh=fsdp=4", *words))
 
 
 @pytest.mark.slow
@@ -100,3 +111,46 @@ def test_two_processes_train_save_and_resume_elsewhere(folder):
 
     assert main(["train", "--resume", str(folder / "pair"), "steps=6", "mesh="]) == 0
     assert held_out(folder / "pair").keys() == {2, 4, 6}
+
+
+@pytest.mark.slow
+def test_four_processes_train_as_one_and_two_go_on(folder):
+    four = together(4, train(folder, "four", "--mesh=fsdp=4,tensor=2", "steps=4", "checkpoint_every=2", *WRITING))
+    errors = [finish(p) for p in four]
+    assert re.search(r"held-out loss", errors[0])
+    assert not any(error.strip() for error in errors[1:])
+    again = together(2, ["train", "--resume", str(folder / "four"), "--mesh=fsdp=2,tensor=2", "steps=6"])
+    errors = [finish(p) for p in again]
+    assert not errors[1].strip()
+
+    assert main(train(folder, "alone", "steps=4", "mesh=", *WRITING)) == 0  # one process, one device
+    assert main(["train", "--resume", str(folder / "alone"), "steps=6"]) == 0
+    assert samples(folder / "four") == samples(folder / "alone")
+    assert len(samples(folder / "four")) == 1
+    found, alone = held_out(folder / "four"), held_out(folder / "alone")
+    assert found.keys() == alone.keys() == {2, 4, 6}
+    assert max(abs(found[i] - alone[i]) for i in alone) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("variables", "wanted"),
+    [
+        (
+            {"SETTINGS": "batch=64 steps=5"},
+            {"settings": ["llama-7b", "corpus=/text", "batch=64", "steps=5"], "run": "/r"},
+        ),
+        ({"RESUME": "1"}, {"settings": [], "resume": "/r"}),
+        ({"PEERS": "host:1,2,0"}, {"distributed": "host:1,2,0"}),
+    ],
+)
+def test_launch_files_start_a_line_that_the_command_takes(tmp_path, variables, wanted):
+    (tmp_path / "garrulax").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "garrulax").chmod(0o755)
+    given = {"RUN": "/r", "MODEL": "llama-7b", "CORPUS": "/text", "MESH": "fsdp=2,tensor=8", **variables}
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", **given}
+    script = Path(__file__).parent.parent / "examples" / "pods" / "train.sh"
+    done = subprocess.run(["sh", script], env=environment, text=True, capture_output=True, check=True)
+    found = vars(_parse(done.stdout.splitlines()))
+    assert found["mesh"] == "fsdp=2,tensor=8"
+    assert found["distributed"] is not None
+    assert {name: found[name] for name in wanted} == wanted

@@ -112,7 +112,7 @@ def roll_out(
     """Lets the model write a response to each of some prompts.
 
     Args:
-        params: Of the model, on one device; unstacked ones decode fastest.
+        params: Of the model, on one device or a mesh; unstacked ones decode fastest.
         config: Of the model.
         prompts: All prompts of the run.
         chosen: Indices of the prompts, B; several responses to a prompt are its index several times.

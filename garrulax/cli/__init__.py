@@ -340,6 +340,11 @@ def _parser() -> argparse.ArgumentParser:
         commands.choices[name].add_argument(
             "--adapter", metavar="FOLDER", help="a LoRA adapter of the model: a PEFT folder, or the run of an adapter"
         )
+        commands.choices[name].add_argument(
+            "--mesh",
+            metavar="AXES",
+            help="split the model over all devices, by axis: such as tensor=2 or fsdp=4,tensor=2",
+        )
     for name in ("generate", "fill", "chat", "info", "glitch", "score", "detect", "convert", "merge"):
         commands.choices[name].add_argument(
             "--ignore",

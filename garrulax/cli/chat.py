@@ -41,7 +41,7 @@ def chat(args: argparse.Namespace) -> None:
 
     try:
         with waiting("reading the model"):
-            model = load(args.model, args.adapter, args.ignore, begin)
+            model = load(args.model, args.adapter, args.ignore, begin, args.mesh)
         conversation = Conversation(model, args, _notice)
         if terminal:
             print("Ctrl-C stops an answer, Ctrl-D ends the chat, /help lists the commands.")

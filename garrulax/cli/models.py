@@ -50,20 +50,31 @@ def base_of(adapter: Path) -> str:
     return base
 
 
-def load(name: str, adapter: str | None = None, ignore: Collection[str] = (), while_reading: Any = None) -> gx.Model:
+def load(
+    name: str,
+    adapter: str | None = None,
+    ignore: Collection[str] = (),
+    while_reading: Any = None,
+    mesh: str | None = None,
+) -> gx.Model:
     """The model for a name, with an adapter.
 
     Args:
         name: As for `find_model`, or an adapter or the run of one: its model is loaded then.
         adapter: The folder of an adapter, or the run of one.
         ignore: As in `gx.load`.
-        while_reading: As in `gx.load`; called after reading where the model has an adapter.
+        while_reading: As in `gx.load`; called after reading where the model has an adapter or a mesh.
+        mesh: Devices by axis, such as "tensor=2", each of which reads its own part; None is one device.
     """
     own = find_adapter(name) if adapter is None else find_adapter(adapter) or Path(adapter)
-    if own is None:
+    if own is None and mesh is None:
         return gx.load(find_model(name), ignore=ignore, while_reading=while_reading)
-    base = base_of(own) if adapter is None else name
-    model = gx.load_adapter(gx.load(find_model(base), ignore=ignore), own)
+    base = base_of(own) if own is not None and adapter is None else name
+    model = gx.load(find_model(base), None if mesh is None else gx.make_mesh(mesh), ignore=ignore)
+    if own is not None:
+        model = gx.load_adapter(model, own)
+    if mesh is not None:
+        model = model.replace(params=gx.unstack(model.params))  # here, so that the stacked ones are freed
     if while_reading is not None:
         while_reading(model)
     return model

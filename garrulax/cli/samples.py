@@ -7,6 +7,7 @@ import jax
 import garrulax as gx
 from garrulax import models
 from garrulax.core.spec import Tree
+from garrulax.core.strategies import PIPELINE_AXIS
 
 TEMPERATURE, TOP_P = 0.8, 0.95
 
@@ -18,14 +19,15 @@ class Samples:
         model: Config and tokenizer.
         prompts: Beginnings of texts, or texts with blanks for a model that fills them.
         tokens: Most tokens of an answer.
+        mesh: The run's devices by axis, as in its settings.
 
     Raises:
-        ValueError: With several processes, which do not hold all parameters; and for a prompt that does not fit.
+        ValueError: With several processes and the axis `pipeline`; and for a prompt that does not fit.
     """
 
-    def __init__(self, model: gx.Model, prompts: Sequence[str], tokens: int):
-        if jax.process_count() > 1:
-            raise ValueError("sample_every needs one process, which holds all parameters: leave it out")
+    def __init__(self, model: gx.Model, prompts: Sequence[str], tokens: int, mesh: str = ""):
+        if jax.process_count() > 1 and PIPELINE_AXIS in mesh:
+            raise ValueError("sample_every does not go with several processes and the mesh axis pipeline: leave it out")
         self._model, self._prompts, self._tokens = model, list(prompts), tokens
         assert model.tokenizer is not None
         for prompt in prompts:
@@ -37,7 +39,8 @@ class Samples:
 
     def __call__(self, params: Tree) -> list[tuple[str, str]]:
         """Pairs of a prompt and what the model writes after it."""
-        if len(jax.tree.leaves(params)[0].sharding.device_set) > 1:  # decoding runs on one device
+        mesh = getattr(jax.tree.leaves(params)[0].sharding, "mesh", None)
+        if mesh is not None and PIPELINE_AXIS in mesh.shape:  # sampling does not run in stages
             params = jax.device_get(params)
         model = self._model.replace(params=params)
         return [(prompt, self._one(model, prompt, seed)) for seed, prompt in enumerate(self._prompts)]

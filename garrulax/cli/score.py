@@ -15,7 +15,7 @@ from garrulax.core.text import whole_characters
 def score(args: argparse.Namespace) -> None:
     """Prints the numbers of a text, or with `--json` one object that has them."""
     text = text_of(args)
-    model = load(args.model, args.adapter, args.ignore)
+    model = load(args.model, args.adapter, args.ignore, mesh=args.mesh)
     numbers = numbers_of(gx.perplexity(model, text, window=args.window, stride=args.stride))
     if args.json:
         print(json.dumps(numbers))

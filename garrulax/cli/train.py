@@ -127,7 +127,7 @@ def _train(begun: Start, resume: bool) -> None:
         save_model(begun, result.params, begun.folder / product(begun))
 
     prompts = settings.sample_prompts or (_prompt(begun, datasets[0]),)
-    samples = Samples(begun.model, prompts, settings.sample_tokens) if settings.sample_every else None
+    samples = Samples(begun.model, prompts, settings.sample_tokens, settings.mesh) if settings.sample_every else None
     run = Run(config, settings, data, begun.folder, params=begun.params, export=export, write_samples=samples)
     _report(run_training(run, resume=resume, on_finish=finish), begun, corpus, datasets)
 

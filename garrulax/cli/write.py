@@ -47,7 +47,7 @@ def _generate(args: argparse.Namespace) -> None:
             compile_ahead(model, prompt, **options)
 
     with waiting("reading the model"):
-        model = load(args.model, args.adapter, args.ignore, begin)
+        model = load(args.model, args.adapter, args.ignore, begin, args.mesh)
     with waiting("compiling" if args.beams is None else "searching"):  # errors come before anything is printed
         pieces: Iterator[str]
         if args.beams is None:
@@ -104,7 +104,7 @@ def fill(args: argparse.Namespace) -> None:
     """Fills the blanks of a text."""
     keep_programs(args.programs)
     with waiting("reading the model"):
-        model = load(args.model, args.adapter, args.ignore)
+        model = load(args.model, args.adapter, args.ignore, mesh=args.mesh)
     for piece in gx.fill_stream(model, _text(args), **_options(args)):
         print(piece, end="", flush=True)
     print()

@@ -112,9 +112,11 @@ def as_bits(tree: Any) -> Any:
     def one(x: Any) -> Any:
         if isinstance(x, jax.ShapeDtypeStruct) and x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
             return jax.ShapeDtypeStruct(x.shape, np.uint16)
-        if not isinstance(x, jax.Array) or x.dtype != jnp.bfloat16 or {d.platform for d in x.devices()} != {"cpu"}:
+        if not isinstance(x, jax.Array) or x.dtype != jnp.bfloat16 or len(x.devices()) > 1:
             return x
         (device,) = x.devices()
+        if device.platform != "cpu":
+            return x
         return jax.device_put(np.asarray(x).view(np.uint16), device if x.committed else None, may_alias=True)
 
     return jax.tree.map(one, tree)

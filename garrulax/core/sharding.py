@@ -121,7 +121,8 @@ def place(
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    _log.warning(message)
+    if jax.process_index() == 0:  # all processes would say the same
+        _log.warning(message)
 
 
 @dataclasses.dataclass(frozen=True)

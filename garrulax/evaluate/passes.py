@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from garrulax import models
-from garrulax.core import half
+from garrulax.core import auto_mesh, half
 from garrulax.core.config import ModelConfig
 from garrulax.core.dtypes import at_least_float32
 from garrulax.core.spec import Tree
@@ -45,16 +45,14 @@ def prepare(model: ModelLike) -> tuple[Tree, ModelConfig, TokenizerLike | None]:
 
     Raises:
         TypeError: `model` is neither the result of `garrulax.load` nor (params, config).
-        ValueError: The parameters are on several devices.
+        ValueError: The parameters are on several devices, and not on one mesh without the axis `pipeline`.
     """
     params, config, tokenizer = unpack_model(model)
-    params = jax.tree.map(jnp.asarray, params)
+    mesh = auto_mesh.mesh_of(params)
+    with auto_mesh.using(mesh):
+        params = auto_mesh.in_auto_mode(jax.tree.map(jnp.asarray, params), mesh)
     leaves = jax.tree.leaves(params)
-    if any(len(x.sharding.device_set) > 1 for x in leaves):
-        raise ValueError(
-            "scoring runs on one device, but the parameters are on several: gather them with jax.device_get(params)"
-        )
-    if any(x.dtype == jnp.bfloat16 for x in leaves) and jax.default_backend() == "cpu":
+    if mesh is None and any(x.dtype == jnp.bfloat16 for x in leaves) and jax.default_backend() == "cpu":
         params = half.as_bits(models.unstack(params))
     return params, config, tokenizer
 
@@ -78,9 +76,12 @@ def score_rows(rows: Sequence[Row], params: Tree, config: ModelConfig, batch_tok
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens={batch_tokens} must be at least 1")
     found: list[Found] = [Found(np.zeros(0, np.float32), np.zeros(0, bool))] * len(rows)
+    mesh = auto_mesh.mesh_of(params)
     for batch, width in _batches(rows, batch_tokens):
         arrays = _assemble([rows[i] for i in batch], width, models.blanks(config) is not None)
-        logprobs, is_argmax = jax.device_get(_pass(params, *arrays, config, _chunk(config.vocab, arrays[3].size)))
+        with auto_mesh.using(mesh):
+            found_here = _pass(params, *arrays, config, _chunk(config.vocab, arrays[3].size))
+        logprobs, is_argmax = jax.device_get(found_here)
         start = 0
         for i in batch:
             end = start + int((rows[i].choice > 0).sum())
@@ -165,6 +166,7 @@ def _pass(
     """
     params = half.from_bits(params)
     mask = None if choice is None else masks.choices(choice)
+    tokens = auto_mesh.split(tokens, rows=0)  # on a mesh, rows are shared
     states, _ = models.hidden(params, tokens, config, positions=positions, mask=mask)
     states = states.reshape(-1, states.shape[-1])
     dtype = at_least_float32(states.dtype)
@@ -181,4 +183,5 @@ def _pass(
         )
 
     empty = (jnp.zeros(index.shape, dtype), jnp.zeros(index.shape, bool))
-    return jax.lax.fori_loop(jnp.int32(0), (count + chunk - 1) // chunk, next_chunk, empty)
+    found = jax.lax.fori_loop(jnp.int32(0), (count + chunk - 1) // chunk, next_chunk, empty)
+    return jax.tree.map(auto_mesh.split, found)  # whole on every device

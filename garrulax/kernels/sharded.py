@@ -1,8 +1,12 @@
-"""Attention on a mesh in Explicit mode: `jax.shard_map` around any implementation.
+"""Attention on a mesh: `jax.shard_map` around any implementation.
 
 Every device computes its own batch rows, heads and queries. XLA's partitioner could split the chunked implementation,
 but not a Pallas kernel. It would also sum the gradient of an array that devices share once per chunk; here it is summed
 once per call.
+
+In Explicit mode the types of the operands say which rows and heads a device has. In Auto mode they do not: there rows
+are split over `data` and `fsdp`, and heads over `tensor` (`core.auto_mesh`). Left to itself, the partitioner gathers
+the heads of a whole cache, since their axis is merged with that of the rows for a product.
 """
 
 import dataclasses
@@ -17,7 +21,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from garrulax.core.auto_mesh import dividing
 from garrulax.core.sharding import axis_names, spec_of
+from garrulax.core.strategies import BATCH_AXES, TENSOR_AXIS
 from garrulax.kernels import dropout, passes
 from garrulax.kernels.call import Implementation, Operands, Options
 from garrulax.kernels.passes import ForwardBackward
@@ -32,7 +38,7 @@ class MeshLayout:
     """How a mesh splits a request.
 
     Attributes:
-        mesh: The mesh in the query's type; only its Explicit axes count.
+        mesh: The mesh in the query's type; its Explicit axes count, or all where all are Auto.
         batch: Mesh axes that split the batch, B.
         queries: Mesh axes that split the queries, T.
         heads: Mesh axes that split the query heads, H.
@@ -86,6 +92,8 @@ class MeshLayout:
     def reshard(self, o: Operands) -> Operands:
         """The operands, sharded by `operand_specs`."""
         specs = self.operand_specs(o)
+        if not self.mesh.explicit_axes:
+            return o  # `shard_map` says it
         return jax.tree.map(lambda x, spec: jax.sharding.reshard(x, NamedSharding(self.mesh, spec)), o, specs)
 
     def replicated_axes(self, spec: P) -> Axes:
@@ -94,21 +102,28 @@ class MeshLayout:
         return tuple(a for a in (*self.batch, *self.queries, *self.heads) if a not in own)
 
     def shard_map(self, f: Any, in_specs: Any, out_specs: Any) -> Any:
-        """`jax.shard_map` of f over the Explicit axes.
+        """`jax.shard_map` of f over the axes that count.
 
         Without its check that replicated outputs are equal on all devices: kernels do not declare over which axes
         their outputs vary.
         """
-        names = frozenset(self.mesh.explicit_axes)
+        names = frozenset(self.mesh.explicit_axes or self.mesh.axis_names)
         return jax.shard_map(
             f, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False
         )
 
 
 def mesh_layout(operands: Operands) -> MeshLayout | None:
-    """The layout in the types of query and key; None without a mesh in Explicit mode."""
+    """The layout on the mesh in the type of the query; None without one, and for one in Auto mode without our axes."""
     mesh = jax.typeof(operands.query).sharding.mesh
-    if mesh.empty or not mesh.explicit_axes:
+    if mesh.empty:
+        return None
+    if mesh.are_all_axes_auto:
+        B, _, H, _ = operands.query.shape
+        rows, heads = dividing(mesh, B, BATCH_AXES), dividing(mesh, H, (TENSOR_AXIS,))
+        ours = {*BATCH_AXES, TENSOR_AXIS} & set(mesh.axis_names)
+        return MeshLayout(mesh, rows, (), heads, ()) if ours else None
+    if not mesh.explicit_axes:
         return None
     batch, queries, heads, _ = map(axis_names, spec_of(operands.query))
     same = axis_names(spec_of(operands.key)[1]) == queries
@@ -134,11 +149,14 @@ class Sharded:
 
     def unsupported_reason(self, options: Options, operands: Operands) -> str | None:
         """Why `inner` cannot compute a device's part, or XLA cannot split `inner` over Auto axes; None if both can."""
-        mesh = jax.typeof(operands.query).sharding.mesh
+        mesh, layout = jax.typeof(operands.query).sharding.mesh, mesh_layout(operands)
         partitionable = getattr(self.inner, "auto_partitionable", True)
-        if any(mesh.shape[name] > 1 for name in mesh.auto_axes) and not partitionable:
+        if (
+            (layout is None or mesh.explicit_axes)
+            and any(mesh.shape[name] > 1 for name in mesh.auto_axes)
+            and not partitionable
+        ):
             return f"a kernel cannot be split over mesh axes in Auto mode: make {', '.join(mesh.auto_axes)} Explicit"
-        layout = mesh_layout(operands)
         if layout is None:
             return self.inner.unsupported_reason(options, operands)
         options = layout.local_options(options)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from garrulax.core.einsum import on_mesh
 from garrulax.kernels.mask import PAD_KEY, Streams
 from garrulax.layers import quantised
 from garrulax.layers.cache_kinds import FULL, Kind
@@ -158,7 +159,7 @@ def write(x: jax.Array, new: jax.Array, start: jax.Array, axis: int, layer: jax.
         return _write_each(x, new, start, number, axis, layer is not None)
     local = functools.partial(_write_on_one_device, axis=axis, leading=layer is not None)
     mesh = jax.typeof(x).sharding.mesh
-    if mesh.empty:
+    if not on_mesh(x):
         return local(x, new, start, number)
     # Rows do not depend on one another: each device writes those it has.
     spec = jax.typeof(x).sharding.spec

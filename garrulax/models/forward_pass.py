@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from garrulax.core import sharding, spec
 from garrulax.core.blanks import Blanks
@@ -324,4 +325,10 @@ def _layers_of(stacked: Any) -> list[Any]:
             view = np.asarray(stacked)
             place = device if stacked.committed else None
             return [jax.device_put(layer, place, may_alias=True) for layer in view]
+        if more and isinstance(stacked.sharding, NamedSharding):  # each layer is split as the stack is
+            take = jax.jit(
+                functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False),
+                out_shardings=NamedSharding(stacked.sharding.mesh, P(*stacked.sharding.spec[1:])),
+            )
+            return [take(stacked, np.int32(i)) for i in range(len(stacked))]
     return [stacked[i] for i in range(stacked.shape[0])]

@@ -24,7 +24,7 @@ def compile_ahead(function: Any, *args: Any, **static: Any) -> None:
         **static: Its static arguments, by name.
     """
     config: Any = jax.config  # its attributes are created at run time, so mypy does not know them
-    if config.jax_disable_jit:
+    if config.jax_disable_jit or not jax.sharding.get_abstract_mesh().empty:
         return
     key = _key(function, args, static)
     with _lock:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from garrulax.core import half
+from garrulax.core.auto_mesh import each_using
 from garrulax.core.blanks import Blanks
 from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
@@ -31,6 +32,7 @@ from garrulax.sampling.requests import (
     assemble,
     chain_for,
     check_every,
+    check_mesh,
     prepare_model,
     prompt_list,
     without_padding,
@@ -253,6 +255,8 @@ def _fill(
     if without := sorted({"cache", "speculate"} & knobs.keys()):
         raise ValueError(f"fill keeps the whole text and reads one token a step: leave {without[0]} out")
     weights, config, tokenizer = prepare_model(model)
+    if weights.mesh is not None:
+        check_mesh({"search": search})
     blanks = blanks_of(config)
     stops = StopStrings(stop, tokenizer)
     ends = ends_of(model, config, tokenizer, end_tokens)
@@ -317,7 +321,7 @@ def _fill(
         yield _literals(parts, rounds)
         return [_filled(part, one) for part, one in zip(parts, answers, strict=True)]
 
-    return steps()
+    return each_using(weights.mesh, steps())
 
 
 def _most_certain(

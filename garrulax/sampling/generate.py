@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Generator, Sequence
 from typing import Any
 
+from garrulax.core.auto_mesh import each_using
 from garrulax.layers.cache import Cache
 from garrulax.layers.cache_kinds import Kind
 from garrulax.models.unpack import ModelLike, TokenizerLike
@@ -23,6 +24,7 @@ from garrulax.sampling.requests import (
     assemble,
     chain_for,
     check_every,
+    check_mesh,
     prepare_model,
     prompt_list,
     without_padding,
@@ -86,8 +88,9 @@ def generate(
     time of float32 ones (`gx.load` gives float32 where memory allows). `garrulax info` states all parts.
 
     Args:
-        model: From `gx.load`, or (params, config). Stacked parameters are unstacked in every call, which copies them
-            unless they are on a CPU: elsewhere, to call often, pass the result of `gx.unstack`.
+        model: From `gx.load`, or (params, config), on one device or a mesh (docs/parallel.md). Stacked parameters are
+            unstacked in every call, which copies them unless they are on one CPU: elsewhere, to call often, pass the
+            result of `gx.unstack`.
         prompts: A text, a list of token ids, or a list of these. A text gets the tokens that its tokenizer puts around
             a prompt, such as bos; token ids are read as `gx.forward` reads them.
         max_new_tokens: Greatest number of new tokens; None is as many as fit into the context, up to 128. Like the next
@@ -290,6 +293,9 @@ class Plan:
 
     def run(self) -> Pieces[list[list[Completion]]]:
         """Decodes; returns a generator, whose result is a list for each prompt: one completion, or what was found."""
+        return each_using(self.weights.mesh, self._pieces())
+
+    def _pieces(self) -> Pieces[list[list[Completion]]]:
         decoder, weights, requests = self.decoder, self.weights, self.requests
         if self.search is not None and not isinstance(self.search, BestOf):
             rows = list(self.writers)
@@ -333,6 +339,8 @@ def _only_one(pieces: Generator[str, None, list[Completion]]) -> Generator[str, 
 def compile_ahead(model: ModelLike, prompt: Prompt, *, max_new_tokens: int | None = None, **arguments: Any) -> None:
     """Begins, in other threads, to compile the programs with which `generate` and `stream` continue a prompt.
 
+    With parameters on several devices it does nothing: they compile when they are called.
+
     Args:
         model: As for `generate`; its parameters may be abstract (`jax.ShapeDtypeStruct`), since only shapes and dtypes
             are read. `load(while_reading=...)` gives such a model.
@@ -344,6 +352,8 @@ def compile_ahead(model: ModelLike, prompt: Prompt, *, max_new_tokens: int | Non
         ValueError: See `generate`.
     """
     plan = make_plan(model, [prompt], max_new_tokens, **arguments)
+    if plan.weights.mesh is not None:
+        return
     if plan.speculation is not None:
         constrained = bool(plan.matchers)
         compile_speculation(plan.decoder, plan.weights, plan.requests, plan.size, plan.speculation, constrained)
@@ -395,6 +405,15 @@ def make_plan(
     model, trees = chosen(model, adapter, len(prompts))
     model, prefix = without_prefix(model)
     weights, config, tokenizer = prepared or prepare_model(model)
+    on_mesh = weights.mesh is not None
+    if on_mesh:
+        one_device = {
+            "speculate": speculate,
+            "constrain": constrain,
+            "a prefix": prefix,
+            "an adapter a prompt": trees or None,
+        }
+        check_mesh(one_device | {"search": None if isinstance(search, BestOf) else search})
     kind = kind_for(cache, config)
     stops = StopStrings(stop, tokenizer)
     ends = ends_of(model, config, tokenizer, end_tokens)
@@ -434,6 +453,7 @@ def make_plan(
             raise ValueError("several adapters in one call go with sampling only: call once for each adapter")
         weights = weights_by_row(trees, buckets.of("rows", len(encoded)))
     full_only = "search" if compared else "speculate" if speculate is not None else "a prefix" if prefix else None
+    full_only = "parameters on several devices" if on_mesh else full_only
     past = None
     if prefix is not None:
         if compared or speculate is not None or trees:

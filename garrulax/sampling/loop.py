@@ -10,12 +10,13 @@ import numpy as np
 
 from garrulax import models
 from garrulax.core import half
+from garrulax.core.auto_mesh import split
 from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
 from garrulax.core.sums import MOST_ROWS, row_sum
 from garrulax.kernels.mask import PAD, Mask
 from garrulax.layers.cache import Cache, write
-from garrulax.sampling.state import State, without_layers
+from garrulax.sampling.state import State, split_state, without_layers
 from garrulax.sampling.transforms import DEFAULT, Transform, sample
 
 
@@ -74,9 +75,10 @@ def read(
     index = index.reshape(-1, *(1,) * (state.position.ndim - 1), tokens.shape[1])
     positions = state.position[..., None] + state.stride[..., None] * index  # [B, T] or [B, 2, T]
     mask = Mask({"rank": rank, "segment": segment})
+    tokens = split(tokens, rows=0)  # so that the devices of a mesh share what is computed of the rows
     logits, cache = models.forward(params, tokens, config, positions=positions, mask=mask, cache=state.cache)
     # In bfloat16 the noise of sampling would be so coarse that rare tokens are never sampled.
-    return logits.astype(jnp.float32), cast(Cache, cache)
+    return split(logits, rows=0).astype(jnp.float32), cast(Cache, cache)
 
 
 def log_probability(logits: jax.Array, token: jax.Array) -> jax.Array:
@@ -153,9 +155,10 @@ def decode_steps(
 
     def body(carry):
         count, state = carry
-        return count + 1, decode_step(params, state, config, transform)
+        return count + 1, split_state(decode_step(params, state, config, transform), whole=False)
 
-    return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+    begun = jnp.int32(0), split_state(state, whole=False)
+    return split_state(jax.lax.while_loop(unfinished, body, begun)[1])
 
 
 @functools.partial(jax.jit, static_argnames=("config", "transform"), donate_argnames="state")
@@ -196,4 +199,4 @@ def append(
 
     taken = jax.lax.fori_loop(jnp.int32(0), jnp.int32(tokens.shape[1]), take, without_layers(state))
     streams = {"streams": cache.streams, "layers": cache.layers}
-    return dataclasses.replace(taken, cache=dataclasses.replace(taken.cache, **streams))
+    return split_state(dataclasses.replace(taken, cache=dataclasses.replace(taken.cache, **streams)))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from garrulax import models
-from garrulax.core import half
+from garrulax.core import auto_mesh, half
 from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
 from garrulax.kernels.mask import PAD
@@ -74,6 +74,11 @@ class Weights(NamedTuple):
     step: Tree
     requests: tuple[Tree, ...] = ()
 
+    @property
+    def mesh(self) -> jax.sharding.Mesh | None:
+        """The mesh on which they are, in Auto mode; None on one device."""
+        return auto_mesh.mesh_of(self.step)
+
     def of(self, request: int) -> Tree:
         """The parameters with which a request is read."""
         return self.requests[request] if self.requests else self.prefill
@@ -90,18 +95,26 @@ def prepare_model(model: ModelLike) -> Prepared:
 
     Raises:
         TypeError: `model` is neither the result of `garrulax.load` nor (params, config).
-        ValueError: The parameters are on several devices.
+        ValueError: The parameters are on several devices, and not on one mesh without the axis `pipeline`.
     """
     params, config, tokenizer = unpack_model(model)
-    if any(isinstance(x, jax.Array) and len(x.sharding.device_set) > 1 for x in jax.tree.leaves(params)):
-        raise ValueError(
-            "decoding runs on one device, but the parameters are on several: gather them with jax.device_get(params)"
-        )
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)):
         params = half.as_bits(params)
         return Weights(params, jax.eval_shape(models.unstack, params)), config, tokenizer
-    params = jax.tree.map(jnp.asarray, params)
-    return Weights(half.as_bits(params), half.as_bits(models.unstack(params))), config, tokenizer
+    mesh = auto_mesh.mesh_of(params)
+    with auto_mesh.using(mesh):
+        params = auto_mesh.in_auto_mode(jax.tree.map(jnp.asarray, params), mesh)
+        return Weights(half.as_bits(params), half.as_bits(models.unstack(params))), config, tokenizer
+
+
+def check_mesh(given: Mapping[str, Any]) -> None:
+    """Raises ValueError if there is one of these arguments (name -> value), which do not go with a mesh."""
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(
+                f"{name} runs on one device, but the parameters are on several: leave it out, or gather them with "
+                "jax.device_get(params)"
+            )
 
 
 def chain_for(transform: Transform | None, knobs: Iterable[str]) -> Transform:

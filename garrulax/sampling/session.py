@@ -12,6 +12,7 @@ import numpy as np
 
 from garrulax import models
 from garrulax.core import half
+from garrulax.core.auto_mesh import each_using
 from garrulax.core.config import ModelConfig
 from garrulax.kernels.mask import PAD
 from garrulax.layers.cache import Cache
@@ -81,7 +82,9 @@ class Session:
         self._prepared = prepare_model(model)
         # The greatest size from the start: with a size that grows, programs would be compiled again.
         self._size = POWERS_OF_TWO.of("size", self._config.max_length)
-        self._kind = choose_kind(kind_for(cache, self._config), self._config, self._size)
+        mesh = self._prepared[0].mesh
+        full_only = None if mesh is None else "parameters on several devices"
+        self._kind = choose_kind(kind_for(cache, self._config), self._config, self._size, full_only)
         self._begun: set[Hashable] = set()  # programs that were compiled ahead
         self.forget()
 
@@ -127,16 +130,18 @@ class Session:
         plan = self._plan(prompts, max_new_tokens, every=every, **arguments)
         if len(plan.requests.limit) > 1:
             raise ValueError("a session takes no guidance_scale: give it to generate or stream")
-        return self._run(plan)
+        return each_using(plan.weights.mesh, self._run(plan))
 
     def compile_ahead(self, lengths: Sequence[int] = LENGTHS, read: int | None = None, **arguments: Any) -> None:
-        """Begins, in other threads, to compile the programs for prompts with some new tokens.
+        """Begins, in other threads, to compile the programs for prompts with some new tokens; with a mesh, none.
 
         Args:
             lengths: Numbers of new tokens.
             read: Number of tokens that will have been read before them; None is as many as now.
             **arguments: Those of `stream`; the programs do not depend on the values of sampling parameters.
         """
+        if self._prepared[0].mesh is not None:
+            return
         least = 0 if self._kept is None else self._kept.cache.size
         read = len(self.read) if read is None else read
         arguments = {**arguments, "max_new_tokens": 1, "every": 1}

@@ -14,6 +14,7 @@ from flax import struct
 
 from garrulax import models
 from garrulax.core import half
+from garrulax.core.auto_mesh import in_context, split
 from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
 from garrulax.kernels.mask import PAD
@@ -136,9 +137,10 @@ def _empty(
         return jnp.zeros((rows, *x.shape[1:]), x.dtype)
 
     kind = prefix.cache.kind
-    cache = models.cache_for(jax.eval_shape(half.from_bits, params), config, rows, slots, kind=kind)
+    like = jnp.zeros((rows, 1), jnp.int32) if in_context() else None
+    cache = models.cache_for(jax.eval_shape(half.from_bits, params), config, rows, slots, like=like, kind=kind)
     state = cast(State, jax.tree.map(free, dataclasses.replace(prefix, cache=cast(Cache, None))))
-    return dataclasses.replace(
+    state = dataclasses.replace(
         state,
         cache=dataclasses.replace(cache, planned=jnp.zeros_like(cache.planned)),
         done=jnp.ones((rows,), bool),
@@ -146,6 +148,7 @@ def _empty(
         logprobs=jnp.zeros((rows, cache.size), jnp.float32),
         allowed=jnp.zeros((rows, -(-config.vocab // 32)), jnp.uint32) if constrained else None,
     )
+    return split_state(state)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "transform", "size", "kind"))
@@ -206,7 +209,7 @@ def _read(
     reserved = {name: getattr(requests, name) for name in ("ends", "limit", "unconditional")}
     # States of transforms have one shape for prompts of all lengths, so that they fit into one batch.
     prompt = jnp.pad(requests.prompt, ((0, 0), (0, size)), constant_values=PAD)[:, :size]
-    return State(
+    state = State(
         cache=cache,
         token=requests.token,
         position=requests.position,
@@ -224,6 +227,28 @@ def _read(
             {**requests.knobs, **reserved, "prompt": prompt, "vocab": config.vocab, "size": size}
         ),
     )
+    return split_state(state)
+
+
+def split_state(state: State, whole: bool = True) -> State:
+    """The state as it lies on a mesh in Auto mode; without one, the state itself.
+
+    Args:
+        state: The state.
+        whole: Whether every device has the rows of all that is not in the cache, so that the host can read it. Between
+            two steps of a loop no device needs the rows of others.
+    """
+    layers = jax.tree.map(_split_layer, state.cache.layers)
+    by_rows = functools.partial(split, rows=0)
+    streams = jax.tree.map(by_rows, state.cache.streams)
+    state = jax.tree.map(split if whole else by_rows, without_layers(state))
+    cache = dataclasses.replace(state.cache, layers=layers, streams=streams)
+    return dataclasses.replace(state, cache=cache)
+
+
+def _split_layer(x: jax.Array) -> jax.Array:
+    """Keys or values: [L, B, K, S, C] or [B, K, S, C] by rows and heads, [B·K, S, C] whole."""
+    return split(x) if x.ndim == 3 else split(x, rows=x.ndim - 4, heads=x.ndim - 3)
 
 
 def insert(state: State, prefix: State, rows: jax.Array | np.ndarray | int) -> State:
@@ -246,7 +271,7 @@ def insert(state: State, prefix: State, rows: jax.Array | np.ndarray | int) -> S
     _check_shapes(state, prefix)
     layers, new = state.cache.layers, prefix.cache.layers
     if isinstance(layers, tuple):  # one small program for all layers compiles faster than one with all of them
-        heads = len(layers[0]["key"]) // len(state.done)
+        heads = _heads(state)
         layers = tuple(
             _insert_layer(layer, new[i] if isinstance(new, tuple) else new, np.int32(i), rows, heads)
             for i, layer in enumerate(layers)
@@ -254,6 +279,12 @@ def insert(state: State, prefix: State, rows: jax.Array | np.ndarray | int) -> S
     else:
         layers = _insert_stacked(layers, new, rows)
     return with_layers(_insert_rest(without_layers(state), without_layers(prefix), rows), layers)
+
+
+def _heads(state: State) -> int:
+    """K, of unstacked layers."""
+    key = state.cache.layers[0]["key"]
+    return int(key.shape[0] // len(state.done) if key.ndim == 3 else key.shape[1])
 
 
 def _check_rows(rows: jax.Array | np.ndarray | int, count: int) -> None:
@@ -294,13 +325,16 @@ def with_layers(state: State, layers: Any) -> State:
 
 @functools.partial(jax.jit, static_argnames="heads", donate_argnames="layer")
 def _insert_layer(layer: KV, new: KV, i: jax.Array, rows: jax.Array, heads: int) -> KV:
-    """[B·K, S, C] with [b·K, P, C], or with layer i of a stack [L, b, K, P, C], in it; b is n or 1, K is `heads`."""
+    """[B·K, S, C] or [B, K, S, C] with [b·K, P, C], or with layer i of a stack [L, b, K, P, C], in it; b is n or 1.
+
+    K is `heads`.
+    """
 
     def put(x: jax.Array, part: jax.Array) -> jax.Array:
         if part.ndim == 5:
             part = jax.lax.dynamic_index_in_dim(part, i, keepdims=False)
         part = part.reshape(-1, heads, *part.shape[-2:])
-        return _put(x.reshape(-1, heads, *x.shape[1:]), part, rows).reshape(x.shape)
+        return _split_layer(_put(x.reshape(-1, heads, *x.shape[-2:]), part, rows).reshape(x.shape))
 
     return {name: put(x, new[name]) for name, x in layer.items()}
 
@@ -311,7 +345,7 @@ def _insert_stacked(layers: KV, new: KV | tuple[KV, ...], rows: jax.Array) -> KV
     if isinstance(new, tuple):
         heads = layers["key"].shape[2]
         new = {name: jnp.stack([x[name].reshape(-1, heads, *x[name].shape[1:]) for x in new]) for name in layers}
-    return {name: jax.vmap(_put, in_axes=(0, 0, None))(x, new[name], rows) for name, x in layers.items()}
+    return {name: _split_layer(jax.vmap(_put, in_axes=(0, 0, None))(x, new[name], rows)) for name, x in layers.items()}
 
 
 @functools.partial(jax.jit, donate_argnames="rest")
@@ -319,7 +353,7 @@ def _insert_rest(rest: State, new: State, rows: jax.Array) -> State:
     allowed = rest.allowed  # the host writes it before every step
     rest, new = (dataclasses.replace(x, allowed=None) for x in (rest, new))
     rest = jax.tree.map(lambda x, y: _put(x, y, rows), rest, new)
-    return dataclasses.replace(rest, allowed=allowed)
+    return split_state(dataclasses.replace(rest, allowed=allowed))
 
 
 def extract(state: State, row: int, stacked: bool) -> Cache:
@@ -336,7 +370,7 @@ def extract(state: State, row: int, stacked: bool) -> Cache:
     place = np.int32(row)
     layers = state.cache.layers
     if isinstance(layers, tuple):
-        heads = len(layers[0]["key"]) // len(state.done)
+        heads = _heads(state)
         layers = tuple(_extract_layer(layer, place, heads) for layer in layers)
         layers = _stack(layers) if stacked else layers
     else:
@@ -350,8 +384,9 @@ def extract(state: State, row: int, stacked: bool) -> Cache:
 
 @functools.partial(jax.jit, static_argnames="heads")
 def _extract_layer(layer: KV, row: jax.Array, heads: int) -> KV:
-    """[K, S, C] of [B·K, S, C]."""
-    return {name: jax.lax.dynamic_slice_in_dim(x, row * heads, heads) for name, x in layer.items()}
+    """[K, S, C] of [B·K, S, C] or [B, K, S, C]."""
+    flat = {name: x.reshape(-1, *x.shape[-2:]) for name, x in layer.items()}
+    return {name: jax.lax.dynamic_slice_in_dim(x, row * heads, heads) for name, x in flat.items()}
 
 
 def _stack(layers: tuple[KV, ...]) -> KV:
@@ -389,7 +424,7 @@ def grow(state: State, slots: int) -> State:
     """The same state with more cache slots a row, `slots` in all."""
     more = [(0, 0), (0, slots - state.cache.size)]
     tokens, logprobs = jnp.pad(state.tokens, more), jnp.pad(state.logprobs, more)
-    return dataclasses.replace(state, cache=_longer(state.cache, slots), tokens=tokens, logprobs=logprobs)
+    return split_state(dataclasses.replace(state, cache=_longer(state.cache, slots), tokens=tokens, logprobs=logprobs))
 
 
 @functools.partial(jax.jit, static_argnames="slots")

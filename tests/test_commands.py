@@ -40,7 +40,7 @@ def run(line, capsys):
     """Runs a command of garrulax in this process, a short training instead of a long one. Returns what it printed."""
     words = shlex.split(line, comments=True)
     assert words.pop(0) == "garrulax", line
-    if words[0] == "train" and "--list" not in words:
+    if words[0] in ("train", "align") and "--list" not in words:
         small = {"steps": "2"}
         if "--resume" in words:
             small = {"steps": "3"}
@@ -50,7 +50,7 @@ def run(line, capsys):
             small |= {"window": "16"}
         words = [word for word in words if word.partition("=")[0] not in small]
         words += [f"{key}={value}" for key, value in small.items()]
-        if "--resume" not in words and not any(word.startswith("corpus=") for word in words):
+        if words[0] == "train" and "--resume" not in words and not any(word.startswith("corpus=") for word in words):
             words.append("corpus=my_folder")
     if "--step" in words:
         words[words.index("--step") + 1] = "2"
@@ -109,6 +109,10 @@ def test_commands_of_readme(place, capsys, monkeypatch):
     glm = byte_model("glm")
     gx.save(gx.Model(glm.config, glm.params, glm.tokenizer), place / "runs/glm/model")
     (place / "model.gguf").write_bytes(gguf_files.file_of("gpt2"))
+    chats = [{"prompt": f"a{i}", "completion": "b"} for i in range(20)]
+    pairs = [{"prompt": f"a{i}", "chosen": "b", "rejected": "c"} for i in range(20)]
+    for name, records in (("chats.jsonl", chats), ("pairs.jsonl", pairs)):
+        (place / name).write_text("\n".join(map(json.dumps, records)))
     for command in block.splitlines():
         for printed in next_commands(run(command, capsys)):
             run(printed, capsys)

@@ -18,7 +18,15 @@ import numpy as np
 import garrulax as gx
 from garrulax import models
 from garrulax.align import answers, objectives, rl, sft
-from garrulax.align.conversations import Example, conversation, encode, has_chat_format, plain, read_records
+from garrulax.align.conversations import (
+    Example,
+    as_messages,
+    conversation,
+    encode,
+    has_chat_format,
+    plain,
+    read_records,
+)
 from garrulax.align.neftune import neftune
 from garrulax.align.policy_objectives import (
     METHODS,
@@ -375,10 +383,17 @@ def _finish(begun: Start, job: Job, run: Run, result: Result) -> None:
         return
     if job.method == "reward":
         words = ["garrulax", "align", begun.settings.preset, "--method", "ppo", "--reward", str(begun.folder), "--data"]
-        say(f"next: {shlex.join(words)} PROMPTS")
+        say(f"next: {shlex.join([*words, job.data])}")
     else:
-        command = "chat" if has_chat_format(begun.model.tokenizer) else "generate"
-        say(f"next: {shlex.join(['garrulax', command, str(begun.folder)])}")
+        text = [] if has_chat_format(begun.model.tokenizer) else [_first_text(job)]
+        say(f"next: {shlex.join(['garrulax', 'generate' if text else 'chat', str(begun.folder), *text])}")
+
+
+def _first_text(job: Job) -> str:
+    """The first prompt of the data, for a model without a chat format."""
+    record = next(read_records(job.data))[1]
+    messages = conversation(record) if job.method == "sft" else as_messages(record["prompt"], "user")
+    return str(messages[0]["content"])
 
 
 def _merged(begun: Start, params: Tree) -> gx.Model:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,3 +163,35 @@ def test_the_whole_way_and_kill_9(model, tmp_path):
     errors = done("align", model, "--method", "rloo", "--data", prompts, "--reward", "rules:vowels", *FEW,
                   "--option", "limit=6", "--option", "group=4", "--run", "rloo")  # fmt: skip
     assert "held-out reward" in errors
+
+
+def test_what_a_run_began_with_is_not_changed(model, tmp_path, capsys):
+    data = written(tmp_path / "pairs.jsonl", PAIRS)
+    run = str(tmp_path / "run")
+    assert main(["align", model, "--method", "dpo", "--data", data, *FEW, "--run", run]) == 0
+    assert main(["align", "--resume", run, "--option", "beta=1"]) == 2
+    assert "--option does not go with --resume" in capsys.readouterr().err
+    for words, message in (
+        (
+            ["--method", "dpo", "--option", "alpha=3"],
+            "--option alpha: --method dpo knows beta, label_smoothing",
+        ),
+        (["--method", "reward", "--option", "beta=3"], "--option beta: --method reward knows centring"),
+        (["--method", "dpo", "--ptx", "0.1"], "--ptx does not go with --method dpo"),
+    ):
+        assert main(["align", model, "--data", data, *FEW, *words, "--run", run + "2"]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_log_probabilities_of_the_reference_are_those_of_this_data(model, tmp_path):
+    """A folder in which another run was killed early has some of other answers."""
+    losses = []
+    for folder, records in (("run", PAIRS[:30]), ("run", PAIRS), ("alone", PAIRS)):
+        data = written(tmp_path / "pairs.jsonl", records)
+        assert main(["align", model, "--method", "dpo", "--data", data, *FEW, "--run", str(tmp_path / folder)]) == 0
+        lines = [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
+        losses.append([line["loss"] for line in lines if "loss" in line])
+        for name in ("run.json", "checkpoints", "metrics.jsonl", "model", "spare"):  # as if it had been killed early
+            path = tmp_path / folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert losses[1] == losses[2]

@@ -41,7 +41,9 @@ def kway_losses(
 
 
 def pairs(shape: tuple[int, ...], counts: jax.Array | None = None, *, ranks: jax.Array | None = None) -> jax.Array:
-    """Which answer i is better than which answer j, bool [P, K, K]; arguments as of `kway_loss`.
+    """Marks the pairs (i, j) of answers of which i is better than j: bool [P, K, K].
+
+    The arguments are those of `kway_loss`.
 
     Raises:
         ValueError: If both `counts` and `ranks` are given.

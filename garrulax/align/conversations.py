@@ -218,7 +218,10 @@ def _ids(tokenizer: ChatTokenizer, messages: Sequence[Message], *, begin_answer:
 def _answer(
     tokenizer: ChatTokenizer, messages: Sequence[Message], index: int, whole: list[int]
 ) -> tuple[int, int] | None:
-    """Where message `index` stands in the ids of the conversation; None if it is not there as it was written."""
+    """Finds message `index` in the ids of the conversation: its first index, and the index behind its last.
+
+    None if the ids of the conversation up to there are not the beginning of the whole.
+    """
     if index == 0:
         return None
     before = _ids(tokenizer, messages[:index], begin_answer=True)

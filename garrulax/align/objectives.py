@@ -20,7 +20,7 @@ from garrulax.align.logprobs import sequence_logprobs, token_logprobs
 from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
 from garrulax.models.reward import scores
-from garrulax.train.objectives import Batch, Objective
+from garrulax.train.objectives import Batch, Objective, mask_of, negative_log_likelihood
 
 PAIR_LOSSES = ("dpo", "ipo", "orpo", "simpo")
 
@@ -165,7 +165,6 @@ def token_penalty_objective(penalty: Callable[..., jax.Array], weight: float = 1
         penalty: Maps logits [B, T, V], targets [B, T], weights [B, T] and the stream segment (or None) to nats [B, T].
         weight: Of the penalty.
     """
-    from garrulax.train.objectives import mask_of, negative_log_likelihood
 
     def objective(
         params: Tree, batch: Batch, config: ModelConfig, key: jax.Array | None = None, **options: Any

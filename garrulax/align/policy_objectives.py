@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from garrulax import models
 from garrulax.align.groups import LOSSES, group_policy_loss, sequence_policy_loss
-from garrulax.align.logprobs import logprobs_of
+from garrulax.align.logprobs import entropy, logprobs_of
 from garrulax.align.policy import clipped_policy_loss, clipped_value_loss, kl_estimate, masked_mean
 from garrulax.core import spec
 from garrulax.core.config import ModelConfig
@@ -98,7 +98,7 @@ def policy_objective(
             "clipped": masked_mean(outside.astype(mask.dtype), mask),
             "greatest_ratio": jnp.exp(jnp.max(log_ratio)),
             "kl_to_sampler": masked_mean(kl_estimate(old, logprobs, "k3"), mask),
-            "entropy": masked_mean(_entropy(logits), mask),
+            "entropy": masked_mean(entropy(jax.lax.stop_gradient(logits)), mask),
             **more,
         }
         return loss, metrics
@@ -141,13 +141,6 @@ def on_model(objective: Objective) -> Objective:
         return objective(policy_model(params), batch, config, key, **options)
 
     return of_model
-
-
-def _entropy(logits: jax.Array) -> jax.Array:
-    """As `logprobs.entropy`, without a gradient: it is only logged."""
-    logits = jax.lax.stop_gradient(logits)
-    logp = jax.nn.log_softmax(logits, axis=-1)
-    return -jnp.sum(jnp.exp(logp) * logp, axis=-1)
 
 
 def _explained(values: jax.Array, returns: jax.Array, mask: jax.Array) -> jax.Array:

@@ -12,16 +12,18 @@ PPO are whitened over the rollout.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from garrulax import models
 from garrulax.align.groups import group_advantages, leave_one_out_advantages, mixed_groups
 from garrulax.align.logprobs import token_logprobs
 from garrulax.align.policy import KLController, gae, kl_estimate, score_without_end, token_rewards, whiten
 from garrulax.align.policy_objectives import COEFFICIENT, METHODS, policy_and_values, policy_model
-from garrulax.align.rollouts import Prompts, Rollout, Sampled, roll_out, seeds, unstacked
+from garrulax.align.rollouts import Prompts, Rollout, Sampled, roll_out, seeds
 from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
 from garrulax.models.unpack import TokenizerLike
@@ -168,7 +170,7 @@ class PolicyRollouts:
     def sample(self, params: Tree, chosen: Sequence[int], step: int, prompts: Prompts | None = None) -> Rollout:
         """Responses to some prompts, with the seeds of a step."""
         return roll_out(
-            unstacked(policy_model(params)),
+            models.unstack(policy_model(params)),
             self.config,
             prompts or self.prompts,
             chosen,
@@ -197,11 +199,11 @@ class PolicyRollouts:
         given = np.asarray(score_without_end(jnp.asarray(scores), jnp.asarray(ended), penalty=s.missing_end))
         there = ~np.isnan(given)
         batch = {**roll.batch, "weights": roll.batch["weights"] * there[:, None]}
-        mask, device = batch["weights"], jax.device_put(batch)
-        again, values = self._values(params, device)
+        mask = batch["weights"]
+        again, values = self._in_parts(self._values, params, batch)
         kl = np.zeros_like(mask)
         if self.reference is not None:
-            batch["reference"] = np.asarray(self._logprobs(self.reference, device))
+            batch["reference"] = self._in_parts(self._logprobs, self.reference, batch)
             kl = np.asarray(kl_estimate(batch["logprobs"], batch["reference"])) * mask
         coefficient = params[COEFFICIENT][0]
         batch |= self._advantages(given, kl, mask, values, coefficient)
@@ -225,8 +227,16 @@ class PolicyRollouts:
         }
         return dataclasses.replace(state, params=changed), batch, metrics
 
+    def _in_parts(self, function: Callable, params: Tree, batch: HostBatch) -> Any:
+        """A function of the rows of a rollout, for as many rows at once as an update has: logits are large."""
+        found = [
+            jax.device_get(function(params, {name: x[first : first + self.batch] for name, x in batch.items()}))
+            for first in range(0, self.rows, self.batch)
+        ]
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
+
     def _advantages(
-        self, scores: np.ndarray, kl: np.ndarray, mask: np.ndarray, values: jax.Array | None, coefficient: jax.Array
+        self, scores: np.ndarray, kl: np.ndarray, mask: np.ndarray, values: np.ndarray | None, coefficient: jax.Array
     ) -> HostBatch:
         s, there = self.settings, ~np.isnan(scores)
         if s.method == "ppo":
@@ -235,7 +245,7 @@ class PolicyRollouts:
             rewards = token_rewards(known, jnp.asarray(kl), jnp.asarray(mask), coefficient=coefficient)
             if s.whiten_rewards:
                 rewards = whiten(rewards, jnp.asarray(mask), keep_mean=True)
-            advantages, returns = gae(rewards, values, jnp.asarray(mask), gamma=s.gamma, lam=s.lam)
+            advantages, returns = gae(rewards, jnp.asarray(values), jnp.asarray(mask), gamma=s.gamma, lam=s.lam)
             found = {"advantages": whiten(advantages, jnp.asarray(mask)), "returns": returns, "values": values}
         elif s.method == "rloo":
             total = jnp.asarray(scores) - coefficient * jnp.asarray(kl).sum(axis=1)

@@ -11,10 +11,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from garrulax import models
 from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
 from garrulax.models.unpack import TokenizerLike
@@ -169,20 +167,3 @@ def aligned(prompts: Sequence[EncodedPrompt], responses: Sequence[Sequence[int]]
     if R == 1:
         batch["positions"] = batch["positions"][:, 0]
     return batch
-
-
-def largest_difference(params: Tree, rollout: Rollout, config: ModelConfig) -> float:
-    """The greatest difference between the log-probabilities of sampling and of a training pass, in nats.
-
-    Greater than 1e-4 in float32 means that something differs, such as a mask or the positions.
-    """
-    from garrulax.align.logprobs import token_logprobs
-
-    batch = {name: jnp.asarray(x) for name, x in rollout.batch.items()}
-    difference = token_logprobs(params, batch, config) - batch["logprobs"]
-    return float(jnp.max(jnp.abs(difference * batch["weights"])))
-
-
-def unstacked(params: Tree) -> Tree:
-    """The parameters in the form that decodes fastest, of the model alone."""
-    return models.unstack(params)

@@ -190,7 +190,7 @@ def _parser() -> argparse.ArgumentParser:
         "docs/alignment.md shows the files.",
     )
     align.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="the model, and settings as of garrulax train")
-    align.add_argument("--method", default="sft", metavar="NAME", help="sft, reward, dpo, ppo, ... (sft)")
+    align.add_argument("--method", metavar="NAME", help="sft, reward, dpo, ppo, ... (sft)")
     align.add_argument(
         "--data", metavar="FILE", help="conversations, compared answers or prompts, one JSON object a line"
     )

@@ -3,11 +3,13 @@
 import argparse
 import dataclasses
 import functools
+import hashlib
 import importlib
+import inspect
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import numpy as np
 
 import garrulax as gx
 from garrulax import models
-from garrulax.align import answers, objectives, rl, sft
+from garrulax.align import answers, objectives, preference, rl, sft
 from garrulax.align.conversations import (
     Example,
     as_messages,
@@ -59,7 +61,7 @@ ALL = ("sft", "reward", *objectives.PAIR_LOSSES, *METHODS)
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What `align.json` keeps of the command line, besides the settings.
+    """The arguments of the command, besides the settings; align.json in the run's folder keeps them.
 
     Attributes:
         method: One of `ALL`.
@@ -110,14 +112,22 @@ def align(args: argparse.Namespace) -> None:
 
 
 def _completed(args: argparse.Namespace) -> argparse.Namespace:
-    """The arguments with those that the command lacks, and a name of the run that says the method."""
+    """Adds the arguments that `starting.start` reads and this command lacks, and names the run after the method.
+
+    Raises:
+        ValueError: With --resume, an argument that align.json has already.
+    """
     given = vars(args)
     if given.get("sft"):
         for name in ("medusa", "distributed", "list"):
             if given.get(name):
                 raise ValueError(f"--{name} does not go with --sft")
         given = {**given, "method": "sft", "data": given["sft"], "valid": "", "reward": "", "option": [], "ptx": None}
-    given = {"mesh": None, "new_data": False, "method": None, **given}
+    if given["resume"]:
+        for name in ("method", "data", "valid", "reward", "option", "ptx", "lora"):
+            if given.get(name):
+                raise ValueError(f"--{name} does not go with --resume: the run goes on with what it began with")
+    given = {**given, "mesh": None, "new_data": False, "method": given.get("method") or "sft"}
     if not given["run"] and not given["resume"]:
         models = [word for word in starting.settings_words(given["settings"]) if word.startswith("preset=")]
         if models:
@@ -132,6 +142,9 @@ def _job(args: argparse.Namespace) -> Job:
         raise ValueError("--data FILE is needed: JSON lines (docs/alignment.md shows their forms)")
     if args.method in METHODS and not args.reward:
         raise ValueError(f"--method {args.method} needs --reward MODULE:FUNCTION, or --reward FOLDER of a reward model")
+    for name in ("reward", "ptx"):
+        if args.method not in METHODS and getattr(args, name):
+            raise ValueError(f"--{name} does not go with --method {args.method}: it is for {', '.join(METHODS)}")
     options = {}
     for word in args.option:
         name, equals, value = word.partition("=")
@@ -147,6 +160,18 @@ def _job(args: argparse.Namespace) -> Job:
 
 def _kind(method: str) -> str:
     return "policy" if method in METHODS else "pairs" if method in objectives.PAIR_LOSSES else method
+
+
+def _check_options(job: Job, known: Iterable[str]) -> None:
+    """Raises ValueError for an --option that the method does not have."""
+    names = sorted(known)
+    if odd := sorted(job.options.keys() - set(names)):
+        raise ValueError(f"--option {odd[0]}: --method {job.method} knows {', '.join(names)}")
+
+
+def _keywords(function: Callable) -> set[str]:
+    """The keyword-only parameters of a function."""
+    return {p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
 
 
 def _records(job: Job) -> tuple[list[tuple[str, dict]], list[tuple[str, dict]]]:
@@ -181,19 +206,16 @@ def _sft(begun: Start, job: Job) -> Run:
         return list(encode_prompt(text, None, begun.model.config, tokenizer, "a prompt").ids)
 
     train, valid = ([example(*one) for one in part] for part in _records(job))
-    settings, objective, alpha = begun.settings, causal_lm, job.options.get("neftune")
-    if odd := sorted(job.options.keys() - {"neftune"}):
-        raise ValueError(f"--option {odd[0]}: --method sft knows neftune")
+    _check_options(job, ["neftune"])
+    settings, objective, alpha = begun.settings, blank_infilling if in_blanks else causal_lm, job.options.get("neftune")
     if alpha is not None:  # the step has a key where there is dropout
-        objective, settings = neftune(causal_lm, alpha), dataclasses.replace(settings, dropout=True)
+        objective, settings = neftune(objective, alpha), dataclasses.replace(settings, dropout=True)
     if in_blanks:
         parts = [sft.fitting(part, settings.window) for part in (train, valid)]
         notes = [f"{dropped:,} conversations left out: longer than window={settings.window}" for _, dropped in parts
                  if dropped]  # fmt: skip
         arrays = [sft.blank_arrays(part, begun.model.config, settings.window) for part, _ in parts]
-        data, objective = answers.array_data(arrays[0], arrays[1], settings, notes), blank_infilling
-        if alpha is not None:
-            objective = neftune(blank_infilling, alpha)
+        data = answers.array_data(arrays[0], arrays[1], settings, notes)
     else:
         data = sft.make_sft_data(train, valid, settings)
     return Run(begun.model.config, settings, data, begun.folder, objective=objective, params=begun.params)
@@ -216,6 +238,7 @@ def _left_out(kind: str, counts: dict[str, int]) -> list[str]:
 
 
 def _reward(begun: Start, job: Job) -> Run:
+    _check_options(job, _keywords(objectives.reward_objective))
     s, config = begun.settings, begun.model.config
     made = [answers.ranking_arrays(part, s.window) for part in _rankings(begun, job)]
     notes = [line for _, counts in made for line in _left_out("prompts", counts)]
@@ -233,6 +256,7 @@ def _reward(begun: Start, job: Job) -> Run:
 
 
 def _pairs(begun: Start, job: Job) -> Run:
+    _check_options(job, {"nll_weight"} | _keywords(getattr(preference, job.method)))
     s, config = begun.settings, begun.model.config
     made = [answers.pair_arrays(part, s.window) for part in _rankings(begun, job)]
     notes = [line for _, counts in made for line in _left_out("pairs", counts)]
@@ -246,11 +270,17 @@ def _pairs(begun: Start, job: Job) -> Run:
 
 
 def _with_references(begun: Start, arrays: list[Any]) -> list[Any]:
-    """The arrays with the log-probabilities under the model that training begins with."""
+    """The arrays with the log-probabilities under the model that training begins with.
+
+    A run that is resumed reads them from its folder, if they are of the same model and data.
+    """
     file = begun.folder / REFERENCE
-    if file.exists():
-        with np.load(file) as stored:
-            return [{**part, "reference": stored[name]} for name, part in zip(("train", "valid"), arrays, strict=True)]
+    digest = hashlib.sha256(begun.settings.preset.encode())
+    for part in arrays:
+        digest.update(part["tokens"].tobytes())
+    stored = dict(np.load(file)) if file.exists() else {}
+    if str(stored.get("digest")) == digest.hexdigest():
+        return [{**part, "reference": stored[name]} for name, part in zip(("train", "valid"), arrays, strict=True)]
     say("computing the log-probabilities of the reference")
     assert begun.params is not None
     params, config = begun.params(), begun.model.config
@@ -260,7 +290,7 @@ def _with_references(begun: Start, arrays: list[Any]) -> list[Any]:
     ]
     begun.folder.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"partial-{REFERENCE}")
-    np.savez(partial, train=filled[0]["reference"], valid=filled[1]["reference"])
+    np.savez(partial, digest=digest.hexdigest(), train=filled[0]["reference"], valid=filled[1]["reference"])
     partial.replace(file)
     return filled
 
@@ -293,7 +323,7 @@ def _policy(begun: Start, job: Job) -> Run:
     )  # fmt: skip
     notes = (f"prompts: {len(prompts):,} to train on, {len(held_out):,} held out; {made.rows} responses of at most "
              f"{settings.limit} tokens a rollout, {made.updates} updates each",)  # fmt: skip
-    identity = {"corpus": f"{Path(job.data).name}: {len(prompts)} prompts"}
+    identity = {"corpus": hashlib.sha256(json.dumps(given).encode()).hexdigest()}
     nothing = {"weights": np.ones((1, 1), np.float32)}  # the evaluation makes its own batches
     data = Data(lambda step: nothing, lambda: iter([nothing]), identity, notes)
 
@@ -309,9 +339,7 @@ def _policy(begun: Start, job: Job) -> Run:
 
 
 def _policy_settings(job: Job) -> rl.PolicySettings:
-    known = {field.name for field in dataclasses.fields(rl.PolicySettings)} - {"method"}
-    if odd := sorted(job.options.keys() - known):
-        raise ValueError(f"--option {odd[0]}: --method {job.method} knows {', '.join(sorted(known))}")
+    _check_options(job, {field.name for field in dataclasses.fields(rl.PolicySettings)} - {"method"})
     return rl.PolicySettings(job.method, **job.options)
 
 

@@ -70,7 +70,7 @@ def report(errors: Sequence[MatrixError]) -> list[str]:
 
 
 def _texts(path: Path) -> tuple[str, str]:
-    """What calibrates, and what measures the perplexity: the end of the text."""
+    """Splits a text into a part for calibration and its end, on which the perplexity is measured."""
     text = path.read_text(encoding="utf-8")
     count = min(int(len(text) * HELD_OUT), MOST_HELD_OUT)
     if count < 100:

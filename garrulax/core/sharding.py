@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,14 +40,8 @@ def make_mesh(axes: str | dict[str, int], devices: Sequence[jax.Device] | None =
         >>> mesh.axis_names
         ('data',)
     """
-    sizes = _parse(axes) if isinstance(axes, str) else dict(axes)
-    for name, size in sizes.items():
-        if name in RESERVED_AXES:
-            raise ValueError(f"mesh axis {name} cannot be used: {RESERVED_AXES[name]}")
-        if name not in MESH_AXES:
-            raise ValueError(f"unknown mesh axis {name!r}: the axes are {', '.join(MESH_AXES)}")
-        if size < 1:
-            raise ValueError(f"mesh axis {name} has size {size}: it must be at least 1")
+    sizes = mesh_sizes(axes) if isinstance(axes, str) else dict(axes)
+    check_axes(sizes)
     wanted, found = math.prod(sizes.values()), jax.device_count() if devices is None else len(devices)
     if wanted != found:
         shape = " x ".join(f"{k}={v}" for k, v in sizes.items())
@@ -57,8 +51,20 @@ def make_mesh(axes: str | dict[str, int], devices: Sequence[jax.Device] | None =
     return jax.make_mesh(shape_, names, axis_types=(AxisType.Explicit,) * len(names), devices=devices)
 
 
-def _parse(text: str) -> dict[str, int]:
-    sizes = {}
+def check_axes(sizes: Mapping[str, int]) -> None:
+    """Raises ValueError for a mesh axis that is reserved or unknown, and for a size below 1."""
+    for name, size in sizes.items():
+        if name in RESERVED_AXES:
+            raise ValueError(f"mesh axis {name} cannot be used: {RESERVED_AXES[name]}")
+        if name not in MESH_AXES:
+            raise ValueError(f"unknown mesh axis {name!r}: the axes are {', '.join(MESH_AXES)}")
+        if size < 1:
+            raise ValueError(f"mesh axis {name} has size {size}: it must be at least 1")
+
+
+def mesh_sizes(text: str) -> dict[str, int]:
+    """The size of each axis in a text such as fsdp=4,tensor=2. Raises ValueError for a text of another form."""
+    sizes: dict[str, int] = {}
     for part in text.split(","):
         name, equals, size = part.partition("=")
         if not equals or not size.strip().isdigit():
@@ -155,7 +161,7 @@ class Unsharded:
 
 
 def unsharded(specs: specs_.Tree, mesh: Mesh, strategy: str | Strategy = "fsdp+tp") -> list[Unsharded]:
-    """What stays whole on every device: dimensions that do not divide, and arrays that no rule shards.
+    """Lists what every device holds whole: dimensions that the mesh does not divide, arrays that no rule shards.
 
     A strategy that shards nothing on this mesh, such as ddp, leaves everything whole on purpose: the list is empty.
 

@@ -187,7 +187,7 @@ def _split_type(text: str) -> tuple[str, str]:
 
 
 def _closing(text: str) -> int:
-    """Where the parenthesis closes that was open before the text."""
+    """Index of the parenthesis that closes one opened before the text; the length of the text if there is none."""
     depth = 1
     for found in re.finditer(r"[()]", text):
         depth += 1 if found[0] == "(" else -1

@@ -10,6 +10,7 @@ from jax.sharding import AbstractMesh
 
 from garrulax import models
 from garrulax.core.config import ModelConfig
+from garrulax.core.sharding import mesh_sizes
 from garrulax.core.strategies import check_strategy, strategy_of
 from garrulax.planning.lowering import bytes_a_device, lower_step
 from garrulax.planning.program import Program, memory_of, read_program
@@ -66,7 +67,7 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a run would need and how fast it would be. Numbers are of one step; bytes and FLOPs of one chip.
+    """The predicted memory and time of a training run. Numbers are of one step; bytes and FLOPs are of one chip.
 
     Attributes:
         config: Of the model.
@@ -145,7 +146,7 @@ class Plan:
         Gathered weights and gradients do not, so that somewhat more may fit: a plan with that batch tells.
         """
         free = self.memory.capacity - (self.memory.total - self.memory.temporary - self.memory.batch)
-        unit = rows_unit(mesh_sizes(self.settings))
+        unit = rows_unit(mesh_sizes(self.settings.mesh))
         grows = self.memory.temporary + self.memory.batch
         rows = self.settings.batch / self.settings.accumulation * free / grows
         return max(0, int(rows // unit)) * unit * self.settings.accumulation
@@ -209,7 +210,7 @@ def chosen_settings(
     if window > config.max_length:
         raise ValueError(f"length {window:,} is over the model's context of {config.max_length:,} tokens")
     chosen = Settings(**{**DEFAULTS, **settings, "batch": batch, "window": window, "strategy": strategy, "mesh": text})
-    found = mesh_sizes(chosen)
+    found = mesh_sizes(chosen.mesh)
     check_sizes(topology, found)
     check_strategy(strategy, found)
     shape: Any = AbstractMesh(tuple(found.values()), tuple(found))  # before a compiler is looked for
@@ -221,7 +222,7 @@ def compile_plan(
     config: ModelConfig, settings: Settings, topology: Topology, options: Mapping[str, str] | None = None
 ) -> Plan:
     """The plan of a run with these settings; arguments and errors as in `plan`."""
-    mesh = mesh_over(topology, mesh_sizes(settings))
+    mesh = mesh_over(topology, mesh_sizes(settings.mesh))
     lowered = lower_step(config, settings, topology, mesh)
     held = [bytes_a_device(x) for x in (lowered.state.params, lowered.state, lowered.batch)]
     options = (OVERLAP if topology.chip.platform == "tpu" else {}) if options is None else options
@@ -258,30 +259,8 @@ def _memory(found: Any, held: list[int], topology: Topology) -> Memory:
     return Memory(params, state - params, batch, found.temp_size_in_bytes, code, total, topology.chip.memory, fits=True)
 
 
-def mesh_sizes(settings: Settings) -> dict[str, int]:
-    """Size of each axis of the settings' mesh.
-
-    Raises:
-        ValueError: The text is not like fsdp=64,tensor=8.
-    """
-    return read_sizes(settings.mesh)
-
-
-def read_sizes(text: str) -> dict[str, int]:
-    """Size of each axis in a text such as fsdp=64,tensor=8. Raises ValueError for another text."""
-    sizes: dict[str, int] = {}
-    for part in text.split(","):
-        name, equals, size = part.partition("=")
-        if not equals or not size.strip().isdigit():
-            raise ValueError(f"mesh {text!r} is not like fsdp=4,tensor=2")
-        if name.strip() in sizes:
-            raise ValueError(f"mesh {text!r} names {name.strip()} twice")
-        sizes[name.strip()] = int(size)
-    return sizes
-
-
 def rows_unit(sizes: Mapping[str, int]) -> int:
-    """What the rows of a batch must be a multiple of."""
+    """The number of devices that share the rows of a batch, which must be a multiple of it."""
     return sizes.get("data", 1) * sizes.get("fsdp", 1)
 
 

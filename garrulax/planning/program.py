@@ -21,7 +21,7 @@ PRODUCTS = 0.9
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """What XLA schedules as one: the program itself, or the body of a loop. Numbers are of one run of it.
+    """A list of operations that XLA schedules: the program itself, or the body of a loop. Numbers are of one run.
 
     Attributes:
         times: How often it runs in a step.

@@ -6,9 +6,10 @@ from typing import Any
 
 from garrulax import models
 from garrulax.core.config import ModelConfig
+from garrulax.core.sharding import mesh_sizes
 from garrulax.core.strategies import STRATEGIES, strategy_of
 from garrulax.planning.formula import Estimate, estimate
-from garrulax.planning.plan import Plan, chosen_settings, compile_plan, mesh_sizes, rows_unit
+from garrulax.planning.plan import Plan, chosen_settings, compile_plan, rows_unit
 from garrulax.planning.topology import Topology, mesh_over, read_topology
 from garrulax.train.settings import Settings
 
@@ -82,7 +83,7 @@ def search(
         raise ValueError(f"no mesh of {place.chips} chips divides a batch of {batch} rows: choose another batch")
     found = []
     for chosen in choices:
-        guess = estimate(config, chosen, place, mesh_over(place, mesh_sizes(chosen)))
+        guess = estimate(config, chosen, place, mesh_over(place, mesh_sizes(chosen.mesh)))
         if guess.memory <= SLACK * place.chip.memory:
             found.append(Candidate(chosen, guess))
     if not found:

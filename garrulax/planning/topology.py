@@ -13,7 +13,8 @@ import numpy as np
 from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh
 
-from garrulax.core.strategies import MESH_AXES, RESERVED_AXES, TENSOR_AXIS, Strategy
+from garrulax.core.sharding import check_axes
+from garrulax.core.strategies import MESH_AXES, TENSOR_AXIS, Strategy
 from garrulax.planning.chips import Chip, chip_named
 
 HOST = 8  # GPUs that NVLink connects
@@ -98,13 +99,7 @@ def mesh_over(topology: Topology, sizes: dict[str, int]) -> Mesh:
 
 def check_sizes(topology: Topology, sizes: dict[str, int]) -> None:
     """Raises ValueError for an unknown axis, a size below 1, or a mesh that is not as large as the topology."""
-    for name, size in sizes.items():
-        if name in RESERVED_AXES:
-            raise ValueError(f"mesh axis {name} cannot be used: {RESERVED_AXES[name]}")
-        if name not in MESH_AXES:
-            raise ValueError(f"unknown mesh axis {name!r}: the axes are {', '.join(MESH_AXES)}")
-        if size < 1:
-            raise ValueError(f"mesh axis {name} has size {size}: it must be at least 1")
+    check_axes(sizes)
     count = math.prod(sizes.values())
     if count != topology.chips:
         shape = ",".join(f"{k}={v}" for k, v in sizes.items())

@@ -25,7 +25,7 @@ _ROWS = 2048  # of inputs, with which AWQ's search and the reported errors are c
 
 
 class MatrixError(NamedTuple):
-    """What quantising changed in a matrix.
+    """The relative errors of a matrix after quantisation.
 
     Attributes:
         name: Of the matrix, such as "blocks/3/mlp/up".

@@ -95,7 +95,12 @@ class Rollouts(Protocol):
     updates: int
 
     def __call__(self, state: TrainState, step: int, params: Tree) -> tuple[TrainState, HostBatch, Mapping[str, float]]:
-        """The batch of a step, counted from 0; `params` are all parameters, also those that are not trained.
+        """Makes the batch of a step.
+
+        Args:
+            state: Of the run, before the step.
+            step: Counted from 0.
+            params: All parameters of the model, with those that are not trained.
 
         Returns:
             The state, in which it may have changed parameters that the optimizer does not; this process's rows of the

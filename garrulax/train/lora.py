@@ -22,7 +22,7 @@ from garrulax.core.spec import ParamSpec, Tree, named_specs
 
 @dataclasses.dataclass(frozen=True)
 class LoraSettings:
-    """What the setting `lora` says.
+    """The setting `lora`.
 
     Attributes:
         rank: Width of the adapters.
@@ -45,7 +45,7 @@ class LoraSettings:
     group: int = 0
 
     def adapter(self, config: ModelConfig) -> dict[str, Any]:
-        """What adapter_config.json will say of such an adapter."""
+        """The entries of adapter_config.json that describe such an adapter."""
         modules = {module_of(s).rpartition(".")[2] for s in _whole(models.parameters(config), self.whole).values()}
         about = {"r": self.rank, "lora_alpha": self.alpha, "use_rslora": self.rslora, "use_dora": self.dora}
         return about | ({"modules_to_save": sorted(modules)} if modules else {})

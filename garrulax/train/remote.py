@@ -6,7 +6,7 @@ from typing import IO, Any
 
 
 def files(url: str) -> list[str]:
-    """Lists the URLs of a file, of the files in a folder that are not hidden, or of those that match a pattern, sorted.
+    """Lists the URLs of one file, of the files in a folder (but hidden ones), or of all that match a pattern; sorted.
 
     Args:
         url: With a protocol that fsspec knows.

@@ -52,7 +52,10 @@ def gptq(parts: Parts, name: str, settings: Mapping[str, Any]) -> Coded:
 
 
 def _zero_points(stored: np.ndarray, name: str, settings: Mapping[str, Any]) -> np.ndarray:
-    """The zero points [groups, outputs] from those that are stored, by the data where they show the version."""
+    """The zero points [groups, outputs] of a GPTQ file.
+
+    Its first version stores them less 1. Where the numbers show another version than config.json says, they decide.
+    """
     bits, labelled = settings["bits"], settings.get("checkpoint_format") or "gptq"
     middle = 1 << (bits - 1)
     first = labelled != "gptq_v2"

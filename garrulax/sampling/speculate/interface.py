@@ -119,7 +119,7 @@ def is_chain(parents: tuple[int, ...]) -> bool:
 
 
 def depths(parents: tuple[int, ...]) -> tuple[int, ...]:
-    """The number of tokens from the last token to each draft: 1 for those that follow it."""
+    """Depth of each draft in the tree: 1 for those that follow the last token, 1 more for those that follow them."""
     found: list[int] = []
     for parent in parents:
         found.append(1 if parent < 0 else found[parent] + 1)

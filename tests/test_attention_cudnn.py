@@ -4,6 +4,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import jaxprs
 import kernel_cases as cases
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from garrulax.kernels import masks
 from garrulax.kernels.attention import attention, request
 from garrulax.kernels.cudnn import Cudnn
 from garrulax.layers.call import mask_and_cache
+from garrulax.layers.stack import REMAT
 
 T = 8
 
@@ -80,3 +82,20 @@ def test_a_mask_that_says_it_is_causal_is():
         np.testing.assert_array_equal(mask.dense(), expected)
     for mask in (masks.within(prepared, 3), masks.causal_from(tokens, 3), masks.causal_from(tokens, jnp.int32(0))):
         assert not mask.causal
+
+
+@pytest.mark.parametrize(("remat", "forwards"), [("dots", 1), ("full", 2)])
+def test_its_forward_pass_is_not_computed_again_where_products_are_saved(remat, forwards, monkeypatch):
+    """The policy knows it by the name of JAX's primitive, which may change."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda _: True)
+    x = jax.ShapeDtypeStruct((2, T, 4, 64), jnp.bfloat16)
+
+    def loss(x):
+        layer = jax.checkpoint(lambda x: attention(x, x, x, implementation="cudnn"), policy=REMAT[remat])
+        return layer(x).astype(jnp.float32).sum()
+
+    found = [eqn.primitive.name for eqn in jaxprs.equations(jax.make_jaxpr(jax.grad(loss))(x).jaxpr)]
+    assert found.count("dot_product_attention_fwd_wrapper") == forwards

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +12,22 @@ from garrulax.layers.cache import Cache
 from garrulax.layers.call import Call
 
 _policies = jax.checkpoint_policies
+_product = _policies.dots_with_no_batch_dims_saveable
+_named_attention = _policies.save_only_these_names("attention_out", "attention_lse")  # `kernels.passes`
+
+
+def _product_or_attention(primitive: Any, *args: Any, **params: Any) -> Any:
+    """A policy that saves products with weights, and output and lse of attention.
+
+    jax.nn gives the results of cuDNN's attention no names, so that they are known by what computes them.
+    """
+    if primitive.name == "dot_product_attention_fwd_wrapper":
+        return True
+    return _product(primitive, *args, **params) or _named_attention(primitive, *args, **params)
+
+
 #: Policies of what the backward pass recomputes: nothing; all but products with weights and attention; everything.
-REMAT = {
-    "none": None,
-    "dots": _policies.save_from_both_policies(
-        _policies.dots_with_no_batch_dims_saveable,
-        _policies.save_only_these_names("attention_out", "attention_lse"),  # `kernels.passes`
-    ),
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
+REMAT = {"none": None, "dots": _product_or_attention, "full": _policies.nothing_saveable}
 
 
 def scan_layers(

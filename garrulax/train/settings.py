@@ -84,7 +84,7 @@ class Settings:
         lora: Trains adapters of a model with weights: a list of rank=16, alpha=32, targets=query+value, dora=true, ...
         quantize: Numbers that the layers' matrices multiply: none, int8 or fp8 (needs the extra quantize).
         remat: Recomputed in the backward pass to save memory: none, dots (all but matrix products) or full.
-        unroll: Compile the layers as straight code, not as a loop; none does so for few layers on a CPU.
+        unroll: Compile the layers as straight code, not as a loop; none does so for few layers on a CPU or one GPU.
         dropout: Whether to apply the dropout rates of the model's config.
 
         mesh: Devices by axis, such as fsdp=4,tensor=2; empty is one device.

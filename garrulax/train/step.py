@@ -83,12 +83,19 @@ def compute_dtype(params: Tree, precision: str) -> Tree:
 
 
 def should_unroll(config: ModelConfig) -> bool:
-    """Whether to unroll the layers instead of scanning them: on CPU, where that is faster, if there are 16 or fewer."""
-    return jax.default_backend() == "cpu" and config.layers <= 16
+    """Whether to compile the layers as straight code instead of a loop (`scan`).
+
+    Straight code copies nothing into and out of stacks of activations and gradients. On a GPU that saves a tenth of the
+    step, and the memory of the stacks; on CPU a small model trains a quarter faster. But the time to compile grows with
+    the layers, on a GPU by half a second to a second each. On a mesh of GPUs the loop stays: the weights gathered for
+    one layer are then freed before the next.
+    """
+    if jax.default_backend() == "cpu":
+        return config.layers <= 16
+    return jax.default_backend() == "gpu" and config.layers <= 32 and jax.sharding.get_abstract_mesh().empty
 
 
 def _gradient(config: ModelConfig, settings: Settings, objective: Objective) -> Callable:
-    unroll = should_unroll(config) if settings.unroll is None else settings.unroll
     extra = Regularizers(settings.z_loss, settings.label_smoothing, settings.embedding_shrink)
     options: dict[str, Any] = (
         {} if extra == Regularizers() else {"extra": extra}
@@ -101,6 +108,7 @@ def _gradient(config: ModelConfig, settings: Settings, objective: Objective) -> 
         params = compute_dtype(params if frozen is None else join(params, frozen), settings.precision)
         if settings.quantize != "none":
             params = quantized(params, models.parameters(config), settings.quantize)
+        unroll = should_unroll(config) if settings.unroll is None else settings.unroll
         return objective(params, batch, config, key, remat=settings.remat, unroll=unroll, **options)
 
     return jax.value_and_grad(loss, has_aux=True)

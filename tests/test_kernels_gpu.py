@@ -15,7 +15,7 @@ from garrulax.kernels.gpu.block_lists import block_lists
 from garrulax.kernels.gpu.forward import HopperForwardSizes
 from garrulax.kernels.pallas_gpu import GPUAttention
 
-SMALL = GPUAttention(sizes=HopperForwardSizes(block_k=64, stages=2), interpret=True)
+SMALL = GPUAttention(sizes=HopperForwardSizes(block_k=64, stages=2, programs=3), interpret=True)
 BLACKWELL = GPUAttention(interpret=True, architecture="sm_100")
 BOUND = {jnp.bfloat16: 8e-3, jnp.float16: 1.5e-3}  # of an output that was rounded, of probabilities that were
 

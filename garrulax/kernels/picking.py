@@ -118,6 +118,13 @@ def architecture(device: Any) -> str:
     return next((result for pattern, result in by_name.items() if re.search(pattern, device.device_kind)), "")
 
 
+def multiprocessors(device: Any, default: int) -> int:
+    """How many multiprocessors a GPU, real or abstract, has; `default` where that is not known."""
+    if platform(device) != "gpu":
+        return default
+    return getattr(device, "core_count", None) or getattr(device, "num_cores", None) or default
+
+
 @functools.cache  # so that each reason is logged once
 def _warn_skipped(operation: str, name: str, reason: str) -> None:
     _log.warning("%s: not %s, because %s", operation, name, reason)

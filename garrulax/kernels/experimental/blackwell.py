@@ -298,6 +298,8 @@ class BlackwellForwardProgram(ForwardProgram):
             x = jnp.where(self.tile.by_query(attended), x * self.tile.by_query(share), 0.0)
             buffer.at[:, pl.ds(start, PART)][...] = x.astype(self.out.dtype)
         self.write(buffer, attended, top, total)
+        # Shared memory must live until the copies have read it.
+        plgpu.wait_smem_to_gmem(0)
 
 
 def stages(operands: Operands) -> int:

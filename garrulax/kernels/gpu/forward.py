@@ -1,7 +1,10 @@
 """The forward pass on Hopper (sm_90a).
 
-A program computes one row of blocks of one head: every warpgroup but the last computes the output of 64 queries, and
-the last one fetches keys and values into a ring of slots in shared memory.
+A program computes rows of blocks, each of one head, one after another: every warpgroup but the last computes the output
+of 64 queries, and the last one fetches queries, and keys and values into a ring of slots in shared memory. There is one
+program a multiprocessor, and the ring goes on from row to row: while the last blocks of a row are computed and its
+output is written, queries and keys of the next row arrive. Where rows are short (packed documents, windows, short
+texts), that start and end would take as long as the blocks.
 
 The warpgroups that compute take turns at the tensor cores (Shah et al. 2024, FlashAttention-3, arXiv 2407.08608,
 section 3.1). Products and exponentials run in different units of the multiprocessor, and of one warpgroup the
@@ -20,6 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from garrulax.kernels import picking
 from garrulax.kernels.call import Operands, Options
 from garrulax.kernels.gpu import memory, products, scores
 from garrulax.kernels.gpu.block_lists import BlockLists
@@ -40,11 +44,16 @@ class HopperForwardSizes(NamedTuple):
         block_k: Keys of a block.
         stages: Slots of the ring, how many blocks of keys and values are in shared memory.
         warpgroups: That compute, 64 queries each.
+        own_output: Whether the output on its way to global memory has shared memory of its own, so that the next
+            queries can arrive meanwhile; otherwise it takes the place of the queries.
+        programs: How many programs compute the rows, as many as the GPU has multiprocessors; None is a program a row.
     """
 
     block_k: int
     stages: int
     warpgroups: int = 2
+    own_output: bool = True
+    programs: int | None = 132
 
     @property
     def block_q(self) -> int:
@@ -60,12 +69,12 @@ class HopperForwardScratch(NamedTuple):
         key: [stages, block_k, C], a ring.
         value: [stages, block_k, Cv], a ring.
         streams: int32 [stages, streams, block_k], a ring; None without key streams.
-        out: [warpgroups, 64, Cv], the output on its way to global memory; None where Cv = C, since it then takes the
-            place of the query.
+        out: [warpgroups, 64, Cv], the output on its way to global memory; None where it takes the place of the query.
         lse: float32 [warpgroups, 64], on its way to global memory.
         ready_query: By warpgroup: its query has arrived.
         ready_key: By slot: the keys have arrived.
         ready_value: By slot: the values, and the key streams, have arrived.
+        free_query: By warpgroup: the next query may overwrite its query.
         free_key: By slot: the products of all warpgroups have read the keys; the next copy may overwrite them.
         free_value: By slot: likewise for the values and the key streams.
         turn: By warpgroup: it may use the tensor cores.
@@ -80,6 +89,7 @@ class HopperForwardScratch(NamedTuple):
     ready_query: Any
     ready_key: Any
     ready_value: Any
+    free_query: Any
     free_key: Any
     free_value: Any
     turn: Any
@@ -110,7 +120,8 @@ def forward(
         warpgroups=sizes.warpgroups,
         interpret=interpret,
     )
-    return launch(program, operands, lists, sizes.block_q, sizes.warpgroups + 1, _scratch(sizes, operands))
+    scratch = _scratch(sizes, operands)
+    return launch(program, operands, lists, sizes.block_q, sizes.warpgroups + 1, scratch, sizes.programs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,60 +157,87 @@ class HopperForwardProgram(ForwardProgram):
             self.fetch()
 
     def fetch(self) -> None:
-        """Copies keys, values and key streams of every block, in order, each as soon as its slot is free."""
-        s, (_, count), kv_head = self.scratch, self.counts, self.kv_head
+        """Copies what all rows of the program need, in order, each as soon as its slot is free."""
+        s, end = self.scratch, self.each_row(HopperForwardProgram.fetch_row)
+        for barrier in (s.free_key, s.free_value):
+            memory.drain(barrier, end.before, self.stages)
+        for warpgroup in range(self.warpgroups):
+            plgpu.barrier_wait(s.free_query.at[warpgroup])
 
-        @pl.loop(0, count)
+    def fetch_row(self) -> None:
+        """Copies the queries, and keys, values and key streams of every block of a row."""
+        s, kv_head, before = self.scratch, self.kv_head, self.row.before
+        for warpgroup in range(self.warpgroups):
+            ready = s.ready_query.at[warpgroup]
+
+            @pl.when(self.row.number > 0)
+            def wait(warpgroup=warpgroup):
+                plgpu.barrier_wait(s.free_query.at[warpgroup])
+
+            source = self.inputs.query.at[self.batch, self.queries_of(warpgroup), self.head]  # [64, C]
+            plgpu.copy_gmem_to_smem(source, s.query.at[warpgroup], ready)
+
+        @pl.loop(0, self.row.count)
         def load(i):
             keys, slot = pl.ds(self.key_start(i), self.block_k), self.slot(i)
-            memory.wait_until_free(s.free_key, i, self.stages)
+            memory.wait_until_free(s.free_key, before + i, self.stages)
             source = self.inputs.key.at[self.batch, keys, kv_head]  # [block_k, C]
             plgpu.copy_gmem_to_smem(source, s.key.at[slot], s.ready_key.at[slot])
-            memory.wait_until_free(s.free_value, i, self.stages)
+            memory.wait_until_free(s.free_value, before + i, self.stages)
             source = self.inputs.value.at[self.batch, keys, kv_head]  # [block_k, Cv]
             plgpu.copy_gmem_to_smem(source, s.value.at[slot], s.ready_value.at[slot])
             if self.names:
                 source = self.inputs.key_streams.at[self.batch, :, keys]  # [streams, block_k]
                 plgpu.copy_gmem_to_smem(source, s.streams.at[slot], s.ready_value.at[slot])
 
-        for barrier in (s.free_key, s.free_value):
-            memory.drain(barrier, count, self.stages)
-
     def compute(self) -> None:
-        """Output and lse of the warpgroup's queries."""
+        """Output and lse of the warpgroup's queries in all rows of the program."""
+
+        # The first turn is the first warpgroup's, and somebody must give it.
+        @pl.when(self.index == self.warpgroups - 1)
+        def first_turn():
+            plgpu.barrier_arrive(self.scratch.turn.at[0])
+
+        self.each_row(HopperForwardProgram.compute_row)
+
+        # The last warpgroup's last turn has given the first warpgroup one turn more than it needs. A program must have
+        # awaited every completion of its barriers when it ends.
+        @pl.when(self.index == 0)
+        def turn_left_over():
+            plgpu.barrier_wait(self.scratch.turn.at[0])
+
+        # Shared memory must live until the last copies have read it.
+        plgpu.wait_smem_to_gmem(0)
+
+    def compute_row(self) -> None:
+        """Output and lse of the warpgroup's queries in a row."""
         s, (full, count) = self.scratch, self.counts
-        source = self.inputs.query.at[self.batch, self.queries, self.head]  # [64, C]
-        plgpu.copy_gmem_to_smem(source, s.query.at[self.index], s.ready_query.at[self.index])
-        plgpu.barrier_wait(s.ready_query.at[self.index])
         low, nothing = (self.vector(x) for x in (LOWEST, 0.0))
         empty = products.zeros(ROWS, s.value.shape[2])
+        plgpu.barrier_wait(s.ready_query.at[self.index])
 
         @pl.when(count == 0)
         def no_blocks():
+            self._query_is_read()
             self._finish(empty, low, nothing)
 
         @pl.when(count > 0)
         def blocks():
-            # The first turn is the first warpgroup's, and somebody must give it.
-            @pl.when(self.index == self.warpgroups - 1)
-            def first_turn():
-                plgpu.barrier_arrive(s.turn.at[0])
-
             query = self.load_query_streams()
             carry = self._first_products(), empty, low, nothing
             # A step multiplies the probabilities of block i and the keys of block i + 1: the last block has no step.
             last = count - 1
             carry = jax.lax.fori_loop(0, jnp.minimum(full, last), self._step(query, False), carry)
             carry = jax.lax.fori_loop(jnp.minimum(full, last), last, self._step(query, True), carry)
+            self._query_is_read()
             # The mask is always computed in the last block: a full one comes last too seldom to deserve its own code.
             p, out, top, total = self._softmax(last, query, carry, True)
             self._finish(self._last_products(last, p, out), top, total)
 
-            # The last warpgroup's last turn has given the first warpgroup one turn more than it needs. A program must
-            # have awaited every completion of its barriers when it ends.
-            @pl.when(self.index == 0)
-            def turn_left_over():
-                plgpu.barrier_wait(s.turn.at[0])
+    def _query_is_read(self):
+        """All products have read the query: where the output does not need its place, the next one may come."""
+        if self.scratch.out is not None:
+            plgpu.barrier_arrive(self.scratch.free_query.at[self.index])
 
     def _first_products(self):
         """query·key of block 0, float32 [64, block_k]."""
@@ -284,9 +322,14 @@ class HopperForwardProgram(ForwardProgram):
         total = jnp.where(attended, total, 1.0)
         share = 1.0 / (total * (1.0 - self.options.dropout))
         s = self.scratch
-        buffer = (s.query if s.out is None else s.out).at[self.index]
+        buffer = (s.query if s.out is None else s.out).at[self.index + memory.opaque_zero(self.row.number)]
+        # The copies of the row before must have read the buffer.
+        plgpu.wait_smem_to_gmem(0)
         buffer[...] = (out * jax.lax.broadcast_in_dim(share, out.shape, [0])).astype(self.out.dtype)
         self.write(buffer, attended, top, total)
+        if s.out is None:
+            plgpu.wait_smem_to_gmem(0)
+            plgpu.barrier_arrive(s.free_query.at[self.index])
 
     def _await_turn(self):
         plgpu.barrier_wait(self.scratch.turn.at[self.index])
@@ -305,13 +348,21 @@ def choose_sizes(operands: Operands) -> HopperForwardSizes:
     o = operands
     length, width, value_width = o.query.shape[1], o.query.shape[3], o.value.shape[3]
     groups = 3 if max(width, value_width) <= 64 and (length % (3 * ROWS) == 0 or length >= 2**14) else 2
-    tiles = groups * ROWS * 2 * (width + (value_width if value_width != width else 0))  # bytes of queries and output
-    left = memory.SHARED_MEMORY - 4096 - tiles  # 4096: barriers, lse, Mosaic GPU's own needs
+    programs = picking.multiprocessors(picking.target_device(o), 132)  # 132: of an H100 and an H200
     # Bytes of one key in the ring; filling up a length to whole blocks adds a stream.
     key_bytes = 2 * (width + value_width) + 4 * (len(o.key_streams) + 1)
     light = o.bias is None and o.steps is None and o.seeds is None
-    wanted = [HopperForwardSizes(k, min(4, left // (k * key_bytes)), groups) for k in (128, 64)]
-    return next(s for s in wanted if s.block_k == 64 or (light and s.stages >= 2))
+
+    def sizes(block_k: int, own_output: bool) -> HopperForwardSizes:
+        tiles = groups * ROWS * 2 * (width + (value_width if own_output else 0))  # bytes of queries and output
+        left = memory.SHARED_MEMORY - 4096 - tiles  # 4096: barriers, lse, Mosaic GPU's own needs
+        # Without an output of its own a row cannot begin before the last one is written: then nothing is gained.
+        several = programs if own_output else None
+        return HopperForwardSizes(block_k, min(4, left // (block_k * key_bytes)), groups, own_output, several)
+
+    shared = (True, False) if width == value_width else (True,)
+    wanted = [sizes(block_k, own) for block_k in (128, 64) for own in shared]
+    return next(s for s in wanted if (light or s.block_k == 64) and s.stages >= (2 if s != wanted[-1] else 1))
 
 
 def _scratch(sizes: HopperForwardSizes, o: Operands) -> HopperForwardScratch:
@@ -322,12 +373,13 @@ def _scratch(sizes: HopperForwardSizes, o: Operands) -> HopperForwardScratch:
         key=memory.operand(dtype, stages, block_k, C),
         value=memory.operand(dtype, stages, block_k, Cv),
         streams=plgpu.SMEM((stages, streams, block_k), jnp.int32) if streams else None,
-        out=None if Cv == C else memory.operand(dtype, groups, ROWS, Cv),
+        out=memory.operand(dtype, groups, ROWS, Cv) if sizes.own_output or Cv != C else None,
         lse=plgpu.SMEM((groups, ROWS), jnp.float32),
         # A `ready` barrier counts copies: values and streams are two. A `free` barrier counts warpgroups that read.
         ready_query=plgpu.Barrier(num_barriers=groups),
         ready_key=plgpu.Barrier(num_barriers=stages),
         ready_value=plgpu.Barrier(num_arrivals=2 if streams else 1, num_barriers=stages),
+        free_query=plgpu.Barrier(num_barriers=groups),
         free_key=plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
         free_value=plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
         turn=plgpu.Barrier(num_barriers=groups),

@@ -40,9 +40,31 @@ class ForwardInputs(NamedTuple):
     extra: ScoreExtras
 
 
+class Row(NamedTuple):
+    """A row of blocks of one head, one of those that a program computes one after another. All are int32 scalars.
+
+    Attributes:
+        number: How many rows the program has computed before.
+        batch: Index of the sequence.
+        head: Of the queries.
+        index: Of the row of blocks.
+        full: How many full blocks it has.
+        count: How many blocks in all.
+        before: How many blocks the program's rows before had: the ring of slots goes on from row to row.
+    """
+
+    number: Any
+    batch: Any
+    head: Any
+    index: Any
+    full: Any
+    count: Any
+    before: Any
+
+
 @dataclasses.dataclass(frozen=True)
 class ForwardProgram:
-    """One warpgroup (128 threads) of a program, which computes one row of blocks of one head.
+    """One warpgroup (128 threads) of a program, at one of its rows of blocks.
 
     Subclasses define `run`, which gives every warpgroup its work.
 
@@ -58,9 +80,9 @@ class ForwardProgram:
         lse: Reference to the log-sum-exp of each query, float32 [B, H, T], natural logarithm.
         scratch: Shared memory and barriers of the program.
         index: Of the warpgroup, int32 scalar.
-        head: Of the query, int32 scalar.
-        batch: Index of the sequence, int32 scalar.
-        row: Index of the row of blocks, int32 scalar.
+        program: Index of the program, int32 scalar.
+        programs: How many there are.
+        row: What it computes now.
     """
 
     options: Options
@@ -74,18 +96,73 @@ class ForwardProgram:
     lse: Any
     scratch: Any
     index: Any
-    head: Any
-    batch: Any
-    row: Any
+    program: Any
+    programs: int
+    row: Row
 
     def run(self) -> None:
         """Does the work of this warpgroup."""
         raise NotImplementedError
 
+    def each_row(self, work: Callable[[Any], None]) -> Row:
+        """Calls work(self) at each of the program's rows, and returns the row behind the last one.
+
+        Rows are dealt out to the programs from the longest to the shortest, first from the first program to the last,
+        then back, and so on: so all programs get about as many blocks.
+        """
+        if self.programs == self._rows:
+            work(self)
+            return self.row._replace(before=self.row.count)
+        rounds, left = divmod(self._rows, self.programs)
+        mine = rounds + (self._place(jnp.int32(rounds)) < left).astype(jnp.int32)
+
+        def step(number: Any, row: Row) -> Row:
+            work(dataclasses.replace(self, row=row))
+            return self._row(number + 1, row.before + row.count)
+
+        return jax.lax.fori_loop(0, mine, step, self.row)
+
+    def first_row(self) -> Row:
+        """The first row of the program."""
+        return self._row(jnp.int32(0), jnp.int32(0))
+
+    @property
+    def _rows(self) -> int:
+        """Rows of blocks of all programs."""
+        batch, rows = self.inputs.lists.order.shape
+        return rows * batch * self.inputs.query.shape[2]
+
+    def _place(self, number: Any) -> Any:
+        """The program's place in a round of dealing."""
+        backwards = self.programs - 1 - self.program
+        return jnp.where(jax.lax.rem(number, jnp.int32(2)) == 0, self.program, backwards)
+
+    def _row(self, number: Any, before: Any) -> Row:
+        """A row of the program by its number; of a number behind the last, any row."""
+        (batches, _), heads = self.inputs.lists.order.shape, self.inputs.query.shape[2]
+        dealt = jnp.minimum(number * self.programs + self._place(number), self._rows - 1)
+        # The head changes fastest: heads that share keys run at the same time and find them in the L2 cache.
+        head, rest = jax.lax.rem(dealt, jnp.int32(heads)), jax.lax.div(dealt, jnp.int32(heads))
+        batch, rank = jax.lax.rem(rest, jnp.int32(batches)), jax.lax.div(rest, jnp.int32(batches))
+        lists = self.inputs.lists
+        index = lists.order[batch, rank]
+        full, count = lists.counts[batch, index, 0], lists.counts[batch, index, 1]
+        return Row(number, batch, head, index, full, count, before)
+
+    @property
+    def head(self) -> Any:
+        """Of the queries."""
+        return self.row.head
+
+    @property
+    def batch(self) -> Any:
+        """Index of the sequence."""
+        return self.row.batch
+
     def queries_of(self, warpgroup: Any) -> Any:
         """The slice of the queries that a warpgroup computes."""
         rows = self.tile.shape[0]
-        return pl.ds(self.row * self.block_q + warpgroup * rows, rows)
+        return pl.ds(self.row.index * self.block_q + warpgroup * rows, rows)
 
     @property
     def queries(self) -> Any:
@@ -95,8 +172,7 @@ class ForwardProgram:
     @property
     def counts(self) -> tuple[Any, Any]:
         """How many full blocks the row has, and how many blocks in all."""
-        counts = self.inputs.lists.counts
-        return counts[self.batch, self.row, 0], counts[self.batch, self.row, 1]
+        return self.row.full, self.row.count
 
     @property
     def kv_head(self) -> Any:
@@ -106,11 +182,11 @@ class ForwardProgram:
 
     def slot(self, i: Any) -> Any:
         """The slot of the ring in which block i of the row lies."""
-        return memory.ring_slot(i, self.stages)
+        return memory.ring_slot(self.row.before + i, self.stages)
 
     def key_start(self, i: Any) -> Any:
         """Index of the first key of block i of the row."""
-        return self.inputs.lists.columns[self.batch, self.row, i] * self.block_k
+        return self.inputs.lists.columns[self.batch, self.row.index, i] * self.block_k
 
     def load_query_streams(self) -> dict[str, jax.Array]:
         """Streams of the warpgroup's queries, in registers for the whole row."""
@@ -135,7 +211,9 @@ class ForwardProgram:
         return plgpu.layout_cast(jnp.full((self.tile.shape[0],), x, jnp.float32), self.tile.query_layout())
 
     def write(self, buffer: Any, attended: jax.Array, top: jax.Array, total: jax.Array) -> None:
-        """Writes the output, which is in shared memory, and the lse to global memory.
+        """Starts to write the output, which is in shared memory, and the lse to global memory.
+
+        Before shared memory is written again, and before the program ends, `plgpu.wait_smem_to_gmem` must have waited.
 
         Args:
             buffer: Reference [queries, Cv] in shared memory with the output.
@@ -149,8 +227,6 @@ class ForwardProgram:
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(buffer, self.out.at[self.batch, span, self.head])
         plgpu.copy_smem_to_gmem(s.lse.at[self.index], self.lse.at[self.batch, self.head, span])
-        # Shared memory must live until the copies have read it.
-        plgpu.wait_smem_to_gmem(0)
 
 
 def launch(
@@ -160,6 +236,7 @@ def launch(
     block_q: int,
     warpgroups: int,
     scratch: Any,
+    programs: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs a forward kernel.
 
@@ -170,6 +247,7 @@ def launch(
         block_q: Queries of a program.
         warpgroups: Of a program.
         scratch: The types of the program's scratch, a NamedTuple.
+        programs: How many programs compute the rows; None is a program a row.
 
     Returns:
         Output [B, T, H, Cv] and lse [B, H, T], float32, natural logarithm.
@@ -182,22 +260,23 @@ def launch(
         ForwardInputs(o.query, o.key, o.value, dict(o.query_streams), streams, lists, extra)
     )
 
+    rows = T // block_q * B * H
+    programs = rows if programs is None else min(programs, rows)
+
     def attention_forward(*refs):
         inputs, (out, lse, scratch) = jax.tree.unflatten(tree, refs[: len(leaves)]), refs[len(leaves) :]
-        index = jax.lax.axis_index("warpgroup")
-        head, batch = jax.lax.axis_index("head"), jax.lax.axis_index("batch")
-        row = inputs.lists.order[batch, jax.lax.axis_index("row")]
-        program(
+        warpgroup = program(
             names=tuple(sorted(o.key_streams)),
             inputs=inputs,
             out=out,
             lse=lse,
             scratch=scratch,
-            index=index,
-            head=head,
-            batch=batch,
-            row=row,
-        ).run()
+            index=jax.lax.axis_index("warpgroup"),
+            program=jax.lax.axis_index("program"),
+            programs=programs,
+            row=None,
+        )
+        dataclasses.replace(warpgroup, row=warpgroup.first_row()).run()
 
     kernel = plgpu.kernel(
         attention_forward,
@@ -205,10 +284,8 @@ def launch(
             jax.ShapeDtypeStruct((B, T, H, o.value.shape[3]), o.query.dtype),
             jax.ShapeDtypeStruct((B, H, T), jnp.float32),
         ),
-        # The last axis changes fastest: heads that share keys run at the same time and find them in the L2 cache.
-        # The first changes slowest, and its order is by length: programs with long lists start first.
-        grid=(T // block_q, B, H),
-        grid_names=("row", "batch", "head"),
+        grid=(programs,),
+        grid_names=("program",),
         num_threads=warpgroups,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),

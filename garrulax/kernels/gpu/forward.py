@@ -27,7 +27,7 @@ from garrulax.kernels import picking
 from garrulax.kernels.call import Operands, Options
 from garrulax.kernels.gpu import memory, products, scores
 from garrulax.kernels.gpu.block_lists import BlockLists
-from garrulax.kernels.gpu.forward_program import LOWEST, ForwardProgram, launch
+from garrulax.kernels.gpu.forward_program import LOWEST, ForwardProgram, Row, launch
 from garrulax.kernels.gpu.products import ROWS
 from garrulax.kernels.gpu.scores import Tile
 from garrulax.kernels.mask import All
@@ -164,9 +164,9 @@ class HopperForwardProgram(ForwardProgram):
         for warpgroup in range(self.warpgroups):
             plgpu.barrier_wait(s.free_query.at[warpgroup])
 
-    def fetch_row(self) -> None:
-        """Copies the queries, and keys, values and key streams of every block of a row."""
-        s, kv_head, before = self.scratch, self.kv_head, self.row.before
+    def fetch_row(self) -> Row:
+        """Copies the queries, and keys, values and key streams of every block of a row; returns the next row."""
+        s, kv_head, before, following = self.scratch, self.kv_head, self.row.before, self.following()
         for warpgroup in range(self.warpgroups):
             ready = s.ready_query.at[warpgroup]
 
@@ -190,6 +190,8 @@ class HopperForwardProgram(ForwardProgram):
                 source = self.inputs.key_streams.at[self.batch, :, keys]  # [streams, block_k]
                 plgpu.copy_gmem_to_smem(source, s.streams.at[slot], s.ready_value.at[slot])
 
+        return following
+
     def compute(self) -> None:
         """Output and lse of the warpgroup's queries in all rows of the program."""
 
@@ -209,35 +211,24 @@ class HopperForwardProgram(ForwardProgram):
         # Shared memory must live until the last copies have read it.
         plgpu.wait_smem_to_gmem(0)
 
-    def compute_row(self) -> None:
-        """Output and lse of the warpgroup's queries in a row."""
+    def compute_row(self) -> Row:
+        """Output and lse of the warpgroup's queries in a row; returns the next row."""
         s, (full, count) = self.scratch, self.counts
-        low, nothing = (self.vector(x) for x in (LOWEST, 0.0))
-        empty = products.zeros(ROWS, s.value.shape[2])
         plgpu.barrier_wait(s.ready_query.at[self.index])
-
-        @pl.when(count == 0)
-        def no_blocks():
-            self._query_is_read()
-            self._finish(empty, low, nothing)
-
-        @pl.when(count > 0)
-        def blocks():
-            query = self.load_query_streams()
-            carry = self._first_products(), empty, low, nothing
-            # A step multiplies the probabilities of block i and the keys of block i + 1: the last block has no step.
-            last = count - 1
-            carry = jax.lax.fori_loop(0, jnp.minimum(full, last), self._step(query, False), carry)
-            carry = jax.lax.fori_loop(jnp.minimum(full, last), last, self._step(query, True), carry)
-            self._query_is_read()
-            # The mask is always computed in the last block: a full one comes last too seldom to deserve its own code.
-            p, out, top, total = self._softmax(last, query, carry, True)
-            self._finish(self._last_products(last, p, out), top, total)
-
-    def _query_is_read(self):
-        """All products have read the query: where the output does not need its place, the next one may come."""
-        if self.scratch.out is not None:
-            plgpu.barrier_arrive(self.scratch.free_query.at[self.index])
+        query = self.load_query_streams()
+        carry = self._first_products(), products.zeros(ROWS, s.value.shape[2]), *map(self.vector, (LOWEST, 0.0))
+        # A step multiplies the probabilities of block i and the keys of block i + 1: the last block has no step.
+        last = count - 1
+        carry = jax.lax.fori_loop(0, jnp.minimum(full, last), self._step(query, False), carry)
+        carry = jax.lax.fori_loop(jnp.minimum(full, last), last, self._step(query, True), carry)
+        if s.out is not None:  # all products have read the query, and the output does not need its place
+            plgpu.barrier_arrive(s.free_query.at[self.index])
+        # The mask is always computed in the last block: a full one comes last too seldom to deserve its own code.
+        p, out, top, total = self._softmax(last, query, carry, True)
+        out = self._last_products(last, p, out)
+        following = self.following()
+        self._finish(out, top, total)
+        return following
 
     def _first_products(self):
         """query·key of block 0, float32 [64, block_k]."""

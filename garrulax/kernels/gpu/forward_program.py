@@ -49,7 +49,7 @@ class Row(NamedTuple):
         head: Of the queries.
         index: Of the row of blocks.
         full: How many full blocks it has.
-        count: How many blocks in all.
+        count: How many blocks in all, at least one.
         before: How many blocks the program's rows before had: the ring of slots goes on from row to row.
     """
 
@@ -104,23 +104,24 @@ class ForwardProgram:
         """Does the work of this warpgroup."""
         raise NotImplementedError
 
-    def each_row(self, work: Callable[[Any], None]) -> Row:
+    def each_row(self, work: Callable[[Any], Row]) -> Row:
         """Calls work(self) at each of the program's rows, and returns the row behind the last one.
 
         Rows are dealt out to the programs from the longest to the shortest, first from the first program to the last,
         then back, and so on: so all programs get about as many blocks.
+
+        Args:
+            work: Returns `self.following()`, which it calls early enough for the numbers to arrive before the row ends.
         """
         if self.programs == self._rows:
-            work(self)
-            return self.row._replace(before=self.row.count)
+            return work(self)
         rounds, left = divmod(self._rows, self.programs)
         mine = rounds + (self._place(jnp.int32(rounds)) < left).astype(jnp.int32)
+        return jax.lax.fori_loop(0, mine, lambda _, row: work(dataclasses.replace(self, row=row)), self.row)
 
-        def step(number: Any, row: Row) -> Row:
-            work(dataclasses.replace(self, row=row))
-            return self._row(number + 1, row.before + row.count)
-
-        return jax.lax.fori_loop(0, mine, step, self.row)
+    def following(self) -> Row:
+        """The program's next row; behind the last, any row, but with the right `before`."""
+        return self._row(self.row.number + 1, self.row.before + self.row.count)
 
     def first_row(self) -> Row:
         """The first row of the program."""
@@ -146,7 +147,10 @@ class ForwardProgram:
         batch, rank = jax.lax.rem(rest, jnp.int32(batches)), jax.lax.div(rest, jnp.int32(batches))
         lists = self.inputs.lists
         index = lists.order[batch, rank]
-        full, count = lists.counts[batch, index, 0], lists.counts[batch, index, 1]
+        full = lists.counts[batch, index, 0]
+        count = jnp.maximum(
+            lists.counts[batch, index, 1], 1
+        )  # a row without blocks visits one, in which nothing attends
         return Row(number, batch, head, index, full, count, before)
 
     @property
@@ -171,7 +175,7 @@ class ForwardProgram:
 
     @property
     def counts(self) -> tuple[Any, Any]:
-        """How many full blocks the row has, and how many blocks in all."""
+        """How many full blocks the row has, and how many blocks in all, at least one."""
         return self.row.full, self.row.count
 
     @property

@@ -17,7 +17,7 @@ from accelerator.comparing import report, report_error
 from accelerator.timing import in_threads
 from garrulax.kernels.attention import attention
 
-IMPLEMENTATIONS = {"gpu": ("pallas_gpu", "cudnn"), "tpu": ("pallas_tpu",), "cpu": ("xla", "pallas_gpu")}
+IMPLEMENTATIONS = {"gpu": ("pallas_gpu", "cudnn"), "tpu": ("pallas_tpu",), "cpu": ("xla",)}
 LEARNED = ("bias", "sinks", "relative")
 
 

@@ -184,7 +184,8 @@ def picked(case: Case, heads: int, operands: list) -> str:
 
     jax.eval_shape(ask, *operands[:3], operands[4])
     names = {entry.split(":")[1]: name for name, entry in REGISTRY.implementations.items()}
-    return names[type(found[0].inner).__name__]
+    chosen = type(found[0].inner).__name__
+    return names.get(chosen, chosen)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,7 +264,9 @@ def main() -> None:
     programs = timing.in_threads(built, jobs)
     wait_for_turn()
     for job, some in zip(jobs, programs, strict=True):
-        measure(job, some, 2 if args.tiny else 5)
+        title = f"{job.case.name} D{job.width} T{job.length}"
+        with timing.reported("speed", title):
+            measure(job, some, 2 if args.tiny else 5)
 
 
 if __name__ == "__main__":

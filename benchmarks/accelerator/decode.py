@@ -87,7 +87,8 @@ def main() -> None:
     wait_for_turn()
     for batch in map(int, args.batches.split(",")):
         label = "tiny" if args.tiny else "llama2-7b"
-        measure(params, config, args.form, batch, 16 if args.tiny else NEW, label, args.only_first)
+        with timing.reported("decode", f"{label} B{batch} {args.form}"):
+            measure(params, config, args.form, batch, 16 if args.tiny else NEW, label, args.only_first)
         if args.only_first:
             break
 

@@ -166,6 +166,9 @@ def speed(batch: int, slots: int, drafts: int, program: dict[str, Any], rounds: 
     query = _random((batch, drafts, HEADS, WIDTH), keys[0])
     sets = [[query, list(zip(arrays[::2], arrays[1::2], strict=True)), drafts_mask(batch, slots, drafts)]]
     moved = CACHES * 2 * arrays[0].nbytes
+    for name, error in program.items():
+        if isinstance(error, str):
+            emit("decode kernel", f"B{batch} S{slots} drafts {drafts} {name}", f"  {name}: {error}", error=error)
     runs = {name: (f, sets) for name, f in program.items() if not isinstance(f, str)}
     for name, seconds in timing.in_turns(runs, rounds).items():
         rate = moved / seconds
@@ -203,7 +206,8 @@ def main() -> None:
     programs = timing.in_threads(build, jobs)
     wait_for_turn()
     for job, program in zip(jobs, programs, strict=True):
-        speed(*job, program, 2 if args.tiny else 5)
+        with timing.reported("decode kernel", f"B{job[0]} S{job[1]} drafts {job[2]}"):
+            speed(*job, program, 2 if args.tiny else 5)
 
 
 if __name__ == "__main__":

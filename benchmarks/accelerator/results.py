@@ -108,7 +108,7 @@ def summary(results: Results) -> list[str]:
         lines += ["", "attention, TFLOP/s forward / backward (* is picked)", *table]
     if rows := results.table("attention", "decode kernel"):
         lines += ["", "decoding attention, TB/s of keys and values"]
-        lines += [f"  {name:36s} {row['TBs']:.2f}" for name, row in rows.items()]
+        lines += [f"  {name:36s} {row['TBs']:.2f}" for name, row in rows.items() if "TBs" in row]
     if rows := results.table("train", "train"):
         lines += ["", "training: ms a step, tokens/s, MFU"]
         lines += [_trained(name, row) for name, row in rows.items()]
@@ -134,6 +134,8 @@ def _trained(name: str, row: dict[str, Any]) -> str:
 
 
 def _decoded(name: str, row: dict[str, Any]) -> str:
+    if "ms" not in row:
+        return f"  {name:28s} {row['error']}"
     share = f"{row['share']:5.0%}" if row.get("share") else "     "
     return f"  {name:28s} {row['ms']:7.2f} {row['tokens_per_s']:8,.0f} {share} {row['first_call_s']:6.1f} s"
 

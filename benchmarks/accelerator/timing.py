@@ -2,12 +2,14 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import jax
 
+from accelerator.workers import emit
 from garrulax.planning.chips import CHIPS
 from garrulax.train.flops import peak_flops
 
@@ -38,6 +40,15 @@ def compiled(function: Callable, *operands: Any) -> Callable | str:
 def program(function: Callable, arrays: dict[str, Any]) -> Callable:
     """The program of a function of keyword arguments; it takes them as one dictionary."""
     return jax.jit(lambda given: function(**given)).lower(arrays).compile()
+
+
+@contextmanager
+def reported(table: str, name: str) -> Iterator[None]:
+    """Reports an exception as a row, so that what follows is measured."""
+    try:
+        yield
+    except Exception as error:
+        emit(table, name, f"  {name}: {said(error)}", error=said(error))
 
 
 def in_threads(function: Callable, jobs: Iterable, threads: int = 5) -> list:

@@ -218,13 +218,10 @@ def main() -> None:
     programs = timing.in_threads(build, runs)
     wait_for_turn()
     for text, program in zip(runs, programs, strict=True):
-        try:
+        with timing.reported("train" if args.what == "speed" else "step", text):  # such as too little memory
             if isinstance(program, str):
                 raise RuntimeError(program)
             (speed if args.what == "speed" else traced)(program)
-        except Exception as error:  # such as too little memory: the other runs are measured
-            table = "train" if args.what == "speed" else "step"
-            emit(table, text, f"  {text:40s} {timing.said(error)}", error=timing.said(error))
 
 
 if __name__ == "__main__":

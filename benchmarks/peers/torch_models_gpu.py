@@ -51,8 +51,12 @@ def gpt2():
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**drops, attn_implementation="sdpa"))
 
 
+def on_device(make):
+    with torch.device(DEVICE):
+        return make()
+
+
 def train(title, model, batch, length, rounds=3, steps=4) -> None:
-    model.to(DEVICE)
     model.config.use_cache = False
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     function = torch.compile(model)
@@ -88,7 +92,7 @@ def train(title, model, batch, length, rounds=3, steps=4) -> None:
 
 
 def decode(title, model, batch, prompt, new) -> None:
-    model = model.to(DEVICE, torch.bfloat16).eval()
+    model.eval()
     tokens = torch.randint(0, model.config.vocab_size, (batch, prompt), device=DEVICE)
 
     def call(count):
@@ -120,13 +124,12 @@ def main() -> None:
         if args.tiny:
             train("tiny:B2:T32 torch.compile", llama(TINY, 32), 2, 32)
             return
-        with torch.device(DEVICE):
-            train("llama-1b:B4:T4096 torch.compile", llama(LLAMA_1B, 4096), 4, 4096)
-            train("gpt2:B32:T1024 torch.compile", gpt2(), 32, 1024)
+        train("llama-1b:B4:T4096 torch.compile", on_device(lambda: llama(LLAMA_1B, 4096)), 4, 4096)
+        torch.compiler.reset()
+        train("gpt2:B32:T1024 torch.compile", on_device(gpt2), 32, 1024)
         return
-    with torch.device(DEVICE):
-        torch.set_default_dtype(torch.bfloat16)
-        model = llama(TINY if args.tiny else LLAMA_7B, 4096)
+    torch.set_default_dtype(torch.bfloat16)
+    model = on_device(lambda: llama(TINY if args.tiny else LLAMA_7B, 4096))
     print(json.dumps({"ready": True}), flush=True)
     sys.stdin.readline()
     for batch in (1, 8):

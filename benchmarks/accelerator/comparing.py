@@ -35,7 +35,8 @@ def report(title: str, dtype: str, got: Any, again: Any, exact: Any, row: dict[s
 def report_error(title: str, error: Exception, row: dict[str, Any]) -> None:
     """Reports that an implementation refuses a request, or fails."""
     refused = "cannot compute this" in str(error)
-    verdict, reason = ("refused", str(error).split(": ", 1)[1]) if refused else ("RAISED", said(error))
+    failed = "RAISED" if row["implementation"] in OWN else "raised"
+    verdict, reason = ("refused", str(error).split(": ", 1)[1]) if refused else (failed, said(error))
     if not refused or row["implementation"] in OWN:  # what cuDNN cannot compute is no news
         emit("check", title, f"{verdict:8s} {title}: {reason[:120]}", verdict=verdict, **row)
 

@@ -9,7 +9,8 @@ With N weights that multiply a token, L layers of H heads of width C, B x T toke
   (rotary embedding; none for learned positions), with D the width, F that of the feed-forward part, K key heads;
 - loss: 4 bytes a logit: read once, and the gradient written once, in bfloat16;
 - optimizer: 32 bytes a parameter for AdamW (gradient twice, for its norm; parameter and two moments read and written),
-  24 for the matrices that Muon updates, and its five Newton-Schulz iterations of 4 m² n + 2 m³ FLOPs for m x n, m <= n;
+  24 for the matrices that Muon updates, and its five Newton-Schulz iterations of 4 m² n + 2 m³ FLOPs for m x n, m <= n
+  (as they are published: iterating on the m x m products alone, or using their symmetry, takes less than this);
 - copies: none are needed.
 """
 

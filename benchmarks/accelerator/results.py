@@ -49,7 +49,8 @@ class Results:
     @property
     def title(self) -> str:
         """What was measured on."""
-        return ", ".join(f"{name} {text}" if name in _PACKAGES else text for name, text in self._environment.items())
+        found = {name: text for name, text in self._environment.items() if text}
+        return ", ".join(text if name == "device" else f"{name} {text}" for name, text in found.items())
 
     def add(self, part: str, row: dict[str, Any]) -> None:
         """Puts a row into its table, and writes the file."""

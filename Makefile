@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 PARITY = $(VENV)-parity
 CUDA = $(VENV)-cuda
 
-.PHONY: quickstart demo test test-slow test-x64 test-strict chaos parity real aot-gpu table pictures lint clean
+.PHONY: quickstart demo test test-slow test-x64 test-strict chaos parity real aot-gpu gpu table pictures lint clean
 
 quickstart: $(VENV)/.plots
 	@PATH="$(abspath $(BIN)):$$PATH" sh examples/quickstart.sh
@@ -61,6 +61,12 @@ real: $(VENV)/.dev $(VENV)/.smollm2
 # build of jax, several gigabytes. (The TPU kernels are compiled by `make test` where libtpu is installed.)
 aot-gpu: $(CUDA)/.aot_gpu
 	$(CUDA)/bin/python -m pytest -m slow tests/test_aot_gpu.py tests/test_aot_gpu_backward.py tests/test_aot_decode_gpu.py
+
+# On a machine with an NVIDIA GPU: checks attention on it, then measures everything beside cuDNN, jax's own kernel and
+# PyTorch, and writes benchmarks/RESULTS-gpu.json. At most 9 minutes; PART=attention, train or decode is one part.
+# Installs the CUDA build of jax; GPU_PYTHON=python3 takes a Python that has it (and torch and transformers, to compare).
+gpu: $(if $(GPU_PYTHON),,$(CUDA)/.aot_gpu)
+	$(or $(GPU_PYTHON),$(CUDA)/bin/python) benchmarks/gpu.py $(PART:%=--part %) $(TORCH_PYTHON:%=--torch-python %)
 
 # Runs the tests that fill README's table of families, slow ones and those of parity among them, and writes it.
 table: $(PARITY)/.parity

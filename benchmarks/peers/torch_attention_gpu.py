@@ -1,10 +1,13 @@
-"""TFLOP/s of PyTorch's scaled_dot_product_attention on a GPU, by backend; run by benchmarks/attention.py.
+"""TFLOP/s of PyTorch's scaled_dot_product_attention on a GPU, by backend; run by benchmarks/gpu.py.
 
-python torch_attention_gpu.py --lengths 4096 16384 --widths 64 128 256
+Prints lines of JSON like `accelerator.workers`; the sizes and the count of FLOPs are those of
+`accelerator/attention_speed.py`.
 """
 
 import argparse
+import json
 import statistics
+import sys
 import time
 
 import torch
@@ -15,7 +18,7 @@ TOKENS, MODEL = 16384, 2048
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
-def seconds(call, rounds: int = 7) -> float:
+def seconds(call, rounds: int = 5) -> float:
     call()
     torch.cuda.synchronize()
     found = []
@@ -26,24 +29,6 @@ def seconds(call, rounds: int = 7) -> float:
         torch.cuda.synchronize()
         found.append((time.perf_counter() - start) / 10)
     return statistics.median(found)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--lengths", type=int, nargs="+")
-    parser.add_argument("--widths", type=int, nargs="+")
-    args = parser.parse_args()
-    print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}")
-    for causal in (False, True):
-        for width in args.widths:
-            for length in args.lengths:
-                batch, heads = TOKENS // length, MODEL // width
-                q, k, v, c = (
-                    torch.randn(batch, heads, length, width, device="cuda", dtype=torch.bfloat16) for _ in range(4)
-                )
-                flops = 4 * batch * heads * length**2 * width * ((length + 1) / 2 / length if causal else 1)
-                for name, backend in BACKENDS.items():
-                    report(name, backend, (q, k, v, c), causal, flops)
 
 
 def report(name, backend, arrays, causal, flops) -> None:
@@ -58,15 +43,40 @@ def report(name, backend, arrays, causal, flops) -> None:
         out = scaled_dot_product_attention(*leaves, is_causal=causal)
         return torch.autograd.grad(out, leaves, c)
 
-    title = f"  {'causal' if causal else 'full':8s} D{q.shape[3]:<4d} T{q.shape[2]:<6d} torch {name:9s}"
+    (_, _, length, width), case = q.shape, "causal" if causal else "full"
+    title = f"{case} D{width} T{length} torch {name}"
+    row = {"table": "speed", "name": title}
     try:
         with sdpa_kernel(backend):
             ahead, together = seconds(forward), seconds(both)
     except RuntimeError as error:
-        print(f"{title} {str(error).splitlines()[0][:80]}")
+        print(json.dumps({**row, "text": f"  {title}: {str(error).splitlines()[0][:80]}"}), flush=True)
         return
     speeds = flops / ahead / 1e12, 2.5 * flops / (together - ahead) / 1e12
-    print(f"{title} forward {speeds[0]:6.1f} TFLOP/s, backward {speeds[1]:6.1f}", flush=True)
+    row |= {"case": case, "width": width, "length": length, "implementation": f"torch {name}", "picked": False}
+    row |= {"forward": speeds[0], "backward": speeds[1], "forward_ms": 1e3 * ahead}
+    row |= {"backward_ms": 1e3 * (together - ahead), "version": torch.__version__}
+    text = f"  {title:36s} forward {speeds[0]:6.1f} TFLOP/s, backward {speeds[1]:6.1f}"
+    print(json.dumps({**row, "text": text}), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384])
+    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256])
+    args = parser.parse_args()
+    torch.zeros(1, device="cuda")
+    print(json.dumps({"ready": True}), flush=True)
+    sys.stdin.readline()
+    for width in args.widths:
+        for length in args.lengths:
+            for causal in (False, True):
+                shape = TOKENS // length, MODEL // width, length, width
+                arrays = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+                share = (length + 1) / 2 / length if causal else 1
+                flops = 4 * shape[0] * shape[1] * length**2 * width * share
+                for name, backend in BACKENDS.items():
+                    report(name, backend, arrays, causal, flops)
 
 
 if __name__ == "__main__":

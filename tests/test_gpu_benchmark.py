@@ -1,0 +1,122 @@
+"""`benchmarks/gpu.py`: its processes, its file of results, how it reads traces; and its first part with tiny sizes."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
+
+from accelerator import results, trace, workers  # noqa: E402
+
+CHILD = """
+import json, sys, time
+name, mode = sys.argv[1:]
+print("from a library", flush=True)
+if mode == "turns":
+    print(json.dumps({"ready": True}), flush=True)
+    sys.stdin.readline()
+for i in range(3):
+    print(json.dumps({"table": "t", "name": f"{name}{i}", "text": "", "at": time.monotonic()}), flush=True)
+    time.sleep(0.02)
+if name == "bad":
+    raise SystemExit("it has no memory")
+if name == "long":
+    time.sleep(60)
+"""
+
+
+def child(name, mode):
+    return workers.Worker([sys.executable, "-c", CHILD, name, mode])
+
+
+def test_workers_measure_in_turns_and_failures_are_told():
+    rows = []
+    wrong = workers.run([child(name, "turns") for name in ("a", "bad", "c")], rows.append, 60)
+    assert [row["name"] for row in rows] == [f"{name}{i}" for name in ("a", "bad", "c") for i in range(3)]
+    assert len(wrong) == 1
+    assert "it has no memory" in wrong[0]
+
+
+def test_a_worker_that_takes_too_long_is_ended_and_its_rows_are_kept(tmp_path):
+    path = tmp_path / "results.json"
+    found = results.Results(path)
+    wrong = workers.run([child("long", "free")], lambda row: found.add("train", row), 3, turns=False)
+    assert "was ended after 3 s" in wrong[0]
+    assert set(json.loads(path.read_text())["train"]["tables"]["t"]) == {"long0", "long1", "long2"}
+    again = results.Results(path)
+    again.add("train", {"table": "t", "name": "another", "text": ""})
+    assert len(results.Results(path).table("train", "t")) == 4
+
+
+HLO = """HloModule jit_step
+
+FileNames
+1 "/home/garrulax/train/objectives.py"
+2 "/home/garrulax/layers/stack.py"
+3 "/home/garrulax/kernels/cudnn.py"
+4 "/home/optax/transform.py"
+
+FunctionNames
+1 "causal_lm"
+2 "scan_layers"
+3 "f"
+
+FileLocations
+1 {file_name_id=1 function_name_id=1 line=1 end_line=1 column=1 end_column=2}
+2 {file_name_id=2 function_name_id=2 line=1 end_line=1 column=1 end_column=2}
+3 {file_name_id=3 function_name_id=3 line=1 end_line=1 column=1 end_column=2}
+4 {file_name_id=4 function_name_id=3 line=1 end_line=1 column=1 end_column=2}
+
+StackFrames
+1 {file_location_id=1 parent_frame_id=1}
+2 {file_location_id=2 parent_frame_id=2}
+3 {file_location_id=3 parent_frame_id=3}
+4 {file_location_id=4 parent_frame_id=1}
+
+%fused_mul (p: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  ROOT %mul.1 = f32[4]{0} multiply(%p, %p), metadata={op_name="jit(step)/jvp()/while/body/mul" stack_frame_id=2}
+}
+
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  %custom-call.3 = f32[4]{0} custom-call(%p), metadata={op_name="jit(step)/jvp()/dot_general" stack_frame_id=1}
+  %exp.1 = f32[4]{0} exponential(%p), metadata={op_name="jit(step)/jvp()/exp" stack_frame_id=1}
+  %call.9 = f32[4]{0} custom-call(%p), metadata={op_name="jit(step)/jvp()/while/body/call" stack_frame_id=3}
+  %slice.2 = f32[4]{0} slice(%p), metadata={op_name="jit(step)/jvp()/while/body/dynamic_slice" stack_frame_id=2}
+  %sqrt.1 = f32[4]{0} sqrt(%p), metadata={op_name="jit(step)/sqrt" stack_frame_id=4}
+  ROOT %loop_multiply_fusion = f32[4]{0} fusion(%p), kind=kLoop, calls=%fused_mul
+}
+"""
+
+
+def test_kernels_of_a_trace_are_counted_by_part_of_the_step():
+    ops = {
+        "custom-call.3": ("nvjet_sm90_tst", "products"),
+        "exp.1": ("loop_exp_fusion", "loss"),
+        "call.9": ("mosaic", "attention"),
+        "slice.2": ("loop_slice", "copies"),
+        "sqrt.1": ("sqrt", "optimizer"),
+        "loop_multiply_fusion": ("loop_multiply_fusion", "elementwise"),
+        "unknown.1": ("kernel", "other"),
+    }
+    found = [trace.Kernel(1.0, 1, op, kernel) for op, (kernel, _) in ops.items()]
+    places = trace.origins(HLO)
+    assert [trace.part_of(k, places.get(k.op)) for k in found] == [part for _, part in ops.values()]
+    assert trace.by_part(found, HLO) == dict.fromkeys(trace.PARTS, 1.0)
+
+
+@pytest.mark.slow
+def test_the_tiny_first_part_runs(tmp_path):
+    out = tmp_path / "results.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--tiny", "--part", "attention", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    tables = json.loads(out.read_text())["attention"]["tables"]
+    assert {"ok"} <= {row["verdict"] for row in tables["check"].values()} <= {"ok", "refused"}
+    assert {row["case"] for row in tables["speed"].values()} == {"full", "causal", "window", "packed", "alibi"}
+    assert tables["decode kernel"]

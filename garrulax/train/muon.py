@@ -21,7 +21,7 @@ from garrulax.core.sharding import axis_names, spec_of
 from garrulax.core.spec import ParamSpec, Tree, is_spec, map_specs
 
 COEFFICIENTS, EPS = (3.4445, -4.7750, 2.0315), 1e-8  # of the Newton-Schulz iterations, as in Optax
-WIDE = (3, 2)  # five steps: so many on the Gram matrix of a wide matrix before it is computed anew
+WIDE = (2, 2, 1)  # five steps: so many on the Gram matrix of a wide matrix before it is computed anew
 
 Axes = tuple[str, ...]
 
@@ -73,21 +73,22 @@ def orthogonalised(arrays: list[jax.Array], specs: list[ParamSpec]) -> list[jax.
 
 
 def newton_schulz(x: jax.Array) -> jax.Array:
-    """Matrices with singular values near 1: five steps of a quintic iteration, s becomes 3.4445 s - 4.775 s³ + 2.0315 s⁵.
+    """Matrices with singular values near 1, by five steps of a quintic iteration.
 
     A step is x ← (a I + b g + c g²) x with the Gram matrix g = x xᵀ. The Gram matrix of the result is a polynomial of
-    g, so that several steps need x only at their end ("Gram Newton-Schulz", Zhang, Amsel, Chen & Dao 2026): for wide
-    matrices three steps and then two, with g computed anew between them. The errors of a rounded g are multiplied by
-    up to a² = 12 in a step. In bfloat16 five steps at once fail; three and two are as near to float64 as single steps.
+    g, so that several steps need x only at their end ("Gram Newton-Schulz", Zhang, Amsel, Chen & Dao 2026). Wide
+    matrices take two steps at a time, and g is computed anew between them: 4 m² n + 10 m³ operations for two steps, of
+    which single ones take 8 m² n + 4 m³. Rounding errors of g grow by up to a² = 12 a step. In bfloat16 pairs are as
+    near to float64 as single steps; three at once fail for matrices with a large mean, five for most.
 
     Args:
-        x: [N, m, n], m <= n. All is computed in its dtype; products of bfloat16 are summed in float32.
+        x: [N, m, n], m <= n. Products are in its dtype; those of bfloat16 are summed in float32.
 
     Returns:
         [N, m, n] in the dtype of x.
     """
     rows, columns = x.shape[1:]
-    first, *others = WIDE if columns > 1.5 * rows else (1,) * sum(WIDE)  # where the products are fewer
+    first, *others = WIDE if columns > 1.5 * rows else (1,) * sum(WIDE)  # where operations are fewer
     x = _steps(x, first, normalise=True)
     for count in others:
         x = _steps(x, count, normalise=False)
@@ -101,18 +102,17 @@ def _steps(x: jax.Array, count: int, normalise: bool) -> jax.Array:
     identity = jnp.eye(x.shape[1], dtype=a.dtype)
     gram, scale = x @ x.mT, wide(1.0)
     if normalise:  # the norm is that of the trace: x is neither read nor written for it
-        trace = jnp.trace(wide(gram), axis1=1, axis2=2)[:, None, None]
+        trace = jnp.sum(jnp.diagonal(gram, axis1=1, axis2=2), axis=1, dtype=scale.dtype)[:, None, None]
         scale = 1 / (jnp.sqrt(trace) + wide(EPS))
         gram = (wide(gram) * scale * scale).astype(x.dtype)
-    product = None
+    factors: list[jax.Array] = []
     for i in range(count):
         last = i == count - 1
         factor = a * identity + b * wide(gram) + c * wide(gram @ gram)
-        factor = (factor * scale if last else factor).astype(x.dtype)
-        product = factor if product is None else factor @ product
+        factors.append((factor * scale if last else factor).astype(x.dtype))
         if not last:
-            gram = (factor @ gram) @ factor
-    return product @ x
+            gram = (factors[i] @ gram) @ factors[i]
+    return functools.reduce(lambda product, factor: factor @ product, factors) @ x
 
 
 def _orthogonalised(arrays: list[jax.Array], specs: list[ParamSpec], half: bool) -> list[jax.Array]:

@@ -29,7 +29,8 @@ Axes = tuple[str, ...]
 def scale_by_muon(momentum: float, specs: Tree) -> optax.GradientTransformation:
     """Replaces gradients by their orthogonalised Nesterov momentum; every layer of a stack is a matrix of its own.
 
-    The numbers and the state are those of `optax.contrib.scale_by_muon`.
+    The state is that of `optax.contrib.scale_by_muon`, and on CPUs so are the numbers: `orthogonalised` says what is
+    rounded elsewhere.
 
     Args:
         momentum: Decay rate of the momentum.

@@ -78,9 +78,9 @@ def test_tensor_parallelism_sums_activations_and_sequence_parallelism_scatters_t
 def test_muon_moves_its_matrices_once_there_and_once_back():
     result = compiled("fsdp=4,tensor=2", "fsdp+tp+sp", "muon")
     moved = sum(c["sent"] for c in result["collectives"] if c["kind"] == "all-to-all")
-    # An eighth of them on each device, in 32 bits; 3/4 of that over fsdp and 1/2 over tensor, there and back; the six
+    # An eighth of them on each device, in 16 bits; 3/4 of that over fsdp and 1/2 over tensor, there and back; the six
     # matrices of the feed-forward layers are filled up to eight.
-    assert 0 < moved <= 2 * (2 * result["model"] / 8) * (3 / 4 + 1 / 2) * 8 / 6
+    assert 0 < moved <= 2 * (result["model"] / 8) * (3 / 4 + 1 / 2) * 8 / 6
 
 
 def test_sampling_moves_neither_weights_nor_caches():

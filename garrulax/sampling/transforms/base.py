@@ -84,8 +84,13 @@ def sample(logits: jax.Array, seed: jax.Array, position: jax.Array) -> jax.Array
         # The default mode has 23 random bits: too coarse for tokens rarer than 1e-7, of which there are many.
         return jax.random.gumbel(key, logits.shape[1:], jnp.float32, mode="high")
 
+    def noisy(logits):
+        return logits + jax.vmap(noise)(seed, position)
+
+    if jax.default_backend() == "gpu":  # there the noise takes less time than the host, which would wait for a decision
+        return argmax(noisy(logits))
     several = jnp.sum(logits > -jnp.inf, axis=-1) > 1  # [B]; a greedy row has one candidate and needs no noise
-    return argmax(only_if(several, lambda x: x + jax.vmap(noise)(seed, position), logits))
+    return argmax(only_if(several, noisy, logits))
 
 
 def argmax(logits: jax.Array) -> jax.Array:

@@ -147,13 +147,13 @@ def _sizes(kernel: HopperDecoding, cached: DecodeOperands) -> DecodeSizes:
 
 def _unsplit(s: DecodeSizes, kernel: HopperDecoding, cached: DecodeOperands, shape: tuple[int, int]) -> DecodeSizes:
     """The sizes of programs that compute a sequence each, of `shape` [B, N]: sequences and blocks of each."""
-    (B, blocks), dtype = shape, cached.query.dtype
-    stages = s.stages
+    (B, blocks), size = shape, cached.query.dtype.itemsize
+    stages, chunk = s.stages, math.gcd(s.value_width, 64)
     if B * s.heads <= kernel.programs // 2:  # each has a multiprocessor, and its shared memory, to itself
-        both = s.width + s.value_width
-        other = (ROWS + (s.block if s.quantised else 0)) * both * dtype.itemsize + 4096
+        both, chunk = s.width + s.value_width, s.value_width
+        other = (ROWS + (s.block if s.quantised else 0)) * both * size + 4096
         stages = max(stages, min(2 * stages, (SHARED_MEMORY - other) // (s.block * both * cached.key.dtype.itemsize)))
-    return s._replace(stages=max(2, min(stages, blocks)), split=False, chunk=s.value_width)
+    return s._replace(stages=max(2, min(stages, blocks)), split=False, chunk=chunk)
 
 
 def _at_least_a_block(cached: DecodeOperands, block: int) -> tuple[DecodeOperands, jax.Array]:

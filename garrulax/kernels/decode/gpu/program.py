@@ -322,14 +322,19 @@ class DecodeProgram:
     def _write_whole(self, sums: jax.Array, lse: jax.Array) -> None:
         """Writes the rows that are queries to the result, and 64 lse, in base e."""
         s, arrays, scratch = self.sizes, self.arrays, self.scratch
+        here, rows = pl.ds(0, s.queries), pl.ds(self.head * s.queries, s.queries)
         scratch["lse"][...] = lse / LOG2E
-        scratch["out"][...] = sums.astype(scratch["out"].dtype)
-        # The copy engine does not see plain writes to shared memory before this fence.
-        plgpu.commit_smem()
-        rows = pl.ds(self.head * s.queries, s.queries)
-        plgpu.copy_smem_to_gmem(scratch["out"].at[pl.ds(0, s.queries)], arrays["out"].at[self.split, rows])
-        plgpu.copy_smem_to_gmem(scratch["lse"], arrays["lse"].at[self.split, pl.ds(self.head * ROWS, ROWS)])
-        plgpu.wait_smem_to_gmem(0)
+        for at in range(0, s.value_width, s.chunk):
+            scratch["out"][...] = sums[:, at : at + s.chunk].astype(scratch["out"].dtype)
+            # The copy engine does not see plain writes to shared memory before this fence.
+            plgpu.commit_smem()
+            target = arrays["out"].at[self.split, rows, pl.ds(at, s.chunk)]
+            plgpu.copy_smem_to_gmem(scratch["out"].at[here], target)
+            if at == 0:
+                target = arrays["lse"].at[self.split, pl.ds(self.head * ROWS, ROWS)]
+                plgpu.copy_smem_to_gmem(scratch["lse"], target)
+            # The next chunk overwrites the buffer.
+            plgpu.wait_smem_to_gmem(0)
 
     def _write(self, sums: jax.Array, lse: jax.Array) -> None:
         """Writes those of the 64 rows that are queries: the output [64, Cv], a chunk of columns at a time, and lse."""

@@ -71,7 +71,7 @@ def test_one_program_a_multiprocessor(request_):
 
 @pytest.mark.parametrize("rows", [2, 8])
 def test_a_step_launches_few_kernels(rows):
-    """What a layer adds to a step: 4 products with weights, which are read where they lie, and 9 kernels beside them."""
+    """A layer adds 4 products with weights, which are read where they lie, and 9 kernels beside them."""
     command = [sys.executable, str(SCRIPT.with_name("compile_decode_step.py")), "h100", str(rows)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]

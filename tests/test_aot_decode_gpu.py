@@ -39,11 +39,14 @@ SHARING = {
     "softcap, window, ALiBi": {"width": 128, "mask": "window", "softcap": 30.0, "alibi": True},
     "a rule with a not and an all": {"width": 64, "mask": "other"},
     "a length that is no multiple": {"width": 96, "length": 8200},
+    "short": {"width": 128, "length": 256, "batch": 64},
+    "short, int8": {"width": 128, "length": 256, "batch": 64, "cache": "int8"},
 }
 ALONE = {
     "width 256": {"width": 256},
     "width 256, int8": {"width": 256, "cache": "int8"},
     "values of another width": {"width": 192, "value_width": 128},
+    "short, few": {"width": 128, "length": 256, "batch": 2, "kv_heads": 32},
 }
 
 
@@ -64,3 +67,18 @@ def test_one_program_a_multiprocessor(request_):
     assert not kernel["serialized"]
     assert HALF < kernel["shared_bytes"] <= 2 * HALF
     assert kernel["matrix_instructions"] == request_["width"] // 16 + 4
+
+
+@pytest.mark.parametrize("rows", [2, 8])
+def test_a_step_launches_few_kernels(rows):
+    """A layer adds 4 products with weights, which are read where they lie, and 9 kernels beside them."""
+    command = [sys.executable, str(SCRIPT.with_name("compile_decode_step.py")), "h100", str(rows)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["layer"]["products"] == 4
+    assert result["layer"]["kernels"] <= 13
+    assert result["layer"]["copies"] == 0
+    assert result["rest"]["conditionals"] <= 1  # the host waits for its decision
+    assert result["rest"]["kernels"] <= 34
+    assert result["temporary"] < 1 << 24

@@ -15,12 +15,13 @@ from garrulax.kernels.call import Options
 from garrulax.kernels.decode import decode
 from garrulax.kernels.decode.call import DecodeOperands
 from garrulax.kernels.decode.gpu import HopperDecoding
-from garrulax.kernels.decode.gpu.splits import active_blocks, split_blocks
+from garrulax.kernels.decode.gpu.splits import active_blocks, split_blocks, whole_sequences
 from garrulax.kernels.mask import CAUSAL, INF, SAME_SEGMENT, All, Band, Bits, KRange, Mask
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-KERNEL = HopperDecoding(stages=2, programs=2, waves=1, least=1, interpret=True)
+KERNEL = HopperDecoding(stages=2, programs=2, waves=1, least=1, whole=0, interpret=True)
+UNSPLIT = HopperDecoding(interpret=True)  # a program for each sequence and head of caches of up to 8 blocks
 
 
 def request(lengths, T=1, H=2, K=1, S=200, C=32, Cv=None, dtype=jnp.bfloat16, seed=0, **more):
@@ -289,6 +290,43 @@ def test_other_rules():
         key_streams={**cached.key_streams, **segment[1]},
     )
     assert_agrees(options(CAUSAL & ~SAME_SEGMENT & All()), cached)
+
+
+@pytest.mark.parametrize("cache", [jnp.bfloat16, jnp.int8])
+def test_short_caches_are_not_split(cache):
+    """Ragged lengths, one sequence empty, drafts of which some see nothing, and NaN behind the lengths."""
+    cached = request([200, 3, 0, 130], T=3, H=4, K=2)
+    rank = cached.query_streams["rank"].at[3, 0].set(-1)
+    cached = dataclasses.replace(cached, query_streams={**cached.query_streams, "rank": rank})
+    if cache == jnp.bfloat16:
+        behind = jnp.arange(200)[:, None] >= cached.lengths[:, None, None, None]
+        value = jnp.where(behind, jnp.nan, cached.value)
+        out, lse = run(options(), dataclasses.replace(cached, value=value), UNSPLIT)
+        expected, expected_lse = dense(options(), cached)
+        np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=0.02, rtol=0.01)
+        np.testing.assert_allclose(np.asarray(lse, np.float64), expected_lse, atol=2e-5, rtol=1e-5)
+    else:
+        assert_agrees(options(), quantised(cached, cache), UNSPLIT)
+
+
+def test_a_short_cache_is_read_from_its_first_to_its_last_active_block():
+    cached = request([400, 90], S=512)
+    rule = Band("position", 0, INF) & Band("position", 0, 70)
+    streams = cached.query_streams, cached.key_streams
+    blocks, splits = whole_sequences(rule, *streams, cached.lengths, 64, (2, 8))
+    seen = np.asarray(
+        rule.evaluate(
+            *(
+                {k: np.asarray(v).reshape(2, *s) for k, v in x.items()}
+                for x, s in zip(streams, ((-1, 1), (1, -1)), strict=True)
+            )
+        )
+    )
+    seen = (seen & (np.arange(512) < np.asarray(cached.lengths)[:, None, None])).reshape(2, 8, 64)
+    active = [np.flatnonzero(row) for row in seen.any(axis=2)]
+    assert splits.start.tolist() == [x[0] for x in active]
+    assert splits.stop.tolist() == [x[-1] + 1 for x in active]
+    np.testing.assert_array_equal(blocks, 2 * np.arange(8) + seen.all(axis=2))
 
 
 def test_pieces_are_whole():

@@ -132,6 +132,8 @@ def test_rows_of_one_state_start_late_end_early_and_make_room():
 
     state = decoder.empty(params, decoder.prefill(stacked, requests[0], size=64), rows=2, slots=64)
     state = put(state, 3, 1)
+    # The free row has the request's knobs, and so switches no transform on that no request wants.
+    assert all((x[0] == x[1]).all() for x in jax.tree.leaves(state.transform_state))
     state = put(decoder.step(params, state, 5), 0, 0)  # starts when the other row has five tokens
     state = decoder.step(params, state, 4)
     assert (new(state, 0, 0), new(state, 1, 3)) == (4, 9)

@@ -10,6 +10,7 @@ from scipy import stats
 
 from garrulax.sampling import transforms
 from garrulax.sampling.transforms import DEFAULT, Transform, chain
+from garrulax.sampling.transforms.thresholds import least_by_digits
 
 
 def reference(logits, temperature, top_k, top_p):
@@ -73,6 +74,15 @@ def test_top_mask_is_exact_on_all_kinds_of_floats():
     limits = np.arange(int(weights.sum()) + 2, dtype=np.float32)
     rows = [np.broadcast_to(x, (limits.size, x.size)) for x in (values, weights)]
     np.testing.assert_array_equal(transforms.top_mask(*map(jnp.asarray, rows), limits), above < limits[:, None])
+
+
+@pytest.mark.parametrize("bits", [15, 31, 32])
+def test_a_search_by_digits_finds_every_number(bits):
+    """Of the first and the last number, and some between, with a property that all greater ones have."""
+    r = np.random.default_rng(bits)
+    answers = np.append(r.integers(0, 1 << bits, 40), [0, 1, (1 << bits) - 1]).astype(np.uint32)
+    found = jax.jit(lambda x: least_by_digits(lambda n, least: n >= least, [x], bits))(answers)
+    np.testing.assert_array_equal(found, answers)
 
 
 def test_extreme_temperatures_do_not_overflow():

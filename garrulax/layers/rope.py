@@ -299,6 +299,10 @@ def rotary(rope: Rope, call: Call, width: int, dtype: Any, rotate: Callable = ro
         rotate: How pairs lie in a head, `rotate_halves` or `rotate_pairs`.
     """
     if call.room is None:
-        return Rotary(rotate, *cos_sin(rope, call.positions, width, call.text_length, dtype))
+        tables = cos_sin(rope, call.positions, width, call.text_length, dtype)
+        if call.cache is not None and jax.default_backend() == "gpu":
+            # XLA would compute cosine and sine again in the kernels of every layer, where they take most of the time.
+            tables = jax.lax.optimization_barrier(tables)
+        return Rotary(rotate, *tables)
     positions = jnp.arange(call.room, dtype=jnp.int32)[None]
     return Rotary(rotate, *cos_sin(rope, positions, width, call.text_length, dtype))

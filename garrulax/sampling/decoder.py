@@ -135,7 +135,7 @@ class Decoder:
         if steps:
             static = {"config": self.config, "transform": self.transform}
             before = jax.eval_shape(lambda: self.empty(weights.step, prefix, rows, slots))
-            ahead.compile_ahead(loop.decode_steps, weights.step, before, np.int32(1), **static)
+            ahead.compile_ahead(loop.decode_steps, weights.step, before, np.int32(1), gpu=ahead.GPU_STEPS, **static)
         return prefix
 
     def evict(self, before: State, rows: jax.Array) -> State:

@@ -16,7 +16,7 @@ from garrulax.core.spec import Tree
 from garrulax.core.sums import MOST_ROWS, row_sum
 from garrulax.kernels.mask import PAD, Mask
 from garrulax.layers.cache import Cache, write
-from garrulax.sampling.state import State, split_state, without_layers
+from garrulax.sampling.state import State, of_rows, split_state, without_layers
 from garrulax.sampling.transforms import DEFAULT, Transform, sample
 
 
@@ -53,8 +53,10 @@ def choose(state: State, cache: Cache, logits: jax.Array, transform: Transform) 
         allowed = jnp.where(unpack_bits(state.allowed, logits.shape[1]), logits, -jnp.inf)
     transformed, transform_state = transform.update(allowed, state.transform_state)
     token = sample(transformed, state.seed, state.length)  # [B]
-    possible = jnp.any(transformed > -jnp.inf, axis=-1) | jnp.any(jnp.isnan(logits), axis=-1)
-    logprob = jnp.where(possible, log_probability(logits, token), -jnp.inf)
+    # The sampled token is one of the greatest, so it alone says whether any token was left.
+    possible = jnp.take_along_axis(transformed, token[:, None], axis=1)[:, 0] > -jnp.inf
+    logprob = log_probability(logits, token)
+    logprob = jnp.where(possible | jnp.isnan(logprob), logprob, -jnp.inf)
     return advance(state, cache, token, logprob, transform_state, transform)
 
 
@@ -109,13 +111,16 @@ def advance(
         # The row of a text that is done steps on with the batch, but its slot stays free.
         cache=dataclasses.replace(cache, used=jnp.where(active, cache.used, state.cache.used)),
         token=jnp.where(active, token, state.token),
-        position=_where(active, state.position + state.stride, state.position),
+        position=of_rows(active, state.position + state.stride, state.position),
         length=state.length + active.astype(jnp.int32),
         generated=generated,
         done=state.done | ended,
         tokens=_record(state.tokens, token, column, active),
         logprobs=_record(state.logprobs, logprob, column, active),
-        transform_state=jax.tree.map(lambda new, old: _where(active, new, old), observed, state.transform_state),
+        # What did not change is handed on as it is, so that XLA computes what depends on it once before the loop.
+        transform_state=jax.tree.map(
+            lambda new, old: old if new is old else of_rows(active, new, old), observed, state.transform_state
+        ),
     )
 
 
@@ -125,9 +130,11 @@ def _record(x: jax.Array, new: jax.Array, column: jax.Array, active: jax.Array) 
     return write(x, jnp.where(active, new, old)[:, None], column, axis=1)
 
 
-def _where(rows: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Rows of x where bool [B] `rows` is true, else those of y."""
-    return jnp.where(rows.reshape(-1, *(1,) * (x.ndim - 1)), x, y)
+def _goes_on(state: State) -> jax.Array:
+    """bool scalar, whether some row is not done and every row has a free slot; one reduction, and so one kernel."""
+    active = (~state.done).astype(jnp.int32)  # [B]: 0, 1, or 2 for a row without room
+    cache = state.cache
+    return (active if cache.kind.ring else jnp.where(cache.used < cache.size, active, 2)).max() == 1
 
 
 @functools.partial(jax.jit, static_argnames=("config", "transform"), donate_argnames="state")
@@ -151,7 +158,7 @@ def decode_steps(
 
     def unfinished(carry):
         count, state = carry
-        return (count < steps) & ~jnp.all(state.done) & state.cache.has_room
+        return (count < steps) & _goes_on(state)
 
     def body(carry):
         count, state = carry

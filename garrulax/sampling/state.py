@@ -352,6 +352,12 @@ def _insert_stacked(layers: KV, new: KV | tuple[KV, ...], rows: jax.Array) -> KV
 def _insert_rest(rest: State, new: State, rows: jax.Array) -> State:
     allowed = rest.allowed  # the host writes it before every step
     rest, new = (dataclasses.replace(x, allowed=None) for x in (rest, new))
+    # A transform is left out where no row needs it (`transforms.base.only_if`), and the knobs of a free row, which are
+    # 0, would switch filters on: a top_p of 0 is one. So rows that are done take those of the request.
+    knobs = jax.tree.map(
+        lambda x, y: of_rows(rest.done, y[:1].astype(x.dtype), x), *(x.transform_state for x in (rest, new))
+    )
+    rest = dataclasses.replace(rest, transform_state=knobs)
     rest = jax.tree.map(lambda x, y: _put(x, y, rows), rest, new)
     return split_state(dataclasses.replace(rest, allowed=allowed))
 
@@ -411,6 +417,11 @@ def _extract_stacked(layers: KV, row: jax.Array) -> KV:
 @jax.jit
 def _extract_rest(cache: Cache, row: jax.Array) -> Cache:
     return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1), cache)
+
+
+def of_rows(rows: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Rows of x where bool [B] `rows` is true, else those of y; one of them may have a single row for all."""
+    return jnp.where(rows.reshape(-1, *(1,) * (x.ndim - 1)), x, y)
 
 
 def _put(x: jax.Array, part: jax.Array, rows: jax.Array) -> jax.Array:

@@ -51,7 +51,7 @@ def _filter(
     def update(logits, knob):
         return only_if(is_on(knob), cut, logits, knob), knob
 
-    return Transform(lambda knobs: knobs[name], update)
+    return Transform(lambda knobs: knobs[name], update, is_on=is_on)
 
 
 def _above_0(knob: Any) -> Any:

@@ -12,6 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+DIGIT = 4  # bits that are decided at a time on GPUs
+MOST_BY_DIGITS = 1 << 19  # numbers of all rows; with more, a GPU takes longer for 15 sums than for 4
+
 
 def least(
     predicate: Callable[..., jax.Array], operands: Sequence[jax.Array], bits: int, dtype: Any = np.uint32
@@ -36,9 +39,27 @@ def least(
     def by_rows(*operands):  # on CPUs: a row stays in the cache, and no thread waits for another one
         return jax.lax.map(lambda row: search(*(x[None] for x in row))[0], operands)
 
+    if jax.default_backend() == "gpu" and operands[0].size <= MOST_BY_DIGITS:
+        return least_by_digits(predicate, operands, bits, dtype)
     if operands[0].shape[0] == 1:
         return search(*operands)
     return jax.lax.platform_dependent(*operands, cpu=by_rows, default=search)
+
+
+def least_by_digits(
+    predicate: Callable[..., jax.Array], operands: Sequence[jax.Array], bits: int, dtype: Any = np.uint32
+) -> jax.Array:
+    """`least` in a quarter of the passes: a GPU takes about as long for 15 sums of short rows as for one."""
+    passes, greatest = -(-bits // DIGIT), jnp.asarray((1 << bits) - 1, dtype)
+    digits = jnp.arange(1, 1 << DIGIT, dtype=dtype)[:, None]  # [15, 1]
+
+    def decide_digit(i, low):  # low: [B], the digits above digit passes - 1 - i; the others are 0
+        shift = (DIGIT * (passes - 1 - i)).astype(dtype)
+        tried = low[None] + (digits << shift) - 1  # [15, B], and behind the greatest number in the first pass
+        reached = jax.vmap(lambda x: predicate(jnp.minimum(x, greatest), *operands))(tried) | (tried >= greatest)
+        return low + (jnp.sum(~reached, axis=0).astype(dtype) << shift)
+
+    return jax.lax.fori_loop(0, passes, decide_digit, jnp.zeros(operands[0].shape[0], dtype))
 
 
 def least_float(predicate: Callable[..., jax.Array], operands: Sequence[jax.Array], dtype: Any) -> jax.Array:

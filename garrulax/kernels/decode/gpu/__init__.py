@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from garrulax.kernels.blocks import pad_axis
@@ -25,7 +26,8 @@ from garrulax.kernels.decode.call import DecodeOperands
 from garrulax.kernels.decode.gpu.merge import merge_splits
 from garrulax.kernels.decode.gpu.program import DecodeSizes, decode_split, scratch_types
 from garrulax.kernels.decode.gpu.registers import InterpretedOps, TensorCoreOps
-from garrulax.kernels.decode.gpu.splits import active_blocks, split_blocks
+from garrulax.kernels.decode.gpu.splits import active_blocks, split_blocks, whole_sequences
+from garrulax.kernels.gpu.memory import SHARED_MEMORY
 from garrulax.kernels.gpu.products import ROWS
 from garrulax.kernels.mask import Streams
 
@@ -42,6 +44,8 @@ class HopperDecoding:
         programs: How many run at once on the device.
         waves: How many times that number all sequences are split into, so that few programs run alone at the end.
         least: Blocks of a split, unless there are then too few splits for all programs.
+        whole: A cache of up to so many blocks a sequence is not split: the second kernel and the lists for both would
+            take longer than a program that reads all of them.
         interpret: Computes products by XLA, for the interpreter, which cannot multiply registers (`wgmma`).
     """
 
@@ -50,6 +54,7 @@ class HopperDecoding:
     programs: int = 264
     waves: int = 4
     least: int = 8
+    whole: int = 8
     interpret: bool = False
 
     def unsupported_reason(self, options: Options, cached: DecodeOperands) -> str | None:
@@ -95,12 +100,19 @@ class HopperDecoding:
         cached, lengths = _at_least_a_block(cached, self.block)
         pages, streams = _in_order(cached, lengths, s)
         shape = B, pages.shape[1]
+        ops = InterpretedOps if self.interpret else TensorCoreOps
+        if shape[1] <= self.whole and s.tiles == 1:
+            blocks, splits = whole_sequences(options.rule, cached.query_streams, streams, lengths, s.block, shape)
+            schedule = {"blocks": blocks, "pages": pages, "lengths": lengths, **splits._asdict()}
+            s = _unsplit(s, self, cached, shape)
+            out, lse = _decode_splits(s, options, ops, cached, streams, schedule)
+            lse = lse.reshape(B, K, ROWS)[:, :, : s.queries]
+            return out.reshape(B, H, T, Cv).swapaxes(1, 2), lse.reshape(B, H, T)
         blocks, counts = active_blocks(options.rule, cached.query_streams, streams, lengths, s.block, shape)
         pages = jnp.take_along_axis(pages, blocks[..., None] >> 1, axis=1)  # [B, N, copies], in the order of blocks
         fewest = max(1, self.programs // (K * s.tiles))  # a split is K * tiles programs
         splits, first, parts = split_blocks(counts, aim=self.waves * fewest, fewest=fewest, least=self.least)
         schedule = {"blocks": blocks, "pages": pages, "lengths": lengths, **splits._asdict()}
-        ops = InterpretedOps if self.interpret else TensorCoreOps
         out, lse = _decode_splits(s, options, ops, cached, streams, schedule)
         out, lse = merge_splits(ops, out, lse, first, parts, cached.query.dtype)
         rows, G = K * s.tiles * s.rows, H // K
@@ -123,19 +135,33 @@ def _sizes(kernel: HopperDecoding, cached: DecodeOperands) -> DecodeSizes:
         width=C,
         value_width=Cv,
         tiles=-(-rows // ROWS),
+        queries=rows,
         rows=min(-(-rows // 8) * 8, ROWS),
         page=max(page, block) if cached.table is None else page,
         copies=1 if cached.table is None else max(1, block // page),
         chunk=math.gcd(Cv, 32),
         quantised=quantised,
+        split=True,
     )
+
+
+def _unsplit(s: DecodeSizes, kernel: HopperDecoding, cached: DecodeOperands, shape: tuple[int, int]) -> DecodeSizes:
+    """The sizes of programs that compute a sequence each, of `shape` [B, N]: sequences and blocks of each."""
+    (B, blocks), size = shape, cached.query.dtype.itemsize
+    stages, chunk = s.stages, math.gcd(s.value_width, 64)
+    if B * s.heads <= kernel.programs // 2:  # each has a multiprocessor, and its shared memory, to itself
+        both, chunk = s.width + s.value_width, s.value_width
+        other = (ROWS + (s.block if s.quantised else 0)) * both * size + 4096
+        stages = max(stages, min(2 * stages, (SHARED_MEMORY - other) // (s.block * both * cached.key.dtype.itemsize)))
+    return s._replace(stages=max(2, min(stages, blocks)), split=False, chunk=chunk)
 
 
 def _at_least_a_block(cached: DecodeOperands, block: int) -> tuple[DecodeOperands, jax.Array]:
     """The request, a contiguous cache filled up to one block if it is shorter, and lengths int32 [B]."""
     c, slots = cached, cached.key.shape[2]
     capacity = slots if c.table is None else slots * c.table.shape[1]
-    lengths = jnp.full(c.query.shape[0], capacity, jnp.int32) if c.lengths is None else jnp.minimum(c.lengths, capacity)
+    whole = np.full(c.query.shape[0], capacity, np.int32)  # a constant of the program: no kernel computes it
+    lengths = jnp.asarray(whole) if c.lengths is None else jnp.minimum(c.lengths, capacity)
     more = max(0, block - slots) if c.table is None else 0
     filled: dict[str, Any] = {name: pad_axis(getattr(c, name), more, 2) for name in ("key", "value")}
     if c.key_scales is not None and c.value_scales is not None:
@@ -151,8 +177,10 @@ def _in_order(cached: DecodeOperands, lengths: jax.Array, s: DecodeSizes) -> tup
     """
     B, per = cached.query.shape[0], -(-s.page // s.block)  # per: blocks of a page
     if cached.table is None:
-        pages = jnp.broadcast_to(jnp.arange(B, dtype=jnp.int32)[:, None, None], (B, per, 1))
-        return pages, {name: pad_axis(x, -s.page % s.block, mode="edge") for name, x in cached.key_streams.items()}
+        pages = np.broadcast_to(np.arange(B, dtype=np.int32)[:, None, None], (B, per, 1))
+        return jnp.asarray(pages), {
+            name: pad_axis(x, -s.page % s.block, mode="edge") for name, x in cached.key_streams.items()
+        }
     table = pad_axis(cached.table, -cached.table.shape[1] % s.copies)
     # Entries behind a length may be no pages at all: page 0 can always be read.
     used = jnp.arange(table.shape[1], dtype=jnp.int32) * s.page < lengths[:, None]
@@ -161,9 +189,9 @@ def _in_order(cached: DecodeOperands, lengths: jax.Array, s: DecodeSizes) -> tup
     return jnp.repeat(table, per, axis=1).reshape(B, -1, s.copies), streams
 
 
-def _tiled_rows(x: jax.Array, s: DecodeSizes) -> jax.Array:
-    """x [B, K, G * T, ...] filled up to whole tiles of 64 rows: [B * K, tiles * 64, ...]."""
-    x = pad_axis(x, s.tiles * ROWS - x.shape[2], 2)
+def _tiled_rows(x: jax.Array, s: DecodeSizes, rows: int = ROWS) -> jax.Array:
+    """x [B, K, G * T, ...] filled up to whole tiles of so many rows: [B * K, tiles * rows, ...]."""
+    x = pad_axis(x, s.tiles * rows - x.shape[2], 2)
     return x.reshape(-1, *x.shape[2:])
 
 
@@ -187,14 +215,15 @@ def _decode_splits(
 
     Returns:
         Of I splits, float32: output [I, R, Cv] and lse [I, R] in base 2; R is K * tiles * rows, filled up to whole
-        tiles of 64.
+        tiles of 64. Of whole sequences the results: output [B, K * G * T, Cv] in the query's dtype, and lse [B, K * 64]
+        in base e, 64 of each head, of which the first G * T count.
     """
     (B, T, H, C), K, c = cached.query.shape, s.heads, cached
     G, count = H // K, schedule["start"].shape[0]
     # [B, T, H, C] -> [B, K, G * T, C]
     query = c.query.reshape(B, T, K, G, C).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, C)
     arrays = {
-        "query": _tiled_rows(query, s),
+        "query": _tiled_rows(query, s, s.rows),
         "key": c.key.reshape(-1, *c.key.shape[2:]),
         "value": c.value.reshape(-1, *c.value.shape[2:]),
         **schedule,
@@ -207,16 +236,22 @@ def _decode_splits(
         arrays["key scales"] = c.key_scales.reshape(-1, c.key.shape[2])
         arrays["value scales"] = c.value_scales.reshape(-1, c.key.shape[2])
     names, rows = (*arrays, "out", "lse"), -(-K * s.tiles * s.rows // ROWS) * ROWS
+    out_type = [
+        jax.ShapeDtypeStruct((count, rows, s.value_width), jnp.float32),
+        jax.ShapeDtypeStruct((count, rows), jnp.float32),
+    ]
+    if not s.split:
+        out_type = [
+            jax.ShapeDtypeStruct((count, K * s.queries, s.value_width), c.query.dtype),
+            jax.ShapeDtypeStruct((count, K * ROWS), jnp.float32),
+        ]
 
     def decode_attention(*refs, **scratch):
         decode_split(s, options, ops, dict(zip(names, refs, strict=True)), scratch)
 
     return plgpu.kernel(
         decode_attention,
-        out_type=[
-            jax.ShapeDtypeStruct((count, rows, s.value_width), jnp.float32),
-            jax.ShapeDtypeStruct((count, rows), jnp.float32),
-        ],
+        out_type=out_type,
         scratch_types=scratch_types(s, c.query.dtype, c.key.dtype),
         grid=(count, K, s.tiles),
         grid_names=("split", "head", "tile"),

@@ -43,11 +43,13 @@ class DecodeSizes(NamedTuple):
         width: C, of queries and keys.
         value_width: Cv.
         tiles: Programs a split and head, for 64 rows of queries each.
-        rows: How many of these 64 rows are written.
+        queries: G * T, rows of queries of a head.
+        rows: How many of these 64 rows are read, and of a split written: all that are queries, in groups of 8.
         page: Slots of a page.
         copies: Pages of a block; 1 if a page is larger than a block.
         chunk: Columns of the output that are written at a time.
         quantised: Whether the cache has 8 bits an entry, and scales.
+        split: Whether another kernel merges the results; otherwise a program has a whole sequence, and `tiles` is 1.
     """
 
     block: int
@@ -56,11 +58,13 @@ class DecodeSizes(NamedTuple):
     width: int
     value_width: int
     tiles: int
+    queries: int
     rows: int
     page: int
     copies: int
     chunk: int
     quantised: bool
+    split: bool
 
 
 def scratch_types(s: DecodeSizes, dtype: Any, cache: Any) -> dict[str, Any]:
@@ -76,7 +80,8 @@ def scratch_types(s: DecodeSizes, dtype: Any, cache: Any) -> dict[str, Any]:
         "query": memory.operand(dtype, ROWS, s.width),
         "key": memory.operand(cache, s.stages, s.block, s.width),
         "value": memory.operand(cache, s.stages, s.block, s.value_width),
-        "out": memory.operand(jnp.dtype(jnp.float32), ROWS, s.chunk),
+        # A program of a whole sequence may write a single row, which the swizzled tiles of `operand` do not allow.
+        "out": memory.operand(jnp.dtype(jnp.float32), ROWS, s.chunk) if s.split else plgpu.SMEM((ROWS, s.chunk), dtype),
         "lse": plgpu.SMEM((ROWS,), jnp.float32),
         "query ready": plgpu.Barrier(),
     }
@@ -102,7 +107,7 @@ def decode_split(
         options: The static part of the request.
         ops: Operations of a warpgroup.
         arrays: References to operands and results in global memory, by name:
-            query: [B * K, tiles * 64, C], the queries of all heads that share keys.
+            query: [B * K, tiles * rows, C], the queries of all heads that share keys.
             key, value: [P * K, page, C] and [P * K, page, Cv], pages of the cache.
             key scales, value scales: float32 [P * K, page], of a quantised cache.
             blocks: int32 [B, N], the active blocks of each sequence, as `splits.active_blocks` gives them.
@@ -112,16 +117,21 @@ def decode_split(
             queries' NAME: int32 [B, tiles * 64], a stream of the queries.
             keys' NAME: int32 [B, N * block], a stream of the keys.
             slopes: float32 [K, tiles * 64], of ALiBi, by row of queries.
-            out, lse: float32 [I, R, Cv] and [I, R], the results, R at least K * tiles * rows.
+            out, lse: float32 [I, R, Cv] and [I, R], the results, R at least K * tiles * rows; of whole sequences
+                [B, K * G * T, Cv] in the query's dtype and float32 [B, K * 64].
         scratch: References to shared memory and barriers, as in `scratch_types`.
     """
     split, head, tile = (lax.axis_index(name) for name in ("split", "head", "tile"))
     start, stop = arrays["start"][split], arrays["stop"][split]
 
-    @pl.when(start < stop)
     def attend():
         sequence = arrays["sequence"][split]
         DecodeProgram(s, options, ops, arrays, scratch, split, head, tile, sequence, start, stop).run()
+
+    if s.split:
+        pl.when(start < stop)(attend)
+    else:  # what attends to nothing is written, too
+        attend()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,8 +172,9 @@ class DecodeProgram:
     def run(self) -> None:
         """The whole program."""
         s, arrays, scratch = self.sizes, self.arrays, self.scratch
-        source = arrays["query"].at[self.sequence * s.heads + self.head, self.rows]  # [64, C]
-        plgpu.copy_gmem_to_smem(source, scratch["query"], scratch["query ready"])
+        source = arrays["query"].at[self.sequence * s.heads + self.head, pl.ds(self.tile * s.rows, s.rows)]
+        # The rows behind these may hold anything: no row of a product depends on another.
+        plgpu.copy_gmem_to_smem(source, scratch["query"].at[pl.ds(0, s.rows)], scratch["query ready"])
 
         @pl.loop(0, s.stages)
         def fill_ring(i):
@@ -178,7 +189,10 @@ class DecodeProgram:
         plgpu.barrier_wait(scratch["query ready"])
         step = functools.partial(self._step, length, alibi)
         sums, top, total = lax.fori_loop(0, self.stop - self.start, step, initial_softmax(self.ops, s.value_width))
-        self._write(*normalised(sums, top, total, MASKED))
+        if s.split:
+            self._write(*normalised(sums, top, total, MASKED))
+        else:
+            self._write_whole(*normalised(sums, top, total, -jnp.inf))
 
     def fetch(self, name: str, i: Any) -> None:
         """Starts the copies of keys or values of the i-th block, if there is one, into its slot, which must be free."""
@@ -304,6 +318,23 @@ class DecodeProgram:
             for name, ref in self.arrays.items()
             if name.startswith(prefix)
         }
+
+    def _write_whole(self, sums: jax.Array, lse: jax.Array) -> None:
+        """Writes the rows that are queries to the result, and 64 lse, in base e."""
+        s, arrays, scratch = self.sizes, self.arrays, self.scratch
+        here, rows = pl.ds(0, s.queries), pl.ds(self.head * s.queries, s.queries)
+        scratch["lse"][...] = lse / LOG2E
+        for at in range(0, s.value_width, s.chunk):
+            scratch["out"][...] = sums[:, at : at + s.chunk].astype(scratch["out"].dtype)
+            # The copy engine does not see plain writes to shared memory before this fence.
+            plgpu.commit_smem()
+            target = arrays["out"].at[self.split, rows, pl.ds(at, s.chunk)]
+            plgpu.copy_smem_to_gmem(scratch["out"].at[here], target)
+            if at == 0:
+                target = arrays["lse"].at[self.split, pl.ds(self.head * ROWS, ROWS)]
+                plgpu.copy_smem_to_gmem(scratch["lse"], target)
+            # The next chunk overwrites the buffer.
+            plgpu.wait_smem_to_gmem(0)
 
     def _write(self, sums: jax.Array, lse: jax.Array) -> None:
         """Writes those of the 64 rows that are queries: the output [64, Cv], a chunk of columns at a time, and lse."""

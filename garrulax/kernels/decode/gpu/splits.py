@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from garrulax.kernels.blocks import block_map
 from garrulax.kernels.mask import Rule, Streams
@@ -45,15 +46,44 @@ def active_blocks(
         The lists, int32 [B, N], ascending, and their lengths, int32 [B]; entries behind a length are not valid. An
         entry is 2 * index + 1 where all pairs of the block attend, so that no mask is needed, and else 2 * index.
     """
+    some, every = _classified(rule, query, key, lengths, block, shape)
+    order = jnp.argsort(~some, axis=1, stable=True).astype(jnp.int32)  # active blocks first
+    blocks = 2 * order + jnp.take_along_axis(every, order, axis=1).astype(jnp.int32)
+    return blocks, some.sum(axis=1, dtype=jnp.int32)
+
+
+def whole_sequences(
+    rule: Rule, query: Streams, key: Streams, lengths: jax.Array, block: int, shape: tuple[int, int]
+) -> tuple[jax.Array, KeySplits]:
+    """Lists all blocks of every sequence, and for each one split, from its first to its last active block.
+
+    Args:
+        rule: As in `active_blocks`, like the others.
+        query: See there.
+        key: See there.
+        lengths: See there.
+        block: See there.
+        shape: See there.
+
+    Returns:
+        The lists, int32 [B, N], with entries as there, and the B splits; `stop` is below `start` where nothing attends.
+    """
+    (B, N), index = shape, np.arange(shape[1], dtype=np.int32)[None]
+    some, every = _classified(rule, query, key, lengths, block, shape)
+    start, stop = jnp.min(jnp.where(some, index, N), axis=1), jnp.max(jnp.where(some, index + 1, 0), axis=1)
+    # NumPy's arrays are constants of the program: those of JAX would be a kernel each in every step.
+    return every.astype(jnp.int32) + 2 * index, KeySplits(jnp.asarray(np.arange(B, dtype=np.int32)), start, stop)
+
+
+def _classified(
+    rule: Rule, query: Streams, key: Streams, lengths: jax.Array, block: int, shape: tuple[int, int]
+) -> tuple[jax.Array, jax.Array]:
+    """Whether any, and whether every pair of each block attends: bool [B, N]."""
     B, N = shape
     queries = next((s.shape[1] for s in query.values()), 1)
     some, every = (x[:, 0] for x in block_map(rule, query, key, queries, block, (B, 1, N)))  # [B, N]
     begin = jnp.arange(N, dtype=jnp.int32)[None] * block
-    some &= begin < lengths[:, None]
-    every &= begin + block <= lengths[:, None]
-    order = jnp.argsort(~some, axis=1, stable=True).astype(jnp.int32)  # active blocks first
-    blocks = 2 * order + jnp.take_along_axis(every, order, axis=1).astype(jnp.int32)
-    return blocks, some.sum(axis=1, dtype=jnp.int32)
+    return some & (begin < lengths[:, None]), every & (begin + block <= lengths[:, None])
 
 
 def split_blocks(counts: jax.Array, aim: int, fewest: int, least: int) -> tuple[KeySplits, jax.Array, jax.Array]:

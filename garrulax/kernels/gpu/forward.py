@@ -72,11 +72,11 @@ class HopperForwardScratch(NamedTuple):
         out: [warpgroups, 64, Cv], the output on its way to global memory; None where it takes the place of the query.
         lse: float32 [warpgroups, 64], on its way to global memory.
         ready_query: By warpgroup: its query has arrived.
-        ready_key: By slot: the keys have arrived.
-        ready_value: By slot: the values, and the key streams, have arrived.
+        ready_key: By slot: the keys, and the key streams, have arrived.
+        ready_value: By slot: the values have arrived.
         free_query: By warpgroup: the next query may overwrite its query.
-        free_key: By slot: the products of all warpgroups have read the keys; the next copy may overwrite them.
-        free_value: By slot: likewise for the values and the key streams.
+        free_key: By slot: all warpgroups have read the keys and the key streams; the next copy may overwrite them.
+        free_value: By slot: likewise for the values.
         turn: By warpgroup: it may use the tensor cores.
     """
 
@@ -183,12 +183,12 @@ class HopperForwardProgram(ForwardProgram):
             memory.wait_until_free(s.free_key, before + i, self.stages)
             source = self.inputs.key.at[self.batch, keys, kv_head]  # [block_k, C]
             plgpu.copy_gmem_to_smem(source, s.key.at[slot], s.ready_key.at[slot])
+            if self.names:
+                source = self.inputs.key_streams.at[self.batch, :, keys]  # [streams, block_k]
+                plgpu.copy_gmem_to_smem(source, s.streams.at[slot], s.ready_key.at[slot])
             memory.wait_until_free(s.free_value, before + i, self.stages)
             source = self.inputs.value.at[self.batch, keys, kv_head]  # [block_k, Cv]
             plgpu.copy_gmem_to_smem(source, s.value.at[slot], s.ready_value.at[slot])
-            if self.names:
-                source = self.inputs.key_streams.at[self.batch, :, keys]  # [streams, block_k]
-                plgpu.copy_gmem_to_smem(source, s.streams.at[slot], s.ready_value.at[slot])
 
         return following
 
@@ -216,39 +216,44 @@ class HopperForwardProgram(ForwardProgram):
         s, (full, count) = self.scratch, self.counts
         plgpu.barrier_wait(s.ready_query.at[self.index])
         query = self.load_query_streams()
-        carry = self._first_products(), products.zeros(ROWS, s.value.shape[2]), *map(self.vector, (LOWEST, 0.0))
+        carry = self._first_products(query), products.zeros(ROWS, s.value.shape[2]), *map(self.vector, (LOWEST, 0.0))
         # A step multiplies the probabilities of block i and the keys of block i + 1: the last block has no step.
-        last = count - 1
-        carry = jax.lax.fori_loop(0, jnp.minimum(full, last), self._step(query, False), carry)
-        carry = jax.lax.fori_loop(jnp.minimum(full, last), last, self._step(query, True), carry)
+        last, without_mask = count - 1, jnp.maximum(full - 1, 0)
+        carry = jax.lax.fori_loop(0, without_mask, self._step(query, False), carry)
+        carry = jax.lax.fori_loop(without_mask, last, self._step(query, True), carry)
         if s.out is not None:  # all products have read the query, and the output does not need its place
             plgpu.barrier_arrive(s.free_query.at[self.index])
-        # The mask is always computed in the last block: a full one comes last too seldom to deserve its own code.
-        p, out, top, total = self._softmax(last, query, carry, True)
+        p, out, top, total = self._softmax(last, query, carry)
         out = self._last_products(last, p, out)
         following = self.following()
         self._finish(out, top, total)
         return following
 
-    def _first_products(self):
-        """query·key of block 0, float32 [64, block_k]."""
-        s, slot = self.scratch, self.slot(jnp.int32(0))
+    def _first_products(self, query):
+        """Mask, bias and query·key of block 0, float32 [64, block_k]."""
+        s, first = self.scratch, jnp.int32(0)
+        slot = self.slot(first)
         plgpu.barrier_wait(s.ready_key.at[slot])
 
         def body(x):
             products.multiply(x, s.query.at[self.index], s.key.at[slot], transposed=True)
             self._pass_turn()
 
+        # The mask is always computed: a full block comes first, but too seldom to deserve its own code.
+        initial = self._initial(first, query, True)
         self._await_turn()
-        (x,) = products.accumulate(body, products.zeros(*self.tile.shape), interpret=self.interpret)
-        plgpu.barrier_arrive(s.free_key.at[slot])
+        (x,) = products.accumulate(body, initial, interpret=self.interpret)
+        self._keys_are_read(slot)
         return x
 
     def _step(self, query, masked):
-        """The loop's body: softmax of block i, then its product with the values and query·key of block i + 1."""
+        """The loop's body: softmax of block i, then its product with the values and query·key of block i + 1.
+
+        `masked` says of block i + 1 that not every pair attends.
+        """
 
         def step(i, carry):
-            p, out, top, total = self._softmax(i, query, carry, masked)
+            p, out, top, total = self._softmax(i, query, carry)
             s, slot, following = self.scratch, self.slot(i), self.slot(i + 1)
             plgpu.barrier_wait(s.ready_key.at[following])
 
@@ -258,9 +263,10 @@ class HopperForwardProgram(ForwardProgram):
                 # Passed when the products are started, not when they are done: the tensor cores queue them.
                 self._pass_turn()
 
+            initial = self._initial(i + 1, query, masked)
             self._await_turn()
-            x, out = products.accumulate(body, products.zeros(*self.tile.shape), out, interpret=self.interpret)
-            plgpu.barrier_arrive(s.free_key.at[following])
+            x, out = products.accumulate(body, initial, out, interpret=self.interpret)
+            self._keys_are_read(following)
             plgpu.barrier_arrive(s.free_value.at[slot])
             return x, out, top, total
 
@@ -279,32 +285,57 @@ class HopperForwardProgram(ForwardProgram):
         plgpu.barrier_arrive(s.free_value.at[slot])
         return out
 
-    def _softmax(self, i, query, carry, masked):
+    @property
+    def _begins_at_bias(self):
+        """Whether the bias is added before the products: not with a softcap, which applies to the products alone."""
+        return self.options.softcap is None and self.options.scale > 0
+
+    @property
+    def _streams_after_products(self):
+        """Whether scores need key streams after the products."""
+        extra = self.inputs.extra
+        return not self._begins_at_bias and (extra.slopes is not None or extra.steps is not None)
+
+    def _keys_are_read(self, slot):
+        if not self._streams_after_products:
+            plgpu.barrier_arrive(self.scratch.free_key.at[slot])
+
+    def _initial(self, i, query, masked):
+        """The accumulator to which query·key of block i is added, float32 [64, block_k]; -inf where masked."""
+        masked = masked and not isinstance(self.options.rule, All)
+        options, extra, start = self.options, self.inputs.extra, None
+        block = self.block(i, query, masked)
+        if self._begins_at_bias:
+            start = scores.bias(options, block, extra, 1 / options.scale)
+        start = products.zeros(*self.tile.shape) if start is None else start
+        if masked:
+            start = jnp.where(scores.attending(options, block), start, -jnp.inf)
+        return plgpu.layout_cast(start, plgpu.Layout.WGMMA)
+
+    def _softmax(self, i, query, carry):
         """Probabilities of block i relative to the maximum so far, and the carry rescaled to that maximum.
 
         When it returns, the values of the block are in shared memory.
         """
         x, out, top, total = carry
-        masked = masked and not isinstance(self.options.rule, All)
-        extra = self.inputs.extra
-        # Key streams arrive with the values. Where scores need none, the wait comes after the exponentials.
-        early = masked or any(x is not None for x in extra)
-        if early:
-            plgpu.barrier_wait(self.scratch.ready_value.at[self.slot(i)])
-        block = self.block(i, query, masked)
-        x, unit = scores.unscaled(self.options, block, extra, x)  # [64, block_k]
-        if masked:
-            x = jnp.where(scores.attending(self.options, block), x, -jnp.inf)
+        options, extra, unit = self.options, self.inputs.extra, scores.base2_scale(self.options)
+        block = self.block(i, query, False)
+        if not self._begins_at_bias:
+            raw = x
+            x, unit = scores.unscaled(options, block, extra, raw)  # [64, block_k]
+            if not isinstance(options.rule, All):
+                x = jnp.where(raw == -jnp.inf, -jnp.inf, x)
+        if self._streams_after_products:
+            plgpu.barrier_arrive(self.scratch.free_key.at[self.slot(i)])
         new = jnp.maximum(top, x.max(axis=1) * unit)  # [64]
         decay = jnp.exp2(top - new)  # [64]
         p = jnp.exp2(x * unit - self.tile.by_query(new))  # [64, block_k]
         total = total * decay + p.sum(axis=1)
         # Dropout comes after the sum: it drops normalised probabilities, and changes no normaliser.
         if extra.seeds is not None:
-            p = jnp.where(scores.dropout_mask(self.options, block, extra), p, 0.0)
+            p = jnp.where(scores.dropout_mask(options, block, extra), p, 0.0)
         out = out * jax.lax.broadcast_in_dim(decay, out.shape, [0])
-        if not early:
-            plgpu.barrier_wait(self.scratch.ready_value.at[self.slot(i)])
+        plgpu.barrier_wait(self.scratch.ready_value.at[self.slot(i)])
         return p.astype(self.inputs.value.dtype), out, new, total
 
     def _finish(self, out, top, total):
@@ -366,10 +397,10 @@ def _scratch(sizes: HopperForwardSizes, o: Operands) -> HopperForwardScratch:
         streams=plgpu.SMEM((stages, streams, block_k), jnp.int32) if streams else None,
         out=memory.operand(dtype, groups, ROWS, Cv) if sizes.own_output or Cv != C else None,
         lse=plgpu.SMEM((groups, ROWS), jnp.float32),
-        # A `ready` barrier counts copies: values and streams are two. A `free` barrier counts warpgroups that read.
+        # A `ready` barrier counts copies: keys and streams are two. A `free` barrier counts warpgroups that read.
         ready_query=plgpu.Barrier(num_barriers=groups),
-        ready_key=plgpu.Barrier(num_barriers=stages),
-        ready_value=plgpu.Barrier(num_arrivals=2 if streams else 1, num_barriers=stages),
+        ready_key=plgpu.Barrier(num_arrivals=2 if streams else 1, num_barriers=stages),
+        ready_value=plgpu.Barrier(num_barriers=stages),
         free_query=plgpu.Barrier(num_barriers=groups),
         free_key=plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
         free_value=plgpu.Barrier(num_arrivals=groups, num_barriers=stages),

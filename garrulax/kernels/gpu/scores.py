@@ -154,21 +154,26 @@ def unscaled(options: Options, block: ScoreBlock, extra: ScoreExtras, products: 
         x, factor = products, base2_scale(options)
     else:  # the factor must be positive, so that the maximum of x * factor is that of x
         x, factor = products * options.scale, LOG2E
-    one = LOG2E / factor  # a score of 1 in the unit of x
-    if extra.bias is not None:
-        x = x + _bias(block, extra.bias) * one
+    added = bias(options, block, extra, LOG2E / factor)
+    return (x if added is None else x + added), factor
+
+
+def bias(options: Options, block: ScoreBlock, extra: ScoreExtras, one: float) -> jax.Array | None:
+    """What is added to the scores, a float32 tile in a unit in which a score of 1 is `one`; None where nothing is."""
+    x = None if extra.bias is None else _bias(block, extra.bias) * one
     if extra.slopes is not None:
         # Converts a vector of positions, not a tile of distances, to float32: exact for positions below 2^24, and far
         # cheaper.
         key, query = (s["position"].astype(jnp.float32) for s in (block.key, block.query))
-        x = x + (block.tile.by_key(key) - block.tile.by_query(query)) * (extra.slopes[block.head] * one)
+        alibi = (block.tile.by_key(key) - block.tile.by_query(query)) * (extra.slopes[block.head] * one)
+        x = alibi if x is None else x + alibi
     if extra.steps is not None:
         distance = block.tile.by_key(block.key["position"]) - block.tile.by_query(block.query["position"])
         step = jnp.full(block.tile.shape, extra.steps[0, block.head] * one)
         for i, start in enumerate(options.starts):  # a thread cannot look up a table by an entry of a tile
             step = jnp.where(distance >= start, extra.steps[i + 1, block.head] * one, step)
-        x = x + step
-    return x, factor
+        x = step if x is None else x + step
+    return x
 
 
 def softcap_slope(options: Options, products: jax.Array) -> jax.Array | None:

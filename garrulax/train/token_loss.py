@@ -9,7 +9,7 @@ Letters: N tokens, C of a chunk, D width of the hidden states, V vocabulary, P t
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,8 +53,8 @@ def weighted_loss(
 
     def chunk(_, part):
         x, targets = part
-        losses, _ = _losses(einsum("ND,VD->NV", x, padded), targets, len(head), extra)
-        return None, losses
+        logits = einsum("ND,VD->NV", x, padded)
+        return None, _losses(logits, _softmax(logits, len(head)), targets, len(head), extra)
 
     _, losses = _over_chunks(chunk, None, len(padded), (x, targets))
     return jnp.sum(losses * weights)
@@ -68,8 +68,9 @@ def _forward(x, head, targets, weights, extra):
     def chunk(total, part):
         x, targets, weights = part
         logits = einsum("ND,VD->NV", x, padded)
-        losses, lse = _losses(logits, targets, len(head), extra)
-        slope = _slope(logits, lse, targets, weights, len(head), extra)
+        softmax = _softmax(logits, len(head))
+        losses = _losses(logits, softmax, targets, len(head), extra)
+        slope = _slope(softmax, targets, weights, len(head), extra).astype(x.dtype)
         dx = _product(slope, padded, 1)
         return (total + _product(slope, x, 0) if trained else None), (losses, dx)
 
@@ -119,31 +120,46 @@ def _over_chunks(chunk: Callable, carry: Any, width: int, arrays: tuple[jax.Arra
     return carry, jax.tree.map(lambda x: x.reshape(count * size, *x.shape[2:])[:tokens], results)
 
 
-def _losses(logits: jax.Array, targets: jax.Array, vocab: int, extra: Regularizers) -> tuple[jax.Array, jax.Array]:
-    """The loss of each token [C], and the logarithm of the denominator of its softmax."""
-    smoothing, wide = extra.label_smoothing, logits.astype(at_least_float32(logits.dtype))
-    lse = jax.nn.logsumexp(_without_padding(wide, vocab, -jnp.inf), axis=-1)
+class _Softmax(NamedTuple):
+    """The softmax of a chunk: exponentials [C, P] of the logits less their maximum, sums [C] and log-sum-exps [C]."""
+
+    exponentials: jax.Array
+    sums: jax.Array
+    lse: jax.Array
+
+
+def _softmax(logits: jax.Array, vocab: int) -> _Softmax:
+    wide = _without_padding(logits.astype(at_least_float32(logits.dtype)), vocab, -jnp.inf)
+    top = jnp.max(wide, axis=-1)
+    top = jnp.where(jnp.isfinite(top), top, 0)
+    exponentials = jnp.exp(wide - top[:, None])
+    sums = jnp.sum(exponentials, axis=-1)
+    return _Softmax(exponentials, sums, jnp.log(sums) + top)
+
+
+def _losses(logits: jax.Array, softmax: _Softmax, targets: jax.Array, vocab: int, extra: Regularizers) -> jax.Array:
+    """The loss [C] of each token."""
+    smoothing, lse = extra.label_smoothing, softmax.lse
     known = (targets >= 0) & (targets < vocab)
     chosen = jnp.take_along_axis(logits, jnp.where(known, targets, 0)[:, None], axis=1)[:, 0]
     losses = lse - (1 - smoothing) * jnp.where(known, chosen, 0).astype(lse.dtype)
     if smoothing:
-        losses = losses - smoothing / vocab * jnp.sum(_without_padding(wide, vocab, 0), axis=-1)
+        real = _without_padding(logits.astype(lse.dtype), vocab, 0)
+        losses = losses - smoothing / vocab * jnp.sum(real, axis=-1)
     if extra.z_loss:
         losses = losses + extra.z_loss * jnp.square(lse)
-    return losses, lse
+    return losses
 
 
-def _slope(
-    logits: jax.Array, lse: jax.Array, targets: jax.Array, weights: jax.Array, vocab: int, extra: Regularizers
-) -> jax.Array:
-    """The derivative [C, P] of the weighted loss by the logits, in their dtype; 0 at the padding."""
-    smoothing, wide = extra.label_smoothing, _without_padding(logits.astype(lse.dtype), vocab, -jnp.inf)
-    is_target = _ids(logits, targets.dtype) == targets[:, None]
-    labels = jnp.where(is_target, 1 - smoothing, jnp.zeros((), lse.dtype))
+def _slope(softmax: _Softmax, targets: jax.Array, weights: jax.Array, vocab: int, extra: Regularizers) -> jax.Array:
+    """The derivative [C, P] of the weighted loss by the logits; 0 at the padding."""
+    smoothing, (exponentials, sums, lse) = extra.label_smoothing, softmax
+    is_target = _ids(exponentials, targets.dtype) == targets[:, None]
+    labels = jnp.where(is_target, 1 - smoothing, jnp.zeros_like(exponentials))
     if smoothing:
-        labels = labels + _without_padding(jnp.full_like(wide, smoothing / vocab), vocab, 0)
-    softmax = jnp.exp(wide - lse[:, None]) * (1 + 2 * extra.z_loss * lse)[:, None]
-    return (weights[:, None] * (softmax - labels)).astype(logits.dtype)
+        labels = labels + _without_padding(jnp.full_like(exponentials, smoothing / vocab), vocab, 0)
+    factor = weights * (1 + 2 * extra.z_loss * lse) / sums
+    return factor[:, None] * exponentials - weights[:, None] * labels
 
 
 def _without_padding(x: jax.Array, vocab: int, fill: float) -> jax.Array:

@@ -152,9 +152,7 @@ def _weighted_loss(params, x, batch, config, extra):
     weights = batch["weights"].astype(at_least_float32(x.dtype))
     factors = family.logit_factors(params, x, config)
     if factors is not None and token_loss.supported(*factors):
-        states, head = factors
-        flat = (states.reshape(-1, states.shape[-1]), head, batch["targets"].reshape(-1), weights.reshape(-1))
-        return token_loss.weighted_loss(*flat, extra)
+        return token_loss.weighted_loss(*factors, batch["targets"], weights, extra)
     logits = family.logits(params, x, config)
     targets, weights = (like_tokens(array, logits) for array in (batch["targets"], weights))
     return jnp.sum(regularized(negative_log_likelihood(logits, targets), logits, extra) * weights)

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from garrulax.core.dtypes import at_least_float32
 from garrulax.core.einsum import einsum
 from garrulax.core.leaf import Leaf
+from garrulax.core.sharding import is_explicit
 from garrulax.kernels import picking
 from garrulax.train.regularizers import Regularizers
 
@@ -28,27 +30,40 @@ LEAST_PADDED = 8 * ALIGNED  # of a smaller vocabulary the padding would be a lar
 
 
 def supported(x: jax.Array, head: Any) -> bool:
-    """Whether `weighted_loss` is for these operands: a plain head, and no mesh of several devices."""
+    """Whether `weighted_loss` is for these operands: a plain head, and no mesh of several devices.
+
+    On such a mesh the logits are split over it, in the vocabulary too; chunks of tokens would be gathered.
+    """
     mesh = jax.typeof(x).sharding.mesh
-    return not isinstance(head, Leaf) and (mesh.empty or (mesh.size == 1 and not mesh.explicit_axes))
+    return not isinstance(head, Leaf) and (mesh.empty or mesh.size == 1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def weighted_loss(
     x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, extra: Regularizers
 ) -> jax.Array:
     """The sum over tokens of weight times loss: negative log-likelihood (nats), z-loss and label smoothing.
 
     Args:
-        x: Hidden states [N, D].
+        x: Hidden states [B, T, D].
         head: [V, D]; the logits are the products of x with its rows.
-        targets: int32 [N].
-        weights: [N], in at least float32.
+        targets: int32 [B, T].
+        weights: [B, T], in at least float32.
         extra: Terms of the loss.
 
     Returns:
         A scalar in the dtype of the weights.
     """
+
+    def run(x, head, targets, weights):
+        return _weighted_loss(x.reshape(-1, x.shape[-1]), head, targets.reshape(-1), weights.reshape(-1), extra)
+
+    if is_explicit(jax.typeof(x).sharding.mesh):  # of one device
+        run = jax.sharding.auto_axes(run, out_sharding=P())
+    return run(x, head, targets, weights)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _weighted_loss(x, head, targets, weights, extra):
     padded = _padded(x, head)
 
     def chunk(_, part):
@@ -86,7 +101,7 @@ def _backward(extra, residuals, cotangent):
     return (cotangent * dx).astype(x.dtype), dhead, None, cotangent * losses
 
 
-weighted_loss.defvjp(_forward, _backward, symbolic_zeros=True)
+_weighted_loss.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _padded(x: jax.Array, head: jax.Array) -> jax.Array:

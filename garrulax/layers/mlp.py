@@ -1,6 +1,7 @@
 """Feed-forward layers."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ def _gelu_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 #: Activations by their name in Hugging Face configurations.
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_fast": gelu_tanh,
     "gelu_new": gelu_tanh,

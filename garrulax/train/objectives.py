@@ -141,18 +141,20 @@ def _token_loss(params, batch, config, key, options):
         shrunk(params, extra.embedding_shrink), batch["tokens"], config, positions=batch.get("positions"),
         mask=mask_of(batch), key=key, **options,
     )  # fmt: skip
-    total = _weighted_loss(params, x, batch, config, extra)  # with all parameters: a tied head gets its whole gradient
-    tokens = jnp.sum(batch["weights"]).astype(total.dtype)
+    weights = batch["weights"].astype(at_least_float32(x.dtype))
+    tokens = jnp.sum(weights)
+    # With the parameters that do not shrink: a tied head gets its whole gradient.
+    total = _weighted_loss(params, x, batch["targets"], weights, config, extra)
     return total / jnp.maximum(tokens, 1), {"tokens": tokens}
 
 
-def _weighted_loss(params, x, batch, config, extra):
+def _weighted_loss(params, x, targets, weights, config, extra):
     """The sum over tokens of weight times loss."""
     family = models.family(config)
-    weights = batch["weights"].astype(at_least_float32(x.dtype))
     factors = family.logit_factors(params, x, config)
     if factors is not None and token_loss.supported(*factors):
-        return token_loss.weighted_loss(*factors, batch["targets"], weights, extra)
+        states, head = factors[0], jnp.asarray(factors[1])
+        return token_loss.weighted_loss(states, head, targets, weights, extra)
     logits = family.logits(params, x, config)
-    targets, weights = (like_tokens(array, logits) for array in (batch["targets"], weights))
+    targets, weights = like_tokens(targets, logits), like_tokens(weights, logits)
     return jnp.sum(regularized(negative_log_likelihood(logits, targets), logits, extra) * weights)

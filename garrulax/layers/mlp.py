@@ -1,17 +1,46 @@
 """Feed-forward layers."""
 
+import math
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
+from garrulax.core.dtypes import at_least_float32
 from garrulax.core.einsum import einsum, gather
 from garrulax.core.spec import Tree
 
+
+@jax.custom_jvp
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """GELU by the approximation with tanh (Hendrycks & Gimpel 2016), computed in at least float32.
+
+    For the backward pass it keeps one array, its slope, where JAX would keep the four terms of the product rule.
+    """
+    return _gelu_and_slope(x)[0]
+
+
+@gelu_tanh.defjvp
+def _gelu_tanh_jvp(primals, tangents):
+    value, slope = _gelu_and_slope(*primals)
+    return value, slope * tangents[0]
+
+
+def _gelu_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """GELU and its derivative, in x's dtype."""
+    y, factor, cubic = x.astype(at_least_float32(x.dtype)), math.sqrt(2 / math.pi), 0.044715
+    t = jnp.tanh(factor * (y + cubic * y**3))
+    half = 0.5 * (1 + t)
+    slope = half + 0.5 * y * (1 - t * t) * (factor * (1 + 3 * cubic * y**2))
+    return (y * half).astype(x.dtype), slope.astype(x.dtype)
+
+
 #: Activations by their name in Hugging Face configurations.
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_fast": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_fast": gelu_tanh,
+    "gelu_new": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,

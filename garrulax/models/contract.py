@@ -10,12 +10,12 @@
 
 A file may have these too; otherwise the functions of the same name below stand for them:
 
-    norm, logits, blanks, keys_attended, OBJECTIVE, CONTROL_TOKENS, RELATIVE_POSITIONS
+    norm, logit_factors, logits, blanks, keys_attended, OBJECTIVE, CONTROL_TOKENS, RELATIVE_POSITIONS
 """
 
 import inspect
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, cast
 
 import jax
@@ -24,6 +24,7 @@ from garrulax.core.blanks import Blanks
 from garrulax.core.config import ModelConfig
 from garrulax.core.einsum import einsum
 from garrulax.core.hf import HFConfig, TensorNames
+from garrulax.core.leaf import Leaf
 from garrulax.core.names import nearest
 from garrulax.core.spec import Tree
 from garrulax.layers.cache import Cache
@@ -82,6 +83,9 @@ class Family(FamilyFile, Protocol):
     def norm(self, x: jax.Array, p: Tree, c: Any, /) -> jax.Array:
         """x [B, T, D] normalised with the parameters p; `models.forward` applies it to `params["norm"]` at the end."""
 
+    def logit_factors(self, params: Tree, x: jax.Array, c: Any, /) -> tuple[jax.Array, jax.Array | Leaf] | None:
+        """States [B, T, E] and matrix [V, E] whose product the logits are; None if they are no product."""
+
     def logits(self, params: Tree, x: jax.Array, c: Any, /) -> jax.Array:
         """Logits [B, T, V] of normalised hidden states x [B, T, D]."""
 
@@ -97,9 +101,23 @@ def norm(x: jax.Array, p: Tree, c: ModelConfig) -> jax.Array:
     return (layer_norm if "bias" in p else rms_norm)(x, **p, eps=c.norm_eps)
 
 
+def logit_factors(params: Tree, x: jax.Array, c: ModelConfig) -> tuple[jax.Array, jax.Array | Leaf]:
+    """The hidden states, and the output head, which is the token embedding where the Config ties them."""
+    return x, params["tokens" if c.tied else "head"]
+
+
 def logits(params: Tree, x: jax.Array, c: ModelConfig) -> jax.Array:
-    """Logits by the output head, which is the token embedding where the Config ties them."""
-    return einsum("BTD,VD->BTV", x, params["tokens" if c.tied else "head"])
+    """The product of the hidden states and the output head."""
+    return product_of(logit_factors)(params, x, c)
+
+
+def product_of(factors: Callable) -> Callable:
+    """The function `logits` of a function `logit_factors`."""
+    return lambda params, x, c: einsum("BTD,VD->BTV", *factors(params, x, c))
+
+
+def _no_factors(params: Tree, x: jax.Array, c: ModelConfig) -> None:
+    """`logit_factors` of a family whose `logits` are its own."""
 
 
 def blanks(c: ModelConfig) -> Blanks | None:
@@ -114,6 +132,7 @@ def keys_attended(c: ModelConfig, layer: int, length: int) -> int:
 
 DEFAULTS: dict[str, Any] = {
     "norm": norm,
+    "logit_factors": logit_factors,
     "logits": logits,
     "blanks": blanks,
     "keys_attended": keys_attended,
@@ -146,7 +165,12 @@ def register(file: FamilyFile) -> Family:
     if odd := [preset for preset, c in file.PRESETS.items() if not isinstance(c, file.Config)]:
         raise TypeError(f"presets of the family {name} are not of its Config: {', '.join(odd)}")
     given = {required: getattr(file, required) for required in _REQUIRED}
-    optional = {option: getattr(file, option, default) for option, default in DEFAULTS.items()}
+    defaults = dict(DEFAULTS)
+    if hasattr(file, "logits"):
+        defaults["logit_factors"] = _no_factors
+    elif hasattr(file, "logit_factors"):
+        defaults["logits"] = product_of(file.logit_factors)
+    optional = {option: getattr(file, option, default) for option, default in defaults.items()}
     return cast(Family, _Registered(__name__=name, **given, **optional))
 
 

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 
 from garrulax.core import config as fields
 from garrulax.core.config import Count, Flag, OptionalTokenId, Positive, Rate, Size, TokenIds
-from garrulax.core.einsum import einsum, lookup
+from garrulax.core.einsum import lookup
 from garrulax.core.hf import TensorNames
+from garrulax.core.leaf import Leaf
 from garrulax.core.spec import Declare, Tree, normal, stacked
 from garrulax.kernels import masks
 from garrulax.kernels.mask import INF
@@ -153,11 +154,11 @@ def hidden(params: Tree, call: Call, c: Config) -> tuple[jax.Array, Cache | None
     return scan_layers(block, x, params["blocks"], call, call.key)
 
 
-def logits(params: Tree, x: jax.Array, c: Config) -> jax.Array:
-    """Logits [B, T, V] of hidden states [B, T, D]."""
+def logit_factors(params: Tree, x: jax.Array, c: Config) -> tuple[jax.Array, jax.Array | Leaf]:
+    """The hidden states [B, T, D] and the head [V, D], its rows normalised if the Config says so."""
     if c.normalized_head:
-        return einsum("BTD,VD->BTV", x, unit_norm(params["head"], HEAD_EPS))
-    return contract.logits(params, x, c)
+        return x, unit_norm(params["head"], HEAD_EPS)
+    return contract.logit_factors(params, x, c)
 
 
 def fold_head(params: Tree, c: Config) -> tuple[Tree, Config]:

@@ -16,6 +16,7 @@ from garrulax.core.config import Flag, OptionalSize, OptionalTokenId, Positive, 
 from garrulax.core.einsum import lookup
 from garrulax.core.hf import HFConfig, TensorNames, find_format, key
 from garrulax.core.hf_keys import is_width_over_heads
+from garrulax.core.leaf import Leaf
 from garrulax.core.spec import Declare, Tree, normal, stacked
 from garrulax.layers.attention import cached_attention
 from garrulax.layers.cache import Cache
@@ -127,11 +128,11 @@ def hidden(params: Tree, call: Call, c: Config) -> tuple[jax.Array, Cache | None
     return scan_layers(block, x, params["blocks"], call, call.key)
 
 
-def logits(params: Tree, x: jax.Array, c: Config) -> jax.Array:
-    """Logits [B, T, V], of hidden states that are projected to the width of the embedding if it has another."""
+def logit_factors(params: Tree, x: jax.Array, c: Config) -> tuple[jax.Array, jax.Array | Leaf]:
+    """The head, and hidden states that are projected to the width of the embedding if it has another."""
     if c.embedding_width is not None:
         x = linear("BTD,DE->BTE", x, params, "project_out")
-    return contract.logits(params, x, c)
+    return contract.logit_factors(params, x, c)
 
 
 HF = HFConfig(

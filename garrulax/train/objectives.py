@@ -20,11 +20,13 @@ import jax
 import jax.numpy as jnp
 
 from garrulax import models
+from garrulax.core import spec
 from garrulax.core.config import ModelConfig
 from garrulax.core.dtypes import at_least_float32
 from garrulax.core.einsum import like_tokens
 from garrulax.core.spec import Tree
 from garrulax.kernels.mask import Mask
+from garrulax.train import token_loss
 from garrulax.train.regularizers import Regularizers, regularized, shrunk
 
 Batch = dict[str, jax.Array]
@@ -134,14 +136,25 @@ def negative_log_likelihood(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 def _token_loss(params, batch, config, key, options):
     extra = options.pop("extra", Regularizers())
-    inputs = {"positions": batch.get("positions"), "mask": mask_of(batch), "key": key, **options}
-    if extra.embedding_shrink == 1:
-        logits, _ = models.forward(params, batch["tokens"], config, **inputs)
-    else:
-        x, _ = models.hidden(shrunk(params, extra.embedding_shrink), batch["tokens"], config, **inputs)
-        logits = models.family(config).logits(params, x, config)  # a tied head gets its whole gradient
-    targets, weights = (like_tokens(batch[name], logits) for name in ("targets", "weights"))
-    nll = regularized(negative_log_likelihood(logits, targets), logits, extra)  # [B, T]
-    weights = weights.astype(nll.dtype)
+    spec.check_params(models.parameters(config), params)
+    x, _ = models.hidden(
+        shrunk(params, extra.embedding_shrink), batch["tokens"], config, positions=batch.get("positions"),
+        mask=mask_of(batch), key=key, **options,
+    )  # fmt: skip
+    weights = batch["weights"].astype(at_least_float32(x.dtype))
     tokens = jnp.sum(weights)
-    return jnp.sum(nll * weights) / jnp.maximum(tokens, 1), {"tokens": tokens}
+    # With the parameters that do not shrink: a tied head gets its whole gradient.
+    total = _weighted_loss(params, x, batch["targets"], weights, config, extra)
+    return total / jnp.maximum(tokens, 1), {"tokens": tokens}
+
+
+def _weighted_loss(params, x, targets, weights, config, extra):
+    """The sum over tokens of weight times loss."""
+    family = models.family(config)
+    factors = family.logit_factors(params, x, config)
+    if factors is not None and token_loss.supported(*factors):
+        states, head = factors[0], jnp.asarray(factors[1])
+        return token_loss.weighted_loss(states, head, targets, weights, extra)
+    logits = family.logits(params, x, config)
+    targets, weights = like_tokens(targets, logits), like_tokens(weights, logits)
+    return jnp.sum(regularized(negative_log_likelihood(logits, targets), logits, extra) * weights)

@@ -78,7 +78,7 @@ class GPUAttention(ForwardBackward):
             out, lse = blackwell.forward(options, o, lists_of(options, o, *size))
             return out[:, :T], lse[:, :, :T]
         wide = pad_widths(operands)
-        sizes = self.sizes or choose_sizes(wide)
+        sizes = self.sizes or choose_sizes(options, wide)
         size = sizes.block_q, sizes.block_k
         options, o = blocks.pad_to_blocks(options, wide, *size)
         out, lse = forward(options, o, lists_of(options, o, *size), sizes, self.interpret)

@@ -9,18 +9,27 @@ import jax.numpy as jnp
 from garrulax.core.dtypes import at_least_float32
 from garrulax.core.einsum import einsum, gather
 from garrulax.core.spec import Tree
+from garrulax.kernels import picking
 
 
-@jax.custom_jvp
 def gelu_tanh(x: jax.Array) -> jax.Array:
     """GELU by the approximation with tanh (Hendrycks & Gimpel 2016), computed in at least float32.
 
-    For the backward pass it keeps one array, its slope, where JAX would keep the four terms of the product rule.
+    For the backward pass one array is kept, where JAX would keep the four terms of the product rule: on a CPU the slope,
+    since tanh is expensive there; elsewhere x, since arithmetic is cheaper there than memory, and XLA would keep a slope
+    in float32 even where x is bfloat16.
     """
+    if picking.platform(picking.target_device(x)) == "cpu":
+        return _gelu_tanh(x)
+    return jax.checkpoint(_gelu_tanh)(x)
+
+
+@jax.custom_jvp
+def _gelu_tanh(x: jax.Array) -> jax.Array:
     return _gelu_and_slope(x)[0]
 
 
-@gelu_tanh.defjvp
+@_gelu_tanh.defjvp
 def _gelu_tanh_jvp(primals, tangents):
     value, slope = _gelu_and_slope(*primals)
     return value, slope * tangents[0]

@@ -239,8 +239,8 @@ class HopperForwardProgram(ForwardProgram):
             products.multiply(x, s.query.at[self.index], s.key.at[slot], transposed=True)
             self._pass_turn()
 
-        # The mask is always computed: a full block comes first, but too seldom to deserve its own code.
-        initial = self._initial(first, query, True)
+        unmasked, masked = (functools.partial(self._initial, first, query, masked) for masked in (False, True))
+        initial = jax.lax.cond(self.row.full > 0, unmasked, masked)
         self._await_turn()
         (x,) = products.accumulate(body, initial, interpret=self.interpret)
         self._keys_are_read(slot)
@@ -360,16 +360,19 @@ class HopperForwardProgram(ForwardProgram):
         plgpu.barrier_arrive(self.scratch.turn.at[memory.ring_slot(self.index + 1, self.warpgroups)])
 
 
-def choose_sizes(operands: Operands) -> HopperForwardSizes:
+def choose_sizes(options: Options, operands: Operands) -> HopperForwardSizes:
     """Sizes for a request whose heads have widths that are multiples of 16.
 
     Blocks have 128 keys where two of them fit into shared memory and the optional inputs of scores into registers,
     else 64. Where heads are narrow the exponentials take as long as the products, and a third warpgroup has work while
-    the others wait; but then rows have 192 queries, and the length must be worth filling them.
+    the others wait; but then rows have 192 queries, of which a mask with many edges (packed documents, windows) wastes
+    more, and the length must be worth filling them.
     """
     o = operands
     length, width, value_width = o.query.shape[1], o.query.shape[3], o.value.shape[3]
-    groups = 3 if max(width, value_width) <= 64 and (length % (3 * ROWS) == 0 or length >= 2**14) else 2
+    few_edges = (options.causal or isinstance(options.rule, All)) and o.slopes is None
+    fills = length % (3 * ROWS) == 0 or length >= 2**14
+    groups = 3 if max(width, value_width) <= 64 and few_edges and fills else 2
     programs = picking.multiprocessors(picking.target_device(o), 132)  # 132: of an H100 and an H200
     # Bytes of one key in the ring; filling up a length to whole blocks adds a stream.
     key_bytes = 2 * (width + value_width) + 4 * (len(o.key_streams) + 1)

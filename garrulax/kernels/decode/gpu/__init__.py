@@ -78,6 +78,8 @@ class HopperDecoding:
             return f"pages of {page} slots, neither a multiple of {self.block} nor 8, 16 or 32"
         if c.steps is not None:
             return "a learned bias in steps of the distance"
+        if not self.interpret and jax.__version_info__ < (0, 11):
+            return f"it needs the Mosaic GPU of jax 0.11 or newer, and this is jax {jax.__version__}"
         return None
 
     def __call__(self, options: Options, cached: DecodeOperands) -> tuple[jax.Array, jax.Array]:

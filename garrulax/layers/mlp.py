@@ -15,9 +15,9 @@ from garrulax.kernels import picking
 def gelu_tanh(x: jax.Array) -> jax.Array:
     """GELU by the approximation with tanh (Hendrycks & Gimpel 2016), computed in at least float32.
 
-    For the backward pass one array is kept, where JAX would keep the four terms of the product rule: on a CPU the slope,
-    since tanh is expensive there; elsewhere x, since arithmetic is cheaper there than memory, and XLA would keep a slope
-    in float32 even where x is bfloat16.
+    For the backward pass one array is kept, where JAX would keep the four terms of the product rule: on a CPU the
+    slope, since tanh is expensive there; elsewhere x, since arithmetic is cheaper there than memory, and XLA would keep
+    a slope in float32 even where x is bfloat16.
     """
     if picking.platform(picking.target_device(x)) == "cpu":
         return _gelu_tanh(x)

@@ -9,10 +9,10 @@ import kernel_cases as cases
 import numpy as np
 import pytest
 
-from garrulax.kernels import pallas_gpu
-from garrulax.kernels.attention import attention
+from garrulax.kernels import masks, pallas_gpu
+from garrulax.kernels.attention import attention, request
 from garrulax.kernels.gpu.block_lists import block_lists
-from garrulax.kernels.gpu.forward import HopperForwardSizes
+from garrulax.kernels.gpu.forward_sizes import HopperForwardSizes, choose_sizes
 from garrulax.kernels.pallas_gpu import GPUAttention
 
 SMALL = GPUAttention(sizes=HopperForwardSizes(block_k=64, stages=2, programs=3), interpret=True)
@@ -64,10 +64,36 @@ def test_requests(request_):
     assert_output_agrees(mask, shape, extras=extras, dtype=dtype)
 
 
-@pytest.mark.parametrize("width", [64, 80])
-def test_sizes_that_are_chosen(width):
-    """192 queries of narrow heads are a row of three warpgroups."""
-    assert_output_agrees(cases.packed(192), (192, 192, 1, 1, width), kernel=GPUAttention(interpret=True))
+def test_sizes_that_are_chosen():
+    assert_output_agrees(cases.packed(192), (192, 192, 1, 1, 80), kernel=GPUAttention(interpret=True))
+
+
+def test_three_warpgroups_where_heads_are_narrow_and_the_mask_has_few_edges():
+    x = jax.ShapeDtypeStruct((2, 192, 1, 64), jnp.bfloat16)
+    chosen = {}
+
+    def ask(name, mask, *x):
+        chosen[name] = choose_sizes(*request(*x, mask, None, None, None, None, None, None, 0.0, None)).warpgroups
+
+    for name, mask in (("all", None), ("causal", masks.causal(2, 192)), ("packed", cases.packed(192))):
+        jax.eval_shape(functools.partial(ask, name, mask), x, x, x)
+    assert chosen == {"all": 3, "causal": 3, "packed": 2}
+
+
+# (block_k, stages, warpgroups, own_output, programs), mask, extras
+DIVISIONS = {
+    "three warpgroups, several rows": ((64, 2, 3, True, 2), cases.causal(400), ()),
+    "one slot, streams read after the products": ((64, 1, 3, False, 2), cases.nothing(150), ("alibi", "softcap")),
+    "the output in the place of the query": ((64, 1, 2, False, 2), cases.packed(150), ()),
+    "a program a row": ((64, 2, 2, False, None), cases.window(150), ("alibi",)),
+}
+
+
+@pytest.mark.parametrize(("sizes", "mask", "extras"), DIVISIONS.values(), ids=DIVISIONS)
+def test_divisions_of_the_work(sizes, mask, extras):
+    length = next(iter(mask.query.values())).shape[1]
+    kernel = GPUAttention(sizes=HopperForwardSizes(*sizes), interpret=True)
+    assert_output_agrees(mask, (length, length, 1, 1, 32), extras=extras, kernel=kernel)
 
 
 ON_BLACKWELL = {

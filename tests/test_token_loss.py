@@ -10,6 +10,7 @@ import pytest
 from jaxprs import equations
 
 from garrulax.core.sharding import make_mesh
+from garrulax.layers import mlp
 from garrulax.layers.mlp import gelu_tanh
 from garrulax.train import token_loss
 from garrulax.train.regularizers import Regularizers
@@ -91,3 +92,30 @@ def test_gelu_with_tanh_is_the_formula_and_keeps_one_array():
         np.testing.assert_allclose(value, expected, rtol=1e-14)
         np.testing.assert_allclose(slope, wanted, rtol=1e-12, atol=1e-14)
         assert [a.shape for a in jax.tree.leaves(jax.vjp(gelu_tanh, x)[1])] == [x.shape]
+
+
+def test_gelu_with_tanh_keeps_its_input_on_a_gpu(monkeypatch):
+    x = jnp.linspace(-9.0, 9.0, 201)
+    value, slope = jax.vmap(jax.value_and_grad(gelu_tanh))(x)
+    gpu = types.SimpleNamespace(platform=lambda device: "gpu", target_device=lambda arrays: None)
+    monkeypatch.setattr(mlp, "picking", gpu)
+    got, back = jax.vjp(gelu_tanh, x)
+    (kept,) = (a for a in jax.tree.leaves(back) if a.shape)
+    assert (kept == x).all()
+    np.testing.assert_allclose(got, value, rtol=1e-6)
+    np.testing.assert_allclose(back(jnp.ones_like(x))[0], slope, rtol=1e-6, atol=1e-6)
+
+
+def test_float16_takes_weights_of_any_size():
+    key = jax.random.key(0)
+    x, head = jax.random.normal(key, (1, 8, 16), jnp.float16), jax.random.normal(key, (40, 16), jnp.float16)
+    targets = jnp.arange(8, dtype=jnp.int32)[None]
+
+    def gradient(weight):
+        weights = jnp.full((1, 8), weight)
+        return jax.grad(lambda x: token_loss.weighted_loss(x, head, targets, weights, Regularizers()) / weights.sum())(
+            x
+        )
+
+    for weight in (1e5, 1e-8):
+        np.testing.assert_allclose(gradient(weight), gradient(1.0), rtol=2e-3)

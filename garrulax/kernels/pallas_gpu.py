@@ -14,7 +14,8 @@ from garrulax.kernels import blocks, large_scores, picking
 from garrulax.kernels.call import Gradients, LogSumExp, Operands, Options
 from garrulax.kernels.gpu.backward import backward
 from garrulax.kernels.gpu.block_lists import lists_of
-from garrulax.kernels.gpu.forward import HopperForwardSizes, choose_sizes, forward
+from garrulax.kernels.gpu.forward import forward
+from garrulax.kernels.gpu.forward_sizes import HopperForwardSizes, choose_sizes
 from garrulax.kernels.gpu.products import pad_widths
 from garrulax.kernels.passes import ForwardBackward
 

@@ -166,6 +166,8 @@ def register(file: FamilyFile) -> Family:
         raise TypeError(f"presets of the family {name} are not of its Config: {', '.join(odd)}")
     given = {required: getattr(file, required) for required in _REQUIRED}
     defaults = dict(DEFAULTS)
+    if hasattr(file, "logits") and hasattr(file, "logit_factors"):
+        raise TypeError(f"the family {name} has logits and logit_factors: leave out logits, which follow from those")
     if hasattr(file, "logits"):
         defaults["logit_factors"] = _no_factors
     elif hasattr(file, "logit_factors"):

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import functools
+import logging
 import threading
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import jax
 
 MOST = 64  # programs kept
+_log = logging.getLogger("garrulax")
 
 #: Options of XLA for decoding steps on a GPU: products of the same few activations with several weights (query, key and
 #: value; gate and up) become one kernel, which reads each weight where it lies. One of 32 MB reads 3.3 TB/s of an
@@ -48,7 +50,9 @@ def compile_ahead(function: Any, *args: Any, gpu: dict[str, Any] | None = None, 
                 return None
             try:
                 return function.lower(*abstract, **static).compile(compiler_options=options)
-            except Exception:  # the call itself raises it, where it belongs
+            except Exception as error:  # the call itself raises it, where it belongs
+                if options:
+                    _log.warning("a program is compiled without the options %s: %s", options, error)
                 return None
 
         _programs[key] = _pool.submit(compiled)

@@ -54,9 +54,8 @@ def choose(state: State, cache: Cache, logits: jax.Array, transform: Transform) 
     transformed, transform_state = transform.update(allowed, state.transform_state)
     token = sample(transformed, state.seed, state.length)  # [B]
     # The sampled token is one of the greatest, so it alone says whether any token was left.
-    possible = jnp.take_along_axis(transformed, token[:, None], axis=1)[:, 0] > -jnp.inf
-    logprob = log_probability(logits, token)
-    logprob = jnp.where(possible | jnp.isnan(logprob), logprob, -jnp.inf)
+    impossible = jnp.take_along_axis(transformed, token[:, None], axis=1)[:, 0] == -jnp.inf
+    logprob = jnp.where(impossible, -jnp.inf, log_probability(logits, token))
     return advance(state, cache, token, logprob, transform_state, transform)
 
 

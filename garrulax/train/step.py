@@ -87,12 +87,13 @@ def should_unroll(config: ModelConfig) -> bool:
 
     Straight code copies nothing into and out of stacks of activations and gradients. On a GPU that saves a tenth of the
     step, and the memory of the stacks; on CPU a small model trains a quarter faster. But the time to compile grows with
-    the layers, on a GPU by half a second to a second each. On a mesh of GPUs the loop stays: the weights gathered for
-    one layer are then freed before the next.
+    the layers, on a GPU by half a second to a second each. On a mesh of several GPUs the loop stays: the weights
+    gathered for one layer are then freed before the next.
     """
     if jax.default_backend() == "cpu":
         return config.layers <= 16
-    return jax.default_backend() == "gpu" and config.layers <= 32 and jax.sharding.get_abstract_mesh().empty
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() == "gpu" and config.layers <= 32 and (mesh.empty or mesh.size == 1)
 
 
 def _gradient(config: ModelConfig, settings: Settings, objective: Objective) -> Callable:

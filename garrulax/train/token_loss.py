@@ -79,26 +79,29 @@ def _forward(x, head, targets, weights, extra):
     trained = head.perturbed
     x, head, targets, weights = (argument.value for argument in (x, head, targets, weights))
     padded, wide = _padded(x, head), at_least_float32(x.dtype)
+    # Slopes are rounded to the dtype of x: with weights of at most 1 none is too large or too small for float16.
+    scale = jnp.max(jnp.abs(weights), initial=jnp.finfo(weights.dtype).tiny)
 
     def chunk(total, part):
         x, targets, weights = part
         logits = einsum("ND,VD->NV", x, padded)
         softmax = _softmax(logits, len(head))
         losses = _losses(logits, softmax, targets, len(head), extra)
-        slope = _slope(softmax, targets, weights, len(head), extra).astype(x.dtype)
+        slope = _slope(softmax, targets, weights / scale, len(head), extra).astype(x.dtype)
         dx = _product(slope, padded, 1)
         return (total + _product(slope, x, 0) if trained else None), (losses, dx)
 
     zero = jnp.zeros(padded.shape, wide) if trained else None
     dhead, (losses, dx) = _over_chunks(chunk, zero, len(padded), (x, targets, weights))
-    return jnp.sum(losses * weights), (dx, dhead, losses, x, head)
+    return jnp.sum(losses * weights), (dx, dhead, losses, scale, x, head)
 
 
 def _backward(extra, residuals, cotangent):
-    dx, dhead, losses, x, head = residuals
+    dx, dhead, losses, scale, x, head = residuals
+    factor = cotangent * scale
     if dhead is not None:
-        dhead = (cotangent * dhead[: len(head)]).astype(head.dtype)
-    return (cotangent * dx).astype(x.dtype), dhead, None, cotangent * losses
+        dhead = (factor * dhead[: len(head)]).astype(head.dtype)
+    return (factor * dx).astype(x.dtype), dhead, None, cotangent * losses
 
 
 _weighted_loss.defvjp(_forward, _backward, symbolic_zeros=True)
@@ -121,7 +124,7 @@ def _over_chunks(chunk: Callable, carry: Any, width: int, arrays: tuple[jax.Arra
     padding.
     """
     tokens = len(arrays[0])
-    least = -(-tokens * width // CHUNK_LOGITS)
+    least = max(1, -(-tokens * width // CHUNK_LOGITS))
     count = next((n for n in range(least, 2 * least) if tokens % n == 0), least)
     if count == 1:
         return chunk(carry, arrays)

@@ -1,12 +1,13 @@
 """Compiles a request for attention for a GPU that is not there, and prints what its kernels need as JSON.
 
 python compile_gpu.py TARGET REQUEST: a target's text in this folder ("h100") and a JSON object: width, mask (a name of
-`kernel_cases.CASES`), and, as they are wanted, value_width, length, heads, kv_heads, dtype, softcap, dropout,
-gradients, and alibi, relative, bias (true). Prints a list with an object a kernel.
+`kernel_cases.CASES`), and, as they are wanted, value_width, known_causal (`Mask.causal`), length, heads, kv_heads,
+dtype, softcap, dropout, gradients, and alibi, relative, bias (true). Prints a list with an object a kernel.
 
 A process a program: the compiler reads where to write from the environment once, and aborts when it fails.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -32,6 +33,7 @@ def compile_request(target, request):
     T, H, C = request.get("length", 4096), request.get("heads", 16), request["width"]
     K, dtype = request.get("kv_heads", 4), request.get("dtype", "bfloat16")
     mask = cases.CASES[request["mask"]](T)
+    mask = dataclasses.replace(mask, causal=True) if request.get("known_causal") else mask
     options = {name: request[name] for name in ("softcap", "dropout") if name in request}
     extras = [name for name in ("alibi", "relative", "bias") if request.get(name)]
     for name in extras:

@@ -147,11 +147,9 @@ class ForwardProgram:
         batch, rank = jax.lax.rem(rest, jnp.int32(batches)), jax.lax.div(rest, jnp.int32(batches))
         lists = self.inputs.lists
         index = lists.order[batch, rank]
-        full = lists.counts[batch, index, 0]
-        count = jnp.maximum(
-            lists.counts[batch, index, 1], 1
-        )  # a row without blocks visits one, in which nothing attends
-        return Row(number, batch, head, index, full, count, before)
+        full, count = lists.counts[batch, index, 0], lists.counts[batch, index, 1]
+        # A row without blocks visits one, in which nothing attends.
+        return Row(number, batch, head, index, full, jnp.maximum(count, 1), before)
 
     @property
     def head(self) -> Any:

@@ -16,12 +16,15 @@ quickstart: $(VENV)/.plots
 demo: $(VENV)/.chat $(VENV)/.smollm2
 	@JAX_COMPILATION_CACHE_DIR=$(abspath $(VENV))/programs-demo $(BIN)/python examples/demo.py
 
-# Most of the time goes into compiling. The two processes share the programs that they compile, and XLA's emitters of
-# fused loops, which take half of that time, are left out where XLA has a flag for it (before jax 0.11); `make parity`
-# and `make test-slow` have them. Files in the order of their names: long tests are not left to the end.
+# Most of the time goes into compiling. The two processes share the programs that they compile, and no program is cut
+# into parts for several cores, which are busy anyhow. XLA's emitters of fused loops, which take half of that time, are
+# left out where XLA has a flag for it (before jax 0.11); `make parity` and `make test-slow` have them.
+# Files in the order of their names: long tests are not left to the end.
+ONE_PART = "--xla_cpu_parallel_codegen_split_count=1 " * (jax.__version_info__ < (0, 12))
+NO_EMITTERS = "--xla_cpu_use_fusion_emitters=false" * (jax.__version_info__ < (0, 11))
 test: $(VENV)/.dev lint
 	@rm -rf $(VENV)/programs
-	XLA_FLAGS="$$($(BIN)/python -c 'import jax; print("--xla_cpu_use_fusion_emitters=false" * (jax.__version_info__ < (0, 11)))')" \
+	XLA_FLAGS="$$($(BIN)/python -c 'import jax; print($(ONE_PART) + $(NO_EMITTERS))')" \
 	JAX_COMPILATION_CACHE_DIR=$(abspath $(VENV))/programs JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
 	JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -50,6 +53,7 @@ chaos: $(VENV)/.dev
 # (its build for CPUs is enough).
 # PARITY_CASES=20 draws that many configurations a family.
 parity: $(PARITY)/.parity
+	XLA_FLAGS="$$($(PARITY)/bin/python -c 'import jax; print($(ONE_PART))')" \
 	$(PARITY)/bin/python -m pytest tests/parity -n 2 --dist loadgroup
 
 # The same real model against numbers of transformers (tests/real/make.py). In the environment of `make parity` it also

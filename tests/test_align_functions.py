@@ -20,7 +20,7 @@ Z = np.load(FOLDER / "alignment_s0.npz")
 
 
 @pytest.fixture(autouse=True)
-def float64():
+def float64(quick_compilation):
     with jax.enable_x64(True):
         yield
 
@@ -76,7 +76,7 @@ def test_gradient_of_dpo():
     def loss(logits):
         return align.dpo(*pairs(completions(logits)), *pairs(of("pref/reference_logps"))).mean()
 
-    close(jax.grad(loss)(of("pref/policy_logits")), "dpo/grad_b0p1")
+    close(jax.jit(jax.grad(loss))(of("pref/policy_logits")), "dpo/grad_b0p1")
 
 
 def test_losses_without_a_reference():
@@ -147,7 +147,8 @@ def ppo_losses(advantages, returns, mask, value_mask):
         vf = align.clipped_value_loss(values, of("ppo/values"), returns, value_mask)
         return pg + 0.1 * vf, (pg, vf)
 
-    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(of("ppo/new_logits"), of("ppo/vpred"))
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    return step(of("ppo/new_logits"), of("ppo/vpred"))
 
 
 @pytest.mark.parametrize("kind", ["plain", "whiten"])
@@ -226,7 +227,7 @@ def test_losses_of_grpo_and_its_relatives(name, options):
             logprobs, of("grpo/old_logps"), of("grpo/advantages_group"), of("grpo/mask"), **options
         )
 
-    value, gradient = jax.value_and_grad(loss)(of("grpo/logps"))
+    value, gradient = jax.jit(jax.value_and_grad(loss))(of("grpo/logps"))
     close(value, f"grpo/loss/{name}", 1e-8)
     close(gradient, f"grpo/grad/{name}", 1e-8)
 
@@ -235,7 +236,7 @@ def test_loss_of_rloo():
     def loss(logprobs):
         return align.sequence_policy_loss(logprobs, of("grpo/old_logps"), of("rloo/advantages_plain"), of("grpo/mask"))
 
-    value, gradient = jax.value_and_grad(loss)(of("grpo/logps"))
+    value, gradient = jax.jit(jax.value_and_grad(loss))(of("grpo/logps"))
     close(value, "rloo/loss", 1e-8)
     close(gradient, "rloo/grad", 1e-8)
 
@@ -243,14 +244,14 @@ def test_loss_of_rloo():
 def test_unlikelihood():
     logits, targets = of("ul/logits"), of("ul/targets")
     close(-align.logprobs_of(logits, targets).sum(), "ul/mle_sum")
-    close(align.unlikelihood(logits, targets).sum(), "ul/token_penalty_sum_without_pad", 1e-7)
+    close(jax.jit(align.unlikelihood)(logits, targets).sum(), "ul/token_penalty_sum_without_pad", 1e-7)
 
     def original(logits):  # its padding id, 1, is a candidate everywhere: as if it came before the first target
         first = jnp.concatenate([jnp.ones((1, 1), targets.dtype), targets], axis=1)
         shifted = jnp.pad(logits, ((0, 0), (1, 0), (0, 0)))
         return -align.logprobs_of(logits, targets).sum() + align.unlikelihood(shifted, first).sum()
 
-    value, gradient = jax.value_and_grad(original)(logits)
+    value, gradient = jax.jit(jax.value_and_grad(original))(logits)
     close(value, "ul/loss_sum_original", 1e-7)
     close(gradient, "ul/grad_original", 1e-7)
 
@@ -260,8 +261,9 @@ def test_unlikelihood_of_packed_documents_is_that_of_each():
     logits = jax.random.normal(key, (1, 9, 6))
     targets = jnp.array([[1, 2, 1, 2, 1, 2, 2, 1, 5]])
     segment = jnp.array([[0, 0, 0, 0, 1, 1, 1, 1, -1]])
-    whole = align.unlikelihood(logits, targets, segment >= 0, segment)
-    alone = [align.unlikelihood(logits[:, s], targets[:, s]) for s in (slice(0, 4), slice(4, 8))]
+    unlikelihood = jax.jit(align.unlikelihood)
+    whole = unlikelihood(logits, targets, segment >= 0, segment)
+    alone = [unlikelihood(logits[:, s], targets[:, s]) for s in (slice(0, 4), slice(4, 8))]
     np.testing.assert_allclose(whole[:, :8], jnp.concatenate(alone, axis=1), rtol=1e-12)
     assert whole[0, 8] == 0
     assert (np.asarray(whole[0, [2, 3, 5, 7]]) > 0).all()
@@ -278,14 +280,14 @@ def test_sequence_level_unlikelihood():
         repeated = jnp.pad(align.repeated_ngrams(tokens[:, :-1], 4), ((0, 0), (0, 1)))
         return align.sequence_unlikelihood(align.logprobs_of(logits, tokens), repeated).sum()
 
-    value, gradient = jax.value_and_grad(loss)(of("ul/seq_logits"))
+    value, gradient = jax.jit(jax.value_and_grad(loss))(of("ul/seq_logits"))
     close(value, "ul/seq_loss_sum", 1e-8)
     close(gradient, "ul/seq_grad", 1e-8)
 
 
 def test_scalegrad():
     logits, targets = of("ul/logits")[:, :8], of("ul/targets")[:, :8]
-    value, gradient = jax.value_and_grad(lambda x: align.scalegrad(x, targets).sum())(logits)
+    value, gradient = jax.jit(jax.value_and_grad(lambda x: align.scalegrad(x, targets).sum()))(logits)
     close(value, "ul/scalegrad_sum", 1e-6)
     close(gradient, "ul/scalegrad_grad", 1e-5)  # the original adds 1e-8 to the probabilities
 
@@ -299,7 +301,7 @@ def test_distillation(beta, temperature):
         tokens = align.distillation(student, of("kd/teacher_logits"), beta=beta, temperature=temperature)
         return policy.masked_mean(tokens, labels != -100)
 
-    value, gradient = jax.value_and_grad(loss)(of("kd/student_logits"))
+    value, gradient = jax.jit(jax.value_and_grad(loss))(of("kd/student_logits"))
     name = f"kd/gjsd_b{beta:.1f}_t{temperature:.1f}".replace(".", "p")
     close(value, name, 1e-7)
     close(gradient, f"{name}_grad", 1e-7)

@@ -28,7 +28,9 @@ def quick(quick_compilation):
     pass
 
 
-@pytest.mark.parametrize("family", ["gpt", "llama", "glm", "chatglm"])
+@pytest.mark.parametrize(
+    "family", ["llama", "glm", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gpt", "chatglm"))]
+)
 def test_log_probabilities_of_sampling_are_those_of_training(family):
     config = CONFIGS[family]
     params = models.init(config, jax.random.key(0))
@@ -111,7 +113,7 @@ def test_dpo_reaches_the_same_optimum():
     assert 0.5 * np.abs(np.asarray(jax.nn.softmax(logits)) - optimum).sum() < 1e-4
 
 
-@pytest.mark.parametrize("method", ["grpo", "ppo"])
+@pytest.mark.parametrize("method", [pytest.param("grpo", marks=pytest.mark.slow), "ppo"])
 def test_training_moves_towards_the_reward(method):
     rewards = np.zeros(ARMS)
     rewards[3] = 1
@@ -137,7 +139,7 @@ def test_ptx_adds_the_gradient_of_text():
     of_policy = {k[2:]: v for k, v in batch.items() if k.startswith("a/")}
 
     def gradient(objective, batch):
-        return jax.grad(lambda p: objective(p, batch, config)[0])(params)
+        return jax.jit(jax.grad(lambda p, batch: objective(p, batch, config)[0]))(params, batch)
 
     both = gradient(objectives.mixed(alone, text_loss, 27.8), batch)
     parts = gradient(alone, of_policy), gradient(text_loss, text)
@@ -145,7 +147,7 @@ def test_ptx_adds_the_gradient_of_text():
         np.testing.assert_allclose(x, a + 27.8 * b, rtol=1e-4, atol=1e-5)
     without = gradient(objectives.mixed(alone, text_loss, 0.0), batch)
     for x, a in zip(*map(jax.tree.leaves, (without, parts[0])), strict=True):
-        np.testing.assert_array_equal(x, a)
+        np.testing.assert_allclose(x, a, rtol=1e-5, atol=1e-7)
 
 
 def test_rewards_that_cannot_be_used():

@@ -80,7 +80,7 @@ CASES = {
         ), lambda: rows(B), *SAME,
     ),
 }  # fmt: skip
-QUICK = ("dpo", "ppo")
+QUICK = ("ppo",)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES])

@@ -24,7 +24,24 @@ from garrulax.hub.tokenizers import ByteTokenizer
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-@pytest.mark.parametrize("case", [*CAUSAL, "glm_original"])
+#: A case of each family; test_hub reads and writes all of them.
+QUICK = (
+    "gpt1",
+    "gpt2",
+    "gptneo",
+    "gpt_neox",
+    "opt_350m",
+    "llama_gqa",
+    "baichuan7b",
+    "chatglm2",
+    "falcon40b",
+    "glm_original",
+)
+
+
+@pytest.mark.parametrize(
+    "case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in (*CAUSAL, "glm_original")]
+)
 def test_a_converted_folder_is_what_load_and_save_would_write(case, tmp_path):
     source = folder_of(case, tmp_path / "source")
     for dtype in (None, "bfloat16"):

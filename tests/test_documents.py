@@ -44,6 +44,9 @@ SMALLER = {
     'gx.preset("llama3-8b")': 'gx.preset("llama-tiny", layers=1, width=32, vocab=96, mlp_width=48)',
     "max_new_tokens=64": "max_new_tokens=8",
     "max_new_tokens=100_000, cache=gx.sinks(4, 1020)": "max_new_tokens=8, cache=gx.sinks(4, 20)",
+    'gx.preset("llama-tiny", eos=None)': 'gx.preset("llama-tiny", layers=1, width=32, mlp_width=48, eos=None)',
+    "max_new_tokens=1000": "max_new_tokens=140",
+    "range(1000)": "range(200)",
     'gx.preset("gpt2-tiny", eos=None)': 'gx.preset("gpt2-tiny", layers=1, width=32, heads=2, eos=None)',
 }
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

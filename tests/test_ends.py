@@ -20,7 +20,7 @@ SPECIALS = ("<|endoftext|>", "<|user|>", "<|end|>")
 
 def always(model, prompt, token):
     """The model, changed so that it says `token` after `prompt`."""
-    hidden, _ = forward_pass.hidden(model.params, jax.numpy.array([prompt]), model.config)
+    hidden, _ = jax.jit(forward_pass.hidden, static_argnums=2)(model.params, jax.numpy.array([prompt]), model.config)
     return model.replace(params={**model.params, "head": model.params["head"].at[token].set(hidden[0, -1] * 100)})
 
 

@@ -20,8 +20,8 @@ from garrulax.sampling.requests import assemble, causal_prompt
 from garrulax.sampling.writing import Writer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-#: One position a token, and two; the others in `make test-slow`.
-FAMILIES = [pytest.param("gpt", marks=pytest.mark.slow), "glm", "llama"]
+#: A GLM, which has two positions a token, is in test_fill too.
+FAMILIES = [pytest.param("gpt", marks=pytest.mark.slow), pytest.param("glm", marks=pytest.mark.slow), "llama"]
 PROMPTS = [[5, 17, 3], [9], list(range(20, 41)), [7, 7, 7, 7, 1, 2, 3, 4], [50, 60]]
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 
+import jax
 import jsonschema
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from garrulax.cli import main
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
+forward = jax.jit(gx.forward, static_argnums=2)
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -67,7 +69,7 @@ def test_each_prompt_of_best_of_has_its_own_constraint(model):
 def test_greedy_is_the_best_allowed_token(model):
     out = gx.generate(model, "The day:", constrain=DATE, max_new_tokens=20, temperature=0)
     ids, digits = model.tokenizer.encode("The day:"), [model.tokenizer.encode(str(d))[-1] for d in range(10)]
-    logits, _ = gx.forward(model.params, np.array([[*ids, *out.tokens]]), model.config)
+    logits, _ = forward(model.params, np.array([[*ids, *out.tokens]]), model.config)
     for i, token in enumerate(out.tokens[:10]):
         allowed = model.tokenizer.encode("-")[-1:] if i in (4, 7) else digits
         assert token == allowed[np.asarray(logits[0, len(ids) - 1 + i])[allowed].argmax()]
@@ -81,7 +83,7 @@ def test_beams_satisfy_constraints(model):
     ids = model.tokenizer.encode("The day:")
     texts = [a + b for a in "0123" for b in "ab"]
     rows = np.array([[*ids, *model.tokenizer.encode(text), 256] for text in texts])
-    logits, _ = gx.forward(model.params, rows, model.config)
+    logits, _ = forward(model.params, rows, model.config)
     logprobs = np.asarray(logits, np.float64) - np.logaddexp.reduce(np.asarray(logits, np.float64), -1, keepdims=True)
     scores = np.take_along_axis(logprobs[:, len(ids) - 1 : -1], rows[:, len(ids) :, None], -1).sum((1, 2)) / 3
     order = np.argsort(-scores)

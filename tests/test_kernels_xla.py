@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 SMALL = Chunked(scores=4 * 32 * 32)  # chunks of 32 x 32 for four heads
 
 
-@pytest.mark.parametrize("case", cases.some(cases.CASES, *cases.QUICK))
+@pytest.mark.parametrize("case", cases.some(cases.CASES, "bigbird", "nothing"))  # the next tests have others
 def test_masks(case):
     cases.assert_agrees(SMALL, cases.CASES[case](100), (100, 100, 4, 2, 16, 24))
 
@@ -32,7 +32,9 @@ def test_without_a_loop(extras):
 
 
 @pytest.mark.parametrize("mask", cases.some([cases.cached, cases.tree], cases.tree))
-@pytest.mark.parametrize("implementation", [SMALL, Chunked()], ids=["chunks", "at once"])
+@pytest.mark.parametrize(
+    "implementation", [SMALL, pytest.param(Chunked(), marks=pytest.mark.slow)], ids=["chunks", "at once"]
+)
 def test_more_keys_than_queries(mask, implementation):
     cases.assert_agrees(implementation, mask(41, 150), (41, 150, 4, 2, 16))
 
@@ -50,7 +52,7 @@ def test_lengths(T, S):
 
 @pytest.mark.parametrize(
     ("H", "K", "C"),
-    cases.some([(8, 8, 64), (8, 4, 80), (8, 2, 96), (8, 1, 128), (1, 1, 256), (4, 4, 5)], (8, 4, 80), (4, 4, 5)),
+    cases.some([(8, 8, 64), (8, 4, 80), (8, 2, 96), (8, 1, 128), (1, 1, 256), (4, 4, 5)], (8, 4, 80)),
 )
 def test_heads_and_widths(H, K, C):
     cases.assert_agrees(Chunked(scores=H * 16 * 16), cases.packed(40), (40, 40, H, K, C))
@@ -79,7 +81,7 @@ def test_float64_is_exact():
 
 
 @pytest.mark.parametrize("implementation", [SMALL, Chunked()], ids=["chunks", "at once"])
-@pytest.mark.parametrize("size", [1.0, 1e17], ids=["usual scores", "huge scores"])
+@pytest.mark.parametrize("size", [pytest.param(1.0, marks=pytest.mark.slow), 1e17], ids=["usual scores", "huge scores"])
 def test_queries_that_see_nothing(implementation, size):
     """Zeros and no gradient, and no NaN anywhere, whatever the scores."""
     T = 100
@@ -100,7 +102,7 @@ def test_queries_that_see_nothing(implementation, size):
 @pytest.mark.parametrize(
     ("implementation", "dtype"),
     cases.some([(x, t) for x in ("chunks", "xla", "dense") for t in (jnp.float32, jnp.bfloat16)],
-               ("chunks", jnp.float32), ("xla", jnp.bfloat16), ("dense", jnp.float32)),
+               ("chunks", jnp.float32)),
 )  # fmt: skip
 def test_gradients_of_huge_scores(implementation, dtype):
     """Also of repeated queries in the last chunk, and of masked keys with higher scores."""

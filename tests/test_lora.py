@@ -88,7 +88,7 @@ def test_rows_of_a_batch_have_their_own_adapters(reference, bases):
         params = by_row([trees[0], base.params, trees[1]], [0, 1, 2])
         wanted = reference[f"{family}/mixed_logits"]
         np.testing.assert_allclose(logits(base.replace(params=params), ids), wanted, atol=1e-5)
-    scanned = models.forward(params, ids, base.config)[0]
+    scanned = jax.jit(models.forward, static_argnums=2)(params, ids, base.config)[0]
     np.testing.assert_allclose(scanned, wanted, atol=1e-5)
     with pytest.raises(ValueError, match="brings weights of its own"):
         by_row([base.params, gx.load_adapter(base, PEFT / "llama" / "save_modules").params], [0, 1])
@@ -187,8 +187,8 @@ def test_products_and_gradients_are_those_of_the_sum(product, shape, first, x):
             total = w + 0.5 * jnp.tensordot(a, b, 1)
             return total[x] if product == "lookup" else jnp.einsum(product, x, total)
 
-        np.testing.assert_allclose(ours(a, b), theirs(a, b), rtol=1e-12)
-        gradients = (jax.grad(lambda *p, f=f: jnp.sum(jnp.sin(f(*p))), (0, 1))(a, b) for f in (ours, theirs))
+        np.testing.assert_allclose(jax.jit(ours)(a, b), jax.jit(theirs)(a, b), rtol=1e-12)
+        gradients = (jax.jit(jax.grad(lambda *p, f=f: jnp.sum(jnp.sin(f(*p))), (0, 1)))(a, b) for f in (ours, theirs))
         jax.tree.map(lambda g, h: np.testing.assert_allclose(g, h, rtol=1e-10), *gradients)
 
 

@@ -179,7 +179,7 @@ def test_initial_residual_projections_are_smaller_but_for_gpt1():
         assert float(down.std() / up.std()) == pytest.approx(ratio, rel=0.02)
 
 
-@pytest.mark.parametrize("dialect", ["openai-gpt", "gpt3"])
+@pytest.mark.parametrize("dialect", [pytest.param("openai-gpt", marks=pytest.mark.slow), "gpt3"])
 def test_greedy_text_is_the_argmax_of_a_full_pass(dialect):
     """Beyond the band, for prompts of two lengths in one batch."""
     c = dataclasses.replace(FORMATS[dialect], context=48, width=32, heads=4, init_std=0.4, eos=None)

@@ -48,7 +48,7 @@ def assert_close(a, b, bound=2e-6):
         assert np.abs(np.asarray(x) - np.asarray(y)).max() <= bound * max(np.abs(np.asarray(y)).max(), 1)
 
 
-@families("glm130b", "llama")
+@families("llama")
 def test_gradient_equals_finite_differences(family):
     """In float64, along a random direction through every parameter at once."""
     c = CONFIGS[family]
@@ -79,7 +79,7 @@ def test_every_form_gives_the_same_loss_and_gradients(family):
             assert_close(value_and_grad(params(family), TOKENS, c, key=key, **options), expected)
     value, gradient = value_and_grad(gx.unstack(params(family)), TOKENS, c, key=key)
     assert_close((value, gradient["blocks"]), (expected[0], gx.unstack(expected[1])["blocks"]))
-    if family == "llama":
+    if family == "glm":
         assert_close(loss(gx.unstack(params(family)), TOKENS, c, key=key), expected[0])  # and without jit
 
 
@@ -112,7 +112,7 @@ def test_vmap_over_caches(family):
         assert_close(got[i], step(TOKENS[:1, n : n + 1], caches[i])[0])
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@families("glm130b", "llama")
 def test_bfloat16_parameters_give_bfloat16_logits_near_float32(family):
     c = CONFIGS[family]
     p = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params(family))
@@ -122,7 +122,7 @@ def test_bfloat16_parameters_give_bfloat16_logits_near_float32(family):
     assert np.abs(np.asarray(logits, np.float32) - exact).max() <= 0.1 * np.abs(exact).max()
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@families("gpt", "glm", "llama")
 def test_a_token_outside_the_vocabulary_gives_nan_in_what_follows(family):
     tokens = jnp.asarray(TOKENS).at[0, 5].set(40)
     logits, _ = forward(params(family), tokens, CONFIGS[family])

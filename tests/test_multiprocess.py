@@ -33,7 +33,8 @@ def train(folder, run, *words):
 
 def start(words):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
+    environment["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=2"
     return subprocess.Popen([*COMMAND, *words], env=environment, text=True, stderr=subprocess.PIPE)
 
 

@@ -141,7 +141,7 @@ def entropy_penalty(logprobs):
 def test_scores_of_the_caller_are_added():
     model, prompt = small(), PROMPTS[0]
     found = gx.generate(model, prompt, max_new_tokens=6, search=gx.beam(3, length_penalty=0, score=entropy_penalty))
-    logits, _ = gx.forward(model[0], np.array([[*prompt, *found.tokens]]), model[1])
+    logits, _ = jax.jit(gx.forward, static_argnums=2)(model[0], np.array([[*prompt, *found.tokens]]), model[1])
     logprobs = jax.nn.log_softmax(logits[0, len(prompt) - 1 : -1])
     np.testing.assert_allclose(found.score, sum(found.logprobs) + float(entropy_penalty(logprobs).sum()), rtol=1e-5)
 

@@ -57,14 +57,23 @@ ALL = {
 }
 ALL |= {(config, *plan, "float32") for config in FAMILIES for plan in PLANS}
 #: One family under every strategy, and every other on a mesh that has all axes; the rest is slow.
-QUICK = {("llama", *PLANS[i], "float64") for i in (2, 8, 10, 14)}
+QUICK = {("llama", *PLANS[i], "float64") for i in (8, 10, 14)}
 QUICK |= {
     (config, "fsdp+tp", "data=2,fsdp=2,tensor=2", "float64")
     for config in CONFIGS
     if config
-    not in (*FAMILIES, "strided", "one key", "alibi", "opt", "gpt_neox", "falcon")  # these declare what others do
+    not in (
+        *FAMILIES,
+        "strided",
+        "one key",
+        "alibi",
+        "opt",
+        "gpt_neox",
+        "falcon",
+        "glm130b",
+    )  # these declare what others do
 }
-QUICK |= {(config, "fsdp+tp", "fsdp=2,sequence=2,tensor=2", "float64") for config in ("glm", "alibi")}
+QUICK |= {(config, "fsdp+tp", "fsdp=2,sequence=2,tensor=2", "float64") for config in ("glm",)}
 CASES = [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in sorted(ALL)]
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -140,12 +149,12 @@ def test_key_value_heads_may_be_fewer_than_the_devices_of_the_query_heads():
 def test_rules_may_split_the_key_value_heads_alone():
     config, m = dataclasses.replace(CONFIGS["one key"], kv_heads=2), sharding.make_mesh("data=4,tensor=2")
     params = gx.init(config, jax.random.key(1))
-    expected = loss(params, tokens(config), config)
+    expected = jax.jit(loss, static_argnums=2)(params, tokens(config), config)
     strategy = dataclasses.replace(STRATEGIES["tp"], rules=STRATEGIES["tp"].rules | {"heads": None})
     with jax.set_mesh(m):
         sharded = jax.device_put(params, sharding.shardings(models.chatglm.parameters(config), m, strategy))
         batch = jax.device_put(tokens(config), NamedSharding(m, P("data", None)))
-        assert relative(loss(sharded, batch, config), expected) <= 1e-5
+        assert relative(jax.jit(loss, static_argnums=2)(sharded, batch, config), expected) <= 1e-5
 
 
 @pytest.mark.parametrize("family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gpt", "glm"))])
@@ -159,7 +168,7 @@ def test_tokens_may_be_whole_on_every_device(family):
     assert relative(value, expected) <= 1e-5
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["glm", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gpt", "llama"))])
 def test_parameters_are_born_sharded_and_equal(family):
     config = CONFIGS[family]
     m = sharding.make_mesh("fsdp=4,tensor=2")

@@ -22,7 +22,7 @@ def window(size: int, *, dtype: str | None = None) -> Window:
 
     Example:
         >>> import jax, garrulax as gx
-        >>> config = gx.preset("llama-tiny", eos=None)
+        >>> config = gx.preset("llama-tiny", layers=1, eos=None)
         >>> model = gx.init(config, jax.random.key(0)), config
         >>> len(gx.generate(model, [5, 17, 3], max_new_tokens=100, cache=gx.window(32)).tokens)
         100
@@ -47,7 +47,7 @@ def sinks(first: int, size: int, *, dtype: str | None = None) -> Sinks:
 
     Example:
         >>> import jax, garrulax as gx
-        >>> config = gx.preset("llama-tiny", eos=None)  # its context is 128
+        >>> config = gx.preset("llama-tiny", layers=1, eos=None)  # its context is 128
         >>> model = gx.init(config, jax.random.key(0)), config
         >>> len(gx.generate(model, [5, 17, 3], max_new_tokens=500, cache=gx.sinks(4, 60)).tokens)
         500
@@ -88,7 +88,7 @@ def blocks(
 
     Example:
         >>> import jax, garrulax as gx
-        >>> config = gx.preset("llama-tiny", eos=None)  # its context is 128
+        >>> config = gx.preset("llama-tiny", layers=1, eos=None)  # its context is 128
         >>> model = gx.init(config, jax.random.key(0)), config
         >>> cache = gx.blocks(size=8, top=4, first=4, local=64)
         >>> len(gx.generate(model, [5, 17, 3], max_new_tokens=300, cache=cache).tokens)

@@ -113,7 +113,7 @@ def draft(model: ModelLike | None = None, *, layers: int | None = None, tokens: 
 
     Example:
         >>> import jax, garrulax as gx
-        >>> config = gx.preset("gpt2-tiny", layers=3, width=32, heads=2, vocab=257, eos=None)
+        >>> config = gx.preset("gpt2-tiny", layers=2, width=32, heads=2, vocab=257, eos=None)
         >>> model = gx.init(config, jax.random.key(0)), config
         >>> one = gx.generate(model, [5, 17, 3], max_new_tokens=8, speculate=gx.draft(layers=1))
         >>> one.tokens == gx.generate(model, [5, 17, 3], max_new_tokens=8).tokens

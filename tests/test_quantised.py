@@ -7,20 +7,25 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import quantised_cases as cases
 
 import garrulax as gx
 from garrulax.cli import main
+from garrulax.core import lora
 from garrulax.core import quantised as core
 from garrulax.core.coded import Coded
 from garrulax.core.einsum import einsum, letters, lookup
 from garrulax.core.leaf import weights
+from garrulax.core.lora_specs import adapter_specs
 from garrulax.core.quantised import Quantised
 from garrulax.core.sharding import place
 from garrulax.models import parameters
 from garrulax.quantisation import awq, gptq, grid, quantise_with_errors
+from garrulax.train import objectives, settings
 from garrulax.train.state import init_state
+from garrulax.train.step import make_train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 CONFIG = gx.preset("llama-tiny", layers=2, width=64, heads=4, kv_heads=2, mlp_width=96, vocab=131, tied=False, eos=None)
@@ -153,6 +158,47 @@ def test_a_quantised_model_computes_what_its_plain_one_does(model):
     theirs = logits(plain.params)
     np.testing.assert_allclose(logits(small.params), theirs, atol=1e-5)
     np.testing.assert_allclose(logits(gx.unstack(small.params)), theirs, atol=1e-5)
+
+
+def largest_float(program):
+    """Numbers of the largest floating-point array in a compiled program."""
+    shapes = re.findall(r"\b(?:f32|f16|bf16)\[([\d,]+)\]", program.as_text())
+    return max(int(np.prod([int(n) for n in shape.split(",")])) for shape in shapes)
+
+
+@pytest.mark.parametrize("kind", ["nf4", pytest.param("int4", marks=pytest.mark.slow)])
+def test_a_training_step_of_adapters_over_codes_is_that_over_plain_weights(kind, model, monkeypatch):
+    """QLoRA: the whole step, whose gradients are what one step of SGD subtracts."""
+    monkeypatch.setattr(core, "LEAST", 0)  # by blocks
+    monkeypatch.setattr(core, "BLOCK", 512)
+    small = gx.quantise(model, kind, group=16)
+    sgd, rows = optax.sgd(1.0), IDS[None, :1]
+    batch = {"tokens": rows[..., :-1], "targets": rows[..., 1:], "weights": np.ones(rows[..., 1:].shape, np.float32)}
+    step = make_train_step(CONFIG, settings.Settings(), sgd, objectives.causal_lm)
+
+    def after(base):
+        full = gx.lora(base, rank=2, alpha=4).params
+        trained, frozen = lora.split(full)
+        start = jax.tree.map(lambda x: np.sin(np.arange(x.size, dtype=np.float32)).reshape(x.shape) / 8, trained)
+        state = init_state(CONFIG, sgd, 0, params=start, specs=adapter_specs(full, parameters(CONFIG)))
+        program = step.lower(state, batch, frozen).compile()
+        state, metrics = program(state, batch, frozen)
+        return jax.tree.map(lambda old, new: np.asarray(old - new), start, state.params), metrics["loss"], program
+
+    (ours, loss, program), (theirs, wanted, plain) = after(small), after(gx.dequantise(small))
+    np.testing.assert_allclose(loss, wanted, rtol=1e-6)
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * np.abs(y).max())
+        assert np.abs(y).max() > 0
+    assert largest_float(program) < 64 * 64 <= largest_float(plain)  # no float copy of one layer's smallest weights
+
+
+def test_adapters_of_quantised_weights_are_merged_after_gx_dequantise(model):
+    small = gx.lora(gx.quantise(model, "nf4", group=16), rank=2, alpha=4)
+    with pytest.raises(ValueError, match=r"are a quantised weight: make plain weights of it with gx\.dequantise, and"):
+        gx.merge(small)
+    up = gx.merge(gx.dequantise(small)).params["blocks"]["mlp"]["up"]
+    np.testing.assert_array_equal(up, small.params["blocks"]["mlp"]["up"].base.dense())
 
 
 def test_a_mesh_gathers_codes_and_refuses_to_cut_groups(model):

@@ -23,7 +23,7 @@ from garrulax.core import einsum as products
 from garrulax.core.codes import Form
 from garrulax.core.leaf import Leaf
 
-BLOCK = 1 << 18  # numbers of a block: 1 MB in float32
+BLOCK = 1 << 16  # numbers of a block: 256 KB in float32, a part of the L2 cache, so that the product reads it there
 LEAST = 1 << 16  # numbers of a weight that is worth a loop
 
 

@@ -12,6 +12,7 @@ from garrulax.core import spec
 from garrulax.core.coded import Coded
 from garrulax.core.dtypes import parameter_dtype
 from garrulax.core.leaf import Leaf, check_arrays, map_weights
+from garrulax.core.lora import Lora
 from garrulax.core.quantised import Quantised
 from garrulax.models import parameters, unstack
 from garrulax.models.unpack import TokenizerLike, unpack_model
@@ -144,7 +145,7 @@ def quantise_with_errors(
 
 
 def dequantise(model: Any, dtype: Any = "float32") -> Any:
-    """A model with plain weights in place of quantised ones.
+    """A model with plain weights in place of quantised ones, below adapters too.
 
     Args:
         model: A `gx.Model`, or a tuple (params, config).
@@ -162,7 +163,13 @@ def dequantise(model: Any, dtype: Any = "float32") -> Any:
     """
     kind = parameter_dtype(dtype)
     params, config, _ = unpack_model(model)
-    plain = map_weights(lambda w: _dense(w, kind) if isinstance(w, Quantised) else w.astype(kind), params)
+
+    def plain_weight(w: Any) -> Any:
+        if isinstance(w, Lora):
+            return dataclasses.replace(w, base=plain_weight(w.base))
+        return _dense(w, kind) if isinstance(w, Quantised) else w.astype(kind)
+
+    plain = map_weights(plain_weight, params)
     return (plain, config) if isinstance(model, tuple) else model.replace(params=plain)
 
 

@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 from garrulax import models
 from garrulax.core import lora, sharding, spec
 from garrulax.core.config import ModelConfig
-from garrulax.core.leaf import map_weights
 from garrulax.core.lora import Lora
 from garrulax.core.lora_specs import adapter_specs, attach, chosen, module_of
 from garrulax.core.spec import ParamSpec, Tree, named_specs
@@ -155,7 +154,7 @@ def adapted(
     base = params() if callable(params) else params
     spec.check_params(specs, base)
     base = (
-        map_weights(jnp.asarray, base)
+        jax.tree.map(jnp.asarray, base)
         if mesh is None
         else sharding.place(base, specs, mesh, settings.strategy, strict=settings.strict)
     )

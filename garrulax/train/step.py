@@ -14,6 +14,7 @@ from garrulax.core.lora import join
 from garrulax.core.spec import Tree
 from garrulax.train import lora
 from garrulax.train.averaging import next_average
+from garrulax.train.freed_memory import keep_freed_memory
 from garrulax.train.guard import judge
 from garrulax.train.norms import gradient_norms
 from garrulax.train.objectives import Batch, Objective
@@ -50,6 +51,8 @@ def make_train_step(
         optimizer: From `optimizers.make_optimizer`.
         objective: To minimise, see `train.objectives`.
     """
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
     gradient = _gradient(config, settings, objective)
     schedule = schedule_of(settings, settings.lr)
     factor = settings.spike_factor if settings.skip_steps == "spikes" else None

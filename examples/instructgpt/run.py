@@ -1,7 +1,7 @@
 """InstructGPT's pipeline on a tiny model: SFT, a reward model, PPO with pre-training text, and then too much of it.
 
     python examples/instructgpt/run.py [--folder runs/instructgpt] [--seed 0] [--steps 80]
-    python examples/instructgpt/run.py --seeds 3 --steps 40
+    python examples/instructgpt/run.py --seeds 3 --steps 24 --pretraining 200
 
 The task: answer a remark with one short question. A GPT over bytes with 0.2 million parameters is trained on small talk
 of all kinds (pre-training), then on good answers (SFT). A rule, which stands for the people of the paper, prefers of
@@ -138,15 +138,26 @@ def measured(params: dict, prompts: rollouts.Prompts, reference: dict, score, se
     }
 
 
-def pipeline(folder: Path, seed: int, steps: int, compared: int, stages: dict[str, tuple[float, float]]) -> dict:
+def pipeline(
+    folder: Path,
+    seed: int,
+    stages: dict[str, tuple[float, float]],
+    *,
+    pretraining: int,
+    compared: int,
+    steps: int,
+    eval_every: int,
+) -> dict:
     """Runs all stages.
 
     Args:
         folder: For their runs.
         seed: Of the data, the first parameters and the sampling.
-        steps: Of each PPO stage.
-        compared: Number of comparisons that the reward model learns from.
         stages: Of PPO: a name, and the weights of the KL and of the pre-training text.
+        pretraining: Its number of steps.
+        compared: Number of comparisons that the reward model learns from.
+        steps: Of each PPO stage.
+        eval_every: Steps of PPO from one measurement to the next.
 
     Returns:
         points: Of each model, what `measured` says; of a PPO stage a list, from its beginning to its end.
@@ -156,7 +167,11 @@ def pipeline(folder: Path, seed: int, steps: int, compared: int, stages: dict[st
         examples(4000, seed, small_talk), examples(200, 90, small_talk, STRANGERS), settings(seed=seed)
     )
     base = train(
-        folder / "pretrained", settings(steps=400, lr=3e-3), talk, causal_lm, gx.init(CONFIG, jax.random.key(seed))
+        folder / "pretrained",
+        settings(steps=pretraining, lr=3e-3),
+        talk,
+        causal_lm,
+        gx.init(CONFIG, jax.random.key(seed)),
     )
     shown = sft.make_sft_data(
         examples(300, seed + 1, good_answer), examples(200, 91, good_answer, STRANGERS), settings(seed=seed)
@@ -191,8 +206,10 @@ def pipeline(folder: Path, seed: int, steps: int, compared: int, stages: dict[st
     }
     for name, (beta, weight) in stages.items():
         points[name] = [points["sft"][0]]
-        ppo(folder / name.replace(" ", "-"), tuned, judge, (train_on, held_out), score, beta,
-            (talk, weight) if weight else None, steps, seed, points[name])  # fmt: skip
+        s = settings(steps=steps, lr=1e-3, batch=64, window=train_on.length, schedule="constant", seed=seed,
+                     eval_every=eval_every, checkpoint_every=steps)  # fmt: skip
+        ppo(folder / name.replace(" ", "-"), tuned, judge, train_on, score, beta, (talk, weight) if weight else None,
+            s, _points(points[name], held_out, tuned, score, seed))  # fmt: skip
     stage = points[next(iter(stages))]
     accuracies = [
         float(objectives.reward_objective()(params, jax.tree.map(jnp.asarray, arrays[1]), CONFIG)[1]["accuracy"])
@@ -207,23 +224,17 @@ def pipeline(folder: Path, seed: int, steps: int, compared: int, stages: dict[st
     return {"points": points, "held_out": own}
 
 
-def ppo(
-    folder: Path, tuned: dict, judge: dict, prompts, score, beta: float, ptx, steps: int, seed: int, points
-) -> None:
-    """One PPO stage from the SFT model on, with the KL times beta in the reward; adds what it measures to `points`."""
-    train_on, held_out = prompts
+def ppo(folder: Path, tuned: dict, judge: dict, train_on, score, beta: float, ptx, s: Settings, evaluate) -> None:
+    """One PPO stage from the SFT model on, with the KL times beta in the reward, and perhaps (data, weight) of text."""
     chosen = rl.PolicySettings("ppo", group=1, limit=LIMIT, epochs=2, beta=beta, missing_end=1.0)
-    s = settings(steps=steps, lr=1e-3, batch=64, window=train_on.length, schedule="constant", seed=seed)
-    made = rl.PolicyRollouts(train_on, score, CONFIG, chosen, 64, seed, reference=tuned, tokenizer=TOKENIZER,
+    made = rl.PolicyRollouts(train_on, score, CONFIG, chosen, s.batch, s.seed, reference=tuned, tokenizer=TOKENIZER,
                              text=ptx[0].batch_at if ptx else None)  # fmt: skip
     objective = policy_objective("ppo")
     if ptx:
         objective = objectives.mixed(objective, on_model(causal_lm), ptx[1])
-    evaluate = _points(points, held_out, tuned, score, seed)
     data = Data(lambda step: NOTHING, lambda: iter([NOTHING]))
-    start = policy_params(jax.tree.map(jnp.copy, judge), CONFIG, beta, values=True, key=jax.random.key(seed))
+    start = policy_params(jax.tree.map(jnp.copy, judge), CONFIG, beta, values=True, key=jax.random.key(s.seed))
     start = {**start, **jax.tree.map(jnp.copy, tuned)}  # the policy is the SFT model, the values begin as the judge's
-    s = dataclasses.replace(s, eval_every=max(2, steps // 10 // 2 * 2), checkpoint_every=s.steps)
     run = loop.Run(CONFIG, s, data, folder, objective=objective, params=start,
                    specs=policy_specs(CONFIG, values=True), rollouts=made, evaluate=evaluate)  # fmt: skip
     gx.save(gx.Model(CONFIG, policy_model(loop.train(run).params), TOKENIZER), folder / "model")
@@ -246,16 +257,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="number of runs, without the last stage if several")
     parser.add_argument("--steps", type=int, default=80, help="of each of the two PPO stages")
     parser.add_argument("--comparisons", type=int, default=300)
+    parser.add_argument("--pretraining", type=int, default=400, help="number of steps")
     args = parser.parse_args()
     begun, stages = time.perf_counter(), {"ppo-ptx": (0.05, 0.1)}
+    sizes = {"pretraining": args.pretraining, "compared": args.comparisons, "steps": args.steps}
     if args.seeds > 1:
         seeds = [args.seed + 10 * i for i in range(args.seeds)]
-        found = [pipeline(args.folder / f"seed{i}", i, args.steps, args.comparisons, stages) for i in seeds]
+        found = [pipeline(args.folder / f"seed{i}", i, stages, **sizes, eval_every=args.steps) for i in seeds]
         report([one["held_out"] for one in found])
         (args.folder / "seeds.json").write_text(json.dumps(found, indent=1))
     else:
         stages["ppo without KL"] = (0.0, 0.0)
-        found = pipeline(args.folder, args.seed, args.steps, args.comparisons, stages)
+        found = pipeline(args.folder, args.seed, stages, **sizes, eval_every=max(2, args.steps // 10 // 2 * 2))
         accuracy = found["held_out"]["reward model: accuracy"][1]
         print(f"the reward model agrees with {accuracy:.0%} of the held-out comparisons, a fifth of which are random")
         print(f"\n{'':15} {'rule':>6} {'model':>6} {'KL':>6} {'length':>7} {'questions':>10}")

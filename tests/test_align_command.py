@@ -182,8 +182,7 @@ def test_judged_answers_of_models_that_continue_and_that_fill_blanks(method, fam
     said = capsys.readouterr().err
     assert ("38 to train on, 2 held out" if method == "dpo" else "desirable and") in said
     losses = metrics_of(tmp_path / "run", "loss")
-    np.testing.assert_allclose(losses[0], np.log(2) if method == "dpo" else 0.5, rtol=1e-5)  # policy = reference
-    assert losses[-1] < losses[0]
+    assert losses[-1] < losses[0] < (np.log(2) if method == "dpo" else 0.5)  # that of the reference itself
     assert metrics_of(tmp_path / "run", "margin")[-1] > 0
     if family == "glm":
         assert main([*words[:-2], str(tmp_path / "other"), "--method", "reward"]) == 2

@@ -54,15 +54,10 @@ def distillation_objective(
         mask = mask_of(batch)
 
         def logits(params: Tree, config: ModelConfig, key: jax.Array | None, **options: Any) -> jax.Array:
-            return models.forward(
-                params,
-                batch["tokens"],
-                config,
-                positions=batch.get("positions"),
-                mask=mask_of(batch),
-                key=key,
-                **options,
-            )[0]
+            positions = batch.get("positions")
+            return models.forward(params, batch["tokens"], config, positions=positions, mask=mask, key=key, **options)[
+                0
+            ]
 
         student = logits(params, config, key, **options)
         other = logits(jax.lax.stop_gradient(teacher), teacher_config or config, None)

@@ -14,7 +14,7 @@ import pytest
 from tiny import byte_model
 
 import garrulax as gx
-from garrulax.align import answers
+from garrulax.align import answers, labelled
 from garrulax.align.comparisons import NO_ANSWER
 from garrulax.align.reward_files import load_reward_model, save_reward_model
 from garrulax.cli import main
@@ -29,6 +29,11 @@ END = 256
 def written(path, records):
     path.write_text("\n".join(map(json.dumps, records)))
     return str(path)
+
+
+def metrics_of(run, name):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
 
 
 @pytest.fixture(autouse=True)
@@ -163,6 +168,47 @@ def test_the_whole_way_and_kill_9(model, tmp_path):
     errors = done("align", model, "--method", "rloo", "--data", prompts, "--reward", "rules:vowels", *FEW,
                   "--option", "limit=6", "--option", "group=4", "--run", "rloo")  # fmt: skip
     assert "held-out reward" in errors
+
+
+@pytest.mark.parametrize(("method", "family"), [("kto", "gpt"), ("kto", "glm"), ("dpo", "glm")])
+def test_judged_answers_of_models_that_continue_and_that_fill_blanks(method, family, tmp_path, capsys):
+    made = byte_model(family, context=64, **({"eos": END} if family == "gpt" else {}))
+    gx.save(gx.Model(made.config, made.params, made.tokenizer), tmp_path / "base")
+    single = [{"prompt": p["prompt"], "completion": p["chosen" if i % 2 else "rejected"], "label": bool(i % 2)}
+              for i, p in enumerate(PAIRS)]  # fmt: skip
+    data = written(tmp_path / "data.jsonl", PAIRS if method == "dpo" else [*single, *PAIRS[:4]])
+    words = ["align", str(tmp_path / "base"), "--data", data, *FEW, "--run", str(tmp_path / "run"), "--method"]
+    assert main([*words, method]) == 0
+    said = capsys.readouterr().err
+    assert ("38 to train on, 2 held out" if method == "dpo" else "desirable and") in said
+    losses = metrics_of(tmp_path / "run", "loss")
+    assert losses[-1] < losses[0] < (np.log(2) if method == "dpo" else 0.5)  # that of the reference itself
+    assert max(metrics_of(tmp_path / "run", "margin")) > 0  # 0 in a batch of one kind
+    if family == "glm":
+        assert main([*words[:-2], str(tmp_path / "other"), "--method", "reward"]) == 2
+        assert "this model fills blanks: train it" in capsys.readouterr().err
+
+
+def test_answers_to_other_prompts():
+    tokenizer = ByteTokenizer(["<|endoftext|>"])
+    records = [{"prompt": "a", "completion": "xy", "label": True}, {"prompt": "a", "completion": "z", "label": False},
+               {"prompt": "bc", "completion": "w", "label": True}]  # fmt: skip
+    found = [one for record in records for one in labelled.labelled(record, tokenizer, (END,), "here")]
+    arrays, _ = labelled.labelled_arrays(found, 8)
+    rows = np.concatenate([arrays["tokens"][:, 1, :1], arrays["targets"][:, 1]], axis=1)
+    texts = [bytes(ids[ids < END].tolist()).rstrip(b"\0") for ids in rows]
+    assert texts == [b"aw", b"aw", b"bcxy"]
+    assert arrays["desirable"].tolist() == [1, 0, 1]
+    assert arrays["weights"].sum(-1).tolist() == [[3, 2], [2, 2], [2, 3]]
+    with pytest.raises(ValueError, match="all answers are to one prompt"):
+        labelled.labelled_arrays(found[:2], 8)
+    for record, message in (
+        ({"prompt": "a", "completion": "b"}, "give prompt, completion and label"),
+        ({"prompt": "a", "completion": "b", "label": 1}, "label=1 is neither true nor false"),
+        ({"prompt": "a", "label": True}, "has a label, but no completion"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            labelled.labelled(record, tokenizer, (END,), "here")
 
 
 def test_what_a_run_began_with_is_not_changed(model, tmp_path, capsys):

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracle import FOLDER
+from safetensors.numpy import load_file
 
+import garrulax as gx
 from garrulax import align
 from garrulax.align import comparisons, groups, policy
 from garrulax.align.logprobs import entropy
@@ -305,3 +307,34 @@ def test_distillation(beta, temperature):
     name = f"kd/gjsd_b{beta:.1f}_t{temperature:.1f}".replace(".", "p")
     close(value, name, 1e-7)
     close(gradient, f"{name}_grad", 1e-7)
+
+
+def test_fisher_information_of_a_model_and_the_penalty(tmp_path):
+    """Made by torch in float64 on tests/peft/llama/base, stored in float32: three rows, four tensors."""
+    stored = np.load(FOLDER / "ewc_s0.npz")
+    model = gx.load(FOLDER.parent / "peft/llama/base", dtype="float64")
+
+    def loglikelihood(params, row):
+        logits, _ = gx.forward(params, row[None, :-1], model.config)
+        return align.logprobs_of(logits, row[None, 1:]).sum()
+
+    found = align.fisher(loglikelihood, model.params, jnp.asarray(stored["tokens"]))
+    gx.save(model.replace(params=jax.tree.map(lambda x: x.astype(jnp.float32), found)), tmp_path / "fisher")
+    found = load_file(tmp_path / "fisher" / "model.safetensors")  # under the names of the checkpoint
+    wanted, shift = (
+        {name.removeprefix(part): jnp.asarray(x, jnp.float64) for name, x in stored.items() if name.startswith(part)}
+        for part in ("fisher/", "shift/")
+    )
+    assert len(wanted) == 4
+    for name, x in wanted.items():
+        np.testing.assert_allclose(found[name], x, rtol=2e-6, atol=1e-6 * float(x.max()), err_msg=name)
+    penalty = align.ewc_penalty(shift, jax.tree.map(jnp.zeros_like, shift), wanted, weight=100.0)
+    np.testing.assert_allclose(penalty, stored["penalty"], rtol=1e-6)
+
+
+def test_coverage():
+    attention = np.random.default_rng(0).dirichlet(np.ones(5), (2, 4))
+    before = [attention[:, :t].sum(axis=1) for t in range(4)]
+    wanted = np.stack([np.minimum(attention[:, t], before[t]).sum(-1) for t in range(4)], axis=1)
+    np.testing.assert_allclose(align.coverage(jnp.asarray(attention)), wanted, atol=1e-12)
+    np.testing.assert_allclose(align.coverage(jnp.full((3, 4), 0.25)), [0, 1, 1], atol=1e-12)

@@ -12,7 +12,7 @@ from tiny import CONFIGS, byte_model
 
 import garrulax as gx
 from garrulax import align, models
-from garrulax.align import conversations, objectives, sft
+from garrulax.align import conversations, objectives, rollouts, sft, teachers
 from garrulax.align.comparisons import NO_ANSWER
 from garrulax.align.policy import masked_mean
 from garrulax.hub.tokenizers import ByteTokenizer
@@ -279,6 +279,38 @@ def test_sums_of_objectives(quick_compilation):
     logits, _ = models.forward(params, text["tokens"], config)
     penalty = masked_mean(align.unlikelihood(logits, text["targets"]), text["weights"])
     np.testing.assert_allclose(repeated(params, text, config)[0], lm + 2 * penalty, rtol=1e-5)
+
+
+def test_a_student_learns_from_a_teacher_on_its_own_text(quick_compilation):
+    """Without forgetting: at the old parameters the loss is that of the text alone. On-policy: the divergence falls."""
+    made = byte_model("gpt", eos=0)
+    old, config = made.params, made.config
+    draw = np.random.default_rng(0)
+    text = {k: jnp.asarray(draw.integers(0, config.vocab, (2, 8)), jnp.int32) for k in ("tokens", "targets")}
+    text["weights"] = jnp.ones((2, 8))
+    kept = teachers.distillation_objective(old, temperature=2.0, weight=0.7, nll_weight=1.0)
+    value, metrics = kept(old, text, config)
+    np.testing.assert_allclose(value, causal_lm(old, text, config)[0], rtol=1e-5)
+    np.testing.assert_allclose(metrics["divergence"], 0, atol=1e-6)
+    student = models.init(config, jax.random.key(5))
+    logits = [models.forward(p, text["tokens"], config)[0] for p in (student, old)]
+    wanted = 0.7 * 4 * align.distillation(*logits, temperature=2.0).mean()
+    value, metrics = kept(student, text, config)
+    np.testing.assert_allclose(value, wanted + metrics["nll"], rtol=1e-5)
+
+    prompts = rollouts.Prompts(["ab", "c"], config, made.tokenizer, 4)
+    write = teachers.StudentRollouts(prompts, config, 4, 0, limit=4, tokenizer=made.tokenizer)
+    objective = teachers.distillation_objective(old, beta=1.0)
+    step = jax.jit(jax.value_and_grad(lambda p, batch: objective(p, batch, config)[0]))
+    values = []
+    for i in range(4):
+        batch = write(None, i, student)[1]
+        again = write(None, i, student)[1]
+        assert all((batch[name] == again[name]).all() for name in batch)
+        value, gradient = step(student, {name: jnp.asarray(x) for name, x in batch.items()})
+        student = jax.tree.map(lambda p, g: p - 0.003 * g, student, gradient)
+        values.append(float(value))
+    assert values[-1] < values[0]
 
 
 def test_fisher_information_is_a_mean_of_squares():

@@ -23,13 +23,16 @@ from garrulax.align.policy import (
     whiten,
 )
 from garrulax.align.preference import dpo, ipo, kto, kto_kl, orpo, simpo
-from garrulax.align.repetition import repeated_ngrams, scalegrad, sequence_unlikelihood, unlikelihood
+from garrulax.align.repetition import coverage, repeated_ngrams, scalegrad, sequence_unlikelihood, unlikelihood
+from garrulax.align.teachers import distillation_objective
 
 __all__ = [
     "KLController",
     "clipped_policy_loss",
     "clipped_value_loss",
+    "coverage",
     "distillation",
+    "distillation_objective",
     "dpo",
     "ewc_penalty",
     "fisher",

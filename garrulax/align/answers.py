@@ -1,9 +1,14 @@
-"""Files of compared answers to prompts, as arrays: pairs for preference losses, rankings for reward models.
+"""Files of judged answers to prompts, as arrays: pairs for preference losses, rankings for reward models, and single
+answers for KTO.
 
 A record is one of
 
 - {"prompt": ..., "chosen": ..., "rejected": ...}
 - {"prompt": ..., "answers": [best, ..., worst], "ranks": [0, 1, 1, ...]} (ranks may be left out; equal ranks are a tie)
+
+and for KTO also
+
+- {"prompt": ..., "completion": ..., "label": true or false}
 
 where a prompt is a text or a list of messages, and an answer a text or a list of one message of the assistant.
 """
@@ -18,6 +23,8 @@ import numpy as np
 
 from garrulax.align.comparisons import NO_ANSWER
 from garrulax.align.conversations import ChatTokenizer, Example, as_messages, encode, has_chat_format, plain
+from garrulax.align.sft import blank_arrays
+from garrulax.core.config import ModelConfig
 from garrulax.train.batches import Data
 from garrulax.train.rows import HostBatch
 from garrulax.train.sampler import permute
@@ -43,7 +50,13 @@ class Ranking:
                 yield self.answers[i], self.answers[j]
 
 
-def ranking(record: Mapping[str, Any], tokenizer: ChatTokenizer, ends: Sequence[int], where: str) -> Ranking:
+def ranking(
+    record: Mapping[str, Any],
+    tokenizer: ChatTokenizer,
+    ends: Sequence[int],
+    where: str,
+    prompt_ids: Callable[[str], list[int]] | None = None,
+) -> Ranking:
     """The answers of a record (see the module docstring).
 
     Args:
@@ -51,6 +64,7 @@ def ranking(record: Mapping[str, Any], tokenizer: ChatTokenizer, ends: Sequence[
         tokenizer: Of the model.
         ends: Ids that end an answer.
         where: For errors.
+        prompt_ids: As for `conversations.plain`.
 
     Raises:
         ValueError: If the record has another form.
@@ -68,10 +82,17 @@ def ranking(record: Mapping[str, Any], tokenizer: ChatTokenizer, ends: Sequence[
         raise ValueError(f"{where}: ranks={ranks!r:.60} are not whole numbers, one an answer")
     if len(answers) < 2:
         raise ValueError(f"{where} has {len(answers)} answers: two or more can be compared")
-    return Ranking([answer(record["prompt"], one, tokenizer, ends, where) for one in answers], list(ranks))
+    return Ranking([answer(record["prompt"], one, tokenizer, ends, where, prompt_ids) for one in answers], list(ranks))
 
 
-def answer(prompt: Any, text: Any, tokenizer: ChatTokenizer, ends: Sequence[int], where: str) -> Example:
+def answer(
+    prompt: Any,
+    text: Any,
+    tokenizer: ChatTokenizer,
+    ends: Sequence[int],
+    where: str,
+    prompt_ids: Callable[[str], list[int]] | None = None,
+) -> Example:
     """A prompt and one answer, whose tokens alone are in the mask.
 
     A model with a chat format reads both as messages; another one reads a text that the answer continues.
@@ -81,7 +102,7 @@ def answer(prompt: Any, text: Any, tokenizer: ChatTokenizer, ends: Sequence[int]
         raise ValueError(f"{where}: an answer is a text, or one message of the assistant, not {text!r:.60}")
     messages = as_messages(prompt, "user")
     if not has_chat_format(tokenizer):
-        return plain(tokenizer, [*messages, *replies], ends, where)
+        return plain(tokenizer, [*messages, *replies], ends, where, prompt_ids)
     return encode(tokenizer, [*messages, *replies], ends, where, last_only=True)
 
 
@@ -98,16 +119,19 @@ def split(count: int, seed: int = 0) -> tuple[list[int], list[int]]:
     return sorted(order[held:]), sorted(order[:held])
 
 
-def pair_arrays(rankings: Sequence[Ranking], window: int) -> tuple[HostBatch, dict[str, int]]:
+def pair_arrays(
+    rankings: Sequence[Ranking], window: int, config: ModelConfig | None = None
+) -> tuple[HostBatch, dict[str, int]]:
     """All pairs of some rankings.
 
     Args:
         rankings: Of any number of answers.
         window: Greatest number of tokens of a row.
+        config: Of a model whose answers are blanks; None for one that reads from left to right.
 
     Returns:
-        tokens, targets int32 and weights float32 [N, 2, T], the better answer first; and how many were left out, by
-        why.
+        tokens, targets int32 and weights float32 [N, 2, T], the better answer first, for blanks also positions, rank
+        and segment; and how many were left out, by why.
 
     Raises:
         ValueError: If no pair is left.
@@ -118,7 +142,7 @@ def pair_arrays(rankings: Sequence[Ranking], window: int) -> tuple[HostBatch, di
         raise ValueError("there is no pair of a better and a worse answer: all of them tie or are equal")
     if not kept:
         raise ValueError(f"no pair fits into window={window}")
-    rows = [_row_arrays(pair, window) for pair in kept]
+    rows = [row_arrays(pair, window, config) for pair in kept]
     left_out = {
         "without a better answer": sum(not any(one.pairs()) for one in rankings),
         "too long": len(every) - len(kept),
@@ -198,7 +222,10 @@ def filled(arrays: HostBatch, function: Callable[[HostBatch], np.ndarray], batch
     return {**arrays, name: np.concatenate(found)[:count]}
 
 
-def _row_arrays(examples: Sequence[Example], window: int) -> HostBatch:
+def row_arrays(examples: Sequence[Example], window: int, config: ModelConfig | None) -> HostBatch:
+    """Prompts with answers, one a row; the arguments are those of `pair_arrays`."""
+    if config is not None:
+        return blank_arrays(examples, config, window)
     shape = (len(examples), window)
     row = {
         "tokens": np.zeros(shape, np.int32),

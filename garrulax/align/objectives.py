@@ -2,7 +2,11 @@
 
 A batch of pairs has tokens, targets and weights [B, 2, T], the chosen answer first, and perhaps reference, float32
 [B, 2]: the log-probabilities of both answers under the reference, summed over tokens. weights is 1 at targets that
-belong to the answer, its end token included. Prompt and answer stand at the left, padding at the right.
+belong to the answer, its end token included. Prompt and answer stand at the left, padding at the right. Where answers
+are blanks, positions, rank and segment are there too, of `rollouts.aligned`.
+
+A batch of single answers, for KTO, has the same arrays: first the answer, then the answer to another prompt in its
+place; and desirable, float32 [B], 1 or 0.
 
 A batch of comparisons has tokens [P, K, T], length [P, K] and rank [P, K] (`comparisons.kway_loss`); length is the
 number of tokens of prompt and answer, and the score is read at the last of them.
@@ -49,7 +53,7 @@ def pair_objective(loss: str = "dpo", *, nll_weight: float = 0.0, **knobs: Any) 
     def objective(
         params: Tree, batch: Batch, config: ModelConfig, key: jax.Array | None = None, **options: Any
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        rows = {name: x.reshape(-1, x.shape[-1]) for name, x in batch.items() if name != "reference"}
+        rows = {name: x.reshape(-1, *x.shape[2:]) for name, x in batch.items() if name != "reference"}
         logprobs = token_logprobs(params, rows, config, key, **options)
         sums = sequence_logprobs(logprobs, rows["weights"]).reshape(-1, 2)
         lengths = jnp.maximum(jnp.sum(batch["weights"], axis=-1), 1)
@@ -71,6 +75,44 @@ def pair_objective(loss: str = "dpo", *, nll_weight: float = 0.0, **knobs: Any) 
             "margin": jnp.mean(chosen - rejected),
             "chosen_logprob": jnp.mean(sums[:, 0]),
             "rejected_logprob": jnp.mean(sums[:, 1]),
+        }
+        return jnp.mean(losses), metrics
+
+    return objective
+
+
+def kto_objective(*, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> Objective:
+    """The objective of `preference.kto`, whose estimate of the KL is the mean over the answers to other prompts.
+
+    That mean is taken over a micro-batch, so that a batch in several of them has other values than in one. The metrics
+    have kl, and margin: the mean reward of desirable answers less that of the others, 0 in a batch of one kind.
+
+    Args:
+        beta: Strength of the pull towards the reference.
+        desirable_weight: Of desirable answers.
+        undesirable_weight: Of the others.
+    """
+
+    def objective(
+        params: Tree, batch: Batch, config: ModelConfig, key: jax.Array | None = None, **options: Any
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        own, other = ({name: x[:, i] for name, x in batch.items() if x.ndim > 2} for i in (0, 1))
+        policy = sequence_logprobs(token_logprobs(params, own, config, key, **options), own["weights"])
+        frozen = jax.lax.stop_gradient(params)  # the estimate has no gradient: no backward pass through these rows
+        mismatched = sequence_logprobs(token_logprobs(frozen, other, config, **options), other["weights"])
+        reference, good = batch["reference"].astype(policy.dtype), batch["desirable"].astype(policy.dtype)
+        kl = preference.kto_kl(mismatched, reference[:, 1])
+        losses = preference.kto(
+            policy, reference[:, 0], good > 0, kl, beta=beta, desirable_weight=desirable_weight,
+            undesirable_weight=undesirable_weight,
+        )  # fmt: skip
+        rewards, bad = beta * (policy - reference[:, 0]), 1 - good
+        means = [jnp.sum(rewards * x) / jnp.maximum(jnp.sum(x), 1) for x in (good, bad)]
+        both = (jnp.sum(good) > 0) & (jnp.sum(bad) > 0)
+        metrics = {
+            "tokens": jnp.asarray(len(losses), losses.dtype),
+            "kl": kl,
+            "margin": jnp.where(both, means[0] - means[1], 0),
         }
         return jnp.mean(losses), metrics
 
@@ -148,12 +190,12 @@ def with_reference(batch: Batch, params: Tree, config: ModelConfig, **options: A
     """A batch of pairs with the log-probabilities of its answers under a reference: once, before training.
 
     Args:
-        batch: Of pairs.
+        batch: Of pairs, or of single answers.
         params: Of the reference.
         config: Of the model.
         **options: Passed on to `garrulax.forward`.
     """
-    rows = {name: x.reshape(-1, x.shape[-1]) for name, x in batch.items()}
+    rows = {name: x.reshape(-1, *x.shape[2:]) for name, x in batch.items() if x.ndim > 2}
     logprobs = token_logprobs(params, rows, config, **options)
     return {**batch, "reference": sequence_logprobs(logprobs, rows["weights"]).reshape(batch["weights"].shape[:2])}
 

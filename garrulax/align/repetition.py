@@ -1,4 +1,4 @@
-"""Losses against repetition: unlikelihood, ScaleGrad and DITTO.
+"""Losses against repetition: unlikelihood, ScaleGrad, DITTO and coverage.
 
 Letters: B rows, T tokens, V vocabulary. `segment` int32 [B, T] numbers the documents of a packed row; None is one a
     row.
@@ -131,6 +131,24 @@ def ditto(logprobs: jax.Array, before: jax.Array, repeated: jax.Array, *, decay:
     previous = jax.lax.stop_gradient(jnp.take_along_axis(p, before, axis=1))
     rest = jnp.maximum(1 - jnp.abs(p - decay * previous), _LEAST_SEQUENCE)
     return jnp.where(repeated, -jnp.log(rest), 0)
+
+
+def coverage(attention: jax.Array) -> jax.Array:
+    """The coverage loss (See et al. 2017, eq. 12): attention once more to places that were attended to before.
+
+    At each step it is the sum over places of the lesser of the attention and of the sum of that of all earlier steps.
+    It is meant for one attention over a source; self-attention never forms these weights here, so that a caller who
+    wants it computes them (docs/alignment.md).
+
+    Args:
+        attention: Of T steps over S places, non-negative, [..., T, S].
+
+    Returns:
+        [..., T]; 0 at the first step.
+    """
+    attention = attention.astype(at_least_float32(attention.dtype))
+    before = jnp.cumsum(attention, axis=-2) - attention
+    return jnp.sum(jnp.minimum(attention, before), axis=-1)
 
 
 def _earlier(targets: jax.Array, segment: jax.Array | None) -> jax.Array:

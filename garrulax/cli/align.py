@@ -5,11 +5,10 @@ import dataclasses
 import functools
 import hashlib
 import importlib
-import inspect
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import numpy as np
 
 import garrulax as gx
 from garrulax import models
-from garrulax.align import answers, objectives, preference, rl, sft
+from garrulax.align import answers, objectives, rl, sft
 from garrulax.align.conversations import (
     Example,
     as_messages,
@@ -41,12 +40,12 @@ from garrulax.align.policy_objectives import (
 from garrulax.align.reward_files import load_reward_model, save_reward_model
 from garrulax.align.rollouts import Prompts, Sampled
 from garrulax.cli import starting
+from garrulax.cli.align_job import Job, check_options, end_ids, prompt_ids, records
+from garrulax.cli.align_preferences import kto_run, pairs_run, reward_run
 from garrulax.cli.starting import Start
 from garrulax.cli.train import MODEL, product, save_model, say
 from garrulax.core.spec import Tree
 from garrulax.models import reward as reward_head
-from garrulax.sampling.ends import ends_of
-from garrulax.sampling.partners import encode_prompt
 from garrulax.train.batches import Data, make_data
 from garrulax.train.digests import write_durably
 from garrulax.train.loop import Result, Run
@@ -55,29 +54,8 @@ from garrulax.train.objectives import blank_infilling, causal_lm
 from garrulax.train.shards import build_shards
 from garrulax.train.sources import expanded
 
-FILE, REFERENCE = "align.json", "reference.npz"
-ALL = ("sft", "reward", *objectives.PAIR_LOSSES, *METHODS)
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """The arguments of the command, besides the settings; align.json in the run's folder keeps them.
-
-    Attributes:
-        method: One of `ALL`.
-        data: File of conversations, answers or prompts.
-        valid: File of held-out ones; "" holds out one in twenty.
-        reward: "module:function", or the folder of a reward model.
-        options: Of the method, by name.
-        ptx: Weight of the loss on the text `corpus=`, for PPO-ptx.
-    """
-
-    method: str
-    data: str
-    valid: str = ""
-    reward: str = ""
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    ptx: float = 0.0
+FILE = "align.json"
+ALL = ("sft", "reward", *objectives.PAIR_LOSSES, "kto", *METHODS)
 
 
 def align(args: argparse.Namespace) -> None:
@@ -162,36 +140,11 @@ def _kind(method: str) -> str:
     return "policy" if method in METHODS else "pairs" if method in objectives.PAIR_LOSSES else method
 
 
-def _check_options(job: Job, known: Iterable[str]) -> None:
-    """Raises ValueError for an --option that the method does not have."""
-    names = sorted(known)
-    if odd := sorted(job.options.keys() - set(names)):
-        raise ValueError(f"--option {odd[0]}: --method {job.method} knows {', '.join(names)}")
-
-
-def _keywords(function: Callable) -> set[str]:
-    """The keyword-only parameters of a function."""
-    return {p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
-
-
-def _records(job: Job) -> tuple[list[tuple[str, dict]], list[tuple[str, dict]]]:
-    """The records to train on, and those that are held out."""
-    found = list(read_records(job.data))
-    if job.valid:
-        return found, list(read_records(job.valid))
-    train, held = answers.split(len(found))
-    return [found[i] for i in train], [found[i] for i in held]
-
-
-def _ends(begun: Start) -> tuple[int, ...]:
-    return ends_of(begun.model, begun.model.config, begun.model.tokenizer, None)
-
-
 # -- SFT --------------------------------------------------------------------------------------------------------------
 
 
 def _sft(begun: Start, job: Job) -> Run:
-    tokenizer, ends = begun.model.tokenizer, _ends(begun)
+    tokenizer, ends, ids = begun.model.tokenizer, end_ids(begun), prompt_ids(begun)
     assert tokenizer is not None
 
     in_blanks = models.blanks(begun.model.config) is not None
@@ -200,13 +153,10 @@ def _sft(begun: Start, job: Job) -> Run:
         messages = conversation(record, where)
         if has_chat_format(tokenizer):
             return encode(tokenizer, messages, ends, where, last_only=in_blanks)
-        return plain(tokenizer, messages, ends, where, _prompt_ids if in_blanks else None)
+        return plain(tokenizer, messages, ends, where, ids)
 
-    def _prompt_ids(text: str) -> list[int]:  # with the mask token and the token that begins a blank
-        return list(encode_prompt(text, None, begun.model.config, tokenizer, "a prompt").ids)
-
-    train, valid = ([example(*one) for one in part] for part in _records(job))
-    _check_options(job, ["neftune"])
+    train, valid = ([example(*one) for one in part] for part in records(job))
+    check_options(job, ["neftune"])
     settings, objective, alpha = begun.settings, blank_infilling if in_blanks else causal_lm, job.options.get("neftune")
     if alpha is not None:  # the step has a key where there is dropout
         objective, settings = neftune(objective, alpha), dataclasses.replace(settings, dropout=True)
@@ -221,80 +171,6 @@ def _sft(begun: Start, job: Job) -> Run:
     return Run(begun.model.config, settings, data, begun.folder, objective=objective, params=begun.params)
 
 
-# -- Pairs and rankings -----------------------------------------------------------------------------------------------
-
-
-def _rankings(begun: Start, job: Job) -> list[list[answers.Ranking]]:
-    if models.blanks(begun.model.config) is not None:
-        raise ValueError(f"--method {job.method} is for models that read from left to right; sft "
-                         "and the policy methods go with models that fill blanks")  # fmt: skip
-    tokenizer, ends = begun.model.tokenizer, _ends(begun)
-    assert tokenizer is not None
-    return [[answers.ranking(record, tokenizer, ends, where) for where, record in part] for part in _records(job)]
-
-
-def _left_out(kind: str, counts: dict[str, int]) -> list[str]:
-    return [f"{number:,} {kind} left out: {why}" for why, number in counts.items() if number]
-
-
-def _reward(begun: Start, job: Job) -> Run:
-    _check_options(job, _keywords(objectives.reward_objective))
-    s, config = begun.settings, begun.model.config
-    made = [answers.ranking_arrays(part, s.window) for part in _rankings(begun, job)]
-    notes = [line for _, counts in made for line in _left_out("prompts", counts)]
-    notes.append(f"rankings: {len(made[0][0]['tokens']):,} prompts, up to {made[0][0]['tokens'].shape[1]} answers each")
-    data = answers.array_data(made[0][0], made[1][0], s, notes)
-
-    def params() -> Tree:
-        assert begun.params is not None
-        return reward_head.add_reward_head(begun.params(), config, jax.random.key(s.seed))
-
-    objective = objectives.reward_objective(**job.options)
-    return Run(
-        config, s, data, begun.folder, objective=objective, params=params, specs=reward_head.reward_specs(config)
-    )
-
-
-def _pairs(begun: Start, job: Job) -> Run:
-    _check_options(job, {"nll_weight"} | _keywords(getattr(preference, job.method)))
-    s, config = begun.settings, begun.model.config
-    made = [answers.pair_arrays(part, s.window) for part in _rankings(begun, job)]
-    notes = [line for _, counts in made for line in _left_out("pairs", counts)]
-    notes.append(f"pairs: {len(made[0][0]['tokens']):,} to train on, {len(made[1][0]['tokens']):,} held out")
-    arrays = [part for part, _ in made]
-    if job.method in ("dpo", "ipo"):
-        arrays = _with_references(begun, arrays)
-    data = answers.array_data(arrays[0], arrays[1], s, notes)
-    objective = objectives.pair_objective(job.method, **job.options)
-    return Run(config, s, data, begun.folder, objective=objective, params=begun.params)
-
-
-def _with_references(begun: Start, arrays: list[Any]) -> list[Any]:
-    """The arrays with the log-probabilities under the model that training begins with.
-
-    A run that is resumed reads them from its folder, if they are of the same model and data.
-    """
-    file = begun.folder / REFERENCE
-    digest = hashlib.sha256(begun.settings.preset.encode())
-    for part in arrays:
-        digest.update(part["tokens"].tobytes())
-    stored = dict(np.load(file)) if file.exists() else {}
-    if str(stored.get("digest")) == digest.hexdigest():
-        return [{**part, "reference": stored[name]} for name, part in zip(("train", "valid"), arrays, strict=True)]
-    say("computing the log-probabilities of the reference")
-    assert begun.params is not None
-    params, config = begun.params(), begun.model.config
-    compute = jax.jit(lambda params, batch: objectives.with_reference(batch, params, config)["reference"])
-    filled = [
-        answers.filled(part, lambda batch: compute(params, batch), begun.settings.batch, "reference") for part in arrays
-    ]
-    begun.folder.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"partial-{REFERENCE}")
-    np.savez(partial, digest=digest.hexdigest(), train=filled[0]["reference"], valid=filled[1]["reference"])
-    partial.replace(file)
-    return filled
-
-
 # -- Reinforcement learning -------------------------------------------------------------------------------------------
 
 
@@ -303,7 +179,7 @@ def _policy(begun: Start, job: Job) -> Run:
     assert tokenizer is not None
     assert begun.params is not None
     settings, reward = _policy_settings(job), reward_function(job.reward)
-    given = [[_prompt(record, where, tokenizer) for where, record in part] for part in _records(job)]
+    given = [[_prompt(record, where, tokenizer) for where, record in part] for part in records(job)]
     prompts, held_out = (Prompts(part, config, tokenizer, settings.limit) for part in given)
     s = dataclasses.replace(begun.settings, window=prompts.length)
     reference = begun.params()
@@ -319,7 +195,7 @@ def _policy(begun: Start, job: Job) -> Run:
     made = rl.PolicyRollouts(
         prompts, reward, config, settings, s.batch, s.seed,
         reference=reference if needed else None,
-        tokenizer=tokenizer, end_tokens=_ends(begun), text=text, say=say,
+        tokenizer=tokenizer, end_tokens=end_ids(begun), text=text, say=say,
     )  # fmt: skip
     notes = (f"prompts: {len(prompts):,} to train on, {len(held_out):,} held out; {made.rows} responses of at most "
              f"{settings.limit} tokens a rollout, {made.updates} updates each",)  # fmt: skip
@@ -339,7 +215,7 @@ def _policy(begun: Start, job: Job) -> Run:
 
 
 def _policy_settings(job: Job) -> rl.PolicySettings:
-    _check_options(job, {field.name for field in dataclasses.fields(rl.PolicySettings)} - {"method"})
+    check_options(job, {field.name for field in dataclasses.fields(rl.PolicySettings)} - {"method"})
     return rl.PolicySettings(job.method, **job.options)
 
 
@@ -444,4 +320,10 @@ def _mean_of_best(params: Tree, run: Run, begun: Start) -> float:
     return float(np.concatenate(found).mean())
 
 
-_MAKE: dict[str, Callable[[Start, Job], Run]] = {"sft": _sft, "reward": _reward, "pairs": _pairs, "policy": _policy}
+_MAKE: dict[str, Callable[[Start, Job], Run]] = {
+    "sft": _sft,
+    "reward": reward_run,
+    "pairs": pairs_run,
+    "kto": kto_run,
+    "policy": _policy,
+}

@@ -1,0 +1,89 @@
+"""Single answers that are desirable or not, as arrays for KTO: each beside an answer to another prompt in its place."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from garrulax.align.answers import answer, ranking, row_arrays
+from garrulax.align.conversations import ChatTokenizer, Example
+from garrulax.core.config import ModelConfig
+from garrulax.train.rows import HostBatch
+
+Labelled = tuple[Example, bool]
+
+
+def labelled(
+    record: Mapping[str, Any],
+    tokenizer: ChatTokenizer,
+    ends: Sequence[int],
+    where: str,
+    prompt_ids: Callable[[str], list[int]] | None = None,
+) -> list[Labelled]:
+    """The answers of a record, and whether each is desirable; a pair is one of each kind (see `align.answers`).
+
+    Args:
+        record: The object.
+        tokenizer: Of the model.
+        ends: Ids that end an answer.
+        where: For errors.
+        prompt_ids: As for `conversations.plain`.
+
+    Raises:
+        ValueError: If the record has another form.
+    """
+    if "label" not in record:
+        if "chosen" in record and "rejected" in record:
+            both = ranking(record, tokenizer, ends, where, prompt_ids).answers
+            return [(both[0], True), (both[1], False)]
+        raise ValueError(f"{where} has the keys {', '.join(record)}: give prompt, completion and label (true or "
+                         "false), or prompt, chosen and rejected")  # fmt: skip
+    missing = [name for name in ("prompt", "completion") if name not in record]
+    if missing:
+        raise ValueError(f"{where} has a label, but no {' and no '.join(missing)}")
+    if not isinstance(record["label"], bool):
+        raise ValueError(f"{where}: label={record['label']!r:.60} is neither true nor false")
+    return [(answer(record["prompt"], record["completion"], tokenizer, ends, where, prompt_ids), record["label"])]
+
+
+def labelled_arrays(
+    answers: Sequence[Labelled], window: int, config: ModelConfig | None = None
+) -> tuple[HostBatch, dict[str, int]]:
+    """Answers as arrays for `objectives.kto_objective`.
+
+    Beside each stands the next answer to another prompt, behind the prompt of this one: the estimate of the KL is
+    taken from these, as the authors do.
+
+    Args:
+        answers: From `labelled`.
+        window: Greatest number of tokens of a row.
+        config: Of a model whose answers are blanks; None for one that reads from left to right.
+
+    Returns:
+        tokens, targets int32 and weights float32 [N, 2, T], for blanks also positions, rank and segment; desirable,
+        float32 [N]; and how many were left out, by why.
+
+    Raises:
+        ValueError: If no answer fits, or all have one prompt.
+    """
+    kept = [one for one in answers if len(one[0]) <= window + 1]
+    if not kept:
+        raise ValueError(f"no answer fits into window={window}")
+    parts = [_parts(example) for example, _ in kept]
+    if all(prompt == parts[0][0] for prompt, _ in parts):
+        raise ValueError("all answers are to one prompt: KTO compares with answers to other prompts; give two or more")
+    rows, count = [], len(kept)
+    for i, (prompt, _) in enumerate(parts):
+        other = next(text for p, text in (parts[(i + k) % count] for k in range(1, count)) if p != prompt)
+        other = other[: window + 1 - len(prompt)]
+        mismatched = Example([*prompt, *other], [False] * len(prompt) + [True] * len(other))
+        rows.append(row_arrays([kept[i][0], mismatched], window, config))
+    arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    desirable = np.array([good for _, good in kept], np.float32)
+    return {**arrays, "desirable": desirable}, {"too long": len(answers) - count}
+
+
+def _parts(example: Example) -> tuple[list[int], list[int]]:
+    """The ids of the prompt, and those of the answer."""
+    first = example.mask.index(True)
+    return example.tokens[:first], example.tokens[first:]

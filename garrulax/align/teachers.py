@@ -1,0 +1,116 @@
+"""Learning from a teacher while training: distillation on given text, on the student's own, and not forgetting.
+
+Sources: Hinton et al. 2015; Agarwal et al. 2024 (on-policy, GKD); Li & Hoiem 2016 (learning without forgetting).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from garrulax import models
+from garrulax.align.distillation import distillation
+from garrulax.align.rollouts import Prompts, roll_out, seeds
+from garrulax.core.config import ModelConfig
+from garrulax.core.spec import Tree
+from garrulax.models.unpack import TokenizerLike
+from garrulax.train.objectives import Batch, Objective, mask_of, negative_log_likelihood
+from garrulax.train.rows import HostBatch
+from garrulax.train.sampler import permute
+from garrulax.train.state import TrainState
+
+
+def distillation_objective(
+    teacher: Tree,
+    teacher_config: ModelConfig | None = None,
+    *,
+    beta: float = 0.0,
+    temperature: float = 1.0,
+    weight: float = 1.0,
+    nll_weight: float = 0.0,
+) -> Objective:
+    """The objective of `distillation`: weight * temperature^2 * divergence + nll_weight * nll, of the targets.
+
+    With nll_weight=1 and the parameters from before as the teacher it is learning without forgetting: the new text is
+    learned, and what the old model says of it is kept. The teacher is a constant of the compiled step.
+
+    Args:
+        teacher: Its parameters; they get no gradient.
+        teacher_config: Of the teacher; None is that of the student. Both have one tokenizer.
+        beta: As for `distillation`.
+        temperature: Both logits are divided by it; its square keeps gradients of one size (Hinton).
+        weight: Of the divergence.
+        nll_weight: Of the mean negative log-likelihood of the targets.
+
+    Returns:
+        An objective; its metrics are divergence (without weight and temperature^2) and nll.
+    """
+
+    def objective(
+        params: Tree, batch: Batch, config: ModelConfig, key: jax.Array | None = None, **options: Any
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        mask = mask_of(batch)
+
+        def logits(params: Tree, config: ModelConfig, key: jax.Array | None, **options: Any) -> jax.Array:
+            positions = batch.get("positions")
+            return models.forward(params, batch["tokens"], config, positions=positions, mask=mask, key=key, **options)[
+                0
+            ]
+
+        student = logits(params, config, key, **options)
+        other = logits(jax.lax.stop_gradient(teacher), teacher_config or config, None)
+        tokens = distillation(student, other, beta=beta, temperature=temperature)
+        nll = negative_log_likelihood(student, batch["targets"])
+        weights = batch["weights"].astype(nll.dtype)
+        count = jnp.sum(weights)
+        divergence, nll = (jnp.sum(x * weights) / jnp.maximum(count, 1) for x in (tokens, nll))
+        loss = weight * temperature**2 * divergence + nll_weight * nll
+        return loss, {"tokens": count, "divergence": divergence, "nll": nll}
+
+    return objective
+
+
+class StudentRollouts:
+    """What the student writes at each step, as `train.loop.Rollouts`: with `distillation_objective` it is on-policy.
+
+    With beta=1 the objective is the reverse KL on the student's own text, without a gradient through the sampling.
+
+    Args:
+        prompts: To write after.
+        config: Of the student.
+        batch: Responses of a step.
+        seed: Of the run.
+        limit: Greatest number of tokens of a response; that of the prompts.
+        tokenizer: Of the model.
+        end_tokens: Ids that end a response; None takes those of the model.
+    """
+
+    updates = 1
+
+    def __init__(
+        self,
+        prompts: Prompts,
+        config: ModelConfig,
+        batch: int,
+        seed: int,
+        *,
+        limit: int,
+        tokenizer: TokenizerLike | None = None,
+        end_tokens: Sequence[int] | None = None,
+    ):
+        self.prompts, self.config, self.batch, self.seed, self.limit = prompts, config, batch, seed, limit
+        self.tokenizer, self.end_tokens = tokenizer, end_tokens
+
+    def __call__(self, state: TrainState, step: int, params: Tree) -> tuple[TrainState, HostBatch, Mapping[str, float]]:
+        """See `train.loop.Rollouts`."""
+        epoch, index = np.divmod(step * self.batch + np.arange(self.batch), len(self.prompts))
+        roll = roll_out(
+            models.unstack(params), self.config, self.prompts,
+            permute(index, len(self.prompts), self.seed, epoch).tolist(),
+            seeds=seeds(self.seed, step, self.batch), limit=self.limit, tokenizer=self.tokenizer,
+            end_tokens=self.end_tokens,
+        )  # fmt: skip
+        length = float(np.mean([len(sample.response) for sample in roll.samples]))
+        return state, roll.batch, {"length": length}

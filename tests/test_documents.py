@@ -30,7 +30,11 @@ ELSEWHERE = ("constraints.md", "evaluation.md", "search.md", "speculation.md")
 def blocks(page):
     """The blocks of code of a page; of one whose blocks build on one another, all of them as one."""
     found = re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.MULTILINE)
-    return ["".join(found)] if page.name in ("sampling.md", "decoding.md", "medusa.md", "lora.md") else found
+    return (
+        ["".join(found)]
+        if page.name in ("sampling.md", "decoding.md", "medusa.md", "lora.md", "alignment.md")
+        else found
+    )
 
 
 CODE = [

@@ -17,7 +17,7 @@ demo: $(VENV)/.chat $(VENV)/.smollm2
 	@JAX_COMPILATION_CACHE_DIR=$(abspath $(VENV))/programs-demo $(BIN)/python examples/demo.py
 
 # Most of the time goes into compiling. The two processes share the programs that they compile, and no program is cut
-# into parts for several cores, which are busy anyhow. XLA's emitters of fused loops, which take half of that time, are
+# into parts for several cores, which the two processes keep busy. XLA's emitters of fused loops, which take half of that time, are
 # left out where XLA has a flag for it (before jax 0.11); `make parity` and `make test-slow` have them.
 # Files in the order of their names: long tests are not left to the end.
 ONE_PART = "--xla_cpu_parallel_codegen_split_count=1 " * (jax.__version_info__ < (0, 12))

@@ -41,6 +41,9 @@ def quick(quick_compilation):
     pass
 
 
+FORM = answers.AnswerFormat(ByteTokenizer(["<|endoftext|>"]), (END,))
+
+
 @pytest.fixture
 def model(tmp_path):
     made = byte_model("gpt", eos=END, context=64)
@@ -49,9 +52,8 @@ def model(tmp_path):
 
 
 def test_pairs_and_rankings_of_a_file():
-    tokenizer = ByteTokenizer(["<|endoftext|>"])
     record = {"prompt": "q", "answers": ["a", "bb", "bb", "c"], "ranks": [0, 1, 1, 2]}
-    found = answers.ranking(record, tokenizer, (END,), "here")
+    found = answers.ranking(record, FORM, "here")
     assert [one.tokens for one in found.answers[:2]] == [[113, 97, END], [113, 98, 98, END]]
     assert found.answers[1].mask == [False, True, True, True]
     assert len(list(found.pairs())) == 5, "the two equal ones tie"
@@ -59,10 +61,10 @@ def test_pairs_and_rankings_of_a_file():
     assert arrays["tokens"].shape == (5, 2, 8)
     assert arrays["weights"][0].sum(axis=1).tolist() == [2, 3]
     assert not left_out["too long"]
-    ranked, _ = answers.ranking_arrays([found, answers.ranking(PAIRS[0], tokenizer, (END,), "there")], 16)
+    ranked, _ = answers.ranking_arrays([found, answers.ranking(PAIRS[0], FORM, "there")], 16)
     assert ranked["rank"].tolist() == [[0, 1, 1, 2], [0, 1, NO_ANSWER, NO_ANSWER]]
     assert ranked["length"].tolist() == [[3, 4, 4, 3], [9, 10, 0, 0]]
-    same = answers.ranking({"prompt": "q", "chosen": "a", "rejected": "a"}, tokenizer, (END,), "here")
+    same = answers.ranking({"prompt": "q", "chosen": "a", "rejected": "a"}, FORM, "here")
     for rankings, window, message in (([same], 8, "all of them tie"), ([found], 1, "no pair fits into window=1")):
         with pytest.raises(ValueError, match=message):
             answers.pair_arrays(rankings, window)
@@ -83,7 +85,7 @@ def test_pairs_and_rankings_of_a_file():
 )  # fmt: skip
 def test_bad_answers(record, message):
     with pytest.raises(ValueError, match=message):
-        answers.ranking(record, ByteTokenizer(["<|endoftext|>"]), (END,), "here")
+        answers.ranking(record, FORM, "here")
 
 
 def test_a_reward_model_on_disk(tmp_path):
@@ -190,10 +192,9 @@ def test_judged_answers_of_models_that_continue_and_that_fill_blanks(method, fam
 
 
 def test_answers_to_other_prompts():
-    tokenizer = ByteTokenizer(["<|endoftext|>"])
     records = [{"prompt": "a", "completion": "xy", "label": True}, {"prompt": "a", "completion": "z", "label": False},
                {"prompt": "bc", "completion": "w", "label": True}]  # fmt: skip
-    found = [one for record in records for one in labelled.labelled(record, tokenizer, (END,), "here")]
+    found = [one for record in records for one in labelled.labelled(record, FORM, "here")]
     arrays, _ = labelled.labelled_arrays(found, 8)
     rows = np.concatenate([arrays["tokens"][:, 1, :1], arrays["targets"][:, 1]], axis=1)
     texts = [bytes(ids[ids < END].tolist()).rstrip(b"\0") for ids in rows]
@@ -208,7 +209,7 @@ def test_answers_to_other_prompts():
         ({"prompt": "a", "label": True}, "has a label, but no completion"),
     ):
         with pytest.raises(ValueError, match=message):
-            labelled.labelled(record, tokenizer, (END,), "here")
+            labelled.labelled(record, FORM, "here")
 
 
 def test_what_a_run_began_with_is_not_changed(model, tmp_path, capsys):

@@ -50,21 +50,49 @@ class Ranking:
                 yield self.answers[i], self.answers[j]
 
 
-def ranking(
-    record: Mapping[str, Any],
-    tokenizer: ChatTokenizer,
-    ends: Sequence[int],
-    where: str,
-    prompt_ids: Callable[[str], list[int]] | None = None,
-) -> Ranking:
+@dataclasses.dataclass(frozen=True)
+class AnswerFormat:
+    """How a prompt and an answer become tokens.
+
+    Attributes:
+        tokenizer: Of the model.
+        ends: Ids that end an answer.
+        prompt_ids: As for `conversations.plain`.
+    """
+
+    tokenizer: ChatTokenizer
+    ends: Sequence[int]
+    prompt_ids: Callable[[str], list[int]] | None = None
+
+    def example(self, prompt: Any, text: Any, where: str) -> Example:
+        """A prompt and one answer, whose tokens alone are in the mask.
+
+        A model with a chat format reads both as messages; another one reads a text that the answer continues.
+
+        Args:
+            prompt: A text or a list of messages.
+            text: The answer, a text or a list of one message of the assistant.
+            where: The place in the file, for errors.
+
+        Raises:
+            ValueError: If prompt or answer have another form.
+        """
+        replies = as_messages(text, "assistant")
+        if len(replies) != 1 or not isinstance(replies[0].get("content"), str):
+            raise ValueError(f"{where}: an answer is a text, or one message of the assistant, not {text!r:.60}")
+        messages = [*as_messages(prompt, "user"), *replies]
+        if not has_chat_format(self.tokenizer):
+            return plain(self.tokenizer, messages, self.ends, where, self.prompt_ids)
+        return encode(self.tokenizer, messages, self.ends, where, last_only=True)
+
+
+def ranking(record: Mapping[str, Any], form: AnswerFormat, where: str) -> Ranking:
     """The answers of a record (see the module docstring).
 
     Args:
-        record: The object.
-        tokenizer: Of the model.
-        ends: Ids that end an answer.
-        where: For errors.
-        prompt_ids: As for `conversations.plain`.
+        record: The parsed JSON object.
+        form: How answers become tokens.
+        where: The place in the file, for errors.
 
     Raises:
         ValueError: If the record has another form.
@@ -82,28 +110,7 @@ def ranking(
         raise ValueError(f"{where}: ranks={ranks!r:.60} are not whole numbers, one an answer")
     if len(answers) < 2:
         raise ValueError(f"{where} has {len(answers)} answers: two or more can be compared")
-    return Ranking([answer(record["prompt"], one, tokenizer, ends, where, prompt_ids) for one in answers], list(ranks))
-
-
-def answer(
-    prompt: Any,
-    text: Any,
-    tokenizer: ChatTokenizer,
-    ends: Sequence[int],
-    where: str,
-    prompt_ids: Callable[[str], list[int]] | None = None,
-) -> Example:
-    """A prompt and one answer, whose tokens alone are in the mask.
-
-    A model with a chat format reads both as messages; another one reads a text that the answer continues.
-    """
-    replies = as_messages(text, "assistant")
-    if len(replies) != 1 or not isinstance(replies[0].get("content"), str):
-        raise ValueError(f"{where}: an answer is a text, or one message of the assistant, not {text!r:.60}")
-    messages = as_messages(prompt, "user")
-    if not has_chat_format(tokenizer):
-        return plain(tokenizer, [*messages, *replies], ends, where, prompt_ids)
-    return encode(tokenizer, [*messages, *replies], ends, where, last_only=True)
+    return Ranking([form.example(record["prompt"], one, where) for one in answers], list(ranks))
 
 
 def split(count: int, seed: int = 0) -> tuple[list[int], list[int]]:

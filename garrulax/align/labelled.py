@@ -1,40 +1,32 @@
-"""Single answers that are desirable or not, as arrays for KTO: each beside an answer to another prompt in its place."""
+"""Arrays for KTO: answers that are labelled desirable or not, each beside an answer to another prompt."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from garrulax.align.answers import answer, ranking, row_arrays
-from garrulax.align.conversations import ChatTokenizer, Example
+from garrulax.align.answers import AnswerFormat, ranking, row_arrays
+from garrulax.align.conversations import Example
 from garrulax.core.config import ModelConfig
 from garrulax.train.rows import HostBatch
 
 Labelled = tuple[Example, bool]
 
 
-def labelled(
-    record: Mapping[str, Any],
-    tokenizer: ChatTokenizer,
-    ends: Sequence[int],
-    where: str,
-    prompt_ids: Callable[[str], list[int]] | None = None,
-) -> list[Labelled]:
+def labelled(record: Mapping[str, Any], form: AnswerFormat, where: str) -> list[Labelled]:
     """The answers of a record, and whether each is desirable; a pair is one of each kind (see `align.answers`).
 
     Args:
-        record: The object.
-        tokenizer: Of the model.
-        ends: Ids that end an answer.
-        where: For errors.
-        prompt_ids: As for `conversations.plain`.
+        record: As for `answers.ranking`, like the others.
+        form: See there.
+        where: See there.
 
     Raises:
         ValueError: If the record has another form.
     """
     if "label" not in record:
         if "chosen" in record and "rejected" in record:
-            both = ranking(record, tokenizer, ends, where, prompt_ids).answers
+            both = ranking(record, form, where).answers
             return [(both[0], True), (both[1], False)]
         raise ValueError(f"{where} has the keys {', '.join(record)}: give prompt, completion and label (true or "
                          "false), or prompt, chosen and rejected")  # fmt: skip
@@ -43,7 +35,7 @@ def labelled(
         raise ValueError(f"{where} has a label, but no {' and no '.join(missing)}")
     if not isinstance(record["label"], bool):
         raise ValueError(f"{where}: label={record['label']!r:.60} is neither true nor false")
-    return [(answer(record["prompt"], record["completion"], tokenizer, ends, where, prompt_ids), record["label"])]
+    return [(form.example(record["prompt"], record["completion"], where), record["label"])]
 
 
 def labelled_arrays(
@@ -51,8 +43,8 @@ def labelled_arrays(
 ) -> tuple[HostBatch, dict[str, int]]:
     """Answers as arrays for `objectives.kto_objective`.
 
-    Beside each stands the next answer to another prompt, behind the prompt of this one: the estimate of the KL is
-    taken from these, as the authors do.
+    Each row also has its prompt followed by the next answer to another prompt. The KL is estimated on these mismatched
+    answers (Ethayarajh et al. 2024, arXiv 2402.01306).
 
     Args:
         answers: From `labelled`.

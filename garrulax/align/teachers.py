@@ -34,7 +34,8 @@ def distillation_objective(
     """The objective of `distillation`: weight * temperature^2 * divergence + nll_weight * nll, of the targets.
 
     With nll_weight=1 and the parameters from before as the teacher it is learning without forgetting: the new text is
-    learned, and what the old model says of it is kept. The teacher is a constant of the compiled step.
+    learned, and the predictions of the old model on it are kept. The teacher's arrays are constants of the compiled
+    step, which takes time to compile and memory if the teacher is large.
 
     Args:
         teacher: Its parameters; they get no gradient.
@@ -51,16 +52,10 @@ def distillation_objective(
     def objective(
         params: Tree, batch: Batch, config: ModelConfig, key: jax.Array | None = None, **options: Any
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        mask = mask_of(batch)
-
-        def logits(params: Tree, config: ModelConfig, key: jax.Array | None, **options: Any) -> jax.Array:
-            positions = batch.get("positions")
-            return models.forward(params, batch["tokens"], config, positions=positions, mask=mask, key=key, **options)[
-                0
-            ]
-
-        student = logits(params, config, key, **options)
-        other = logits(jax.lax.stop_gradient(teacher), teacher_config or config, None)
+        inputs: dict[str, Any] = {"positions": batch.get("positions"), "mask": mask_of(batch)}
+        student, _ = models.forward(params, batch["tokens"], config, key=key, **inputs, **options)
+        frozen = jax.lax.stop_gradient(teacher)
+        other, _ = models.forward(frozen, batch["tokens"], teacher_config or config, **inputs)
         tokens = distillation(student, other, beta=beta, temperature=temperature)
         nll = negative_log_likelihood(student, batch["targets"])
         weights = batch["weights"].astype(nll.dtype)
@@ -73,16 +68,17 @@ def distillation_objective(
 
 
 class StudentRollouts:
-    """What the student writes at each step, as `train.loop.Rollouts`: with `distillation_objective` it is on-policy.
+    """Samples responses of the student for each step of a run (`train.loop.Rollouts`), for on-policy distillation.
 
-    With beta=1 the objective is the reverse KL on the student's own text, without a gradient through the sampling.
+    With `distillation_objective(beta=1)` a run minimises the reverse KL on the student's own text. No gradient goes
+    through the sampling.
 
     Args:
         prompts: To write after.
         config: Of the student.
         batch: Responses of a step.
         seed: Of the run.
-        limit: Greatest number of tokens of a response; that of the prompts.
+        limit: Greatest number of tokens of a response, the same as for `prompts`.
         tokenizer: Of the model.
         end_tokens: Ids that end a response; None takes those of the model.
     """

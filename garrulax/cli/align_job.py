@@ -47,7 +47,11 @@ def keywords(function: Callable) -> set[str]:
 
 
 def records(job: Job) -> tuple[list[tuple[str, dict]], list[tuple[str, dict]]]:
-    """The records to train on, and those that are held out."""
+    """Reads the data of a job.
+
+    Returns:
+        The records to train on and the held-out ones, each with its place in the file.
+    """
     found = list(read_records(job.data))
     if job.valid:
         return found, list(read_records(job.valid))

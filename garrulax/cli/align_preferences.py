@@ -21,10 +21,11 @@ REFERENCE = "reference.npz"
 
 
 def _read(begun: Start, job: Job, read: Callable) -> list[list[Any]]:
-    """What a function of `align.answers` or `align.labelled` makes of every record to train on, and held out."""
-    tokenizer, ends, ids = begun.model.tokenizer, end_ids(begun), prompt_ids(begun)
+    """Reads the records to train on and the held-out ones with `answers.ranking` or `labelled.labelled`."""
+    tokenizer = begun.model.tokenizer
     assert tokenizer is not None
-    return [[read(record, tokenizer, ends, where, ids) for where, record in part] for part in records(job)]
+    form = answers.AnswerFormat(tokenizer, end_ids(begun), prompt_ids(begun))
+    return [[read(record, form, where) for where, record in part] for part in records(job)]
 
 
 def _in_blanks(begun: Start) -> ModelConfig | None:
@@ -44,8 +45,8 @@ def reward_run(begun: Start, job: Job) -> Run:
     """
     if _in_blanks(begun) is not None:
         raise ValueError(
-            "--method reward reads scores from left to right, and this model fills blanks: train it on the same file "
-            "by --method dpo or kto, or on prompts by a policy method with --reward MODULE:FUNCTION"
+            "--method reward needs a model that reads from left to right, and this model fills blanks: train it on "
+            "the same file with --method dpo or kto, or on prompts with a policy method and --reward MODULE:FUNCTION"
         )
     check_options(job, keywords(objectives.reward_objective))
     s, config = begun.settings, begun.model.config

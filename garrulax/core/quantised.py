@@ -21,9 +21,9 @@ from jax.sharding import PartitionSpec as P
 from garrulax.core import codes as coding
 from garrulax.core import einsum as products
 from garrulax.core.codes import Form
+from garrulax.core.half import BLOCK
 from garrulax.core.leaf import Leaf
 
-BLOCK = 1 << 16  # numbers of a block: 256 KB in float32, a part of the L2 cache, so that the product reads it there
 LEAST = 1 << 16  # numbers of a weight that is worth a loop
 
 

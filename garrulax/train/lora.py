@@ -116,7 +116,7 @@ class Adaptation:
     digest: str = ""
 
     def joined(self, trained: Tree) -> Tree:
-        """All parameters, from those that are trained."""
+        """Joins trained parameters with the frozen ones."""
         return trained if self.frozen is None else lora.join(trained, self.frozen)
 
 

@@ -29,8 +29,8 @@ Axes = tuple[str, ...]
 def scale_by_muon(momentum: float, specs: Tree) -> optax.GradientTransformation:
     """Replaces gradients by their orthogonalised Nesterov momentum; every layer of a stack is a matrix of its own.
 
-    The state is that of `optax.contrib.scale_by_muon`, and on CPUs so are the numbers: `orthogonalised` says what is
-    rounded elsewhere.
+    The state is that of `optax.contrib.scale_by_muon`, and on CPUs the numbers agree with it up to rounding.
+    `orthogonalised` describes how numbers are rounded on other platforms.
 
     Args:
         momentum: Decay rate of the momentum.

@@ -93,15 +93,15 @@ def _forward(x, head, targets, weights, extra):
 
     zero = jnp.zeros(padded.shape, wide) if trained else None
     dhead, (losses, dx) = _over_chunks(chunk, zero, len(padded), (x, targets, weights))
-    return jnp.sum(losses * weights), (dx, dhead, losses, scale, x, head)
+    return jnp.sum(losses * weights), (dx, dhead, losses, scale, jnp.zeros((), x.dtype), head)
 
 
 def _backward(extra, residuals, cotangent):
-    dx, dhead, losses, scale, x, head = residuals
+    dx, dhead, losses, scale, like_x, head = residuals
     factor = cotangent * scale
     if dhead is not None:
         dhead = (factor * dhead[: len(head)]).astype(head.dtype)
-    return (factor * dx).astype(x.dtype), dhead, None, cotangent * losses
+    return (factor * dx).astype(like_x.dtype), dhead, None, cotangent * losses
 
 
 _weighted_loss.defvjp(_forward, _backward, symbolic_zeros=True)

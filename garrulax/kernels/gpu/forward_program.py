@@ -1,5 +1,6 @@
 """The parts that the forward kernels for Hopper and Blackwell share: arguments, block lists, results, the launch."""
 
+import abc
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -41,16 +42,16 @@ class ForwardInputs(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row of blocks of one head, one of those that a program computes one after another. All are int32 scalars.
+    """One of the rows of blocks that a program computes one after another. All fields are int32 scalars.
 
     Attributes:
-        number: How many rows the program has computed before.
+        number: Number of rows that the program computed before this one.
         batch: Index of the sequence.
-        head: Of the queries.
-        index: Of the row of blocks.
-        full: How many full blocks it has.
-        count: How many blocks in all, at least one.
-        before: How many blocks the program's rows before had: the ring of slots goes on from row to row.
+        head: Index of the query head.
+        index: Index of the row of blocks within the sequence.
+        full: Number of full blocks.
+        count: Number of all blocks, at least one.
+        before: Number of blocks in the rows before. Block i is in slot (before + i) % slots of the ring.
     """
 
     number: Any
@@ -63,7 +64,7 @@ class Row(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class ForwardProgram:
+class ForwardProgram(abc.ABC):
     """One warpgroup (128 threads) of a program, at one of its rows of blocks.
 
     Subclasses define `run`, which gives every warpgroup its work.
@@ -81,8 +82,8 @@ class ForwardProgram:
         scratch: Shared memory and barriers of the program.
         index: Of the warpgroup, int32 scalar.
         program: Index of the program, int32 scalar.
-        programs: How many there are.
-        row: What it computes now.
+        programs: Number of programs.
+        row: The row of blocks that it computes now.
     """
 
     options: Options
@@ -100,18 +101,22 @@ class ForwardProgram:
     programs: int
     row: Row
 
+    @abc.abstractmethod
     def run(self) -> None:
         """Does the work of this warpgroup."""
-        raise NotImplementedError
 
     def each_row(self, work: Callable[[Any], Row]) -> Row:
-        """Calls work(self) at each of the program's rows, and returns the row behind the last one.
+        """Computes the program's rows one after another.
 
-        Rows are dealt out to the programs from the longest to the shortest, first from the first program to the last,
-        then back, and so on: so all programs get about as many blocks.
+        Rows are assigned to programs from the longest to the shortest. In each round every program gets one row: in the
+        order of programs in even rounds, in the reverse order in odd ones. All programs then get about as many blocks.
 
         Args:
-            work: Returns `self.following()`, which it calls early enough for the numbers to arrive before the row ends.
+            work: Function of the program with `row` set. It computes the row and returns `following()`, which it calls
+                before the row ends, so that the loads from global memory are done when the next row begins.
+
+        Returns:
+            What the last call of `work` returned: its `before` is the number of blocks of all rows.
         """
         if self.programs == self._rows:
             return work(self)
@@ -120,7 +125,7 @@ class ForwardProgram:
         return jax.lax.fori_loop(0, mine, lambda _, row: work(dataclasses.replace(self, row=row)), self.row)
 
     def following(self) -> Row:
-        """The program's next row; behind the last, any row, but with the right `before`."""
+        """The program's next row. After the last one it is any row, but `before` is right."""
         return self._row(self.row.number + 1, self.row.before + self.row.count)
 
     def first_row(self) -> Row:
@@ -129,21 +134,21 @@ class ForwardProgram:
 
     @property
     def _rows(self) -> int:
-        """Rows of blocks of all programs."""
+        """Number of rows of all programs."""
         batch, rows = self.inputs.lists.order.shape
         return rows * batch * self.inputs.query.shape[2]
 
     def _place(self, number: Any) -> Any:
-        """The program's place in a round of dealing."""
+        """The program's place in a round."""
         backwards = self.programs - 1 - self.program
         return jnp.where(jax.lax.rem(number, jnp.int32(2)) == 0, self.program, backwards)
 
     def _row(self, number: Any, before: Any) -> Row:
-        """A row of the program by its number; of a number behind the last, any row."""
+        """The program's row with this number; any row if it has fewer."""
         (batches, _), heads = self.inputs.lists.order.shape, self.inputs.query.shape[2]
-        dealt = jnp.minimum(number * self.programs + self._place(number), self._rows - 1)
+        place = jnp.minimum(number * self.programs + self._place(number), self._rows - 1)
         # The head changes fastest: heads that share keys run at the same time and find them in the L2 cache.
-        head, rest = jax.lax.rem(dealt, jnp.int32(heads)), jax.lax.div(dealt, jnp.int32(heads))
+        head, rest = jax.lax.rem(place, jnp.int32(heads)), jax.lax.div(place, jnp.int32(heads))
         batch, rank = jax.lax.rem(rest, jnp.int32(batches)), jax.lax.div(rest, jnp.int32(batches))
         lists = self.inputs.lists
         index = lists.order[batch, rank]
@@ -153,7 +158,7 @@ class ForwardProgram:
 
     @property
     def head(self) -> Any:
-        """Of the queries."""
+        """Index of the query head."""
         return self.row.head
 
     @property
@@ -173,7 +178,7 @@ class ForwardProgram:
 
     @property
     def counts(self) -> tuple[Any, Any]:
-        """How many full blocks the row has, and how many blocks in all, at least one."""
+        """Number of full blocks of the row, and number of all its blocks."""
         return self.row.full, self.row.count
 
     @property

@@ -60,4 +60,5 @@ def choose_sizes(options: Options, operands: Operands) -> HopperForwardSizes:
 
     shared = (True, False) if width == value_width else (True,)
     wanted = [sizes(block_k, own) for block_k in (128, 64) for own in shared]
-    return next(s for s in wanted if (light or s.block_k == 64) and s.stages >= (2 if s != wanted[-1] else 1))
+    fitting = [s for s in wanted if (light or s.block_k == 64) and s.stages >= 2]
+    return fitting[0] if fitting else wanted[-1]

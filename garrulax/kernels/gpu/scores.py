@@ -159,7 +159,17 @@ def unscaled(options: Options, block: ScoreBlock, extra: ScoreExtras, products: 
 
 
 def bias(options: Options, block: ScoreBlock, extra: ScoreExtras, one: float) -> jax.Array | None:
-    """What is added to the scores, a float32 tile in a unit in which a score of 1 is `one`; None where nothing is."""
+    """The sum of everything that is added to scores: bias, ALiBi and relative positions.
+
+    Args:
+        options: The static part of the request.
+        block: The block of pairs.
+        extra: References to the optional inputs.
+        one: The value that stands for a score of 1.
+
+    Returns:
+        A float32 tile; None if nothing is added.
+    """
     x = None if extra.bias is None else _bias(block, extra.bias) * one
     if extra.slopes is not None:
         # Converts a vector of positions, not a tile of distances, to float32: exact for positions below 2^24, and far

@@ -119,7 +119,7 @@ def is_chain(parents: tuple[int, ...]) -> bool:
 
 
 def depths(parents: tuple[int, ...]) -> tuple[int, ...]:
-    """Depth of each draft in the tree: 1 for those that follow the last token, 1 more for those that follow them."""
+    """The depth of each draft in the tree: 1 if it follows the last token, else the depth of its parent plus 1."""
     found: list[int] = []
     for parent in parents:
         found.append(1 if parent < 0 else found[parent] + 1)

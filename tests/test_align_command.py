@@ -186,6 +186,7 @@ def test_judged_answers_of_models_that_continue_and_that_fill_blanks(method, fam
     losses = metrics_of(tmp_path / "run", "loss")
     assert losses[-1] < losses[0] < (np.log(2) if method == "dpo" else 0.5)  # that of the reference itself
     assert max(metrics_of(tmp_path / "run", "margin")) > 0  # 0 in a batch of one kind
+    assert "perplexity" not in (tmp_path / "run" / "metrics.jsonl").read_text()  # the loss is not one of tokens
     if family == "glm":
         assert main([*words[:-2], str(tmp_path / "other"), "--method", "reward"]) == 2
         assert "this model fills blanks: train it" in capsys.readouterr().err

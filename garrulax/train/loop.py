@@ -412,11 +412,15 @@ class _Loop:
             log.write(step, {"valid_loss": e.loss, "valid_reward": e.reward})
             self.progress.say(f"step {step:,}  held-out reward {e.reward:.4f}")
             return
-        values = {"valid_loss": e.loss, "perplexity": e.perplexity, "bits_per_byte": e.bits_per_byte}
+        values = {"valid_loss": e.loss, "bits_per_byte": e.bits_per_byte}
+        of_tokens = self.run.objective in (None, *OBJECTIVES.values())  # of other losses there is no perplexity
+        if of_tokens:
+            values["perplexity"] = e.perplexity
         log.write(step, {f"{name}{end}": value for name, value in values.items()})
         bits = f"  {e.bits_per_byte:.3f} bits/byte" if e.bits_per_byte is not None else ""
         where = f" of {text}" if text else ""
-        self.progress.say(f"step {step:,}  held-out loss{where} {e.loss:.4f}  perplexity {e.perplexity:.2f}{bits}")
+        perplexity = f"  perplexity {e.perplexity:.2f}" if of_tokens else ""
+        self.progress.say(f"step {step:,}  held-out loss{where} {e.loss:.4f}{perplexity}{bits}")
 
     def use(self, log: MetricsLog, state: TrainState, step: int) -> None:
         """Exports the model and lets it write, after the steps that the settings say."""

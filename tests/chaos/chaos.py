@@ -29,6 +29,7 @@ from orbax.checkpoint import v1 as ocp
 
 from garrulax.train import digests
 from garrulax.train.checkpoint import saved_steps
+from garrulax.train.usage import Usage
 
 STEPS, EVERY = 60, 10
 COMMON = [f"steps={STEPS}", f"checkpoint_every={EVERY}", "eval_every=30", "log_every=5", "keep=3", "window=32",
@@ -324,9 +325,10 @@ def stored(run: Path):
 
 
 def recorded(run: Path) -> list[dict]:
-    """The records of a run, without the speed."""
+    """The records of a run, without what was measured of time and memory."""
+    measured = Usage(tokens=1, flops=1, peak=None).record(None, 1)
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in measured} for line in lines]
 
 
 def is_key(x) -> bool:

@@ -1,13 +1,15 @@
 """Speculation against plain decoding: time and accepted drafts for three kinds of text, one prompt at a time.
 
-    python benchmarks/speculate.py MODEL [--tokens 128] [--rounds 3] [--layers 10] [--temperature 0]
+    python benchmarks/speculate.py MODEL [--layers 10] [--medusa HEADS] [--tokens 128] [--rounds 3] [--temperature 0]
+        [--picture docs/pictures/speculation.png]
 
-The ways of decoding take turns. A ratio above 1 means that speculation is faster; tokens a pass are those of it.
+The ways of decoding take turns, and must write the same tokens. A ratio above 1 means that speculation is faster.
 """
 
 import argparse
 import statistics
 import time
+from pathlib import Path
 
 import garrulax as gx
 
@@ -50,40 +52,75 @@ def main():
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", type=int, help="also draft with this many first layers of the model")
+    parser.add_argument("--medusa", help="also draft with the Medusa heads of this folder")
+    parser.add_argument("--drafts", type=int, default=3, help="nodes of the tree of the Medusa heads")
     parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--picture", type=Path, help="file of a picture of the results")
     arguments = parser.parse_args()
     model = gx.load(arguments.model)
     model = gx.Model(model.config, gx.unstack(model.params), model.tokenizer)
     ways = {"plain": {}, "prompt lookup": {"speculate": gx.prompt_lookup()}}
     if arguments.layers is not None:
         ways[f"first {arguments.layers} layers"] = {"speculate": gx.draft(layers=arguments.layers)}
+    if arguments.medusa is not None:
+        heads = gx.load_medusa(arguments.medusa, model)
+        ways["Medusa heads"] = {"speculate": gx.medusa(heads, tree=arguments.drafts)}
+    results = {name: compare(model, name, text, ways, arguments) for name, text in TEXTS.items()}
+    if arguments.picture is not None:
+        draw(results, arguments)
 
-    def timed(text, options):
+
+def compare(model, name: str, text: str, ways: dict[str, dict], arguments) -> dict[str, tuple[float, float]]:
+    """Tokens of a pass, and the median ratio of plain decoding's time to its own, of each way but the plain one."""
+
+    def timed(options):
         start = time.perf_counter()
         completion = gx.generate(
             model, text, max_new_tokens=arguments.tokens, temperature=arguments.temperature, end_tokens=(), **options
         )
         return time.perf_counter() - start, completion
 
-    for name, text in TEXTS.items():
-        seconds, plain = {way: [] for way in ways}, []
-        for turn in range(arguments.rounds + 1):
-            for way, options in ways.items():
-                taken, completion = timed(text, options)
-                if turn == 0:  # compiles
-                    plain = plain or completion.tokens
-                    rate = 1.0 if completion.passes is None else len(completion.tokens) / completion.passes
-                    other = "" if completion.tokens == plain else ", OTHER TOKENS"
-                    print(f"{name}, {way}: {rate:.2f} tokens a pass{other}", flush=True)
-                else:
-                    seconds[way].append(taken)
-        for way, times in seconds.items():
-            ratios = [a / b for a, b in zip(seconds["plain"], times, strict=True)]
-            print(
-                f"{name}, {way}: {statistics.median(times):.2f} s, {arguments.tokens / statistics.median(times):.1f} "
-                f"tokens/s, {statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})",
-                flush=True,
-            )
+    seconds, plain, rates, found = {way: [] for way in ways}, [], {}, {}
+    for turn in range(arguments.rounds + 1):
+        for way, options in ways.items():
+            taken, completion = timed(options)
+            if turn == 0:  # compiles
+                plain = plain or completion.tokens
+                assert completion.tokens == plain, f"{way} wrote other tokens"
+                rates[way] = 1.0 if completion.passes is None else len(completion.tokens) / completion.passes
+            else:
+                seconds[way].append(taken)
+    for way, times in seconds.items():
+        ratios = [a / b for a, b in zip(seconds["plain"], times, strict=True)]
+        speed = arguments.tokens / statistics.median(times)
+        spread = f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})"
+        print(f"{name}, {way}: {rates[way]:.2f} tokens a pass, {speed:.1f} tokens/s, {spread}", flush=True)
+        found[way] = rates[way], statistics.median(ratios)
+    del found["plain"]
+    return found
+
+
+def draw(results: dict[str, dict[str, tuple[float, float]]], arguments) -> None:
+    """Draws bars of both numbers for each text and way."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    titles = "tokens of a pass", "times as fast as plain decoding"
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    ways = list(next(iter(results.values())))
+    for number, (axis, title) in enumerate(zip(axes, titles, strict=True)):
+        for i, way in enumerate(ways):
+            places = [j + 0.8 * (i - (len(ways) - 1) / 2) / len(ways) for j in range(len(results))]
+            bars = axis.bar(places, [found[way][number] for found in results.values()], 0.8 / len(ways), label=way)
+            axis.bar_label(bars, fmt="%.2f", fontsize=7)
+        axis.axhline(1, color="0.5", linewidth=0.8)
+        axis.set_xticks(range(len(results)), list(results))
+        axis.set_title(title, fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(fontsize=8, frameon=False)
+    figure.savefig(arguments.picture, dpi=110)
 
 
 if __name__ == "__main__":

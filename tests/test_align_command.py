@@ -152,7 +152,7 @@ def test_the_whole_way_and_kill_9(model, tmp_path):
 
     def done(*words):
         process = started(*words)
-        _, errors = process.communicate(timeout=300)
+        _, errors = process.communicate(timeout=900)
         assert process.returncode == 0, errors
         return errors
 
@@ -162,7 +162,7 @@ def test_the_whole_way_and_kill_9(model, tmp_path):
               "checkpoint_every=4", "eval_every=60", "lr=0.001", *(f"--option={o}" for o in options)]  # fmt: skip
     done(*policy, "--run", "whole")
     process = started(*policy, "--run", "killed")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not (tmp_path / "killed/checkpoints/8").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)

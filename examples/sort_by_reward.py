@@ -1,6 +1,6 @@
 """Teaches a tiny LLaMA to sort six digits by reward alone: Dr. GRPO after a short warm start. Two minutes on two cores.
 
-    python examples/sort_by_reward.py [--method dr_grpo|rloo] [--steps 300] [--seed 0] [--folder runs/sort]
+    python examples/sort_by_reward.py [--method dr_grpo|rloo] [--steps 240] [--seed 0] [--folder runs/sort]
 
 The warm start is supervised and ends while about half of the sampled answers are right. Then the model gets 1 for an
 answer that is right in all places and 0 for another one, and nothing else. It prints the share of right answers,
@@ -75,7 +75,7 @@ def main() -> float:
     """Trains, prints what came of it, and returns the share of right greedy answers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=("dr_grpo", "rloo"), default="dr_grpo")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--warm", type=int, default=100, help="supervised steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path)
@@ -89,7 +89,7 @@ def main() -> float:
     before = shares(params, held, args.seed)
     print(f"after {args.warm} supervised steps: sampled {before[0]:.2f}, greedy {before[1]:.2f}", flush=True)
     settings = Settings(
-        optimizer="adamw", lr=3e-4, weight_decay=0.0, schedule="linear", min_lr_ratio=0.0, warmup=0.0, batch=256,
+        optimizer="adamw", lr=8e-4, weight_decay=0.0, schedule="linear", min_lr_ratio=0.0, warmup=0.0, batch=256,
         window=train.length, steps=args.steps, eval_every=args.steps, checkpoint_every=args.steps, log_every=20,
     )  # fmt: skip
     chosen = rl.PolicySettings(args.method, group=8, limit=8)

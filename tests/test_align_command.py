@@ -111,11 +111,16 @@ def test_a_reward_model_on_disk(tmp_path):
         (["--method", "rloo", "--data", "DATA", "--reward", "json:dumps", "--option", "speed=3"], "--option speed: "),
         (["--method", "dpo", "--data", "DATA", "--option", "beta"], "--option beta is not like beta=0.1"),
         (["--method", "sft", "--data", "DATA"], "has the keys prompt, chosen, rejected"),
+        (["--method", "dpo", "--data", "DATA", "window=65"], "window=65 is longer than model.context=64"),
+        (["--method", "kto", "--data", "PRAISE"], "no undesirable answers to train on"),
     ],
 )
 def test_bad_commands(words, message, model, tmp_path, capsys):
     data = written(tmp_path / "pairs.jsonl", PAIRS)
-    words = [data if word == "DATA" else word for word in words]
+    praise = written(
+        tmp_path / "praise.jsonl", [{"prompt": f"q{i}", "completion": "a", "label": True} for i in range(9)]
+    )
+    words = [{"DATA": data, "PRAISE": praise}.get(word, word) for word in words]
     assert main(["align", model, *FEW, *words, "--run", str(tmp_path / "run")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run" / "checkpoints").exists()
@@ -147,7 +152,7 @@ def test_the_whole_way_and_kill_9(model, tmp_path):
 
     def done(*words):
         process = started(*words)
-        _, errors = process.communicate(timeout=300)
+        _, errors = process.communicate(timeout=900)
         assert process.returncode == 0, errors
         return errors
 
@@ -157,7 +162,7 @@ def test_the_whole_way_and_kill_9(model, tmp_path):
               "checkpoint_every=4", "eval_every=60", "lr=0.001", *(f"--option={o}" for o in options)]  # fmt: skip
     done(*policy, "--run", "whole")
     process = started(*policy, "--run", "killed")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not (tmp_path / "killed/checkpoints/8").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)

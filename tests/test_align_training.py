@@ -12,7 +12,7 @@ from tiny import CONFIGS, byte_model
 
 import garrulax as gx
 from garrulax import align, models
-from garrulax.align import conversations, objectives, rollouts, sft, teachers
+from garrulax.align import answers, conversations, objectives, rollouts, sft, teachers
 from garrulax.align.comparisons import NO_ANSWER
 from garrulax.align.policy import masked_mean
 from garrulax.hub.tokenizers import ByteTokenizer
@@ -134,6 +134,16 @@ def examples(count, seed=0):
         tokens, answer = draw.integers(0, 250, draw.integers(4, 20)).tolist(), draw.integers(1, 4)
         made.append(conversations.Example(tokens, [i >= len(tokens) - answer for i in range(len(tokens))]))
     return made
+
+
+def test_nothing_is_trained_on_nothing():
+    with pytest.raises(ValueError, match="none of the 2 tokens is in the mask"):
+        conversations.Example([1, 2], [False, False])
+    with pytest.raises(ValueError, match="a mask of 1 for 2 tokens"):
+        conversations.Example([1, 2], [True])
+    rows = {"tokens": np.ones((2, 3), np.int32), "weights": np.array([[0, 1, 1], [0, 0, 0]], np.float32)}
+    with pytest.raises(ValueError, match="row 1 has no token with a weight"):
+        answers.array_data(rows, rows, Settings(batch=2))
 
 
 def test_packed_conversations_have_the_loss_of_each_alone(quick_compilation):

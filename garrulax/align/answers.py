@@ -200,8 +200,15 @@ def array_data(train: HostBatch, valid: HostBatch, settings: Settings, notes: Se
         valid: To evaluate on.
         settings: Of the run; uses batch and seed.
         notes: Lines for the user.
+
+    Raises:
+        ValueError: If the weights of a row are all 0.
     """
     count, held = (len(next(iter(arrays.values()))) for arrays in (train, valid))
+    for arrays in (train, valid):
+        empty = ~arrays["weights"].reshape(len(arrays["weights"]), -1).any(axis=1)
+        if empty.any():
+            raise ValueError(f"row {int(empty.argmax())} has no token with a weight: there is nothing to learn from it")
 
     def batch_at(step: int) -> HostBatch:
         epoch, index = np.divmod(step * settings.batch + np.arange(settings.batch), count)

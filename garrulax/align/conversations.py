@@ -34,10 +34,19 @@ class Example:
     Attributes:
         tokens: Ids.
         mask: Whether each token is one that the assistant writes.
+
+    Raises:
+        ValueError: If the mask has no token, or another length.
     """
 
     tokens: list[int]
     mask: list[bool]
+
+    def __post_init__(self) -> None:
+        if len(self.mask) != len(self.tokens):
+            raise ValueError(f"a mask of {len(self.mask)} for {len(self.tokens)} tokens: give one number a token")
+        if not any(self.mask):
+            raise ValueError(f"none of the {len(self.tokens)} tokens is in the mask: there is nothing to learn")
 
     def __len__(self) -> int:
         return len(self.tokens)

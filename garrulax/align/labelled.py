@@ -63,7 +63,8 @@ def labelled_arrays(
         raise ValueError(f"no answer fits into window={window}")
     parts = [_parts(example) for example, _ in kept]
     if all(prompt == parts[0][0] for prompt, _ in parts):
-        raise ValueError("all answers are to one prompt: KTO compares with answers to other prompts; give two or more")
+        raise ValueError("all answers are to one prompt: KTO compares with answers to other prompts; give two or more "
+                         "(if it is the held-out ones, name others with --valid)")  # fmt: skip
     rows, count = [], len(kept)
     for i, (prompt, _) in enumerate(parts):
         other = next(text for p, text in (parts[(i + k) % count] for k in range(1, count)) if p != prompt)

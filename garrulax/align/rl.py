@@ -211,7 +211,9 @@ class PolicyRollouts:
         controller = KLController(coefficient, s.target_kl, s.horizon).update(jnp.float32(sums.mean()), self.rows)
         changed = {**state.params, COEFFICIENT: jnp.asarray(controller.coefficient, jnp.float32).reshape(1)}
         spread = float(mixed_groups(jnp.asarray(given), s.group))
-        if spread == 0 and s.method != "ppo":
+        if s.method == "ppo" and np.nanmin(given) == np.nanmax(given):
+            self.say(f"rollout {number}: all responses have the same reward, so that the reward teaches nothing")
+        elif spread == 0 and s.method != "ppo":
             self.say(f"rollout {number}: all responses to a prompt have the same reward, so that nothing is learned")
         lengths = roll.batch["weights"].sum(axis=1)
         metrics = {

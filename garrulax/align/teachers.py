@@ -9,11 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from garrulax import models
 from garrulax.align.distillation import distillation
 from garrulax.align.rollouts import Prompts, roll_out, seeds
 from garrulax.core.config import ModelConfig
+from garrulax.core.sharding import is_explicit
 from garrulax.core.spec import Tree
 from garrulax.models.unpack import TokenizerLike
 from garrulax.train.objectives import Batch, Objective, mask_of, negative_log_likelihood
@@ -35,7 +37,8 @@ def distillation_objective(
 
     With nll_weight=1 and the parameters from before as the teacher it is learning without forgetting: the new text is
     learned, and the predictions of the old model on it are kept. The teacher's arrays are constants of the compiled
-    step, which takes time to compile and memory if the teacher is large.
+    step, which takes time to compile and memory if the teacher is large. On a mesh they are whole on every device,
+    unless they were placed on it (`core.sharding.place`).
 
     Args:
         teacher: Its parameters; they get no gradient.
@@ -54,7 +57,7 @@ def distillation_objective(
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         inputs: dict[str, Any] = {"positions": batch.get("positions"), "mask": mask_of(batch)}
         student, _ = models.forward(params, batch["tokens"], config, key=key, **inputs, **options)
-        frozen = jax.lax.stop_gradient(teacher)
+        frozen = jax.lax.stop_gradient(_on_mesh(teacher))
         other, _ = models.forward(frozen, batch["tokens"], teacher_config or config, **inputs)
         tokens = distillation(student, other, beta=beta, temperature=temperature)
         nll = negative_log_likelihood(student, batch["targets"])
@@ -65,6 +68,13 @@ def distillation_objective(
         return loss, {"tokens": count, "divergence": divergence, "nll": nll}
 
     return objective
+
+
+def _on_mesh(params: Tree) -> Tree:
+    """Within an explicit mesh: arrays that have no place on it, whole on every device."""
+    if not is_explicit(jax.sharding.get_abstract_mesh()):
+        return params
+    return jax.tree.map(lambda x: jax.sharding.reshard(x, P()) if jax.typeof(x).sharding.mesh.empty else x, params)
 
 
 class StudentRollouts:

@@ -70,6 +70,7 @@ def align(args: argparse.Namespace) -> None:
         raise ValueError(f"{begun.settings.preset} is a preset without weights: align begins with a trained model")
     if begun.model.tokenizer is None:
         raise ValueError(f"{begun.settings.preset} has no tokenizer")
+    starting.check(begun.model.config, begun.settings, begun.model.tokenizer)
     run = _MAKE[_kind(job.method)](begun, job)
     identity = {**run.data.identity, "tokenizer": begun.model.tokenizer.fingerprint}
     run = dataclasses.replace(run, data=dataclasses.replace(run.data, identity=identity))

@@ -85,12 +85,12 @@ def kto_run(begun: Start, job: Job) -> Run:
     check_options(job, keywords(objectives.kto_objective))
     s, config = begun.settings, begun.model.config
     flat = [[one for found in part for one in found] for part in _read(begun, job, labelled.labelled)]
+    for kind, label in (("desirable", True), ("undesirable", False)):
+        if not any(desirable == label for _, desirable in flat[0]):
+            raise ValueError(f"{job.data} has no {kind} answers to train on: KTO learns from both kinds")
     made = [labelled.labelled_arrays(part, s.window, _in_blanks(begun)) for part in flat]
     notes = [line for _, counts in made for line in _left_out("answers", counts)]
     good, count = int(made[0][0]["desirable"].sum()), len(made[0][0]["desirable"])
-    if good in (0, count):
-        kind = "undesirable" if good else "desirable"
-        raise ValueError(f"{job.data} has no {kind} answers to train on: KTO learns from both kinds")
     notes.append(f"answers: {good:,} desirable and {count - good:,} undesirable to train on, "
                  f"{len(made[1][0]['desirable']):,} held out")  # fmt: skip
     arrays = _with_references(begun, [part for part, _ in made])

@@ -19,7 +19,7 @@ import training
 
 from garrulax.cli import starting
 from garrulax.hub.tokenizers import GLM_SPECIALS, ByteTokenizer, load_tokenizer
-from garrulax.train import digests, events, interrupts, lock, loop, metrics, progress, settings, spare
+from garrulax.train import digests, environment, events, interrupts, lock, loop, metrics, progress, settings, spare
 from garrulax.train.checkpoint import Checkpoints
 from garrulax.train.continuing import changed
 from garrulax.train.digests import DamagedError
@@ -363,6 +363,8 @@ def test_a_full_disk_names_the_metrics(tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, (40, limit[1]))
             with pytest.raises(OSError, match=r"metrics.jsonl cannot be written: .*; the checkpoints are intact"):
                 log.write(2, {"loss": 1.0})
+            with pytest.raises(OSError, match=r"File too large.*environment.json"):
+                environment.write_environment(tmp_path)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
             signal.signal(signal.SIGXFSZ, before)

@@ -40,6 +40,16 @@ def test_values_that_are_not_finite_leave_gaps():
     assert svg.line_chart("", [svg.Line("", np.arange(2.0), np.full(2, np.nan), "red")]) == ""
 
 
+def test_a_peak_among_many_points_is_drawn():
+    y = np.ones(5003)
+    y[1234], y[4321] = 9, -7
+    drawn = points(svg.line_chart("", [svg.Line("", np.arange(5003.0), y, "red")]))
+    ends = points(svg.line_chart("", [svg.Line("", np.array([0, 5002.0]), np.array([9.0, -7.0]), "red")]))
+    assert len(drawn) <= svg.MOST_POINTS
+    assert (drawn[:, 1].min(), drawn[:, 1].max()) == (ends[:, 1].min(), ends[:, 1].max())
+    np.testing.assert_array_equal(drawn[[0, -1], 0], ends[:, 0])
+
+
 @pytest.mark.parametrize(
     ("low", "high", "expected"), [(0, 10, [0, 2, 4, 6, 8, 10]), (0.1, 0.4, [0.1, 0.2, 0.3, 0.4]), (-3, 3, [-2, 0, 2])]
 )
@@ -87,3 +97,7 @@ def test_what_is_no_run_is_said(tmp_path, capsys):
     run(tmp_path / "new", Settings(), [])
     assert main(["report", str(tmp_path / "new")]) == 2
     assert "has no metrics yet" in capsys.readouterr().err
+    run(tmp_path / "new", Settings(), [{"step": 1, "loss": 1.0}])
+    (tmp_path / "new" / "environment.json").write_bytes(b'{"python": "3.1\xff')
+    assert main(["report", str(tmp_path / "new")]) == 2
+    assert "environment.json is damaged: delete it" in capsys.readouterr().err

@@ -50,6 +50,9 @@ def test_a_run_goes_on_from_another_folder_without_its_text(tmp_path, monkeypatc
     code, said = garrulax(capsys, "train", "--resume", run, f"corpus={moved}", "steps=6")
     assert code == 0, said
     assert settings.read_run_file(run)[0].corpus == (str(moved),)
+    code, said = garrulax(capsys, "train", "--resume", run, "dedup=exact", "steps=6")
+    assert code == 0, said
+    assert "from the cache" not in said, "what is left out may be another text: it is read"
 
 
 def test_stdlib_of_another_python_is_named(tmp_path, monkeypatch):

@@ -29,6 +29,8 @@ from garrulax.train.sources import STDLIB, expanded, mixture, split_weight
 from garrulax.train.spare import TOKENIZER
 
 _GENERATION = "generation_config.json"
+#: Settings that decide what the text of a run is.
+_OF_THE_TEXT = ("corpus", "valid", "dedup", "dedup_threshold")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Start:
             keeps everything else that came with a loaded model.
         loaded: Whether the weights come from the model that `settings.preset` names.
         recorded: Hashes of corpus and tokenizer in run.json, if a run is resumed; else empty.
-        text_given: Whether a resumed run was given another place of its text.
+        text_given: Whether a resumed run was given a setting of its text, such as another place of it.
         new_data: Whether a resumed run may go on with another text than it began with.
     """
 
@@ -149,7 +151,7 @@ def resumed(folder: Path, words: Sequence[str] = ()) -> Start:
     model = gx.Model(config, {}, _checked_tokenizer(folder / TOKENIZER, recorded["tokenizer"]))
     if (folder / TOKENIZER / _GENERATION).exists():
         model = model.replace(generation=read_object(folder / TOKENIZER / _GENERATION))
-    given = any(word.partition("=")[0].strip() in ("corpus", "valid") for word in words)
+    given = any(word.partition("=")[0].strip() in _OF_THE_TEXT for word in words)
     loaded = settings.preset not in models.presets()
     return Start(settings, folder, model, loaded, recorded=recorded, text_given=given)
 

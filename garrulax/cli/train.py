@@ -100,8 +100,9 @@ def _train(begun: Start, resume: bool) -> None:
     tokenizer = _tokenizer_of(begun)
     for dataset in datasets:
         check_length(dataset.valid, 1)
-    train, valid, size = (sum(map(count, datasets)) for count in (
-        lambda d: len(d.train), lambda d: len(d.valid), lambda d: d.valid.bytes))  # fmt: skip
+    held_out = datasets[:1] if settings.valid else datasets  # `valid` is the held-out text of every corpus
+    train = sum(len(d.train) for d in datasets)
+    valid, size = (sum(map(count, held_out)) for count in (lambda d: len(d.valid), lambda d: d.valid.bytes))
     say(f"tokens: {train:,} to train on, {valid:,} held out, "
         f"{size / valid:.2f} bytes a token, {tokenizer.vocab:,} token ids")  # fmt: skip
     config = begun.model.config

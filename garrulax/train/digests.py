@@ -7,6 +7,7 @@ CRC the same. This takes half the time of a CRC of all bytes, less than a twenti
 written or read. It is no protection against somebody who changes files on purpose.
 """
 
+import contextlib
 import json
 import os
 import zlib
@@ -118,13 +119,22 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Replaces a file at once: whoever reads it, also after a crash, gets the old text or the new one."""
+    """Replaces a file at once: whoever reads it, also after a crash, gets the old text or the new one.
+
+    Raises:
+        OSError: If it cannot be written, such as on a full disk; the old file is as it was.
+    """
     temporary = path.with_name(f".{path.name}.writing")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
     sync(path.parent)
 
 

@@ -1,7 +1,6 @@
 """One HTML page about one or several runs: curves, settings, environment and samples. It needs no network."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
@@ -100,11 +99,10 @@ def report_page(runs: Sequence[RunRecord]) -> str:
 
 def _read(folder: str | os.PathLike, name: str, color: str) -> RunRecord:
     identity = read_record(folder)
-    if not Path(folder, metrics.NAME).exists() or not (records := metrics.read_metrics(folder)):
+    records = metrics.read_metrics(folder)
+    if not records:
         raise ValueError(f"{folder} has no metrics yet: {metrics.NAME} is missing or empty")
-    file = Path(folder, environment.NAME)
-    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return RunRecord(name, records, identity, known, color)
+    return RunRecord(name, records, identity, environment.read_environment(folder), color)
 
 
 def _names(folders: Sequence[str | os.PathLike]) -> list[str]:
@@ -171,7 +169,7 @@ def _results(runs: Sequence[RunRecord]) -> list[list[str]]:
                 "goodput": _number(run.last("goodput"), ".1%"),
                 "peak memory": "–" if memory is None else f"{si(memory)}B",
                 "skipped": f"{len(run.series('skipped')[0]):,}",
-                "time": duration(times[-1] - times[0]) if len(times) else "–",
+                "first to last record": duration(times[-1] - times[0]) if len(times) else "–",
             }
         )
     return [list(rows[0]), *(list(row.values()) for row in rows)]

@@ -198,7 +198,10 @@ def find_shards(
 
 def _opened(folder: Path, identity: Mapping[str, Any]) -> Dataset:
     """A data set, after comparing what it says of itself with what its name stands for."""
-    dataset = Dataset(folder)
+    try:
+        dataset = Dataset(folder)
+    except FileNotFoundError as error:  # the folder is there: somebody has deleted its files
+        raise DamagedError(str(error)) from None
     if {name: dataset.meta.get(name) for name in identity} != dict(identity):
         raise DamagedError(f"{folder} has the token ids of another text or tokenizer: delete it to make them anew")
     return dataset

@@ -39,6 +39,7 @@ VARIANTS = {
     "infill": ["glm-base", "model.context=32", "optimizer=adamw", "lr=0.003"],
 }
 COMMAND = [sys.executable, "-c", "import sys; from garrulax.cli import main; sys.exit(main())", "train"]
+MEASURED = ("time", "tokens_per_second", "flops_per_second", "mfu", "data_wait", "goodput", "peak_memory")
 LIMIT = 300  # seconds after which a command counts as hanging
 
 
@@ -324,9 +325,9 @@ def stored(run: Path):
 
 
 def recorded(run: Path) -> list[dict]:
-    """The records of a run, without the speed."""
+    """The records of a run, without what the machine decides: times, speed and memory."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in MEASURED} for line in lines]
 
 
 def is_key(x) -> bool:

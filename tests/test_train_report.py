@@ -97,7 +97,7 @@ def test_what_is_no_run_is_said(tmp_path, capsys):
     run(tmp_path / "new", Settings(), [])
     assert main(["report", str(tmp_path / "new")]) == 2
     assert "has no metrics yet" in capsys.readouterr().err
-    run(tmp_path / "new", Settings(), [{"step": 1, "loss": 1.0}])
-    (tmp_path / "new" / "environment.json").write_bytes(b'{"python": "3.1\xff')
-    assert main(["report", str(tmp_path / "new")]) == 2
+    run(tmp_path / "bad", Settings(), [{"step": 1, "loss": 1.0}])
+    (tmp_path / "bad" / "environment.json").write_bytes(b'{"python": "3.1\xff')
+    assert main(["report", str(tmp_path / "bad")]) == 2
     assert "environment.json is damaged: delete it" in capsys.readouterr().err

@@ -37,7 +37,7 @@ from garrulax.train.reading import Document
 from garrulax.train.shard_files import ShardWriter, durable
 from garrulax.train.tokens import Tokens
 
-FORMAT = 2  # part of the key: increase it when the files of the same corpus and tokenizer change
+FORMAT = 3  # part of the key: increase it when the files of the same corpus and tokenizer change
 _META = "meta.json"
 _PIECE = 2**20  # characters of a document that are encoded at once
 _BATCH = 2**21  # characters that are encoded in parallel; this bounds the memory

@@ -70,6 +70,9 @@ def test_of_another_run_is_refused(tmp_path):
         pytest.raises(ValueError, match=r"config.layers is 5, was 2; data.corpus is 'xyz', was 'abc'"),
     ):
         saves.restore(small(0))
+    other = {**other, "family": "llama"}
+    with Checkpoints(tmp_path, other) as saves, pytest.raises(ValueError, match=r"family is llama, was gpt\. Put the"):
+        saves.restore(small(0))
 
 
 def test_an_empty_folder_has_none(tmp_path):

@@ -292,6 +292,11 @@ def cached_datasets(begun: Start) -> list[Dataset] | None:
     return [dataset for dataset in found if dataset is not None] if all(found) else None
 
 
+def short(hashes: str) -> str:
+    """The beginnings of the hashes of corpora, joined by commas, for people."""
+    return ",".join(one[:12] for one in hashes.split(","))
+
+
 def check_corpus(begun: Start, corpus: Corpora) -> None:
     """Reads the text of a run, and checks that a resumed run gets the text that it began with.
 
@@ -316,6 +321,7 @@ def check_corpus(begun: Start, corpus: Corpora) -> None:
     if STDLIB in [split_weight(source).name for source in begun.settings.corpus]:
         reason = "stdlib is the source of the running Python, which is another one now (or text beside it is)"
     raise ValueError(
-        f"{where}, but {reason}: sha256 {found[:12]}, the run began with {began[:12]}. Give that one with corpus=PATH, "
-        f"or the folder of its token ids (now {default_root()}) in GARRULAX_CACHE; --new-data goes on with the new one"
+        f"{where}, but {reason}: sha256 {short(found)}, the run began with {short(began)}. Give that one with "
+        f"corpus=PATH, or the folder of its token ids (now {default_root()}) in GARRULAX_CACHE; --new-data goes on "
+        "with the new one"
     )

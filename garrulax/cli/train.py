@@ -91,12 +91,12 @@ def _train(begun: Start, resume: bool) -> None:
     if datasets is None:
         starting.check_corpus(begun, corpus)
         say(f"corpus: {', '.join(settings.corpus)}, {corpus.documents:,} documents, {corpus.bytes:,} bytes, "
-            f"sha256 {corpus.hash[:12]}")  # fmt: skip
+            f"sha256 {starting.short(corpus.hash)}")  # fmt: skip
         begun = begun if resume else starting.with_tokenizer(begun, corpus)
         datasets = [build_shards(part, _tokenizer_of(begun), say=say) for part in corpus.parts]
     else:
         say(f"corpus: {', '.join(settings.corpus)}, its token ids from the cache, "
-            f"sha256 {begun.recorded['corpus'][:12]}")  # fmt: skip
+            f"sha256 {starting.short(begun.recorded['corpus'])}")  # fmt: skip
     tokenizer = _tokenizer_of(begun)
     for dataset in datasets:
         check_length(dataset.valid, 1)
@@ -211,7 +211,7 @@ def _report(result: Result, begun: Start, corpus: Corpora, datasets: Sequence[Da
         sha256 = ",".join(str(dataset.meta["corpus"]) for dataset in datasets)
         xz = _xz(corpus, sha256)
         same = "" if xz is None else f"; xz -9 needs {xz:.3f} for the same text"
-        say(f"{e.bits_per_byte:.3f} bits a byte of held-out text{same} (corpus sha256 {sha256[:12]})")
+        say(f"{e.bits_per_byte:.3f} bits a byte of held-out text{same} (corpus sha256 {starting.short(sha256)})")
     say(
         f"{product(begun)} in {folder / product(begun)}"
         + (f", loss curves in {result.picture}" if result.picture else "")

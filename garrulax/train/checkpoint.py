@@ -206,7 +206,10 @@ class Checkpoints:
         step = self._whole(step)
         different = settings_.differences(self.identity, self._records[step]["identity"])
         if different:
-            raise ValueError(f"the checkpoint in {self._folder} is of another run: {'; '.join(different)}")
+            raise ValueError(
+                f"the checkpoint in {self._folder} is of another run: {'; '.join(different)}. Put the run's own "
+                "checkpoints there, or leave out the settings that changed"
+            )
         return ocp.load(self._folder / str(step), target)
 
     def restore_params(self, target: Tree, step: int | None = None) -> Tree:

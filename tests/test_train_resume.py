@@ -53,7 +53,7 @@ def test_a_run_goes_on_from_another_folder_without_its_text(tmp_path, monkeypatc
     assert settings.read_run_file(run)[0].corpus == (str(moved),)
     code, said = garrulax(capsys, "train", "--resume", run, "model.layers=3")
     assert code == 2
-    assert "model.layers=3: " in said
+    assert "model.layers: " in said
     assert "goes on with the model that it began with" in said
     code, said = garrulax(capsys, "train", "--resume", run, f"corpus={moved}:1,{moved}:1")
     assert code == 2

@@ -305,15 +305,11 @@ def read_run_file(folder: str | os.PathLike, overrides: Iterable[str] = ()) -> t
     """
     record = read_record(folder)
     recorded, changes = typed.replace(Settings(), record["settings"]), with_lists(pairs(overrides))
-    for name in changes:
-        if name.partition(".")[0] == "model":
-            raise ValueError(
-                f"{name}={changes[name]}: {folder} goes on with the model that it began with; leave it out"
-            )
-    given = absolute_paths(typed.replace(recorded, changes))  # what the record says stays as it is
-    settings = dataclasses.replace(
-        typed.replace(recorded, changes), **{k: getattr(given, k) for k in _PATHS if k in changes}
-    )
+    if model := [name for name in changes if name.partition(".")[0] == "model"]:
+        raise ValueError(f"{model[0]}: {folder} goes on with the model that it began with; leave it out")
+    new = typed.replace(recorded, changes)
+    given = absolute_paths(new)  # what the record says stays as it is
+    settings = dataclasses.replace(new, **{k: getattr(given, k) for k in _PATHS if k in changes})
     for name in _IN_THE_FOLDER:
         if getattr(settings, name) != getattr(recorded, name):
             raise ValueError(

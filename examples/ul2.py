@@ -14,9 +14,8 @@ import optax
 
 import garrulax as gx
 from garrulax.hub.tokenizers import GLM_SPECIALS, ByteTokenizer
-from garrulax.train.infill import assemble
 from garrulax.train.objectives import blank_infilling
-from garrulax.train.rows import empty_batch, write_row
+from garrulax.train.rows import Example, infill_rows
 
 #: Kind, mean length of a span, share of the text that is hidden; all equally often.
 DENOISERS = [
@@ -43,15 +42,15 @@ def spans(rng, mean, share):
 
 
 def example(rng, text, ids):
-    """One row of a random denoiser: tokens, targets, positions and the length of the text with blanks."""
+    """A text with the blanks of a random denoiser."""
     kind, mean, share = DENOISERS[rng.integers(len(DENOISERS))]
     if kind == "S":
         hidden = int(rng.integers(1, 2 * share * TEXT))
-        return assemble(text, [(TEXT - hidden, TEXT)], ids["[gMASK]"], ids["<|startofpiece|>"], None)
+        return Example(text, [(TEXT - hidden, TEXT)], ids["[gMASK]"], ids["<|startofpiece|>"], None)
     found = spans(rng, mean, share)
     rng.shuffle(found)
     mask = ids["[MASK]" if kind == "R" else "[sMASK]"]
-    return assemble(text, found, mask, ids["<|startofpiece|>"], ids["<|endofpiece|>"])
+    return Example(text, found, mask, ids["<|startofpiece|>"], ids["<|endofpiece|>"])
 
 
 def main():
@@ -76,10 +75,8 @@ def main():
         return optax.apply_updates(params, updates), state, value
 
     for i in range(steps):
-        batch = empty_batch(8, LENGTH, pad=256)
-        for row in range(8):
-            start = rng.integers(0, len(source) - TEXT)
-            write_row(batch, row, *example(rng, source[start : start + TEXT], ids))
+        starts = rng.integers(0, len(source) - TEXT, 8)
+        batch = infill_rows([[example(rng, source[s : s + TEXT], ids)] for s in starts], LENGTH, pad=256)
         params, state, value = step(params, state, batch)
         if i % 20 == 0 or i == steps - 1:
             print(f"step {i:4d}  loss {value:.3f} nats a hidden byte")

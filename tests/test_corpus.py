@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from garrulax.train import reading as module
-from garrulax.train.corpus import Corpus, xz_bits_per_byte
+from garrulax.train.corpus import Corpora, Corpus, xz_bits_per_byte
 from garrulax.train.sources import split_sources
 
 
@@ -107,6 +107,7 @@ def test_held_out_text_of_its_own(tmp_path):
     assert split(corpus, "train") == ["a\n", "b\n"]
     assert split(corpus, "valid") == ["c\n"]
     assert (corpus.documents, corpus.bytes) == (3, 6)
+    assert split(Corpora([corpus, Corpus(folder, valid=valid)]), "valid") == ["c\n"], "common to both"
 
 
 def test_long_files_are_cut_at_line_ends(tmp_path, monkeypatch):

@@ -10,17 +10,9 @@ import pytest
 
 from garrulax.hub.tokenizers import GLM_SPECIALS, GPT_SPECIALS, ByteTokenizer
 from garrulax.train.components import causal_batch
-from garrulax.train.infill import (
-    BlankMix,
-    assemble,
-    empty_batch,
-    infill_batch,
-    sentence_spans,
-    source_window,
-    token_spans,
-    write_row,
-)
+from garrulax.train.infill import BlankMix, infill_batch, sentence_spans, source_window, token_spans
 from garrulax.train.infill_tokens import InfillTokens
+from garrulax.train.rows import Example, infill_rows
 
 ORACLE = Path(__file__).parent / "oracles" / "glm_original_s0.npz"
 MODES = ["token", "token_noshuffle", "token_dblock", "sentence", "document", "document_midspan"]
@@ -42,10 +34,10 @@ def oracle_spans(text, sep, pos, size):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_assemble_reproduces_the_original_code(mode):
+def test_rows_are_those_of_the_original_code(mode):
     z = {k: np.load(ORACLE)[f"{mode}_{k}"] for k in ("source", "text", "target", "loss_mask", "pos", "sep")}
     mask = {"sentence": SMASK, "document": GMASK, "document_midspan": GMASK}.get(mode, MASK)
-    batch = empty_batch(3, z["text"].shape[1], pad=0)
+    rows = []
     for row in range(3):
         source, text, sep, pos = z["source"][row], z["text"][row], int(z["sep"][row]), z["pos"][row]
         spans, at = oracle_spans(text, sep, pos, int(np.flatnonzero(z["loss_mask"][row])[-1]) + 1)
@@ -53,9 +45,9 @@ def test_assemble_reproduces_the_original_code(mode):
         for (begin, stop), start in zip(spans, at, strict=True):
             blocked = np.flatnonzero(text[start + 1 : start + 1 + stop - begin] == DBLOCK)
             inputs[begin + blocked] = DBLOCK
-        example = assemble(source, spans, mask, SOP, None if mode == "document" else EOP, inputs)
-        assert example[3] == sep
-        write_row(batch, row, *example)
+        rows.append([Example(source, spans, mask, SOP, None if mode == "document" else EOP, inputs)])
+    batch = infill_rows(rows, z["text"].shape[1], pad=0)
+    np.testing.assert_array_equal(batch["weights"].argmax(1), z["sep"])
     np.testing.assert_array_equal(batch["tokens"], z["text"])
     np.testing.assert_array_equal(batch["targets"], z["target"])
     np.testing.assert_array_equal(batch["weights"], z["loss_mask"])
@@ -63,19 +55,28 @@ def test_assemble_reproduces_the_original_code(mode):
     assert (DBLOCK in z["text"]) == (mode == "token_dblock")
 
 
-def test_assemble_worked_example():
-    x = np.array([1, 2, 3, 4, 5, 6])
-    tokens, targets, positions, split = assemble(x, [(4, 6), (2, 3)], mask=90, start=91, end=92)
-    assert split == 5
-    assert tokens.tolist() == [1, 2, 90, 4, 90, 91, 5, 6, 91, 3]
-    assert targets.tolist() == [1, 2, 90, 4, 90, 5, 6, 92, 3, 92]
-    assert positions.tolist() == [[0, 1, 2, 3, 4, 4, 4, 4, 2, 2], [0, 0, 0, 0, 0, 1, 2, 3, 1, 2]]
-    batch = empty_batch(1, 12, pad=7)
-    write_row(batch, 0, tokens, targets, positions, split)
-    assert batch["rank"].tolist() == [[0, 0, 0, 0, 0, 6, 7, 8, 9, 10, 0, 0]]
-    assert batch["weights"].tolist() == [[0] * 5 + [1] * 5 + [0, 0]]
-    assert batch["segment"].tolist() == [[0] * 10 + [-1, -1]]
-    assert batch["tokens"][0, 10:].tolist() == [7, 7]
+def test_worked_example():
+    x, y = np.array([1, 2, 3, 4, 5, 6]), np.array([7, 8, 9])
+    first = Example(x, [(4, 6), (2, 3)], mask=90, start=91, end=92)
+    rest = Example(y, [(1, 3)], mask=93, start=91, end=None, goes_on=True)
+    assert (first.length, rest.length) == (10, 4)
+    batch = infill_rows([[], [first], [rest, first]], 15, pad=0)
+    for row, at in ((1, 0), (2, 4)):
+        here = slice(at, at + 10)
+        assert batch["tokens"][row, here].tolist() == [1, 2, 90, 4, 90, 91, 5, 6, 91, 3]
+        assert batch["targets"][row, here].tolist() == [1, 2, 90, 4, 90, 5, 6, 92, 3, 92]
+        assert batch["positions"][row, 0, here].tolist() == [0, 1, 2, 3, 4, 4, 4, 4, 2, 2]
+        assert batch["positions"][row, 1, here].tolist() == [0, 0, 0, 0, 0, 1, 2, 3, 1, 2]
+        assert batch["rank"][row, here].tolist() == [0] * 5 + list(range(at + 6, at + 11))
+        assert batch["weights"][row, here].tolist() == [0] * 5 + [1] * 5
+    assert batch["tokens"][2, :4].tolist() == [7, 93, 91, 8]
+    assert batch["targets"][2, :4].tolist() == [7, 93, 8, 9]
+    assert batch["positions"][2, :, :4].tolist() == [[0, 1, 2, 3], [0, 0, 1, 2]]
+    assert batch["rank"][2, :4].tolist() == [0, 0, 3, 4]
+    assert batch["segment"].tolist() == [[-1] * 15, [0] * 10 + [-1] * 5, [0] * 4 + [1] * 10 + [-1]]
+    assert not batch["tokens"][0].any()
+    with pytest.raises(ValueError, match="a row of 13 tokens cannot hold examples of 14"):
+        infill_rows([[rest, first]], 13, pad=0)
 
 
 def texts(rows, size, seed=0, documents=False):

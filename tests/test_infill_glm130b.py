@@ -12,10 +12,10 @@ from garrulax.cli.starting import fit
 from garrulax.hub.tokenizers import GLM_SPECIALS, ByteTokenizer
 from garrulax.kernels import masks
 from garrulax.train import batches, settings
-from garrulax.train.infill import GLM_130B, assemble, infill_batch
+from garrulax.train.infill import GLM_130B, infill_batch
 from garrulax.train.infill_tokens import InfillTokens
 from garrulax.train.objectives import mask_of
-from garrulax.train.rows import empty_batch, write_row
+from garrulax.train.rows import Example, infill_rows
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 TOKENIZER = ByteTokenizer(GLM_SPECIALS)
@@ -31,9 +31,8 @@ def test_rows_are_those_that_the_published_code_reads(case, kind):
     source = np.array([*text[:place], *answer, *text[place + 1 :]])
     found = InfillTokens.of_blanks(TOKENIZER, models.blanks(c))
     goes_on = kind == "gmask" and found.goes_on
-    example = assemble(source, [(place, place + len(answer))], text[place], found.start, found.end, goes_on=goes_on)
-    batch = empty_batch(1, len(ids), pad=0)
-    write_row(batch, 0, *example)
+    example = Example(source, [(place, place + len(answer))], text[place], found.start, found.end, goes_on=goes_on)
+    batch = infill_rows([[example]], len(ids), pad=0)
     assert batch["tokens"][0].tolist() == ids
     assert batch["targets"][0, split:].tolist() == [*answer, c.eop]
     np.testing.assert_array_equal(batch["positions"][0, : found.rows], np.atleast_2d(wanted))

@@ -42,6 +42,17 @@ def predicted(document):
 
 
 @pytest.mark.parametrize("packing", ["packing=first_fit", "isolate=true"])
+def test_of_a_prompt_longer_than_a_row_nothing_is_predicted(tmp_path, packing):
+    lines = [json.dumps({"prompt": "read this " * 20, "completion": "DONE" * n}) for n in range(1, 30)]
+    (tmp_path / "long.jsonl").write_text("\n".join(lines))
+    long = build_shards(Corpus(tmp_path / "long.jsonl", fraction=0.1), TOKENIZER, tmp_path / "cache")
+    for family in (training.GPT, training.GLM):
+        batches_of = data_of(long, family, packing)
+        texts = [predicted(document) for step in range(8) for document in rows_of(batches_of.batch_at(step))]
+        assert set("".join(texts)) == set("DONE"), family
+
+
+@pytest.mark.parametrize("packing", ["packing=first_fit", "isolate=true"])
 def test_only_completions_are_predicted(dataset, packing):
     wanted = {f"{p}{c}": c for p, c in PAIRS}
     found = 0

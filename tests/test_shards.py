@@ -222,6 +222,13 @@ def test_damage_is_named_and_mended(tmp_path):
         assert name in said[0]
         assert {file.name: file.read_bytes() for file in whole.folder.iterdir()} == files
     assert folders(tmp_path / "cache") == [whole.folder.name]
+    for file in whole.folder.iterdir():  # as a cleaner of old files does, which leaves the folder
+        file.unlink()
+    with pytest.raises(DamagedError, match="it has no token ids"):
+        find_shards(whole.meta["corpus"], *arguments[1:])
+    build_shards(*arguments, say=said.append)
+    assert "it has no token ids: the token ids are made again" in said[-1]
+    assert {file.name: file.read_bytes() for file in whole.folder.iterdir()} == files
     other = whole.folder.rename(tmp_path / "cache" / "other")
     digests.write(other, whole.meta | {"eos": 7}, "meta.json")
     other.rename(whole.folder)

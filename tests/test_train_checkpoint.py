@@ -51,7 +51,7 @@ def test_keeps_the_latest_and_the_best(tmp_path):
         for step, loss in [(1, 3.0), (2, 1.0), (3, None), (4, 2.0), (5, 2.5)]:
             saves.save(small(step), step, loss)
             saves.save(small(-1), step, loss)  # a step is written once
-    with Checkpoints(tmp_path, IDENTITY) as saves:
+    with Checkpoints(tmp_path, IDENTITY, losses={2: 9.0}) as saves:  # a damaged log does not decide on the best
         assert (saves.latest, saves.best) == (5, 2)
         assert sorted(int(p.name) for p in tmp_path.iterdir()) == [2, 4, 5]
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), small(0))
@@ -69,6 +69,9 @@ def test_of_another_run_is_refused(tmp_path):
         Checkpoints(tmp_path, other) as saves,
         pytest.raises(ValueError, match=r"config.layers is 5, was 2; data.corpus is 'xyz', was 'abc'"),
     ):
+        saves.restore(small(0))
+    other = {**other, "family": "llama"}
+    with Checkpoints(tmp_path, other) as saves, pytest.raises(ValueError, match=r"family is llama, was gpt\. Put the"):
         saves.restore(small(0))
 
 

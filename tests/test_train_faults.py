@@ -19,7 +19,7 @@ import training
 
 from garrulax.cli import starting
 from garrulax.hub.tokenizers import GLM_SPECIALS, ByteTokenizer, load_tokenizer
-from garrulax.train import digests, events, interrupts, lock, loop, metrics, progress, settings, spare
+from garrulax.train import digests, environment, events, interrupts, lock, loop, metrics, progress, settings, spare
 from garrulax.train.checkpoint import Checkpoints
 from garrulax.train.continuing import changed
 from garrulax.train.digests import DamagedError
@@ -105,12 +105,25 @@ def test_a_digest_changes_with_every_kind_of_damage(tmp_path):
             changed = content.copy()
             changed[place] ^= 1 << bit
             found.add(digest(changed))
-    first, second = slice(2**20, 2**20 + 4096), slice(2**20 + 8192, 2**20 + 12288)
-    lost, swapped = content.copy(), content.copy()
+    lost = content.copy()
     lost[:8192] = 0
-    swapped[first], swapped[second] = content[second], content[first]
-    found |= {digest(lost), digest(swapped), digest(content[:-1]), digest(np.roll(content, 8))}
-    assert len(found) == 1 + 14 + 4
+    found |= {digest(lost), digest(content[:-1]), digest(np.roll(content, 8))}
+    for size, distance in ((4096, 2), (4096, 128), (512, 3), (8, 1), (2**16, 1), (2**19, 1)):  # pages, sectors, words
+        swapped, first, second = content.copy(), slice(2**20, 2**20 + size), 2**20 + size * distance
+        second = slice(second, second + size)
+        swapped[first], swapped[second] = content[second], content[first]
+        found.add(digest(swapped))
+    assert len(found) == 1 + 14 + 3 + 6
+
+
+def test_digests_of_another_version_are_no_damage(run):
+    for file in (run / "checkpoints").rglob(digests.NAME):
+        record = digests.read_sealed(file)
+        file.write_text(digests.sealed(record | {"digests": 1}))
+    with pytest.raises(ValueError, match=r"digests\.json was written by another version of garrulax") as found:
+        training.train(run, STEPS, resume=True)
+    assert not isinstance(found.value, DamagedError)
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["2", "4", "6"]
 
 
 def test_parameters_alone_in_another_dtype(tmp_path):
@@ -363,6 +376,8 @@ def test_a_full_disk_names_the_metrics(tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, (40, limit[1]))
             with pytest.raises(OSError, match=r"metrics.jsonl cannot be written: .*; the checkpoints are intact"):
                 log.write(2, {"loss": 1.0})
+            with pytest.raises(OSError, match=r"File too large.*environment.json"):
+                environment.write_environment(tmp_path)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
             signal.signal(signal.SIGXFSZ, before)

@@ -70,8 +70,8 @@ def test_resuming_is_exact_without_the_source_folder(source, cache, capsys):
     jax.tree.map(np.testing.assert_array_equal, parts.params, whole.params)
     assert parts.config == whole.config
     assert parts.tokenizer.config["chat_template"]
-    losses = metrics.held_out_losses(cache / "whole")
-    assert losses == metrics.held_out_losses(cache / "parts")
+    losses = metrics.held_out_losses(metrics.read_metrics(cache / "whole"))
+    assert losses == metrics.held_out_losses(metrics.read_metrics(cache / "parts"))
     assert losses[4] < losses[2]
     assert main(["train", "--resume", str(cache / "parts"), "tokenizer=bytes", "steps=5"]) == 2
     assert "goes on with tokenizer=model" in capsys.readouterr().err
@@ -84,10 +84,10 @@ def test_a_run_can_be_trained_further_and_in_bfloat16(source, cache):
     train(cache / "first", *words, "weights=bfloat16", "steps=24", "eval_every=12", "--run", cache / "second")
     tuned = gx.load(cache / "second" / "model", dtype="stored")
     assert {p.dtype for p in jax.tree.leaves(tuned.params)} == {jnp.dtype("bfloat16")}
-    losses = metrics.held_out_losses(cache / "second")
-    assert losses[24] < losses[12] < metrics.held_out_losses(cache / "first")[1]
+    losses = metrics.held_out_losses(metrics.read_metrics(cache / "second"))
+    assert losses[24] < losses[12] < metrics.held_out_losses(metrics.read_metrics(cache / "first"))[1]
     train(None, "--resume", cache / "second", "steps=25")
-    assert max(metrics.held_out_losses(cache / "second")) == 25
+    assert max(metrics.held_out_losses(metrics.read_metrics(cache / "second"))) == 25
 
 
 def test_stochastic_rounding_keeps_small_updates_in_expectation():

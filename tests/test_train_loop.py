@@ -112,6 +112,23 @@ def test_going_on_after_kill_9_is_exact(causal, tmp_path):
     assert steps == [r["step"] for r in metrics.read_metrics(folder) if "valid_loss" in r]
 
 
+def test_an_export_that_was_cut_short_is_made_again(tmp_path):
+    words, made = ["export_every=2", "sample_every=2", "steps=4", "eval_every=4"], []
+
+    def export(params, step):
+        if step == 2 and not made:
+            made.append("cut short")
+            raise KeyboardInterrupt
+        made.append(step)
+
+    run = training.make(tmp_path / "run", words)
+    run = dataclasses.replace(run, export=export, write_samples=lambda params: made.append("sample") or [("a", "b")])
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(run)
+    loop.train(run, resume=True)
+    assert made == ["cut short", 2, "sample", 4, "sample"]
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(causal, tmp_path):
     run = training.make(tmp_path / "run", CAUSAL)
 

@@ -40,6 +40,16 @@ def test_values_that_are_not_finite_leave_gaps():
     assert svg.line_chart("", [svg.Line("", np.arange(2.0), np.full(2, np.nan), "red")]) == ""
 
 
+def test_a_peak_among_many_points_is_drawn():
+    y = np.ones(5003)
+    y[1234], y[4321] = 9, -7
+    drawn = points(svg.line_chart("", [svg.Line("", np.arange(5003.0), y, "red")]))
+    ends = points(svg.line_chart("", [svg.Line("", np.array([0, 5002.0]), np.array([9.0, -7.0]), "red")]))
+    assert len(drawn) <= svg.MOST_POINTS
+    assert (drawn[:, 1].min(), drawn[:, 1].max()) == (ends[:, 1].min(), ends[:, 1].max())
+    np.testing.assert_array_equal(drawn[[0, -1], 0], ends[:, 0])
+
+
 @pytest.mark.parametrize(
     ("low", "high", "expected"), [(0, 10, [0, 2, 4, 6, 8, 10]), (0.1, 0.4, [0.1, 0.2, 0.3, 0.4]), (-3, 3, [-2, 0, 2])]
 )
@@ -52,9 +62,9 @@ def test_labels_of_ticks():
     assert got == ["2.5k", "0.25", "3", "2M", "1e-05", "0.0"]
 
 
-def run(folder, settings, records):
+def run(folder, settings, records, model="gpt2-tiny", tokenizer="t"):
     folder.mkdir()
-    write_run_file(folder, settings, preset("gpt2-tiny"), {"corpus": "c", "tokenizer": "t"})
+    write_run_file(folder, settings, preset(model), {"corpus": "c", "tokenizer": tokenizer})
     (folder / metrics.NAME).write_text("".join(json.dumps(r) + "\n" for r in records))
 
 
@@ -65,7 +75,8 @@ def test_page_of_two_runs(tmp_path, capsys):
                 {"step": 19, "prompt": "def <b>", "sample": "</pre><script>alert(1)</script>"},
                 {"step": 19, "skipped": 1, "skipped_because": "loss nan"}]  # fmt: skip
     run(tmp_path / "one", Settings(lr=0.1, steps=19), records)
-    run(tmp_path / "two", Settings(lr=0.2, steps=19), records[:5])
+    mixture = ("a.txt:0.5", "b.txt:0.5")
+    run(tmp_path / "two", Settings(lr=0.2, steps=19, corpus=mixture), records[:5], "glm-base", "other")
     assert main(["report", str(tmp_path / "one"), str(tmp_path / "two")]) == 0
     page = (tmp_path / "one" / "report.html").read_text()
     assert "report.html" in capsys.readouterr().out
@@ -76,8 +87,10 @@ def test_page_of_two_runs(tmp_path, capsys):
     assert not re.search(r"(src|href)=|https?://(?!www.w3.org/2000/svg)|<script", page)
     assert "&lt;script&gt;alert(1)" in page
     other = '<tr class="other"><td>lr</td><td>0.1</td><td>0.2'
-    for shown in ("0.3125 (19)", "loss nan", "held-out loss of code", other):
+    for shown in ("0.3125 (19)", "loss nan", "held-out loss of code", other, "<td>a.txt:0.5,b.txt:0.5</td>",
+                  "The objectives differ", "compare bits per byte"):  # fmt: skip
         assert shown in page, shown
+    assert "The texts differ" not in page
     assert "18:00" in page  # minutes from the first record to the last
 
 
@@ -87,3 +100,7 @@ def test_what_is_no_run_is_said(tmp_path, capsys):
     run(tmp_path / "new", Settings(), [])
     assert main(["report", str(tmp_path / "new")]) == 2
     assert "has no metrics yet" in capsys.readouterr().err
+    run(tmp_path / "bad", Settings(), [{"step": 1, "loss": 1.0}])
+    (tmp_path / "bad" / "environment.json").write_bytes(b'{"python": "3.1\xff')
+    assert main(["report", str(tmp_path / "bad")]) == 2
+    assert "environment.json is damaged: delete it" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Runs that go on from another folder, with other steps, or after an evaluation that failed."""
 
+import re
 import shutil
 
 import numpy as np
@@ -50,6 +51,16 @@ def test_a_run_goes_on_from_another_folder_without_its_text(tmp_path, monkeypatc
     code, said = garrulax(capsys, "train", "--resume", run, f"corpus={moved}", "steps=6")
     assert code == 0, said
     assert settings.read_run_file(run)[0].corpus == (str(moved),)
+    code, said = garrulax(capsys, "train", "--resume", run, "model.layers=3")
+    assert code == 2
+    assert "model.layers: " in said
+    assert "goes on with the model that it began with" in said
+    code, said = garrulax(capsys, "train", "--resume", run, f"corpus={moved}:1,{moved}:1")
+    assert code == 2
+    assert re.search(r"sha256 (\w{12}),\1, the run began with \1\.", said), "one more text, not another one"
+    code, said = garrulax(capsys, "train", "--resume", run, "dedup=exact", "steps=6")
+    assert code == 0, said
+    assert "from the cache" not in said, "what is left out may be another text: it is read"
 
 
 def test_stdlib_of_another_python_is_named(tmp_path, monkeypatch):

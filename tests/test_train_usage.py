@@ -100,6 +100,9 @@ def test_a_trace_has_the_chosen_steps(tmp_path, monkeypatch):
         ({"layer_decay": 0.0}, "layer_decay=0.0 must be above 0 and at most 1"),
         ({"z_loss": float("nan")}, "z_loss=nan must be"),
         ({"spike_window": 4}, "spike_window=4 must be at least 8"),
+        ({"lr": float("nan")}, "lr=nan must be a finite number"),
+        ({"min_lr_ratio": -1.0}, "min_lr_ratio=-1.0 must not be negative"),
+        ({"document_blanks": -1.0}, "document_blanks=-1.0 must not be negative"),
         ({"skip_steps": "nan"}, "choose from none, not_finite, spikes"),
     ],
 )
@@ -123,6 +126,16 @@ def test_trackers_get_every_record(tmp_path, monkeypatch):
         ("wandb", "log", ({"loss": 2.0},)), ("trackio", "log", ({"loss": 2.0},)),
         ("wandb", "finish", ()), ("trackio", "finish", ()),
     ]  # fmt: skip
+    said = []
+    with trackers.Trackers(("wandb", "trackio"), tmp_path / "mine", {}, said.append) as both:
+        monkeypatch.setattr(sys.modules["wandb"], "log", lambda *_, **__: 1 / 0)
+        both.write(5, {"loss": 1.0})
+        both.write(6, {"loss": 1.0})
+    assert said == ["no more records for wandb: division by zero; metrics.jsonl has everything"]
+    assert [call[1] for call in calls[-3:]] == ["log", "log", "finish"]  # of the other one
+    monkeypatch.setattr(sys.modules["wandb"], "init", lambda **_: 1 / 0)
+    with pytest.raises(OSError, match="trackers=wandb does not start: division by zero; log in, or leave it out"):
+        trackers.Trackers(("wandb",), tmp_path, {})
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match=r"pip install 'garrulax\[wandb\]'"):
         trackers.check_trackers(("wandb",))

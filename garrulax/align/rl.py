@@ -95,7 +95,7 @@ class PolicySettings:
 
 
 class PolicyRollouts:
-    """The rollouts of a run, as `train.loop.Rollouts`.
+    """The rollouts of a run, as `train.run.Rollouts`.
 
     Args:
         prompts: All prompts to train on.
@@ -145,7 +145,7 @@ class PolicyRollouts:
         self._values = jax.jit(lambda params, batch: policy_and_values(params, batch, config)[1:])
 
     def __call__(self, state: TrainState, step: int, params: Tree) -> tuple[TrainState, HostBatch, Mapping[str, float]]:
-        """See `train.loop.Rollouts`."""
+        """See `train.run.Rollouts`."""
         number, update = divmod(step, self.updates)
         metrics: Mapping[str, float] = {}
         if update == 0:
@@ -258,7 +258,7 @@ class PolicyRollouts:
         return {name: np.asarray(x, np.float32) for name, x in found.items()}
 
     def evaluate(self, prompts: Prompts) -> Callable[[Tree, Iterable, int], Evaluation]:
-        """An evaluation for `train.loop.Run`: the mean reward of one response to each held-out prompt."""
+        """An evaluation for `train.run.Run`: the mean reward of one response to each held-out prompt."""
 
         def evaluated(params: Tree, batches: Iterable, tokens: int = 0) -> Evaluation:
             roll = self.sample(params, range(len(prompts)), _HELD_OUT, prompts)

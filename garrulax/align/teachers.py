@@ -78,7 +78,7 @@ def _on_mesh(params: Tree) -> Tree:
 
 
 class StudentRollouts:
-    """Samples responses of the student for each step of a run (`train.loop.Rollouts`), for on-policy distillation.
+    """Samples responses of the student for each step of a run (`train.run.Rollouts`), for on-policy distillation.
 
     With `distillation_objective(beta=1)` a run minimises the reverse KL on the student's own text. No gradient goes
     through the sampling.
@@ -110,7 +110,7 @@ class StudentRollouts:
         self.tokenizer, self.end_tokens = tokenizer, end_tokens
 
     def __call__(self, state: TrainState, step: int, params: Tree) -> tuple[TrainState, HostBatch, Mapping[str, float]]:
-        """See `train.loop.Rollouts`."""
+        """See `train.run.Rollouts`."""
         epoch, index = np.divmod(step * self.batch + np.arange(self.batch), len(self.prompts))
         roll = roll_out(
             models.unstack(params), self.config, self.prompts,

@@ -29,6 +29,8 @@ from garrulax.train.sources import STDLIB, expanded, mixture, split_weight
 from garrulax.train.spare import TOKENIZER
 
 _GENERATION = "generation_config.json"
+#: Settings that decide what the text of a run is.
+_OF_THE_TEXT = ("corpus", "valid", "dedup", "dedup_threshold")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Start:
             keeps everything else that came with a loaded model.
         loaded: Whether the weights come from the model that `settings.preset` names.
         recorded: Hashes of corpus and tokenizer in run.json, if a run is resumed; else empty.
-        text_given: Whether a resumed run was given another place of its text.
+        text_given: Whether a resumed run was given a setting of its text, such as another place of it.
         new_data: Whether a resumed run may go on with another text than it began with.
     """
 
@@ -149,7 +151,7 @@ def resumed(folder: Path, words: Sequence[str] = ()) -> Start:
     model = gx.Model(config, {}, _checked_tokenizer(folder / TOKENIZER, recorded["tokenizer"]))
     if (folder / TOKENIZER / _GENERATION).exists():
         model = model.replace(generation=read_object(folder / TOKENIZER / _GENERATION))
-    given = any(word.partition("=")[0].strip() in ("corpus", "valid") for word in words)
+    given = any(word.partition("=")[0].strip() in _OF_THE_TEXT for word in words)
     loaded = settings.preset not in models.presets()
     return Start(settings, folder, model, loaded, recorded=recorded, text_given=given)
 
@@ -290,6 +292,11 @@ def cached_datasets(begun: Start) -> list[Dataset] | None:
     return [dataset for dataset in found if dataset is not None] if all(found) else None
 
 
+def short(hashes: str) -> str:
+    """The beginnings of the hashes of corpora, joined by commas, for people."""
+    return ",".join(one[:12] for one in hashes.split(","))
+
+
 def check_corpus(begun: Start, corpus: Corpora) -> None:
     """Reads the text of a run, and checks that a resumed run gets the text that it began with.
 
@@ -314,6 +321,7 @@ def check_corpus(begun: Start, corpus: Corpora) -> None:
     if STDLIB in [split_weight(source).name for source in begun.settings.corpus]:
         reason = "stdlib is the source of the running Python, which is another one now (or text beside it is)"
     raise ValueError(
-        f"{where}, but {reason}: sha256 {found[:12]}, the run began with {began[:12]}. Give that one with corpus=PATH, "
-        f"or the folder of its token ids (now {default_root()}) in GARRULAX_CACHE; --new-data goes on with the new one"
+        f"{where}, but {reason}: sha256 {short(found)}, the run began with {short(began)}. Give that one with "
+        f"corpus=PATH, or the folder of its token ids (now {default_root()}) in GARRULAX_CACHE; --new-data goes on "
+        "with the new one"
     )

@@ -91,17 +91,18 @@ def _train(begun: Start, resume: bool) -> None:
     if datasets is None:
         starting.check_corpus(begun, corpus)
         say(f"corpus: {', '.join(settings.corpus)}, {corpus.documents:,} documents, {corpus.bytes:,} bytes, "
-            f"sha256 {corpus.hash[:12]}")  # fmt: skip
+            f"sha256 {starting.short(corpus.hash)}")  # fmt: skip
         begun = begun if resume else starting.with_tokenizer(begun, corpus)
         datasets = [build_shards(part, _tokenizer_of(begun), say=say) for part in corpus.parts]
     else:
         say(f"corpus: {', '.join(settings.corpus)}, its token ids from the cache, "
-            f"sha256 {begun.recorded['corpus'][:12]}")  # fmt: skip
+            f"sha256 {starting.short(begun.recorded['corpus'])}")  # fmt: skip
     tokenizer = _tokenizer_of(begun)
     for dataset in datasets:
         check_length(dataset.valid, 1)
-    train, valid, size = (sum(map(count, datasets)) for count in (
-        lambda d: len(d.train), lambda d: len(d.valid), lambda d: d.valid.bytes))  # fmt: skip
+    held_out = datasets[:1] if settings.valid else datasets  # `valid` is the held-out text of every corpus
+    train = sum(len(d.train) for d in datasets)
+    valid, size = (sum(map(count, held_out)) for count in (lambda d: len(d.valid), lambda d: d.valid.bytes))
     say(f"tokens: {train:,} to train on, {valid:,} held out, "
         f"{size / valid:.2f} bytes a token, {tokenizer.vocab:,} token ids")  # fmt: skip
     config = begun.model.config
@@ -210,7 +211,7 @@ def _report(result: Result, begun: Start, corpus: Corpora, datasets: Sequence[Da
         sha256 = ",".join(str(dataset.meta["corpus"]) for dataset in datasets)
         xz = _xz(corpus, sha256)
         same = "" if xz is None else f"; xz -9 needs {xz:.3f} for the same text"
-        say(f"{e.bits_per_byte:.3f} bits a byte of held-out text{same} (corpus sha256 {sha256[:12]})")
+        say(f"{e.bits_per_byte:.3f} bits a byte of held-out text{same} (corpus sha256 {starting.short(sha256)})")
     say(
         f"{product(begun)} in {folder / product(begun)}"
         + (f", loss curves in {result.picture}" if result.picture else "")

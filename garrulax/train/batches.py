@@ -78,7 +78,8 @@ def make_data(
         rows = [component.rows if part.epochs else 1 for part, component in zip(parts, made, strict=True)]
         weights = [(part.weight or 0.0) * count for part, count in zip(parts, rows, strict=True)]
     feed = Feed(made, weights, settings.batch)
-    return Data(feed.batch_at, feed.held_out, _identity(datasets, parts), _notes(made, parts, weights, settings))
+    held_out = made[0].held_out if settings.valid else feed.held_out  # `valid` is the held-out text of every corpus
+    return Data(feed.batch_at, held_out, _identity(datasets, parts), _notes(made, parts, weights, settings))
 
 
 def _maker(

@@ -34,7 +34,8 @@ class Checkpoints:
     digests tell whether it still is. A killed process or a full disk does not damage the earlier ones. Use as a
     context manager.
 
-    A checkpoint is saved before its held-out loss is known, so that no evaluation can cost a run; `record` adds it.
+    A checkpoint is saved before its held-out loss is known, so that no evaluation can cost a run; `record` notes it,
+    and the next checkpoint has it.
 
     With several processes all of them make the same calls. The folder is one that all can reach.
 
@@ -42,7 +43,8 @@ class Checkpoints:
         folder: Of the checkpoints; it is created if it does not exist.
         identity: Of this run (`settings.run_identity`). It is saved in every checkpoint and compared on restore.
         keep: Number of latest checkpoints to keep. The one with the lowest held-out loss is kept as well.
-        losses: Held-out losses by step that were recorded before, such as those in metrics.jsonl.
+        losses: Held-out losses by step that were recorded before, such as those in metrics.jsonl. Those that a
+            checkpoint has win.
         keep_minutes: Keep, for good, one checkpoint for every so many minutes of training; 0 keeps none in this way.
 
     Attributes:
@@ -77,7 +79,9 @@ class Checkpoints:
                 self._records[step] = digests.read(self._folder / str(step))
             except DamagedError as error:
                 self.damaged[step] = str(error)
-        self.losses = {s: r["loss"] for s, r in self._records.items() if r.get("loss") is not None} | dict(losses or {})
+        self.losses = dict(losses or {})
+        for _, record in sorted(self._records.items()):  # what checkpoints say is protected by their digests
+            self.losses |= {int(step): loss for step, loss in record.get("losses", {}).items()}
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -173,7 +177,8 @@ class Checkpoints:
         self.wait()
         if loss is not None:
             self.record(step, loss)
-        record = {"step": step, "time": time.time(), "loss": loss, "identity": self.identity}
+        losses = {str(s): self.losses[s] for s in (*self._records, step) if s in self.losses}
+        record = {"step": step, "time": time.time(), "losses": losses, "identity": self.identity}
         target = self._folder / f"{step}{_WRITING}"
         with self._as_oserror():
             arrays = ocp.save_async(target, state)
@@ -201,7 +206,10 @@ class Checkpoints:
         step = self._whole(step)
         different = settings_.differences(self.identity, self._records[step]["identity"])
         if different:
-            raise ValueError(f"the checkpoint in {self._folder} is of another run: {'; '.join(different)}")
+            raise ValueError(
+                f"the checkpoint in {self._folder} is of another run: {'; '.join(different)}. Put the run's own "
+                "checkpoints there, or leave out the settings that changed"
+            )
         return ocp.load(self._folder / str(step), target)
 
     def restore_params(self, target: Tree, step: int | None = None) -> Tree:

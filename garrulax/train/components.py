@@ -168,11 +168,13 @@ def infill(
             tokens: Tokens, packing: Packing, rows: np.ndarray, examples: np.ndarray, seed: int
         ) -> HostBatch:  # fmt: skip
             row, piece = packing.pieces(rows)
-            starts = packing.starts[piece]
+            starts, sizes = packing.starts[piece], packing.sizes[piece]
+            ends = np.cumsum(sizes)
+            text = tokens.take(np.arange(sizes.sum()) + np.repeat(starts - ends + sizes, sizes))  # of all pieces
             prompts = tokens.completion_of(starts) - starts
             documents: list[list[tuple[np.ndarray, int]]] = [[] for _ in rows]
-            for at, start, size, prompt in zip(row, starts, packing.sizes[piece], prompts, strict=True):
-                documents[at].append((tokens[start : start + size], int(prompt)))
+            for at, size, end, prompt in zip(*(x.tolist() for x in (row, sizes, ends, prompts)), strict=True):
+                documents[at].append((text[end - size : end], prompt))
             return infill_documents(documents, examples, seed, ids, length, mix)
 
         def make(rows: np.ndarray, examples: np.ndarray) -> HostBatch:

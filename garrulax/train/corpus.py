@@ -172,8 +172,16 @@ class Corpora:
         return (document for part in self.parts for document in part)
 
     def split(self, name: Split) -> Iterator[Document]:
-        """The documents of all corpora to train on ("train"), or the held-out ones ("valid")."""
-        return (document for part in self.parts for document in part.split(name))
+        """The documents of all corpora to train on ("train"), or the held-out ones ("valid").
+
+        A held-out text that the corpora have in common is read once.
+        """
+        read: list[Corpus] = []
+        for part in self.parts:
+            common = name == "valid" and part.valid_sources is not None
+            if not (common and any(part.valid_sources == other.valid_sources for other in read)):
+                yield from part.split(name)
+            read.append(part)
 
     @property
     def hash(self) -> str:

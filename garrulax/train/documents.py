@@ -6,15 +6,15 @@ its piece begins.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from garrulax.train.infill import BlankMix, complete, corrupt, text_of, with_rows
+from garrulax.train.infill import BlankMix, complete, draw_blanks, text_of, with_positions
 from garrulax.train.infill_tokens import InfillTokens
 from garrulax.train.packing import Packing, pack
-from garrulax.train.rows import HostBatch, empty_batch, row_generator, write_row
+from garrulax.train.rows import Example, HostBatch, infill_rows, row_generator
 from garrulax.train.tokens import Tokens
 
 _SHORTEST = 2  # tokens of a text in which there can be a blank
@@ -176,8 +176,8 @@ def infill_documents(
     """Makes a row of blank-infilling examples of several documents each.
 
     Each has its own [CLS], context, blanks and answers. A document with a prompt has its completion as one answer
-    (`infill.complete`). Documents of one or two tokens have no room for a blank and are left out, and so is the end of
-    a row with so many documents that their control tokens do not fit.
+    (`infill.complete`); a piece of one that is nothing but prompt is left out. So are pieces of one token, which have
+    no room for a blank, and the end of a row with so many documents that their control tokens do not fit.
 
     Args:
         rows: Of each row its documents: int [N], the tokens, and how many of them are the prompt.
@@ -190,22 +190,30 @@ def infill_documents(
     Returns:
         As `infill.infill_batch`; segment counts the documents of a row.
     """
-    batch = empty_batch(len(rows), length, ids.pad)
-    for row, (documents, example) in enumerate(zip(rows, examples, strict=True)):
+    made = []
+    for documents, example in zip(rows, examples, strict=True):
         rng = row_generator(seed, int(example))
-        sources = [(text_of(tokens, ids), prompt) for tokens, prompt in documents]
-        sources = [(source, prompt) for source, prompt in sources if len(source) >= _SHORTEST + ids.first]
-        needed = sum(len(source) + 2 for source, _ in sources)  # with one blank in each
-        at = 0
-        for segment, (source, prompt) in enumerate(sources):
-            needed -= len(source) + 2
-            spans = max(1, (length - at - len(source) - needed) // 2)
-            if at + len(source) + 2 > length:
-                break
-            if 0 < prompt < len(source) - ids.first:
-                example_of_one = complete(source, prompt + ids.first, ids)
-            else:
-                example_of_one = corrupt(source, rng, ids, mix, max_spans=min(spans, (length - at - len(source)) // 2))
-            write_row(batch, row, *example_of_one, at=at, segment=segment)
-            at += len(example_of_one[0])
-    return with_rows(batch, ids)
+        made.append(list(_examples(documents, rng, ids, length, mix)))
+    return with_positions(infill_rows(made, length, ids.pad), ids)
+
+
+def _examples(
+    documents: Sequence[tuple[np.ndarray, int]], rng: np.random.Generator, ids: InfillTokens, length: int, mix: BlankMix
+) -> Iterator[Example]:
+    """The examples of one row."""
+    used = [(tokens, prompt) for tokens, prompt in documents if len(tokens) >= _SHORTEST and prompt < len(tokens)]
+    needed = sum(len(tokens) + ids.first + 2 for tokens, _ in used)  # with one blank in each
+    left = length
+    for tokens, prompt in used:
+        source = text_of(tokens, ids)
+        needed -= len(source) + 2
+        room = left - len(source)
+        if room < 2:
+            return
+        if prompt > 0:
+            example = complete(source, prompt + ids.first, ids)
+        else:
+            spans = max(1, (room - needed) // 2)
+            example = draw_blanks(source, rng, ids, mix, max_spans=min(spans, room // 2))
+        left -= example.length
+        yield example

@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from garrulax.train.digests import write_durably
+
 NAME = "environment.json"
 _PACKAGES = ("garrulax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -31,10 +33,19 @@ def environment() -> dict[str, Any]:
 
 def write_environment(folder: str | os.PathLike) -> None:
     """Writes environment.json into a run's folder; what stood there, of an earlier start of the run, is replaced."""
-    text = json.dumps(environment(), indent=2) + "\n"
-    hidden = Path(folder, f".{NAME}")
-    hidden.write_text(text, encoding="utf-8")
-    hidden.replace(Path(folder, NAME))
+    write_durably(Path(folder, NAME), json.dumps(environment(), indent=2) + "\n")
+
+
+def read_environment(folder: str | os.PathLike) -> dict[str, Any]:
+    """What `write_environment` wrote; empty for a run of an older version. Raises ValueError if the file is damaged."""
+    file = Path(folder, NAME)
+    try:
+        known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except ValueError as error:
+        known = error
+    if not isinstance(known, dict):
+        raise ValueError(f"{file} is damaged: delete it; resuming the run writes it anew")
+    return known
 
 
 def _version(package: str) -> str | None:

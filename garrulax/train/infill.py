@@ -14,6 +14,7 @@ This is numpy on the host. A row depends only on its text, its example number an
 """
 
 import bisect
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from garrulax.train.infill_tokens import InfillTokens
-from garrulax.train.rows import HostBatch, empty_batch, row_generator, write_row
+from garrulax.train.rows import Example, HostBatch, infill_rows, row_generator
 
 MASK_RATIO = 0.15  # share of the tokens to hide
 # The distribution of span lengths: Poisson(3) restricted to 1..39.
@@ -57,6 +58,12 @@ class BlankMix:
         for name in ("document_ratio", "interior", "block"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} of a mix must be between 0 and 1, is {getattr(self, name)}")
+
+    @functools.cached_property
+    def cumulative(self) -> list[float]:
+        """The shares of rows with blanks of each kind and of the kinds before it: token, sentence, document."""
+        shares = np.array([self.token, self.sentence, self.document])
+        return (np.cumsum(shares) / shares.sum()).tolist()
 
 
 #: GLM-130B's (Zeng et al. 2023, section 2.2): [MASK] for short spans in 30 % of the rows; in the others [gMASK] for the
@@ -118,12 +125,11 @@ def infill_batch(
         raise ValueError(f"a row of {length} tokens cannot hold a window of {size - 1}: it needs {size + 2} or more")
     if mix.block and ids.block is None:
         raise ValueError("the mix asks for [dBLOCK], which this tokenizer lacks")
-    batch = empty_batch(len(windows), length, ids.pad)
-    for row, (window, example) in enumerate(zip(windows, examples, strict=True)):
+    rows = []
+    for window, example in zip(windows, examples, strict=True):
         rng = row_generator(seed, int(example))
-        source = text_of(window, ids)
-        write_row(batch, row, *corrupt(source, rng, ids, mix, max_spans=(length - size) // 2))
-    return with_rows(batch, ids)
+        rows.append([draw_blanks(text_of(window, ids), rng, ids, mix, max_spans=(length - size) // 2)])
+    return with_positions(infill_rows(rows, length, ids.pad), ids)
 
 
 def text_of(tokens: np.ndarray, ids: InfillTokens) -> np.ndarray:
@@ -131,39 +137,37 @@ def text_of(tokens: np.ndarray, ids: InfillTokens) -> np.ndarray:
     return (tokens if ids.cls is None else np.concatenate([[ids.cls], tokens])).astype(np.int32)
 
 
-def with_rows(batch: HostBatch, ids: InfillTokens) -> HostBatch:
+def with_positions(batch: HostBatch, ids: InfillTokens) -> HostBatch:
     """The batch with as many rows of positions as the model reads."""
     return batch if ids.rows == 2 else {**batch, "positions": batch["positions"][:, 0]}
 
 
-Example = tuple[np.ndarray, np.ndarray, np.ndarray, int]  # tokens, targets, positions, split; see `assemble`
-
-
-def corrupt(source: np.ndarray, rng: np.random.Generator, ids: InfillTokens, mix: BlankMix, max_spans: int) -> Example:
+def draw_blanks(
+    source: np.ndarray, rng: np.random.Generator, ids: InfillTokens, mix: BlankMix, max_spans: int
+) -> Example:
     """Draws the kind of blanks and then the blanks for one text.
 
     Args:
-        source: int [L], the text, which starts with [CLS].
+        source: int [L], the text, which starts with [CLS] where the model has it.
         rng: For all random choices.
         ids: Control tokens.
         mix: Frequencies of the kinds of blanks.
         max_spans: Greatest number of blanks.
     """
-    shares = np.array([mix.token, mix.sentence, mix.document])
-    kind = int(np.searchsorted(np.cumsum(shares) / shares.sum(), rng.random(), side="right"))
+    kind = bisect.bisect_right(mix.cumulative, rng.random())
     if kind == 2:
         return _document(source, rng, ids, mix)
     if kind == 1:
         spans = sentence_spans(source, rng, ids)[:max_spans]
         if spans:
-            return assemble(source, spans, ids.sentence_mask, ids.start, ids.end)
+            return Example(source, spans, ids.sentence_mask, ids.start, ids.end)
         # A text in which no sentence ends gets token-level blanks instead.
     spans = token_spans(source, rng, ids.eos, max_spans, ids.first)
     rng.shuffle(spans)
-    inputs = source
+    inputs = None
     if mix.block and ids.block is not None:
         inputs = np.where(rng.random(len(source)) < mix.block, ids.block, source)
-    return assemble(source, spans, ids.mask, ids.start, ids.end, inputs)
+    return Example(source, spans, ids.mask, ids.start, ids.end, inputs)
 
 
 def complete(source: np.ndarray, prompt: int, ids: InfillTokens) -> Example:
@@ -172,68 +176,12 @@ def complete(source: np.ndarray, prompt: int, ids: InfillTokens) -> Example:
     Source: THUDM/chatglm-6b, tokenization_chatglm.py, build_inputs_with_special_tokens.
 
     Args:
-        source: int [L], as for `corrupt`; an eos at its end is left out, since the end of the answer stands for it.
+        source: int [L], as for `draw_blanks`; an eos at its end is left out, since the end of the answer stands for it.
         prompt: Tokens of it that are the prompt, [CLS] included; less than L.
         ids: Control tokens.
     """
     size = len(source) - (source[-1] == ids.eos and len(source) > prompt + 1)
-    return assemble(
-        source[:size], [(prompt, size)], ids.document_mask, ids.start, ids.end, goes_on=ids.goes_on
-    )  # fmt: skip
-
-
-def assemble(
-    source: np.ndarray,
-    spans: Sequence[tuple[int, int]],
-    mask: int,
-    start: int,
-    end: int | None,
-    inputs: np.ndarray | None = None,
-    goes_on: bool = False,
-) -> Example:
-    """Builds part A and part B of a text with given blanks. Nothing is random.
-
-    Source: THUDM/GLM blocklm_utils.py, make_block_data.
-
-    Args:
-        source: int [L], the text.
-        spans: [begin, stop) of every blank, disjoint, in the order of part B.
-        mask: The id that replaces a span in part A.
-        start: The id in front of every span in part B.
-        end: The target after every span. None for a span that is the rest of the text, which ends without an
-            end-of-piece token; its last token is a target but no input.
-        inputs: int [L], the input tokens of part B if they differ from `source` because of [dBLOCK].
-        goes_on: Whether part B has the positions after part A, in place of those of the masks.
-
-    Returns:
-        (tokens [T], targets [T], positions [2, T], split), where part B starts at index `split`. The targets of part A
-        repeat its tokens; the loss ignores them.
-    """
-    inputs = source if inputs is None else inputs
-    begins, stops = np.array(spans, np.int64).reshape(-1, 2).T
-    sizes = stops - begins
-
-    def places(lengths: np.ndarray) -> np.ndarray:  # 0, 1, ... within each span
-        return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-
-    kept = np.ones(len(source), bool)
-    kept[np.repeat(begins, sizes) + places(sizes)] = False
-    kept[begins] = True  # the masks
-    with_masks = source.copy()
-    with_masks[begins] = mask
-    part_a = with_masks[kept]
-    split = len(part_a)
-    mask_position = np.cumsum(kept)[begins] - 1
-    lengths = sizes + (end is not None)  # of the pieces of part B
-    place = places(lengths)
-    at = np.repeat(begins, lengths) + place  # in the source, of the target
-    part_b = np.where(place == 0, start, inputs[at - 1])
-    targets = source[np.minimum(at, len(source) - 1)]
-    if end is not None:
-        targets[np.cumsum(lengths) - 1] = end
-    outer = split + np.arange(len(place)) if goes_on else np.repeat(mask_position, lengths)
-    positions = np.stack([np.concatenate([np.arange(split), outer]), np.concatenate([np.zeros(split, int), place + 1])])
-    return np.concatenate([part_a, part_b]), np.concatenate([part_a, targets]), positions, split
+    return Example(source[:size], [(prompt, size)], ids.document_mask, ids.start, ids.end, goes_on=ids.goes_on)
 
 
 def token_spans(
@@ -256,9 +204,28 @@ def token_spans(
         [CLS], an eos or the last token.
     """
     documents = _documents(source, eos, first)
+    lengths = _span_lengths(int(MASK_RATIO * len(source)), rng)[:max_spans]
+    spans = []
+    for (begin, stop), chosen in zip(documents, _shared_out(lengths, documents, rng), strict=True):
+        if not chosen:
+            continue
+        slack = stop - begin - sum(chosen) - len(chosen) + 1
+        gaps = np.sort(rng.integers(0, slack + 1, len(chosen)))  # free tokens of the document before each span
+        for gap, span in zip(gaps.tolist(), chosen, strict=True):
+            spans.append((begin + gap, begin + gap + span))
+            begin += span + 1
+    return spans
+
+
+def _shared_out(
+    lengths: Sequence[int], documents: Sequence[tuple[int, int]], rng: np.random.Generator
+) -> list[list[int]]:
+    """The spans of each document: every span goes to one in which it fits, with the probability of its free tokens."""
     free = [stop - begin for begin, stop in documents]
+    if len(free) == 1:
+        return [_all_in_one(lengths, free[0], rng)]
     chosen: list[list[int]] = [[] for _ in documents]
-    for span in _span_lengths(int(MASK_RATIO * len(source)), rng)[:max_spans]:
+    for span in lengths:
         fits = [room if room >= span else 0 for room in free]  # a few numbers: lists are faster than arrays
         if not any(fits):
             continue
@@ -266,14 +233,20 @@ def token_spans(
         document = bisect.bisect_right(before, int(rng.integers(before[-1])))
         chosen[document].append(span)
         free[document] -= span + 1  # one more token, between this span and the next
-    spans = []
-    for (begin, stop), lengths in zip(documents, chosen, strict=True):
-        slack = stop - begin - sum(lengths) - len(lengths) + 1
-        gaps = np.sort(rng.integers(0, slack + 1, len(lengths)))  # free tokens of the document before each span
-        for gap, span in zip(gaps, lengths, strict=True):
-            spans.append((int(begin + gap), int(begin + gap + span)))
-            begin += span + 1
-    return spans
+    return chosen
+
+
+def _all_in_one(lengths: Sequence[int], free: int, rng: np.random.Generator) -> list[int]:
+    """`_shared_out` of one document, with the same draws, though they decide nothing: all at once is faster."""
+    chosen, rooms = [], []
+    for span in lengths:
+        if span <= free:
+            chosen.append(span)
+            rooms.append(free)
+            free -= span + 1
+    if rooms:
+        rng.integers(rooms)
+    return chosen
 
 
 def sentence_spans(source: np.ndarray, rng: np.random.Generator, ids: InfillTokens) -> list[tuple[int, int]]:
@@ -309,7 +282,7 @@ def _document(source: np.ndarray, rng: np.random.Generator, ids: InfillTokens, m
         span, end = (begin, begin + blank), ids.end
     else:
         span, end = (size - blank, size), None
-    return assemble(source, [span], ids.document_mask, ids.start, end, goes_on=ids.goes_on)
+    return Example(source, [span], ids.document_mask, ids.start, end, goes_on=ids.goes_on)
 
 
 def _documents(source: np.ndarray, eos: int, first: int) -> list[tuple[int, int]]:

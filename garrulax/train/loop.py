@@ -5,21 +5,20 @@ import dataclasses
 import shlex
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 import jax
 from jax.sharding import Mesh
 
 from garrulax import models
-from garrulax.core.config import ModelConfig
 from garrulax.core.sharding import make_mesh, sharding_report
 from garrulax.core.spec import Tree
 from garrulax.core.strategies import check_strategy
 from garrulax.train import lock, lora, peers, plots, spare
 from garrulax.train import settings as settings_
-from garrulax.train.batches import Data, check_batch, check_held_out, on_devices
+from garrulax.train.batches import check_batch, check_held_out, on_devices
 from garrulax.train.checkpoint import Checkpoints
 from garrulax.train.continuing import changed, continued
 from garrulax.train.environment import write_environment
@@ -27,14 +26,14 @@ from garrulax.train.evaluate import Evaluation, make_evaluate
 from garrulax.train.flops import peak_flops, train_flops_per_token
 from garrulax.train.guard import first_guard, why_skipped
 from garrulax.train.interrupts import Interrupts, Stopped
-from garrulax.train.metrics import MetricsLog, held_out_losses
+from garrulax.train.metrics import MetricsLog, held_out_losses, read_metrics
 from garrulax.train.norms import named_norms
-from garrulax.train.objectives import OBJECTIVES, Batch, Objective, objective_name
+from garrulax.train.objectives import OBJECTIVES, Batch, objective_name
 from garrulax.train.optimizers import make_optimizer
 from garrulax.train.profiling import Profiler
 from garrulax.train.progress import Progress, StepTimer
 from garrulax.train.quantized import check_quantized
-from garrulax.train.rows import HostBatch
+from garrulax.train.run import Result, Run, check_rollouts
 from garrulax.train.setting_limits import profiled
 from garrulax.train.settings import Settings
 from garrulax.train.state import TrainState, abstract_state, init_state
@@ -48,85 +47,6 @@ AHEAD = 2
 
 class Diverged(FloatingPointError):
     """The loss or its gradient is not finite, or too many steps were skipped one after another."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """The inputs of a training run, and the folder for its results.
-
-    Attributes:
-        config: Of the model.
-        settings: Of the run.
-        data: Batches to train on and to evaluate on.
-        folder: For run.json, metrics.jsonl, events/, checkpoints/ and loss.png.
-        objective: None takes the one that the settings name.
-        params: Parameters to start from, such as those of a loaded model, or a function that returns them, which keeps
-            no second copy in memory; None draws random ones. They are not needed to resume, unless the settings train
-            adapters: checkpoints have these alone.
-        export: Called as `export(params, step)` every `export_every` steps, to save the model; None saves none.
-        write_samples: Called with the parameters every `sample_every` steps, while the mesh is set; returns pairs of a
-            prompt and what the model writes after it. None writes none.
-        specs: ParamSpec tree of the parameters, if they have more leaves than the config's family says, such as a head.
-        rollouts: Makes the batches instead of `data.batch_at`, from what the model itself writes; see `Rollouts`.
-        evaluate: `evaluate(params, batches, tokens)`, instead of that of `evaluate.make_evaluate`.
-    """
-
-    config: ModelConfig
-    settings: Settings
-    data: Data
-    folder: Path
-    objective: Objective | None = None
-    params: Tree | Callable[[], Tree] | None = None
-    export: Callable[[Tree, int], None] | None = None
-    write_samples: Callable[[Tree], Sequence[tuple[str, str]]] | None = None
-    specs: Tree | None = None
-    rollouts: "Rollouts | None" = None
-    evaluate: Callable[..., Evaluation] | None = None
-
-
-class Rollouts(Protocol):
-    """Batches that depend on the parameters, as in reinforcement learning.
-
-    Attributes:
-        updates: Steps for which one rollout is used. Checkpoints and stops come only between rollouts, so that a
-            resumed run makes the rollouts that it would have made.
-    """
-
-    updates: int
-
-    def __call__(self, state: TrainState, step: int, params: Tree) -> tuple[TrainState, HostBatch, Mapping[str, float]]:
-        """Makes the batch of a step.
-
-        Args:
-            state: Of the run, before the step.
-            step: Counted from 0.
-            params: All parameters of the model, with those that are not trained.
-
-        Returns:
-            The state, in which it may have changed parameters that the optimizer does not; this process's rows of the
-            batch; and metrics of the rollout, to be logged.
-        """
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """The result of a training run.
-
-    Attributes:
-        params: After `step` steps; their moving average, if the settings ask for one.
-        step: Number of updates.
-        finished: False if the run was stopped before its last step.
-        evaluation: Of the final parameters; None if the run was stopped.
-        best: Step of the checkpoint with the lowest held-out loss; None if none was evaluated.
-        picture: Path of loss.png; None if it was not drawn.
-    """
-
-    params: Tree
-    step: int
-    finished: bool
-    evaluation: Evaluation | None
-    best: int | None
-    picture: Path | None
 
 
 def train(
@@ -174,8 +94,10 @@ def train(
         adaptation = lora.adapted(run.params, run.config, settings, mesh, run.specs)
         run = lora.with_base(run, adaptation)
         identity = settings_.run_identity(settings, run.config, run.data.identity)
-        losses = held_out_losses(run.folder) if resume else {}
-        checkpoints = Checkpoints(run.folder / "checkpoints", identity, settings.keep, losses, settings.keep_minutes)
+        records = read_metrics(run.folder) if resume else []
+        checkpoints = Checkpoints(
+            run.folder / "checkpoints", identity, settings.keep, held_out_losses(records), settings.keep_minutes
+        )
         stack.enter_context(checkpoints)
         lines = checkpoints.check() if resume else []
         run, more = _continued(run, checkpoints) if resume else (run, [])
@@ -184,23 +106,16 @@ def train(
         for line in [*lines, *more, *report]:
             loop.progress.say(line)
         state = loop.first_state(resume)
-        trackers = stack.enter_context(Trackers(settings.trackers, run.folder, identity["settings"]))
+        trackers = Trackers(settings.trackers, run.folder, identity["settings"], loop.progress.say)
+        stack.enter_context(trackers)
         log = stack.enter_context(MetricsLog(run.folder, int(state.step), loop.progress.say, trackers))
         stack.enter_context(loop.profiler)
         with Interrupts() as interrupts:
-            result = loop.finish(*loop.steps(state, log, interrupts))
+            done = {name for record in records if record["step"] == int(state.step) for name in record}
+            result = loop.finish(*loop.steps(state, log, interrupts, done))
         if on_finish is not None:
             on_finish(result)
         return result
-
-
-def check_rollouts(run: Run) -> None:
-    """Checks that checkpoints come between rollouts. Raises ValueError if they do not."""
-    updates = 1 if run.rollouts is None else run.rollouts.updates
-    for name in ("steps", "checkpoint_every", "eval_every"):
-        value = getattr(run.settings, name)
-        if value % updates:
-            raise ValueError(f"{name}={value} is not a multiple of the {updates} steps that one rollout is used for")
 
 
 def _mesh(settings: Settings) -> Mesh | None:
@@ -276,9 +191,15 @@ class _Loop:
         return self.adaptation.joined(state.model)
 
     def steps(
-        self, state: TrainState, log: MetricsLog, interrupts: Interrupts
+        self, state: TrainState, log: MetricsLog, interrupts: Interrupts, done: Collection[str] = ()
     ) -> tuple[TrainState, int, Evaluation | None, bool]:
         """Runs the remaining steps, or those until an interrupt.
+
+        Args:
+            state: To start from.
+            log: For the metrics.
+            interrupts: To ask after every step.
+            done: Names of what is in the log already for the step of the state.
 
         Returns:
             The last state, its step, its evaluation, and whether an interrupt stopped the run.
@@ -288,6 +209,8 @@ class _Loop:
             evaluation = self.measure(log, state, first, interrupts)  # the run ended before or in this evaluation
             if evaluation is None:
                 return state, first, None, True
+        if first:
+            self.use(log, state, first, done)  # the run may have ended before that, too
         for step in range(first + 1, s.steps + 1):
             state, batch = self.batch(state, step, log)
             with self.profiler.step(step):
@@ -422,17 +345,20 @@ class _Loop:
         perplexity = f"  perplexity {e.perplexity:.2f}" if of_tokens else ""
         self.progress.say(f"step {step:,}  held-out loss{where} {e.loss:.4f}{perplexity}{bits}")
 
-    def use(self, log: MetricsLog, state: TrainState, step: int) -> None:
-        """Exports the model and lets it write, after the steps that the settings say."""
+    def use(self, log: MetricsLog, state: TrainState, step: int, done: Collection[str] = ()) -> None:
+        """Exports the model and lets it write, after the steps that the settings say; not what is done already."""
         run, s = self.run, self.run.settings
-        exports = run.export is not None and s.export_every and step % s.export_every == 0
-        writes = run.write_samples is not None and s.sample_every and step % s.sample_every == 0
+        exports = run.export is not None and s.export_every and step % s.export_every == 0 and "exported" not in done
+        writes = (
+            run.write_samples is not None and s.sample_every and step % s.sample_every == 0 and "sample" not in done
+        )
         if not exports and not writes:
             return
         self.report(log, ahead=0)
         self.timer.stop()
         if run.export is not None and exports:
             run.export(self.model(state), step)
+            log.write(step, {"exported": 1})
         if run.write_samples is not None and writes:
             for prompt, text in run.write_samples(self.model(state)):
                 log.write(step, {"prompt": prompt, "sample": text})

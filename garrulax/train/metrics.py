@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,13 +121,16 @@ class MetricsLog:
 
 
 def read_metrics(folder: str | os.PathLike) -> list[dict[str, Any]]:
-    """All records of a run's metrics.jsonl, without the lines that are none, such as half a line at the end."""
-    return _records(Path(folder, NAME).read_bytes())[0]
+    """All records of a run's metrics.jsonl, without the lines that are none, such as half a line at the end.
+
+    Empty if the run has no such file.
+    """
+    path = Path(folder, NAME)
+    return _records(path.read_bytes())[0] if path.exists() else []
 
 
-def held_out_losses(folder: str | os.PathLike) -> dict[int, float]:
-    """The held-out loss after each step that a run evaluated, from its metrics.jsonl; empty if it has none."""
-    records = read_metrics(folder) if Path(folder, NAME).exists() else []
+def held_out_losses(records: Iterable[Mapping[str, Any]]) -> dict[int, float]:
+    """The held-out loss after each step that a run evaluated, from its records."""
     return {r["step"]: r["valid_loss"] for r in records if isinstance(r.get("valid_loss"), int | float)}
 
 

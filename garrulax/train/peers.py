@@ -2,7 +2,7 @@
 
 Without this, the others wait in a collective operation until JAX's own heartbeat ends them, after a minute or more and
 without a word about the run. Every process keeps a connection to process 0 and sends a byte every second. A connection
-that ends without a word, or that is silent for ten seconds, means that the other process is gone.
+that ends without a message, or that is silent for ten seconds, means that the other process is gone.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from garrulax.train.progress import write
 #: Exit code of a process that ends because another one died (EX_TEMPFAIL of sysexits.h: try again).
 PEER_DIED = 75
 _BEAT, _SILENCE = 1.0, 10.0  # seconds between bytes, and without a byte
-_MEETING = 20.0  # seconds to connect
+_CONNECTING = 20.0  # seconds to connect
 _OWN_ERROR = 3.0  # seconds that a process has to end with an error of its own when another one did
 _CAUSE = 1.0  # seconds in which an error of this process may turn out to come from the death of another
 _ALIVE, _BYE, _FAILED, _DIED = b"a", b"b", b"f", b"d"
@@ -80,12 +80,12 @@ class _Watch:
         for thread in self._threads:
             thread.start()
 
-    def close(self, last_word: bytes) -> None:
+    def close(self, message: bytes) -> None:
         """Tells the others that this process ends: as it should, or with an error that it explains itself."""
         self._ending.set()
         for connection in self._connections.values():
             with contextlib.suppress(OSError):
-                connection.sendall(last_word)
+                connection.sendall(message)
 
     def _beat(self, _: int, connection: socket.socket) -> None:
         while not self._ending.wait(_BEAT):
@@ -144,21 +144,21 @@ def _connect(port: int, token: int) -> dict[int, socket.socket]:
     from jax._src import distributed  # JAX has no public name for the address of process 0
 
     host = str(distributed.global_state.coordinator_address).rsplit(":", 1)[0].strip("[]")
-    connection = socket.create_connection((host, port), timeout=_MEETING)
+    connection = socket.create_connection((host, port), timeout=_CONNECTING)
     connection.sendall(struct.pack("<ii", token, jax.process_index()))
     return {0: connection}
 
 
 def _accept(server: socket.socket, token: int) -> dict[int, socket.socket]:
     connections: dict[int, socket.socket] = {}
-    server.settimeout(_MEETING)
+    server.settimeout(_CONNECTING)
     with server:
         while len(connections) < jax.process_count() - 1:
             connection, _ = server.accept()
-            connection.settimeout(_MEETING)
+            connection.settimeout(_CONNECTING)
             said = connection.recv(8, socket.MSG_WAITALL)
             if len(said) == 8 and struct.unpack("<ii", said)[0] == token:
                 connections[struct.unpack("<ii", said)[1]] = connection
             else:
-                connection.close()  # a stranger
+                connection.close()  # not a process of this run
     return connections

@@ -1,7 +1,6 @@
 """One HTML page about one or several runs: curves, settings, environment and samples. It needs no network."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
@@ -11,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from garrulax.train import environment, metrics
+from garrulax.train.objectives import objective_name
 from garrulax.train.plots import smooth
 from garrulax.train.progress import duration, si
-from garrulax.train.settings import read_record
+from garrulax.train.settings import read_record, read_run_file
 from garrulax.train.svg import Line, line_chart
 
 #: Colours that people with any colour vision tell apart (Okabe & Ito 2008), without yellow.
@@ -35,6 +35,7 @@ class RunRecord:
         records: Of its metrics.jsonl.
         identity: Of its run.json.
         environment: Of its environment.json; empty for runs of older versions.
+        objective: That it minimises: causal, prefix or infill.
         color: Of its lines.
     """
 
@@ -42,6 +43,7 @@ class RunRecord:
     records: list[dict[str, Any]]
     identity: Mapping[str, Any]
     environment: Mapping[str, Any]
+    objective: str
     color: str
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -86,6 +88,7 @@ def report_page(runs: Sequence[RunRecord]) -> str:
     parts = [
         f"<h1>{escape(title)}</h1>",
         _table(_results(runs)),
+        *(f"<p>{escape(line)}</p>" for line in _not_comparable(runs)),
         f'<h2>Curves</h2><div class="charts">{"".join(_charts(runs))}</div>',
         _section("Skipped steps", _skipped(runs)),
         _section("Samples", "".join(_samples(run) for run in runs)),
@@ -100,11 +103,12 @@ def report_page(runs: Sequence[RunRecord]) -> str:
 
 def _read(folder: str | os.PathLike, name: str, color: str) -> RunRecord:
     identity = read_record(folder)
-    if not Path(folder, metrics.NAME).exists() or not (records := metrics.read_metrics(folder)):
+    records = metrics.read_metrics(folder)
+    if not records:
         raise ValueError(f"{folder} has no metrics yet: {metrics.NAME} is missing or empty")
-    file = Path(folder, environment.NAME)
-    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return RunRecord(name, records, identity, known, color)
+    settings, config = read_run_file(folder)
+    objective = objective_name(settings.objective, config)
+    return RunRecord(name, records, identity, environment.read_environment(folder), objective, color)
 
 
 def _names(folders: Sequence[str | os.PathLike]) -> list[str]:
@@ -171,10 +175,22 @@ def _results(runs: Sequence[RunRecord]) -> list[list[str]]:
                 "goodput": _number(run.last("goodput"), ".1%"),
                 "peak memory": "–" if memory is None else f"{si(memory)}B",
                 "skipped": f"{len(run.series('skipped')[0]):,}",
-                "time": duration(times[-1] - times[0]) if len(times) else "–",
+                "first to last record": duration(times[-1] - times[0]) if len(times) else "–",
             }
         )
     return [list(rows[0]), *(list(row.values()) for row in rows)]
+
+
+def _not_comparable(runs: Sequence[RunRecord]) -> list[str]:
+    """What a reader must know who compares the losses of these runs."""
+    found = []
+    if len({run.objective for run in runs}) > 1:
+        found.append("The objectives differ: their losses are of other predictions and cannot be compared.")
+    if len({run.identity["data"].get("tokenizer") for run in runs}) > 1:
+        found.append("The tokenizers differ: losses and perplexities are of other tokens; compare bits per byte.")
+    if len({run.identity["data"].get("corpus") for run in runs}) > 1:
+        found.append("The texts differ, and so may the held-out ones.")
+    return found
 
 
 def _number(value: float | None, form: str) -> str:
@@ -212,9 +228,11 @@ def _compared(runs: Sequence[RunRecord], values: Callable[[RunRecord], Mapping[s
 
 
 def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by name, then the fields of the model's config, and what identifies the data."""
+    """Settings by name, then the fields of the model's config, and the hashes of the data."""
+    settings = {name: ",".join(map(str, v)) if isinstance(v, list) else v for name, v in identity["settings"].items()}
     model = {f"model.{name}": value for name, value in identity["config"].items()}
-    return {**identity["settings"], "family": identity.get("family"), **model, **identity["data"]}
+    data = {f"data.{name}": value for name, value in identity["data"].items()}
+    return {**settings, "family": identity.get("family"), **model, **data}
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -1,5 +1,6 @@
 """Values that settings may have. What is wrong is said before anything is read or compiled."""
 
+import math
 import re
 from typing import Any
 
@@ -27,10 +28,12 @@ ADAPTER_RATES = {
 }
 TRACKERS = ("wandb", "trackio")
 _COUNTS = ("steps", "batch", "window", "accumulation", "log_every", "eval_every", "checkpoint_every", "keep")
-_NOT_NEGATIVE = ("lr", "adam_lr", "weight_decay", "clip", "warmup", "decay", "eval_tokens", "tail_step", "tail_ratio",
+_NOT_NEGATIVE = ("lr", "adam_lr", "weight_decay", "clip", "eps", "warmup", "decay", "min_lr_ratio", "tail_step",
+                 "tail_ratio", "token_blanks", "sentence_blanks", "document_blanks", "eval_tokens",
                  "keep_minutes")  # fmt: skip
 #: Setting -> least value, greatest value, and whether each of them is allowed.
 _RANGES = {
+    "dedup_threshold": (0, 1, False, True),
     "layer_decay": (0, 1, False, True),
     "z_loss": (0, 1, True, True),
     "label_smoothing": (0, 1, True, False),
@@ -55,8 +58,11 @@ def check_limits(settings: Any) -> None:
         if getattr(settings, name) < 1:
             raise ValueError(f"{name}={getattr(settings, name)} must be at least 1")
     for name in _NOT_NEGATIVE:
-        if (getattr(settings, name) or 0) < 0:
-            raise ValueError(f"{name}={getattr(settings, name)} must not be negative")
+        value = getattr(settings, name) or 0
+        if value < 0:
+            raise ValueError(f"{name}={value} must not be negative")
+        if not math.isfinite(value):
+            raise ValueError(f"{name}={value} must be a finite number")
     if settings.batch % settings.accumulation:
         raise ValueError(f"batch={settings.batch} cannot be cut into accumulation={settings.accumulation} equal parts")
     for name, (least, greatest, with_least, with_greatest) in _RANGES.items():

@@ -305,10 +305,11 @@ def read_run_file(folder: str | os.PathLike, overrides: Iterable[str] = ()) -> t
     """
     record = read_record(folder)
     recorded, changes = typed.replace(Settings(), record["settings"]), with_lists(pairs(overrides))
-    given = absolute_paths(typed.replace(recorded, changes))  # what the record says stays as it is
-    settings = dataclasses.replace(
-        typed.replace(recorded, changes), **{k: getattr(given, k) for k in _PATHS if k in changes}
-    )
+    if model := [name for name in changes if name.partition(".")[0] == "model"]:
+        raise ValueError(f"{model[0]}: {folder} goes on with the model that it began with; leave it out")
+    new = typed.replace(recorded, changes)
+    given = absolute_paths(new)  # what the record says stays as it is
+    settings = dataclasses.replace(new, **{k: getattr(given, k) for k in _PATHS if k in changes})
     for name in _IN_THE_FOLDER:
         if getattr(settings, name) != getattr(recorded, name):
             raise ValueError(
@@ -357,8 +358,10 @@ def differences(current: Mapping[str, Any], saved: Mapping[str, Any]) -> list[st
         current: `run_identity` of the run.
         saved: `run_identity` in the checkpoint.
     """
-    found = []
     names: tuple[str, ...] = ("config", "data", "settings")
+    if current.get("family") != saved.get("family"):  # all of their configs differs then
+        return [f"family is {current.get('family')}, was {saved.get('family')}"]
+    found = []
     was = {name: value for name, value in saved["data"].items() if not name.startswith(INSTEAD_OF)}
     accepted = {name.removeprefix(INSTEAD_OF): value for name, value in current["data"].items() if INSTEAD_OF in name}
     if accepted == was:  # the user has said that this text may take the place of that one

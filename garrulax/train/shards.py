@@ -37,7 +37,7 @@ from garrulax.train.reading import Document
 from garrulax.train.shard_files import ShardWriter, durable
 from garrulax.train.tokens import Tokens
 
-FORMAT = 2  # part of the key: increase it when the files of the same corpus and tokenizer change
+FORMAT = 3  # part of the key: increase it when the files of the same corpus and tokenizer change
 _META = "meta.json"
 _PIECE = 2**20  # characters of a document that are encoded at once
 _BATCH = 2**21  # characters that are encoded in parallel; this bounds the memory
@@ -198,7 +198,10 @@ def find_shards(
 
 def _opened(folder: Path, identity: Mapping[str, Any]) -> Dataset:
     """A data set, after comparing what it says of itself with what its name stands for."""
-    dataset = Dataset(folder)
+    try:
+        dataset = Dataset(folder)
+    except FileNotFoundError as error:  # the folder is there: somebody has deleted its files
+        raise DamagedError(str(error)) from None
     if {name: dataset.meta.get(name) for name in identity} != dict(identity):
         raise DamagedError(f"{folder} has the token ids of another text or tokenizer: delete it to make them anew")
     return dataset

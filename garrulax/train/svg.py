@@ -119,7 +119,7 @@ def _place(x: np.ndarray, y: np.ndarray, x_range: tuple, y_range: tuple) -> tupl
 
 def _polylines(line: Line, x_range: tuple, y_range: tuple) -> str:
     """The line, one polyline for each stretch of finite values; a lone value is a dot."""
-    keep = np.unique(np.linspace(0, len(line.x) - 1, min(len(line.x), MOST_POINTS)).astype(int))
+    keep = _shown(line.y)
     across, down = _place(line.x[keep].astype(float), line.y[keep].astype(float), x_range, y_range)
     finite = np.isfinite(line.y[keep])
     stretches = np.split(np.arange(len(keep)), np.flatnonzero(np.diff(finite)) + 1)
@@ -139,6 +139,17 @@ def _polylines(line: Line, x_range: tuple, y_range: tuple) -> str:
             few = stretch[: 0 if line.faint or len(keep) > _FEW else None]
             found += [f'<circle cx="{across[i]:.1f}" cy="{down[i]:.1f}" r="2.5" fill="{line.color}"/>' for i in few]
     return "".join(found)
+
+
+def _shown(y: np.ndarray) -> np.ndarray:
+    """The indices of the points to draw: all, or of many the least and greatest of each stretch, so that peaks stay."""
+    if len(y) <= MOST_POINTS:
+        return np.arange(len(y))
+    finite = np.isfinite(y)
+    least, greatest = np.where(finite, y, np.inf), np.where(finite, y, -np.inf)
+    stretches = np.array_split(np.arange(len(y)), MOST_POINTS // 2 - 1)
+    peaks = [part[values[part].argmin()] for part in stretches for values in (least, -greatest)]
+    return np.unique([0, *peaks, len(y) - 1])
 
 
 def _axes(x_range: tuple[float, float], y_range: tuple[float, float], x_label: str, log: bool) -> list[str]:

@@ -16,13 +16,14 @@ from garrulax.cli import main
 from garrulax.core import lora
 from garrulax.core import quantised as core
 from garrulax.core.coded import Coded
-from garrulax.core.einsum import einsum, letters, lookup
+from garrulax.core.einsum import einsum, lookup
 from garrulax.core.leaf import weights
+from garrulax.core.letters import letters
 from garrulax.core.lora_specs import adapter_specs
 from garrulax.core.quantised import Quantised
 from garrulax.core.sharding import place
 from garrulax.models import parameters
-from garrulax.quantisation import awq, gptq, grid, quantise_with_errors
+from garrulax.quantisation import awq, gptq, grid
 from garrulax.train import objectives, settings
 from garrulax.train.state import init_state
 from garrulax.train.step import make_train_step
@@ -251,9 +252,10 @@ def test_calibrated_models_have_smaller_errors(more, model):
     options = {"kind": "int4", "group": 16, "tables": None}
     plain = gx.quantise(model, **options)
     exact = logits(model.params)
-    found, errors = quantise_with_errors(model, calibrate=rows, **options, **more)
-    assert len(errors) == 14
-    assert all(e.output is not None for e in errors)
+    errors = []
+    found = gx.quantise(model, calibrate=rows, **options, **more, progress=lambda *error: errors.append(error))
+    assert [total for _, total in errors] == [14] * 14
+    assert all(e.output is not None for e, _ in errors)
     ours, theirs = (jnp.square(logits(gx.dequantise(m).params) - exact).mean() for m in (found, plain))
     assert ours < theirs
 

@@ -23,6 +23,7 @@ from garrulax.core import einsum as products
 from garrulax.core.codes import Form
 from garrulax.core.half import BLOCK
 from garrulax.core.leaf import Leaf
+from garrulax.core.letters import letters, sides
 
 LEAST = 1 << 16  # numbers of a weight that is worth a loop
 
@@ -103,16 +104,22 @@ class Quantised(Leaf):
 
     def einsum(self, spec: str, x: jax.Array) -> jax.Array:
         """The product with activations, in x's dtype."""
-        left, right, out = products.letters(spec)
-        contracted = "".join(c for c in left if c in right)
-        rows, columns = left.removesuffix(contracted), right.replace(contracted, "")
-        first = right.startswith(contracted)
-        plain = out == rows + columns and left == rows + contracted and (first or right.endswith(contracted))
-        if not plain or first != self.form.first or x.shape[len(rows) :] != self.form.inner or products.on_mesh(x):
-            return products.einsum(spec, x, self.dense(x.dtype))
+        s = sides(*letters(spec))
+        own = s is not None and s.first == self.form.first and x.shape[len(s.rows) :] == self.form.inner
+        if s is None or not own or products.on_mesh(x):
+            return products.einsum(spec, self._as_multiplied(x), self.dense(x.dtype))
         x2 = jnp.asarray(x).reshape(-1, self.form.inputs)
         y = _product(x2, jax.tree.map(jnp.asarray, self))
-        return y.reshape(*x.shape[: len(rows)], *self.form.outer)
+        return y.reshape(*x.shape[: len(s.rows)], *self.form.outer)
+
+    def _as_multiplied(self, x: jax.Array) -> jax.Array:
+        """The activations [..., *inner], rounded as the form says: for products that are computed otherwise."""
+        if not self.form.activations:
+            return x
+        axes = tuple(range(x.ndim - len(self.form.inner), x.ndim))
+        factors = 1 if self.factors is None else self.factors.reshape(self.form.inner)
+        whole, step = _rounded(x.astype(jnp.float32) * factors, axes)
+        return (whole * step / factors).astype(x.dtype)
 
     def shardings(self, place: NamedSharding) -> "Quantised":
         """The sharding of each array, for that of the plain weight.
@@ -160,7 +167,7 @@ def _pick(array: jax.Array, ids: jax.Array, fill: Any) -> jax.Array:
 @jax.custom_vjp
 def _product(x: jax.Array, w: Quantised) -> jax.Array:
     """The product [M, outputs] in x's dtype of x [M, inputs] and a weight of one layer."""
-    return _by_platform(_FORWARD, x, w)
+    return _by_platform(_FORWARD_OF_INTEGERS if w.form.activations else _FORWARD, x, w)
 
 
 def _product_forward(x: jax.Array, w: Quantised) -> tuple[jax.Array, Quantised]:
@@ -168,7 +175,7 @@ def _product_forward(x: jax.Array, w: Quantised) -> tuple[jax.Array, Quantised]:
 
 
 def _product_backward(w: Quantised, dy: jax.Array) -> tuple[jax.Array, Quantised]:
-    """The gradient for x. That for the weight is zero: `train` refuses to train it."""
+    """The gradient for x, through rounded activations too. That for the weight is zero: `train` refuses to train it."""
 
     def none(a: jax.Array) -> Any:
         return jnp.zeros_like(a) if jnp.issubdtype(a.dtype, jnp.floating) else np.zeros(a.shape, jax.dtypes.float0)
@@ -232,6 +239,30 @@ def _by_blocks(x: jax.Array, w: Quantised) -> jax.Array:
     return jax.lax.fori_loop(np.int32(0), np.int32(count), write, zero).astype(x.dtype)
 
 
+def _integers(x: jax.Array, w: Quantised) -> jax.Array:
+    """The product of a form with rounded activations: of int8 numbers, summed in int32."""
+    (columns,) = _columns(x.astype(jnp.float32), w)
+    whole, step = _rounded(columns, (1,))
+    y = jax.lax.dot_general(
+        whole.astype(jnp.int8), w.codes, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
+    )  # fmt: skip
+    return (y.astype(jnp.float32) * step * w.scale.astype(jnp.float32).T).astype(x.dtype)
+
+
+def _integers_by_blocks(x: jax.Array, w: Quantised) -> jax.Array:
+    """`_integers`, by the blocks of `_by_blocks`: XLA:CPU multiplies no int8 numbers, and would widen the weight."""
+    if w.factors is not None:
+        x, w = x * w.factors[None].astype(x.dtype), dataclasses.replace(w, factors=None)
+    whole, step = _rounded(x.astype(jnp.float32), (1,))
+    return (_by_blocks(whole, w) * step).astype(x.dtype)
+
+
+def _rounded(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """float32 whole numbers -127..127, and what they are multiplied by: for each row the largest of `axes` / 127."""
+    step = jnp.max(jnp.abs(x), axis=axes, keepdims=True) / np.float32(127)
+    return jnp.round(x / jnp.where(step == 0, np.float32(1), step)), step
+
+
 def _by_blocks_backward(dy: jax.Array, w: Quantised) -> jax.Array:
     size, count = _blocks(w.form)
     wide = dy.astype(jnp.float32)
@@ -268,4 +299,5 @@ def _sum(parts: Iterable[jax.Array]) -> jax.Array:
 
 
 _FORWARD = {"cpu": _by_blocks, "default": _whole}
+_FORWARD_OF_INTEGERS = {"cpu": _integers_by_blocks, "default": _integers}
 _BACKWARD = {"cpu": _by_blocks_backward, "default": _whole_backward}

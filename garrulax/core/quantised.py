@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from garrulax.core import codes as coding
+from garrulax.core import digits
 from garrulax.core import einsum as products
 from garrulax.core.codes import Form
 from garrulax.core.half import BLOCK
@@ -249,8 +250,31 @@ def _integers(x: jax.Array, w: Quantised) -> jax.Array:
     return (y.astype(jnp.float32) * step * w.scale.astype(jnp.float32).T).astype(x.dtype)
 
 
-def _integers_by_blocks(x: jax.Array, w: Quantised) -> jax.Array:
-    """`_integers`, by the blocks of `_by_blocks`: XLA:CPU multiplies no int8 numbers, and would widen the weight."""
+def _on_cpu(x: jax.Array, w: Quantised) -> jax.Array:
+    """The product by int8 digits of the activations where the codes are int8 numbers with a scale a row, else by blocks."""
+    if not _has_int8_products(w, w.form.inputs):
+        return _by_blocks(x, w)
+    (columns,) = _columns(x.astype(jnp.float32), w)
+    return (digits.times_int8(columns, w.codes, 1) * w.scale.astype(jnp.float32).T).astype(x.dtype)
+
+
+def _on_cpu_backward(dy: jax.Array, w: Quantised) -> jax.Array:
+    if not _has_int8_products(w, w.form.outputs):
+        return _by_blocks_backward(dy, w)
+    scaled = dy.astype(jnp.float32) * w.scale.astype(jnp.float32).T
+    return _inputs([digits.times_int8(scaled, w.codes, 0)], w).astype(dy.dtype)
+
+
+def _has_int8_products(w: Quantised, summed: int) -> bool:
+    """Whether the codes can be multiplied as they are on the CPU of this machine, in sums of so many products."""
+    plain = w.form.kind == "int" and w.form.bits == 8 and w.offset is None and w.scale.shape[-1] == 1
+    return plain and digits.has("int8") and digits.can_be_summed(summed)
+
+
+def _integers_on_cpu(x: jax.Array, w: Quantised) -> jax.Array:
+    """`_integers`; by the blocks of `_by_blocks` where XLA:CPU would widen the weight."""
+    if _has_int8_products(w, w.form.inputs):
+        return _integers(x, w)
     if w.factors is not None:
         x, w = x * w.factors[None].astype(x.dtype), dataclasses.replace(w, factors=None)
     whole, step = _rounded(x.astype(jnp.float32), (1,))
@@ -298,6 +322,6 @@ def _sum(parts: Iterable[jax.Array]) -> jax.Array:
     return functools.reduce(operator.add, parts)
 
 
-_FORWARD = {"cpu": _by_blocks, "default": _whole}
-_FORWARD_OF_INTEGERS = {"cpu": _integers_by_blocks, "default": _integers}
-_BACKWARD = {"cpu": _by_blocks_backward, "default": _whole_backward}
+_FORWARD = {"cpu": _on_cpu, "default": _whole}
+_FORWARD_OF_INTEGERS = {"cpu": _integers_on_cpu, "default": _integers}
+_BACKWARD = {"cpu": _on_cpu_backward, "default": _whole_backward}

@@ -7,6 +7,8 @@ slices it.
 
 Sampling and scoring on a CPU compute in float32 with such weights (`HalfWeight`): rounding every activation to bfloat16
 costs time there and accuracy everywhere. `forward` of bfloat16 parameters computes in bfloat16.
+
+Where the CPU multiplies bfloat16 numbers, the products are those of `core.digits`, without blocks.
 """
 
 import dataclasses
@@ -19,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from garrulax.core import digits
 from garrulax.core.leaf import Leaf
 from garrulax.core.letters import letters, sides
 
@@ -54,6 +57,8 @@ def plain_dot(x: jax.Array, w: jax.Array, first: bool) -> jax.Array:
 
 
 def _by_blocks(x: jax.Array, w: jax.Array, first: bool) -> jax.Array:
+    if len(x) > 1 and digits.has("bfloat16"):  # XLA multiplies a matrix and a vector by code of its own, in float32
+        return digits.times_bfloat16(x, w, 0 if first else 1).astype(x.dtype)
     return (_over_inputs if first else _over_outputs)(x.astype(jnp.float32), _to_bits(w)).astype(x.dtype)
 
 
@@ -127,12 +132,14 @@ class HalfWeight(Leaf):
 
     Attributes:
         bits: uint16, of the shape of the weight.
+        numbers: The same memory as bfloat16, which products read where the CPU multiplies such numbers; or None.
         to: Name of the dtype of looked-up rows.
     """
 
     kind: ClassVar[str] = "a bfloat16 weight"
 
     bits: jax.Array
+    numbers: jax.Array | None = None
     to: str = dataclasses.field(default="float32", metadata={"static": True})
 
     @property
@@ -152,8 +159,12 @@ class HalfWeight(Leaf):
             return jnp.einsum(spec, x, self.dense(x.dtype))
         inner = math.prod(x.shape[len(s.rows) :])
         x2 = x.reshape(-1, inner)
-        bits = self.bits.reshape(inner, -1) if s.first else self.bits.reshape(-1, inner)
-        if self.size >= LEAST and len(x2) <= MOST_ROWS:
+        shape = (inner, -1) if s.first else (-1, inner)
+        bits = self.bits.reshape(shape)
+        if digits.has("bfloat16"):
+            numbers = jax.lax.bitcast_convert_type(bits, jnp.bfloat16) if self.numbers is None else self.numbers
+            y = digits.times_bfloat16(x2.astype(jnp.float32), numbers.reshape(shape), 0 if s.first else 1)
+        elif self.size >= LEAST and len(x2) <= MOST_ROWS:
             y = (_over_inputs if s.first else _over_outputs)(x2.astype(jnp.float32), bits)
         else:
             y = plain_dot(x2.astype(jnp.float32), _widened(bits), s.first)
@@ -177,25 +188,30 @@ class HalfWeight(Leaf):
         raise ValueError("a bfloat16 weight as bits is on one CPU: shard the bfloat16 array")
 
 
-def as_bits(tree: Any) -> Any:
+def as_bits(tree: Any, stacked: bool = True) -> Any:
     """bfloat16 arrays in the memory of one CPU as uint16, without a copy; other leaves unchanged.
 
-    A program whose arguments are the bits reads the weights where they lie. One whose arguments are bfloat16 copies
-    them first.
+    A program whose arguments are the bits slices the weights, and looks up their rows, where they lie. One whose
+    arguments are bfloat16 converts them first, but for products on CPUs that multiply such numbers.
 
     Args:
         tree: Parameters.
+        stacked: Whether there may be stacked layers in it, which have to be sliced. Without, matrices become
+            `HalfWeight`s of both, the bits and the array itself, where products read the latter.
     """
 
     def one(x: Any) -> Any:
         if isinstance(x, jax.ShapeDtypeStruct) and x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
-            return jax.ShapeDtypeStruct(x.shape, np.uint16)
+            return both(jax.ShapeDtypeStruct(x.shape, np.uint16), x)
         if not isinstance(x, jax.Array) or x.dtype != jnp.bfloat16 or len(x.devices()) > 1:
             return x
         (device,) = x.devices()
         if device.platform != "cpu":
             return x
-        return jax.device_put(np.asarray(x).view(np.uint16), device if x.committed else None, may_alias=True)
+        return both(jax.device_put(np.asarray(x).view(np.uint16), device if x.committed else None, may_alias=True), x)
+
+    def both(bits: Any, numbers: Any) -> Any:
+        return bits if stacked or bits.ndim < 2 or not digits.has("bfloat16") else HalfWeight(bits, numbers)
 
     return jax.tree.map(one, tree)
 
@@ -204,8 +220,8 @@ def from_bits(tree: Any) -> Any:
     """Parameters with which a program computes in float32 from what `as_bits` returned: vectors become float32."""
 
     def one(x: Any) -> Any:
-        if x.dtype != jnp.uint16:
+        if isinstance(x, HalfWeight) or x.dtype != jnp.uint16:
             return x
         return HalfWeight(x) if x.ndim > 1 else _widened(x)
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, HalfWeight))

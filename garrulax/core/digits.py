@@ -7,8 +7,8 @@ is converted, and the weight is read once.
 
 An int8 digit is one of base 256, of the activation as a fraction of the largest of its row. So activations are rounded
 to 2^-24 of that, which is far less than what rounding the weight to int8 changed. Products of int8 numbers are summed
-exactly in int32, whatever the other rows are. Bfloat16 digits are the parts of 8 bits of the 24 of a float32: nothing is
-rounded but the sums.
+exactly in int32, whatever the other rows are. Bfloat16 digits are the parts of 8 bits of the 24 of a float32:
+nothing is rounded but the sums.
 """
 
 import functools

@@ -256,7 +256,7 @@ def _integers(x: jax.Array, w: Quantised) -> jax.Array:
 
 
 def _on_cpu(x: jax.Array, w: Quantised) -> jax.Array:
-    """The product by int8 digits of the activations where the codes are int8 numbers with a scale a row, else by blocks."""
+    """The product by int8 digits of the activations for int8 codes with a scale a row, else by blocks."""
     if not _has_int8_products(w, w.form.inputs):
         return _by_blocks(x, w)
     (columns,) = _columns(x.astype(jnp.float32), w)

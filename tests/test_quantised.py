@@ -123,7 +123,7 @@ def test_rows_of_a_table():
 def test_no_program_holds_a_float_copy_of_a_weight():
     """A loop over steps, from which XLA would hoist the conversion of whole weights."""
     leaf, _ = weight((1024,), (1024,), True, "int4", 128)
-    x = jnp.ones((1, 1, 1024))
+    x = jnp.ones((1, 1, 1024), jnp.float32)
 
     def steps(x, w):
         return jax.lax.fori_loop(0, 4, lambda i, x: jnp.tanh(einsum("BTD,DF->BTF", x, w)), x)
@@ -137,7 +137,7 @@ def test_no_program_holds_a_float_copy_of_a_weight():
     temporary, largest = compiled(leaf)
     assert temporary < 2 * 4 * core.BLOCK
     assert largest < 1024 * 1024 / 2
-    assert compiled(jnp.ones((1024, 1024)))[1] == 1024 * 1024  # the meter works
+    assert compiled(jnp.ones((1024, 1024), jnp.float32))[1] == 1024 * 1024  # the meter works
 
 
 @pytest.fixture(scope="module")

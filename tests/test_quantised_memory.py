@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -73,4 +74,8 @@ def test_a_quarter_of_chatglm_6b_runs_in_little_memory(tmp_path):
     tokens, used = done.stdout.splitlines()[-2:]
     assert len(tokens.split(",")) == 4
     assert int(used) * 1024 < limit
-    assert serve("bfloat16").returncode != 0
+    stopped = serve("bfloat16")
+    assert stopped.returncode != 0
+    assert re.search("(?i)MemoryError|bad_alloc|RESOURCE_EXHAUSTED|allocate|out of memory", stopped.stderr), (
+        stopped.stderr
+    )

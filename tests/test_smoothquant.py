@@ -70,6 +70,9 @@ def test_w8a8_is_its_formula(factors, monkeypatch):
         y, back = jax.vjp(jax.jit(lambda x: einsum("BTD,DF->BTF", x, leaf)), x[None])
         np.testing.assert_allclose(y[0], theirs, rtol=0, atol=2e-6 * np.abs(theirs).max())
         np.testing.assert_allclose(back(y)[0][0], y[0] @ dense, rtol=0, atol=1e-5 * np.abs(y[0] @ dense).max())
+    int8 = dataclasses.replace(leaf, form=dataclasses.replace(leaf.form, activations=0))
+    plain = core._scaled_after(jnp.asarray(x), int8)  # the form of GPUs
+    np.testing.assert_allclose(plain, x @ dense.T, rtol=0, atol=2e-6 * np.abs(theirs).max())
     np.testing.assert_allclose(  # on a mesh, and for other products
         einsum("BTD,DF->BFT", x[None], leaf)[0].T, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max()
     )

@@ -1,8 +1,9 @@
 """Quantised weights: integers or narrow floats with scales, which are multiplied without a float copy of the weight.
 
-On CPUs a loop over blocks of rows of codes converts one block at a time. XLA:CPU would convert a whole weight, and in a
-loop, such as that over decoding steps, all weights before the loop: several times the memory of the codes, and the time
-of several steps. Other platforms convert the codes while they multiply.
+On CPUs that multiply int8 numbers, int8 codes with a scale a row are multiplied as they are, by the digits of the
+activations (`core.digits`). Otherwise a loop over blocks of rows of codes converts one block at a time: XLA:CPU would
+convert a whole weight, and in a loop, such as that over decoding steps, all weights before the loop: several times the
+memory of the codes, and the time of several steps. Other platforms convert the codes while they multiply.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from garrulax.core import codes as coding
 from garrulax.core import digits
 from garrulax.core import einsum as products
 from garrulax.core.codes import Form
+from garrulax.core.dtypes import at_least_float32
 from garrulax.core.leaf import Leaf
 from garrulax.core.letters import letters, sides
 
@@ -222,6 +224,21 @@ def _whole(x: jax.Array, w: Quantised) -> jax.Array:
     return _sum(_dot(part, n.astype(x.dtype), 1) for part, n in zip(_columns(x, w), numbers, strict=True))
 
 
+def _scaled_after(x: jax.Array, w: Quantised) -> jax.Array:
+    """`_whole`, with int8 codes that are scaled after the product: any dtype has them exactly.
+
+    XLA:GPU fuses a conversion with a product if it is one step; with a scale in it the weight would be written in x's
+    dtype before it is multiplied.
+    """
+    if w.form.kind != "int" or w.form.bits != 8 or w.offset is not None or w.scale.shape[-1] != 1:
+        return _whole(x, w)
+    (columns,), wide = _columns(x, w), at_least_float32(x.dtype)
+    y = jax.lax.dot_general(
+        columns, w.codes.astype(x.dtype), (((1,), (1,)), ((), ())), preferred_element_type=wide
+    )  # fmt: skip
+    return (y * w.scale.astype(wide).T).astype(x.dtype)
+
+
 def _whole_backward(dy: jax.Array, w: Quantised) -> jax.Array:
     numbers = coding.decode(w.codes, w.scale, w.offset, w.form)
     return _inputs([_dot(dy, n.astype(dy.dtype), 0) for n in numbers], w)
@@ -328,6 +345,6 @@ def _sum(parts: Iterable[jax.Array]) -> jax.Array:
     return functools.reduce(operator.add, parts)
 
 
-_FORWARD = {"cpu": _on_cpu, "default": _whole}
+_FORWARD = {"cpu": _on_cpu, "cuda": _scaled_after, "default": _whole}
 _FORWARD_OF_INTEGERS = {"cpu": _integers_on_cpu, "default": _integers}
 _BACKWARD = {"cpu": _on_cpu_backward, "default": _whole_backward}

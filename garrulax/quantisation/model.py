@@ -55,7 +55,7 @@ def quantise(
     tables: str | None = "int8",
     progress: Callable[[MatrixError, int], None] | None = None,
 ) -> Any:
-    """A model whose matrices are quantised: less memory, and on CPUs about the speed of float32.
+    """A model whose matrices are quantised, which takes less memory.
 
     Norms and biases stay as they are. `forward`, `generate`, `stream`, `score` and `save` take the model as before.
 

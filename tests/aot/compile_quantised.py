@@ -26,6 +26,8 @@ def products(text):
 
 
 def main(chip, kind, rows=8, inputs=4096, outputs=11008):
+    os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost")
+    os.environ.update(TPU_ACCELERATOR_TYPE="v5litepod-4", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     import jax
     import jax.numpy as jnp
     from jax.experimental import topologies
@@ -54,7 +56,7 @@ def main(chip, kind, rows=8, inputs=4096, outputs=11008):
         lowering_platforms=("tpu" if chip in TOPOLOGIES else "cuda",)
     )  # fmt: skip
     program = lowered.compile(compiler_options=options)
-    memory, cost = program.memory_analysis(), program.cost_analysis()
+    memory, cost = program.memory_analysis(), program.cost_analysis() or {}
     text = program.as_text()
     found = {"temporary": memory.temp_size_in_bytes, "bytes": cost.get("bytes accessed"), "products": products(text)}
     print(json.dumps(found))

@@ -21,7 +21,7 @@ from garrulax.hub.converting import convert_folder
 
 pytestmark = pytest.mark.real
 PAGES = Path(__file__).parent.parent.parent / "docs"
-STEPS = 20
+STEPS = 12
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +39,9 @@ def run(path, tmp_path_factory):
     (place / "pages").mkdir()
     for page in sorted(PAGES.glob("*.md")):
         shutil.copy(page, place / "pages")
-    words = ["batch=4", "window=128", f"steps={STEPS}", f"eval_every={STEPS // 2}", f"checkpoint_every={STEPS // 2}"]
-    words += ["eval_tokens=4096", f"corpus={place / 'pages'}", "--lora", "rank=8", "--run", str(place / "run")]
+    words = ["batch=4", "window=64", f"steps={STEPS}", f"eval_every={STEPS // 2}", f"checkpoint_every={STEPS // 2}"]
+    words += ["eval_tokens=1024", "lr=0.001", f"corpus={place / 'pages'}", "--lora", "rank=8"]
+    words += ["--run", str(place / "run")]
     assert main(["train", str(path), *words]) == 0
     return place / "run"
 

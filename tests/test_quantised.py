@@ -16,13 +16,14 @@ from garrulax.cli import main
 from garrulax.core import lora
 from garrulax.core import quantised as core
 from garrulax.core.coded import Coded
-from garrulax.core.einsum import einsum, letters, lookup
+from garrulax.core.einsum import einsum, lookup
 from garrulax.core.leaf import weights
+from garrulax.core.letters import letters
 from garrulax.core.lora_specs import adapter_specs
 from garrulax.core.quantised import Quantised
 from garrulax.core.sharding import place
 from garrulax.models import parameters
-from garrulax.quantisation import awq, gptq, grid, quantise_with_errors
+from garrulax.quantisation import awq, gptq, grid
 from garrulax.train import objectives, settings
 from garrulax.train.state import init_state
 from garrulax.train.step import make_train_step
@@ -122,7 +123,7 @@ def test_rows_of_a_table():
 def test_no_program_holds_a_float_copy_of_a_weight():
     """A loop over steps, from which XLA would hoist the conversion of whole weights."""
     leaf, _ = weight((1024,), (1024,), True, "int4", 128)
-    x = jnp.ones((1, 1, 1024))
+    x = jnp.ones((1, 1, 1024), jnp.float32)
 
     def steps(x, w):
         return jax.lax.fori_loop(0, 4, lambda i, x: jnp.tanh(einsum("BTD,DF->BTF", x, w)), x)
@@ -136,7 +137,7 @@ def test_no_program_holds_a_float_copy_of_a_weight():
     temporary, largest = compiled(leaf)
     assert temporary < 2 * 4 * core.BLOCK
     assert largest < 1024 * 1024 / 2
-    assert compiled(jnp.ones((1024, 1024)))[1] == 1024 * 1024  # the meter works
+    assert compiled(jnp.ones((1024, 1024), jnp.float32))[1] == 1024 * 1024  # the meter works
 
 
 @pytest.fixture(scope="module")
@@ -251,9 +252,10 @@ def test_calibrated_models_have_smaller_errors(more, model):
     options = {"kind": "int4", "group": 16, "tables": None}
     plain = gx.quantise(model, **options)
     exact = logits(model.params)
-    found, errors = quantise_with_errors(model, calibrate=rows, **options, **more)
-    assert len(errors) == 14
-    assert all(e.output is not None for e in errors)
+    errors = []
+    found = gx.quantise(model, calibrate=rows, **options, **more, progress=lambda *error: errors.append(error))
+    assert [total for _, total in errors] == [14] * 14
+    assert all(e.output is not None for e, _ in errors)
     ours, theirs = (jnp.square(logits(gx.dequantise(m).params) - exact).mean() for m in (found, plain))
     assert ours < theirs
 

@@ -312,10 +312,11 @@ def _parser() -> argparse.ArgumentParser:
         "--step", type=int, metavar="N", help="of a run: the checkpoint of this step, in place of the final model"
     )
     convert.add_argument("--dialect", help="checkpoint format, if the family has several, such as glm")
-    convert.add_argument("--quantise", metavar="KIND", help="quantise the weights: int8, int4, nf4, fp8 or mxfp4")
+    convert.add_argument("--quantise", metavar="KIND", help="quantise the weights: int8, int4, nf4, fp8, mxfp4, w8a8")
     convert.add_argument("--group", type=int, metavar="N", help="inputs that share a scale; -1 is a row (by KIND)")
     convert.add_argument("--gptq", action="store_true", help="quantise int8 and int4 by GPTQ, with --calibrate")
     convert.add_argument("--awq", action="store_true", help="quantise int8 and int4 by AWQ, with --calibrate")
+    convert.add_argument("--smoothquant", action="store_true", help="quantise w8a8 and int8 so, with --calibrate")
     convert.add_argument(
         "--calibrate",
         metavar="FILE",

@@ -17,10 +17,12 @@ from garrulax.hub.matching import match
 from garrulax.hub.reading import open_checkpoint
 from garrulax.hub.tensors import BITS, open_tensors
 from garrulax.models.summary import Summary, bytes_of, summarize
+from garrulax.quantisation.planned import planned_bytes
 from garrulax.train.activations import saved_per_token
 from garrulax.train.progress import duration
 
-DTYPES = ("float32", "bfloat16", "int8")
+DTYPES = ("float32", "bfloat16")
+QUANTISED = {"int8": "a scale a row", "int4": "groups of 128, tables in int8"}
 
 
 def info(args: argparse.Namespace) -> None:
@@ -162,6 +164,9 @@ def _parts(s: Summary) -> list[tuple[str, str]]:
 
 def _memory(config: ModelConfig, s: Summary) -> list[tuple[str, str]]:
     rows = [(f"parameters in {dtype}", _size(bytes_of(s.parameters, dtype))) for dtype in DTYPES]
+    rows += [
+        (f"quantised to {kind}", f"{_size(planned_bytes(config, kind))}  ({what})") for kind, what in QUANTISED.items()
+    ]
     adam = bytes_of(s.parameters, "float32")
     rows.append(("training with Adam in float32", f"{_size(4 * adam)}  (parameters, gradients, two moments)"))
     cache = bytes_of(s.cache_values, "bfloat16")

@@ -10,8 +10,9 @@ import numpy as np
 import garrulax as gx
 from garrulax.cli.bar import Bar
 from garrulax.cli.models import find_model
-from garrulax.quantisation import MatrixError, quantise_with_errors
+from garrulax.quantisation import MatrixError
 
+METHODS = ("gptq", "awq", "smoothquant")  # options that need a text
 HELD_OUT = 0.1  # share of the calibration text that only measures the perplexity
 MOST_HELD_OUT, MOST_READ = 20_000, 200_000  # characters
 
@@ -19,28 +20,38 @@ MOST_HELD_OUT, MOST_READ = 20_000, 200_000  # characters
 def check(args: argparse.Namespace) -> None:
     """Raises ValueError for options that do not go together."""
     if args.quantise is None:
-        given = [f"--{name}" for name in ("group", "gptq", "awq", "calibrate", "format") if getattr(args, name)]
+        given = [f"--{name}" for name in ("group", *METHODS, "calibrate", "format") if getattr(args, name)]
         if given:
             raise ValueError(f"{given[0]} needs --quantise KIND, such as --quantise int4")
         return
     if args.step is not None or args.dtype is not None:
         raise ValueError("--quantise does not go with --step and --dtype: convert first, then quantise the folder")
-    if args.gptq and args.awq:
-        raise ValueError("--gptq and --awq are two methods: give one")
-    if (args.gptq or args.awq) and args.calibrate is None:
-        raise ValueError(f"--{'gptq' if args.gptq else 'awq'} needs a text: --calibrate FILE")
+    methods = _methods(args)
+    if len(methods) > 1:
+        raise ValueError(f"--{methods[0]} and --{methods[1]} are two methods: give one")
+    if methods and args.calibrate is None:
+        raise ValueError(f"--{methods[0]} needs a text: --calibrate FILE")
+
+
+def _methods(args: argparse.Namespace) -> list[str]:
+    return [name for name in METHODS if getattr(args, name)]
 
 
 def write_quantised(args: argparse.Namespace) -> None:
     """Runs the command; shows a progress bar if stderr is a terminal."""
     read, held = (None, None) if args.calibrate is None else _texts(Path(args.calibrate))
     model = gx.load(find_model(args.source), dtype="float32", ignore=args.ignore)
-    method = "gptq" if args.gptq else "awq" if args.awq else "rtn"
+    method = next(iter(_methods(args)), "rtn")
     bar = Bar("") if sys.stderr.isatty() else None
-    small, errors = quantise_with_errors(
-        model, args.quantise, args.group, method, None if method == "rtn" or read is None else [read],
-        progress=None if bar is None else bar.update,
-    )  # fmt: skip
+    errors: list[MatrixError] = []
+
+    def progress(error: MatrixError, total: int) -> None:
+        errors.append(error)
+        if bar is not None:
+            bar.update(len(errors), total)
+
+    texts = None if method == "rtn" or read is None else [read]
+    small = gx.quantise(model, args.quantise, args.group, method, texts, progress=progress)
     if bar is not None:
         bar.close()
     gx.save(small, args.target, args.max_shard_size, quantised=args.format or "compressed-tensors")

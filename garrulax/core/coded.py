@@ -27,6 +27,7 @@ class Coded:
         bits: 4 or 8.
         values: As in `core.codes.Form`.
         factors: As in `core.quantised.Quantised`.
+        activations: As in `core.codes.Form`.
     """
 
     codes: np.ndarray
@@ -38,6 +39,7 @@ class Coded:
     bits: int = 4
     values: tuple[float, ...] = ()
     factors: np.ndarray | None = None
+    activations: int = 0
 
     def rows(self, index: np.ndarray) -> "Coded":
         """The matrix of some outputs."""
@@ -58,7 +60,7 @@ class Coded:
             groups[host.order[used]] = np.flatnonzero(used) // f.group
             codes = codes[:, np.argsort(host.order, kind="stable")[: f.inputs]]
         group = min(f.group, f.inputs)
-        return cls(codes, host.scale, host.offset, group, groups, f.kind, f.bits, f.values, host.factors)
+        return cls(codes, host.scale, host.offset, group, groups, f.kind, f.bits, f.values, host.factors, f.activations)
 
     def numbers(self) -> np.ndarray:
         """The matrix as float32."""
@@ -108,7 +110,7 @@ class Coded:
             if group % 2:
                 raise ValueError(f"a group of {group} inputs is odd: codes of four bits need an even one")
             codes = coding.pack(codes, group)
-        form = Form(self.kind, self.bits, group, inner, outer, first, dtype, self.values)
+        form = Form(self.kind, self.bits, group, inner, outer, first, dtype, self.values, self.activations)
         factors = None if self.factors is None else self.factors.astype(np.float32)
         return Quantised(codes, self.scale, self.offset, order, factors, form)  # type: ignore[arg-type]
 

@@ -45,6 +45,8 @@ class Form:
         first: Whether the contracted dimensions come first in the shape of the weight.
         dtype: Name of the dtype of the weight that this one stands for: that of its looked-up rows.
         values: The numbers of the codes of a "table".
+        activations: Bits of the activations, which are rounded when they are multiplied, with a scale for each row of
+            them; 0 leaves them as they are. 8 is for "int" of 8 bits with a scale a row (W8A8).
     """
 
     kind: str
@@ -55,6 +57,7 @@ class Form:
     first: bool
     dtype: str = "float32"
     values: tuple[float, ...] = ()
+    activations: int = 0
 
     @property
     def inputs(self) -> int:
@@ -73,7 +76,9 @@ class Form:
 
     @property
     def name(self) -> str:
-        """The usual name: int8, int4, fp8, nf4, mxfp4 (or fp4)."""
+        """The usual name: int8, int4, w8a8, fp8, nf4, mxfp4 (or fp4)."""
+        if self.activations:
+            return f"w{self.bits}a{self.activations}"
         if self.kind == "int":
             return f"int{self.bits}"
         return "fp8" if self.kind == "e4m3" else {NF4: "nf4", E2M1: "mxfp4"}.get(self.values, "fp4")

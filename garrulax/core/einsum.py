@@ -1,5 +1,6 @@
 """Products of activations with weight leaves, the same on one device and on a mesh."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -8,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from garrulax.core import half
 from garrulax.core.leaf import Leaf
+from garrulax.core.letters import letters, sides
 from garrulax.core.sharding import Entry, axis_names, is_explicit, spec_of
 from garrulax.core.strategies import BATCH_AXES, TENSOR_AXIS
 
@@ -59,13 +61,6 @@ def product(spec: str, x: jax.Array, w: jax.Array, dot: Callable[[jax.Array, jax
     return _matmul(*letters(spec), x, w.astype(x.dtype), dot)
 
 
-def letters(spec: str) -> tuple[str, str, str]:
-    """The letters of x, of the weight and of the result."""
-    terms, out = spec.replace(" ", "").split("->")
-    left, right = terms.split(",")
-    return left, right, out
-
-
 def on_mesh(x: jax.Array) -> bool:
     """Whether the type of x says how it is sharded (a mesh in Explicit mode)."""
     mesh = jax.typeof(x).sharding.mesh
@@ -84,22 +79,18 @@ def check_sizes(spec: str, x: jax.Array, w: jax.Array | Leaf) -> None:
 
 
 def _matmul(left: str, right: str, out: str, x: jax.Array, w: jax.Array, own: Callable | None) -> jax.Array:
-    contracted = "".join(c for c in left if c in right)
-    rows, columns = left.removesuffix(contracted), right.replace(contracted, "")
-    first = right.startswith(contracted)
-    if out != rows + columns or rows + contracted != left or not (first or right.endswith(contracted)):
+    s = sides(left, right, out)
+    if s is None:
         return jnp.einsum(f"{left},{right}->{out}", x, w)
-    inner = 1
-    for size in x.shape[len(rows) :]:
-        inner *= size
+    first, inner = s.first, math.prod(x.shape[len(s.rows) :])
     x2 = x.reshape(-1, inner)
     w2 = w.reshape(inner, -1) if first else w.reshape(-1, inner)
     if own is not None and first:
         y = own(x2, w2)
     else:
         y = (half.dot if half.applies(x2, w2) else half.plain_dot)(x2, w2, first)
-    w_out = w.shape[len(contracted) :] if first else w.shape[: len(columns)]
-    return y.reshape(*x.shape[: len(rows)], *w_out)
+    w_out = w.shape[len(s.contracted) :] if first else w.shape[: len(s.columns)]
+    return y.reshape(*x.shape[: len(s.rows)], *w_out)
 
 
 def _sharded(left: str, right: str, out: str, x: jax.Array, w: jax.Array) -> jax.Array:

@@ -24,8 +24,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from garrulax.core.dtypes import at_least_float32
-from garrulax.core.einsum import einsum, gather, letters, lookup
+from garrulax.core.einsum import einsum, gather, lookup
 from garrulax.core.leaf import Leaf, Tree, map_weights, weights
+from garrulax.core.letters import letters
 
 #: The arrays of a pair that are trained, as `split` names them.
 TRAINED = ("a", "b", "magnitude", "bias")

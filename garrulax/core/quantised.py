@@ -1,8 +1,9 @@
 """Quantised weights: integers or narrow floats with scales, which are multiplied without a float copy of the weight.
 
-On CPUs a loop over blocks of rows of codes converts one block at a time. XLA:CPU would convert a whole weight, and in a
-loop, such as that over decoding steps, all weights before the loop: several times the memory of the codes, and the time
-of several steps. Other platforms convert the codes while they multiply.
+On CPUs that multiply int8 numbers, int8 codes with a scale a row are multiplied as they are, by the digits of the
+activations (`core.digits`). Otherwise a loop over blocks of rows of codes converts one block at a time: XLA:CPU would
+convert a whole weight, and in a loop, such as that over decoding steps, all weights before the loop: several times the
+memory of the codes, and the time of several steps. Other platforms convert the codes while they multiply.
 """
 
 import dataclasses
@@ -19,12 +20,16 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from garrulax.core import codes as coding
+from garrulax.core import digits
 from garrulax.core import einsum as products
 from garrulax.core.codes import Form
-from garrulax.core.half import BLOCK
+from garrulax.core.dtypes import at_least_float32
 from garrulax.core.leaf import Leaf
+from garrulax.core.letters import letters, sides
 
 LEAST = 1 << 16  # numbers of a weight that is worth a loop
+BLOCK = 1 << 17  # numbers of a block: 512 KB in float32, a part of the L2 cache, so that the product reads it there
+SHARED_BLOCK = 1 << 20  # of a block of a large weight: so many that all cores convert a part
 
 
 @jax.tree_util.register_dataclass
@@ -103,16 +108,22 @@ class Quantised(Leaf):
 
     def einsum(self, spec: str, x: jax.Array) -> jax.Array:
         """The product with activations, in x's dtype."""
-        left, right, out = products.letters(spec)
-        contracted = "".join(c for c in left if c in right)
-        rows, columns = left.removesuffix(contracted), right.replace(contracted, "")
-        first = right.startswith(contracted)
-        plain = out == rows + columns and left == rows + contracted and (first or right.endswith(contracted))
-        if not plain or first != self.form.first or x.shape[len(rows) :] != self.form.inner or products.on_mesh(x):
-            return products.einsum(spec, x, self.dense(x.dtype))
+        s = sides(*letters(spec))
+        own = s is not None and s.first == self.form.first and x.shape[len(s.rows) :] == self.form.inner
+        if s is None or not own or products.on_mesh(x):
+            return products.einsum(spec, self._as_multiplied(x), self.dense(x.dtype))
         x2 = jnp.asarray(x).reshape(-1, self.form.inputs)
         y = _product(x2, jax.tree.map(jnp.asarray, self))
-        return y.reshape(*x.shape[: len(rows)], *self.form.outer)
+        return y.reshape(*x.shape[: len(s.rows)], *self.form.outer)
+
+    def _as_multiplied(self, x: jax.Array) -> jax.Array:
+        """The activations [..., *inner], rounded as the form says: for products that are computed otherwise."""
+        if not self.form.activations:
+            return x
+        axes = tuple(range(x.ndim - len(self.form.inner), x.ndim))
+        factors = 1 if self.factors is None else self.factors.reshape(self.form.inner)
+        whole, step = _rounded(x.astype(jnp.float32) * factors, axes)
+        return (whole * step / factors).astype(x.dtype)
 
     def shardings(self, place: NamedSharding) -> "Quantised":
         """The sharding of each array, for that of the plain weight.
@@ -160,7 +171,7 @@ def _pick(array: jax.Array, ids: jax.Array, fill: Any) -> jax.Array:
 @jax.custom_vjp
 def _product(x: jax.Array, w: Quantised) -> jax.Array:
     """The product [M, outputs] in x's dtype of x [M, inputs] and a weight of one layer."""
-    return _by_platform(_FORWARD, x, w)
+    return _by_platform(_FORWARD_OF_INTEGERS if w.form.activations else _FORWARD, x, w)
 
 
 def _product_forward(x: jax.Array, w: Quantised) -> tuple[jax.Array, Quantised]:
@@ -168,7 +179,7 @@ def _product_forward(x: jax.Array, w: Quantised) -> tuple[jax.Array, Quantised]:
 
 
 def _product_backward(w: Quantised, dy: jax.Array) -> tuple[jax.Array, Quantised]:
-    """The gradient for x. That for the weight is zero: `train` refuses to train it."""
+    """The gradient for x, through rounded activations too. That for the weight is zero: `train` refuses to train it."""
 
     def none(a: jax.Array) -> Any:
         return jnp.zeros_like(a) if jnp.issubdtype(a.dtype, jnp.floating) else np.zeros(a.shape, jax.dtypes.float0)
@@ -213,23 +224,89 @@ def _whole(x: jax.Array, w: Quantised) -> jax.Array:
     return _sum(_dot(part, n.astype(x.dtype), 1) for part, n in zip(_columns(x, w), numbers, strict=True))
 
 
+def _scaled_after(x: jax.Array, w: Quantised) -> jax.Array:
+    """`_whole`, with int8 codes that are scaled after the product: any dtype has them exactly.
+
+    XLA:GPU fuses a conversion with a product if it is one step; with a scale in it the weight would be written in x's
+    dtype before it is multiplied.
+    """
+    if w.form.kind != "int" or w.form.bits != 8 or w.offset is not None or w.scale.shape[-1] != 1:
+        return _whole(x, w)
+    (columns,), wide = _columns(x, w), at_least_float32(x.dtype)
+    y = jax.lax.dot_general(
+        columns, w.codes.astype(x.dtype), (((1,), (1,)), ((), ())), preferred_element_type=wide
+    )  # fmt: skip
+    return (y * w.scale.astype(wide).T).astype(x.dtype)
+
+
 def _whole_backward(dy: jax.Array, w: Quantised) -> jax.Array:
     numbers = coding.decode(w.codes, w.scale, w.offset, w.form)
     return _inputs([_dot(dy, n.astype(dy.dtype), 0) for n in numbers], w)
 
 
 def _by_blocks(x: jax.Array, w: Quantised) -> jax.Array:
-    """The product, with a block of rows converted at a time."""
-    parts = _columns(x.astype(jnp.float32), w)
+    """The product, with a block of rows converted at a time.
+
+    The block is on the left, [n, inputs] by [inputs, M]: XLA:CPU multiplies so twice as fast as by a transposed right.
+    """
+    parts = [part.T for part in _columns(x.astype(jnp.float32), w)]
+    w = dataclasses.replace(w, scale=w.scale.astype(jnp.float32))
     size, count = _blocks(w.form)
 
     def write(i: jax.Array, out: jax.Array) -> jax.Array:
         start = jnp.minimum(i * size, w.form.outputs - size)  # the last block overlaps the one before it
-        y = _sum(_dot(part, n, 1) for part, n in zip(parts, _block(start, size, w), strict=True))
-        return jax.lax.dynamic_update_slice_in_dim(out, y, start, axis=1)
+        y = _sum(_dot(n, part, 0) for part, n in zip(parts, _block(start, size, w), strict=True))
+        return jax.lax.dynamic_update_slice_in_dim(out, y, start, axis=0)
 
-    zero = jnp.zeros((x.shape[0], w.form.outputs), jnp.float32)
-    return jax.lax.fori_loop(np.int32(0), np.int32(count), write, zero).astype(x.dtype)
+    zero = jnp.zeros((w.form.outputs, x.shape[0]), jnp.float32)
+    return jax.lax.fori_loop(np.int32(0), np.int32(count), write, zero).T.astype(x.dtype)
+
+
+def _integers(x: jax.Array, w: Quantised) -> jax.Array:
+    """The product of a form with rounded activations: of int8 numbers, summed in int32."""
+    (columns,) = _columns(x.astype(jnp.float32), w)
+    whole, step = _rounded(columns, (1,))
+    y = jax.lax.dot_general(
+        whole.astype(jnp.int8), w.codes, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
+    )  # fmt: skip
+    return (y.astype(jnp.float32) * step * w.scale.astype(jnp.float32).T).astype(x.dtype)
+
+
+def _on_cpu(x: jax.Array, w: Quantised) -> jax.Array:
+    """The product by int8 digits of the activations for int8 codes with a scale a row, else by blocks."""
+    if not _has_int8_products(w, w.form.inputs):
+        return _by_blocks(x, w)
+    (columns,) = _columns(x.astype(jnp.float32), w)
+    return (digits.times_int8(columns, w.codes, 1) * w.scale.astype(jnp.float32).T).astype(x.dtype)
+
+
+def _on_cpu_backward(dy: jax.Array, w: Quantised) -> jax.Array:
+    if not _has_int8_products(w, w.form.outputs):
+        return _by_blocks_backward(dy, w)
+    scaled = dy.astype(jnp.float32) * w.scale.astype(jnp.float32).T
+    return _inputs([digits.times_int8(scaled, w.codes, 0)], w).astype(dy.dtype)
+
+
+def _has_int8_products(w: Quantised, summed: int) -> bool:
+    """Whether the codes can be multiplied as they are on the CPU of this machine, in sums of so many products."""
+    plain = w.form.kind == "int" and w.form.bits == 8 and w.offset is None and w.scale.shape[-1] == 1
+    return plain and digits.has("int8") and digits.can_be_summed(summed)
+
+
+def _integers_on_cpu(x: jax.Array, w: Quantised) -> jax.Array:
+    """`_integers`; by the blocks of `_by_blocks` where XLA:CPU would widen the weight."""
+    if _has_int8_products(w, w.form.inputs):
+        return _integers(x, w)
+    if w.factors is not None:
+        x, w = x * w.factors[None].astype(x.dtype), dataclasses.replace(w, factors=None)
+    whole, step = _rounded(x.astype(jnp.float32), (1,))
+    return (_by_blocks(whole, w) * step).astype(x.dtype)
+
+
+def _rounded(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """float32 whole numbers -127..127, and what they are multiplied by: for each row the largest of `axes` / 127."""
+    step = jnp.max(jnp.abs(x), axis=axes, keepdims=True) / np.float32(127)
+    return jnp.round(x / jnp.where(step == 0, np.float32(1), step)), step
 
 
 def _by_blocks_backward(dy: jax.Array, w: Quantised) -> jax.Array:
@@ -249,7 +326,8 @@ def _by_blocks_backward(dy: jax.Array, w: Quantised) -> jax.Array:
 
 def _blocks(form: Form) -> tuple[int, int]:
     """Rows of a block, and the number of blocks: at least 2, or XLA would take the loop apart."""
-    size = min(max(1, BLOCK // form.inputs), -(-form.outputs // 2))
+    numbers = SHARED_BLOCK if form.inputs * form.outputs >= 4 * SHARED_BLOCK else BLOCK
+    size = min(max(1, numbers // form.inputs), -(-form.outputs // 2))
     return size, -(-form.outputs // size)
 
 
@@ -267,5 +345,6 @@ def _sum(parts: Iterable[jax.Array]) -> jax.Array:
     return functools.reduce(operator.add, parts)
 
 
-_FORWARD = {"cpu": _by_blocks, "default": _whole}
-_BACKWARD = {"cpu": _by_blocks_backward, "default": _whole_backward}
+_FORWARD = {"cpu": _on_cpu, "cuda": _scaled_after, "default": _whole}
+_FORWARD_OF_INTEGERS = {"cpu": _integers_on_cpu, "default": _integers}
+_BACKWARD = {"cpu": _on_cpu_backward, "default": _whole_backward}

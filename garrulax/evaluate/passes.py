@@ -53,7 +53,7 @@ def prepare(model: ModelLike) -> tuple[Tree, ModelConfig, TokenizerLike | None]:
         params = auto_mesh.in_auto_mode(jax.tree.map(jnp.asarray, params), mesh)
     leaves = jax.tree.leaves(params)
     if mesh is None and any(x.dtype == jnp.bfloat16 for x in leaves) and jax.default_backend() == "cpu":
-        params = half.as_bits(models.unstack(params))
+        params = half.as_bits(models.unstack(params), stacked=False)
     return params, config, tokenizer
 
 

@@ -23,8 +23,8 @@ def dtype_to_load(
 ) -> DTypeLike | None:
     """The dtype for all parameters of a checkpoint; None keeps what is stored.
 
-    CPUs compute in float32. Parameters of 16 bits would be converted in every step of decoding, which takes up to three
-    times as long. So on a CPU, without a mesh, they are read as float32 if that fits into the memory. The log says so.
+    On CPUs `forward` computes in the dtype of the parameters: in 16 bits it is less exact there, and slower. So on a
+    CPU, without a mesh, they are read as float32 if that fits into the memory. The log says so.
 
     Args:
         dtype: What the caller asks for: a dtype, "stored", or None.
@@ -42,7 +42,7 @@ def dtype_to_load(
     if available is not None and needed > SHARE * available:
         _log.warning(
             "the parameters stay in 16 bits: as float32 they would need %s of the %s that are free. Decoding on this "
-            "CPU is about half as fast.", _gib(needed), _gib(available)
+            "CPU may be slower.", _gib(needed), _gib(available)
         )  # fmt: skip
         return None
     _log.warning(

@@ -1,5 +1,5 @@
-"""Quantised models: rounding to nearest, GPTQ and AWQ."""
+"""Quantised models: rounding to nearest, GPTQ, AWQ and SmoothQuant."""
 
-from garrulax.quantisation.model import MatrixError, dequantise, quantise, quantise_with_errors
+from garrulax.quantisation.model import MatrixError, dequantise, quantise
 
-__all__ = ["MatrixError", "dequantise", "quantise", "quantise_with_errors"]
+__all__ = ["MatrixError", "dequantise", "quantise"]

@@ -1,4 +1,4 @@
-"""AWQ's scales of inputs (Lin et al. 2023, arXiv 2306.00978; casper-hansen/AutoAWQ), and SmoothQuant's.
+"""AWQ's scales of inputs (Lin et al. 2023, arXiv 2306.00978; casper-hansen/AutoAWQ).
 
 Inputs with large activations matter more. Their weights are multiplied by a factor before they are rounded, so that
 they lose less, and the activations are divided by it. AutoAWQ puts the division into the layer before; here the weight
@@ -82,16 +82,3 @@ def awq_coded(w: np.ndarray, x: np.ndarray, bits: int, group: int, symmetric: bo
     return Coded(
         whole.astype(np.uint8), scale[..., 0], zero[..., 0].astype(np.uint8), group, bits=bits, factors=1 / factors
     )
-
-
-def smooth_factors(w: np.ndarray, x: np.ndarray, share: float = 0.5) -> np.ndarray:
-    """SmoothQuant's factors [inputs] (Xiao et al. 2022, arXiv 2211.10438): the weights take over large activations.
-
-    Args:
-        w: float32 [outputs, inputs].
-        x: float32 [rows, inputs].
-        share: How much of the size of the activations moves into the weights.
-    """
-    largest_x, largest_w = np.abs(x).max(0), np.abs(w).max(0)
-    factors = np.maximum(largest_x, 1e-5) ** share / np.maximum(largest_w, 1e-5) ** (1 - share)
-    return np.maximum(factors, 1e-5).astype(np.float32)

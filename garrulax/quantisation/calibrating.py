@@ -1,7 +1,7 @@
 """Quantises the matrices of a model one after another while the model reads the calibration texts.
 
 Each matrix sees the inputs that it will have in the quantised model, since all matrices before it are quantised by then
-(the "true sequential" order of GPTQ's authors).
+(the "true sequential" order of GPTQ's authors). SmoothQuant's migration sees those of the plain model.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +20,8 @@ from garrulax.models import forward
 
 WINDOW = 512  # tokens of a row
 
-#: (name, weight [outputs, inputs], inputs [rows, inputs]) -> the quantised weight
-Round = Callable[[str, np.ndarray, np.ndarray], Quantised]
+#: (name, weight [outputs, inputs], inputs [rows, inputs]) -> the weight with which the model goes on
+Round = Callable[[str, np.ndarray, np.ndarray], Quantised | jax.Array]
 
 
 class Calibrating(Leaf):
@@ -31,7 +31,7 @@ class Calibrating(Leaf):
 
     def __init__(self, name: str, array: jax.Array, inputs: int, round_: Round):
         self.name, self.array, self.inputs, self.round = name, array, inputs, round_
-        self.done: Quantised | None = None
+        self.done: Quantised | jax.Array | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -66,6 +66,10 @@ class Calibrating(Leaf):
     def shardings(self, place: Any) -> "Calibrating":
         """Not implemented: calibration runs on one device."""
         raise ValueError("a model is calibrated on one device, without a mesh")
+
+
+# Its only array is the weight; it stays the same object, since it changes when its inputs arrive.
+jax.tree_util.register_pytree_node(Calibrating, lambda leaf: ((leaf.array,), leaf), lambda leaf, _: leaf)
 
 
 def windows(rows: Sequence[Sequence[int]], context: int) -> np.ndarray:

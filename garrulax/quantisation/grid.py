@@ -13,7 +13,9 @@ from garrulax.core.coded import Coded
 from garrulax.core.codes import E2M1, E4M3_MAX, NF4
 
 #: The forms of `gx.quantise`, and the group of each if none is asked for; -1 is a whole row.
-GROUPS = {"int8": -1, "int4": 128, "nf4": 64, "fp8": -1, "mxfp4": 32}
+GROUPS = {"int8": -1, "int4": 128, "nf4": 64, "fp8": -1, "mxfp4": 32, "w8a8": -1}
+#: The group of tables, which are otherwise a whole row.
+TABLE_GROUPS = {"nf4": 64, "mxfp4": 32, "int4": 32}
 _LEAST = 6.1e-5  # the least normal number of float16
 
 
@@ -111,6 +113,8 @@ def nearest(w: np.ndarray, kind: str, group: int, symmetric: bool = True) -> Cod
         symmetric: For integers, whether there are no zero points.
     """
     group = w.shape[1] if group == -1 else min(group, w.shape[1])
+    if kind == "w8a8":
+        return dataclasses.replace(_nearest_int(w, 8, group, True), activations=8)
     if kind.startswith("int"):
         return _nearest_int(w, int(kind[3:]), group, symmetric)
     groups = in_groups(w, group)

@@ -16,12 +16,14 @@ from garrulax.core.lora import Lora
 from garrulax.core.quantised import Quantised
 from garrulax.models import parameters, unstack
 from garrulax.models.unpack import TokenizerLike, unpack_model
-from garrulax.quantisation import awq, gptq
+from garrulax.quantisation import awq, gptq, smooth
 from garrulax.quantisation.calibrating import Calibrating, windows
 from garrulax.quantisation.calibrating import calibrate as read_texts
-from garrulax.quantisation.grid import GROUPS, nearest
+from garrulax.quantisation.grid import GROUPS, TABLE_GROUPS, nearest
 
-METHODS = ("rtn", "gptq", "awq")
+METHODS = ("rtn", "gptq", "awq", "smoothquant")
+#: The kinds of each method; "rtn" makes all.
+_MAKES = {"gptq": ("int8", "int4"), "awq": ("int8", "int4"), "smoothquant": ("w8a8", "int8")}
 _ROWS = 2048  # of inputs, with which AWQ's search and the reported errors are computed
 
 
@@ -49,26 +51,31 @@ def quantise(
     symmetric: bool = True,
     act_order: bool = False,
     damping: float = 0.01,
+    alpha: float = 0.5,
     tables: str | None = "int8",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[MatrixError, int], None] | None = None,
 ) -> Any:
-    """A model whose matrices are quantised: less memory, and on CPUs about the speed of float32.
+    """A model whose matrices are quantised, which takes less memory.
 
     Norms and biases stay as they are. `forward`, `generate`, `stream`, `score` and `save` take the model as before.
 
     Args:
         model: A `gx.Model`; or a tuple (params, config), of which quantised params are returned as (params, config).
-        kind: "int8", "int4", "nf4", "fp8" (float8_e4m3fn) or "mxfp4".
+        kind: "int8", "int4", "nf4", "fp8" (float8_e4m3fn) or "mxfp4"; or "w8a8", int8 weights whose activations are
+            rounded to int8 too, when they are multiplied, with a scale for each token.
         group: Number of neighbouring inputs that share a scale, -1 for a whole row. None is the usual one: a row for
-            int8 and fp8, 128 for int4, 64 for nf4; mxfp4 has always 32. The last group of a row may be shorter.
-        method: "rtn" rounds to nearest, without data. "gptq" and "awq" (int8 and int4) need `calibrate`.
+            int8 and fp8, 128 for int4, 64 for nf4; mxfp4 has always 32, w8a8 a row. The last group of a row may be
+            shorter.
+        method: "rtn" rounds to nearest, without data. "gptq" and "awq" (int8 and int4), and "smoothquant" (w8a8 and
+            int8), need `calibrate`.
         calibrate: Texts or token ids like those that the model will read; some tens of thousands of tokens. They are
             read in one pass, in rows of 512 tokens.
         symmetric: Whether integers have no zero points.
         act_order: For GPTQ, whether the inputs with the largest activations are rounded first.
         damping: For GPTQ, the share of the mean of the Hessian's diagonal that is added to it.
+        alpha: For SmoothQuant, the share of large activations that moves into the weights, 0 to 1.
         tables: The form of token embedding and output head, "int8" or another kind, a scale a row; None keeps them.
-        progress: Called after each matrix with the number that is done and that of all.
+        progress: Called after each matrix with its errors and the number of all matrices.
 
     Returns:
         The model with `core.quantised.Quantised` weights, stacked or not as before.
@@ -84,32 +91,11 @@ def quantise(
         >>> small.params["blocks"]["mlp"]["up"].codes.shape
         (4, 352, 64)
     """
-    return quantise_with_errors(
-        model, kind, group, method, calibrate, symmetric=symmetric, act_order=act_order, damping=damping, tables=tables,
-        progress=progress,
-    )[0]  # fmt: skip
-
-
-def quantise_with_errors(
-    model: Any,
-    kind: str = "int4",
-    group: int | None = None,
-    method: str = "rtn",
-    calibrate: Sequence[str | Sequence[int]] | None = None,
-    *,
-    symmetric: bool = True,
-    act_order: bool = False,
-    damping: float = 0.01,
-    tables: str | None = "int8",
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[Any, list[MatrixError]]:
-    """As `quantise`, with the errors of all matrices."""
-    group = _check(kind, group, method, calibrate, symmetric, tables)
+    group = _check(kind, group, method, calibrate, symmetric, alpha, tables)
     params, config, tokenizer = unpack_model(model)
     check_arrays(params, "quantising")
     specs = parameters(config)
     spec.check_params(specs, params)
-    errors: list[MatrixError] = []
     named = spec.named_specs(specs)
     matrices = [path for path, s in named.items() if s.role == "matrix"]
     total = sum(named[path].layers or 1 for path in matrices)
@@ -117,9 +103,8 @@ def quantise_with_errors(
     def done(name: str, w: np.ndarray, coded: Coded, x: np.ndarray | None) -> None:
         change = coded.numbers() - w
         output = None if x is None else _relative(x[:_ROWS] @ change.T, x[:_ROWS] @ w.T)
-        errors.append(MatrixError(name, _relative(change, w), output))
         if progress is not None:
-            progress(len(errors), total)
+            progress(MatrixError(name, _relative(change, w), output), total)
 
     def round_matrix(name: str, w: np.ndarray, x: np.ndarray | None) -> Coded:
         if not np.isfinite(w).all():
@@ -134,14 +119,20 @@ def quantise_with_errors(
             found = awq.awq_coded(w, x[::step], int(kind[3:]), group, symmetric)
         else:
             found = nearest(w, kind, group, symmetric)
+            if name in kept:
+                found = dataclasses.replace(found, factors=1 / kept[name])
         done(name, w, found, x)
         return found
 
-    if calibrate is not None and method != "rtn":
-        rows = [_ids(text, tokenizer) for text in calibrate]
-        params = _calibrated(params, config, named, windows(rows, config.max_length), round_matrix)
+    kept: Mapping[str, np.ndarray] = {}
+    if calibrate is not None:
+        tokens = windows([_ids(text, tokenizer) for text in calibrate], config.max_length)
+        if method == "smoothquant":
+            params, kept = _smoothed(params, config, tokens, alpha)
+        else:
+            params = _calibrated(params, config, named, tokens, round_matrix)
     new = _rounded(params, specs, config, round_matrix, tables)
-    return (new, config) if isinstance(model, tuple) else model.replace(params=new), errors
+    return (new, config) if isinstance(model, tuple) else model.replace(params=new)
 
 
 def dequantise(model: Any, dtype: Any = "float32") -> Any:
@@ -176,19 +167,24 @@ def dequantise(model: Any, dtype: Any = "float32") -> Any:
 _dense = jax.jit(Quantised.dense, static_argnums=1)
 
 
-def _check(kind: str, group: int | None, method: str, calibrate: Any, symmetric: bool, tables: str | None) -> int:
+def _check(
+    kind: str, group: int | None, method: str, calibrate: Any, symmetric: bool, alpha: float, tables: str | None
+) -> int:
     """The group. Raises ValueError for arguments that do not fit."""
     for what, value, known in (("kind", kind, (*GROUPS,)), ("method", method, METHODS)):
         if value not in known:
             raise ValueError(f"{what}={value!r} is none of {', '.join(known)}")
-    if tables is not None and tables not in GROUPS:
-        raise ValueError(f"tables={tables!r} is none of {', '.join(GROUPS)} and None")
-    if method != "rtn" and not kind.startswith("int"):
-        raise ValueError(f"method={method!r} makes int8 and int4, not {kind}: use method='rtn'")
+    if tables is not None and tables not in (forms := [name for name in GROUPS if name != "w8a8"]):
+        raise ValueError(f"tables={tables!r} is none of {', '.join(forms)} and None")
+    makes = _MAKES.get(method, (*GROUPS,))
+    if kind not in makes:
+        raise ValueError(f"method={method!r} makes {' and '.join(makes)}, not {kind}: use method='rtn'")
     if method != "rtn" and calibrate is None:
         raise ValueError(f"method={method!r} needs texts: give calibrate=[...], or use method='rtn'")
     if method == "rtn" and calibrate is not None:
-        raise ValueError("method='rtn' reads no texts: leave calibrate out, or use method='gptq' or 'awq'")
+        raise ValueError("method='rtn' reads no texts: leave calibrate out, or use another method")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha={alpha!r} must be a share, 0 to 1")
     if isinstance(calibrate, str):
         raise ValueError("calibrate must be a list of texts, not one string")
     if not symmetric and not kind.startswith("int"):
@@ -197,6 +193,8 @@ def _check(kind: str, group: int | None, method: str, calibrate: Any, symmetric:
         return GROUPS[kind]
     if kind == "mxfp4" and group != 32:
         raise ValueError(f"group={group}: the groups of mxfp4 have 32 inputs")
+    if kind == "w8a8" and group != -1:
+        raise ValueError(f"group={group}: w8a8 has a scale a row, group=-1")
     if isinstance(group, bool) or not isinstance(group, int) or (group != -1 and (group < 2 or group % 2)):
         raise ValueError(f"group={group!r} must be an even number of inputs, or -1 for a whole row")
     return group
@@ -239,9 +237,20 @@ def _calibrated(
     open_ = jax.tree_util.tree_map_with_path(one, unstack(params))
     read_texts(open_, config, tokens, leaves)
     closed = map_weights(lambda w: w.done if isinstance(w, Calibrating) else w, open_)
-    if not stacked:
-        return closed
-    return {**closed, "blocks": map_weights(lambda *layers: _stack(layers), *closed["blocks"])}
+    return _stacked_layers(closed) if stacked else closed
+
+
+def _smoothed(
+    params: spec.Tree, config: Any, tokens: np.ndarray, alpha: float
+) -> tuple[spec.Tree, Mapping[str, np.ndarray]]:
+    """`smooth.smooth` of parameters, stacked as before."""
+    moved, kept = smooth.smooth(unstack(params), config, tokens, alpha)
+    return (moved if isinstance(params["blocks"], tuple) else _stacked_layers(moved)), kept
+
+
+def _stacked_layers(params: spec.Tree) -> spec.Tree:
+    """The inverse of `unstack`."""
+    return {**params, "blocks": map_weights(lambda *layers: _stack(layers), *params["blocks"])}
 
 
 def _without_layer(name: str) -> str:
@@ -272,8 +281,7 @@ def _rounded(
         def quantised(name: str, w: Any) -> Quantised:
             if s.role == "embedding":
                 assert tables is not None
-                group = {"nf4": 64, "mxfp4": 32, "int4": 32}.get(tables, -1)
-                return _leaf(nearest(matrix_of(s, w), tables, group), s, dtype)
+                return _leaf(nearest(matrix_of(s, w), tables, TABLE_GROUPS.get(tables, -1)), s, dtype)
             return _leaf(round_matrix(name, matrix_of(s, w), None), s, dtype)
 
         if w.ndim == len(s.layer_shape):

@@ -62,7 +62,7 @@ def weights_by_row(trees: Sequence[Tree], rows: int) -> Weights:
     index = [place[id(tree)] for tree in trees]
     step = by_row(distinct, index + index[:1] * (rows - len(index)))
     prefill: list[Any] = [half.as_bits(tree) for tree in distinct]
-    return Weights(prefill[0], half.as_bits(models.unstack(step)), tuple(prefill[i] for i in index))
+    return Weights(prefill[0], half.as_bits(models.unstack(step), stacked=False), tuple(prefill[i] for i in index))
 
 
 def without_prefix(model: Any) -> tuple[Any, Prefix | SoftPrompt | None]:

@@ -84,8 +84,8 @@ def generate(
 
     Memory: the parameters in their dtype, and a cache of as many slots as prompt and new tokens have (rounded up to
     powers of two); while a long prompt is read, also what one layer computes of its tokens. On a CPU nothing else of
-    the size of the parameters is allocated; bfloat16 parameters are converted in blocks, which takes about twice the
-    time of float32 ones (`gx.load` gives float32 where memory allows). `garrulax info` states all parts.
+    the size of the parameters is allocated, and from bfloat16 ones the computation is in float32 (docs/quantisation.md
+    says how). `garrulax info` states all parts.
 
     Args:
         model: From `gx.load`, or (params, config), on one device or a mesh (docs/parallel.md). Stacked parameters are

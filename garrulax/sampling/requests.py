@@ -99,12 +99,12 @@ def prepare_model(model: ModelLike) -> Prepared:
     """
     params, config, tokenizer = unpack_model(model)
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)):
-        params = half.as_bits(params)
-        return Weights(params, jax.eval_shape(models.unstack, params)), config, tokenizer
+        step = half.as_bits(jax.eval_shape(models.unstack, params), stacked=False)
+        return Weights(half.as_bits(params), step), config, tokenizer
     mesh = auto_mesh.mesh_of(params)
     with auto_mesh.using(mesh):
         params = auto_mesh.in_auto_mode(jax.tree.map(jnp.asarray, params), mesh)
-        return Weights(half.as_bits(params), half.as_bits(models.unstack(params))), config, tokenizer
+        return Weights(half.as_bits(params), half.as_bits(models.unstack(params), stacked=False)), config, tokenizer
 
 
 def check_mesh(given: Mapping[str, Any]) -> None:

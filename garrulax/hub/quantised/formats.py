@@ -184,14 +184,15 @@ def packed_int(parts: Parts, name: str, settings: Mapping[str, Any]) -> Coded:
 
 
 def plain_int(parts: Parts, name: str, settings: Mapping[str, Any]) -> Coded:
-    """compressed-tensors "int-quantized": int8."""
+    """compressed-tensors "int-quantized": int8; with activations that are rounded for each token, W8A8."""
     codes, scale = parts["weight"], parts["weight_scale"]
     group = settings.get("group") or codes.shape[1]
     scale = np.broadcast_to(scale.reshape(1, 1), (len(codes), 1)) if scale.size == 1 else scale
     _check(name, "weight_scale", scale.shape, (len(codes), -(-codes.shape[1] // group)))
     zeros = parts.get("weight_zero_point")
     if zeros is None or not zeros.any():
-        return Coded(codes, np.ascontiguousarray(scale), None, group, bits=8)
+        rounded = settings.get("activations", 0) if scale.shape[1] == 1 else 0
+        return Coded(codes, np.ascontiguousarray(scale), None, group, bits=8, activations=rounded)
     return Coded(
         codes, np.ascontiguousarray(scale), np.broadcast_to(zeros, scale.shape).astype(np.int16), group, bits=8
     )

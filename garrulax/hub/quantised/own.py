@@ -1,6 +1,7 @@
 """Quantised parameters in our own format: `{path}.codes`, `{path}.scale` and so on, which `save` writes as they are."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -87,11 +88,14 @@ def is_own(raw: Mapping[str, Any]) -> bool:
 def _form(s: spec.ParamSpec, settings: Mapping[str, Any], name: str) -> Form:
     inner, outer = sides(s)
     kind, bits, group = settings["kind"], settings["bits"], settings["group"]
-    if (kind, bits) not in _KINDS or type(group) is not int or group < 1 or len(settings["values"]) not in (0, 16):
+    rounded = settings.get("activations", 0)
+    known = (kind, bits) in _KINDS and (rounded == 0 or (rounded, kind, bits, group) == (8, "int", 8, math.prod(inner)))
+    if not known or type(group) is not int or group < 1 or len(settings["values"]) not in (0, 16):
         raise ValueError(
             f"config.json: {name} is quantised as {kind}, {bits} bits, group {group}: there is no such form"
         )
-    return Form(kind, bits, group, inner, outer, s.role == "matrix", values=tuple(settings["values"]))
+    values = tuple(settings["values"])
+    return Form(kind, bits, group, inner, outer, s.role == "matrix", values=values, activations=rounded)
 
 
 def _parts(rest: dict[str, StoredTensor], name: str, fields: list[str]) -> dict[str, StoredTensor]:

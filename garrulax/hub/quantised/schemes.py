@@ -12,6 +12,7 @@ from garrulax.core.coded import Coded
 from garrulax.hub.files import is_file
 from garrulax.hub.json_files import read_object
 from garrulax.hub.quantised import formats
+from garrulax.hub.quantised.writing import ROUNDED_ROWS
 
 Shape = tuple[int, ...]
 
@@ -151,6 +152,8 @@ def _compressed_tensors(s: Mapping[str, Any]) -> Scheme:
         raise _refuse("sparsity_config", s["sparsity_config"].get("format"), "compressed-tensors: dense is")
     found, w = str(s.get("format") or groups[0].get("format")), weights[0]
     settings = {"bits": w.get("num_bits"), "group": w.get("group_size"), "block": w.get("block_structure")}
+    rounded = groups[0].get("input_activations") or {}
+    settings["activations"] = 8 if ROUNDED_ROWS.items() <= rounded.items() else 0
     if settings["group"] == -1 or w.get("strategy") in ("channel", "tensor"):
         settings["group"] = None
     if isinstance(settings["block"], str):

@@ -22,6 +22,8 @@ from garrulax.hub.quantised.parameters import output_rows
 FORMATS = ("compressed-tensors", "garrulax")
 OWN_METHOD = "garrulax"
 FIELDS = ("codes", "scale", "offset", "order", "factors")
+#: What compressed-tensors says of activations that are rounded to int8 with a scale for each row of them.
+ROUNDED_ROWS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 
 #: Path of a parameter -> its leaf, or a list with that of each layer.
 Named = Mapping[str, Any]
@@ -36,6 +38,7 @@ def own_entries(found: Named) -> tuple[Entries, dict[str, Any]]:
         for name, one in [(f"{path}/{i}", x) for i, x in enumerate(leaf)] if many else [(path, leaf)]:
             forms[name] = {
                 "kind": one.form.kind, "bits": one.form.bits, "group": one.form.group, "values": one.form.values,
+                "activations": one.form.activations,
                 "fields": [end for end in FIELDS if getattr(one, end) is not None],
             }  # fmt: skip
             for end in forms[name]["fields"]:
@@ -79,8 +82,8 @@ def compressed_entries(named: Mapping[str, spec.ParamSpec], found: Named) -> tup
             "quant_method": "compressed-tensors", "format": scheme["format"], "quantization_status": "compressed",
             "config_groups": {
                 "group_0": {
-                    "targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None,
-                    "format": scheme["format"],
+                    "targets": ["Linear"], "weights": weights, "input_activations": scheme["input_activations"],
+                    "output_activations": None, "format": scheme["format"],
                 }
             },
             "ignore": ignored, "kv_cache_scheme": None, "global_compression_ratio": None,
@@ -116,11 +119,12 @@ def _scheme(leaves: list[Quantised], name: str) -> dict[str, Any]:
         "strategy": "channel" if channel else "group", "group_size": None if channel else f.group,
     }  # fmt: skip
     if f.kind == "table":
-        return {"format": "mxfp4-pack-quantized", "weights": settings | {"scale_dtype": "torch.uint8"}}
-    if f.kind == "e4m3":
-        return {"format": "float-quantized", "weights": settings}
-    plain = f.bits == 8 and w.offset is None
-    return {"format": "int-quantized" if plain else "pack-quantized", "weights": settings}
+        name, settings = "mxfp4-pack-quantized", settings | {"scale_dtype": "torch.uint8"}
+    elif f.kind == "e4m3":
+        name = "float-quantized"
+    else:
+        name = "int-quantized" if f.bits == 8 and w.offset is None else "pack-quantized"
+    return {"format": name, "weights": settings, "input_activations": ROUNDED_ROWS if f.activations else None}
 
 
 def _layout(scheme: dict[str, Any], leaf: Quantised, outputs: int) -> dict[str, tuple[Any, tuple[int, ...]]]:

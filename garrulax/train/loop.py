@@ -221,9 +221,8 @@ class _Loop:
                 self.profiler.finish(metrics)
                 self.progress.say(f"profiler trace in {self.run.folder / 'profile'}")
                 self.timer.start()
-            last = step == s.steps
             stop = interrupts.stop_after(step) and step % self.whole == 0
-            if (step - AHEAD) % s.log_every == 0 or last or stop:
+            if (step - AHEAD) % s.log_every == 0:
                 self.report(log)
             should_evaluate = self.is_evaluated(step) and not stop
             if step % s.checkpoint_every == 0 or should_evaluate or stop:

@@ -8,6 +8,7 @@ the losses with those of the undisturbed run, bit for bit. The last line is `N r
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -112,8 +113,15 @@ class Chaos:
             self.parts[variant] = run
         return self.parts[variant]
 
-    def compare(self, variant: str, run: Path, losses: bool = True) -> None:
-        """Raises LostError if a finished run is not, bit for bit, the undisturbed one."""
+    def compare(self, variant: str, run: Path, losses: bool = True, stops: int = 0) -> None:
+        """Raises LostError if a finished run is not, bit for bit, the undisturbed one.
+
+        Args:
+            variant: Its kind.
+            run: Its folder.
+            losses: Whether its records are compared too.
+            stops: How often it may have been told to stop.
+        """
         whole = self.whole(variant)
         name = Path("model", "model.safetensors")
         if (run / name).read_bytes() != (whole / name).read_bytes():
@@ -121,8 +129,8 @@ class Chaos:
         ours, theirs = (jax.tree.leaves(stored(r)) for r in (run, whole))
         if len(ours) != len(theirs) or not all(map(same_bits, ours, theirs)):
             raise LostError("the last state has other bits")
-        if losses and recorded(run) != recorded(whole):
-            raise LostError("metrics.jsonl has other losses")
+        if losses:
+            same_records(recorded(run), recorded(whole), stops)
         left = [p.name for p in (run / "checkpoints").iterdir() if "writing" in p.name or "deleting" in p.name]
         if left:
             raise LostError(f"left over: {left}")
@@ -331,6 +339,27 @@ def recorded(run: Path) -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if k not in measured} for line in lines]
 
 
+def same_records(ours: list[dict], theirs: list[dict], stops: int) -> None:
+    """Raises LostError if the records of a run are not those of the undisturbed one.
+
+    A run that is told to stop records at once the mean loss of the steps since its last record. The next record is then
+    a mean of fewer steps.
+    """
+    logged = {record["step"] for record in theirs}
+    stopped = {record["step"] for record in ours} - logged
+    if len(stopped) > stops:
+        raise LostError(f"metrics.jsonl has records of steps {sorted(stopped)}")
+    shorter = {min(step for step in logged if step > at) for at in stopped}
+
+    def comparable(records: list[dict]) -> list[dict]:
+        return [{k: v for k, v in record.items() if k != "loss" or record["step"] not in shorter}
+                for record in records if record["step"] in logged]  # fmt: skip
+
+    for one, other in itertools.zip_longest(comparable(ours), comparable(theirs)):
+        if one != other:
+            raise LostError(f"metrics.jsonl has {one} in place of {other}")
+
+
 def is_key(x) -> bool:
     return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
 
@@ -362,7 +391,8 @@ def main() -> int:
                 chaos.whole(variant)
                 chaos.random = chance
                 told = way(chaos, variant, run)
-                chaos.compare(variant, run, losses="metrics.jsonl" not in told)
+                stops = 1 if way is Chaos.stopped else 0
+                chaos.compare(variant, run, losses="metrics.jsonl" not in told, stops=stops)
                 exact += 1
                 print(f"{number:3}  {variant:6} exact  {told}", flush=True)
             except Exception as error:  # whatever goes wrong, the round is lost, and the next one starts

@@ -47,6 +47,17 @@ def choose_strategy(options: Options, operands: Operands, parts: int) -> str:
     return "gather" if options.dropout or parts * K <= 2 * H else "ring"
 
 
+def check_strategy(name: str, options: Options) -> None:
+    """Raises ValueError for a name that is not in `STRATEGIES`, and for a ring with dropout."""
+    if name not in STRATEGIES:
+        raise ValueError(f"context_parallel={name!r}: choose from {', '.join(STRATEGIES)}, or leave it out")
+    if name == "ring" and options.dropout:
+        raise ValueError(
+            "context_parallel=ring would drop other probabilities of attention than one device: use gather, or no "
+            "dropout"
+        )
+
+
 def over_sequence(
     inner: Implementation, strategy: str | None, axes: Axes, parts: int, options: Options, operands: Operands
 ) -> Implementation:

@@ -87,7 +87,8 @@ def pipelined(module: Family, params: Tree, call: Call, config: ModelConfig) -> 
             x, _ = module.hidden(params, own, config)
             return jax.lax.ppermute(x, PIPELINE_AXIS, [(i, i + 1) for i in range(count - 1)]), x
 
-        nothing = jnp.zeros_like(lookup(params["tokens"], part(0)[0]))
+        embedded = jnp.zeros_like(lookup(params["tokens"], part(0)[0]))  # perhaps of another width than the layers
+        nothing = jnp.broadcast_to(embedded[..., :1], (*embedded.shape[:-1], config.width))
         _, done = jax.lax.scan(step, nothing, jnp.arange(parts + count - 1, dtype=jnp.int32))
         return jax.lax.psum(jnp.where(index == count - 1, done[count - 1 :], 0), PIPELINE_AXIS)
 

@@ -207,16 +207,19 @@ def kernel_flops(computation: dict[str, Instruction], i: Instruction, keys: Call
 
     Args:
         computation: That the instruction is in.
-        i: The instruction. Of the arrays that it reads, query and output have the most entries, key and value the
-            fewest: [..., S, C], or with cuDNN [B, S, K, C].
+        i: The instruction. Of the arrays that it reads, those of queries have the most heads: [..., S, C], or with
+            cuDNN [B, S, K, C]. Where devices share a sequence, keys may be longer than queries.
         keys: Number of keys that it visits a query, a mean, from the number S that it is given.
     """
     read = [a for name in i.operands for a in computation[name].arrays if len(a.shape) >= 4 and "f" in a.dtype]
-    query = max(read, key=lambda a: a.count)
-    like = [a for a in read if (a.dtype, a.shape[-1]) == (query.dtype, query.shape[-1])]  # not sums of rows, in float32
-    key = min(like, key=lambda a: a.count)
+    largest = max(read, key=lambda a: a.count)
+    like = [a for a in read if (a.dtype, a.shape[-1]) == (largest.dtype, largest.shape[-1])]  # no sums in float32
+    tokens = 1 if "fmha" in i.text else -2
+    query = max(like, key=lambda a: a.count // a.shape[tokens])
+    others = [a for a in like if a.shape[tokens] != query.shape[tokens]]
+    key = max(others, key=lambda a: a.count, default=query)
     products = 2 if kernel_pass(i) == "forward" else 5
-    return 2.0 * products * query.count * keys(key.shape[1] if "fmha" in i.text else key.shape[-2])
+    return 2.0 * products * query.count * keys(key.shape[tokens])
 
 
 def bandwidth(topology: Topology, mesh: Mesh, axes: Sequence[str]) -> float:

@@ -17,7 +17,6 @@ def main(topology_name, axes, *shapes):
     import jax
 
     from garrulax.core.sharding import mesh_sizes
-    from garrulax.planning.plan import OVERLAP
     from garrulax.planning.topology import mesh_over, quiet_compiler, read_topology
 
     quiet_compiler()
@@ -27,7 +26,7 @@ def main(topology_name, axes, *shapes):
         H, K, C, T = map(int, shape.split(","))
         for way in ("gather", "ring"):
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                compiled = lowered(mesh, H, K, C, T, way).compile(compiler_options=OVERLAP)
+                compiled = lowered(mesh, H, K, C, T, way).compile()
             print(json.dumps({"shape": [H, K, C, T], "way": way, **costs(compiled, topology, mesh, T)}), flush=True)
 
 

@@ -147,14 +147,16 @@ def _waits(found: Sequence[Collective], topology: Topology, mesh: Mesh) -> tuple
 def _part(module: Module, scope: str, found: Sequence[Collective], topology: Topology, mesh: Mesh) -> Part:
     """The part of a program that was traced in a `jax.named_scope`.
 
-    An instruction with products belongs to the scope of these, any other to its own.
+    An instruction with products belongs to the scope of these, any other to the scope if a part of it does.
     """
     flops, compute = 0, 0.0
     for name, times in module.scheduled():
         for i in module.computations[name].values():
             every, own = (product_flops(module, name, i, which) for which in ("", scope))
             flops += times * own
-            if i.opcode not in FREE and (own if every else in_scope(i, scope)):
+            if i.opcode in FREE:
+                continue
+            if own if every else any(in_scope(part, scope) for part in (i, *(inner for _, inner in module.inside(i)))):
                 compute += times * _seconds(module, i, topology.chip, every, memory_bytes(module, name, i))
     mine = [c for c in found if f"/{scope}/" in c.source]
     return Part(flops, compute, sum(c.sent for c in mine), *_waits(mine, topology, mesh))

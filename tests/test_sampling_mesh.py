@@ -128,7 +128,7 @@ def test_devices_share_the_reading_of_prompts():
     for model in one_and_many("llama", MESHES[1], context=256, width=128, mlp_width=256):
         weights, config, _ = prepare_model(model)
         decoder = Decoder(config)
-        each = [decoder.request(list(range(60 + i)), max_new_tokens=8) for i in range(8)]
+        each = [decoder.request(list(range(70 + i)), max_new_tokens=8) for i in range(8)]
         requests = jax.tree.map(lambda *parts: np.concatenate(parts), *each)
         static = {"config": config, "transform": decoder.transform, "size": 256}
         with using(weights.mesh):

@@ -184,11 +184,11 @@ def _policy(begun: Start, job: Job) -> Run:
     assert begun.params is not None
     settings, s = _policy_settings(job), begun.settings
     mesh = policy_mesh(begun)
+    reward = reward_function(job.reward, mesh, s.strategy)
     given = [[_prompt(record, where, tokenizer) for where, record in part] for part in records(job)]
     prompts, held_out = (Prompts(part, config, tokenizer, settings.limit, token_parts(mesh, s)) for part in given)
     s = dataclasses.replace(s, window=prompts.length)
     check_batch(s, mesh)
-    reward = reward_function(job.reward, mesh, s.strategy)
     reference = begun.params()
     if mesh is not None:
         reference = place(reference, models.parameters(config), mesh, s.strategy, s.strict)

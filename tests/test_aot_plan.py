@@ -8,6 +8,7 @@ import pytest
 
 import garrulax as gx
 from garrulax.cli import main
+from garrulax.cli.plan import describe
 from garrulax.planning import lowering, plan, topology
 from garrulax.planning.program import bandwidth
 
@@ -41,6 +42,27 @@ def test_memory_and_operations_are_those_of_the_compiler():
     assert found.program.flops > found.program.counted  # two more runs of each loop
     assert {axis for c in found.program.collectives for axis in c.axes} == {"fsdp"}
     assert found.seconds >= max(found.roofline["compute"], found.program.exposed)
+
+
+def test_the_cost_of_muon_stands_in_the_plan():
+    """Its FLOPs are what the compiler counts more than with AdamW, and those of the formula."""
+    config = dataclasses.replace(
+        gx.preset("llama-tiny"), layers=4, width=512, heads=4, kv_heads=4, head_dim=128, mlp_width=1408
+    )
+    found = {
+        name: gx.plan(config, "v5e:2x2", batch=8, length=128, mesh="fsdp=4", optimizer=name, options=FAST)
+        for name in ("adamw", "muon")
+    }
+    more = found["muon"].program.flops - found["adamw"].program.flops
+    muon = found["muon"].program.optimizer
+    assert muon.flops * 4 == pytest.approx(found["muon"].optimizer_flops, rel=1e-9)
+    assert more == pytest.approx(muon.flops, rel=0.03)
+    assert found["adamw"].program.optimizer.flops == found["adamw"].optimizer_flops == 0
+    assert 0 < found["adamw"].program.optimizer.seconds < muon.seconds < found["muon"].seconds
+    assert muon.sent > found["adamw"].program.optimizer.sent
+    text = describe("it", found["muon"])
+    assert "of the compiler's" in text
+    assert "the optimizer" in text
 
 
 def test_search_ranks_what_it_compiled_first(capsys):

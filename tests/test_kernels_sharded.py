@@ -189,6 +189,19 @@ def test_huge_scores_with_sequence(way):
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"context_parallel": "tree"}, "context_parallel='tree': choose from gather, ring"),
+        ({"context_parallel": "ring", "dropout": 0.1, "dropout_key": jax.random.key(0)}, "use gather, or no dropout"),
+    ],
+)
+def test_what_cannot_be_asked_for(options, message):
+    x = jnp.ones((1, 8, 2, 4))
+    with pytest.raises(ValueError, match=message):
+        attention(x, x, x, **options)
+
+
+@pytest.mark.parametrize(
     ("implementation", "extras", "reason"),
     [(SMALL, ("dropout",), "a ring would drop other probabilities"), (Dense(), (), "only implementations of two")],
 )
@@ -200,17 +213,21 @@ def test_what_a_ring_refuses(implementation, extras, reason):
 
 
 @pytest.mark.parametrize(
-    ("heads", "parts", "dropout", "expected"),
-    [((8, 8), 2, 0.0, "gather"), ((8, 8), 4, 0.0, "ring"), ((8, 1), 16, 0.0, "gather"), ((8, 8), 4, 0.1, "gather")],
+    ("heads", "tokens", "parts", "dropout", "expected"),
+    [
+        ((32, 32), 4096, 4, 0.0, "gather"),
+        ((32, 32), 4096, 8, 0.0, "ring"),  # 1.5 GiB
+        ((32, 8), 4096, 8, 0.0, "gather"),
+        ((32, 8), 4096, 32, 0.0, "ring"),
+        ((32, 1), 65536, 32, 0.0, "gather"),  # 1.5 GiB too, but a feed-forward layer takes more
+        ((32, 32), 4096, 8, 0.1, "gather"),
+    ],
 )
-def test_the_way_across_a_sequence(heads, parts, dropout, expected):
-    """By the keys' bytes against those of a feed-forward layer."""
+def test_the_way_across_a_sequence(heads, tokens, parts, dropout, expected):
+    """By the bytes that are gathered: tests/test_aot_sequence.py compiles both ways."""
     H, K = heads
-    options, operands = (
-        Options(All(), 1.0, dropout=dropout),
-        Operands(*(jnp.ones((1, 8, n, 4)) for n in (H, K, K)), {}, {}),
-    )
-    assert choose_strategy(options, operands, parts) == expected
+    arrays = (jax.ShapeDtypeStruct((1, tokens, n, 128), jnp.bfloat16) for n in (H, K, K))
+    assert choose_strategy(Options(All(), 1.0, dropout=dropout), Operands(*arrays, {}, {}), parts) == expected
 
 
 @pytest.mark.slow
@@ -231,13 +248,13 @@ def test_what_the_two_ways_cost(kv_heads):
     assert memory["ring"] < memory["gather"] / 3
 
 
-@pytest.mark.parametrize(("kv_heads", "moved"), [(1, "all_gather"), (4, "ppermute")])
-def test_what_moves_between_devices(kv_heads, moved):
+@pytest.mark.parametrize(("way", "moved"), [(None, "all_gather"), ("ring", "ppermute")])
+def test_what_moves_between_devices(way, moved):
     """Keys by the one way or the other, and the ring holds no array as long as the sequence."""
-    T, mesh = 64, make_mesh("sequence=8")
+    T, mesh, options = 64, make_mesh("sequence=8"), {"implementation": SMALL, "context_parallel": way}
     with jax.set_mesh(mesh):
-        query, key = (placed(mesh, jnp.ones((1, T, n, 4)), None, "sequence") for n in (4, kv_heads))
-        step = jax.grad(lambda q, k: attention(q, k, k, mask=causal(1, T), implementation=SMALL).sum(), (0, 1))
+        query, key = (placed(mesh, jnp.ones((1, T, n, 4)), None, "sequence") for n in (4, 4))
+        step = jax.grad(lambda q, k: attention(q, k, k, mask=causal(1, T), **options).sum(), (0, 1))
         program = jax.make_jaxpr(step)(query, key).jaxpr
     maps = [eqn for eqn in jaxprs.equations(program) if eqn.primitive.name == "shard_map"]
     assert len(maps) == 2  # forward, backward

@@ -62,12 +62,13 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def together(count, words):
-    """Processes of one run, with the same words."""
+def together(count, words, more=()):
+    """Processes of one run, with the same words; and the last one with `more`."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    return [start([*words, f"--distributed=127.0.0.1:{port},{count},{i}"]) for i in range(count)]
+    last = [*[[]] * (count - 1), more]
+    return [start([*words, *own, f"--distributed=127.0.0.1:{port},{count},{i}"]) for i, own in enumerate(last)]
 
 
 def pair_of(folder, *words):
@@ -112,6 +113,16 @@ def test_two_processes_train_save_and_resume_elsewhere(folder):
 
     assert main(["train", "--resume", str(folder / "pair"), "steps=6", "mesh="]) == 0
     assert held_out(folder / "pair").keys() == {2, 4, 6}
+
+
+@pytest.mark.slow
+def test_processes_that_disagree_stop_before_they_compile(folder):
+    pair = together(2, train(folder, "pair", "--mesh=fsdp=4", "steps=4"), ["batch=16", "lr=0.01"])
+    for process in pair:
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 2, said
+        assert "the processes disagree on batch, lr: process 1 and process 0 have different values" in said
+    assert not saved_steps(folder / "pair" / "checkpoints")
 
 
 @pytest.mark.slow

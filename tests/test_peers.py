@@ -3,9 +3,13 @@
 import queue
 import socket
 
+import jax
+import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
-from garrulax.train import peers
+from garrulax.train import agreement, peers
+from garrulax.train.settings import Settings
 
 
 @pytest.fixture
@@ -46,3 +50,22 @@ def test_a_process_that_ends_as_it_should_is_not(watches):
         said[0].get(timeout=1)
     made[2].close(peers._FAILED)
     assert said[0].get(timeout=5) == 2
+
+
+def test_settings_on_which_processes_disagree_are_named(monkeypatch):
+    vectors = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda own: vectors.append(own) or own[None])
+
+    def both(*others):
+        """What process 0 says, where process 1 has the other arguments."""
+        agreement.check_agreement(*others)
+        with monkeypatch.context() as patched:
+            patched.setattr(multihost_utils, "process_allgather", lambda own: np.stack([own, vectors[-1]]))
+            agreement.check_agreement(Settings(), "config", {"corpus": "abc"})
+
+    both(Settings(corpus=("elsewhere",)), "config", {"corpus": "abc"})  # the same text in another place
+    with pytest.raises(ValueError, match="disagree on lr: process 1 and process 0 have different values; start all"):
+        both(Settings(lr=0.5), "config", {"corpus": "abc"})
+    with pytest.raises(ValueError, match="disagree on the model's config, the text or the tokenizer: process 1"):
+        both(Settings(), "other", {"corpus": "abd"})

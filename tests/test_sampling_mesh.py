@@ -10,10 +10,11 @@ import registry
 import garrulax as gx
 from garrulax import models
 from garrulax.cli import main
+from garrulax.core.auto_mesh import using
 from garrulax.core.collectives import collectives
 from garrulax.core.sharding import make_mesh, place
 from garrulax.hub.tokenizers import ByteTokenizer
-from garrulax.sampling import loop
+from garrulax.sampling import loop, state
 from garrulax.sampling.decoder import Decoder
 from garrulax.sampling.requests import prepare_model
 from garrulax.sampling.session import Session
@@ -24,6 +25,8 @@ CASES = [pytest.param(f, mesh, 2, marks=pytest.mark.slow) for f in ("llama", "gp
 CASES.append(pytest.param("llama", MESHES[0], 1))
 IDS = {"glm": {"cls": 31}}  # within the vocabulary
 PROMPTS = [[5, 17, 30, 9], [11, 60, 3, 8, 21], [40, 41, 42, 43], [7, 7, 9, 70, 12]]
+RAGGED = [*PROMPTS, [13]]
+PREFILL = Decoder.prefill
 
 
 def one_and_many(family, mesh, strategy="fsdp+tp", **changes):
@@ -40,13 +43,25 @@ def same(one, many):
 
 
 @pytest.mark.parametrize(("family", "mesh", "layers"), CASES)
-def test_completions_are_those_of_one_device(family, mesh, layers):
-    """Of ragged prompts, some greedy and some sampled."""
-    options = {"end_tokens": (), "max_new_tokens": [6, 4, 6, 5], "temperature": [0, 1, 0.8, 1], "top_p": [1, 1, 0.9, 1]}
+def test_completions_are_those_of_one_device(family, mesh, layers, monkeypatch):
+    """Of ragged prompts, some greedy and some sampled, which are read together; three rows of the state stay free."""
+    options = {
+        "end_tokens": (), "max_new_tokens": [6, 4, 6, 5, 2], "temperature": [0, 1, 0.8, 1, 1],
+        "top_p": [1, 1, 0.9, 1, 0.8], "seed": [1, 2, 3, 4, 5],
+    }  # fmt: skip
     one, many = one_and_many(family, mesh, layers=layers)
-    found = gx.generate(many, PROMPTS, seed=[1, 2, 3, 4], **options)
+    read = []
+
+    def prefill(self, params, requests, *rest):
+        read.append(len(requests.context))
+        return PREFILL(self, params, requests, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Decoder, "prefill", prefill)
+        found = gx.generate(many, RAGGED, **options)
+    assert read == [8]
     assert jax.sharding.get_abstract_mesh().empty  # the call's mesh is gone
-    same(gx.generate(one, PROMPTS, seed=[1, 2, 3, 4], **options), found)
+    same(gx.generate(one, RAGGED, **options), found)
 
 
 @pytest.mark.slow
@@ -96,15 +111,30 @@ def test_weights_and_caches_stay_where_they_are():
     decoder = Decoder(config)
     with jax.set_mesh(weights.mesh):
         prefix = decoder.prefill(weights.prefill, decoder.request([1, 2, 3], max_new_tokens=8), 16)
-        state = decoder.insert(decoder.empty(weights.step, prefix, rows, slots), prefix, 1)
+        before = decoder.insert(decoder.empty(weights.step, prefix, rows, slots), prefix, 1)
         static = {"config": config, "transform": decoder.transform}
-        text = loop.decode_steps.lower(weights.step, state, np.int32(4), **static).compile().as_text()
-    key, up = state.cache.layers[0]["key"], weights.step["blocks"][0]["mlp"]["up"]
+        text = loop.decode_steps.lower(weights.step, before, np.int32(4), **static).compile().as_text()
+    key, up = before.cache.layers[0]["key"], weights.step["blocks"][0]["mlp"]["up"]
     assert key.sharding.spec == jax.P("fsdp", "tensor")
     moved = [x for x in collectives(text, {"fsdp": 4, "tensor": 2}) if "/while/body/" in x.source]
     largest = max(moved, key=lambda x: x.bytes)
     activations = 2 * 4 * rows * config.mlp_width // 2  # of gate and up, summed at once
     assert largest.bytes == activations < min(key.nbytes, up.nbytes) // 8, largest
+
+
+@pytest.mark.slow
+def test_devices_share_the_reading_of_prompts():
+    costs = []
+    for model in one_and_many("llama", MESHES[1], context=256, width=128, mlp_width=256):
+        weights, config, _ = prepare_model(model)
+        decoder = Decoder(config)
+        each = [decoder.request(list(range(70 + i)), max_new_tokens=8) for i in range(8)]
+        requests = jax.tree.map(lambda *parts: np.concatenate(parts), *each)
+        static = {"config": config, "transform": decoder.transform, "size": 256}
+        with using(weights.mesh):
+            compiled = state.prefill.lower(weights.prefill, requests, **static).compile()
+        costs.append(compiled.cost_analysis()["flops"])
+    assert costs[1] <= 1.1 * costs[0] / 8, costs
 
 
 def test_what_runs_on_one_device_is_refused_by_name():

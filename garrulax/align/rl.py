@@ -2,7 +2,7 @@
 
 A step of the loop is one update. A rollout of `batch * minibatches` responses is used for `epochs * minibatches` steps.
 It is a function of the parameters, the step and the seed, so that a resumed run goes on bit for bit; checkpoints come
-between rollouts.
+between rollouts. On a mesh the devices that train also write and score: rows are split over `data` and `fsdp`.
 
 Convention (the papers' programs differ): PPO pays the score at the end token, and the KL (k1) at each token; RLOO takes
 the KL of the whole response off its score; the methods of the GRPO family have it in the loss, if at all. Advantages of
@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from garrulax import models
 from garrulax.align.groups import group_advantages, leave_one_out_advantages, mixed_groups
@@ -26,7 +27,9 @@ from garrulax.align.policy_objectives import COEFFICIENT, METHODS, policy_and_va
 from garrulax.align.rollouts import Prompts, Rollout, Sampled, roll_out, seeds
 from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
+from garrulax.core.strategies import Strategy
 from garrulax.models.unpack import TokenizerLike
+from garrulax.train.batches import on_devices
 from garrulax.train.evaluate import Evaluation
 from garrulax.train.rows import HostBatch
 from garrulax.train.sampler import permute
@@ -108,6 +111,9 @@ class PolicyRollouts:
         tokenizer: Of the model.
         end_tokens: Ids that end a response; None takes those of the model.
         text: Batches of pre-training text by step, for PPO-ptx (`objectives.mixed`); None is without.
+        mesh: Of the parameters, those of the reference too; it must be set where this is called, as in
+            `train.loop.train`. None is one device.
+        strategy: How the mesh shards tokens.
         say: Called with lines for the user.
 
     Raises:
@@ -127,11 +133,13 @@ class PolicyRollouts:
         tokenizer: TokenizerLike | None = None,
         end_tokens: Sequence[int] | None = None,
         text: Callable[[int], HostBatch] | None = None,
+        mesh: Mesh | None = None,
+        strategy: str | Strategy = "fsdp+tp",
         say: Callable[[str], None] = lambda line: None,
     ):
         self.prompts, self.reward, self.config, self.settings = prompts, reward, config, settings
         self.batch, self.seed, self.reference, self.text, self.say = batch, seed, reference, text, say
-        self.tokenizer, self.end_tokens = tokenizer, end_tokens
+        self.tokenizer, self.end_tokens, self.mesh, self.strategy = tokenizer, end_tokens, mesh, strategy
         self.rows = batch * settings.minibatches
         self.updates = settings.epochs * settings.minibatches
         if self.rows % settings.group:
@@ -142,6 +150,7 @@ class PolicyRollouts:
             raise ValueError(f"beta={settings.beta} needs the parameters of a reference")
         self._made: tuple[int, HostBatch] | None = None
         self._logprobs = jax.jit(functools.partial(token_logprobs, config=config))
+        self._advantages = jax.jit(functools.partial(_advantages, settings=settings))
         self._values = jax.jit(lambda params, batch: policy_and_values(params, batch, config)[1:])
 
     def __call__(self, state: TrainState, step: int, params: Tree) -> tuple[TrainState, HostBatch, Mapping[str, float]]:
@@ -205,11 +214,14 @@ class PolicyRollouts:
         if self.reference is not None:
             batch["reference"] = self._in_parts(self._logprobs, self.reference, batch)
             kl = np.asarray(kl_estimate(batch["logprobs"], batch["reference"])) * mask
-        coefficient = params[COEFFICIENT][0]
-        batch |= self._advantages(given, kl, mask, values, coefficient)
+        kept = params[COEFFICIENT]
+        coefficient = jax.device_get(kept)[0]
+        found = jax.device_get(self._advantages(given, kl, mask, values, coefficient))
+        batch |= {name: np.asarray(x, np.float32) for name, x in found.items()}
         sums = kl.sum(axis=1)[there]
         controller = KLController(coefficient, s.target_kl, s.horizon).update(jnp.float32(sums.mean()), self.rows)
-        changed = {**state.params, COEFFICIENT: jnp.asarray(controller.coefficient, jnp.float32).reshape(1)}
+        changed = {**state.params, COEFFICIENT: jax.device_put(
+            np.reshape(controller.coefficient, 1).astype(np.float32), kept.sharding)}  # fmt: skip
         spread = float(mixed_groups(jnp.asarray(given), s.group))
         if s.method == "ppo" and np.nanmin(given) == np.nanmax(given):
             self.say(f"rollout {number}: all responses have the same reward, so that the reward teaches nothing")
@@ -231,31 +243,11 @@ class PolicyRollouts:
 
     def _in_parts(self, function: Callable, params: Tree, batch: HostBatch) -> Any:
         """A function of the rows of a rollout, for as many rows at once as an update has: logits are large."""
+        parts = ({name: x[i : i + self.batch] for name, x in batch.items()} for i in range(0, self.rows, self.batch))
         found = [
-            jax.device_get(function(params, {name: x[first : first + self.batch] for name, x in batch.items()}))
-            for first in range(0, self.rows, self.batch)
+            jax.device_get(function(params, on_devices(part, self.mesh, strategy=self.strategy))) for part in parts
         ]
         return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
-
-    def _advantages(
-        self, scores: np.ndarray, kl: np.ndarray, mask: np.ndarray, values: np.ndarray | None, coefficient: jax.Array
-    ) -> HostBatch:
-        s, there = self.settings, ~np.isnan(scores)
-        if s.method == "ppo":
-            assert values is not None, "PPO needs a value head"
-            known = jnp.where(there, scores, 0)
-            rewards = token_rewards(known, jnp.asarray(kl), jnp.asarray(mask), coefficient=coefficient)
-            if s.whiten_rewards:
-                rewards = whiten(rewards, jnp.asarray(mask), keep_mean=True)
-            advantages, returns = gae(rewards, jnp.asarray(values), jnp.asarray(mask), gamma=s.gamma, lam=s.lam)
-            found = {"advantages": whiten(advantages, jnp.asarray(mask)), "returns": returns, "values": values}
-        elif s.method == "rloo":
-            total = jnp.asarray(scores) - coefficient * jnp.asarray(kl).sum(axis=1)
-            found = {"advantages": leave_one_out_advantages(total, s.group)}
-        else:
-            scale = "none" if s.method == "dr_grpo" else "group"
-            found = {"advantages": group_advantages(jnp.asarray(scores), s.group, scale=scale)}
-        return {name: np.asarray(x, np.float32) for name, x in found.items()}
 
     def evaluate(self, prompts: Prompts) -> Callable[[Tree, Iterable, int], Evaluation]:
         """An evaluation for `train.run.Run`: the mean reward of one response to each held-out prompt."""
@@ -266,6 +258,29 @@ class PolicyRollouts:
             return Evaluation(-reward, int(roll.batch["weights"].sum()), 0.0, reward)
 
         return evaluated
+
+
+def _advantages(
+    scores: jax.Array,
+    kl: jax.Array,
+    mask: jax.Array,
+    values: jax.Array | None,
+    coefficient: jax.Array,
+    settings: PolicySettings,
+) -> dict[str, jax.Array]:
+    """What a rollout's batch gets from its scores [B]: advantages, and for PPO returns and values."""
+    s, there = settings, ~jnp.isnan(scores)
+    if s.method == "ppo":
+        assert values is not None, "PPO needs a value head"
+        rewards = token_rewards(jnp.where(there, scores, 0), kl, mask, coefficient=coefficient)
+        if s.whiten_rewards:
+            rewards = whiten(rewards, mask, keep_mean=True)
+        advantages, returns = gae(rewards, values, mask, gamma=s.gamma, lam=s.lam)
+        return {"advantages": whiten(advantages, mask), "returns": returns, "values": values}
+    if s.method == "rloo":
+        return {"advantages": leave_one_out_advantages(scores - coefficient * kl.sum(axis=1), s.group)}
+    scale = "none" if s.method == "dr_grpo" else "group"
+    return {"advantages": group_advantages(scores, s.group, scale=scale)}
 
 
 def _both(first: HostBatch, second: HostBatch) -> HostBatch:

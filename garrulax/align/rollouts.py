@@ -64,12 +64,20 @@ class Prompts:
         config: Of the model.
         tokenizer: Of the model; only lists of ids do without.
         limit: Greatest number of tokens of a response.
+        multiple: Of which `length` is one: into how many parts a mesh splits the tokens of a row.
 
     Raises:
         ValueError: If there is none, or one does not fit into the context with `limit` tokens.
     """
 
-    def __init__(self, prompts: Sequence[Any], config: ModelConfig, tokenizer: TokenizerLike | None, limit: int):
+    def __init__(
+        self,
+        prompts: Sequence[Any],
+        config: ModelConfig,
+        tokenizer: TokenizerLike | None,
+        limit: int,
+        multiple: int = 1,
+    ):
         if not prompts:
             raise ValueError("there are no prompts")
         self.given = [_ids(prompt, tokenizer) for prompt in prompts]
@@ -77,7 +85,8 @@ class Prompts:
             encode_prompt(prompt, limit, config, tokenizer, f"prompt {i}") for i, prompt in enumerate(self.given)
         ]
         #: T, one for the whole run, so that one program is compiled.
-        self.length = max(len(one.ids) for one in self.encoded) + limit - 1
+        longest = max(len(one.ids) for one in self.encoded) + limit - 1
+        self.length = longest + -longest % multiple
 
     def __len__(self) -> int:
         return len(self.given)

@@ -207,6 +207,7 @@ def _parser() -> argparse.ArgumentParser:
     align.add_argument("--run", metavar="FOLDER", help="folder for the run (default: runs/MODEL-METHOD)")
     align.add_argument("--resume", metavar="FOLDER", help="continue the run in this folder")
     align.add_argument("--config", metavar="FILE", help="read settings from this TOML file")
+    align.add_argument("--mesh", metavar="AXES", help="use several devices, by axis: such as fsdp=4,tensor=2")
 
     generate = commands.add_parser(
         "generate", help="continue a text", description="Continue a text; tokens are shown as soon as they are sampled."

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import importlib
 import json
+import math
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 import garrulax as gx
 from garrulax import models
@@ -40,13 +42,15 @@ from garrulax.align.policy_objectives import (
 from garrulax.align.reward_files import load_reward_model, save_reward_model
 from garrulax.align.rollouts import Prompts, Sampled
 from garrulax.cli import starting
-from garrulax.cli.align_job import Job, check_options, end_ids, prompt_ids, records
+from garrulax.cli.align_job import Job, check_options, end_ids, policy_mesh, prompt_ids, records, token_parts
 from garrulax.cli.align_preferences import kto_run, pairs_run, reward_run
 from garrulax.cli.starting import Start
 from garrulax.cli.train import MODEL, product, save_model, say
+from garrulax.core.sharding import batch_sharding, place
 from garrulax.core.spec import Tree
+from garrulax.core.strategies import BATCH_AXES
 from garrulax.models import reward as reward_head
-from garrulax.train.batches import Data, make_data
+from garrulax.train.batches import Data, check_batch, make_data
 from garrulax.train.digests import write_durably
 from garrulax.train.loop import Result, Run
 from garrulax.train.loop import train as run_training
@@ -106,7 +110,7 @@ def _completed(args: argparse.Namespace) -> argparse.Namespace:
         for name in ("method", "data", "valid", "reward", "option", "ptx", "lora"):
             if given.get(name):
                 raise ValueError(f"--{name} does not go with --resume: the run goes on with what it began with")
-    given = {**given, "mesh": None, "new_data": False, "method": given.get("method") or "sft"}
+    given = {**given, "new_data": False, "method": given.get("method") or "sft"}
     if not given["run"] and not given["resume"]:
         models = [word for word in starting.settings_words(given["settings"]) if word.startswith("preset=")]
         if models:
@@ -179,11 +183,16 @@ def _policy(begun: Start, job: Job) -> Run:
     config, tokenizer = begun.model.config, begun.model.tokenizer
     assert tokenizer is not None
     assert begun.params is not None
-    settings, reward = _policy_settings(job), reward_function(job.reward)
+    settings, s = _policy_settings(job), begun.settings
+    mesh = policy_mesh(begun)
+    reward = reward_function(job.reward, mesh, s.strategy)
     given = [[_prompt(record, where, tokenizer) for where, record in part] for part in records(job)]
-    prompts, held_out = (Prompts(part, config, tokenizer, settings.limit) for part in given)
-    s = dataclasses.replace(begun.settings, window=prompts.length)
+    prompts, held_out = (Prompts(part, config, tokenizer, settings.limit, token_parts(mesh, s)) for part in given)
+    s = dataclasses.replace(s, window=prompts.length)
+    check_batch(s, mesh)
     reference = begun.params()
+    if mesh is not None:
+        reference = place(reference, models.parameters(config), mesh, s.strategy, s.strict)
     values = settings.method == "ppo"
     keywords = {k: getattr(settings, k) for k in ("clip", "clip_high", "limit", "clip_value", "value_weight")}
     beta = 0.0 if settings.in_reward else settings.beta
@@ -196,7 +205,7 @@ def _policy(begun: Start, job: Job) -> Run:
     made = rl.PolicyRollouts(
         prompts, reward, config, settings, s.batch, s.seed,
         reference=reference if needed else None,
-        tokenizer=tokenizer, end_tokens=end_ids(begun), text=text, say=say,
+        tokenizer=tokenizer, end_tokens=end_ids(begun), text=text, mesh=mesh, strategy=s.strategy, say=say,
     )  # fmt: skip
     notes = (f"prompts: {len(prompts):,} to train on, {len(held_out):,} held out; {made.rows} responses of at most "
              f"{settings.limit} tokens a rollout, {made.updates} updates each",)  # fmt: skip
@@ -237,15 +246,20 @@ def _text(begun: Start, window: int) -> Data:
     return make_data(datasets, s, begun.model.config, begun.model.tokenizer)
 
 
-def reward_function(name: str) -> rl.Reward:
+def reward_function(name: str, mesh: Mesh | None = None, strategy: str = "fsdp+tp") -> rl.Reward:
     """The function "module:function", of samples (`align.rollouts.Sampled`), or the scores of a reward model's folder.
+
+    Args:
+        name: Of either.
+        mesh: On which a reward model computes; None is one device.
+        strategy: How the mesh shards it.
 
     Raises:
         ValueError: If there is neither.
     """
     folder = Path(expanded(name))
     if folder.is_dir():
-        return _model_scores(folder / MODEL if (folder / MODEL).is_dir() else folder)
+        return _model_scores(folder / MODEL if (folder / MODEL).is_dir() else folder, mesh, strategy)
     module, colon, attribute = name.partition(":")
     if not colon:
         raise ValueError(f"--reward {name}: give MODULE:FUNCTION, or the folder of a reward model")
@@ -257,18 +271,24 @@ def reward_function(name: str) -> rl.Reward:
     return lambda samples: [float(found(one)) for one in samples]
 
 
-def _model_scores(folder: Path) -> rl.Reward:
+def _model_scores(folder: Path, mesh: Mesh | None, strategy: str) -> rl.Reward:
     model = load_reward_model(folder)
+    params, where, multiple = model.params, None, 1
+    if mesh is not None:
+        params = place(params, reward_head.reward_specs(model.config), mesh, strategy)
+        where, multiple = NamedSharding(mesh, batch_sharding(mesh)), math.prod(mesh.shape.get(n, 1) for n in BATCH_AXES)
     compute = jax.jit(lambda params, tokens, length: reward_head.scores(params, tokens, length, model.config))
 
     def scores(samples: Sequence[Sampled]) -> list[float]:
         longest = max(len(one.prompt) + len(one.response) for one in samples)
         width = min(1 << (longest - 1).bit_length(), model.config.context)
-        tokens, length = np.zeros((len(samples), width), np.int32), np.zeros(len(samples), np.int32)
+        rows = len(samples) + -len(samples) % multiple
+        tokens, length = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
         for i, one in enumerate(samples):
             ids = [*one.prompt, *one.response][:width]
             tokens[i, : len(ids)], length[i] = ids, len(ids)
-        return np.asarray(compute(model.params, tokens, length), np.float64).tolist()
+        found = compute(params, *jax.device_put((tokens, length), where))
+        return np.asarray(found, np.float64)[: len(samples)].tolist()
 
     return scores
 

@@ -2,15 +2,21 @@
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
+
+from jax.sharding import Mesh
 
 from garrulax import models
 from garrulax.align import answers
 from garrulax.align.conversations import read_records
 from garrulax.cli.starting import Start
+from garrulax.core.sharding import axis_names, token_sharding
+from garrulax.core.strategies import PIPELINE_AXIS, check_strategy
 from garrulax.sampling.ends import ends_of
 from garrulax.sampling.partners import encode_prompt
+from garrulax.train.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,3 +76,28 @@ def prompt_ids(begun: Start) -> Callable[[str], list[int]] | None:
     if models.blanks(config) is None:
         return None
     return lambda text: list(encode_prompt(text, None, config, tokenizer, "a prompt").ids)
+
+
+def policy_mesh(begun: Start) -> Mesh | None:
+    """The devices on which a policy writes and is trained; None is one device.
+
+    Raises:
+        ValueError: The mesh does not fit the devices or the strategy, or has stages of layers.
+    """
+    mesh, settings = begun.mesh, begun.settings
+    if mesh is None:
+        return None
+    check_strategy(settings.strategy, mesh.shape)
+    if mesh.shape.get(PIPELINE_AXIS, 1) > 1:
+        raise ValueError(
+            f"mesh={settings.mesh}: a policy also writes, which does not run in stages: leave the axis pipeline out"
+        )
+    return mesh
+
+
+def token_parts(mesh: Mesh | None, settings: Settings) -> int:
+    """Into how many parts the mesh splits the tokens of a row."""
+    if mesh is None:
+        return 1
+    _, tokens = token_sharding(mesh, settings.strategy)
+    return math.prod(mesh.shape[name] for name in axis_names(tokens))

@@ -12,10 +12,13 @@ from garrulax.align import answers, labelled, objectives, preference
 from garrulax.cli.align_job import Job, check_options, end_ids, keywords, prompt_ids, records
 from garrulax.cli.starting import Start
 from garrulax.cli.train import say
+from garrulax.core.auto_mesh import using
 from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
 from garrulax.models import reward as reward_head
+from garrulax.train.batches import on_devices
 from garrulax.train.loop import Run
+from garrulax.train.rows import HostBatch
 
 REFERENCE = "reference.npz"
 
@@ -114,9 +117,13 @@ def _with_references(begun: Start, arrays: list[Any]) -> list[Any]:
     assert begun.params is not None
     params, config = begun.params(), begun.model.config
     compute = jax.jit(lambda params, batch: objectives.with_reference(batch, params, config)["reference"])
-    filled = [
-        answers.filled(part, lambda batch: compute(params, batch), begun.settings.batch, "reference") for part in arrays
-    ]
+    mesh, s = begun.mesh, begun.settings
+
+    def of_part(batch: HostBatch) -> np.ndarray:
+        return np.asarray(compute(params, on_devices(batch, mesh, strategy=s.strategy)))
+
+    with using(mesh):
+        filled = [answers.filled(part, of_part, s.batch, "reference") for part in arrays]
     begun.folder.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"partial-{REFERENCE}")
     np.savez(partial, digest=digest.hexdigest(), train=filled[0]["reference"], valid=filled[1]["reference"])

@@ -98,12 +98,16 @@ def _memory(p: Plan) -> list[tuple[str, str]]:
 def _flops(p: Plan) -> list[tuple[str, str]]:
     assert p.program is not None
     chips = p.topology.chips
-    return [
+    rows = [
         ("formula", f"{p.model_flops:.4g}  6 N a token and all pairs of attention (Chowdhery et al. 2022)"),
         ("formula, causal", f"{p.causal_flops:.4g}  only the pairs that attend"),
         ("compiler", f"{p.program.flops * chips:.4g}  cost_analysis, with every run of a loop, on all chips"),
         ("attention kernels", f"{p.program.kernel_flops * chips:.4g}  by formula: the compiler does not count them"),
     ]
+    if p.optimizer_flops:
+        counted = p.program.optimizer.flops * chips
+        rows.append((p.settings.optimizer, f"{counted:.4g}  of the compiler's; {p.optimizer_flops:.4g} by formula"))
+    return rows
 
 
 def _sent(p: Plan) -> list[tuple[str, str]]:
@@ -124,6 +128,8 @@ def _prediction(p: Plan) -> list[tuple[str, str]]:
     return [
         ("computation", f"{q.compute:.3f} s  products at {PRODUCTS} of the peak, the rest by the compiler's cycles"),
         ("collectives", f"{q.exposed:.3f} s for which it waits, {q.hidden:.3f} s beside it"),
+        ("the optimizer", f"{q.optimizer.seconds:.3f} s of both: {q.optimizer.compute:.3f} s of computation, "
+                          f"{q.optimizer.exposed:.3f} s of waiting; it sends {q.optimizer.sent / 1e9:.3f} GB"),
         ("a step", f"{p.seconds:.3f} s = max(computation, beside it) + waiting; "
                    f"{q.slow_seconds:.3f} s by the compiler's cycles for products too"),
         ("tokens", f"{p.tokens_per_second:,.0f} a second and chip"),
@@ -157,6 +163,8 @@ def numbers(p: Plan) -> dict[str, Any]:
         "remat": p.settings.remat, "batch": p.settings.batch, "length": p.settings.window,
         "memory": dataclasses.asdict(p.memory), "largest_batch": p.largest_batch,
         "model_flops": p.model_flops, "causal_flops": p.causal_flops, "chip_flops": p.flops,
+        "optimizer_flops": p.optimizer_flops, "optimizer": q and {**dataclasses.asdict(q.optimizer),
+                                                                  "seconds": q.optimizer.seconds},
         "roofline": p.roofline, "seconds": p.seconds, "mfu": p.mfu, "causal_mfu": p.causal_mfu,
         "compute": q and q.compute, "slow_seconds": q and q.slow_seconds, "hidden": q and q.hidden,
         "exposed": q and q.exposed,

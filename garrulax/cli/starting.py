@@ -10,11 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 import garrulax as gx
 from garrulax import models
 from garrulax.cli.models import find_model
 from garrulax.core import spec
 from garrulax.core.config import ModelConfig
+from garrulax.core.sharding import make_mesh
 from garrulax.core.spec import Tree
 from garrulax.hub.json_files import read_object
 from garrulax.hub.tokenizer_training import train_chars, train_sentencepiece
@@ -58,12 +61,21 @@ class Start:
 
     @property
     def params(self) -> Callable[[], Tree] | None:
-        """Reads the weights to start from; None draws random ones, or a checkpoint has them."""
+        """Reads the weights to start from; None draws random ones, or a checkpoint has them.
+
+        On a mesh they are split while they are read, so that no device holds all of them.
+        """
         if not self.loaded:
             return None
-        # Frozen weights stay as they are stored: `weights` is for those that are trained.
-        dtype = None if self.settings.lora else self.settings.weights
-        return lambda: gx.load(find_model(self.settings.preset), dtype=dtype).params
+        s = self.settings
+        if s.lora:  # frozen weights stay as they are stored: `weights` is for those that are trained
+            return lambda: gx.load(find_model(s.preset)).params
+        return lambda: gx.load(find_model(s.preset), self.mesh, s.weights, s.strategy).params
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The mesh of the settings; None is one device. Raises ValueError if the devices do not make it."""
+        return make_mesh(self.settings.mesh) if self.settings.mesh else None
 
     def with_params(self, params: Tree) -> gx.Model:
         """The model with trained parameters."""

@@ -2,8 +2,8 @@
 
 Training states in the types of arrays how each is split (Explicit mode). Transforms of logits sort, gather and scatter,
 and users write their own: in Explicit mode each of these operations would have to say how its result is split. So
-Training states in the types of arrays how each is split (Explicit mode). Transforms of logits sort, gather and scatter,
-only what decides memory and traffic: how keys and values, tokens and logits are split.
+sampling runs in Auto mode, where XLA's partitioner decides how arrays are split, and code fixes only what decides
+memory and traffic: how keys and values, tokens and logits are split.
 """
 
 import contextlib

@@ -47,9 +47,13 @@ class Strategy:
         return tuple(name for name in MESH_AXES if name in used)
 
 
-_WHOLE: Rules = dict.fromkeys(("embed", "vocab", "heads", "kv_heads", "mlp", "position", "head"))
-_LAYERS: Rules = {**_WHOLE, "layers": PIPELINE_AXIS}
-_TENSOR: Rules = dict.fromkeys(("vocab", "heads", "kv_heads", "mlp"), TENSOR_AXIS)
+_WHOLE: Rules = dict.fromkeys(("embed", "heads", "kv_heads", "mlp", "position", "head"))
+#: Stages share the vocabulary: each computes its part of the logits, where all would compute the same ones.
+_LAYERS: Rules = {**_WHOLE, "layers": PIPELINE_AXIS, "vocab": PIPELINE_AXIS}
+_TENSOR: Rules = {
+    **dict.fromkeys(("heads", "kv_heads", "mlp"), TENSOR_AXIS),
+    "vocab": (TENSOR_AXIS, PIPELINE_AXIS),
+}
 _EVERY: Rules = {"embed": BATCH_AXES}
 _GROUP: Rules = {"embed": "fsdp"}
 

@@ -11,6 +11,7 @@ from garrulax.kernels.call import Implementation, Operands, Options
 from garrulax.kernels.mask import Mask
 from garrulax.kernels.picking import Registry
 from garrulax.kernels.relative import Relative
+from garrulax.kernels.sequence import check_strategy
 from garrulax.kernels.sharded import Sharded
 
 IMPLEMENTATIONS = {
@@ -43,6 +44,7 @@ def attention(
     softcap: float | None = None,
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
+    context_parallel: str | None = None,
     implementation: str | Implementation | None = None,
 ) -> jax.Array:
     """softmax(scale * query key^T + bias, masked) value, with the softmax in at least float32.
@@ -65,6 +67,8 @@ def attention(
         softcap: Scores become softcap * tanh(scores / softcap), before anything is added.
         dropout: Rate of dropout on the probabilities; used only with dropout_key.
         dropout_key: Random key.
+        context_parallel: On a mesh that splits the sequence, how queries get the keys of other devices: "gather" or
+            "ring"; None is the cheaper one (`kernels.sequence`).
         implementation: A name in `IMPLEMENTATIONS` or an object like those; None is the fastest that supports the
             request. For a few queries over more keys that is one of `kernels.decode`.
 
@@ -102,10 +106,14 @@ def attention(
         )
     if isinstance(mask, Sequence):
         arrays = (query, key, value, mask, bias, alibi, relative, sinks, dropout_key)
-        return _by_heads(*arrays, scale=scale, softcap=softcap, dropout=dropout, implementation=implementation)
+        static = {"scale": scale, "softcap": softcap, "dropout": dropout, "context_parallel": context_parallel}
+        return _by_heads(*arrays, **static, implementation=implementation)
     options, operands = request(
         query, key, value, mask, bias, alibi, relative, sinks, scale, softcap, dropout, dropout_key
     )
+    if context_parallel is not None:
+        check_strategy(context_parallel, options)
+        options = dataclasses.replace(options, context_parallel=context_parallel)
     return REGISTRY.pick(implementation, options, operands)(options, operands)
 
 

@@ -26,6 +26,8 @@ class Options:
         starts: For `Operands.steps`: ascending distances at which the next step begins.
         causal: True if query t attends exactly to the keys 0, 1, ..., t whatever the streams hold. Libraries without
             streams (cuDNN) then use their own causal mask.
+        context_parallel: Where a mesh splits the sequence, how queries get the keys of other devices: a name in
+            `sequence.STRATEGIES`, or None for the cheaper one (`sequence.choose_strategy`).
     """
 
     rule: Rule
@@ -34,6 +36,7 @@ class Options:
     dropout: float = 0.0
     starts: tuple[int, ...] = ()
     causal: bool = False
+    context_parallel: str | None = None
 
 
 @struct.dataclass

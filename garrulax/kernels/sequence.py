@@ -1,23 +1,23 @@
 """Attention over a sequence that a mesh splits: queries attend to keys of other devices. Runs inside `shard_map`.
 
-There are two strategies. Both move the same bytes: in the forward pass each of n devices receives the keys and values
-of the n - 1 others; in the backward pass it receives them again, and as many sums of gradients. They differ in memory
-and time:
+There are two strategies (context parallelism). In the forward pass each of n devices receives the keys and values of
+the n - 1 others; in the backward pass it receives them again, and as many sums of gradients. They differ in memory and
+time:
 
 - gathering (`AllGather`, `AllGatherPasses`) holds the keys of all devices at once and calls its implementation once,
   after they have arrived;
 - the ring (`RingPasses`) holds the keys of two devices and computes on one while the next arrives. It pays with n
   calls, whose outputs are merged in float32, and with one message a pass that nobody reads.
 
-Compiled for eight devices and 1024 tokens of eight heads, forward and backward in one program, a device sends 1.75
-times the keys and values with gathering, which both passes then share, and 2.9 times with the ring; the ring's
-temporary memory is a quarter (a test measures both).
+Compiled for TPUs the ring waits for no keys, but its merging takes longer than gathering would, and its memory does not
+grow with the number of devices (docs/parallel.md has a table; a test compiles both).
 
 `choose_strategy` decides. Ranks and positions are streams, so a mask keeps its meaning on a part of the sequence.
 Tokens may be in any order: the ring skips parts that no query of the device attends to.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -33,18 +33,49 @@ from garrulax.kernels.passes import ForwardBackward
 Axes = tuple[str, ...]
 
 STRATEGIES = ("gather", "ring")
+#: Bytes that gathering may take in place of a ring: a sixteenth of the memory of the smallest TPU.
+MOST_GATHERED = 2**30
 
 
 def choose_strategy(options: Options, operands: Operands, parts: int) -> str:
     """The strategy for a sequence in that many parts: "gather" or "ring".
 
-    Gathered keys and values of K heads take 2·K·C numbers per token of the whole sequence. A feed-forward layer of the
-    usual width 4·H·C takes 4·H·C numbers per token of a part. While parts·K <= 2·H, gathered keys are no larger than
-    that layer and do not raise the peak of memory, and one call is faster than many.
-    The ring does not support dropout, whose hash depends on places in the whole sequence.
+    Gathering, which is faster, while it is affordable: while what is gathered takes up to `MOST_GATHERED` bytes, or is
+    no larger than the activations of a feed-forward layer. These take 4·H·C numbers per token of a part, and gathered
+    keys and values of K heads 2·K·C per token of the whole sequence: they do not raise the peak of memory while
+    parts·K <= 2·H. The ring does not support dropout, whose hash depends on places in the whole sequence.
+
+    Args:
+        options: Static part of the request.
+        operands: A device's part of the arrays.
+        parts: The number of parts.
     """
     H, K = operands.query.shape[2], operands.key.shape[2]
-    return "gather" if options.dropout or parts * K <= 2 * H else "ring"
+    affordable = parts * K <= 2 * H or gathered_bytes(operands, parts) <= MOST_GATHERED
+    return "gather" if options.dropout or affordable else "ring"
+
+
+def gathered_bytes(operands: Operands, parts: int) -> int:
+    """Bytes of the keys and values of all devices, and of their gradients, in float32 at least.
+
+    Args:
+        operands: A device's part of the arrays.
+        parts: The number of parts.
+    """
+    x, y = operands.key, operands.value
+    numbers = math.prod(x.shape) + math.prod(y.shape)
+    return parts * numbers * (x.dtype.itemsize + at_least_float32(x.dtype).itemsize)
+
+
+def check_strategy(name: str, options: Options) -> None:
+    """Raises ValueError for a name that is not in `STRATEGIES`, and for a ring with dropout."""
+    if name not in STRATEGIES:
+        raise ValueError(f"context_parallel={name!r}: choose from {', '.join(STRATEGIES)}, or leave it out")
+    if name == "ring" and options.dropout:
+        raise ValueError(
+            "context_parallel=ring would drop other probabilities of attention than one device: use gather, or no "
+            "dropout"
+        )
 
 
 def over_sequence(

@@ -182,7 +182,8 @@ class Sharded:
     def _local_implementation(self, layout: MeshLayout, options: Options, operands: Operands) -> Implementation:
         if not layout.keys:
             return self.inner
-        return over_sequence(self.inner, self.sequence, layout.keys, layout.parts(layout.keys), options, operands)
+        strategy = self.sequence or options.context_parallel
+        return over_sequence(self.inner, strategy, layout.keys, layout.parts(layout.keys), options, operands)
 
 
 # The derivative is defined around `shard_map`, not within it: the backward pass can then sum each gradient over devices

@@ -54,6 +54,8 @@ def cached_attention(
         query, key = rotary(query), rotary(key)
     if bias is not None:
         options["bias"] = bias(mask)
+    if call.context_parallel is not None:
+        options["context_parallel"] = call.context_parallel
     if call.group:
         if kv is not None:
             raise ValueError("shifted attention (group) is for training: leave the cache out")
@@ -62,7 +64,7 @@ def cached_attention(
         return attention(query, key, value, mask=mask, **options), kv
     kv, stored = extend(kv, layer, key, value, call.slot)
     if "key_scale" in stored and _few(query, options):
-        few = {name: x for name, x in options.items() if not name.startswith("dropout")}
+        few = {name: x for name, x in options.items() if not name.startswith(("dropout", "context_parallel"))}
         few |= {f"{name}_scales": _by_head(stored[f"{name}_scale"], len(query)) for name in ("key", "value")}
         return decode.decode(query, stored["key"], stored["value"], mask=mask, **few), kv
     key, value = (_tokens_first(stored, name, query.dtype) for name in ("key", "value"))

@@ -40,6 +40,7 @@ class Call:
         unroll: Whether the loop over layers becomes straight code.
         stage: In a pipeline of layers, this device's stage; None runs all layers.
         group: Tokens of a group of LongLoRA's shifted attention; 0 attends to everything.
+        context_parallel: How attention gets the keys of other devices (`kernels.attention`).
     """
 
     tokens: jax.Array
@@ -52,6 +53,7 @@ class Call:
     unroll: bool = False
     stage: Stage | None = None
     group: int = 0
+    context_parallel: str | None = None
 
     @property
     def room(self) -> int | None:

@@ -102,6 +102,7 @@ def forward(
     remat: str = "none",
     unroll: bool = False,
     group: int = 0,
+    context_parallel: str | None = None,
 ) -> tuple[jax.Array, Cache | None]:
     """Logits of tokens, and the cache with the tokens in it. Works under jit, grad and vmap with `config` static.
 
@@ -118,6 +119,8 @@ def forward(
         remat: What the backward pass recomputes: "none", "dots" or "full".
         unroll: Whether the loop over layers becomes straight code.
         group: For training on long texts: tokens of a group of LongLoRA's shifted attention; 0 attends to everything.
+        context_parallel: On a mesh with the axis `sequence`, how queries get the keys of other devices: "gather" or
+            "ring"; None is the cheaper one.
 
     Returns:
         Logits [B, T, V] in the dtype of the parameters, and the cache (None without one).
@@ -138,7 +141,7 @@ def forward(
     spec.check_params(parameters(config), params)
     x, cache = hidden(
         params, tokens, config, positions=positions, mask=mask, cache=cache, key=key, remat=remat, unroll=unroll,
-        group=group,
+        group=group, context_parallel=context_parallel,
     )  # fmt: skip
     return module.logits(params, x, config), cache
 
@@ -155,6 +158,7 @@ def hidden(
     remat: str = "none",
     unroll: bool = False,
     group: int = 0,
+    context_parallel: str | None = None,
 ) -> tuple[jax.Array, Cache | None]:
     """Hidden states [B, T, D] after the last norm, and the cache.
 
@@ -175,7 +179,9 @@ def hidden(
     mask, cache_now = mask_and_cache(tokens, positions[:, 0] if rows == 2 else positions, mask, cache)
     mask = jax.tree.map(whole_tokens, mask)
     slot = None if cache is None else slots_of(cache, mask.query)
-    call = Call(tokens, positions, mask, cache_now, slot, key, remat, unroll, group=group)
+    call = Call(
+        tokens, positions, mask, cache_now, slot, key, remat, unroll, group=group, context_parallel=context_parallel
+    )
     if pipeline.stages(params) > 1:
         x = pipeline.pipelined(module, params, call, config)
     else:

@@ -3,7 +3,8 @@
 Each device along `pipeline` holds the layers of one stage. The rows of a batch are divided into microbatches. In every
 round a stage runs its layers on one microbatch and passes the result on to the next stage; S stages and M microbatches
 take M + S - 1 rounds, of which each stage waits in S - 1. The backward pass is the same schedule from the end, which
-JAX derives from it. Tables, norm and head are on all stages: each embeds tokens and computes logits as all others do.
+JAX derives from it. Every stage looks up the tokens' embeddings in the whole table, which is gathered once; the logits
+it computes are those of its part of the vocabulary.
 """
 
 import dataclasses
@@ -71,6 +72,8 @@ def pipelined(module: Family, params: Tree, call: Call, config: ModelConfig) -> 
     rows = len(call.tokens) // math.prod(mesh.shape[name] for name in axis_names(spec_of(call.tokens)[0]))
     parts = microbatches(rows, count)
     arrays = jax.tree.map(lambda x: _divided(x, parts), (call.tokens, call.positions, call.mask))
+    params = {name: part if name == "blocks" else jax.tree.map(_on_all_stages, part) for name, part in params.items()
+              if name != "head"}  # fmt: skip
 
     def stage(params: Tree, arrays: Any) -> jax.Array:
         index = jax.lax.axis_index(PIPELINE_AXIS)
@@ -84,7 +87,8 @@ def pipelined(module: Family, params: Tree, call: Call, config: ModelConfig) -> 
             x, _ = module.hidden(params, own, config)
             return jax.lax.ppermute(x, PIPELINE_AXIS, [(i, i + 1) for i in range(count - 1)]), x
 
-        nothing = jnp.zeros_like(lookup(params["tokens"], part(0)[0]))
+        embedded = jnp.zeros_like(lookup(params["tokens"], part(0)[0]))  # perhaps of another width than the layers
+        nothing = jnp.broadcast_to(embedded[..., :1], (*embedded.shape[:-1], config.width))
         _, done = jax.lax.scan(step, nothing, jnp.arange(parts + count - 1, dtype=jnp.int32))
         return jax.lax.psum(jnp.where(index == count - 1, done[count - 1 :], 0), PIPELINE_AXIS)
 
@@ -93,6 +97,12 @@ def pipelined(module: Family, params: Tree, call: Call, config: ModelConfig) -> 
     x = run(params, arrays)  # [M, B / M, T, D]
     entries = spec_of(x)
     return jax.lax.reshape(x.swapaxes(0, 1), (len(call.tokens), *x.shape[2:]), out_sharding=P(*entries[1:]))
+
+
+def _on_all_stages(x: jax.Array) -> jax.Array:
+    """A table whose rows the stages share, gathered over them."""
+    names = [tuple(name for name in axis_names(entry) if name != PIPELINE_AXIS) for entry in spec_of(x)]
+    return jax.sharding.reshard(x, P(*(one[0] if len(one) == 1 else one or None for one in names)))
 
 
 def _divided(x: jax.Array, parts: int) -> jax.Array:

@@ -15,6 +15,7 @@ from garrulax.core.spec import map_specs
 from garrulax.core.strategies import strategy_of
 from garrulax.planning.program import bandwidth
 from garrulax.planning.topology import Topology
+from garrulax.train import muon
 from garrulax.train.activations import saved_per_token
 from garrulax.train.flops import train_flops_per_token
 from garrulax.train.settings import Settings
@@ -37,17 +38,19 @@ class Estimate:
         compute: Seconds of products.
         gathers: Seconds of gathering weights and of summing gradients that can run beside products.
         sums: Seconds of other collectives, such as summing activations over `tensor`, for which products wait.
+        optimizer: Seconds of the optimizer.
     """
 
     memory: float
     compute: float
     gathers: float
     sums: float
+    optimizer: float
 
     @property
     def seconds(self) -> float:
         """Of the step."""
-        return max(self.compute, self.gathers) + self.sums
+        return max(self.compute, self.gathers) + self.sums + self.optimizer
 
 
 def estimate(config: ModelConfig, settings: Settings, topology: Topology, mesh: Mesh) -> Estimate:
@@ -88,7 +91,20 @@ def estimate(config: ModelConfig, settings: Settings, topology: Topology, mesh: 
     sums = moved / bandwidth(topology, mesh, ("tensor",)) if tensor > 1 else 0.0
     if thin:
         gathers, sums = 0.0, sums + 2 * gathers
-    return Estimate(state + weights + kept + logits, compute, gathers, sums)
+    traffic = 2 * state + own * 4  # read and written, and gradients
+    optimizer = traffic / topology.chip.bandwidth
+    if products := optimizer_flops(config, settings, mesh):
+        exchange = 2 * own * itemsize / bandwidth(topology, mesh, mesh.axis_names)
+        optimizer += products / (topology.chip.peak * EFFICIENCY) + exchange
+    return Estimate(state + weights + kept + logits, compute, gathers, sums, optimizer)
+
+
+def optimizer_flops(config: ModelConfig, settings: Settings, mesh: Mesh) -> int:
+    """FLOPs of the products with which one chip updates its parameters: those of Muon; other optimizers have none."""
+    if settings.optimizer != "muon":
+        return 0
+    specs = models.parameters(config)
+    return muon.flops_a_device(specs, shardings(specs, mesh, settings.strategy))
 
 
 def _own(config: ModelConfig, settings: Settings, mesh: Mesh) -> int:

@@ -12,18 +12,24 @@ FREE = frozenset(
 )  # fmt: skip
 
 
-def product_flops(module: Module, where: str, i: Instruction) -> int:
+def product_flops(module: Module, where: str, i: Instruction, scope: str = "") -> int:
     """FLOPs of the matrix products in an instruction, and in the fusions that it calls; not of what a kernel computes.
 
     Args:
         module: The program.
         where: Name of the instruction's computation.
         i: The instruction.
+        scope: Only those of operations that were traced in this `jax.named_scope`; "" is all.
     """
-    own = _product(module.computations[where], i)
-    if i.opcode in ("while", "call", "conditional"):  # what they call is counted on its own
-        return own
-    return own + sum(_product(module.computations[name], inner) for name, inner in module.inside(i))
+    # What a loop or a condition calls is counted on its own.
+    inside = () if i.opcode in ("while", "call", "conditional") else module.inside(i)
+    found = [(where, i), *inside]
+    return sum(_product(module.computations[name], inner) for name, inner in found if in_scope(inner, scope))
+
+
+def in_scope(i: Instruction, scope: str) -> bool:
+    """Whether an operation was traced in a `jax.named_scope`; "" is any."""
+    return not scope or f"/{scope}/" in (i.attribute(r'op_name="([^"]*)"') or "")
 
 
 def _product(computation: dict[str, Instruction], i: Instruction) -> int:

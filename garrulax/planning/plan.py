@@ -12,6 +12,7 @@ from garrulax import models
 from garrulax.core.config import ModelConfig
 from garrulax.core.sharding import mesh_sizes
 from garrulax.core.strategies import check_strategy, strategy_of
+from garrulax.planning.formula import optimizer_flops
 from garrulax.planning.lowering import bytes_a_device, lower_step
 from garrulax.planning.program import Program, memory_of, read_program
 from garrulax.planning.topology import Topology, check_sizes, default_mesh, mesh_over, read_topology
@@ -77,6 +78,7 @@ class Plan:
         program: The compiled step; None if it does not fit.
         model_flops: FLOPs of a step on all chips, by the family's formula (`train.flops`): all pairs of tokens count.
         causal_flops: The same, but of a causal mask only the pairs that attend.
+        optimizer_flops: FLOPs of the optimizer's products on all chips, by formula: of Muon; others have none.
         lowering: Seconds of tracing and lowering.
         compiling: Seconds of compiling.
         options: Of the compiler.
@@ -89,6 +91,7 @@ class Plan:
     program: Program | None
     model_flops: float
     causal_flops: float
+    optimizer_flops: float
     lowering: float
     compiling: float
     options: Mapping[str, str]
@@ -231,6 +234,7 @@ def compile_plan(
     visited = keys_visited(config, settings, settings.window)
     attention = 12 * config.heads * config.head_dim * config.layers * visited
     causal = tokens * (train_flops_per_token(config, 0) + attention)
+    of_optimizer = float(optimizer_flops(config, settings, mesh) * topology.chips)
     began = time.perf_counter()
     try:
         compiled = lowered.program.compile(compiler_options=dict(options))
@@ -242,13 +246,17 @@ def compile_plan(
         temporary = needed - state - arrays
         memory = Memory(params, state - params, arrays, temporary, 0, needed, topology.chip.memory, fits=False)
         elapsed = time.perf_counter() - began
-        return Plan(config, settings, topology, memory, None, formula, causal, lowered.seconds, elapsed, options)
+        return Plan(
+            config, settings, topology, memory, None, formula, causal, of_optimizer, lowered.seconds, elapsed, options
+        )
     elapsed = time.perf_counter() - began
     memory = _memory(compiled.memory_analysis(), held, topology)
     cost = compiled.cost_analysis()
     counted = None if not cost else cost.get("flops")
     program = read_program(compiled.as_text(), counted, topology, mesh, lambda n: keys_visited(config, settings, n))
-    return Plan(config, settings, topology, memory, program, formula, causal, lowered.seconds, elapsed, options)
+    return Plan(
+        config, settings, topology, memory, program, formula, causal, of_optimizer, lowered.seconds, elapsed, options
+    )
 
 
 def _memory(found: Any, held: list[int], topology: Topology) -> Memory:

@@ -11,8 +11,9 @@ from jax.sharding import Mesh
 from garrulax.core.collectives import KINDS, Collective, collectives
 from garrulax.planning.chips import Chip
 from garrulax.planning.hlo import Instruction, Module, read_module
-from garrulax.planning.operations import FREE, kernel_pass, memory_bytes, product_flops
+from garrulax.planning.operations import FREE, in_scope, kernel_pass, memory_bytes, product_flops
 from garrulax.planning.topology import HOST, Topology
+from garrulax.train.step import OPTIMIZER
 
 #: Share of the peak that products reach. The TPU's compiler estimates 0.90 to 0.95 for bare ones, and 0.4 to 0.75 for
 #: those with a norm fused into them; published runs are faster than that (docs/plan.md, "How far off").
@@ -41,6 +42,30 @@ class Computation:
 
 
 @dataclasses.dataclass(frozen=True)
+class Part:
+    """What a part of a program costs in a step, on one chip.
+
+    Attributes:
+        flops: Of its matrix products.
+        compute: Seconds without collectives.
+        sent: Bytes that it sends.
+        hidden: Seconds of its collectives during which computation goes on.
+        exposed: Seconds of its collectives for which computation waits.
+    """
+
+    flops: int = 0
+    compute: float = 0.0
+    sent: float = 0.0
+    hidden: float = 0.0
+    exposed: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Of the step."""
+        return self.compute + self.exposed
+
+
+@dataclasses.dataclass(frozen=True)
 class Program:
     """A compiled step on one chip.
 
@@ -50,6 +75,7 @@ class Program:
         collectives: Those of a step.
         hidden: Seconds a step of collectives during which computation goes on.
         exposed: Seconds a step of collectives for which computation waits.
+        optimizer: The part of all this that updates the parameters.
     """
 
     computations: tuple[Computation, ...]
@@ -57,6 +83,7 @@ class Program:
     collectives: tuple[Collective, ...]
     hidden: float
     exposed: float
+    optimizer: Part = Part()
 
     @property
     def flops(self) -> float:
@@ -106,9 +133,33 @@ def read_program(
     module = read_module(text)
     scheduled = tuple(_computation(module, name, times, topology.chip, keys) for name, times in module.scheduled())
     found = tuple(collectives(text, mesh.shape))
-    waits = [c.sent / bandwidth(topology, mesh, c.axes) for c in found]
-    hidden, exposed = (sum(w for c, w in zip(found, waits, strict=True) if c.hidden is way) for way in (True, False))
-    return Program(scheduled, counted, found, hidden, exposed)
+    hidden, exposed = _waits(found, topology, mesh)
+    optimizer = _part(module, OPTIMIZER, found, topology, mesh)
+    return Program(scheduled, counted, found, hidden, exposed, optimizer)
+
+
+def _waits(found: Sequence[Collective], topology: Topology, mesh: Mesh) -> tuple[float, float]:
+    """Seconds of the collectives beside which computation goes on, and of the others."""
+    waits = [(c.hidden, c.sent / bandwidth(topology, mesh, c.axes)) for c in found]
+    return sum(w for hidden, w in waits if hidden), sum(w for hidden, w in waits if not hidden)
+
+
+def _part(module: Module, scope: str, found: Sequence[Collective], topology: Topology, mesh: Mesh) -> Part:
+    """The part of a program that was traced in a `jax.named_scope`.
+
+    An instruction with products belongs to the scope of these, any other to the scope if a part of it does.
+    """
+    flops, compute = 0, 0.0
+    for name, times in module.scheduled():
+        for i in module.computations[name].values():
+            every, own = (product_flops(module, name, i, which) for which in ("", scope))
+            flops += times * own
+            if i.opcode in FREE:
+                continue
+            if own if every else any(in_scope(part, scope) for part in (i, *(inner for _, inner in module.inside(i)))):
+                compute += times * _seconds(module, i, topology.chip, every, memory_bytes(module, name, i))
+    mine = [c for c in found if f"/{scope}/" in c.source]
+    return Part(flops, compute, sum(c.sent for c in mine), *_waits(mine, topology, mesh))
 
 
 def _computation(module: Module, name: str, times: int, chip: Chip, keys: Callable[[int], float]) -> Computation:
@@ -158,16 +209,19 @@ def kernel_flops(computation: dict[str, Instruction], i: Instruction, keys: Call
 
     Args:
         computation: That the instruction is in.
-        i: The instruction. Of the arrays that it reads, query and output have the most entries, key and value the
-            fewest: [..., S, C], or with cuDNN [B, S, K, C].
+        i: The instruction. Of the arrays that it reads, those of queries have the most heads: [..., S, C], or with
+            cuDNN [B, S, K, C]. Where devices share a sequence, keys may be longer than queries.
         keys: Number of keys that it visits a query, a mean, from the number S that it is given.
     """
     read = [a for name in i.operands for a in computation[name].arrays if len(a.shape) >= 4 and "f" in a.dtype]
-    query = max(read, key=lambda a: a.count)
-    like = [a for a in read if (a.dtype, a.shape[-1]) == (query.dtype, query.shape[-1])]  # not sums of rows, in float32
-    key = min(like, key=lambda a: a.count)
+    largest = max(read, key=lambda a: a.count)
+    like = [a for a in read if (a.dtype, a.shape[-1]) == (largest.dtype, largest.shape[-1])]  # no sums in float32
+    tokens = 1 if "fmha" in i.text else -2
+    query = max(like, key=lambda a: a.count // a.shape[tokens])
+    others = [a for a in like if a.shape[tokens] != query.shape[tokens]]
+    key = max(others, key=lambda a: a.count, default=query)
     products = 2 if kernel_pass(i) == "forward" else 5
-    return 2.0 * products * query.count * keys(key.shape[1] if "fmha" in i.text else key.shape[-2])
+    return 2.0 * products * query.count * keys(key.shape[tokens])
 
 
 def bandwidth(topology: Topology, mesh: Mesh, axes: Sequence[str]) -> float:

@@ -86,7 +86,7 @@ class Decoder:
         function, behind, static = self._prefill(size, past)
         return ahead.find(function, params, requests, *behind, **static)(params, requests, *behind)
 
-    def insert(self, into: State, prefix: State, rows: jax.Array | np.ndarray | int) -> State:
+    def insert(self, into: State, prefix: State, rows: jax.Array | np.ndarray | int | None) -> State:
         """Puts requests that were read into rows; see `state.insert`."""
         return state.insert(into, prefix, rows)
 

@@ -1,8 +1,12 @@
 """The beginning of decoding: a state with a row for each request."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import numpy as np
 
+from garrulax.kernels.mask import PAD
 from garrulax.layers.cache import Cache
 from garrulax.sampling.buckets import Buckets, bucket, slots_for
 from garrulax.sampling.decoder import Decoder
@@ -25,7 +29,7 @@ def start(
     steps: bool = True,
     past: Cache | None = None,
 ) -> State:
-    """Reads each prompt by itself, and puts it into its row of a new state.
+    """Reads each prompt by itself, on a mesh all prompts together, and puts them into the rows of a new state.
 
     Args:
         decoder: The functions of the model.
@@ -41,11 +45,12 @@ def start(
     """
     groups, rows, slots = _groups(decoder, weights, requests, size)
     slots += 0 if past is None else past.size - requests.context.shape[1]
-    first = weights._replace(prefill=weights.of(groups[0][1][0]))
+    first = weights._replace(prefill=weights.of(0))
     like = decoder.compile_ahead(first, groups[0][0], rows, slots, size, past, steps)
     state = decoder.empty(weights.step, like, rows, slots, constrained)
     for one, places in groups:
-        state = decoder.insert(state, decoder.prefill(weights.of(places[0]), one, size, past), places)
+        params = weights.prefill if places is None else weights.of(places[0])
+        state = decoder.insert(state, decoder.prefill(params, one, size, past), places)
     return state
 
 
@@ -63,20 +68,39 @@ def compile_start(decoder: Decoder, weights: Weights, requests: Requests, size: 
 
 def _groups(
     decoder: Decoder, weights: Weights, requests: Requests, size: int
-) -> tuple[list[tuple[Requests, np.ndarray]], int, int]:
-    """The requests with one context and one adapter together, and the numbers of rows and slots of their state.
+) -> tuple[list[tuple[Requests, np.ndarray | None]], int, int]:
+    """The requests that are read together, and the numbers of rows and slots of their state.
+
+    On one device those with one context and one adapter are read together: the result for a request then does not
+    depend on the others, to the last bit. On a mesh all are, so that its devices share the rows.
 
     Returns:
-        For each group its requests, of one context, and their rows. The number of requests is rounded up to a power of
-        two by repeating the first.
+        For each group its requests, and their rows: None for all rows of the state. The number of requests in a group
+        of one context is rounded up to a power of two by repeating the first.
     """
     count, width = requests.context.shape
+    rows, slots = decoder.buckets.of("rows", count), slots_for(max(width, 2), size)
     groups: dict[tuple[bytes, int], list[int]] = {}
     for i in range(count):
         parts = (requests.context, requests.segment, requests.rank, requests.positions)
         # What is planned for rotary positions depends on the limit.
         key = b"".join(np.asarray(x[i]).tobytes() for x in (*parts, requests.limit)), id(weights.of(i))
         groups.setdefault(key, []).append(i)
-    padded = (rows + rows[:1] * (bucket(len(rows)) - len(rows)) for rows in groups.values())
-    each = [(of_one_context(requests, rows, decoder.buckets), np.array(rows, np.int32)) for rows in padded]
-    return each, decoder.buckets.of("rows", count), slots_for(max(width, 2), size)
+    if len(groups) > 1 and weights.mesh is not None:
+        return [(_filled_up(requests, rows), None)], rows, slots
+    padded = (members + members[:1] * (bucket(len(members)) - len(members)) for members in groups.values())
+    each: list[tuple[Requests, np.ndarray | None]] = [
+        (of_one_context(requests, one, decoder.buckets), np.array(one, np.int32)) for one in padded
+    ]
+    return each, rows, slots
+
+
+def _filled_up(requests: Requests, rows: int) -> Requests:
+    """The requests and, up to a number of rows, others with empty contexts that get no tokens."""
+    count = len(requests.limit)
+    chosen = np.minimum(np.arange(rows), count - 1)  # the knobs are those of the last request
+    more: Requests = jax.tree.map(lambda x: np.asarray(x)[chosen], requests)
+    there = np.arange(rows) < count
+    segment: Any = np.where(there[:, None], more.segment, PAD)
+    limit: Any = np.where(there, more.limit, 0)
+    return dataclasses.replace(more, segment=segment, limit=limit)

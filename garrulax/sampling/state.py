@@ -157,7 +157,8 @@ def prefill(
 ) -> State:
     """Reads the contexts of requests.
 
-    A program of one row for each prompt makes the result independent of the other prompts, to the last bit.
+    A program of one row for each prompt makes the result independent of the other prompts, to the last bit. On a mesh
+    the rows are split over its devices.
 
     Args:
         params: Stacked, which compiles fastest, or unstacked (`models.unstack`).
@@ -170,7 +171,9 @@ def prefill(
     Returns:
         A state of these rows, which `insert` puts into a larger one. It has no space for new tokens.
     """
-    cache = models.cache_for(half.from_bits(params), config, *requests.context.shape, kind=kind)
+    requests = dataclasses.replace(requests, context=split(requests.context, rows=0))
+    like = requests.context if in_context() and len(requests.context) > 1 else None
+    cache = models.cache_for(half.from_bits(params), config, *requests.context.shape, like=like, kind=kind)
     return _read(params, requests, cache, config, transform, size)
 
 
@@ -251,13 +254,13 @@ def _split_layer(x: jax.Array) -> jax.Array:
     return split(x) if x.ndim == 3 else split(x, rows=x.ndim - 4, heads=x.ndim - 3)
 
 
-def insert(state: State, prefix: State, rows: jax.Array | np.ndarray | int) -> State:
+def insert(state: State, prefix: State, rows: jax.Array | np.ndarray | int | None) -> State:
     """Puts requests that were read into rows, which they replace.
 
     Args:
         state: From `empty`, `insert`, `step` or `evict`. It is donated.
         prefix: From `prefill`, of n requests; the cache may have one row, which they share.
-        rows: int32 [n], or one row.
+        rows: int32 [n], or one row; None is all rows in their order, which on a mesh moves nothing between devices.
 
     Returns:
         The state with the requests in it.
@@ -266,8 +269,12 @@ def insert(state: State, prefix: State, rows: jax.Array | np.ndarray | int) -> S
         ValueError: The state has no such row, the context does not fit into the slots of a row, or the sampling
             parameters or end tokens of the requests have other shapes than those of the state.
     """
-    _check_rows(rows, len(state.done))
-    rows = jnp.atleast_1d(jnp.asarray(rows, jnp.int32))
+    if rows is None:
+        if len(prefix.done) != len(state.done):
+            raise ValueError(f"insert: {len(prefix.done)} requests are not the {len(state.done)} rows of the state")
+    else:
+        _check_rows(rows, len(state.done))
+        rows = jnp.atleast_1d(jnp.asarray(rows, jnp.int32))
     _check_shapes(state, prefix)
     layers, new = state.cache.layers, prefix.cache.layers
     if isinstance(layers, tuple):  # one small program for all layers compiles faster than one with all of them
@@ -324,7 +331,7 @@ def with_layers(state: State, layers: Any) -> State:
 
 
 @functools.partial(jax.jit, static_argnames="heads", donate_argnames="layer")
-def _insert_layer(layer: KV, new: KV, i: jax.Array, rows: jax.Array, heads: int) -> KV:
+def _insert_layer(layer: KV, new: KV, i: jax.Array, rows: jax.Array | None, heads: int) -> KV:
     """[B·K, S, C] or [B, K, S, C] with [b·K, P, C], or with layer i of a stack [L, b, K, P, C], in it; b is n or 1.
 
     K is `heads`.
@@ -340,7 +347,7 @@ def _insert_layer(layer: KV, new: KV, i: jax.Array, rows: jax.Array, heads: int)
 
 
 @functools.partial(jax.jit, donate_argnames="layers")
-def _insert_stacked(layers: KV, new: KV | tuple[KV, ...], rows: jax.Array) -> KV:
+def _insert_stacked(layers: KV, new: KV | tuple[KV, ...], rows: jax.Array | None) -> KV:
     """[L, B, K, S, C] with [L, b, K, P, C], or with a tuple of [b·K, P, C], in it."""
     if isinstance(new, tuple):
         heads = layers["key"].shape[2]
@@ -349,7 +356,7 @@ def _insert_stacked(layers: KV, new: KV | tuple[KV, ...], rows: jax.Array) -> KV
 
 
 @functools.partial(jax.jit, donate_argnames="rest")
-def _insert_rest(rest: State, new: State, rows: jax.Array) -> State:
+def _insert_rest(rest: State, new: State, rows: jax.Array | None) -> State:
     allowed = rest.allowed  # the host writes it before every step
     rest, new = (dataclasses.replace(x, allowed=None) for x in (rest, new))
     # A transform is left out where no row needs it (`transforms.base.only_if`), and the knobs of a free row, which are
@@ -424,8 +431,10 @@ def of_rows(rows: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.where(rows.reshape(-1, *(1,) * (x.ndim - 1)), x, y)
 
 
-def _put(x: jax.Array, part: jax.Array, rows: jax.Array) -> jax.Array:
-    """x [B, ...] with `part` [n or 1, ...], from 0 on all other axes on, in some of its rows."""
+def _put(x: jax.Array, part: jax.Array, rows: jax.Array | None) -> jax.Array:
+    """x [B, ...] with `part` [n or 1, ...], from 0 on all other axes on, in some of its rows; None is all, in order."""
+    if rows is None:
+        return jax.lax.dynamic_update_slice(x, part.astype(x.dtype), (0,) * x.ndim)
     part = jnp.broadcast_to(part, (len(rows), *part.shape[1:])).astype(x.dtype)
     return x.at[(rows, *(slice(0, n) for n in part.shape[1:]))].set(part)
 

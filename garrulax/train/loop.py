@@ -18,6 +18,7 @@ from garrulax.core.spec import Tree
 from garrulax.core.strategies import check_strategy
 from garrulax.train import lock, lora, peers, plots, spare
 from garrulax.train import settings as settings_
+from garrulax.train.agreement import check_agreement
 from garrulax.train.batches import check_batch, check_held_out, on_devices
 from garrulax.train.checkpoint import Checkpoints
 from garrulax.train.continuing import changed, continued
@@ -70,8 +71,8 @@ def train(
         out: Where to write the progress; None is stderr.
 
     Raises:
-        ValueError: If the settings do not fit together, or do not fit the devices or the checkpoint; or if there is no
-            held-out token to evaluate on.
+        ValueError: If the settings do not fit together, or do not fit the devices or the checkpoint; if processes have
+            different ones; or if there is no held-out token to evaluate on.
         FileExistsError: If the folder has a run in it and `resume` is False.
         FileNotFoundError: If `resume` is True and the folder has no run in it.
         FolderInUseError: If another training works in the folder.
@@ -80,6 +81,7 @@ def train(
         ImportError: If a package is not installed that `trackers` or `quantize` needs.
         OSError: If saving a checkpoint failed. The earlier ones are intact.
     """
+    check_agreement(run.settings, run.config, run.data.identity)
     settings, mesh = run.settings, _mesh(run.settings)
     check_batch(settings, mesh)
     check_rollouts(run)

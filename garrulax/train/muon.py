@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
+from garrulax.core import spec
 from garrulax.core.sharding import axis_names, spec_of
 from garrulax.core.spec import ParamSpec, Tree, is_spec, map_specs
 
@@ -88,12 +89,44 @@ def newton_schulz(x: jax.Array) -> jax.Array:
     Returns:
         [N, m, n] in the dtype of x.
     """
-    rows, columns = x.shape[1:]
-    first, *others = WIDE if columns > 1.5 * rows else (1,) * sum(WIDE)  # where operations are fewer
+    first, *others = _counts(*x.shape[1:])
     x = _steps(x, first, normalise=True)
     for count in others:
         x = _steps(x, count, normalise=False)
     return x
+
+
+def _counts(rows: int, columns: int) -> tuple[int, ...]:
+    """Numbers of steps between which the Gram matrix is computed anew: where operations are fewest."""
+    return WIDE if columns > 1.5 * rows else (1,) * sum(WIDE)
+
+
+def newton_schulz_flops(rows: int, columns: int) -> int:
+    """FLOPs of the products with which `newton_schulz` computes one matrix; rows <= columns."""
+    counts = _counts(rows, columns)
+    of_gram = sum(count + 3 * (count - 1) for count in counts)  # squares; what the next step needs; their product
+    return 4 * rows**2 * columns * len(counts) + 2 * rows**3 * of_gram
+
+
+def flops_a_device(specs: Tree, places: Tree | None = None) -> int:
+    """FLOPs of the products with which one device orthogonalises its share of the matrices of a model.
+
+    Args:
+        specs: ParamSpec tree of the parameters.
+        places: Their NamedShardings (`core.sharding.shardings`); None is one device.
+    """
+    groups: dict[Any, int] = {}
+    named = spec.named_specs(specs)
+    shares = {} if places is None else dict(zip(named, jax.tree.leaves(places), strict=True))
+    for name, s in named.items():
+        if s.role == "matrix":
+            place = shares.get(name)
+            sizes = {} if place is None else dict(place.mesh.shape)
+            split = _split(s, (None,) * len(s.shape) if place is None else (*place.spec, *(None,) * len(s.shape)))
+            count = math.prod(s.shape[: 1 if s.layers else 0]) // math.prod(sizes[axis] for axis in split.layers)
+            parts = math.prod(size for axis, size in sizes.items() if axis not in split.layers)
+            groups[(split, parts)] = groups.get((split, parts), 0) + count
+    return sum(-(-count // parts) * newton_schulz_flops(*split.whole) for (split, parts), count in groups.items())
 
 
 def _steps(x: jax.Array, count: int, normalise: bool) -> jax.Array:
@@ -144,7 +177,7 @@ def _on_mesh(arrays: list[jax.Array], specs: list[ParamSpec], sizes: dict[str, i
         out = list(parts)
         for members in groups.values():
             stack = jnp.concatenate([blocks[i].array for i in members])
-            new, done = _shared(stack, blocks[members[0]], sizes), 0
+            new, done = _shared(stack, blocks[members[0]].split, sizes), 0
             for i in members:
                 count = len(blocks[i].array)
                 out[i] = blocks[i].restored(new[done : done + count]).reshape(parts[i].shape)
@@ -156,52 +189,75 @@ def _on_mesh(arrays: list[jax.Array], specs: list[ParamSpec], sizes: dict[str, i
 
 
 @dataclasses.dataclass(frozen=True)
-class _Block:
-    """A device's part of a stack of matrices, as [N, rows, columns] with no more rows than columns in the whole.
+class _Split:
+    """How a mesh splits a stack of matrices, which have no more rows than columns.
 
     The rows of a matrix of several input dimensions may be in another order than in the array, the same on all devices:
     orthogonalisation commutes with that.
 
     Attributes:
-        array: [N, rows of the device, columns of the device].
+        whole: Rows and columns of the whole matrix.
         rows: Mesh axes that split the rows.
         columns: Mesh axes that split the columns.
         layers: Mesh axes that split the stack.
         turned: Whether rows are outputs.
-        whole: Rows and columns of the whole matrix.
     """
 
-    array: jax.Array
+    whole: tuple[int, int]
     rows: Axes
     columns: Axes
     layers: Axes
-    turned: bool
-    whole: tuple[int, int]
+    turned: bool = dataclasses.field(compare=False)  # those that differ in it alone are exchanged together
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """A device's part of a stack of matrices.
+
+    Attributes:
+        array: [N, rows of the device, columns of the device].
+        split: What they are parts of.
+    """
+
+    array: jax.Array
+    split: _Split
 
     @property
     def group(self) -> Any:
         """Blocks of one group can be exchanged together."""
-        return self.whole, self.rows, self.columns, self.layers, self.array.dtype
+        return self.split, self.array.dtype
 
     def restored(self, x: jax.Array) -> jax.Array:
         """x like `array`, as [N, inputs, outputs]."""
-        return x.mT if self.turned else x
+        return x.mT if self.split.turned else x
+
+
+def _dimensions(s: ParamSpec) -> tuple[slice, slice, slice]:
+    """Those of layers, inputs and outputs."""
+    first = 1 if s.layers else 0
+    return slice(first), slice(first, first + s.inputs), slice(first + s.inputs, len(s.shape))
+
+
+def _split(s: ParamSpec, entries: tuple[Any, ...]) -> _Split:
+    """How the entries of a PartitionSpec split the matrices of a parameter."""
+    dimensions = _dimensions(s)
+    by_layers, by_inputs, by_outputs = (
+        tuple(name for entry in entries[part] for name in axis_names(entry)) for part in dimensions
+    )
+    m, n = (math.prod(s.shape[part]) for part in dimensions[1:])
+    if m > n or (m == n and by_inputs > by_outputs):  # square ones so that parameters split both ways share a group
+        return _Split((n, m), by_outputs, by_inputs, by_layers, True)
+    return _Split((m, n), by_inputs, by_outputs, by_layers, False)
 
 
 def _block(x: jax.Array, s: ParamSpec, entries: tuple[Any, ...]) -> _Block:
-    first = 1 if s.layers else 0
-    inputs, outputs = slice(first, first + s.inputs), slice(first + s.inputs, None)
-    by_layers, by_inputs, by_outputs = (
-        tuple(name for entry in entries[part] for name in axis_names(entry)) for part in (slice(first), inputs, outputs)
-    )
-    m, n = math.prod(s.shape[inputs]), math.prod(s.shape[outputs])
+    _, inputs, outputs = _dimensions(s)
+    split = _split(s, entries)
     x = x.reshape(-1, math.prod(x.shape[inputs]), math.prod(x.shape[outputs]))
-    if m > n or (m == n and by_inputs > by_outputs):  # square ones so that parameters split both ways share a group
-        return _Block(x.mT, by_outputs, by_inputs, by_layers, True, (n, m))
-    return _Block(x, by_inputs, by_outputs, by_layers, False, (m, n))
+    return _Block(x.mT if split.turned else x, split)
 
 
-def _shared(stack: jax.Array, like: _Block, sizes: dict[str, int]) -> jax.Array:
+def _shared(stack: jax.Array, like: _Split, sizes: dict[str, int]) -> jax.Array:
     """`newton_schulz` of a stack whose matrices are split as those of `like`, each computed by one device."""
     copies = tuple(name for name in sizes if name not in {*like.rows, *like.columns, *like.layers})
     count, parts = len(stack), math.prod(sizes[name] for name in (*copies, *like.rows, *like.columns))

@@ -10,6 +10,7 @@ from typing import Any
 from garrulax import models
 from garrulax.core.config import ModelConfig
 from garrulax.core.strategies import STRATEGIES
+from garrulax.kernels import sequence
 from garrulax.layers.stack import REMAT
 from garrulax.train import dedup, lora, schedules, typed
 from garrulax.train.digests import read_sealed, sealed, write_durably
@@ -89,6 +90,7 @@ class Settings:
 
         mesh: Devices by axis, such as fsdp=4,tensor=2; empty is one device.
         strategy: How the mesh shards parameters and activations: ddp, fsdp, hsdp, tp, fsdp+tp or fsdp+tp+sp.
+        context_parallel: How a mesh with the axis sequence shares keys: gather, ring, or auto, the cheaper one.
         strict: Whether to refuse a model of which the strategy leaves an array or a dimension whole.
 
         log_every: Steps between records of the training loss.
@@ -162,6 +164,7 @@ class Settings:
 
     mesh: str = ""
     strategy: str = "fsdp+tp"
+    context_parallel: str = "auto"
     strict: bool = False
 
     log_every: int = 10
@@ -204,6 +207,7 @@ _CHOICES = {
     "skip_steps": ("none", "not_finite", "spikes"),
     "remat": tuple(REMAT),
     "strategy": tuple(STRATEGIES),
+    "context_parallel": ("auto", *sequence.STRATEGIES),
 }
 
 #: Settings that a resumed run must not change: its optimizer state or the order of its data would not fit.

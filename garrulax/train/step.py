@@ -25,6 +25,7 @@ from garrulax.train.settings import Settings
 from garrulax.train.state import TrainState, in_full
 
 Metrics = dict[str, jax.Array]
+OPTIMIZER = "optimizer"  # name in compiled programs of what updates the parameters: plans state its cost
 
 
 def make_train_step(
@@ -48,8 +49,8 @@ def make_train_step(
 
     Args:
         config: Of the model.
-        settings: Of the run; uses precision, rounding, remat, unroll, dropout, the learning-rate schedule, the
-            regularizers, ema and spike_factor.
+        settings: Of the run; uses precision, rounding, remat, unroll, dropout, context_parallel, the learning-rate
+            schedule, the regularizers, ema and spike_factor.
         optimizer: From `optimizers.make_optimizer`.
         objective: To minimise, see `train.objectives`.
     """
@@ -66,7 +67,8 @@ def make_train_step(
             norm, norms = gradient_norms(grads)
             updates = state.step if state.guard is None else state.step - state.guard.skipped  # the optimizer's count
             lr = schedule(updates)
-            params, opt_state = _update(optimizer, grads, state, settings.rounding)
+            with jax.named_scope(OPTIMIZER):
+                params, opt_state = _update(optimizer, grads, state, settings.rounding)
         ema = None if state.ema is None else next_average(state.ema, params, updates, settings.ema)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         metrics = {"loss": loss, "grad_norm": norm, "grad_norms": norms, "lr": lr, "tokens": tokens, "extra": extra,
@@ -109,6 +111,8 @@ def _gradient(config: ModelConfig, settings: Settings, objective: Objective) -> 
     adapters = lora.read(settings.lora)
     if adapters is not None and adapters.group:
         options["group"] = adapters.group
+    if settings.context_parallel != "auto":
+        options["context_parallel"] = settings.context_parallel
 
     def loss(params, frozen, batch, key):
         params = compute_dtype(params if frozen is None else join(params, frozen), settings.precision)

@@ -18,6 +18,7 @@ from flax.training.train_state import TrainState
 import garrulax as gx
 from garrulax import models
 from garrulax.core import sharding, spec
+from garrulax.core.sharding import axis_names
 from garrulax.core.strategies import STRATEGIES
 from garrulax.flax import linen_module, logical_axes, nnx_module, params_of
 
@@ -200,7 +201,10 @@ def test_on_a_mesh_with_logical_axes():
     expected, _ = forward(params, TOKENS, config)
     mesh = gx.make_mesh("fsdp=4,tensor=2")
     specs = models.family(config).parameters(config)
-    rules = [(axis, by if by in mesh.shape else None) for axis, by in STRATEGIES["hsdp"].rules.items()]
+    rules = [
+        (axis, tuple(name for name in axis_names(by) if name in mesh.shape) or None)
+        for axis, by in STRATEGIES["hsdp"].rules.items()
+    ]
     places = linen.logical_to_mesh_sharding(logical_axes(config), mesh, rules)
     same = jax.tree.map(
         lambda a, b, p: a.is_equivalent_to(b, p.ndim), places, sharding.shardings(specs, mesh, "hsdp"), params

@@ -6,8 +6,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import jax
+
 import garrulax as gx
 
+SMALL = 1 << 28  # bytes of a GGUF file, which are at most some 3 GB in float32
 ADAPTER = "adapter"  # folder of the trained adapter in the folder of a run
 _CONFIG = "adapter_config.json"
 
@@ -68,7 +71,8 @@ def load(
     """
     own = find_adapter(name) if adapter is None else find_adapter(adapter) or Path(adapter)
     if own is None and mesh is None:
-        return gx.load(find_model(name), ignore=ignore, while_reading=while_reading)
+        path = find_model(name)
+        return gx.load(path, dtype=_dtype(Path(path)), ignore=ignore, while_reading=while_reading)
     base = base_of(own) if own is not None and adapter is None else name
     model = gx.load(find_model(base), None if mesh is None else gx.make_mesh(mesh), ignore=ignore)
     if own is not None:
@@ -78,3 +82,13 @@ def load(
     if while_reading is not None:
         while_reading(model)
     return model
+
+
+def _dtype(path: Path) -> str | None:
+    """The dtype in which a command reads a model: float32 for a small GGUF file on a CPU, else as `gx.load` decides.
+
+    Programs for blocks of codes take twice as long to compile, which is most of what a user of a small model waits for;
+    and its tokens come no sooner from codes there.
+    """
+    small = path.suffix == ".gguf" and path.is_file() and path.stat().st_size <= SMALL
+    return "float32" if small and jax.default_backend() == "cpu" else None

@@ -33,7 +33,7 @@ test-slow: $(VENV)/.dev
 
 # The tests of array code once more under JAX's settings: 64-bit numbers, and no implicit promotion of dtypes. (The
 # module test_jax_settings.py, which `make test` runs, traces every family under both and without rank promotion.)
-ARRAY_TESTS = $(addprefix tests/test_,attention.py attention_transforms.py constrain_device.py decode_attention.py evaluate.py \
+ARRAY_TESTS = $(addprefix tests/test_,attention.py attention_transforms.py constrain_device.py decode_attention.py digits.py evaluate.py \
 	fill.py flax.py generate.py half.py kernels_sharded.py kernels_xla.py knobs.py masks.py masks_built.py models_oracle.py \
 	models_padding.py models_transforms.py quantised.py relative.py sampling.py search.py smoothquant.py tasks.py train_step.py \
 	transforms.py watermarks.py)

@@ -57,7 +57,7 @@ def main():
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--picture", type=Path, help="file of a picture of the results")
     arguments = parser.parse_args()
-    model = gx.load(arguments.model)
+    model = gx.load(arguments.model, dtype="float32")
     model = gx.Model(model.config, gx.unstack(model.params), model.tokenizer)
     ways = {"plain": {}, "prompt lookup": {"speculate": gx.prompt_lookup()}}
     if arguments.layers is not None:

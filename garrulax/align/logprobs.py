@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from garrulax import models
 from garrulax.core.config import ModelConfig
+from garrulax.core.einsum import like_tokens
 from garrulax.core.spec import Tree
 from garrulax.train.objectives import Batch, mask_of, negative_log_likelihood
 
@@ -47,14 +48,16 @@ def logprobs_of(logits: jax.Array, targets: jax.Array, temperature: float = 1.0)
     """log softmax(logits / temperature)[target], in at least float32.
 
     Args:
-        logits: [..., V].
-        targets: int32 [...].
+        logits: [B, T, V].
+        targets: int32 [B, T].
         temperature: Greater than 0.
 
     Returns:
-        Nats, [...].
+        Nats, [B, T].
     """
-    return -negative_log_likelihood(logits if temperature == 1 else logits / temperature, targets)
+    scaled = logits if temperature == 1 else logits / temperature
+    # Where the vocabulary is split over `tensor`, the tokens of the logits are not; the result's are, as the targets'.
+    return like_tokens(-negative_log_likelihood(scaled, like_tokens(targets, logits)), targets)
 
 
 def sequence_logprobs(logprobs: jax.Array, mask: jax.Array, *, mean: bool = False) -> jax.Array:

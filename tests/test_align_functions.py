@@ -32,7 +32,7 @@ def of(name):
     return x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
-def close(found, name, tolerance=1e-9):
+def assert_close(found, name, tolerance=1e-9):
     np.testing.assert_allclose(found, Z[name], rtol=tolerance, atol=tolerance)
 
 
@@ -49,9 +49,9 @@ def pairs(x):
 
 def test_log_probabilities_of_completions():
     logits = of("pref/policy_logits")
-    close(completions(logits), "pref/policy_logps")
-    close(completions(logits, mean=True), "pref/policy_logps_mean")
-    close(completions(of("pref/reference_logits")), "pref/reference_logps")
+    assert_close(completions(logits), "pref/policy_logps")
+    assert_close(completions(logits, mean=True), "pref/policy_logps_mean")
+    assert_close(completions(of("pref/reference_logits")), "pref/reference_logps")
 
 
 @pytest.mark.parametrize(
@@ -66,51 +66,51 @@ def test_log_probabilities_of_completions():
     ],
 )
 def test_losses_on_pairs(name, loss):
-    close(loss(*pairs(of("pref/policy_logps")), *pairs(of("pref/reference_logps"))), name)
+    assert_close(loss(*pairs(of("pref/policy_logps")), *pairs(of("pref/reference_logps"))), name)
 
 
 def test_ipo_of_means_per_token():
     reference = completions(of("pref/reference_logits"), mean=True)
-    close(align.ipo(*pairs(of("pref/policy_logps_mean")), *pairs(reference)), "dpo/trl/ipo")
+    assert_close(align.ipo(*pairs(of("pref/policy_logps_mean")), *pairs(reference)), "dpo/trl/ipo")
 
 
 def test_gradient_of_dpo():
     def loss(logits):
         return align.dpo(*pairs(completions(logits)), *pairs(of("pref/reference_logps"))).mean()
 
-    close(jax.jit(jax.grad(loss))(of("pref/policy_logits")), "dpo/grad_b0p1")
+    assert_close(jax.jit(jax.grad(loss))(of("pref/policy_logits")), "dpo/grad_b0p1")
 
 
 def test_losses_without_a_reference():
     chosen, rejected = pairs(of("pref/policy_logps_mean"))
-    close(-align.orpo(chosen, rejected), "orpo/odds_ratio_term", 1e-6)
+    assert_close(-align.orpo(chosen, rejected), "orpo/odds_ratio_term", 1e-6)
     nll = of("orpo/nll_prompt_and_completion")
-    close(align.orpo(chosen, rejected, nll).mean(), "orpo/loss", 1e-6)
-    close(align.simpo(chosen, rejected), "simpo/losses")
+    assert_close(align.orpo(chosen, rejected, nll).mean(), "orpo/loss", 1e-6)
+    assert_close(align.simpo(chosen, rejected), "simpo/losses")
 
 
 @pytest.mark.parametrize(("name", "weights"), [("kto/losses_b0p1", (1, 1)), ("kto/losses_b0p1_w", (1.5, 0.7))])
 def test_kto(name, weights):
     kl = align.kto_kl(of("kto/kl_policy_logps"), of("kto/kl_reference_logps"))
-    close(kl, "kto/kl")
+    assert_close(kl, "kto/kl")
     labels = of("kto/labels")
     losses = align.kto(of("pref/policy_logps"), of("pref/reference_logps"), labels, kl,
                        desirable_weight=weights[0], undesirable_weight=weights[1])  # fmt: skip
-    close(jnp.concatenate([losses[labels], losses[~labels]]), name)
+    assert_close(jnp.concatenate([losses[labels], losses[~labels]]), name)
 
 
 def test_losses_of_reward_models():
     rewards, counts = of("rm/rewards"), of("rm/counts")
-    close(align.kway_loss(rewards, counts), "rm/kway_loss")
-    close(comparisons.kway_losses(rewards, counts)[0], "rm/kway_loss_per_prompt")
+    assert_close(align.kway_loss(rewards, counts), "rm/kway_loss")
+    assert_close(comparisons.kway_losses(rewards, counts)[0], "rm/kway_loss_per_prompt")
     order = jnp.array([2, 0, 4, 1, 3])
     ranks = jnp.where(jnp.arange(5)[None] < counts[:, None], jnp.arange(5)[None], comparisons.NO_ANSWER)
-    close(align.kway_loss(rewards[:, order], ranks=ranks[:, order]), "rm/kway_loss")
-    close(comparisons.pick_best(rewards, of("rm/best")).mean(), "rm/pick_best")
+    assert_close(align.kway_loss(rewards[:, order], ranks=ranks[:, order]), "rm/kway_loss")
+    assert_close(comparisons.pick_best(rewards, of("rm/best")).mean(), "rm/pick_best")
     chosen, rejected = pairs(of("rm/pair_rewards"))
-    close(align.pair_loss(chosen, rejected).mean(), "rm/pair_loss_plain")
-    close(align.pair_loss(chosen, rejected, margin=of("rm/margin")).mean(), "rm/pair_loss_margin")
-    close(align.pair_loss(chosen, rejected, centring=0.01).mean(), "rm/pair_loss_centred")
+    assert_close(align.pair_loss(chosen, rejected).mean(), "rm/pair_loss_plain")
+    assert_close(align.pair_loss(chosen, rejected, margin=of("rm/margin")).mean(), "rm/pair_loss_margin")
+    assert_close(align.pair_loss(chosen, rejected, centring=0.01).mean(), "rm/pair_loss_centred")
 
 
 def test_answers_that_tie_are_no_pair():
@@ -122,13 +122,13 @@ def test_answers_that_tie_are_no_pair():
 
 def test_whitening_and_estimates_of_the_kl():
     x, mask = of("whiten/values"), of("whiten/mask")
-    close(align.whiten(x), "whiten/openai")
-    close(align.whiten(x, keep_mean=True), "whiten/openai_keep_mean")
+    assert_close(align.whiten(x), "whiten/openai")
+    assert_close(align.whiten(x, keep_mean=True), "whiten/openai_keep_mean")
     for name, unbiased in (("details", False), ("trl", True)):
         found = align.whiten(x, mask, unbiased=unbiased)
         np.testing.assert_allclose(found, np.where(Z["whiten/mask"], Z[f"whiten/masked_{name}"], 0), atol=1e-9)
     for kind in ("k1", "k2", "k3"):
-        close(align.kl_estimate(of("ppo/old_logprobs"), of("ppo/ref_logprobs"), kind), f"kl/{kind}")
+        assert_close(align.kl_estimate(of("ppo/old_logprobs"), of("ppo/ref_logprobs"), kind), f"kl/{kind}")
 
 
 def test_controller_of_the_kl():
@@ -137,7 +137,7 @@ def test_controller_of_the_kl():
     for kl in of("klctl/kl"):
         controller = controller.update(kl, 512)
         found.append(controller.coefficient)
-    close(jnp.stack(found), "klctl/coef")
+    assert_close(jnp.stack(found), "klctl/coef")
 
 
 def ppo_losses(advantages, returns, mask, value_mask):
@@ -162,7 +162,7 @@ def test_ppo_as_openai_first_wrote_it(kind):
     (loss, (pg, vf)), (by_logits, by_values) = ppo_losses(align.whiten(advantages), returns, every, every)
     for found, name in ((loss, "loss"), (pg, "pg_loss"), (vf, "vf_loss"), (by_logits, "grad_logits"),
                         (by_values, "grad_values"), (entropy(of("ppo/new_logits")).mean(), "entropy")):  # fmt: skip
-        close(found, f"ppo/openai/{kind}/{name}", 1e-7)
+        assert_close(found, f"ppo/openai/{kind}/{name}", 1e-7)
 
 
 @pytest.mark.parametrize("unbiased", [False, True], ids=["details", "trl"])
@@ -171,35 +171,35 @@ def test_ppo_with_masks(unbiased, kind):
     folder = f"ppo/{'trl' if unbiased else 'details'}/{kind}"
     mask, value_mask = of("ppo/mask"), of("ppo/mask_values")
     kl = policy.kl_estimate(of("ppo/old_logprobs"), of("ppo/ref_logprobs")) * mask
-    close(kl, f"{folder}/kl")
+    assert_close(kl, f"{folder}/kl")
     scores = of("ppo/scores")
     if kind == "whiten_penalty":
         ended = (of("ppo/responses") == 2).any(1)
         scores = policy.score_without_end(scores, ended, **({"penalty": 1.0} if unbiased else {"instead": -1.0}))
-    close(scores, f"{folder}/scores")
+    assert_close(scores, f"{folder}/scores")
     # These programs pay the score one step after the end token where there is room: at the end of the value mask.
     rewards = policy.token_rewards(scores, kl, value_mask, coefficient=0.05)
     if kind == "whiten_penalty":
         rewards = align.whiten(rewards, value_mask, keep_mean=True, unbiased=unbiased)
-    close(rewards, f"{folder}/rewards", 1e-7)
+    assert_close(rewards, f"{folder}/rewards", 1e-7)
     advantages, returns = align.gae(rewards, of("ppo/values"), value_mask)
-    close(jnp.where(value_mask, returns, 0), f"{folder}/returns", 1e-7)
+    assert_close(jnp.where(value_mask, returns, 0), f"{folder}/returns", 1e-7)
     advantages = align.whiten(advantages, mask, unbiased=unbiased)
-    close(advantages, f"{folder}/advantages", 1e-7)
+    assert_close(advantages, f"{folder}/advantages", 1e-7)
     (loss, (pg, vf)), (by_logits, by_values) = ppo_losses(advantages, returns, mask, value_mask)
     for found, name in ((loss, "loss"), (pg, "pg_loss"), (vf, "vf_loss"), (by_logits, "grad_logits"),
                         (by_values, "grad_values")):  # fmt: skip
-        close(found, f"{folder}/{name}", 1e-7)
+        assert_close(found, f"{folder}/{name}", 1e-7)
 
 
 def test_advantages_within_groups():
     rewards = of("grpo/rewards") @ of("grpo/reward_weights")
     for scale in groups.SCALES:
-        close(align.group_advantages(rewards, 4, scale=scale), f"grpo/advantages_{scale}", 1e-7)
+        assert_close(align.group_advantages(rewards, 4, scale=scale), f"grpo/advantages_{scale}", 1e-7)
     kl = ((of("grpo/old_logps") - of("grpo/ref_logps")) * of("grpo/mask")).sum(1)
-    close(align.leave_one_out_advantages(rewards, 4), "rloo/advantages_plain", 1e-7)
-    close(align.leave_one_out_advantages(rewards - 0.05 * kl, 4), "rloo/advantages_kl", 1e-7)
-    close(align.leave_one_out_advantages(rewards - 0.05 * kl, 4, normalise=True), "rloo/advantages_norm", 1e-7)
+    assert_close(align.leave_one_out_advantages(rewards, 4), "rloo/advantages_plain", 1e-7)
+    assert_close(align.leave_one_out_advantages(rewards - 0.05 * kl, 4), "rloo/advantages_kl", 1e-7)
+    assert_close(align.leave_one_out_advantages(rewards - 0.05 * kl, 4, normalise=True), "rloo/advantages_norm", 1e-7)
     # A reward that is NaN is left out: the others have the advantages of a group of three.
     some = jnp.array([1.0, 2.0, jnp.nan, 6.0])
     np.testing.assert_allclose(align.group_advantages(some, 4, scale="none"), [-2, -1, 0, 3])
@@ -230,8 +230,8 @@ def test_losses_of_grpo_and_its_relatives(name, options):
         )
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(of("grpo/logps"))
-    close(value, f"grpo/loss/{name}", 1e-8)
-    close(gradient, f"grpo/grad/{name}", 1e-8)
+    assert_close(value, f"grpo/loss/{name}", 1e-8)
+    assert_close(gradient, f"grpo/grad/{name}", 1e-8)
 
 
 def test_loss_of_rloo():
@@ -239,14 +239,14 @@ def test_loss_of_rloo():
         return align.sequence_policy_loss(logprobs, of("grpo/old_logps"), of("rloo/advantages_plain"), of("grpo/mask"))
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(of("grpo/logps"))
-    close(value, "rloo/loss", 1e-8)
-    close(gradient, "rloo/grad", 1e-8)
+    assert_close(value, "rloo/loss", 1e-8)
+    assert_close(gradient, "rloo/grad", 1e-8)
 
 
 def test_unlikelihood():
     logits, targets = of("ul/logits"), of("ul/targets")
-    close(-align.logprobs_of(logits, targets).sum(), "ul/mle_sum")
-    close(jax.jit(align.unlikelihood)(logits, targets).sum(), "ul/token_penalty_sum_without_pad", 1e-7)
+    assert_close(-align.logprobs_of(logits, targets).sum(), "ul/mle_sum")
+    assert_close(jax.jit(align.unlikelihood)(logits, targets).sum(), "ul/token_penalty_sum_without_pad", 1e-7)
 
     def original(logits):  # its padding id, 1, is a candidate everywhere: as if it came before the first target
         first = jnp.concatenate([jnp.ones((1, 1), targets.dtype), targets], axis=1)
@@ -254,8 +254,8 @@ def test_unlikelihood():
         return -align.logprobs_of(logits, targets).sum() + align.unlikelihood(shifted, first).sum()
 
     value, gradient = jax.jit(jax.value_and_grad(original))(logits)
-    close(value, "ul/loss_sum_original", 1e-7)
-    close(gradient, "ul/grad_original", 1e-7)
+    assert_close(value, "ul/loss_sum_original", 1e-7)
+    assert_close(gradient, "ul/grad_original", 1e-7)
 
 
 def test_unlikelihood_of_packed_documents_is_that_of_each():
@@ -283,15 +283,15 @@ def test_sequence_level_unlikelihood():
         return align.sequence_unlikelihood(align.logprobs_of(logits, tokens), repeated).sum()
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(of("ul/seq_logits"))
-    close(value, "ul/seq_loss_sum", 1e-8)
-    close(gradient, "ul/seq_grad", 1e-8)
+    assert_close(value, "ul/seq_loss_sum", 1e-8)
+    assert_close(gradient, "ul/seq_grad", 1e-8)
 
 
 def test_scalegrad():
     logits, targets = of("ul/logits")[:, :8], of("ul/targets")[:, :8]
     value, gradient = jax.jit(jax.value_and_grad(lambda x: align.scalegrad(x, targets).sum()))(logits)
-    close(value, "ul/scalegrad_sum", 1e-6)
-    close(gradient, "ul/scalegrad_grad", 1e-5)  # the original adds 1e-8 to the probabilities
+    assert_close(value, "ul/scalegrad_sum", 1e-6)
+    assert_close(gradient, "ul/scalegrad_grad", 1e-5)  # the original adds 1e-8 to the probabilities
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 0.5, 1.0])
@@ -305,8 +305,8 @@ def test_distillation(beta, temperature):
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(of("kd/student_logits"))
     name = f"kd/gjsd_b{beta:.1f}_t{temperature:.1f}".replace(".", "p")
-    close(value, name, 1e-7)
-    close(gradient, f"{name}_grad", 1e-7)
+    assert_close(value, name, 1e-7)
+    assert_close(gradient, f"{name}_grad", 1e-7)
 
 
 def test_fisher_information_of_a_model_and_the_penalty(tmp_path):

@@ -1,10 +1,10 @@
 """Plans that libtpu compiles for chips that are not there: `make test-slow`."""
 
 import dataclasses
-import importlib.util
 import json
 
 import pytest
+from tpu_compiler import NEEDS_LIBTPU
 
 import garrulax as gx
 from garrulax.cli import main
@@ -12,10 +12,7 @@ from garrulax.cli.plan import describe
 from garrulax.planning import lowering, plan, topology
 from garrulax.planning.program import bandwidth
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU's compiler: jax[tpu]"),
-]
+pytestmark = [pytest.mark.slow, NEEDS_LIBTPU]
 #: Without `plan.OVERLAP`: it doubles the time of compiling, and nothing here depends on it.
 FAST = {"xla_tpu_enable_async_collective_fusion": "true"}
 

@@ -1,6 +1,5 @@
 """Context parallelism compiled for TPUs that are not there: the way that is chosen is the cheaper one."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,18 +9,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from tpu_compiler import NEEDS_LIBTPU
 
 from garrulax.kernels.call import Operands, Options
 from garrulax.kernels.mask import All
 from garrulax.kernels.sequence import MOST_GATHERED, choose_strategy
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("libtpu") is None,
-        reason="libtpu, the TPU's compiler, is not installed: jax[tpu] has it",
-    ),
-]
+pytestmark = [pytest.mark.slow, NEEDS_LIBTPU]
 ROOT = Path(__file__).parent.parent
 #: Query heads, key/value heads, their width, and tokens of the whole text.
 SHAPES = {

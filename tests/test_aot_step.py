@@ -1,7 +1,6 @@
 """The training step compiled for eight TPUs that are not there: what moves between them, and what is never gathered."""
 
 import functools
-import importlib.util
 import json
 import os
 import subprocess
@@ -9,14 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from tpu_compiler import NEEDS_LIBTPU
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("libtpu") is None,
-        reason="libtpu, the TPU's compiler, is not installed: jax[tpu] has it",
-    ),
-]
+pytestmark = [pytest.mark.slow, NEEDS_LIBTPU]
 ROOT = Path(__file__).parent.parent
 SMALL = 2**18  # bytes: norms, biases and sums, and what is known of tokens (ids, positions, masks)
 

@@ -3,7 +3,6 @@ that grows with T x T, and take few bundles a block. Static predictions, not mea
 where nothing waits for memory."""
 
 import functools
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,10 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from tpu_compiler import NEEDS_LIBTPU
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU's compiler, is not installed: jax[tpu] has it"
-)
+pytestmark = NEEDS_LIBTPU
 
 ROOT = Path(__file__).parent.parent
 BLOCK = 1024 * 1024  # pairs of queries (of all heads of a group) and keys in a block of the default size

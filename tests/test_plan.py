@@ -6,6 +6,7 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 import pytest
+from tpu_compiler import NEEDS_LIBTPU
 
 import garrulax as gx
 from garrulax import models
@@ -18,8 +19,6 @@ from garrulax.train.optimizers import make_optimizer
 from garrulax.train.settings import Settings
 from garrulax.train.state import abstract_state
 from garrulax.train.step import make_train_step
-
-tpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU's compiler: jax[tpu]")
 
 
 def compiled_step(unroll):
@@ -149,7 +148,7 @@ def test_keys_visited_are_those_of_the_dense_mask():
     assert plan.keys_visited(config, settings, 128) == pytest.approx(float(seen.sum(1).mean()), rel=0.02)
 
 
-@tpu
+@NEEDS_LIBTPU
 def test_search_compiles_nothing_that_cannot_fit():
     """By formula: LLaMA-2-70B at a row a chip fits with the outputs of products kept, and not with everything kept."""
     found = search.search("llama2-70b", "v5p:8x8x8", batch=512, strategies=("fsdp", "hsdp"), compiled=0)

@@ -36,7 +36,7 @@ def one_and_many(family, mesh, strategy="fsdp+tp", **changes):
     return (params, config), (place(params, models.parameters(config), make_mesh(mesh), strategy), config)
 
 
-def same(one, many):
+def assert_same(one, many):
     assert [x.tokens for x in one] == [x.tokens for x in many]
     for a, b in zip(one, many, strict=True):
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
@@ -61,7 +61,7 @@ def test_completions_are_those_of_one_device(family, mesh, layers, monkeypatch):
         found = gx.generate(many, RAGGED, **options)
     assert read == [8]
     assert jax.sharding.get_abstract_mesh().empty  # the call's mesh is gone
-    same(gx.generate(one, RAGGED, **options), found)
+    assert_same(gx.generate(one, RAGGED, **options), found)
 
 
 @pytest.mark.slow
@@ -72,7 +72,7 @@ def test_one_prompt_is_continued_as_on_one_device(strategy):
     options = {"max_new_tokens": 4, "temperature": 1, "seed": 2, "end_tokens": ()}
     with jax.set_mesh(make_mesh(MESHES[0])):
         found = gx.generate(many, PROMPTS[1], **options)
-    same([gx.generate(one, PROMPTS[1], **options)], [found])
+    assert_same([gx.generate(one, PROMPTS[1], **options)], [found])
 
 
 @pytest.mark.parametrize("family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gpt", "glm"))])

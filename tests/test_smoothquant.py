@@ -156,7 +156,7 @@ def test_weights_that_keep_factors_compute_the_same():
 
 
 REFUSED = [
-    ({"kind": "w8a8", "group": 32}, "group=32: w8a8 has a scale a row"),
+    ({"kind": "w8a8", "group": 32}, "group=32: w8a8 has one scale for each row"),
     ({"kind": "w8a8", "symmetric": False}, "w8a8 has no zero points"),
     ({"kind": "w8a8", "method": "gptq", "calibrate": [[1, 2]]}, "makes int8 and int4, not w8a8"),
     ({"kind": "int4", "method": "smoothquant", "calibrate": [[1, 2]]}, "makes w8a8 and int8, not int4"),

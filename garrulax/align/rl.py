@@ -268,7 +268,7 @@ def _advantages(
     coefficient: jax.Array,
     settings: PolicySettings,
 ) -> dict[str, jax.Array]:
-    """What a rollout's batch gets from its scores [B]: advantages, and for PPO returns and values."""
+    """Advantages of responses, from their rewards (scores [B]); for PPO also returns and values."""
     s, there = settings, ~jnp.isnan(scores)
     if s.method == "ppo":
         assert values is not None, "PPO needs a value head"

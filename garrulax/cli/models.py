@@ -10,7 +10,7 @@ import jax
 
 import garrulax as gx
 
-SMALL = 1 << 28  # bytes of a GGUF file, which are at most some 3 GB in float32
+SMALL = 1 << 28  # bytes of a GGUF file; in float32 it takes 3 GB at most
 ADAPTER = "adapter"  # folder of the trained adapter in the folder of a run
 _CONFIG = "adapter_config.json"
 

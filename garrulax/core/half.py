@@ -184,7 +184,7 @@ class HalfWeight(Leaf):
         return dataclasses.replace(self, to=np.dtype(dtype).name)
 
     def shardings(self, place: NamedSharding) -> "HalfWeight":
-        """Not implemented: such weights are on one device."""
+        """Raises ValueError: such weights are on one CPU."""
         raise ValueError("a bfloat16 weight as bits is on one CPU: shard the bfloat16 array")
 
 

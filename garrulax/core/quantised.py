@@ -230,7 +230,7 @@ def _scaled_after(x: jax.Array, w: Quantised) -> jax.Array:
     XLA:GPU fuses a conversion with a product if it is one step; with a scale in it the weight would be written in x's
     dtype before it is multiplied.
     """
-    if w.form.kind != "int" or w.form.bits != 8 or w.offset is not None or w.scale.shape[-1] != 1:
+    if not _is_int8_with_row_scales(w):
         return _whole(x, w)
     (columns,), wide = _columns(x, w), at_least_float32(x.dtype)
     y = jax.lax.dot_general(
@@ -247,7 +247,7 @@ def _whole_backward(dy: jax.Array, w: Quantised) -> jax.Array:
 def _by_blocks(x: jax.Array, w: Quantised) -> jax.Array:
     """The product, with a block of rows converted at a time.
 
-    The block is on the left, [n, inputs] by [inputs, M]: XLA:CPU multiplies so twice as fast as by a transposed right.
+    The block is on the left, [n, inputs] by [inputs, M]: XLA:CPU multiplies faster so than by a transposed block.
     """
     parts = [part.T for part in _columns(x.astype(jnp.float32), w)]
     w = dataclasses.replace(w, scale=w.scale.astype(jnp.float32))
@@ -289,8 +289,12 @@ def _on_cpu_backward(dy: jax.Array, w: Quantised) -> jax.Array:
 
 def _has_int8_products(w: Quantised, summed: int) -> bool:
     """Whether the codes can be multiplied as they are on the CPU of this machine, in sums of so many products."""
-    plain = w.form.kind == "int" and w.form.bits == 8 and w.offset is None and w.scale.shape[-1] == 1
-    return plain and digits.has("int8") and digits.can_be_summed(summed)
+    return _is_int8_with_row_scales(w) and digits.has("int8") and digits.can_be_summed(summed)
+
+
+def _is_int8_with_row_scales(w: Quantised) -> bool:
+    """Whether the weight is int8 codes, each row times one scale."""
+    return w.form.kind == "int" and w.form.bits == 8 and w.offset is None and w.scale.shape[-1] == 1
 
 
 def _integers_on_cpu(x: jax.Array, w: Quantised) -> jax.Array:

@@ -43,7 +43,7 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What a part of a program costs in a step, on one chip.
+    """The cost of one part of a program, such as the optimizer, in a step on one chip.
 
     Attributes:
         flops: Of its matrix products.

@@ -194,7 +194,7 @@ def _check(
     if kind == "mxfp4" and group != 32:
         raise ValueError(f"group={group}: the groups of mxfp4 have 32 inputs")
     if kind == "w8a8" and group != -1:
-        raise ValueError(f"group={group}: w8a8 has a scale a row, group=-1")
+        raise ValueError(f"group={group}: w8a8 has one scale for each row: leave group out, or give -1")
     if isinstance(group, bool) or not isinstance(group, int) or (group != -1 and (group < 2 or group % 2)):
         raise ValueError(f"group={group!r} must be an even number of inputs, or -1 for a whole row")
     return group

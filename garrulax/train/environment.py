@@ -37,7 +37,7 @@ def write_environment(folder: str | os.PathLike) -> None:
 
 
 def read_environment(folder: str | os.PathLike) -> dict[str, Any]:
-    """What `write_environment` wrote; empty for a run of an older version. Raises ValueError if the file is damaged."""
+    """Reads environment.json; empty for a run without it. Raises ValueError if the file is damaged."""
     file = Path(folder, NAME)
     try:
         known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}

@@ -182,7 +182,7 @@ def _results(runs: Sequence[RunRecord]) -> list[list[str]]:
 
 
 def _not_comparable(runs: Sequence[RunRecord]) -> list[str]:
-    """What a reader must know who compares the losses of these runs."""
+    """Warnings for a reader who compares the losses of these runs."""
     found = []
     if len({run.objective for run in runs}) > 1:
         found.append("The objectives differ: their losses are of other predictions and cannot be compared.")

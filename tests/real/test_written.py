@@ -6,7 +6,7 @@ import re
 import jsonschema
 import pytest
 from smollm2_texts import BEGINNINGS
-from test_smollm2 import HERE, model, path  # noqa: F401  (fixtures)
+from test_smollm2 import HERE, model  # noqa: F401  (fixtures)
 
 import garrulax as gx
 

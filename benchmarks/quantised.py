@@ -10,6 +10,7 @@ control of this meter.
 """
 
 import argparse
+import importlib
 import json
 import statistics
 import subprocess
@@ -33,7 +34,8 @@ def resident() -> int:
 
 def serve(folder: str, form: str, tokens: int) -> None:
     """Loads a folder, and for each line that arrives writes tokens; prints seconds a token and bytes."""
-    jax.jit(lambda x: x + 1)(0)  # what JAX itself takes
+    jax.jit(lambda x: x + 1)(0)  # what JAX and the modules take themselves
+    importlib.import_module("garrulax.hub")
     before = resident()
     model = gx.load(folder, dtype=form if form in ("float32", "bfloat16") else None)
     jax.block_until_ready(model.params)

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import quantised_cases as cases
+from safetensors.numpy import load_file, save_file
 
 import garrulax as gx
 from garrulax.cli import main
@@ -283,6 +284,20 @@ def test_saved_and_loaded_again(format, options, model, tmp_path):
         np.testing.assert_allclose(ours, dense(kept) if isinstance(kept, Quantised) else kept, rtol=1e-6, atol=1e-8)
         if isinstance(kept, Quantised) and format == "garrulax":
             jax.tree.map(np.testing.assert_array_equal, leaf, kept)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"), [(0, "has 1 zeros, but had 0 when it was saved"), (np.inf, "not finite")]
+)
+def test_a_damaged_scale_of_our_own_format_is_refused(value, message, model, tmp_path):
+    gx.save(gx.quantise(model, "int4", group=32), tmp_path / "a", quantised="garrulax")
+    path = tmp_path / "a" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["blocks/mlp/up.scale"] = tensors["blocks/mlp/up.scale"].copy()
+    tensors["blocks/mlp/up.scale"][1, 2, 1] = value
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=f"blocks/mlp/up.scale .*{message}"):
+        gx.load(tmp_path / "a")
 
 
 def test_what_a_format_cannot_hold_is_refused(model, tmp_path):

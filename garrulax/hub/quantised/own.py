@@ -27,20 +27,28 @@ class OwnWeight:
         form: Its static part.
         parts: The stored arrays, by the names of `core.quantised.Quantised`.
         name: Of the parameter.
+        zero_scales: Number of scales that were zero when it was saved.
     """
 
     form: Form
     parts: Mapping[str, StoredTensor]
     name: str
+    zero_scales: int
 
     def read(self, dtype: str) -> Quantised:
-        """The weight of numpy arrays. Raises ValueError if a scale is not finite."""
+        """The weight of numpy arrays. Raises ValueError if a scale is not finite, or became zero."""
         arrays = {}
         for end in FIELDS:
             if end in self.parts:
                 arrays[end] = raw_array(self.parts[end], f"{self.name}.{end}")
                 if np.issubdtype(arrays[end].dtype, np.floating) and not np.isfinite(arrays[end]).all():
                     raise ValueError(f"{self.name}.{end} is not finite: the checkpoint is damaged")
+        zeros = int((arrays["scale"] == 0).sum())
+        if zeros != self.zero_scales:
+            raise ValueError(
+                f"{self.name}.scale has {zeros} zeros, but had {self.zero_scales} when it was saved: the checkpoint is "
+                "damaged"
+            )
         form = dataclasses.replace(self.form, dtype=dtype)
         return Quantised(**{end: arrays.get(end) for end in FIELDS}, form=form)  # type: ignore[arg-type]
 
@@ -65,7 +73,8 @@ def take_own(
         if path not in named:
             raise ValueError(f"config.json names a quantised parameter {name[:80]!r}, which this model does not have")
         s = named[path]
-        one = OwnWeight(_form(s, settings, name), _parts(rest, name, settings["fields"]), name)
+        parts = _parts(rest, name, settings["fields"])
+        one = OwnWeight(_form(s, settings, name), parts, name, settings.get("zero_scales", 0))
         _check_shapes(s, one, stacked=bool(s.layers) and path == name)
         if path == name:
             own[name] = one

@@ -40,6 +40,7 @@ def own_entries(found: Named) -> tuple[Entries, dict[str, Any]]:
                 "kind": one.form.kind, "bits": one.form.bits, "group": one.form.group, "values": one.form.values,
                 "activations": one.form.activations,
                 "fields": [end for end in FIELDS if getattr(one, end) is not None],
+                "zero_scales": int((np.asarray(one.scale) == 0).sum()),  # some formats have groups of zeros
             }  # fmt: skip
             for end in forms[name]["fields"]:
                 array = getattr(one, end)

@@ -12,7 +12,7 @@ from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
 from garrulax.kernels import masks
 from garrulax.kernels.mask import CAUSAL, SAME_SEGMENT, Mask
-from garrulax.layers.cache import KV, Cache, write
+from garrulax.layers.cache import KV, Cache, write, write_layer
 from garrulax.sampling.speculate.interface import Outcome, Proposal, Proposer, depths, is_chain
 from garrulax.sampling.state import State, without_layers
 from garrulax.sampling.transforms import Transform
@@ -60,7 +60,7 @@ def finish(
         parents: The tree of drafts that was read.
     """
     if not is_chain(parents):
-        cache = _gather(cache, before.cache.used, path)
+        cache = _gather(cache, before.cache.used, path, hidden.shape[1])
     streams = {"streams": cache.streams, "layers": cache.layers}
     last = jnp.maximum(after.cache.used - before.cache.used - 1, 0)[:, None]  # the row of a text that is done has none
     node = jnp.take_along_axis(path, last, axis=1)  # [B, 1]
@@ -100,17 +100,20 @@ def _tree_mask(mask: Mask, cache: Cache, parents: tuple[int, ...]) -> Mask:
     return Mask({**mask.query, **tree.query}, tree.key, CAUSAL & SAME_SEGMENT & tree.rule)
 
 
-def _gather(cache: Cache, first: jax.Array, path: jax.Array) -> Cache:
-    """Moves the accepted tokens, numbers `path` [B, G] of a pass whose tokens begin at slot `first` [B], together."""
+def _gather(cache: Cache, first: jax.Array, path: jax.Array, tokens: int) -> Cache:
+    """Moves the accepted tokens, numbers `path` [B, G] of a pass of T `tokens` from slot `first` [B], together."""
     slots = first[:, None] + path  # [B, G]
     B = len(slots)
+    chosen = path[:, :, None] == jnp.arange(tokens, dtype=path.dtype)  # [B, G, T]
 
     def moved(x: jax.Array) -> jax.Array:  # [B, S], [B, K, S, C] or [B·K, S, C]
         if x.ndim == 2:
             return write(x, jnp.take_along_axis(x, slots, axis=1), first, axis=1)
         rows = x.reshape(B, -1, *x.shape[-2:])  # [B, K, S, C]
-        new = jnp.take_along_axis(rows, slots[:, None, :, None], axis=2)
-        return write(rows, new, first, axis=2).reshape(x.shape)
+        read = jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, tokens, axis=1))(rows, first)
+        # XLA:CPU fuses any other choice with the writing, and then copies the whole cache, which it both reads and writes.
+        new = jnp.einsum("BGT,BKTC->BKGC", chosen.astype(x.dtype), read, preferred_element_type=x.dtype)
+        return write_layer(x, 0, new, first)
 
     def layer(kv: KV) -> KV:
         return {

@@ -111,7 +111,7 @@ def _gather(cache: Cache, first: jax.Array, path: jax.Array, tokens: int) -> Cac
             return write(x, jnp.take_along_axis(x, slots, axis=1), first, axis=1)
         rows = x.reshape(B, -1, *x.shape[-2:])  # [B, K, S, C]
         read = jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, tokens, axis=1))(rows, first)
-        # XLA:CPU fuses any other choice with the writing, and then copies the whole cache, which it both reads and writes.
+        # A product, since XLA:CPU fuses any other choice with the writing, and then copies the cache that both use.
         new = jnp.einsum("BGT,BKTC->BKGC", chosen.astype(x.dtype), read, preferred_element_type=x.dtype)
         return write_layer(x, 0, new, first)
 

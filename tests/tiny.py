@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import quick
 from registry import FAMILIES
 
 from garrulax import models
@@ -17,7 +18,7 @@ CONFIGS["dynamic"] = models.llama.Config(
 
 
 def params(config, seed=0):
-    return models.init(config, jax.random.key(seed))
+    return quick.init(config, jax.random.key(seed))
 
 
 class Model:

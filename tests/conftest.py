@@ -42,6 +42,15 @@ def quick_compilation():
         yield
 
 
+@pytest.fixture(scope="module")
+def shared_steps():
+    """For modules that train several times with equal settings: their step is traced and compiled once."""
+    import quick
+
+    with quick.shared_steps():
+        yield
+
+
 def pytest_addoption(parser):
     parser.addoption("--table", action="store_true", help="write what the tests measured into README's table")
 

@@ -48,7 +48,7 @@ FORM = answers.AnswerFormat(ByteTokenizer(["<|endoftext|>"]), (END,))
 
 @pytest.fixture
 def model(tmp_path):
-    made = byte_model("gpt", eos=END, context=64)
+    made = byte_model("gpt", eos=END, context=64, layers=1)
     gx.save(gx.Model(made.config, made.params, made.tokenizer), tmp_path / "base")
     return str(tmp_path / "base")
 
@@ -91,7 +91,7 @@ def test_bad_answers(record, message):
 
 
 def test_a_reward_model_on_disk(tmp_path):
-    made = byte_model("llama")
+    made = byte_model("llama", layers=1)
     params = reward.add_reward_head(made.params, made.config, jax.random.key(1))
     save_reward_model(gx.Model(made.config, params, made.tokenizer), tmp_path / "reward")
     found = load_reward_model(tmp_path / "reward")
@@ -181,7 +181,7 @@ def test_the_whole_way_and_kill_9(model, tmp_path):
 
 @pytest.mark.parametrize(("method", "family"), [("kto", "gpt"), ("kto", "glm"), ("dpo", "glm")])
 def test_judged_answers_of_models_that_continue_and_that_fill_blanks(method, family, tmp_path, capsys):
-    made = byte_model(family, context=64, **({"eos": END} if family == "gpt" else {}))
+    made = byte_model(family, context=64, layers=1, **({"eos": END} if family == "gpt" else {}))
     gx.save(gx.Model(made.config, made.params, made.tokenizer), tmp_path / "base")
     single = [{"prompt": p["prompt"], "completion": p["chosen" if i % 2 else "rejected"], "label": bool(i % 2)}
               for i, p in enumerate(PAIRS)]  # fmt: skip
@@ -266,7 +266,7 @@ def test_conversations_and_models_that_changed_since_a_run_began_are_refused(mod
         if not without_checkpoint:
             shutil.rmtree(run / "checkpoints")  # as if it had been killed early
     # PPO-ptx: the model whose text is to stay likely, the one that judges, and the text.
-    made, text = byte_model("gpt", eos=END, context=64), tmp_path / "text.txt"
+    made, text = byte_model("gpt", eos=END, context=64, layers=1), tmp_path / "text.txt"
     judge = reward.add_reward_head(made.params, made.config, jax.random.key(1))
     text.write_text("some text to keep\n" * 30)
     save_reward_model(gx.Model(made.config, judge, made.tokenizer), tmp_path / "judge")

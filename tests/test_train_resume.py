@@ -13,7 +13,7 @@ from garrulax.train.continuing import continued
 from garrulax.train.data_identity import data_differences
 from garrulax.train.optimizers import schedule_of
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "shared_steps")
 TINY = ["model.width=16", "model.layers=1", "model.heads=2", "window=16", "batch=2", "tokenizer=bytes"]
 
 

@@ -13,7 +13,7 @@ from garrulax.core import spec
 from garrulax.train.objectives import causal_lm
 from garrulax.train.regularizers import Regularizers, shrunk
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "shared_steps")
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 CONFIG = models.llama.Config(vocab=24, context=8, width=16, layers=1, heads=2, kv_heads=2, mlp_width=24, tied=True)
 RNG = np.random.default_rng(0)
 BATCH = {

@@ -17,7 +17,7 @@ from garrulax.train.evaluate import Evaluation, make_evaluate
 from garrulax.train.settings import Settings
 from garrulax.train.tokens import Tokens
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "shared_steps")
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def constant_objective(params, batch, config, key, **options):

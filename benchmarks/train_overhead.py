@@ -1,21 +1,24 @@
-"""Times the trainer with its features on against the bare step, in turns within one process.
+"""Times the trainer with its features on against the bare step, in short turns within one process.
 
-    python benchmarks/train_overhead.py [--blocks 12] [--sizes small medium] [--without save,ema,...]
+    python benchmarks/train_overhead.py [--turns 120] [--sizes small medium] [--without save,ema,...]
 
 The trainer is `loop.train`: it makes packed batches of a mixture of two corpora, logs norms of every block, throughput,
-goodput and memory every 10 steps, skips spikes, averages the parameters, and saves checkpoints with digests. The bare
-step is `step.make_train_step` on such batches, made beforehand. Between the trainer's blocks of steps as many bare
-steps run, so that both meet the same state of the machine. Every second block of the trainer has one save in it, to its
-end.
+goodput and memory, skips spikes, averages the parameters, and saves checkpoints with digests. The bare step is
+`step.make_train_step` on such batches, made beforehand. Between the trainer's turns of a few steps as many bare steps
+run: a turn takes a fraction of a second, because the speed of a machine changes within seconds. The trainer logs once a
+turn (`log_every`).
 
-Printed are the medians of a step, of the clock (wall) and of the processors (cpu, all threads), the overhead of the
-blocks without a save, the cost of a save in bare steps, and both together at the default interval of
-`checkpoint_every`.
+Each turn of the trainer is divided by the mean of the bare turns before and after it. Printed are the median of these
+ratios over the turns in which nothing is saved, its standard error (1.253 standard deviations, estimated from the
+quartiles, divided by the root of the number of turns) and the quartiles; of the clock (wall), and of the processors
+(cpu, all threads). A save lasts longer than a turn. Its cost is what the turns during which it runs, of both sides,
+take longer than those around it, in bare steps: the median over the saves.
 """
 
 import argparse
 import dataclasses
 import itertools
+import math
 import statistics
 import tempfile
 import time
@@ -23,48 +26,69 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import numpy as np
 import train_step
 from input_pipeline import made
 
 from garrulax.hub.tokenizers import GLM_SPECIALS, ByteTokenizer
 from garrulax.models import gpt
 from garrulax.train import batches, loop, objectives, optimizers, settings, state, step
-from garrulax.train.checkpoint import saved_steps
 
-#: Steps of a block: a few seconds, longer than a save takes.
-BLOCK = {"small": 60, "medium": 8}
+#: Steps of a turn, and turns from one save to the next.
+SIZES = {"small": (10, 10), "medium": (2, 10)}
 FEATURES = {
     "skip": {"skip_steps": "spikes"},
     "ema": {"ema": 0.999},
-    "log": {"log_every": 10},
+    "log": {},
     "save": {},
 }
+CLOCKS = ("wall", "cpu")
 NEVER = 10**9
 
 
+def now() -> np.ndarray:
+    """Seconds of each of the clocks."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def wait_for_all() -> None:
+    """Waits until no array is being computed."""
+    jax.block_until_ready([x for x in jax.live_arrays() if not x.is_deleted()])
+
+
 class Turns:
-    """The batches of the trainer, and the clock of both sides.
+    """The batches of the trainer, which runs a turn of the bare step before each of its own turns.
 
     Attributes:
-        blocks: Seconds a step of each pair of blocks, by clock: trainer, bare.
+        trainer: Seconds of each of the trainer's turns, [2] of both clocks.
+        bare: Seconds of the bare turns: the one before the trainer's first turn, and the one after each.
+        saves: Of each of the trainer's turns, whether a save ran in it or in the bare turn after it.
     """
 
-    def __init__(self, batch_at: Callable, bare_steps: Callable[[], None], first: int, size: int):
+    def __init__(self, batch_at: Callable, bare_steps: Callable[[], None], first: int, size: int, checkpoints: Path):
         self.batch_at, self.bare_steps, self.first, self.size = batch_at, bare_steps, first, size
-        self.blocks: list[dict[str, tuple[float, float]]] = []
-        self.begin: tuple[float, float] | None = None
+        self.checkpoints = checkpoints
+        self.trainer: list[np.ndarray] = []
+        self.bare: list[np.ndarray] = []
+        self.saves: list[bool] = []
+        self.begin, self.before = np.zeros(2), (False, set[str]())
 
     def __call__(self, i: int):
         if i >= self.first and (i - self.first) % self.size == 0:
-            jax.block_until_ready([x for x in jax.live_arrays() if not x.is_deleted()])
-            end = time.perf_counter(), time.process_time()
+            wait_for_all()
+            end = now()
+            wait_for_all()  # once more: what looking through the arrays takes is no part of the turn
+            end -= now() - end
+            begin = now()
             self.bare_steps()
-            after = time.perf_counter(), time.process_time()
-            if self.begin is not None:
-                trainer = [(e - b) / self.size for b, e in zip(self.begin, end, strict=True)]
-                bare = [(a - e) / self.size for e, a in zip(end, after, strict=True)]
-                self.blocks.append(dict(zip(("wall", "cpu"), zip(trainer, bare, strict=True), strict=True)))
-            self.begin = time.perf_counter(), time.process_time()
+            after = now()
+            names = {path.name for path in self.checkpoints.iterdir()}
+            seen = any(".writing" in name for name in names), names
+            if self.bare:
+                self.trainer.append(end - self.begin)
+                self.saves.append(self.before[0] or seen[0] or bool(names - self.before[1]))
+            self.bare.append(after - begin)
+            self.before, self.begin = seen, now()
         return self.batch_at(i)
 
 
@@ -72,63 +96,81 @@ def bare(config, run: settings.Settings, ready: list, steps: int) -> Callable[[]
     """A function that runs `steps` bare steps, each waited for as the trainer waits: one step later."""
     optimizer = optimizers.make_optimizer(run, gpt.parameters(config))
     update = step.make_train_step(config, run, optimizer, objectives.causal_lm)
-    now = state.init_state(config, optimizer, 0)
+    held = [state.init_state(config, optimizer, 0)]
+    batch_of = itertools.cycle(ready)
 
     def go() -> None:
-        nonlocal now
         before = None
-        for _, batch in zip(range(steps), itertools.cycle(ready), strict=False):
-            now, metrics = update(now, batches.on_devices(batch, None, 1))
+        for _ in range(steps):
+            held[0], metrics = update(held[0], batches.on_devices(next(batch_of), None, 1))
             jax.block_until_ready(before)
             before = metrics
-        jax.block_until_ready(now)
+        jax.block_until_ready(held[0])
 
     return go
 
 
-def compare(size: str, blocks: int, features: list[str]) -> None:
-    a, block = train_step.SIZES[size], BLOCK[size]
+def measured(size: str, count: int, features: list[str]) -> Turns:
+    """Trains with some features for `count` turns."""
+    a, (block, between) = train_step.SIZES[size], SIZES[size]
     config = gpt.Config(**{k: a[k] for k in ("layers", "heads", "width")}, context=a["context"] + 1, vocab=300)
-    first = 2 * block - 2  # saves come two steps after a block's begin
-    plain = {"optimizer": "adamw", "batch": a["batch"], "window": a["context"], "steps": first + block * blocks + 1,
-             "eval_tokens": 1, "eval_every": NEVER, "log_every": NEVER, "checkpoint_every": NEVER,
-             "packing": "first_fit", "corpus": ("a:0.7", "b:0.3")}  # fmt: skip
+    plain = {"optimizer": "adamw", "lr": 1e-4, "batch": a["batch"], "window": a["context"],
+             "steps": block * (count + 3) + 1, "eval_tokens": 1, "eval_every": NEVER, "log_every": NEVER,
+             "checkpoint_every": NEVER, "packing": "first_fit", "corpus": ("a:0.7", "b:0.3")}  # fmt: skip
     full = {k: v for name in features for k, v in FEATURES[name].items()}
+    if "log" in features:
+        full["log_every"] = block
     if "save" in features:
-        full["checkpoint_every"] = 2 * block
+        full["checkpoint_every"] = between * block
     run = settings.Settings(**plain | full)
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root)
         corpora = [made(folder / "a", 3_000_000, 600, 0), made(folder / "b", 1_500_000, 200, 2)]
         data = batches.make_data(corpora, run, config, ByteTokenizer(GLM_SPECIALS))
-        ready = [data.batch_at(i) for i in range(16)]
-        steps = bare(config, settings.Settings(**plain), ready, block)
+        steps = bare(config, settings.Settings(**plain), [data.batch_at(i) for i in range(16)], block)
         steps()
-        turns = Turns(data.batch_at, steps, first, block)
+        first = 2 * block - block // 2  # so that logging and saving come within turns
+        turns = Turns(data.batch_at, steps, first, block, folder / "run" / "checkpoints")
         with open("/dev/null", "w") as nowhere:
             loop.train(loop.Run(config, run, dataclasses.replace(data, batch_at=turns), folder / "run"), out=nowhere)
-        if "save" in features and not saved_steps(folder / "run" / "checkpoints"):
-            raise SystemExit("no checkpoint was saved")
-    quiet = turns.blocks[1::2] if "save" in features else turns.blocks
-    for clock in ("wall", "cpu"):
-        step_time = statistics.median(b for _, b in (pair[clock] for pair in turns.blocks))
-        ratios = sorted(t / b - 1 for t, b in (pair[clock] for pair in quiet))
-        line = (f"{size:7} {clock:5} bare {1e3 * step_time:8.2f} ms  without a save {statistics.median(ratios):+.1%} "
-                f"({ratios[0]:+.1%} to {ratios[-1]:+.1%})")  # fmt: skip
-        if "save" in features:
-            with_save = statistics.median(t - b for t, b in (pair[clock] for pair in turns.blocks[::2]))
-            without = statistics.median(t - b for t, b in (pair[clock] for pair in quiet))
-            cost, every = block * (with_save - without) / step_time, settings.Settings().checkpoint_every
-            line += f"  a save {cost:.1f} steps  together, saving every {every} steps, " \
-                    f"{statistics.median(ratios) + cost / every:+.1%}"  # fmt: skip
+    return turns
+
+
+def report(size: str, turns: Turns) -> None:
+    """Prints the overhead."""
+    trainer, bare_turns, saves = np.array(turns.trainer), np.array(turns.bare), np.array(turns.saves)
+    ratios = trainer / ((bare_turns[:-1] + bare_turns[1:]) / 2) - 1
+    block, every = SIZES[size][0], settings.Settings().checkpoint_every
+    for i, clock in enumerate(CLOCKS):
+        quiet = ratios[~saves, i]
+        low, median, high = np.quantile(quiet, (0.25, 0.5, 0.75))
+        error = 1.253 * (high - low) / 1.349 / math.sqrt(len(quiet))
+        step_time = float(np.median(bare_turns[:, i])) / block
+        line = (f"{size:7} {clock:5} bare {1e3 * step_time:8.2f} ms  without a save {median:+.2%} ± {error:.2%} "
+                f"({low:+.1%} to {high:+.1%}, {len(quiet)} turns of {block} steps)")  # fmt: skip
+        if saves.any():
+            costs = save_costs(trainer[:, i] + bare_turns[1:, i], saves) / step_time
+            cost = statistics.median(costs)
+            line += f"  {len(costs)} saves of {cost:.1f} steps ({min(costs):.1f} to {max(costs):.1f})  " \
+                    f"together, saving every {every} steps, {median + cost / every:+.2%}"  # fmt: skip
         print(line, flush=True)
+
+
+def save_costs(times: np.ndarray, saves: np.ndarray) -> np.ndarray:
+    """What each run of turns with a save takes longer than as many turns of the median of the six around it."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], saves.astype(int), [0]])))
+    costs = []
+    for begin, end in edges.reshape(-1, 2):
+        around = [j for j in (*range(begin - 3, begin), *range(end, end + 3)) if 0 <= j < len(saves) and not saves[j]]
+        costs.append(times[begin:end].sum() - (end - begin) * np.median(times[around]))
+    return np.array(costs)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=12, help="blocks of the trainer, half of them with a save")
-    parser.add_argument("--sizes", nargs="+", choices=BLOCK, default=list(BLOCK))
+    parser.add_argument("--turns", type=int, default=120, help="turns of the trainer")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--without", default="", help=f"features to leave out, of {', '.join(FEATURES)}")
     args = parser.parse_args()
     for each in args.sizes:
-        compare(each, args.blocks, [name for name in FEATURES if name not in args.without.split(",")])
+        report(each, measured(each, args.turns, [name for name in FEATURES if name not in args.without.split(",")]))

@@ -1,5 +1,6 @@
 """`garrulax align`: from files to models, resuming after kill -9, errors before anything is trained."""
 
+import argparse
 import json
 import os
 import shutil
@@ -17,7 +18,8 @@ import garrulax as gx
 from garrulax.align import answers, labelled
 from garrulax.align.comparisons import NO_ANSWER
 from garrulax.align.reward_files import load_reward_model, save_reward_model
-from garrulax.cli import main
+from garrulax.cli import align, main, starting
+from garrulax.cli.align_job import Job
 from garrulax.hub.tokenizers import ByteTokenizer
 from garrulax.models import reward
 
@@ -46,7 +48,7 @@ FORM = answers.AnswerFormat(ByteTokenizer(["<|endoftext|>"]), (END,))
 
 @pytest.fixture
 def model(tmp_path):
-    made = byte_model("gpt", eos=END, context=64)
+    made = byte_model("gpt", eos=END, context=64, layers=1)
     gx.save(gx.Model(made.config, made.params, made.tokenizer), tmp_path / "base")
     return str(tmp_path / "base")
 
@@ -89,7 +91,7 @@ def test_bad_answers(record, message):
 
 
 def test_a_reward_model_on_disk(tmp_path):
-    made = byte_model("llama")
+    made = byte_model("llama", layers=1)
     params = reward.add_reward_head(made.params, made.config, jax.random.key(1))
     save_reward_model(gx.Model(made.config, params, made.tokenizer), tmp_path / "reward")
     found = load_reward_model(tmp_path / "reward")
@@ -179,7 +181,7 @@ def test_the_whole_way_and_kill_9(model, tmp_path):
 
 @pytest.mark.parametrize(("method", "family"), [("kto", "gpt"), ("kto", "glm"), ("dpo", "glm")])
 def test_judged_answers_of_models_that_continue_and_that_fill_blanks(method, family, tmp_path, capsys):
-    made = byte_model(family, context=64, **({"eos": END} if family == "gpt" else {}))
+    made = byte_model(family, context=64, layers=1, **({"eos": END} if family == "gpt" else {}))
     gx.save(gx.Model(made.config, made.params, made.tokenizer), tmp_path / "base")
     single = [{"prompt": p["prompt"], "completion": p["chosen" if i % 2 else "rejected"], "label": bool(i % 2)}
               for i, p in enumerate(PAIRS)]  # fmt: skip
@@ -248,3 +250,37 @@ def test_log_probabilities_of_the_reference_are_those_of_this_data(model, tmp_pa
             path = tmp_path / folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert losses[1] == losses[2]
+
+
+def test_conversations_and_models_that_changed_since_a_run_began_are_refused(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("GARRULAX_CACHE", str(tmp_path / "cache"))
+    run, steps = tmp_path / "run", ["steps=1", "eval_every=1"]
+    chats = [{"prompt": f"is {i}", "completion": f" yes {i}"} for i in range(40)]
+    data = written(tmp_path / "chats.jsonl", chats)
+    assert main(["train", model, "--sft", data, *FEW, *steps, "--run", str(run)]) == 0
+    written(tmp_path / "chats.jsonl", [*chats[:-1], {"prompt": "is 39", "completion": " no"}])
+    capsys.readouterr()
+    for without_checkpoint in (False, True):
+        assert main(["train", "--resume", str(run), "steps=2"]) == 2
+        assert "data.corpus is " in capsys.readouterr().err
+        if not without_checkpoint:
+            shutil.rmtree(run / "checkpoints")  # as if it had been killed early
+    # PPO-ptx: the model whose text is to stay likely, the one that judges, and the text.
+    made, text = byte_model("gpt", eos=END, context=64, layers=1), tmp_path / "text.txt"
+    judge = reward.add_reward_head(made.params, made.config, jax.random.key(1))
+    text.write_text("some text to keep\n" * 30)
+    save_reward_model(gx.Model(made.config, judge, made.tokenizer), tmp_path / "judge")
+    job = Job("grpo", data, reward=str(tmp_path / "judge"), options={"beta": 0.1, "limit": 4, "group": 2}, ptx=0.5)
+    arguments = argparse.Namespace(
+        resume=None, config=None, settings=[model, f"corpus={text}", *FEW], run=str(tmp_path / "policy"),
+        mesh=None, lora=None, new_data=False,
+    )  # fmt: skip
+
+    def identity():
+        return align._policy(starting.start(arguments), job).data.identity
+
+    began, other = identity(), jax.tree.map(lambda x: x + 1, made.params)
+    save_reward_model(gx.Model(made.config, judge | {"norm": other["norm"]}, made.tokenizer), tmp_path / "judge")
+    gx.save(gx.Model(made.config, other, made.tokenizer), model)
+    text.write_text("other text to keep\n" * 30)
+    assert {name for name, value in identity().items() if value != began[name]} == {"reference", "reward", "ptx_corpus"}

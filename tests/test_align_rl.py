@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import CONFIGS
+from tiny import SHALLOW
 
 from garrulax import align, models
 from garrulax.align import objectives, rl, rollouts
@@ -32,7 +32,7 @@ def quick(quick_compilation):
     "family", ["llama", "glm", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gpt", "chatglm"))]
 )
 def test_log_probabilities_of_sampling_are_those_of_training(family):
-    config = CONFIGS[family]
+    config = SHALLOW[family]
     params = models.init(config, jax.random.key(0))
     given = [[5, 7, 9, 11, 2], [3, 4], [8]]
     prompts = rollouts.Prompts(given, config, None, limit=6)
@@ -138,15 +138,14 @@ def test_ptx_adds_the_gradient_of_text():
     alone, text_loss = policy_objective("dr_grpo", limit=2), on_model(causal_lm)
     of_policy = {k[2:]: v for k, v in batch.items() if k.startswith("a/")}
 
-    def gradient(objective, batch):
-        return jax.jit(jax.grad(lambda p, batch: objective(p, batch, config)[0]))(params, batch)
+    @jax.jit
+    def gradients(weight):
+        asked = (objectives.mixed(alone, text_loss, weight), batch), (alone, of_policy), (text_loss, text)
+        return [jax.grad(lambda p, one=one, of=of: one(p, of, config)[0])(params) for one, of in asked]
 
-    both = gradient(objectives.mixed(alone, text_loss, 27.8), batch)
-    parts = gradient(alone, of_policy), gradient(text_loss, text)
-    for x, a, b in zip(*map(jax.tree.leaves, (both, *parts)), strict=True):
+    for x, a, b in zip(*map(jax.tree.leaves, gradients(27.8)), strict=True):
         np.testing.assert_allclose(x, a + 27.8 * b, rtol=1e-4, atol=1e-5)
-    without = gradient(objectives.mixed(alone, text_loss, 0.0), batch)
-    for x, a in zip(*map(jax.tree.leaves, (without, parts[0])), strict=True):
+    for x, a, _ in zip(*map(jax.tree.leaves, gradients(0.0)), strict=True):
         np.testing.assert_allclose(x, a, rtol=1e-5, atol=1e-7)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from oracle import FOLDER
 from safetensors.numpy import load_file, save_file
-from tiny import CONFIGS, byte_model
+from tiny import SHALLOW, byte_model
 
 import garrulax as gx
 from garrulax import align, models
@@ -147,7 +147,7 @@ def test_nothing_is_trained_on_nothing():
 
 
 def test_packed_conversations_have_the_loss_of_each_alone(quick_compilation):
-    made, model = examples(30), byte_model("llama")
+    made, model = examples(30), byte_model("llama", layers=1)
     settings = Settings(batch=4, window=32, steps=4)
     data = sft.make_sft_data([*made, conversations.Example([1] * 40, [True] * 40)], made[:5], settings)
     assert "1 of 31 train conversations left out" in data.notes[0]
@@ -205,7 +205,7 @@ def pairs(config, count=4, length=10, seed=0):
 
 
 def test_a_preference_is_learned_from_log_2_on(quick_compilation):
-    config = CONFIGS["gpt"]
+    config = SHALLOW["gpt"]
     params = models.init(config, jax.random.key(1))
     batch = objectives.with_reference(pairs(config), params, config)
     loss = objectives.pair_objective("dpo", beta=0.5)
@@ -229,7 +229,7 @@ def test_a_preference_is_learned_from_log_2_on(quick_compilation):
 
 @pytest.mark.parametrize("loss", ["ipo", "orpo", "simpo"])
 def test_objectives_on_pairs_are_the_functions_on_their_log_probabilities(loss):
-    config = CONFIGS["gpt"]
+    config = SHALLOW["gpt"]
     params, other = (models.init(config, jax.random.key(i)) for i in (1, 2))
     batch = objectives.with_reference(pairs(config), other, config)
     value, _ = objectives.pair_objective(loss, nll_weight=0.3)(params, batch, config)
@@ -247,7 +247,7 @@ def test_objectives_on_pairs_are_the_functions_on_their_log_probabilities(loss):
 
 
 def test_a_reward_model_learns_its_comparisons(quick_compilation):
-    config = CONFIGS["llama"]
+    config = SHALLOW["llama"]
     params = reward.add_reward_head(models.init(config, jax.random.key(0)), config, jax.random.key(1))
     draw = np.random.default_rng(0)
     batch = {
@@ -270,7 +270,7 @@ def test_a_reward_model_learns_its_comparisons(quick_compilation):
 
 
 def test_sums_of_objectives(quick_compilation):
-    config = CONFIGS["gpt"]
+    config = SHALLOW["gpt"]
     params, old = (models.init(config, jax.random.key(i)) for i in (1, 2))
     draw = np.random.default_rng(0)
     text = {k: jnp.asarray(draw.integers(0, config.vocab, (2, 8)), jnp.int32) for k in ("tokens", "targets")}
@@ -293,7 +293,7 @@ def test_sums_of_objectives(quick_compilation):
 
 def test_a_student_learns_from_a_teacher_on_its_own_text(quick_compilation):
     """Without forgetting: at the old parameters the loss is that of the text alone. On-policy: the divergence falls."""
-    made = byte_model("gpt", eos=0)
+    made = byte_model("gpt", eos=0, layers=1)
     old, config = made.params, made.config
     draw = np.random.default_rng(0)
     text = {k: jnp.asarray(draw.integers(0, config.vocab, (2, 8)), jnp.int32) for k in ("tokens", "targets")}
@@ -340,7 +340,7 @@ def test_fisher_information_is_a_mean_of_squares():
 def test_noise_on_the_embeddings():
     from garrulax.align import neftune
 
-    config = CONFIGS["llama"]
+    config = SHALLOW["llama"]
     params = models.init(config, jax.random.key(0))
     segment = jnp.array([[0] * 6 + [1] * 2, [0] * 8])
     batch = {"tokens": jnp.ones((2, 8), jnp.int32), "targets": jnp.ones((2, 8), jnp.int32), "weights": jnp.ones((2, 8)),
@@ -367,7 +367,7 @@ def test_answers_are_trained_as_blanks(family, quick_compilation):
     from garrulax.sampling.partners import encode_prompt
     from garrulax.train.objectives import blank_infilling
 
-    model = byte_model(family)
+    model = byte_model(family, layers=1)
     prompt = encode_prompt("ab", None, model.config, model.tokenizer, "a prompt").ids
     written = gx.generate(model, prompt, max_new_tokens=3, temperature=0, end_tokens=())
     example = conversations.Example([*prompt, *written.tokens], [False] * len(prompt) + [True] * 3)

@@ -140,7 +140,7 @@ def test_help_needs_no_jax():
 
 
 def test_chat(tmp_path, capsys):
-    model = byte_model("llama")
+    model = byte_model("llama", layers=1)
     model = gx.Model(model.config, model.params, model.tokenizer)
     gx.save(model, tmp_path / "m")
     words = ["generate", str(tmp_path / "m"), "hi", "--chat", "--max-new-tokens", "6", "--temperature", "0"]

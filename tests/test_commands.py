@@ -104,19 +104,19 @@ def test_quick_start_and_what_it_prints(place, capsys):
 def test_commands_of_readme(place, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("Who are you?\n"))  # of `garrulax chat`
     block = (ROOT / "README.md").read_text(encoding="utf-8").split("## Commands\n\n```\n")[1].split("```")[0]
-    chat, llama = byte_model("chatglm"), byte_model("llama")
+    chat, llama = byte_model("chatglm", layers=1), byte_model("llama", layers=1)
     for folder, model in (
         ("path/to/chatglm3-6b", chat),
         ("path/to/llama", llama),
-        ("path/to/model", byte_model()),
-        ("SRC", byte_model()),
+        ("path/to/model", byte_model(layers=1)),
+        ("SRC", byte_model(layers=1)),
     ):
         gx.save(gx.Model(model.config, model.params, model.tokenizer), place / folder)
     template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     for folder in ("path/to/chatglm3-6b", "path/to/llama"):
         settings = place / folder / "tokenizer_config.json"
         settings.write_text(json.dumps({**json.loads(settings.read_text()), "chat_template": template}))
-    glm = byte_model("glm")
+    glm = byte_model("glm", layers=1)
     gx.save(gx.Model(glm.config, glm.params, glm.tokenizer), place / "runs/glm/model")
     (place / "model.gguf").write_bytes(gguf_files.file_of("gpt2"))
     chats = [{"prompt": f"a{i}", "completion": "b"} for i in range(20)]

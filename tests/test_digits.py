@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 
 import garrulax as gx
 from garrulax.core import digits, half, quantised
@@ -86,7 +87,7 @@ def test_weights_give_the_same_product_on_either_kind_of_cpu(form, has, monkeypa
     monkeypatch.setattr(quantised, "LEAST", 1)
     monkeypatch.setattr(half, "LEAST", 1)
     config = gx.preset("llama-tiny", layers=1, width=32, heads=2, kv_heads=2, mlp_width=48, vocab=97)
-    params = gx.init(config, jax.random.key(0), dtype="bfloat16")
+    params = quick.init(config, jax.random.key(0), dtype="bfloat16")
     x = jnp.asarray(activations(4, 32)[None])
     if form == "bfloat16":
         w = half.from_bits(half.as_bits(gx.unstack(params), stacked=False))["blocks"][0]["mlp"]["up"]

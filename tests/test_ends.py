@@ -29,7 +29,7 @@ def chat_model():
     pytest.importorskip("jinja2")
     tokenizer = ByteTokenizer(SPECIALS)
     tokenizer.config = {"chat_template": "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"}
-    config = dataclasses.replace(tiny.CONFIGS["llama"], vocab=259, eos=256)
+    config = dataclasses.replace(tiny.SHALLOW["llama"], vocab=259, eos=256)
     return gx.Model(config, tiny.params(config), tokenizer)
 
 
@@ -140,7 +140,7 @@ def test_none_is_off(chat_model):
 
 def test_rows_that_pad_the_embedding_are_never_chosen():
     """400 rows for 257 tokens; the end token beyond them, which the files of a tokenizer may lack, stays."""
-    config = dataclasses.replace(tiny.CONFIGS["llama"], vocab=400, eos=399)
+    config = dataclasses.replace(tiny.SHALLOW["llama"], vocab=400, eos=399)
     model = gx.Model(config, tiny.params(config), ByteTokenizer())
     done = gx.generate(model, ["ab"] * 4, max_new_tokens=16, seed=[1, 2, 3, 4], temperature=3.0)
     tokens = [token for one in done for token in one.tokens]
@@ -153,7 +153,7 @@ def test_rows_that_pad_the_embedding_are_never_chosen():
 
 @pytest.mark.parametrize("family", ["glm"])
 def test_fill_takes_the_same_arguments(family):
-    model = tiny.byte_model(family)
+    model = tiny.byte_model(family, layers=1)
     text = "a \ud83d [MASK] b [MASK]"
     knobs = {"temperature": 0, "end_tokens": ()}
     filled = gx.fill(model, text, max_new_tokens=5, top_k=None, **knobs)

@@ -120,7 +120,7 @@ def test_perplexity_is_a_plain_loop_over_windows():
 
 def test_texts_bytes_and_the_end_of_a_condition():
     """Spaces at the end of a condition belong to the text; a prefix lets the first token be scored."""
-    model = tiny.byte_model()
+    model = tiny.byte_model(layers=1)
     text = "é is one  letter"
     found = gx.score(model, text, prefix=[256])
     assert (found.bytes, found.count, found.tokens) == (17, 17, list(text.encode()))
@@ -135,7 +135,7 @@ def test_texts_bytes_and_the_end_of_a_condition():
 
 
 def test_choose_divides_as_it_is_told():
-    model = tiny.byte_model()
+    model = tiny.byte_model(layers=1)
     options = [" é", " abc", " z"]
     scores = gx.score(model, options, condition="one")
     sums = [score.logprob for score in scores]
@@ -179,7 +179,7 @@ def test_texts_around_a_blank():
     """A prompt without a blank gets [MASK], and the space before a blank begins the options."""
     from garrulax.evaluate.choose import _answers
 
-    model = tiny.byte_model("glm")
+    model = tiny.byte_model("glm", layers=1)
     blanks = models.blanks(model.config)
 
     def read(prompt, options):
@@ -205,7 +205,7 @@ def test_the_logits_of_a_batch_never_exist_at_once():
 
 
 def test_the_command(tmp_path, capsys):
-    model = tiny.byte_model()
+    model = tiny.byte_model(layers=1)
     gx.save(gx.Model(model.config, model.params, model.tokenizer), tmp_path / "model")
     text = "A text of twelve words, which is longer than the window is." * 3
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
@@ -245,7 +245,7 @@ def test_the_command(tmp_path, capsys):
 )
 def test_bad_arguments(call, message):
     with pytest.raises(ValueError, match=message):
-        call(tiny.byte_model())
+        call(tiny.byte_model(layers=1))
 
 
 def test_logits_that_are_not_finite():

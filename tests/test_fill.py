@@ -56,7 +56,7 @@ def brute_force(params, config, ids, new, width=96):
 
 @pytest.fixture(scope="module")
 def glm():
-    return tiny.byte_model("glm")
+    return tiny.byte_model("glm", layers=1)
 
 
 def ids_with_blanks(config, blanks, length=30, seed=0):
@@ -223,4 +223,4 @@ def test_bad_input_is_named(glm):
     with pytest.raises(ValueError, match="fill_stream takes one text"):
         gx.fill_stream(glm, ["a[MASK]", "b[MASK]"])
     with pytest.raises(TypeError, match="fill needs a GLM, which is trained on blanks; a gpt model continues texts"):
-        gx.fill(tiny.byte_model("gpt"), "x[MASK]")
+        gx.fill(tiny.byte_model("gpt", layers=1), "x[MASK]")

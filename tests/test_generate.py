@@ -167,7 +167,7 @@ def never_twice():
 
 
 def test_states_of_transforms_fit_together_and_what_does_not_is_refused():
-    config = tiny.CONFIGS["gpt"]
+    config = tiny.SHALLOW["gpt"]
     stacked = tiny.params(config)
     chain = transforms.chain(never_twice(), transforms.logit_bias(), transforms.temperature())
     arguments = {"transform": chain, "temperature": 0, "max_new_tokens": 2, "logit_bias": {0: 1e4}}
@@ -190,7 +190,7 @@ def test_states_of_transforms_fit_together_and_what_does_not_is_refused():
 
 
 def test_given_tokens_are_appended_as_if_they_had_been_sampled():
-    config = tiny.CONFIGS["llama"]
+    config = tiny.SHALLOW["llama"]
     stacked = tiny.params(config)
     params, decoder = models.unstack(stacked), sampling.compile((stacked, config))
     requests = [decoder.request(ids, max_new_tokens=9, temperature=0) for ids in PROMPTS[:2]]
@@ -212,7 +212,7 @@ def test_given_tokens_are_appended_as_if_they_had_been_sampled():
 
 
 def test_a_row_is_rolled_back_by_its_length():
-    config = tiny.CONFIGS["llama"]
+    config = tiny.SHALLOW["llama"]
     params = models.unstack(tiny.params(config))
     forward = jax.jit(models.forward, static_argnames="config")
     read = jnp.array([[5, 6, 7, 8], [9, 3, 2, 1]])
@@ -227,7 +227,7 @@ def test_a_row_is_rolled_back_by_its_length():
 
 
 def test_one_executable_for_all_knobs():
-    config = tiny.CONFIGS["gpt"]
+    config = tiny.SHALLOW["gpt"]
     model, traces = (models.unstack(tiny.params(config)), config), []
 
     def count(logits, state):
@@ -249,7 +249,7 @@ def test_one_executable_for_all_knobs():
 
 
 def test_equal_chains_compile_once():
-    config = tiny.CONFIGS["gpt"]
+    config = tiny.SHALLOW["gpt"]
     model, traces = (models.unstack(tiny.params(config)), config), []
 
     def count(logits, state):
@@ -280,7 +280,7 @@ def test_the_cache_is_updated_in_place(rows):
 
 
 def test_eos_ends_a_row_and_only_that_row():
-    config = tiny.CONFIGS["llama"]
+    config = tiny.SHALLOW["llama"]
     params = tiny.params(config)
     free = gx.generate((params, config), PROMPTS, max_new_tokens=12, temperature=0)
     first, second = free[0].tokens[4], free[3].tokens[2]
@@ -314,7 +314,7 @@ def test_bfloat16_logits_are_drawn_from_in_float32():
 
 @pytest.fixture(scope="module")
 def bytes_model():
-    return tiny.byte_model("gpt", bos=None)
+    return tiny.byte_model("gpt", layers=1, bos=None)
 
 
 @pytest.mark.parametrize("every", [1, 3, 64])
@@ -476,7 +476,7 @@ def test_the_context_is_the_limit(model):
 
 
 def test_parameters_that_are_not_finite_are_reported():
-    config = tiny.CONFIGS["gpt"]
+    config = tiny.SHALLOW["gpt"]
     broken = jax.tree.map(lambda x: x * jnp.nan, tiny.params(config))
     with pytest.raises(FloatingPointError, match="not finite"):
         gx.generate((broken, config), [1], max_new_tokens=2)

@@ -30,7 +30,7 @@ JSON, DATE = gx.json_schema(SCHEMA), gx.regex(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny.byte_model("llama", bos=None, eos=256)
+    return tiny.byte_model("llama", layers=1, bos=None, eos=256)
 
 
 def test_texts_satisfy_their_constraints(model):

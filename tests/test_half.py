@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 
 import garrulax as gx
 from garrulax.core import half
@@ -48,16 +49,17 @@ def test_rows_of_a_table_and_their_gradient():
 def test_texts_and_scores_are_those_of_the_weights_in_float32():
     """Every bfloat16 is a float32: only the order of sums differs."""
     config = gx.preset("llama-tiny", layers=1, width=64, heads=4, kv_heads=2, mlp_width=96, vocab=1031, eos=None)
-    params = gx.init(config, jax.random.key(0), dtype="bfloat16")
+    params = quick.init(config, jax.random.key(0), dtype="bfloat16")
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-    ours, theirs = (gx.generate((p, config), [1, 2, 3], max_new_tokens=6, temperature=0.0) for p in (params, wide))
+    with quick.compilation():
+        ours, theirs = (gx.generate((p, config), [1, 2, 3], max_new_tokens=6, temperature=0.0) for p in (params, wide))
     assert ours.tokens == theirs.tokens
     np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-5)
 
 
 @pytest.mark.slow
 def test_decoding_holds_no_float32_copy_of_the_weights():
-    params = gx.init(CONFIG, jax.random.key(0), dtype="bfloat16")
+    params = quick.init(CONFIG, jax.random.key(0), dtype="bfloat16")
     unstacked = requests.prepare_model((params, CONFIG))[0][1]
     stack, layer = params["blocks"]["mlp"]["up"], unstacked["blocks"][1]["mlp"]["up"]
     for view in jax.tree.leaves(layer):  # nothing was copied
@@ -75,7 +77,7 @@ def test_decoding_holds_no_float32_copy_of_the_weights():
 
 def test_a_cpu_loads_half_precision_as_float32_where_memory_allows(tmp_path, monkeypatch, caplog):
     config = gx.preset("llama-tiny", layers=1, width=32, heads=2, kv_heads=2, mlp_width=48, vocab=97)
-    params = gx.init(config, jax.random.key(0), dtype="bfloat16")
+    params = quick.init(config, jax.random.key(0), dtype="bfloat16")
     gx.save(gx.Model(config, params), tmp_path / "m")
 
     def loaded(**options):

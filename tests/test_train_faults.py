@@ -26,7 +26,7 @@ from garrulax.train.digests import DamagedError
 from garrulax.train.settings import Settings
 from garrulax.train.state import TrainState
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "shared_steps")
 STEPS = ["eval_every=100", "eval_tokens=64", "keep=9"]
 IDENTITY = {"config": {}, "settings": {}, "data": {}}
 

@@ -17,7 +17,7 @@ from garrulax.models.summary import bytes_of
 from garrulax.train import metrics, settings, step
 from garrulax.train.activations import saved_per_token
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "shared_steps")
 TEXT = "".join(f"def f{i}(x):\n    return x * {i} + {i * 7 % 13}\n\n" for i in range(200))
 
 

@@ -16,7 +16,7 @@ from garrulax.train.averaging import next_average
 from garrulax.train.settings import Settings
 from garrulax.train.weights import read_weights
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "shared_steps")
 
 
 def test_spikes_are_what_is_far_above_the_latest_steps():

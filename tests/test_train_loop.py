@@ -13,7 +13,7 @@ import training
 from garrulax.train import loop, metrics, settings
 from garrulax.train.interrupts import Interrupts
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "shared_steps")
 CAUSAL = ["dropout=true", "accumulation=2"]
 INFILL = ["dropout=true", "accumulation=2", "optimizer=adamw"]
 

@@ -10,9 +10,10 @@ import training
 from garrulax.cli import main
 from garrulax.train import loop, metrics, settings
 from garrulax.train.continuing import continued
+from garrulax.train.data_identity import data_differences
 from garrulax.train.optimizers import schedule_of
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "shared_steps")
 TINY = ["model.width=16", "model.layers=1", "model.heads=2", "window=16", "batch=2", "tokenizer=bytes"]
 
 
@@ -61,6 +62,44 @@ def test_a_run_goes_on_from_another_folder_without_its_text(tmp_path, monkeypatc
     code, said = garrulax(capsys, "train", "--resume", run, "dedup=exact", "steps=6")
     assert code == 0, said
     assert "from the cache" not in said, "what is left out may be another text: it is read"
+
+
+def test_a_text_to_evaluate_on_that_has_changed_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("GARRULAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    text, more = tmp_path / "a.txt", tmp_path / "more.txt"
+    text.write_text("some text to learn\n" * 200)
+    more.write_text("some text to evaluate on\n" * 9)
+    words = ["corpus=a.txt", "eval_texts=more=more.txt,a=a.txt", *TINY, "steps=1", "--run", "run"]
+    assert garrulax(capsys, "train", "gpt2-tiny", *words)[0] == 0
+    more.write_text("another text to evaluate\n" * 9)
+    code, said = garrulax(capsys, "train", "--resume", "run", "steps=2")
+    assert code == 2
+    assert re.search(r"eval_texts=more=\S+/more.txt has changed: sha256 \w{12}, the run began with \w{12}\.", said)
+    assert "--new-data goes on with the new one under this name" in said
+    shutil.rmtree(tmp_path / "run" / "checkpoints")  # as if it had been killed early
+    assert garrulax(capsys, "train", "--resume", "run")[0] == 2
+    code, said = garrulax(capsys, "train", "--resume", "run", "eval_texts=other=more.txt,a=a.txt")
+    assert code == 0, said
+    losses = [name for r in metrics.read_metrics("run") for name in r if name.startswith("valid_loss/")]
+    assert losses == ["valid_loss/other", "valid_loss/a"]
+
+
+def test_which_changes_of_the_data_forbid_to_go_on():
+    began = {"corpus": "1", "tokenizer": "2", "eval_texts.a": "3"}
+    for now, found in (
+        ({"corpus": "1", "tokenizer": "2"}, []),
+        ({**began, "eval_texts.b": "5"}, []),
+        ({**began, "eval_texts.a": "4"}, ["data.eval_texts.a is '4', was '3'"]),
+        ({**began, "corpus": "6"}, ["data.corpus is '6', was '1'"]),
+        ({**began, "reference": "7"}, ["data.reference is '7', was None"]),
+        ({**began, "corpus": "6", **{f"instead_of.{name}": value for name, value in began.items()}}, []),
+        (
+            {**began, "corpus": "6", "instead_of.corpus": "8", "instead_of.tokenizer": "2"},
+            ["data.corpus is '6', was '1'"],
+        ),
+    ):
+        assert data_differences(now, began) == found
 
 
 def test_stdlib_of_another_python_is_named(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 benchmarks/watermark.py measures them on a real model, tests/parity/test_watermark.py compares the detector's score.
 """
 
+import functools
 import json
 import math
 import re
@@ -168,25 +169,30 @@ def test_p_values_are_exact():
     assert found.statistic == pytest.approx(-sum(math.log((r + 0.5) / WORD) for r in first))
 
 
-MODEL = byte_model(layers=1, eos=256)
+@functools.cache
+def model():
+    """A model; not made before a test runs."""
+    return byte_model(layers=1, eos=256)
+
+
 LETTERS = "[a-z ]{44}"
 
 
 def test_each_row_of_a_batch_has_its_own_watermark_under_a_constraint():
     marks, prompts = [gx.watermark("one", delta=4.0), gx.watermark("two", "gumbel")], ["abcd", "wxyz"]
     options = {"max_new_tokens": 50, "seed": 7, "constrain": gx.regex(LETTERS)}
-    batch = gx.generate(MODEL, prompts, watermark=marks, **options)
+    batch = gx.generate(model(), prompts, watermark=marks, **options)
     for one, prompt, mark in zip(batch, prompts, marks, strict=True):
-        pieces, alone = drained(gx.stream(MODEL, prompt, watermark=mark, **options))
+        pieces, alone = drained(gx.stream(model(), prompt, watermark=mark, **options))
         assert (alone.tokens, alone.logprobs) == (one.tokens, one.logprobs)
         assert "".join(pieces) == one.text
         assert re.fullmatch(LETTERS, one.text)
-    z = [[gx.detect_watermark(one.text, mark, MODEL.tokenizer).z for one in batch] for mark in marks]
+    z = [[gx.detect_watermark(one.text, mark, model().tokenizer).z for one in batch] for mark in marks]
     assert [[value > 4 for value in row] for row in z] == [[True, False], [False, True]]
 
 
 def test_the_commands(tmp_path, capsys):
-    gx.save(gx.Model(MODEL.config, MODEL.params, MODEL.tokenizer), tmp_path)
+    gx.save(gx.Model(model().config, model().params, model().tokenizer), tmp_path)
     words = ["--regex", LETTERS, "--max-new-tokens", "50", "--watermark-scheme", "gumbel", "--no-cache"]
     assert main(["generate", str(tmp_path), "abcd", "--watermark", "my key", "--temperature", "1", *words]) == 0
     text = capsys.readouterr().out.strip("\n").removeprefix("abcd")
@@ -231,4 +237,4 @@ def test_bad_input(wrong, error, message):
 
 
 def generated(**options):
-    return gx.generate(MODEL, "abcd", max_new_tokens=2, **options)
+    return gx.generate(model(), "abcd", max_new_tokens=2, **options)

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import quick
 from registry import FAMILIES
 
 from garrulax import models
@@ -15,9 +16,12 @@ CONFIGS["dynamic"] = models.llama.Config(
     rope=Rope(kind="dynamic", factor=4, original_context=16),
 )  # fmt: skip
 
+#: The same with one layer, for tests that are not about layers: each layer is compiled as straight code.
+SHALLOW = {name: dataclasses.replace(config, layers=1) for name, config in CONFIGS.items()}
+
 
 def params(config, seed=0):
-    return models.init(config, jax.random.key(seed))
+    return quick.init(config, jax.random.key(seed))
 
 
 class Model:

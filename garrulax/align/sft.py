@@ -45,8 +45,9 @@ class Examples:
 
     @property
     def digest(self) -> str:
-        """A hash of the tokens and the mask."""
-        return hashlib.sha256(self.tokens[:].tobytes() + self.mask.tobytes()).hexdigest()
+        """A hash of the tokens, the mask, and where each conversation begins."""
+        parts = (self.tokens[:], self.mask, np.asarray(self.tokens.documents))
+        return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
 
 
 def fitting(examples: Sequence[Example], window: int) -> tuple[list[Example], int]:

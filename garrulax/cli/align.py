@@ -1,6 +1,7 @@
 """`garrulax align`: instruction tuning, reward models, preference losses and reinforcement learning from a file."""
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -50,6 +51,7 @@ from garrulax.core.sharding import batch_sharding, place
 from garrulax.core.spec import Tree
 from garrulax.core.strategies import BATCH_AXES
 from garrulax.models import reward as reward_head
+from garrulax.train import lora
 from garrulax.train.batches import Data, check_batch, make_data
 from garrulax.train.digests import write_durably
 from garrulax.train.loop import Result, Run
@@ -185,7 +187,7 @@ def _policy(begun: Start, job: Job) -> Run:
     assert begun.params is not None
     settings, s = _policy_settings(job), begun.settings
     mesh = policy_mesh(begun)
-    reward = reward_function(job.reward, mesh, s.strategy)
+    reward, reward_digest = reward_function(job.reward, mesh, s.strategy)
     given = [[_prompt(record, where, tokenizer) for where, record in part] for part in records(job)]
     prompts, held_out = (Prompts(part, config, tokenizer, settings.limit, token_parts(mesh, s)) for part in given)
     s = dataclasses.replace(s, window=prompts.length)
@@ -197,11 +199,17 @@ def _policy(begun: Start, job: Job) -> Run:
     keywords = {k: getattr(settings, k) for k in ("clip", "clip_high", "limit", "clip_value", "value_weight")}
     beta = 0.0 if settings.in_reward else settings.beta
     objective = policy_objective(settings.method, beta=beta, **keywords)
-    text = None
+    identity, text = {"corpus": hashlib.sha256(json.dumps(given).encode()).hexdigest()}, None
     if job.ptx:
         objective = objectives.mixed(objective, on_model(causal_lm), job.ptx)
-        text = _text(begun, prompts.length).batch_at
+        of_text = _text(begun, prompts.length)
+        text = of_text.batch_at
+        identity |= {f"ptx_{name}": value for name, value in of_text.identity.items()}
     needed = settings.beta > 0 or settings.target_kl is not None
+    if needed:
+        identity["reference"] = _digest(reference, mesh)
+    if reward_digest:
+        identity["reward"] = reward_digest
     made = rl.PolicyRollouts(
         prompts, reward, config, settings, s.batch, s.seed,
         reference=reference if needed else None,
@@ -209,7 +217,6 @@ def _policy(begun: Start, job: Job) -> Run:
     )  # fmt: skip
     notes = (f"prompts: {len(prompts):,} to train on, {len(held_out):,} held out; {made.rows} responses of at most "
              f"{settings.limit} tokens a rollout, {made.updates} updates each",)  # fmt: skip
-    identity = {"corpus": hashlib.sha256(json.dumps(given).encode()).hexdigest()}
     nothing = {"weights": np.ones((1, 1), np.float32)}  # the evaluation makes its own batches
     data = Data(lambda step: nothing, lambda: iter([nothing]), identity, notes)
 
@@ -246,13 +253,21 @@ def _text(begun: Start, window: int) -> Data:
     return make_data(datasets, s, begun.model.config, begun.model.tokenizer)
 
 
-def reward_function(name: str, mesh: Mesh | None = None, strategy: str = "fsdp+tp") -> rl.Reward:
+def _digest(params: Tree, mesh: Mesh | None) -> str:
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        return lora.digest(params)
+
+
+def reward_function(name: str, mesh: Mesh | None = None, strategy: str = "fsdp+tp") -> tuple[rl.Reward, str]:
     """The function "module:function", of samples (`align.rollouts.Sampled`), or the scores of a reward model's folder.
 
     Args:
         name: Of either.
         mesh: On which a reward model computes; None is one device.
         strategy: How the mesh shards it.
+
+    Returns:
+        The function, and the digest of the reward model's weights, which is empty for a function of a module.
 
     Raises:
         ValueError: If there is neither.
@@ -268,10 +283,10 @@ def reward_function(name: str, mesh: Mesh | None = None, strategy: str = "fsdp+t
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"--reward {name}: {error}") from error
-    return lambda samples: [float(found(one)) for one in samples]
+    return lambda samples: [float(found(one)) for one in samples], ""
 
 
-def _model_scores(folder: Path, mesh: Mesh | None, strategy: str) -> rl.Reward:
+def _model_scores(folder: Path, mesh: Mesh | None, strategy: str) -> tuple[rl.Reward, str]:
     model = load_reward_model(folder)
     params, where, multiple = model.params, None, 1
     if mesh is not None:
@@ -290,7 +305,7 @@ def _model_scores(folder: Path, mesh: Mesh | None, strategy: str) -> rl.Reward:
         found = compute(params, *jax.device_put((tokens, length), where))
         return np.asarray(found, np.float64)[: len(samples)].tolist()
 
-    return scores
+    return scores, _digest(params, mesh)
 
 
 # -- The end ----------------------------------------------------------------------------------------------------------

@@ -25,7 +25,9 @@ from garrulax.hub.tokenizers import GLM_SPECIALS, GPT_SPECIALS, ByteTokenizer, T
 from garrulax.train import lora
 from garrulax.train import settings as settings_
 from garrulax.train.corpus import Corpora, Corpus
+from garrulax.train.data_identity import EVAL_TEXT
 from garrulax.train.digests import DamagedError
+from garrulax.train.setting_limits import named_texts
 from garrulax.train.settings import Settings
 from garrulax.train.shards import Dataset, default_root, find_shards
 from garrulax.train.sources import STDLIB, expanded, mixture, split_weight
@@ -337,3 +339,24 @@ def check_corpus(begun: Start, corpus: Corpora) -> None:
         f"corpus=PATH, or the folder of its token ids (now {default_root()}) in GARRULAX_CACHE; --new-data goes on "
         "with the new one"
     )
+
+
+def check_eval_texts(begun: Start, found: Mapping[str, str]) -> None:
+    """Checks that a resumed run gets the `eval_texts` that it began with. It may have further ones, or fewer.
+
+    Args:
+        begun: The start of the run.
+        found: Hashes of its data (`batches.Data.identity`).
+
+    Raises:
+        ValueError: If one is another text now: its losses could not be compared with the earlier ones.
+    """
+    for name, sources in named_texts(begun.settings.eval_texts).items():
+        now, began = (hashes.get(f"{EVAL_TEXT}{name}") for hashes in (found, begun.recorded))
+        if now is None or began in (None, now) or begun.new_data:
+            continue
+        raise ValueError(
+            f"eval_texts={name}={','.join(sources)} has changed: sha256 {short(now)}, the run began with "
+            f"{short(began)}. Put that text back, give its place with eval_texts={name}=PATH, or give the new one "
+            "another name; --new-data goes on with the new one under this name"
+        )

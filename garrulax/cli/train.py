@@ -26,7 +26,7 @@ from garrulax.train import lock, peers, progress, spare
 from garrulax.train.batches import make_data, with_new_text
 from garrulax.train.components import check_length
 from garrulax.train.corpus import Corpora, xz_bits_per_byte
-from garrulax.train.eval_texts import eval_batches
+from garrulax.train.eval_texts import with_eval_texts
 from garrulax.train.loop import Result, Run
 from garrulax.train.loop import train as run_training
 from garrulax.train.objectives import objective_name
@@ -115,7 +115,8 @@ def _train(begun: Start, resume: bool) -> None:
     data = make_data(datasets, settings, config, tokenizer)
     for line in data.notes:
         say(line)
-    data = dataclasses.replace(data, eval_texts=eval_batches(settings, datasets[0], config, tokenizer))
+    data = with_eval_texts(data, settings, datasets[0], config, tokenizer)
+    starting.check_eval_texts(begun, data.identity)
     if begun.new_data:
         data = with_new_text(data, begun.recorded)
     if not resume and jax.process_index() == 0:

@@ -14,13 +14,14 @@ from garrulax.core.strategies import PIPELINE_AXIS, Strategy
 from garrulax.models import pipeline
 from garrulax.train import components, sources
 from garrulax.train.components import Component
+from garrulax.train.data_identity import INSTEAD_OF
 from garrulax.train.feed import Feed
 from garrulax.train.infill import GLM_130B, BlankMix
 from garrulax.train.infill_tokens import InfillTokenizer, InfillTokens
 from garrulax.train.objectives import Batch, objective_name
 from garrulax.train.rows import HostBatch
 from garrulax.train.sampler import hash_of
-from garrulax.train.settings import INSTEAD_OF, Settings
+from garrulax.train.settings import Settings
 from garrulax.train.shards import Dataset
 
 
@@ -34,9 +35,9 @@ class Data:
         held_out: Starts a new pass over the held-out batches. Each has `batch` rows over all processes, and one more
             array than a training batch: bytes, float32 [B], the bytes of text that the weighted targets of a row stand
             for (0 if unknown).
-        identity: Hashes, by name, of everything that the batches depend on.
+        identity: Hashes, by name, of everything that the batches depend on, those of `eval_texts` included.
         notes: Lines about the mixture and the packing, for the user.
-        eval_texts: As `held_out`, of further texts, by name (`eval_texts.eval_batches`).
+        eval_texts: As `held_out`, of further texts, by name (`eval_texts.with_eval_texts`).
     """
 
     batch_at: Callable[[int], HostBatch]

@@ -208,7 +208,7 @@ class Checkpoints:
         if different:
             raise ValueError(
                 f"the checkpoint in {self._folder} is of another run: {'; '.join(different)}. Put the run's own "
-                "checkpoints there, or leave out the settings that changed"
+                "checkpoints there, put back the data that it began with, or leave out the settings that changed"
             )
         return ocp.load(self._folder / str(step), target)
 

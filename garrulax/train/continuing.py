@@ -1,14 +1,16 @@
-"""The learning rate of a run that is resumed with other settings: it must not jump without a word."""
+"""A run that is resumed: its learning rate must not jump without a word, nor its data be other ones."""
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from garrulax.train import typed
+from garrulax.train.data_identity import data_differences
 from garrulax.train.optimizers import schedule_of
 from garrulax.train.schedules import warmup_steps
-from garrulax.train.settings import Settings
+from garrulax.train.settings import Settings, read_record
 
 _TAIL = ("tail_step", "tail_ratio")  # `continued` sets and explains them
 _SHAPE = ("optimizer", "lr", "adam_lr", "schedule", "warmup", "decay", "min_lr_ratio", "tail_step", "tail_ratio")
@@ -67,6 +69,22 @@ def changed(now: Mapping[str, Any], saved: Mapping[str, Any], step: int) -> list
         return []
     texts = [f"{name}={now[name]} (was {saved[name]})" for name in names]
     return [f"settings changed since the checkpoint of step {step:,}: {', '.join(texts)}"]
+
+
+def check_data(folder: str | os.PathLike, data: Mapping[str, str]) -> None:
+    """Checks that a run without a checkpoint begins again with the data that it began with.
+
+    Args:
+        folder: Of the run.
+        data: Hashes of the data that it has now (`batches.Data.identity`).
+
+    Raises:
+        ValueError: If run.json has other hashes; it names them.
+    """
+    if found := data_differences(data, read_record(folder)["data"]):
+        raise ValueError(
+            f"{folder} began with other data: {'; '.join(found)}. Put back what it began with, or start another run"
+        )
 
 
 def _rate(settings: Settings, step: int) -> float:

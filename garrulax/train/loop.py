@@ -21,7 +21,7 @@ from garrulax.train import settings as settings_
 from garrulax.train.agreement import check_agreement
 from garrulax.train.batches import check_batch, check_held_out, on_devices
 from garrulax.train.checkpoint import Checkpoints
-from garrulax.train.continuing import changed, continued
+from garrulax.train.continuing import changed, check_data, continued
 from garrulax.train.environment import write_environment
 from garrulax.train.evaluate import Evaluation, make_evaluate
 from garrulax.train.flops import peak_flops, train_flops_per_token
@@ -180,6 +180,7 @@ class _Loop:
             raise FileNotFoundError(f"{run.folder} is not the folder of a run: it has no run.json and no checkpoint")
         else:
             if resume:
+                check_data(run.folder, run.data.identity)
                 self.progress.say(f"{run.folder} has no whole checkpoint: it begins at step 0, with the same settings")
             state = init_state(run.config, self.optimizer, s.seed, params=run.params, **options)
         if jax.process_index() == 0:
@@ -275,7 +276,6 @@ class _Loop:
         step, newest = done[-1][0], values[-1]
         counted = [float(v["loss"]) for v in values if "guard" not in v or not v["guard"]["skipped"]]
         loss = sum(counted) / len(counted) if counted else None
-        seconds = self.timer.lap(step)
         log.write(
             step,
             {
@@ -284,7 +284,7 @@ class _Loop:
                 **({"grad_norm": float(newest["grad_norm"]), **named_norms(newest["grad_norms"])} if counted else {}),
                 **{name: float(x) for name, x in newest["extra"].items()},
                 "tokens": step * self.run.settings.batch * self.run.settings.window,
-                **self.usage.record(seconds, len(done)),
+                **self.usage.record(self.timer.lap(step), len(done)),
             },
         )
         if loss is not None:

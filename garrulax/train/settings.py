@@ -13,6 +13,7 @@ from garrulax.core.strategies import STRATEGIES
 from garrulax.kernels import sequence
 from garrulax.layers.stack import REMAT
 from garrulax.train import dedup, lora, schedules, typed
+from garrulax.train.data_identity import data_differences, different
 from garrulax.train.digests import read_sealed, sealed, write_durably
 from garrulax.train.objectives import OBJECTIVES
 from garrulax.train.setting_limits import ADAPTER_RATES, DEFAULT_RATES, FINETUNING_RATES, check_limits, named_texts
@@ -20,9 +21,6 @@ from garrulax.train.settings_text import pairs, read_changes, with_lists
 from garrulax.train.sources import absolute_source, expanded
 
 PRECISIONS = ("float32", "bfloat16")
-#: Before the names of hashes of a text that another one has replaced, in the identity of a run's data.
-INSTEAD_OF = "instead_of."
-
 _RATES = ("lr", "adam_lr", "weight_decay")
 RUN_FILE = "run.json"
 #: Tokenizers that are no paths; `model` is the one of the model's own folder.
@@ -362,25 +360,16 @@ def differences(current: Mapping[str, Any], saved: Mapping[str, Any]) -> list[st
         current: `run_identity` of the run.
         saved: `run_identity` in the checkpoint.
     """
-    names: tuple[str, ...] = ("config", "data", "settings")
     if current.get("family") != saved.get("family"):  # all of their configs differs then
         return [f"family is {current.get('family')}, was {saved.get('family')}"]
-    found = []
-    was = {name: value for name, value in saved["data"].items() if not name.startswith(INSTEAD_OF)}
-    accepted = {name.removeprefix(INSTEAD_OF): value for name, value in current["data"].items() if INSTEAD_OF in name}
-    if accepted == was:  # the user has said that this text may take the place of that one
-        names = ("config", "settings")
     # An older version saved fewer settings: those that it lacks have their defaults.
     defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
-    current, saved = ({**x, "settings": {**defaults, **x["settings"]}} for x in (current, saved))
-    for part in names:
-        for name in sorted(current[part].keys() | saved[part].keys()):
-            if name.startswith(INSTEAD_OF):
-                continue
-            now, was = current[part].get(name), saved[part].get(name)
-            if now != was and (part != "settings" or name in FIXED_ON_RESUME):
-                found.append(f"{part}.{name} is {now!r}, was {was!r}")
-    return found
+    settings, before = ({**defaults, **x["settings"]} for x in (current, saved))
+    return [
+        *different("config", current["config"], saved["config"]),
+        *data_differences(current["data"], saved["data"]),
+        *different("settings", *({name: x[name] for name in FIXED_ON_RESUME} for x in (settings, before))),
+    ]
 
 
 def _family_name(family: models.Family) -> str:

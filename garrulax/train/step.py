@@ -69,17 +69,18 @@ def make_train_step(
             lr = schedule(updates)
             with jax.named_scope(OPTIMIZER):
                 params, opt_state = _update(optimizer, grads, state, settings.rounding)
-        ema = None if state.ema is None else next_average(state.ema, params, updates, settings.ema)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         metrics = {"loss": loss, "grad_norm": norm, "grad_norms": norms, "lr": lr, "tokens": tokens, "extra": extra,
                    "finite": finite}  # fmt: skip
-        if state.guard is None:
-            new = TrainState(state.step + 1, params, opt_state, state.key, ema)
-            return _select(finite, new, state), metrics
-        counts, guard, metrics["guard"] = judge(state.guard, loss, norm, factor)
-        old = (state.params, state.opt_state, state.ema)
-        params, opt_state, ema = _select(counts, (params, opt_state, ema), old)
-        return TrainState(state.step + 1, params, opt_state, state.key, ema, guard), metrics
+        counts, guard, number = finite, None, _select(finite, state.step + 1, state.step)
+        if state.guard is not None:
+            counts, guard, metrics["guard"] = judge(state.guard, loss, norm, factor)
+            number = state.step + 1
+        params, opt_state = _select(counts, (params, opt_state), (state.params, state.opt_state))
+        ema = state.ema
+        if ema is not None:  # of the array of new parameters: computed again, they would keep a copy of the old ones
+            ema = _select(counts, next_average(ema, jax.lax.optimization_barrier(params), updates, settings.ema), ema)
+        return TrainState(number, params, opt_state, state.key, ema, guard), metrics
 
     return jax.jit(step, donate_argnums=0)
 

@@ -1,7 +1,7 @@
 """Medusa heads against plain decoding on this machine: tokens of a pass and time of a text, greedy, one prompt a call.
 
     python benchmarks/medusa.py RUN --bytes [--new 256] [--train 40000] [--steps 600] [--runs 5]
-    python benchmarks/medusa.py MODEL [--choices 4096] [--heads 4] [--drafts 3 7 15] [--folder FOLDER]
+    python benchmarks/medusa.py MODEL [--dtype float32] [--choices 4096] [--heads 4] [--drafts 3 7 15] [--folder FOLDER]
 
 RUN is a byte-level model trained in this repository:
 
@@ -114,6 +114,7 @@ def main() -> None:
     """Trains heads unless the folder has some, and prints a table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
+    parser.add_argument("--dtype", help="of the weights, in place of a file's own codes")
     parser.add_argument("--bytes", action="store_true", help="the model is one over bytes, trained on stdlib")
     parser.add_argument("--folder", type=Path, default=Path("runs/medusa-benchmark"))
     parser.add_argument("--heads", type=int, default=4)
@@ -126,7 +127,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=3, help="beginnings of each kind that are measured")
     args = parser.parse_args()
     path = Path(args.model) / "model"
-    loaded = gx.load(path if path.exists() else args.model)
+    loaded = gx.load(path if path.exists() else args.model, dtype=args.dtype)
     model = loaded.replace(params=gx.unstack(loaded.params))
     kinds = (library_lines if args.bytes else beginnings)(model)
     count = max(4, args.prompts)

@@ -10,12 +10,12 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 from garrulax import models
 from garrulax.core import half
 from garrulax.core.auto_mesh import in_context, split
 from garrulax.core.config import ModelConfig
+from garrulax.core.records import Record
 from garrulax.core.spec import Tree
 from garrulax.kernels.mask import PAD
 from garrulax.layers.cache import KV, Cache
@@ -24,8 +24,9 @@ from garrulax.sampling.contexts import cache_context
 from garrulax.sampling.transforms import Knobs, Transform
 
 
-@struct.dataclass
-class Requests:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Requests(Record):
     """Texts to be continued. Rows are independent of one another.
 
     In families with two positions for each token (index in the text, index in the answer), arrays of positions have an
@@ -67,8 +68,9 @@ class Requests:
     knobs: Knobs
 
 
-@struct.dataclass
-class State:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State(Record):
     """The state of decoding between two steps. Each row has its own text, its own length and its own random stream.
 
     Every array but those of `cache.layers` has the rows on its first axis.

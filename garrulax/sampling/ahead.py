@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from garrulax.sampling import programs
+
 MOST = 64  # programs kept
 _log = logging.getLogger("garrulax")
 
@@ -49,13 +51,25 @@ def compile_ahead(function: Any, *args: Any, gpu: dict[str, Any] | None = None, 
             if _settings() != settings:
                 return None
             try:
-                return function.lower(*abstract, **static).compile(compiler_options=options)
+                return _kept(function, abstract, static, options)
             except Exception as error:  # the call itself raises it, where it belongs
                 if options:
                     _log.warning("a program is compiled without the options %s: %s", options, error)
                 return None
 
         _programs[key] = _pool.submit(compiled)
+
+
+def _kept(function: Any, args: tuple, static: dict[str, Any], options: dict[str, Any] | None) -> Any:
+    """The program in the cache on disk; or it is compiled, and kept there if there is a cache."""
+    device = _default_device()
+    file = programs.file_of(function, args, static, options, device)
+    program = None if file is None else programs.read(file, args, device)
+    if program is None:
+        program = function.lower(*args, **static).compile(compiler_options=options)
+        if file is not None:
+            _pool.submit(programs.write, file, program)
+    return program
 
 
 def find(function: Any, *args: Any, **static: Any) -> Callable[..., Any]:

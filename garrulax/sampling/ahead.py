@@ -72,6 +72,23 @@ def _kept(function: Any, args: tuple, static: dict[str, Any], options: dict[str,
     return program
 
 
+def call_ahead(function: Callable[[], Any]) -> None:
+    """Calls a function in one of the threads that compile, after the programs that are being compiled.
+
+    An error is left to whoever calls what the function prepares.
+    """
+    with _lock:
+        _programs[object()] = _pool.submit(_quietly, function, _settings())
+
+
+def _quietly(function: Callable[[], Any], settings: tuple) -> None:
+    try:
+        if _settings() == settings:
+            function()
+    except Exception as error:
+        _log.info("nothing is prepared by %s: %s", function, error)
+
+
 def find(function: Any, *args: Any, **static: Any) -> Callable[..., Any]:
     """The program for calls of a jitted function with arguments of these shapes and dtypes.
 

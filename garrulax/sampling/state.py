@@ -276,7 +276,7 @@ def insert(state: State, prefix: State, rows: jax.Array | np.ndarray | int | Non
             raise ValueError(f"insert: {len(prefix.done)} requests are not the {len(state.done)} rows of the state")
     else:
         _check_rows(rows, len(state.done))
-        rows = jnp.atleast_1d(jnp.asarray(rows, jnp.int32))
+        rows = jnp.atleast_1d(rows.astype(jnp.int32)) if isinstance(rows, jax.Array) else np.atleast_1d(np.int32(rows))
     _check_shapes(state, prefix)
     layers, new = state.cache.layers, prefix.cache.layers
     if isinstance(layers, tuple):  # one small program for all layers compiles faster than one with all of them

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import threading
 from typing import Any
 
 import jax
@@ -16,6 +17,8 @@ from garrulax.sampling.buckets import Buckets, bucket, slots_for
 from garrulax.sampling.decoder import Decoder
 from garrulax.sampling.requests import Weights, of_one_context
 from garrulax.sampling.state import Requests, State
+
+_begun = threading.Event()  # the first step with parameters is on its way: one on zeros would only take time from it
 
 
 def size_of(requests: Requests, buckets: Buckets, more: int = 0) -> int:
@@ -47,6 +50,7 @@ def start(
     Returns:
         The state before the first new token.
     """
+    _begun.set()
     groups, rows, slots = _groups(decoder, weights, requests, size)
     slots += 0 if past is None else past.size - requests.context.shape[1]
     first = weights._replace(prefill=weights.of(0))
@@ -68,6 +72,7 @@ def compile_start(decoder: Decoder, weights: Weights, requests: Requests, size: 
     prefix = decoder.compile_ahead(weights, groups[0][0], rows, slots, size, steps=steps)
     state: State = jax.eval_shape(lambda: decoder.empty(weights.step, prefix, rows, slots))
     if steps and jax.default_backend() == "cpu":
+        _begun.clear()
         ahead.call_ahead(functools.partial(_step_on_zeros, decoder, weights.step, prefix, groups[0][1], rows, slots))
     return state
 
@@ -82,8 +87,10 @@ def _step_on_zeros(
     """
     params, prefix = _zeros((params, prefix))
     state = decoder.insert(decoder.empty(params, prefix, rows, slots), prefix, places)
-    done = np.zeros(rows, bool)  # or no step would be taken
-    jax.block_until_ready(decoder.step(params, dataclasses.replace(state, done=jax.numpy.asarray(done)), 1).token)
+    state = dataclasses.replace(state, done=jax.numpy.asarray(np.zeros(rows, bool)))  # or no step would be taken
+    step = decoder.program(params, state)  # waits until it is compiled
+    if not _begun.is_set():
+        jax.block_until_ready(step(params, state, np.int32(1)).token)
 
 
 def _zeros(tree: Any) -> Any:

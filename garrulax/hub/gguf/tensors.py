@@ -87,7 +87,6 @@ class BlockTensor(StoredTensor):
         numbers = self.format.decode(raw.reshape(-1, self.format.bytes))
         return np.ascontiguousarray(numbers.reshape(len(starts), -1)[:, phase : phase + count])
 
-
     def _blocks(self, starts: Sequence[int], count: int) -> np.ndarray:
         """`count` blocks of each run, from the block `starts[i]` on: uint8 [runs, count * bytes of a block]."""
         raw = np.empty((len(starts), count * self.format.bytes), np.uint8)

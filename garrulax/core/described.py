@@ -32,7 +32,7 @@ def describe(value: Any) -> str:
     Example:
         >>> from garrulax.core.described import describe
         >>> describe({"rows": (2, 4), "dtype": None})
-        'dict(str("rows"): tuple(int(2), int(4)), str("dtype"): None)'.replace('"', "'")
+        "dict(str('rows'): builtins.tuple(int(2), int(4)), str('dtype'): None)"
     """
     if value is None or value is Ellipsis:
         return repr(value)

@@ -120,7 +120,7 @@ def _cpu() -> str:
 @functools.cache
 def _sources() -> str:
     """A digest of the source of this package."""
-    digest, root = hashlib.sha256(), Path(garrulax.__file__).parent
+    digest, root = hashlib.sha256(garrulax.__version__.encode()), Path(garrulax.__file__).parent
     for path in sorted(root.rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 for success, 1 for a failure, 2 for wrong usage, 130 for Ctrl-C.
     """
+    # Modules, vocabularies and programs are a million objects that stay: the collector would look through them often.
+    gc.set_threshold(100_000, 20, 20)
     _open_standard_streams()
     args = _parse(argv)
     try:

@@ -5,7 +5,6 @@ from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from garrulax.kernels.mask import Rule, Streams
 
@@ -39,7 +38,8 @@ class Options:
     context_parallel: str | None = None
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Operands:
     """The arrays of a request.
 

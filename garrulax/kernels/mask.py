@@ -27,9 +27,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from garrulax.core.dtypes import as_int32
+from garrulax.core.records import Record
 
 INF = 2**30  # larger than any position, small enough that differences of two do not overflow int32
 PAD = -1  # segment of a padding query
@@ -279,8 +279,9 @@ CAUSAL = Band("rank", 0, INF)
 SAME_SEGMENT = Same("segment")
 
 
-@struct.dataclass
-class Mask:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mask(Record):
     """A rule and the streams that it reads.
 
     Attributes:
@@ -301,8 +302,8 @@ class Mask:
 
     query: Streams
     key: Streams | None = None
-    rule: Rule = struct.field(pytree_node=False, default=CAUSAL & SAME_SEGMENT)
-    causal: bool = struct.field(pytree_node=False, default=False)
+    rule: Rule = dataclasses.field(default=CAUSAL & SAME_SEGMENT, metadata={"static": True})
+    causal: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def key_streams(self) -> Streams:
         """Streams of the keys.

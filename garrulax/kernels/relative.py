@@ -1,14 +1,15 @@
 """T5's relative position bias: a learned number for each head and bucket of distances."""
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Relative:
     """A bias that depends on the distance (key position - query position) and is constant between two starts.
 
@@ -19,7 +20,7 @@ class Relative:
     """
 
     steps: jax.Array
-    starts: tuple[int, ...] = struct.field(pytree_node=False)
+    starts: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
 
 def t5(table: jax.Array, *, bidirectional: bool, max_distance: int = 128) -> Relative:

@@ -1,13 +1,14 @@
 """The KV cache: keys, values and mask streams of the tokens so far, updated in place."""
 
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from garrulax.core.einsum import on_mesh
+from garrulax.core.records import Record
 from garrulax.kernels.mask import PAD_KEY, Streams
 from garrulax.layers import quantised
 from garrulax.layers.cache_kinds import FULL, Kind
@@ -15,8 +16,9 @@ from garrulax.layers.cache_kinds import FULL, Kind
 KV = dict[str, jax.Array]  # "key", "value", and what the kind of the cache adds (`Kind.arrays`)
 
 
-@struct.dataclass
-class Cache:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache(Record):
     """Keys, values and mask streams of the tokens so far.
 
     The tokens of a row are in the slots that the kind gives them: in a full cache, in its first `used` slots. What is
@@ -38,7 +40,7 @@ class Cache:
     streams: Streams
     used: jax.Array
     planned: jax.Array
-    kind: Kind = struct.field(pytree_node=False, default=FULL)
+    kind: Kind = dataclasses.field(default=FULL, metadata={"static": True})
 
     @property
     def size(self) -> int:

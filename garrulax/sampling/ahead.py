@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from garrulax.sampling import programs
+
 MOST = 64  # programs kept
 _log = logging.getLogger("garrulax")
 
@@ -18,8 +20,9 @@ _log = logging.getLogger("garrulax")
 #: together for cuBLAS.
 GPU_STEPS = {"xla_gpu_dot_merger_threshold_mb": 512}
 
-_pool = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix="compile")
+_pool = concurrent.futures.ThreadPoolExecutor(3, thread_name_prefix="compile")
 _lock = threading.Lock()
+_tracing = threading.Lock()  # Python traces one program at a time anyway: so the first is compiled as soon as it can be
 _programs: dict[Hashable, concurrent.futures.Future] = {}
 
 
@@ -44,18 +47,58 @@ def compile_ahead(function: Any, *args: Any, gpu: dict[str, Any] | None = None, 
         abstract, settings = jax.tree.map(_abstract, args), _settings()
         options = gpu if _default_device().platform == "gpu" else None
 
-        def compiled() -> Any:
-            # Settings of a context, such as `jax.enable_x64(True)`, hold in the thread of the caller only.
-            if _settings() != settings:
-                return None
-            try:
-                return function.lower(*abstract, **static).compile(compiler_options=options)
-            except Exception as error:  # the call itself raises it, where it belongs
-                if options:
-                    _log.warning("a program is compiled without the options %s: %s", options, error)
-                return None
+        future: concurrent.futures.Future = concurrent.futures.Future()
+        _programs[key] = future
+        _pool.submit(_compile, future, function, abstract, static, options, settings)
 
-        _programs[key] = _pool.submit(compiled)
+
+def _compile(
+    future: concurrent.futures.Future,
+    function: Any,
+    args: tuple,
+    static: dict[str, Any],
+    options: dict[str, Any] | None,
+    settings: tuple,
+) -> None:
+    """Gives a future its program: that in the cache on disk, or it is compiled, and kept there if there is a cache."""
+    if not future.set_running_or_notify_cancel():
+        return
+    file = program = None
+    try:
+        # Settings of a context, such as `jax.enable_x64(True)`, hold in the thread of the caller only.
+        if _settings() == settings:
+            device = _default_device()
+            file = programs.file_of(function, args, static, options, device)
+            program = None if file is None else programs.read(file, args, device)
+            if program is not None:
+                file = None
+            else:
+                with _tracing:
+                    lowered = function.lower(*args, **static)
+                program = lowered.compile(compiler_options=options)
+    except Exception as error:  # the call itself raises it, where it belongs
+        if options:
+            _log.warning("a program is compiled without the options %s: %s", options, error)
+    future.set_result(program)  # now, since somebody may wait for it
+    if file is not None and program is not None:
+        programs.write(file, program)
+
+
+def call_ahead(function: Callable[[], Any]) -> None:
+    """Calls a function in one of the threads that compile, after the programs that are being compiled.
+
+    An error is left to whoever calls what the function prepares.
+    """
+    with _lock:
+        _programs[object()] = _pool.submit(_quietly, function, _settings())
+
+
+def _quietly(function: Callable[[], Any], settings: tuple) -> None:
+    try:
+        if _settings() == settings:
+            function()
+    except Exception as error:
+        _log.info("nothing is prepared by %s: %s", function, error)
 
 
 def find(function: Any, *args: Any, **static: Any) -> Callable[..., Any]:

@@ -130,12 +130,12 @@ class Decoder:
             The abstract result of `prefill`.
         """
         function, behind, static = self._prefill(size, past)
-        ahead.compile_ahead(function, weights.prefill, requests, *behind, **static)
         prefix = jax.eval_shape(functools.partial(function, **static), weights.prefill, requests, *behind)
-        if steps:
-            static = {"config": self.config, "transform": self.transform}
+        if steps:  # first, since it takes longest
+            own = {"config": self.config, "transform": self.transform}
             before = jax.eval_shape(lambda: self.empty(weights.step, prefix, rows, slots))
-            ahead.compile_ahead(loop.decode_steps, weights.step, before, np.int32(1), gpu=ahead.GPU_STEPS, **static)
+            ahead.compile_ahead(loop.decode_steps, weights.step, before, np.int32(1), gpu=ahead.GPU_STEPS, **own)
+        ahead.compile_ahead(function, weights.prefill, requests, *behind, **static)
         return prefix
 
     def evict(self, before: State, rows: jax.Array) -> State:

@@ -1,17 +1,24 @@
 """The beginning of decoding: a state with a row for each request."""
 
 import dataclasses
+import functools
+import math
+import threading
 from typing import Any
 
 import jax
 import numpy as np
 
+from garrulax.core.spec import Tree
 from garrulax.kernels.mask import PAD
 from garrulax.layers.cache import Cache
+from garrulax.sampling import ahead
 from garrulax.sampling.buckets import Buckets, bucket, slots_for
 from garrulax.sampling.decoder import Decoder
 from garrulax.sampling.requests import Weights, of_one_context
 from garrulax.sampling.state import Requests, State
+
+_begun = threading.Event()  # the first step with parameters is on its way: one on zeros would only take time from it
 
 
 def size_of(requests: Requests, buckets: Buckets, more: int = 0) -> int:
@@ -43,6 +50,7 @@ def start(
     Returns:
         The state before the first new token.
     """
+    _begun.set()
     groups, rows, slots = _groups(decoder, weights, requests, size)
     slots += 0 if past is None else past.size - requests.context.shape[1]
     first = weights._replace(prefill=weights.of(0))
@@ -63,7 +71,39 @@ def compile_start(decoder: Decoder, weights: Weights, requests: Requests, size: 
     groups, rows, slots = _groups(decoder, weights, requests, size)
     prefix = decoder.compile_ahead(weights, groups[0][0], rows, slots, size, steps=steps)
     state: State = jax.eval_shape(lambda: decoder.empty(weights.step, prefix, rows, slots))
+    if steps and jax.default_backend() == "cpu":
+        _begun.clear()
+        ahead.call_ahead(functools.partial(_step_on_zeros, decoder, weights.step, prefix, groups[0][1], rows, slots))
     return state
+
+
+def _step_on_zeros(
+    decoder: Decoder, params: Tree, prefix: State, places: np.ndarray | None, rows: int, slots: int
+) -> None:
+    """Takes the first step with zeros for the parameters and for what was read.
+
+    XLA:CPU makes the kernels of a program's products when they run first, which takes ten times as long as a step of a
+    small model, and the programs of `empty` and `insert` are compiled in their first call.
+    """
+    params, prefix = _zeros((params, prefix))
+    state = decoder.insert(decoder.empty(params, prefix, rows, slots), prefix, places)
+    state = dataclasses.replace(state, done=jax.numpy.asarray(np.zeros(rows, bool)))  # or no step would be taken
+    step = decoder.program(params, state)  # waits until it is compiled
+    if not _begun.is_set():
+        jax.block_until_ready(step(params, state, np.int32(1)).token)
+
+
+def _zeros(tree: Any) -> Any:
+    """Arrays of zeros on a CPU for abstract ones, all in the same memory, which the system does not allocate."""
+    sizes = [math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree)]
+    memory = np.zeros(max(sizes) + 64, np.uint8)
+    memory = memory[-memory.ctypes.data % 64 :]  # aligned so that XLA uses it without a copy
+
+    def zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
+        part = memory[: math.prod(x.shape) * x.dtype.itemsize].view(x.dtype).reshape(x.shape)
+        return jax.device_put(part, may_alias=True)
+
+    return jax.tree.map(zeros, tree)
 
 
 def _groups(

@@ -10,12 +10,12 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 from garrulax import models
 from garrulax.core import half
 from garrulax.core.auto_mesh import in_context, split
 from garrulax.core.config import ModelConfig
+from garrulax.core.records import Record
 from garrulax.core.spec import Tree
 from garrulax.kernels.mask import PAD
 from garrulax.layers.cache import KV, Cache
@@ -24,8 +24,9 @@ from garrulax.sampling.contexts import cache_context
 from garrulax.sampling.transforms import Knobs, Transform
 
 
-@struct.dataclass
-class Requests:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Requests(Record):
     """Texts to be continued. Rows are independent of one another.
 
     In families with two positions for each token (index in the text, index in the answer), arrays of positions have an
@@ -67,8 +68,9 @@ class Requests:
     knobs: Knobs
 
 
-@struct.dataclass
-class State:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State(Record):
     """The state of decoding between two steps. Each row has its own text, its own length and its own random stream.
 
     Every array but those of `cache.layers` has the rows on its first axis.
@@ -274,7 +276,7 @@ def insert(state: State, prefix: State, rows: jax.Array | np.ndarray | int | Non
             raise ValueError(f"insert: {len(prefix.done)} requests are not the {len(state.done)} rows of the state")
     else:
         _check_rows(rows, len(state.done))
-        rows = jnp.atleast_1d(jnp.asarray(rows, jnp.int32))
+        rows = jnp.atleast_1d(rows.astype(jnp.int32)) if isinstance(rows, jax.Array) else np.atleast_1d(np.int32(rows))
     _check_shapes(state, prefix)
     layers, new = state.cache.layers, prefix.cache.layers
     if isinstance(layers, tuple):  # one small program for all layers compiles faster than one with all of them

@@ -1,17 +1,18 @@
 """Which steps count: one whose loss is not a number, or far above the latest ones, can be skipped."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 from garrulax.train.settings import Settings
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Guard:
     """Statistics of the earlier steps. They are part of the state of a run, and so of its checkpoints.
 

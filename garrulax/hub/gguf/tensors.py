@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -53,6 +53,11 @@ class BlockTensor(StoredTensor):
             numbers = self._numbers((block,), phase, len(rows.array) * count)
             rows.array[...] = numbers.view(np.uint8).reshape(rows.array.shape)
             return
+        width = self.shape[-1]
+        if self.rows is not None and step == count == width and first % width == 0:  # whole rows
+            places = self.rows[first // width :][: len(rows.array)] * (width // self.format.values)
+            rows.array[...] = self._numbers(places.tolist(), 0, count).view(np.uint8)
+            return
         pieces = self._pieces(first, step, rows.buffers)
         for (phase, count), run in itertools.groupby(pieces, lambda piece: piece[1:3]):
             starts, _, _, buffers = zip(*run, strict=True)
@@ -73,21 +78,28 @@ class BlockTensor(StoredTensor):
                 yield (*divmod(place, self.format.values), count, buffer[: count * size])
                 at, buffer = at + count, buffer[count * size :]
 
-    def _numbers(self, starts: tuple[int, ...], phase: int, count: int) -> np.ndarray:
+    def _numbers(self, starts: Sequence[int], phase: int, count: int) -> np.ndarray:
         """`count` numbers of each run, which begins with number `phase` of the block `starts[i]`: [runs, count]."""
         blocks = -(-(phase + count) // self.format.values)
-        raw = np.empty((len(starts), blocks * self.format.bytes), np.uint8)
-        steps = set(np.diff(starts).tolist()) or {0}
-        if len(steps) == 1:  # evenly spaced: perhaps one piece of the file
-            step = steps.pop() * self.format.bytes
-            read_buffers(self.file, self.start + starts[0] * self.format.bytes, step, list(raw), raw.shape[1])
-        else:
-            for start, buffer in zip(starts, raw, strict=True):
-                read_buffers(self.file, self.start + start * self.format.bytes, 0, [buffer], raw.shape[1])
+        raw = self._blocks(starts, blocks)
         if self.format.codes is None:
             return raw.view(self.numpy_dtype)
         numbers = self.format.decode(raw.reshape(-1, self.format.bytes))
         return np.ascontiguousarray(numbers.reshape(len(starts), -1)[:, phase : phase + count])
+
+    def _blocks(self, starts: Sequence[int], count: int) -> np.ndarray:
+        """`count` blocks of each run, from the block `starts[i]` on: uint8 [runs, count * bytes of a block]."""
+        raw = np.empty((len(starts), count * self.format.bytes), np.uint8)
+        begin, span = min(starts), max(starts) - min(starts) + count
+        if span <= 2 * count * len(starts):  # one piece of the file, with the runs in any order
+            piece = np.empty((span, self.format.bytes), np.uint8)
+            read_buffers(self.file, self.start + begin * self.format.bytes, 0, [piece.reshape(-1)], piece.size)
+            places = np.asarray(starts)[:, None] - begin + np.arange(count)
+            np.take(piece, places.reshape(-1), axis=0, out=raw.reshape(-1, self.format.bytes))
+            return raw
+        for start, buffer in zip(starts, raw, strict=True):
+            read_buffers(self.file, self.start + start * self.format.bytes, 0, [buffer], raw.shape[1])
+        return raw
 
 
 def stored_tensor(entry: Entry, shape: tuple[int, ...], rows: np.ndarray | None = None) -> StoredTensor:

@@ -57,9 +57,8 @@ class JsonTokenizer(Tokenizer):
         unknown = getattr(tokenizer.model, "unk_token", None)  # plain text may encode to it
         self._controls = {i for content, i in self.specials.items() if content != unknown}
 
-        settings = _settings(tokenizer)
-        self.prefix = tuple(_prefix_ids(settings["post_processor"]))
-        steps = {step["type"]: step for step in _steps(settings["decoder"], "decoders")}
+        self.prefix = tuple(_prefix_ids(_part(tokenizer.post_processor)))
+        steps = {step["type"]: step for step in _steps(_part(tokenizer.decoder), "decoders")}
         if "CTC" in steps:
             raise ValueError("tokenizer.json has a decoder of type CTC, which Garrulax cannot stream")
         self._word_end = steps["BPEDecoder"]["suffix"] if "BPEDecoder" in steps else None
@@ -69,7 +68,7 @@ class JsonTokenizer(Tokenizer):
         # Other decoders may treat the first token of a text differently. So `_decoded` decodes a token together with an
         # ordinary token before it, the anchor, and removes the text of the anchor: letters, or any token that has text.
         self._anchor = None if self._byte_of or self._word_end else self._find_anchor(sorted(contents))
-        decoded = ((i, self._decoded(i)) for i in sorted(contents))
+        decoded = ((i, self._decoded(i)) for i in (() if self._anchor is None else sorted(contents)))
         spaced = next((i for i, text in decoded if text.startswith(b" ") and text.strip()), None)
         self.strips_space = spaced is not None and not tokenizer.decode([spaced]).startswith(" ")
 
@@ -92,7 +91,7 @@ class JsonTokenizer(Tokenizer):
     @functools.cached_property
     def _with_specials(self) -> tokenizers.Tokenizer:
         """The tokenizer for texts of templates: it reads control tokens."""
-        tokenizer = copy.deepcopy(self._tokenizer)
+        tokenizer = _with_shared_model(self._tokenizer)
         tokenizer.encode_special_tokens = False
         return tokenizer
 
@@ -222,6 +221,22 @@ def byte_alphabet() -> dict[str, int]:
 
 
 # -- The content of tokenizer.json ------------------------------------------------------------------------------------
+
+
+def _with_shared_model(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """A copy with the same model, if its added tokens then have the same ids; else a whole one, which takes longer."""
+    added = tokenizer.get_added_tokens_decoder()
+    twin = tokenizers.Tokenizer(tokenizer.model)
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        if getattr(tokenizer, part) is not None:
+            setattr(twin, part, getattr(tokenizer, part))
+    twin.add_tokens([token for _, token in sorted(added.items())])
+    return twin if twin.get_added_tokens_decoder() == added else copy.deepcopy(tokenizer)
+
+
+def _part(part: Any) -> dict[str, Any] | None:
+    """A normalizer, pre-tokenizer, post-processor or decoder as tokenizer.json has it; None for none."""
+    return None if part is None else json.loads(part.__getstate__())  # to_str would write the whole vocabulary too
 
 
 def _settings(tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """The arguments of every implementation of decoding attention: a few queries of each sequence over its cache."""
 
+import dataclasses
+
 import jax
-from flax import struct
 
 from garrulax.kernels.mask import Streams
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class DecodeOperands:
     """The arrays of a decoding request; the static part is `kernels.call.Options`, without dropout.
 

@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from garrulax import models
 from garrulax.core import half
@@ -33,7 +32,8 @@ from garrulax.sampling.transforms import Transform
 EVERY_BIT = (1 << BITS_PER_WORD) - 1
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Beams:
     """The state of beam search between two steps.
 

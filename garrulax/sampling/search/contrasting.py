@@ -11,7 +11,6 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 from garrulax import models
 from garrulax.core import half
@@ -34,7 +33,8 @@ from garrulax.sampling.writing import Writer, end_stopped, push_new_tokens
 STOP_CHECK_STEPS = 8  # steps between two checks for stop strings
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Contrast:
     """The state of contrastive search between two steps.
 

@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from garrulax.layers.cache import write
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Sequences:
     """Sequences of new tokens. The leading axes are [P, K], or [P, G, K] for several groups.
 

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 from garrulax import models
 from garrulax.core.config import ModelConfig
@@ -26,7 +25,8 @@ from garrulax.sampling.state import Requests, State, grow_cache
 from garrulax.sampling.transforms import Transform
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class DraftMemory:
     """The cache and the positions of a draft model.
 

@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from garrulax.core import half
 from garrulax.core.config import ModelConfig
@@ -20,7 +19,8 @@ from garrulax.sampling.transforms import Transform
 T = TypeVar("T")
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Speculating:
     """The state of decoding with speculation between two passes.
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 #: Query heads, key/value heads, their width, and tokens of the whole text.
 SHAPES = {
     "data=2,sequence=4": [(32, 32, 128, 4096), (32, 32, 128, 16384)],
-    "sequence=8": [(32, 8, 128, 32768), (32, 32, 128, 32768)],
+    "sequence=8": [(32, 1, 128, 32768), (32, 8, 128, 32768), (32, 32, 128, 32768)],
 }
 
 

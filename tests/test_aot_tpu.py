@@ -105,3 +105,11 @@ def test_what_else_compiles(chip, case):
 @pytest.mark.parametrize("case", ["bias128", "causal80", "multiquery64"])
 def test_short_texts_compile(chip, case):
     assert "attention_backward" in compiled(chip, case, "backward")["kernels"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["v4", *RATE])
+@pytest.mark.parametrize("case", ["shared128", "shared256"])
+def test_many_query_heads_of_one_key_head_compile(chip, case):
+    """The gradients of keys and values take several spans; v4 has 16 MiB of VMEM."""
+    assert "attention_backward" in compiled(chip, case, "backward")["kernels"]

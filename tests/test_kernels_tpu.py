@@ -14,10 +14,11 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractDevice
 
 from garrulax.kernels.attention import REGISTRY, attention, request
 from garrulax.kernels.call import Options
-from garrulax.kernels.experimental.tpu import TpuAttention, forward, schedule
+from garrulax.kernels.experimental.tpu import TpuAttention, forward, memory, schedule
 from garrulax.kernels.mask import Mask
 from garrulax.kernels.xla import Chunked
 
@@ -48,11 +49,17 @@ def test_extras_together_and_a_mask_with_empty_rows():
 
 
 @pytest.mark.parametrize(
-    "shape", [pytest.param((200, 200, 3, 3, 64), marks=pytest.mark.slow), (150, 150, 11, 1, 16)], ids=["MHA", "MQA"]
+    ("shape", "extras"),
+    [
+        pytest.param((200, 200, 3, 3, 64), (), marks=pytest.mark.slow),
+        pytest.param((150, 150, 11, 1, 16), (), marks=pytest.mark.slow),
+        ((100, 100, 18, 2, 16), ("alibi", "bias", "dropout")),
+    ],
+    ids=["MHA", "MQA", "parts"],
 )
-def test_heads(shape):
-    """11 heads do not divide into groups of at most 8: they are a loop of the kernel's."""
-    cases.assert_agrees(SMALL, cases.packed(shape[0]), shape, bound=BOUND)
+def test_heads(shape, extras):
+    """9 query heads of a key/value head are three parts of 3 heads, and 11 of them 11 parts of one."""
+    cases.assert_agrees(SMALL, cases.packed(shape[0]), shape, extras=extras, bound=2 * BOUND)
 
 
 @pytest.mark.parametrize(("C", "Cv"), cases.some([(64, 64), (80, 96), (128, 64), (256, 128), (192, 256)], (80, 96)))
@@ -193,6 +200,8 @@ def test_refusals():
     assert kernel.unsupported_reason(options, abstract(1 << 17, B=2)) is None
     assert "blocks are more than its list holds" in kernel.unsupported_reason(options, abstract(1 << 17, B=3))
     assert "4097" in TpuAttention(block_q=128, block_k=128).unsupported_reason(options, abstract(4097 * 128, 128))
+    wide = TpuAttention(block_q=8192, block_k=4096).unsupported_reason(options, abstract(1 << 16))
+    assert "of 56 MiB of vector memory" in wide
     with jax.enable_x64(True):
         assert "float64" in kernel.unsupported_reason(options, abstract(128, dtype=jnp.float64))
         x = jax.ShapeDtypeStruct((1, 128, 2, 128), jnp.float64)
@@ -203,9 +212,22 @@ def test_refusals():
 @pytest.mark.parametrize("G", [1, 2, 4, 8, 16, 71])
 @pytest.mark.parametrize("T", [1, 129, 4096])
 def test_default_blocks_are_whole(T, G):
-    block_q, block_k = TpuAttention().blocks(abstract(T, H=G))
-    assert block_q % 128 == block_k % 128 == 0
-    assert block_q <= max(128, 2 * T)
+    sizes = TpuAttention().sizes(abstract(T, H=G))
+    assert sizes.block_q % 128 == sizes.block_k % 128 == sizes.block_k % sizes.chunk == sizes.span % sizes.block_k == 0
+    assert sizes.block_q <= max(128, 2 * T)
+
+
+@pytest.mark.parametrize("G", [1, 2, 8, 9, 32, 64, 71])
+@pytest.mark.parametrize("C", [64, 256, 512])
+def test_default_blocks_fit_into_the_memory_of_every_chip(G, C):
+    """What they need does not grow with the query heads that share a key/value head; v4 has a quarter of the memory."""
+    for kind, limit in {"TPU v4": 16, "TPU v5 lite": 128, "TPU v5": 64, "TPU v6 lite": 128}.items():
+        of_chip = memory.vector_memory(AbstractDevice(device_kind=kind, num_cores=1, platform="tpu"))
+        for dtype in (jnp.bfloat16, jnp.float32):
+            arrays = abstract(40_000, H=G, C=C, dtype=dtype)
+            sizes = memory.choose_sizes(arrays, of_chip, None, None, of_chip.span)
+            assert G % sizes.heads == 0
+            assert memory.needed(arrays, sizes) <= of_chip.limit < limit << 20
 
 
 @pytest.fixture

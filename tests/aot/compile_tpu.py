@@ -12,7 +12,7 @@ import tempfile
 
 import bundles
 
-TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 KERNELS = ["attention_forward", "attention_backward", "attention_bias_gradient", "attention_steps_gradient"]
 GQA, MHA, MQA = (8, 2), (8, 8), (71, 1)
 
@@ -36,6 +36,8 @@ CASES = {
     "float32_256": (GQA, 256, 16384, "float32", "causal"),
     "float16": (GQA, 128, 8192, "float16", "causal"),
     "long128": (MHA, 128, 65536, "bfloat16", "causal"),
+    "shared128": ((32, 1), 128, 20480, "bfloat16", "causal"),
+    "shared256": ((64, 1), 256, 20480, "bfloat16", "causal"),
     "full64": (MHA, 64, 8192, "bfloat16", "full"),
     "full256": (GQA, 256, 8192, "bfloat16", "full"),
 }

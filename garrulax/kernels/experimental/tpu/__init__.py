@@ -1,7 +1,7 @@
 """Attention on TPUs: Pallas kernels for training, forward and backward, which visit only the active blocks of a mask.
 
-`layout` divides a request into blocks, `schedule` lists the active ones, `scores` is the arithmetic on a tile of
-scores, `forward`, `backward` and `bias_gradients` are the kernels.
+`memory` chooses the size of blocks, `layout` divides a request into them, `schedule` lists the active ones, `scores` is
+the arithmetic on a tile of scores, `forward`, `backward` and `bias_gradients` are the kernels.
 """
 
 import dataclasses
@@ -14,13 +14,13 @@ import jax.numpy as jnp
 from garrulax.kernels import large_scores
 from garrulax.kernels.blocks import pad_axis, pad_to_blocks
 from garrulax.kernels.call import EMPTY_ROW_LSE, Gradients, LogSumExp, Operands, Options
-from garrulax.kernels.experimental.tpu import backward, bias_gradients, forward, layout
+from garrulax.kernels.experimental.tpu import backward, bias_gradients, forward, layout, memory
 from garrulax.kernels.experimental.tpu.layout import LANES, TpuPlan
 from garrulax.kernels.experimental.tpu.schedule import MAX_ENTRIES, MAX_SIDE
 from garrulax.kernels.passes import ForwardBackward
+from garrulax.kernels.picking import target_device
 
 DTYPES = ("bfloat16", "float16", "float32")
-BLOCK = 1024  # default keys of a block, and default queries of a block times query heads of a key/value head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,17 +28,18 @@ class TpuAttention(ForwardBackward):
     """Attention for TPUs, of float32, bfloat16 or float16 (computed as float32), with any widths and lengths.
 
     Attributes:
-        block_q: Queries of a block, a multiple of 128; None chooses by the request.
-        block_k: Keys of a block, a multiple of 128; None chooses by the request.
-        chunk: Keys of a block whose scores are computed together.
-        span_bytes: VMEM for the gradients of keys and values; longer texts take several passes over spans of keys.
+        block_q: Queries of a block, a multiple of 128; None chooses by the request and the chip.
+        block_k: Keys of a block, a multiple of 128; None chooses by the request and the chip.
+        chunk: Keys of a block whose scores are computed together; None chooses.
+        span_bytes: VMEM for the gradients of keys and values; longer texts take several passes over spans of keys. None
+            chooses by the chip.
         interpret: True, or `pltpu.InterpretParams`, to run without a TPU.
     """
 
     block_q: int | None = None
     block_k: int | None = None
-    chunk: int = 512
-    span_bytes: int = 16 << 20
+    chunk: int | None = None
+    span_bytes: int | None = None
     interpret: Any = False
 
     def unsupported_reason(self, options: Options, operands: Operands) -> str | None:
@@ -47,8 +48,10 @@ class TpuAttention(ForwardBackward):
         dtypes = {str(x.dtype) for x in (o.query, o.key, o.value)}
         if len(dtypes) > 1 or not dtypes <= set(DTYPES):
             return f"it takes queries, keys and values of one of the dtypes {', '.join(DTYPES)}, not {sorted(dtypes)}"
-        block_q, block_k = self.blocks(operands)
-        rows, columns = math.ceil(o.query.shape[1] / block_q), math.ceil(o.key.shape[1] / block_k)
+        sizes, most = self.sizes(operands), self._memory(operands).limit
+        if (bytes_needed := memory.needed(operands, sizes)) > most:
+            return f"a block would take {bytes_needed / memory.MIB:.0f} of {most / memory.MIB:.0f} MiB of vector memory"
+        rows, columns = math.ceil(o.query.shape[1] / sizes.block_q), math.ceil(o.key.shape[1] / sizes.block_k)
         if o.steps is not None or o.bias is not None:
             # Their kernels read an array [B, rows, columns] from scalar memory, where rows of it take whole lanes.
             columns += -columns % LANES
@@ -59,17 +62,19 @@ class TpuAttention(ForwardBackward):
             )
         return None
 
-    def blocks(self, operands: Operands) -> tuple[int, int]:
-        """Queries and keys of a block."""
-        T, H = operands.query.shape[1:3]
-        S, K = operands.key.shape[1:3]
-        block_q = self.block_q or max(LANES, min(_padded_length(T), BLOCK // _power_of_two(H // K)))
-        return block_q, self.block_k or min(_padded_length(S), BLOCK)
+    def sizes(self, operands: Operands) -> memory.Sizes:
+        """How a request is divided on its device; operands may be abstract."""
+        of_chip = self._memory(operands)
+        sizes = memory.choose_sizes(operands, of_chip, self.block_q, self.block_k, self.span_bytes or of_chip.span)
+        return sizes if self.chunk is None else dataclasses.replace(sizes, chunk=math.gcd(self.chunk, sizes.block_k))
+
+    def _memory(self, operands: Operands) -> memory.VectorMemory:
+        return memory.vector_memory(target_device((operands,)))
 
     def forward(self, options: Options, operands: Operands) -> tuple[jax.Array, LogSumExp]:
         """See `ForwardBackward.forward`."""
         B, T, H, _ = operands.query.shape
-        out, lse = forward.forward(*self._whole_blocks(options, operands))  # [B, K, G, T', Cv'], [B, K, G, T']
+        out, lse = forward.forward(*self._whole_blocks(options, operands))  # [B, N, G, T', Cv'], [B, N, G, T']
         out = layout.by_token(out, T, operands.value.shape[3]).astype(operands.query.dtype)
         return out, LogSumExp.rounded(lse.reshape(B, H, -1)[:, :, :T])
 
@@ -85,18 +90,18 @@ class TpuAttention(ForwardBackward):
         self, options: Options, operands: Operands, lse: LogSumExp, delta: jax.Array, cotangent: jax.Array
     ) -> Gradients:
         o = operands
-        B, T, H, C = o.query.shape
-        S, K = o.key.shape[1:3]
-        span = self._span(operands)
+        B, T, _, C = o.query.shape
+        S = o.key.shape[1]
+        span = self.sizes(operands).span
         plan, padded = self._whole_blocks(options, operands, span)
         more = padded.query.shape[1] - T
         rows = {
-            "cotangent": layout.by_head(pad_axis(cotangent.astype(padded.query.dtype), more), K),
+            "cotangent": layout.by_head(pad_axis(cotangent.astype(padded.query.dtype), more), plan.heads),
             # Queries of the padding get the lse of queries without keys, which makes their probabilities 0.
             "lse": jnp.pad(lse.value, ((0, 0), (0, 0), (0, more)), constant_values=EMPTY_ROW_LSE).reshape(
-                B, K, H // K, -1
+                B, -1, plan.heads, T + more
             ),
-            "delta": pad_axis(delta, more, 2).reshape(B, K, H // K, -1),
+            "delta": pad_axis(delta, more, 2).reshape(B, -1, plan.heads, T + more),
         }
         dq, dk, dv = backward.by_spans(plan, padded, rows, span)
         dbias = dsteps = None
@@ -109,30 +114,12 @@ class TpuAttention(ForwardBackward):
         dk, dv = (layout.by_token(x[:, :, None], S, n) for x, n in ((dk, C), (dv, o.value.shape[3])))
         return Gradients(dq.astype(o.query.dtype), dk.astype(o.key.dtype), dv.astype(o.value.dtype), dbias, dsteps)
 
-    def _span(self, operands: Operands) -> int:
-        """Keys whose gradients are computed in one pass: whole blocks, in passes of equal size."""
-        _, block_k = self.blocks(operands)
-        block_bytes = 4 * block_k * sum(n + -n % LANES for n in (operands.key.shape[3], operands.value.shape[3]))
-        columns = math.ceil(operands.key.shape[1] / block_k)
-        passes = math.ceil(columns / max(1, self.span_bytes // block_bytes))
-        return math.ceil(columns / passes) * block_k
-
     def _whole_blocks(self, options: Options, operands: Operands, keys: int | None = None) -> tuple[TpuPlan, Operands]:
         """The plan, and the request padded to whole blocks and, if given, to a multiple of `keys` keys."""
+        s, vmem = self.sizes(operands), self._memory(operands).limit
         if operands.query.dtype == jnp.float16:  # which the matrix unit does not know
             q, k, v = (x.astype(jnp.float32) for x in (operands.query, operands.key, operands.value))
             operands = dataclasses.replace(operands, query=q, key=k, value=v)
-        block_q, block_k = self.blocks(operands)
-        options, operands = pad_to_blocks(options, operands, block_q, keys or block_k)
-        chunk = math.gcd(self.chunk, block_k)
-        return layout.make_plan(options, operands, block_q, block_k, chunk, self.interpret), operands
-
-
-def _padded_length(length: int) -> int:
-    """The least power of two times 128 that is not below the length."""
-    return LANES * _power_of_two(math.ceil(length / LANES))
-
-
-def _power_of_two(n: int) -> int:
-    """The least power of two that is not below n."""
-    return 1 << (n - 1).bit_length()
+        options, operands = pad_to_blocks(options, operands, s.block_q, keys or s.block_k)
+        plan = layout.make_plan(options, operands, s.heads, s.block_q, s.block_k, s.chunk, vmem, self.interpret)
+        return plan, operands

@@ -38,21 +38,23 @@ def backward(
     Args:
         plan: Of the call.
         operands: Of a request of whole blocks; its keys may be a span of those of the request.
-        rows: `cotangent` [B, K, G, T, Cv], `lse` and `delta` float32 [B, K, G, T].
+        rows: `cotangent` [B, N, G, T, Cv], `lse` and `delta` float32 [B, N, G, T].
         first_key: Index of the first key of the operands among all keys of the request.
         dtype: Of the queries' gradient.
 
     Returns:
-        Gradients of the query [B, K, G, T, C] in `dtype`, of the key [B, K, S, C] and of the value [B, K, S, Cv] in
+        Gradients of the query [B, N, G, T, C] in `dtype`, of the key [B, K, S, C] and of the value [B, K, S, Cv] in
         float32.
     """
     x = layout.kernel_arrays(plan, operands) | rows
     scalars, count = layout.with_schedule(plan, operands, layout.kernel_scalars(plan, operands, first_key))
-    K, G = x["query"].shape[1:3]
+    B, N, G = x["query"].shape[:3]
     out = {
         "dquery": jax.ShapeDtypeStruct(x["query"].shape, dtype),
-        "dkey": jax.ShapeDtypeStruct(x["key"].shape, jnp.float32),
-        "dvalue": jax.ShapeDtypeStruct(x["value"].shape, jnp.float32),
+        **{
+            f"d{name}": jax.ShapeDtypeStruct((B, N, *x[name].shape[2:]), jnp.float32)  # a sum for each part
+            for name in ("key", "value")
+        },
     }
     # Outputs in HBM, which the kernel copies itself: as blocks of the pipeline they would have two buffers in VMEM.
     in_hbm = {name: pl.BlockSpec(memory_space=pl.ANY) for name in ("dkey", "dvalue")}
@@ -67,13 +69,14 @@ def backward(
         functools.partial(_kernel, plan),
         "attention_backward",
         plan,
-        (K, count),
+        (N, count),
         1,
         (scalars, x, layout.block_specs(plan, x, layout.scheduled_block)),
         (out, layout.block_specs(plan, {"dquery": out["dquery"]}, layout.scheduled_block) | in_hbm),
         scratch,
     )
-    return y["dquery"], y["dkey"] * plan.options.scale, y["dvalue"] / (1 - plan.options.dropout)
+    dkey, dvalue = (y[name].reshape(B, -1, plan.parts, *y[name].shape[2:]).sum(axis=2) for name in ("dkey", "dvalue"))
+    return y["dquery"], dkey * plan.options.scale, dvalue / (1 - plan.options.dropout)
 
 
 def _kernel(plan: TpuPlan, scalars: Named, x: Named, y: Named, carry: Named) -> None:
@@ -100,7 +103,7 @@ def _kernel(plan: TpuPlan, scalars: Named, x: Named, y: Named, carry: Named) -> 
     def finish_sequence():
         # Each copy waits for its own semaphore before the next step may set the buffers to 0.
         for name in ("dkey", "dvalue"):
-            pltpu.sync_copy(carry[name], y[name].at[block.batch, block.head])
+            pltpu.sync_copy(carry[name], y[name].at[block.batch, block.part])
 
 
 def _block(plan: TpuPlan, scalars: Named, x: Named, carry: Named, block: BlockIndex, partial: bool) -> None:
@@ -205,10 +208,12 @@ def by_spans(plan: TpuPlan, operands: Operands, rows: Named, span: int) -> tuple
             key_streams={name: part(s, first) for name, s in operands.key_streams.items()},
             bias=None if operands.bias is None else jax.lax.dynamic_slice_in_dim(operands.bias, first, span, axis=3),
         )
-        more, dkey, dvalue = backward(plan, o, rows, first, jnp.float32)
+        # Without the barrier XLA lets the kernel copy these gradients into those of all spans: VMEM then holds them
+        # twice.
+        more, dkey, dvalue = jax.lax.optimization_barrier(backward(plan, o, rows, first, jnp.float32))
         return dquery + more, (dkey, dvalue)
 
-    zeros = jnp.zeros(layout.by_head(operands.query, operands.key.shape[2]).shape, jnp.float32)
+    zeros = jnp.zeros(layout.by_head(operands.query, plan.heads).shape, jnp.float32)
     dquery, parts = jax.lax.scan(add_span, zeros, jnp.arange(0, S, span))
     dkey, dvalue = (jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], S, -1) for x in parts)  # from [spans, B, K, span, C]
     return dquery, dkey, dvalue

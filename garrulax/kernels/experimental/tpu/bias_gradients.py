@@ -25,7 +25,7 @@ _ACTIVE = 1  # flag of a block that has to be computed; the other is PARTIAL
 def bias_gradient(plan: TpuPlan, operands: Operands, bias: jax.Array, rows: Named) -> jax.Array:
     """Gradient of a dense bias, float32 in its shape.
 
-    The grid is all blocks (batch, head, row, column), since every block of the gradient has to be written. The axes
+    The grid is all blocks (batch, part, row, column), since every block of the gradient has to be written. The axes
     along which the bias is broadcast are moved to the end: the steps that add to one block of the gradient then follow
     one another, and the pipeline keeps that block in VMEM until the sum is complete.
 
@@ -39,8 +39,8 @@ def bias_gradient(plan: TpuPlan, operands: Operands, bias: jax.Array, rows: Name
     active, full = layout.block_activity(plan, operands)
     flags = jnp.where(active, jnp.where(full, _ACTIVE, _ACTIVE | PARTIAL), 0)  # [B, rows, columns]
     shape = x["bias"].shape
-    B, K = x["query"].shape[:2]
-    sizes = (B, K, flags.shape[1], flags.shape[2])
+    B, N = x["query"].shape[:2]
+    sizes = (B, N, flags.shape[1], flags.shape[2])
     # Sizes of the bias along the axes of the grid; 0 for the columns, along which it is never broadcast.
     own = [i for i, n in enumerate((*shape[:2], shape[3], 0)) if n != 1 or sizes[i] == 1]
     order = own + [i for i in range(4) if i not in own]
@@ -116,13 +116,13 @@ def steps_gradient(plan: TpuPlan, operands: Operands, steps: jax.Array, rows: Na
     x = layout.kernel_arrays(plan, operands) | rows
     scalars, count = layout.with_schedule(plan, operands, layout.kernel_scalars(plan, operands))
     N, H = steps.shape
-    K = x["query"].shape[1]
-    shape = (K, plan.heads, N + -N % SUBLANES, LANES)
+    parts = x["query"].shape[1]
+    shape = (parts, plan.heads, N + -N % SUBLANES, LANES)
     y = layout.launch(
         functools.partial(_steps_kernel, plan),
         "attention_steps_gradient",
         plan,
-        (K, count),
+        (parts, count),
         1,
         (scalars, x, layout.block_specs(plan, x, layout.scheduled_block)),
         (

@@ -1,9 +1,8 @@
 """The forward kernel: softmax over the blocks of a row as they come (Dao et al. 2022, arXiv 2205.14135), in base 2.
 
-The grid is (key/value heads, active blocks), the blocks fastest: all blocks with the same queries follow one another,
-so that the running softmax of these queries stays in VMEM and each output is written once. All query heads of a
-key/value head are computed in one step, so that keys and values are read once for them. Letters of shapes: see
-`layout`.
+The grid is (parts of query heads, active blocks), the blocks fastest: all blocks with the same queries follow one
+another, so that the running softmax of these queries stays in VMEM and each output is written once. All query heads of
+a part are computed in one step, so that keys and values are read once for them. Letters of shapes: see `layout`.
 """
 
 import functools
@@ -25,14 +24,14 @@ _LN_2 = 1 / scores.LOG2_E
 
 
 def forward(plan: TpuPlan, operands: Operands) -> tuple[jax.Array, jax.Array]:
-    """Output [B, K, G, T, Cv] and lse float32 [B, K, G, T] of a request of whole blocks."""
+    """Output [B, N, G, T, Cv] and lse float32 [B, N, G, T] of a request of whole blocks."""
     x = layout.kernel_arrays(plan, operands)
     scalars, count = layout.with_schedule(plan, operands, layout.kernel_scalars(plan, operands))
-    B, K, G, T, _ = x["query"].shape
+    B, N, G, T, _ = x["query"].shape
     width, rows = x["value"].shape[-1], G * plan.block_q
     out = {
-        "output": jax.ShapeDtypeStruct((B, K, G, T, width), operands.query.dtype),
-        "lse": jax.ShapeDtypeStruct((B, K, G, T), jnp.float32),
+        "output": jax.ShapeDtypeStruct((B, N, G, T, width), operands.query.dtype),
+        "lse": jax.ShapeDtypeStruct((B, N, G, T), jnp.float32),
     }
     # A number of a query fills all 128 lanes of its row, so that it multiplies a tile without a broadcast across lanes.
     scratch = {
@@ -48,7 +47,7 @@ def forward(plan: TpuPlan, operands: Operands) -> tuple[jax.Array, jax.Array]:
         functools.partial(_kernel, plan),
         "attention_forward",
         plan,
-        (K, count),
+        (N, count),
         1,
         (scalars, x, layout.block_specs(plan, x, layout.scheduled_block)),
         (out, layout.block_specs(plan, out, layout.scheduled_block)),
@@ -161,8 +160,8 @@ def _finish_row(plan: TpuPlan, scalars: Named, x: Named, y: Named, carry: Named,
 
 
 def query_head(plan: TpuPlan, block: BlockIndex, g: Any) -> Any:
-    """Index among all query heads of the g-th query head of the block's key/value head."""
-    return block.head * plan.heads + g
+    """Index among all query heads of the g-th query head of the block's part."""
+    return block.part * plan.heads + g
 
 
 def full_or_partial(plan: TpuPlan, partial: jax.Array, body: Callable[[bool], None]) -> None:
@@ -178,7 +177,7 @@ def full_or_partial(plan: TpuPlan, partial: jax.Array, body: Callable[[bool], No
 
 
 def each_group(plan: TpuPlan, body: Any) -> None:
-    """Runs body(j) for each group j of the query heads of a key/value head."""
+    """Runs body(j) for each group j of the query heads of a part."""
     each(plan.heads // plan.group, body)
 
 

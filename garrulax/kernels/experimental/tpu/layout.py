@@ -1,8 +1,12 @@
 """How a request is divided into blocks, and how its arrays are laid out for the kernels.
 
-Letters of shapes: B sequences, K key/value heads, G query heads of a key/value head, T queries, S keys, C and Cv widths
-of keys and values; in the kernels g query heads of a group, q queries and k keys of a block, s queries of a strip, c
-keys of a chunk. All lengths are multiples of the block sizes here, and widths multiples of 128.
+The query heads of a key/value head are divided into parts, which a kernel computes as if each had a key/value head of
+its own: the memory of a step does not grow with the number of query heads that share one.
+
+Letters of shapes: B sequences, K key/value heads, N parts of query heads (K times `TpuPlan.parts`), G query heads of a
+part, T queries, S keys, C and Cv widths of keys and values; in the kernels g query heads of a group, q queries and k
+keys of a block, s queries of a strip, c keys of a chunk. All lengths are multiples of the block sizes here, and widths
+multiples of 128.
 """
 
 import dataclasses
@@ -23,9 +27,6 @@ LANES = 128  # a vector register has 8 sublanes x 128 lanes of 32 bits
 SUBLANES = 8
 STRIP = 256  # queries that are masked together, at most
 GROUP_ROWS = 1024  # rows of the query matrix of a group, at most: enough to keep the matrix unit busy
-# Bytes of vector memory that a kernel may use: two buffers for the block of each array, the scratch (in the backward
-# kernel mostly the gradients of keys and values, see `TpuAttention.span_bytes`), and the temporaries of the compiler.
-VMEM = 56 << 20  # the chip with the least has 64 MiB a core
 
 Named = dict[str, Any]  # arrays, their shapes, their block specs or, inside a kernel, references to them, by name
 
@@ -39,11 +40,13 @@ class TpuPlan:
         block_q: Queries of a block.
         block_k: Keys of a block.
         chunk: Keys of a block whose scores are computed together; divides block_k.
-        heads: Query heads of a key/value head (G).
+        parts: Parts into which the query heads of a key/value head are divided.
+        heads: Query heads of a part (G).
         group: Query heads that are multiplied by a chunk of keys in one product; divides `heads`.
         strip: Queries whose scores are masked together; divides block_q. The heads of a group share the mask.
         query_names: Names of the query streams, in the order of their rows.
         key_names: Names of the key streams, in the order of their rows.
+        vmem: Bytes of vector memory that a kernel may use.
         precision: Of the matrix products.
         interpret: Passed to `pallas_call`.
     """
@@ -52,11 +55,13 @@ class TpuPlan:
     block_q: int
     block_k: int
     chunk: int
+    parts: int
     heads: int
     group: int
     strip: int
     query_names: tuple[str, ...]
     key_names: tuple[str, ...]
+    vmem: int
     precision: jax.lax.Precision
     interpret: Any
 
@@ -67,17 +72,19 @@ class TpuPlan:
 
 
 class BlockIndex(NamedTuple):
-    """The block that a step of a grid computes: sequence, key/value head, row (of queries) and column (of keys)."""
+    """The block that a step of a grid computes: sequence, part of the query heads, row (of queries) and column (of
+    keys)."""
 
     batch: Any
-    head: Any
+    part: Any
     row: Any
     column: Any
 
 
-def make_plan(options: Options, operands: Operands, block_q: int, block_k: int, chunk: int, interpret: Any) -> TpuPlan:
+def make_plan(
+    options: Options, operands: Operands, heads: int, block_q: int, block_k: int, chunk: int, vmem: int, interpret: Any
+) -> TpuPlan:
     """The plan of a request whose lengths are multiples of the block sizes; arguments as in `TpuPlan`."""
-    heads = operands.query.shape[2] // operands.key.shape[2]
     # The largest group that divides the heads and whose query matrix has at most GROUP_ROWS rows.
     group = max(g for g in range(1, heads + 1) if heads % g == 0 and (g == 1 or g * block_q <= GROUP_ROWS))
     exact = operands.query.dtype == jnp.float32
@@ -86,25 +93,32 @@ def make_plan(options: Options, operands: Operands, block_q: int, block_k: int, 
         block_q=block_q,
         block_k=block_k,
         chunk=chunk,
+        parts=operands.query.shape[2] // operands.key.shape[2] // heads,
         heads=heads,
         group=group,
         strip=math.gcd(STRIP, block_q),
         query_names=tuple(sorted(operands.query_streams)),
         key_names=tuple(sorted(operands.key_streams)),
+        vmem=vmem,
         precision=jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT,
         interpret=interpret,
     )
 
 
+def heads_of_part(heads: int, most: int) -> int:
+    """Query heads that a step computes, of those that share a key/value head: as many as divide them, up to `most`."""
+    return max(n for n in range(1, most + 1) if heads % n == 0)
+
+
 def by_head(x: jax.Array, heads: int) -> jax.Array:
-    """x [B, T, K·G, C] as [B, K, G, T, C], with the width padded to a multiple of 128."""
-    x = x.reshape(*x.shape[:2], heads, -1, x.shape[3])  # [B, T, K, G, C]
+    """x [B, T, N·heads, C] as [B, N, heads, T, C], with the width padded to a multiple of 128."""
+    x = x.reshape(*x.shape[:2], -1, heads, x.shape[3])  # [B, T, N, G, C]
     return pad_axis(x.transpose(0, 2, 3, 1, 4), -x.shape[4] % LANES, axis=4)
 
 
 def by_token(x: jax.Array, length: int, width: int) -> jax.Array:
-    """The inverse of `by_head`: x [B, K, G, T, C] as [B, length, K·G, width], without the padding."""
-    x = x[:, :, :, :length, :width].transpose(0, 3, 1, 2, 4)  # [B, T, K, G, C]
+    """The inverse of `by_head`: x [B, N, G, T, C] as [B, length, N·G, width], without the padding."""
+    x = x[:, :, :, :length, :width].transpose(0, 3, 1, 2, 4)  # [B, T, N, G, C]
     return x.reshape(*x.shape[:2], -1, width)
 
 
@@ -125,18 +139,17 @@ def stack_streams(streams: dict[str, jax.Array], names: Sequence[str], like: jax
 def kernel_arrays(plan: TpuPlan, operands: Operands) -> Named:
     """The arrays of a request, in the layouts that the kernels read through block specs."""
     o = operands
-    K = o.key.shape[2]
     x = {
-        "query": by_head(o.query, K),  # [B, K, G, T, C]
-        "key": by_head(o.key, K)[:, :, 0],  # [B, K, S, C]
-        "value": by_head(o.value, K)[:, :, 0],  # [B, K, S, Cv]
+        "query": by_head(o.query, plan.heads),  # [B, N, G, T, C]
+        "key": by_head(o.key, 1)[:, :, 0],  # [B, K, S, C]
+        "value": by_head(o.value, 1)[:, :, 0],  # [B, K, S, Cv]
         "query_streams": stack_streams(o.query_streams, plan.query_names, o.query),  # [B, rows, T]
         "key_streams": stack_streams(o.key_streams, plan.key_names, o.key),  # [B, rows, S]
     }
     if o.bias is not None:
         shared = o.bias.shape[1] == 1
-        heads = (1, 1) if shared else (K, plan.heads)
-        x["bias"] = o.bias.reshape(o.bias.shape[0], *heads, *o.bias.shape[2:])  # [B|1, K|1, G|1, T|1, S]
+        heads = (1, 1) if shared else (-1, plan.heads)
+        x["bias"] = o.bias.reshape(o.bias.shape[0], *heads, *o.bias.shape[2:])  # [B|1, N|1, G|1, T|1, S]
     return x
 
 
@@ -182,10 +195,10 @@ def with_schedule(plan: TpuPlan, operands: Operands, scalars: Named) -> tuple[Na
     return {"words": s.words, "batch": s.batch, **scalars}, s.length
 
 
-def scheduled_block(head: Any, step: Any, scalars: Named) -> BlockIndex:
-    """The block of a step of the grid (key/value heads, active blocks)."""
+def scheduled_block(part: Any, step: Any, scalars: Named) -> BlockIndex:
+    """The block of a step of the grid (parts of query heads, active blocks)."""
     word = scalars["words"][step]
-    return BlockIndex(scalars["batch"][step], head, row(word), column(word))
+    return BlockIndex(scalars["batch"][step], part, row(word), column(word))
 
 
 def block_specs(plan: TpuPlan, x: Named, index: Callable[..., BlockIndex]) -> Named:
@@ -208,21 +221,21 @@ def block_specs(plan: TpuPlan, x: Named, index: Callable[..., BlockIndex]) -> Na
     def spec_of(name):
         width = x[name].shape[-1]
         match name:
-            case "query" | "output" | "cotangent" | "dquery":  # of [B, K, G, T, width]
-                return spec((1, 1, G, q, width), lambda i: (i.batch, i.head, 0, i.row, 0))
+            case "query" | "output" | "cotangent" | "dquery":  # of [B, N, G, T, width]
+                return spec((1, 1, G, q, width), lambda i: (i.batch, i.part, 0, i.row, 0))
             case "key" | "value":  # of [B, K, S, width]
-                return spec((1, 1, k, width), lambda i: (i.batch, i.head, i.column, 0))
-            case "lse" | "delta":  # of [B, K, G, T]
-                return spec((1, 1, G, q), lambda i: (i.batch, i.head, 0, i.row))
+                return spec((1, 1, k, width), lambda i: (i.batch, i.part // plan.parts, i.column, 0))
+            case "lse" | "delta":  # of [B, N, G, T]
+                return spec((1, 1, G, q), lambda i: (i.batch, i.part, 0, i.row))
             case "query_streams":  # of [B, rows, T]
                 return spec((1, x[name].shape[1], q), lambda i: (i.batch, 0, i.row))
             case "key_streams":  # of [B, rows, S]
                 return spec((1, x[name].shape[1], k), lambda i: (i.batch, 0, i.column))
-            case "bias" | "dbias":  # of [B|1, K|1, G|1, T|1, S]
-                B, K, heads, T = x[name].shape[:4]
+            case "bias" | "dbias":  # of [B|1, N|1, G|1, T|1, S]
+                B, N, heads, T = x[name].shape[:4]
                 return spec(
                     (1, 1, heads, 1 if T == 1 else q, k),
-                    lambda i: (i.batch if B > 1 else 0, i.head if K > 1 else 0, 0, i.row if T > 1 else 0, i.column),
+                    lambda i: (i.batch if B > 1 else 0, i.part if N > 1 else 0, 0, i.row if T > 1 else 0, i.column),
                 )
         raise KeyError(name)
 
@@ -263,7 +276,7 @@ def launch(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1, grid=grid, in_specs=[inputs[2]], out_specs=outputs[1], scratch_shapes=[scratch]
         ),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=order, vmem_limit_bytes=VMEM),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=order, vmem_limit_bytes=plan.vmem),
         interpret=plan.interpret,
         name=name,
     )(inputs[0], inputs[1])

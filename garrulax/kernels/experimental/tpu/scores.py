@@ -151,7 +151,7 @@ def bias_tile(plan: TpuPlan, bias: Any, head: Any, corner: tuple[int, int]) -> j
     Args:
         plan: Of the call.
         bias: Reference to the bias of the block, or None.
-        head: Index among the query heads of the key/value head.
+        head: Index among the query heads of the part.
         corner: The tile's first query and first key, counted from the start of the block.
     """
     if bias is None:

@@ -1,6 +1,5 @@
 """Products of activations with weight leaves, the same on one device and on a mesh."""
 
-import functools
 import math
 from collections.abc import Callable
 
@@ -106,33 +105,10 @@ def _sharded(left: str, right: str, out: str, x: jax.Array, w: jax.Array) -> jax
             return of_x[letter]
         return None if gathered & set(axis_names(axes)) else axes
 
-    gathered_w = {letter: keep(letter, axes) for letter, axes in of_w.items()}
-    to = P(*(gathered_w[letter] for letter in right))
-    sharding = P(*({**gathered_w, **of_x}[letter] for letter in out))
-    return _of_gathered((left, right, out), to, sharding, x, w)
-
-
-# JAX's own gradient of a weight has the letters in another order, turns them, and takes the device's part only then.
-# The TPU's compiler makes a reduce-scatter only of a sum whose part is taken at once, along its first dimensions.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _of_gathered(names: tuple[str, str, str], to: P, sharding: P, x: jax.Array, w: jax.Array) -> jax.Array:
-    """The product of x and w, gathered to the sharding `to`, in that sharding."""
-    left, right, out = names
-    return jnp.einsum(f"{left},{right}->{out}", x, jax.sharding.reshard(w, to), out_sharding=sharding)
-
-
-def _of_gathered_forward(names, to, sharding, x, w):
-    return _of_gathered(names, to, sharding, x, w), (x, w)
-
-
-def _of_gathered_backward(names, to, sharding, residuals, cotangent):
-    (left, right, out), (x, w) = names, residuals
-    dx = jnp.einsum(f"{out},{right}->{left}", cotangent, jax.sharding.reshard(w, to), out_sharding=P(*spec_of(x)))
-    dw = jnp.einsum(f"{left},{out}->{right}", x, cotangent, out_sharding=P(*spec_of(w)))
-    return dx, dw
-
-
-_of_gathered.defvjp(_of_gathered_forward, _of_gathered_backward)
+    of_w = {letter: keep(letter, axes) for letter, axes in of_w.items()}
+    w = jax.sharding.reshard(w, P(*(of_w[letter] for letter in right)))
+    sharding = P(*({**of_w, **of_x}[letter] for letter in out))
+    return jnp.einsum(f"{left},{right}->{out}", x, w, out_sharding=sharding)
 
 
 def _without(axis: str, entry: Entry) -> Entry:

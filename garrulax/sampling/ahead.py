@@ -75,7 +75,8 @@ def _compile(
             else:
                 with _tracing:
                     lowered = function.lower(*args, **static)
-                program = lowered.compile(compiler_options=options)
+                program, own = programs.compile_anew(lowered, options)
+                file = file if own else None
     except Exception as error:  # the call itself raises it, where it belongs
         if options:
             _log.warning("a program is compiled without the options %s: %s", options, error)

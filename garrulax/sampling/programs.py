@@ -14,6 +14,7 @@ import os
 import pickle
 import platform
 import tempfile
+import threading
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,7 @@ from garrulax.core.described import NotDescribable, describe, describe_tree
 
 ENDING = ".garrulax"
 _log = logging.getLogger("garrulax")
+_events = threading.local()  # its `seen`: what JAX said of its own cache in this thread
 
 
 def folder() -> Path | None:
@@ -64,6 +66,22 @@ def file_of(function: Any, args: Any, static: dict[str, Any], options: Any, devi
         return None
     key = hashlib.sha256("\n".join((*parts, _settings(), _place(device), _sources())).encode())
     return where / f"{function.__name__}-{key.hexdigest()}{ENDING}"
+
+
+def compile_anew(lowered: Any, options: Any) -> tuple[Callable[..., Any], bool]:
+    """Compiles a program.
+
+    Args:
+        lowered: From `lower` of what `jax.jit` returns.
+        options: Of XLA.
+
+    Returns:
+        The program, and whether it may be written: only what XLA has compiled now. XLA:CPU cannot serialise a program
+        that JAX found in its own cache, or has kept since it found it there: what is read back lacks functions.
+    """
+    _events.seen = set()
+    program = lowered.compile(compiler_options=options)
+    return program, "compile_requests_use_cache" in _events.seen and "cache_hits" not in _events.seen
 
 
 def read(file: Path, args: Any, device: Any) -> Callable[..., Any] | None:
@@ -107,6 +125,14 @@ def _place(device: Any) -> str:
     versions = jax.__version__, jaxlib.version.__version__, device.client.platform_version
     cpu = _cpu() if device.platform == "cpu" else ""
     return f"{versions} {device.platform} {device.device_kind} {device.id} {cpu}"
+
+
+def _note(event: str, **_: Any) -> None:
+    if hasattr(_events, "seen"):
+        _events.seen.add(event.removeprefix("/jax/compilation_cache/"))
+
+
+jax.monitoring.register_event_listener(_note)
 
 
 @functools.cache

@@ -43,7 +43,7 @@ def logits(params, config, tokens, kind, passes, size=None):
     return np.concatenate(parts)
 
 
-def close(found, wanted, tolerance=2e-5):
+def assert_close(found, wanted, tolerance=2e-5):
     np.testing.assert_allclose(found, wanted, atol=tolerance * np.abs(wanted).max())
 
 
@@ -60,7 +60,7 @@ def test_what_is_kept_is_attended_to_as_in_a_dense_formula(name):
     kind, chosen, counted = KINDS[name]
     params = tiny.params(LLAMA)
     wanted = kept_reference.logits(params, LLAMA, TEXT, chosen, counted)
-    close(logits(params, LLAMA, TEXT, kind, [8]), wanted)
+    assert_close(logits(params, LLAMA, TEXT, kind, [8]), wanted)
 
 
 @pytest.mark.slow
@@ -70,8 +70,8 @@ def test_of_every_family_and_in_passes_of_all_sizes(name, config):
     kind, chosen, counted = KINDS[name]
     params = tiny.params(config)
     wanted = kept_reference.logits(params, config, TEXT, chosen, counted)
-    close(logits(params, config, TEXT, kind, [3, 8]), wanted)
-    close(logits(gx.unstack(params), config, TEXT, kind, [1]), wanted)
+    assert_close(logits(params, config, TEXT, kind, [3, 8]), wanted)
+    assert_close(logits(gx.unstack(params), config, TEXT, kind, [1]), wanted)
     full = logits(params, config, TEXT, FULL, [len(TEXT)])
     assert np.abs(full - wanted)[20:].max() > 0.01  # leaving tokens out matters
 
@@ -88,7 +88,7 @@ def test_with_room_for_all_they_equal_a_full_cache():
     params = gx.unstack(tiny.params(LLAMA))
     full = logits(params, LLAMA, TEXT, FULL, [1])
     for kind in (Sinks(4, len(TEXT) - 4), Blocks(size=4, top=8, first=4, local=4)):  # as many blocks as there are
-        close(logits(params, LLAMA, TEXT, kind, [1]), full, 1e-5)
+        assert_close(logits(params, LLAMA, TEXT, kind, [1]), full, 1e-5)
 
 
 @pytest.mark.slow
@@ -100,7 +100,7 @@ def test_int8_is_near_to_what_is_kept_exactly():
     np.testing.assert_array_equal(same, full)
     for kind in (Window(9), Sinks(3, 9), dataclasses.replace(BLOCKS, top=8)):
         small = dataclasses.replace(kind, dtype="int8")
-        close(logits(params, LLAMA, TEXT, small, [7]), logits(params, LLAMA, TEXT, kind, [7]), 0.1)
+        assert_close(logits(params, LLAMA, TEXT, small, [7]), logits(params, LLAMA, TEXT, kind, [7]), 0.1)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_hub import folder_of, hf_config, same_bytes, tensors
+from test_hub import assert_same_bytes, folder_of, hf_config, tensors
 
 import garrulax as gx
 from garrulax import cli, models
@@ -191,7 +191,7 @@ def test_ignored_keys_are_left_out(tmp_path, capsys):
     assert cli.main(["info", str(folder), *option]) == 0
     assert "all that config.json asks for is there" in capsys.readouterr().out
     assert cli.main(["convert", str(folder), str(tmp_path / "out"), *option]) == 0
-    same_bytes(gx.load(tmp_path / "out").params, model.params)
+    assert_same_bytes(gx.load(tmp_path / "out").params, model.params)
 
 
 VALUES = [0, "", "yarn", [], {}, [[]], {"a": {}}, float("nan"), 10**400, True, None, "a\nb"]
@@ -223,4 +223,4 @@ def test_rotary_tables_in_a_checkpoint_are_skipped(name, tmp_path):
     stored = tensors("llama_gqa")
     plain = gx.load(folder_of("llama_gqa", tmp_path / "plain", stored)).params
     table = {name: np.zeros((4, 8), np.float32)}
-    same_bytes(gx.load(folder_of("llama_gqa", tmp_path / "m", stored | table)).params, plain)
+    assert_same_bytes(gx.load(folder_of("llama_gqa", tmp_path / "m", stored | table)).params, plain)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from oracle import CAUSAL, config, params, tensors
 from safetensors.numpy import load_file
-from test_hub import folder_of, same_bytes
+from test_hub import assert_same_bytes, folder_of
 
 import garrulax as gx
 from garrulax import models
@@ -65,7 +65,7 @@ def test_the_command(tmp_path, capsys):
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params("llama_gqa"))
-    same_bytes(gx.load(tmp_path / "out", dtype="stored").params, half)
+    assert_same_bytes(gx.load(tmp_path / "out", dtype="stored").params, half)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
     assert main(words) == 0  # an older model is replaced
 
@@ -101,7 +101,7 @@ def test_dialects(tmp_path):
     fused = tensors("baichuan7b")["model.layers.0.self_attn.W_pack.weight"]
     parts = [stored[f"model.layers.0.self_attn.{name}_proj.weight"] for name in "qkv"]
     np.testing.assert_array_equal(np.concatenate(parts), fused)
-    same_bytes(gx.load(tmp_path / "out").params, gx.load(source).params)
+    assert_same_bytes(gx.load(tmp_path / "out").params, gx.load(source).params)
     convert_folder(tmp_path / "out", tmp_path / "back", dialect="baichuan")
     back = load_file(tmp_path / "back" / "model.safetensors")
     np.testing.assert_array_equal(back["model.layers.0.self_attn.W_pack.weight"], fused)

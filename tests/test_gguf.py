@@ -13,7 +13,7 @@ import made
 import numpy as np
 import pytest
 from oracle import FOLDER, arrays, config, params, relative_error
-from test_hub import same_bytes
+from test_hub import assert_same_bytes
 from test_hub_fuzz import damaged, survives
 
 import garrulax as gx
@@ -41,7 +41,7 @@ def written(path, content):
 @pytest.mark.parametrize("case", gguf_files.ARCHITECTURES)
 def test_a_gguf_file_is_the_checkpoint_that_it_was_made_of(case, tmp_path):
     model = gx.load(written(tmp_path / "m.gguf", gguf_files.file_of(case)))
-    same_bytes(model.params, params(case))
+    assert_same_bytes(model.params, params(case))
     ours, theirs = dataclasses.asdict(model.config), dataclasses.asdict(config(case))
     names = {"mlp_width"} if theirs["mlp_width"] is None else set()  # None stands for 4 width
     names |= {"rope"} if case == "llama3" else set()  # its scaling is a tensor: see below
@@ -138,7 +138,7 @@ def test_plain_types_and_parts(tmp_path):
         split = {"split.no": i, "split.count": 2, "split.tensors.count": len(names)}
         content = gguf_files.file((metadata if i == 0 else {}) | split, {name: stored[name] for name in part})
         written(tmp_path / f"m-{i + 1:05d}-of-00002.gguf", content)
-    same_bytes(gx.load(tmp_path / "m-00001-of-00002.gguf").params, params("llama_gqa"))
+    assert_same_bytes(gx.load(tmp_path / "m-00001-of-00002.gguf").params, params("llama_gqa"))
     (tmp_path / "m-00002-of-00002.gguf").unlink()
     with pytest.raises(FileNotFoundError, match=r"one of 2 files, and m-00002-of-00002\.gguf"):
         gx.load(tmp_path / "m-00001-of-00002.gguf")
@@ -253,7 +253,7 @@ def test_convert_writes_a_folder_and_info_describes_the_file(tmp_path, capsys):
     assert main(["convert", str(path), str(tmp_path / "out")]) == 0
     model, out = gx.load(path), gx.load(tmp_path / "out")
     assert out.config == model.config
-    same_bytes(out.params, model.params)
+    assert_same_bytes(out.params, model.params)
     made.assert_same(out.tokenizer, model.tokenizer)
     assert out.tokenizer.config["chat_template"] == TEMPLATE
     assert main(["info", str(path)]) == 0
@@ -336,7 +336,7 @@ def test_ids_that_stand_for_no_token(none, tmp_path):
 def test_ignored_keys_of_the_metadata(tmp_path, capsys):
     path = written(tmp_path / "m.gguf", changed({"llama.logit_scale": 2.0}))
     model = gx.load(path, ignore=["llama.logit_scale"])
-    same_bytes(model.params, params("llama_gqa"))
+    assert_same_bytes(model.params, params("llama_gqa"))
     assert gx.load_config(path, ignore=["llama.logit_scale"]) == model.config
     assert main(["info", str(path), "--ignore", "llama.logit_scale"]) == 0
     assert "all that config.json asks for is there" in capsys.readouterr().out

@@ -50,7 +50,7 @@ def folder_of(case, path, stored=None, **changes):
     return path
 
 
-def same_bytes(a, b):
+def assert_same_bytes(a, b):
     a, b = (jax.tree_util.tree_leaves_with_path(tree) for tree in (a, b))
     assert [path for path, _ in a] == [path for path, _ in b]
     for (path, x), (_, y) in zip(a, b, strict=True):
@@ -62,11 +62,11 @@ def test_import_export_import_keeps_every_byte(case, tmp_path):
     model = gx.load(folder_of(case, tmp_path / "reference"))
     assert model.config == config(case)
     assert model.tokenizer is None
-    same_bytes(model.params, params(case))
+    assert_same_bytes(model.params, params(case))
     gx.save(model, tmp_path / "ours")
     again = gx.load(str(tmp_path / "ours"))
     assert again.config == model.config
-    same_bytes(again.params, model.params)
+    assert_same_bytes(again.params, model.params)
     names = models.family(model.config).tensor_names(model.config)
     left_out = (*(names.heads if model.config.tied else ()), *names.buffers)
     expected = {k: v for k, v in tensors(case).items() if not (left_out and k.endswith(left_out))}
@@ -103,8 +103,10 @@ def test_generation_config_and_dtype(tmp_path):
     assert json.loads((tmp_path / "m/config.json").read_text())["torch_dtype"] == "bfloat16"
     model = gx.load(tmp_path / "m", dtype="stored")
     assert model.config == c
-    same_bytes(model.params, half)
-    same_bytes(gx.load(tmp_path / "m", dtype="float32").params, jax.tree.map(lambda x: x.astype(jnp.float32), half))
+    assert_same_bytes(model.params, half)
+    assert_same_bytes(
+        gx.load(tmp_path / "m", dtype="float32").params, jax.tree.map(lambda x: x.astype(jnp.float32), half)
+    )
 
 
 def test_shards_and_index(tmp_path):
@@ -120,7 +122,7 @@ def test_shards_and_index(tmp_path):
     sizes = [[x.nbytes for x in load_file(file).values()] for file in files]
     assert all(sum(size) <= 30_000 for size in sizes)
     assert all(sum(size) + later[0] > 30_000 for size, later in itertools.pairwise(sizes))  # no file has room to spare
-    same_bytes(gx.load(tmp_path / "m").params, model.params)
+    assert_same_bytes(gx.load(tmp_path / "m").params, model.params)
     gx.save(model, tmp_path / "m")  # one file again: the shards and the index are gone
     assert sorted(file.suffix for file in (tmp_path / "m").iterdir()) == [".json", ".json", ".md", ".safetensors"]
 
@@ -156,18 +158,20 @@ def test_prefixes_buffers_and_tied_tensors(tmp_path):
     gpt2, glm, llama = tensors("gpt2"), tensors("glm_original"), tensors("llama_tied")
     bare = {k.removeprefix("transformer."): v for k, v in gpt2.items() if k != "lm_head.weight"}
     buffers = {f"h.{i}.attn.{name}": np.zeros((1, 1), np.float32) for i in range(3) for name in ("bias", "masked_bias")}
-    same_bytes(gx.load(folder_of("gpt2", tmp_path / "bare", bare | buffers)).params, params("gpt2"))
+    assert_same_bytes(gx.load(folder_of("gpt2", tmp_path / "bare", bare | buffers)).params, params("gpt2"))
     gpt1 = {k.removeprefix("transformer."): v for k, v in tensors("gpt1").items() if k != "lm_head.weight"}
     buffers = {"h.0.attn.bias": np.zeros((1, 1), np.float32), "position_ids": np.arange(32)}
-    same_bytes(gx.load(folder_of("gpt1", tmp_path / "gpt1", gpt1 | buffers)).params, params("gpt1"))
+    assert_same_bytes(gx.load(folder_of("gpt1", tmp_path / "gpt1", gpt1 | buffers)).params, params("gpt1"))
     buffers = {f"transformer.h.0.attn.attention.{name}": np.zeros(1, np.float32) for name in ("bias", "masked_bias")}
-    same_bytes(gx.load(folder_of("gptneo", tmp_path / "neo", tensors("gptneo") | buffers)).params, params("gptneo"))
+    assert_same_bytes(
+        gx.load(folder_of("gptneo", tmp_path / "neo", tensors("gptneo") | buffers)).params, params("gptneo")
+    )
     prefixed = {f"glm.{k}": v for k, v in glm.items()}
-    same_bytes(gx.load(folder_of("glm_original", tmp_path / "glm", prefixed)).params, params("glm_original"))
+    assert_same_bytes(gx.load(folder_of("glm_original", tmp_path / "glm", prefixed)).params, params("glm_original"))
     rotary = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(4, np.float32)}
     head = {k: v for k, v in llama.items() if k != "model.embed_tokens.weight"}  # either of the tied two will do
     assert "lm_head.weight" in head
-    same_bytes(gx.load(folder_of("llama_tied", tmp_path / "head", head | rotary)).params, params("llama_tied"))
+    assert_same_bytes(gx.load(folder_of("llama_tied", tmp_path / "head", head | rotary)).params, params("llama_tied"))
 
 
 def test_tied_tensors_that_differ_are_refused(tmp_path):
@@ -291,7 +295,7 @@ def test_hub_names(tmp_path, monkeypatch):
 
     fake = types.SimpleNamespace(snapshot_download=snapshot_download)
     monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
-    same_bytes(gx.load("org/name").params, params("gpt2"))
+    assert_same_bytes(gx.load("org/name").params, params("gpt2"))
     assert asked["name"] == "org/name"
     assert "*.safetensors" in asked["allow_patterns"]
     assert not any("bin" in pattern for pattern in asked["allow_patterns"])
@@ -315,7 +319,7 @@ def test_parameters_are_born_sharded(strategy, tmp_path):
     mesh = gx.make_mesh("data=2,fsdp=2,tensor=2")
     folder = folder_of("llama_gqa", tmp_path / "m")
     model = gx.load(folder, mesh=mesh, strategy=strategy)
-    same_bytes(model.params, params("llama_gqa"))
+    assert_same_bytes(model.params, params("llama_gqa"))
     wanted = sharding.shardings(models.llama.parameters(model.config), mesh, strategy)
     for x, place in zip(jax.tree.leaves(model.params), jax.tree.leaves(wanted), strict=True):
         assert x.sharding.is_equivalent_to(place, x.ndim)
@@ -366,7 +370,7 @@ def test_cpus_take_the_memory_over_and_other_devices_are_filled_layer_by_layer(m
     assert pointers == made.keys()
     made.clear()
     monkeypatch.setattr(reading, "_platform", lambda place: "gpu")
-    same_bytes(gx.load(folder, mesh=mesh).params, here)
+    assert_same_bytes(gx.load(folder, mesh=mesh).params, here)
     assert max(made.values()) <= max(x.nbytes for x in tensors("glm_original").values())
 
 
@@ -448,7 +452,7 @@ def test_saving_replaces_a_model_and_nothing_else(model, tmp_path):
     gx.save(model, tmp_path / "deep" / "m")
     (tmp_path / "empty").mkdir()
     gx.save(model, tmp_path / "empty")
-    same_bytes(gx.load(tmp_path / "empty").params, model.params)
+    assert_same_bytes(gx.load(tmp_path / "empty").params, model.params)
     (tmp_path / "link").symlink_to(tmp_path / "empty")
     gx.save(model, tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
@@ -495,7 +499,7 @@ def test_an_older_model_comes_back_where_the_last_rename_fails(model, tmp_path, 
     monkeypatch.setattr(replacing, "_exchanged", lambda *names: False)  # as on systems that cannot
     with pytest.raises(OSError, match="busy"):
         gx.save(model.replace(params=jax.tree.map(lambda x: x + 1, model.params)), tmp_path / "m")
-    same_bytes(gx.load(tmp_path / "m").params, model.params)
+    assert_same_bytes(gx.load(tmp_path / "m").params, model.params)
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 

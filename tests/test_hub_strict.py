@@ -10,7 +10,7 @@ import pytest
 from oracle import config, params
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from test_hub import folder_of, hf_config, same_bytes
+from test_hub import assert_same_bytes, folder_of, hf_config
 
 import garrulax as gx
 from garrulax.cli import main
@@ -155,7 +155,7 @@ def test_the_headers_are_the_truth_where_an_index_contradicts_them(sharded):
     name, file = next(iter(index.items()))
     wrong = {"dropped": files[0], "elsewhere": "nowhere.safetensors", name: next(f for f in files if f != file)}
     path.write_text(json.dumps({"weight_map": index | wrong}))
-    same_bytes(gx.load(sharded).params, params("llama_gqa"))
+    assert_same_bytes(gx.load(sharded).params, params("llama_gqa"))
 
     path.write_text(json.dumps({"weight_map": index | {name: "nowhere.safetensors"}}))
     stored = load_file(sharded / file)
@@ -186,10 +186,10 @@ def test_links(folder, tmp_path):
     inside = folder / "data.bin"
     file.rename(inside)
     file.symlink_to("data.bin")
-    same_bytes(gx.load(folder).params, params("llama_gqa"))
+    assert_same_bytes(gx.load(folder).params, params("llama_gqa"))
     file.unlink()
     file.symlink_to(outside)
-    same_bytes(gx.load(folder).params, params("llama_gqa"))
+    assert_same_bytes(gx.load(folder).params, params("llama_gqa"))
     file.unlink()
 
     snapshot = tmp_path / "models--org--name" / "snapshots" / "0123"
@@ -200,13 +200,13 @@ def test_links(folder, tmp_path):
     (folder / "config.json").rename(blobs / "def")
     (snapshot / "config.json").symlink_to("../../blobs/def")
     (snapshot / "model.safetensors").symlink_to("../../blobs/abc")
-    same_bytes(gx.load(snapshot).params, params("llama_gqa"))
+    assert_same_bytes(gx.load(snapshot).params, params("llama_gqa"))
     (tmp_path / "disk").mkdir()
     blobs = blobs.rename(tmp_path / "disk" / "blobs")
     (tmp_path / "models--org--name" / "blobs").symlink_to(blobs)  # a cache that was moved to another disk
-    same_bytes(gx.load(snapshot).params, params("llama_gqa"))
+    assert_same_bytes(gx.load(snapshot).params, params("llama_gqa"))
     (tmp_path / "alias").symlink_to(snapshot)  # the folder itself may be reached by a link
-    same_bytes(gx.load(tmp_path / "alias").params, params("llama_gqa"))
+    assert_same_bytes(gx.load(tmp_path / "alias").params, params("llama_gqa"))
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe"])

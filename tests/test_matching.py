@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from oracle import config, params
-from test_hub import folder_of, same_bytes, tensors
+from test_hub import assert_same_bytes, folder_of, tensors
 
 import garrulax as gx
 from garrulax import models
@@ -48,7 +48,7 @@ def test_prefixes_of_other_tools_are_removed(case, wrap, tmp_path):
 
 def test_a_wrapped_model_has_the_numbers_of_the_plain_one(tmp_path):
     stored = {"module._orig_mod." + name: x for name, x in tensors("llama_gqa").items()}
-    same_bytes(gx.load(folder_of("llama_gqa", tmp_path / "m", stored)).params, params("llama_gqa"))
+    assert_same_bytes(gx.load(folder_of("llama_gqa", tmp_path / "m", stored)).params, params("llama_gqa"))
 
 
 @pytest.mark.parametrize(
@@ -124,4 +124,4 @@ def test_an_index_that_keeps_the_name_of_a_tied_head(tmp_path):
     (folder / "model.safetensors").rename(folder / file)
     index = dict.fromkeys([*stored, "lm_head.weight"], file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    same_bytes(gx.load(folder).params, params("llama_tied"))
+    assert_same_bytes(gx.load(folder).params, params("llama_tied"))

@@ -17,7 +17,7 @@ from garrulax.hub.quantised import formats
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-def close(ours, theirs, case):
+def assert_close(ours, theirs, case):
     error = np.abs(np.asarray(ours, np.float32) - theirs).max() / np.abs(theirs).max()
     assert error <= cases.TOLERANCE.get(case, 1e-6)
 
@@ -36,7 +36,7 @@ def test_a_folder_keeps_its_codes_or_becomes_plain(case, tmp_path):
     assert sum(isinstance(w, Quantised) for w in weights(blocks)) == 5
     assert not any(isinstance(w, Quantised) for w in weights(plain))
     for part, name in (("attention", "value"), ("mlp", "up")):
-        close(plain[part][name][0].reshape(theirs.shape[::-1]).T, theirs, case)
+        assert_close(plain[part][name][0].reshape(theirs.shape[::-1]).T, theirs, case)
     leaf = blocks["attention"]["value"]
     assert leaf.shape == plain["attention"]["value"].shape
     np.testing.assert_array_equal(numbers(leaf), np.asarray(plain["attention"]["value"]).reshape(theirs.shape[::-1]).T)
@@ -69,7 +69,7 @@ def test_chatglm_folders_split_their_fused_matrix(bits, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     blocks = gx.load(tmp_path).params["blocks"]
     for part, names in (("attention", ("query", "key", "value")), ("mlp", ("gate", "up"))):
-        close(np.concatenate([numbers(blocks[part][name]) for name in names]), theirs, "")
+        assert_close(np.concatenate([numbers(blocks[part][name]) for name in names]), theirs, "")
     assert not isinstance(blocks["mlp"]["down"], Quantised)
 
 
@@ -77,7 +77,7 @@ def test_chatglm_folders_split_their_fused_matrix(bits, tmp_path):
 def test_gguf_blocks_with_tables(name):
     format = next(f for f in FORMATS.values() if f.name == name)
     raw, theirs = cases.ARRAYS[f"gguf.{name}.data"], cases.ARRAYS[f"gguf.{name}.weight"]
-    close(format.decode(raw.reshape(-1, format.bytes)).reshape(theirs.shape), theirs, "")
+    assert_close(format.decode(raw.reshape(-1, format.bytes)).reshape(theirs.shape), theirs, "")
 
 
 def test_experts_of_gpt_oss():
@@ -88,7 +88,7 @@ def test_experts_of_gpt_oss():
 def test_blocks_of_a_narrow_matrix():
     """bitsandbytes' blocks of 64 numbers go over the ends of rows of 40."""
     found = formats.bnb_4bit(cases.parts("bnb.nf4_float32_10x40")[0], "m", {})
-    close(found.numbers(), cases.ARRAYS["bnb.nf4_float32_10x40.weight"], "")
+    assert_close(found.numbers(), cases.ARRAYS["bnb.nf4_float32_10x40.weight"], "")
 
 
 UP, V1, FP8 = "model.layers.0.mlp.up_proj.", "gptq_v1.b4_sym_g32", "deepseek_fp8.64x130"

@@ -3,7 +3,7 @@
 JAX's own cache of compiled programs is asked with the program that is to be compiled, so that each process traces and
 lowers it first: with 30 layers as long as loading it takes. Here the key is what the program follows from: the function
 and its static arguments (`core.described`), shapes and dtypes, the settings of JAX, versions, device, and the source of
-this package. Programs lie beside those of JAX, where jax_compilation_cache_dir says.
+this package. Programs are in the folder of JAX's cache (jax_compilation_cache_dir), beside JAX's own.
 """
 
 import contextlib
@@ -13,7 +13,6 @@ import logging
 import os
 import pickle
 import platform
-import tempfile
 import threading
 import zlib
 from collections.abc import Callable
@@ -99,21 +98,19 @@ def read(file: Path, args: Any, device: Any) -> Callable[..., Any] | None:
 
 def write(file: Path, program: Any) -> None:
     """Writes a program. What cannot be written is compiled again next time."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         content, _, result = serialize_executable.serialize(program)
-        packed = zlib.compress(pickle.dumps((result, content)), 1)
-        handle, name = tempfile.mkstemp(dir=file.parent)
-        with os.fdopen(handle, "wb") as out:
-            out.write(packed)
-        os.replace(name, file)  # at once, for other processes
+        temporary.write_bytes(zlib.compress(pickle.dumps((result, content)), 1))
+        temporary.replace(file)  # other processes see the whole file or none
     except Exception as error:  # such as a full disk, or a program with constants
         _log.info("the compiled program %s is not kept: %s", file, error)
-        with contextlib.suppress(OSError, NameError):
-            os.unlink(name)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _settings() -> str:
-    """What programs depend on besides their arguments. Some of it changes nothing: then one more is compiled."""
+    """The settings of JAX and XLA. A program may not depend on one that changed; then it is compiled once more."""
     config: Any = jax.config
     values = {name: x for name, x in sorted(config.values.items()) if "cache" not in name}
     flags = [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]

@@ -101,7 +101,10 @@ def _tree_mask(mask: Mask, cache: Cache, parents: tuple[int, ...]) -> Mask:
 
 
 def _gather(cache: Cache, first: jax.Array, path: jax.Array, tokens: int) -> Cache:
-    """Moves the accepted tokens, numbers `path` [B, G] of a pass of T `tokens` from slot `first` [B], together."""
+    """Moves the keys and values of accepted tokens to the slots from `first` [B] on.
+
+    `path` [B, G] numbers these tokens among the T `tokens` of the pass, which are in the slots from `first` on.
+    """
     slots = first[:, None] + path  # [B, G]
     B = len(slots)
     chosen = path[:, :, None] == jnp.arange(tokens, dtype=path.dtype)  # [B, G, T]

@@ -106,7 +106,7 @@ def make_plan(
 
 
 def heads_of_part(heads: int, most: int) -> int:
-    """Query heads that a step computes, of those that share a key/value head: as many as divide them, up to `most`."""
+    """The number of query heads of a part: the largest divisor of `heads`, those of a key/value head, up to `most`."""
     return max(n for n in range(1, most + 1) if heads % n == 0)
 
 

@@ -339,6 +339,22 @@ def test_a_quantised_model_is_not_quantised_or_trained(model):
     damaged = {**model.params, "blocks": jax.tree.map(lambda x: x * jnp.nan, model.params["blocks"])}
     with pytest.raises(ValueError, match=r"blocks/0/attention/key has numbers that are not finite"):
         gx.quantise(model.replace(params=damaged))
+    damaged = {**model.params, "tokens": model.params["tokens"].at[3, 4].set(jnp.inf)}
+    with pytest.raises(ValueError, match=r"tokens has numbers that are not finite"):
+        gx.quantise(model.replace(params=damaged))
+
+
+def test_columns_of_different_size_cost_a_table_little():
+    """A tenth of the columns is ten times as large as the others, and one is zero, as in trained embeddings."""
+    table = np.random.default_rng(0).normal(size=(256, 64)).astype(np.float32)
+    table[:, :6] *= 10
+    table[:, 63] = 0
+
+    def error(found):
+        return np.linalg.norm(found.numbers() - table)
+
+    assert error(grid.nearest_table(table, "int8")) < 0.5 * error(grid.nearest(table, "int8", -1))
+    assert not grid.nearest_table(table, "int8").numbers()[:, 63].any()
 
 
 def test_the_command(model, tmp_path, capsys):

@@ -138,6 +138,24 @@ def nearest(w: np.ndarray, kind: str, group: int, symmetric: bool = True) -> Cod
     return Coded(codes, _short(scale[..., 0]), None, group, None, *form)
 
 
+def nearest_table(w: np.ndarray, kind: str) -> Coded:
+    """`nearest` of a table of embeddings, with the group of `TABLE_GROUPS`; int8 codes get a factor a column too.
+
+    Some columns of such tables have much larger numbers than the others, to which the one scale of a row then leaves
+    few codes. Dividing every column by the square root of its root mean square halves the error (SmolLM2-135M: 0.6 % of
+    the numbers in place of 1.2 %).
+
+    Args:
+        w: float32 [rows, width].
+        kind: A key of `GROUPS`.
+    """
+    if kind != "int8":
+        return nearest(w, kind, TABLE_GROUPS.get(kind, -1))
+    size = np.sqrt(np.sqrt(np.mean(np.square(w, dtype=np.float64), axis=0)))
+    factors = np.where(size > 0, size, 1).astype(np.float32)
+    return dataclasses.replace(nearest(w / factors, kind, -1), factors=factors)
+
+
 def _nearest_int(w: np.ndarray, bits: int, group: int, symmetric: bool) -> Coded:
     narrow = group < w.shape[1] and fits_float16(w, bits, group)
     found = [w[:, at : at + group] for at in range(0, w.shape[1], group)]

@@ -19,7 +19,7 @@ from garrulax.models.unpack import TokenizerLike, unpack_model
 from garrulax.quantisation import awq, gptq, smooth
 from garrulax.quantisation.calibrating import Calibrating, windows
 from garrulax.quantisation.calibrating import calibrate as read_texts
-from garrulax.quantisation.grid import GROUPS, TABLE_GROUPS, nearest
+from garrulax.quantisation.grid import GROUPS, nearest, nearest_table
 
 METHODS = ("rtn", "gptq", "awq", "smoothquant")
 #: The kinds of each method; "rtn" makes all.
@@ -107,8 +107,7 @@ def quantise(
             progress(MatrixError(name, _relative(change, w), output), total)
 
     def round_matrix(name: str, w: np.ndarray, x: np.ndarray | None) -> Coded:
-        if not np.isfinite(w).all():
-            raise ValueError(f"{name} has numbers that are not finite: it cannot be quantised")
+        _check_finite(name, w)
         if method == "gptq":
             assert x is not None
             hessian = np.asarray(jnp.matmul(x.T, x)) * np.float32(2 / len(x))
@@ -259,6 +258,11 @@ def _without_layer(name: str) -> str:
     return "/".join(parts[:1] + parts[2:]) if parts[0] == "blocks" and parts[1].isdigit() else name
 
 
+def _check_finite(name: str, w: np.ndarray) -> None:
+    if not np.isfinite(w).all():
+        raise ValueError(f"{name} has numbers that are not finite: it cannot be quantised")
+
+
 def _rounded(
     params: spec.Tree, specs: spec.Tree, config: Any, round_matrix: RoundMatrix, tables: str | None
 ) -> spec.Tree:
@@ -281,7 +285,9 @@ def _rounded(
         def quantised(name: str, w: Any) -> Quantised:
             if s.role == "embedding":
                 assert tables is not None
-                return _leaf(nearest(matrix_of(s, w), tables, TABLE_GROUPS.get(tables, -1)), s, dtype)
+                table = matrix_of(s, w)
+                _check_finite(name, table)
+                return _leaf(nearest_table(table, tables), s, dtype)
             return _leaf(round_matrix(name, matrix_of(s, w), None), s, dtype)
 
         if w.ndim == len(s.layer_shape):

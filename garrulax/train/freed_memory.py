@@ -4,6 +4,9 @@ XLA:CPU allocates the temporary arrays of a program as one block, and frees it w
 gives a block of more than 32 MiB back to the operating system at once, so that every step would get new pages, which
 the kernel fills with zeros one by one at the first touch: a quarter of the processor time of a step of a small model.
 PyTorch allocates array by array, most of them smaller than that.
+
+A thread of XLA's that allocates more than 64 MiB at once gets new pages all the same. Large pages make these cheap:
+GLIBC_TUNABLES=glibc.malloc.hugetlb=1, which glibc reads when the process starts (docs/performance.md).
 """
 
 import ctypes
@@ -11,7 +14,8 @@ import functools
 import os
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # numbers of malloc.h of glibc
-_OF_THE_USER = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES")
+_OF_THE_USER = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_")
+_TUNABLES_OF_THE_USER = ("glibc.malloc.trim_threshold", "glibc.malloc.mmap_threshold", "glibc.malloc.mmap_max")
 
 
 @functools.cache
@@ -24,7 +28,8 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether it was done: only glibc (Linux) is known to have the two settings.
     """
-    if any(name in os.environ for name in _OF_THE_USER):
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if any(name in os.environ for name in _OF_THE_USER) or any(name in tunables for name in _TUNABLES_OF_THE_USER):
         return False
     try:
         library = ctypes.CDLL(None)

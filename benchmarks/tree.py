@@ -4,7 +4,8 @@
 
 MODEL is a folder or a GGUF file, which without --dtype keeps its own weights. The drafts are always the same tokens in
 a binary tree, so nothing is spent on guessing them. A step of a lone prompt multiplies two rows (docs/decoding.md).
-Steps and passes run in turns; printed are medians of milliseconds, and ratios to a step within the rounds.
+Steps and passes run in turns. Each time is the difference of a long text and a short one, so that it has no part of the
+prompt's. Printed are medians of milliseconds, and ratios to a step within the rounds.
 """
 
 import argparse
@@ -47,16 +48,19 @@ def main():
     ways = {"a step": None, **{f"{count} tokens": Constant(count - 1) for count in arguments.tokens}}
     taken = {name: [] for name in ways}
     texts = set()
+
+    def write(way, new):
+        """The seconds of a text, its passes and its tokens."""
+        begun = time.perf_counter()
+        found = gx.generate(model, list(range(5, 40)), max_new_tokens=new, temperature=0, end_tokens=(), speculate=way)
+        return time.perf_counter() - begun, new if way is None else found.passes, tuple(found.tokens)
+
     for turn in range(arguments.rounds + 1):
         for name, way in ways.items():
-            begun = time.perf_counter()
-            found = gx.generate(
-                model, list(range(5, 40)), max_new_tokens=arguments.new, temperature=0, end_tokens=(), speculate=way
-            )
-            texts.add(tuple(found.tokens))
+            (long, passes, text), (short, fewer, _) = (write(way, new) for new in (arguments.new, arguments.new // 4))
+            texts.add(text)
             if turn:  # the first one compiles
-                passes = arguments.new if way is None else found.passes
-                taken[name].append((time.perf_counter() - begun) / passes)
+                taken[name].append((long - short) / (passes - fewer))
     for name, times in taken.items():
         ratios = [a / b for a, b in zip(times, taken["a step"], strict=True)]
         spread = f"{statistics.median(ratios):.2f} steps ({min(ratios):.2f} to {max(ratios):.2f})"

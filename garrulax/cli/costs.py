@@ -28,8 +28,8 @@ PROGRAM = 2**30
 #: parameters and the cache, of which 0.2 were there before it was loaded and 0.2 came with compiling; others differ
 #: with the number of layers and tokens.
 GENERATING = 2**29
-#: Rows of the cache for one prompt on a CPU (docs/decoding.md).
-CPU_ROWS = 2
+#: Rows of the cache for one prompt (docs/decoding.md).
+LONE_ROWS = 2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ from garrulax.core.codes import E2M1, E4M3_MAX, NF4
 GROUPS = {"int8": -1, "int4": 128, "nf4": 64, "fp8": -1, "mxfp4": 32, "w8a8": -1}
 #: The group of tables, which are otherwise a whole row.
 TABLE_GROUPS = {"nf4": 64, "mxfp4": 32, "int4": 32}
+_ROWS = 4096  # of a table at a time
 _LEAST = 6.1e-5  # the least normal number of float16
 
 
@@ -151,8 +152,10 @@ def nearest_table(w: np.ndarray, kind: str) -> Coded:
     """
     if kind != "int8":
         return nearest(w, kind, TABLE_GROUPS.get(kind, -1))
-    size = np.sqrt(np.sqrt(np.mean(np.square(w, dtype=np.float64), axis=0)))
-    factors = np.where(size > 0, size, 1).astype(np.float32)
+    squares = np.zeros(w.shape[1])  # summed in parts, since a copy of a large table in float64 takes gigabytes
+    for at in range(0, len(w), _ROWS):
+        squares += np.square(w[at : at + _ROWS], dtype=np.float64).sum(axis=0)
+    factors = np.where(squares > 0, (squares / len(w)) ** 0.25, 1).astype(np.float32)
     return dataclasses.replace(nearest(w / factors, kind, -1), factors=factors)
 
 

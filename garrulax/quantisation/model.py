@@ -74,7 +74,8 @@ def quantise(
         act_order: For GPTQ, whether the inputs with the largest activations are rounded first.
         damping: For GPTQ, the share of the mean of the Hessian's diagonal that is added to it.
         alpha: For SmoothQuant, the share of large activations that moves into the weights, 0 to 1.
-        tables: The form of token embedding and output head, "int8" or another kind, a scale a row; None keeps them.
+        tables: The form of token embedding and output head: "int8", with a scale a row and a factor a column, or
+            another kind; None keeps them.
         progress: Called after each matrix with its errors and the number of all matrices.
 
     Returns:

@@ -38,7 +38,7 @@ def planned_bytes(
         groups, bits = -(-inputs // size), 4 if form.endswith("4") else 8
         size += size % 2 if bits == 4 else 0
         scale = 2 if size < inputs else 4
-        factors = 4 * inputs if table and form == "int8" else 0
+        factors = 4 * inputs * (s.layers or 1) if table and form == "int8" else 0
         return math.prod(s.shape) // inputs * groups * (size * bits // 8 + scale) + factors
 
     return sum(one(path, s) for path, s in spec.named_specs(parameters(config)).items())

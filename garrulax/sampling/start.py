@@ -18,8 +18,8 @@ from garrulax.sampling.decoder import Decoder
 from garrulax.sampling.requests import Weights, of_one_context
 from garrulax.sampling.state import Requests, State
 
-#: Bytes of a state that is made for a step on zeros. A long prompt needs the memory, and takes longer than this saves.
-MOST_ON_ZEROS = 2**26
+#: Most slots of a state that is made for a step on zeros. A longer prompt needs the memory, and time enough itself.
+MOST_ON_ZEROS = 1024
 _begun = threading.Event()  # the first step with parameters is on its way: one on zeros would only take time from it
 
 
@@ -73,8 +73,7 @@ def compile_start(decoder: Decoder, weights: Weights, requests: Requests, size: 
     groups, rows, slots = _groups(decoder, weights, requests, size)
     prefix = decoder.compile_ahead(weights, groups[0][0], rows, slots, size, steps=steps)
     state: State = jax.eval_shape(lambda: decoder.empty(weights.step, prefix, rows, slots))
-    size_of_state = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
-    if steps and jax.default_backend() == "cpu" and size_of_state <= MOST_ON_ZEROS:
+    if steps and jax.default_backend() == "cpu" and slots <= MOST_ON_ZEROS:
         _begun.clear()
         ahead.call_ahead(functools.partial(_step_on_zeros, decoder, weights.step, prefix, groups[0][1], rows, slots))
     return state

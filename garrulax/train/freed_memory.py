@@ -22,8 +22,8 @@ _TUNABLES_OF_THE_USER = ("glibc.malloc.trim_threshold", "glibc.malloc.mmap_thres
 def keep_freed_memory() -> bool:
     """Makes the C library keep the memory that this process frees, in blocks of less than 2 GiB, for its next blocks.
 
-    The process then stays as large as it was at its largest. Environment variables that set how glibc allocates, such
-    as `MALLOC_TRIM_THRESHOLD_`, have precedence: where one is set, nothing is changed.
+    The process then stays as large as it was at its largest. Where the environment says itself when memory is returned
+    (MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_, MALLOC_MMAP_MAX_, or these in GLIBC_TUNABLES), nothing is changed.
 
     Returns:
         Whether it was done: only glibc (Linux) is known to have the two settings.

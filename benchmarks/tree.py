@@ -65,7 +65,7 @@ def main():
         ratios = [a / b for a, b in zip(times, taken["a step"], strict=True)]
         spread = f"{statistics.median(ratios):.2f} steps ({min(ratios):.2f} to {max(ratios):.2f})"
         print(f"{name:10} {1e3 * statistics.median(times):7.2f} ms  {spread}")
-    print("all texts are equal" if len(texts) == 1 else "THE TEXTS DIFFER")
+    assert len(texts) == 1, "the texts differ"
 
 
 if __name__ == "__main__":

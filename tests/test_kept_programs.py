@@ -204,6 +204,10 @@ def test_the_first_step_is_taken_on_zeros_while_weights_are_read(monkeypatch):
     assert write((params, LLAMA)) == wanted
     assert len(steps) == 2
     assert steps[1] > 0
+    monkeypatch.setattr(start, "MOST_SLOTS_ON_ZEROS", 1)  # as if the prompt were long
+    sampling.compile_ahead((abstract, LLAMA), [5, 3, 8], **KNOBS)
+    end_process(monkeypatch)
+    assert len(steps) == 2
     zeros = start._zeros({"a": jax.ShapeDtypeStruct((3, 5), jnp.bfloat16), "b": jax.ShapeDtypeStruct((), bool)})
     assert zeros["a"].dtype == jnp.bfloat16
     assert not zeros["a"].any()

@@ -345,7 +345,7 @@ def test_a_quantised_model_is_not_quantised_or_trained(model):
 
 
 def test_columns_of_different_size_cost_a_table_little():
-    """A tenth of the columns is ten times as large as the others, and one is zero, as in trained embeddings."""
+    """A tenth of the columns is ten times as large as the others, and one is zero."""
     table = np.random.default_rng(0).normal(size=(256, 64)).astype(np.float32)
     table[:, :6] *= 10
     table[:, 63] = 0

@@ -43,7 +43,8 @@ class Quantised(Leaf):
         offset: Zero points (integers) or minima (floats) of the groups, of the shape of `scale`; None if symmetric.
         order: int32 [groups * group]: the input that each code of a row belongs to, and the number of inputs where it
             belongs to none; None where the inputs are in order.
-        factors: float32 [inputs], by which the activations are multiplied first (AWQ, SmoothQuant); or None.
+        factors: float32 [inputs], by which the activations are multiplied first (AWQ, SmoothQuant, int8 tables), or
+            None.
         form: The static part.
     """
 
@@ -200,8 +201,7 @@ def _by_platform(table: dict[str, Callable], x: jax.Array, w: Quantised) -> jax.
 def _columns(x: jax.Array, w: Quantised) -> list[jax.Array]:
     """The activations [M, inputs] in the order of the codes; see `codes.arrange`."""
     count = w.scale.shape[-1] * w.form.group
-    if w.factors is not None:
-        x = x * w.factors[None].astype(x.dtype)
+    x = _times_factors(x, w)
     if w.order is not None:
         x = x.at[:, w.order].get(mode="fill", fill_value=0)
     elif count != x.shape[1]:
@@ -214,8 +214,15 @@ def _inputs(parts: list[jax.Array], w: Quantised) -> jax.Array:
     x = coding.restore(parts, w.form)
     if w.order is not None:
         x = jnp.zeros((len(x), w.form.inputs), x.dtype).at[:, w.order].add(x, mode="drop")
-    x = x[:, : w.form.inputs]
-    return x if w.factors is None else x * w.factors[None].astype(x.dtype)
+    return _times_factors(x[:, : w.form.inputs], w)
+
+
+def _times_factors(x: jax.Array, w: Quantised) -> jax.Array:
+    """The activations [M, inputs] times the factors, rounded once."""
+    if w.factors is None:
+        return x
+    wide = at_least_float32(x.dtype)
+    return (x.astype(wide) * w.factors[None].astype(wide)).astype(x.dtype)
 
 
 def _whole(x: jax.Array, w: Quantised) -> jax.Array:
@@ -301,10 +308,8 @@ def _integers_on_cpu(x: jax.Array, w: Quantised) -> jax.Array:
     """`_integers`; by the blocks of `_by_blocks` where XLA:CPU would widen the weight."""
     if _has_int8_products(w, w.form.inputs):
         return _integers(x, w)
-    if w.factors is not None:
-        x, w = x * w.factors[None].astype(x.dtype), dataclasses.replace(w, factors=None)
-    whole, step = _rounded(x.astype(jnp.float32), (1,))
-    return (_by_blocks(whole, w) * step).astype(x.dtype)
+    whole, step = _rounded(_times_factors(x.astype(jnp.float32), w), (1,))
+    return (_by_blocks(whole, dataclasses.replace(w, factors=None)) * step).astype(x.dtype)
 
 
 def _rounded(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:

@@ -1,7 +1,7 @@
 """Sums over the last axis of a few rows, whose last bits do not depend on the number of rows.
 
 XLA:CPU adds the numbers of a row in another order when there are many rows than when there are few (jax 0.10), but not
-in a product of matrices with 2 to 32 rows. A text that is decoded alone then has other log-probabilities than the same
+in a product of matrices with 2 to 16 rows. A text that is decoded alone then has other log-probabilities than the same
 text in a batch, by about 1e-5, and seldom another token. So these sums are products with ones.
 """
 

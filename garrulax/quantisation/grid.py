@@ -143,8 +143,8 @@ def nearest_table(w: np.ndarray, kind: str) -> Coded:
     """`nearest` of a table of embeddings, with the group of `TABLE_GROUPS`; int8 codes get a factor a column too.
 
     Some columns of such tables have much larger numbers than the others, to which the one scale of a row then leaves
-    few codes. Dividing every column by the square root of its root mean square halves the error (SmolLM2-135M: 0.6 % of
-    the numbers in place of 1.2 %).
+    few codes. Dividing every column by the square root of its root mean square halves the relative error (SmolLM2-135M:
+    0.6 % in place of 1.2 %).
 
     Args:
         w: float32 [rows, width].

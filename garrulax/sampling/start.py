@@ -18,8 +18,8 @@ from garrulax.sampling.decoder import Decoder
 from garrulax.sampling.requests import Weights, of_one_context
 from garrulax.sampling.state import Requests, State
 
-#: Most slots of a state that is made for a step on zeros. A longer prompt needs the memory, and time enough itself.
-MOST_ON_ZEROS = 1024
+#: No step on zeros is taken for more slots than this: its state would need as much memory as that of the prompt.
+MOST_SLOTS_ON_ZEROS = 1024
 _begun = threading.Event()  # the first step with parameters is on its way: one on zeros would only take time from it
 
 
@@ -73,7 +73,7 @@ def compile_start(decoder: Decoder, weights: Weights, requests: Requests, size: 
     groups, rows, slots = _groups(decoder, weights, requests, size)
     prefix = decoder.compile_ahead(weights, groups[0][0], rows, slots, size, steps=steps)
     state: State = jax.eval_shape(lambda: decoder.empty(weights.step, prefix, rows, slots))
-    if steps and jax.default_backend() == "cpu" and slots <= MOST_ON_ZEROS:
+    if steps and jax.default_backend() == "cpu" and slots <= MOST_SLOTS_ON_ZEROS:
         _begun.clear()
         ahead.call_ahead(functools.partial(_step_on_zeros, decoder, weights.step, prefix, groups[0][1], rows, slots))
     return state

@@ -107,15 +107,14 @@ def _gather(cache: Cache, first: jax.Array, path: jax.Array, tokens: int) -> Cac
     """
     slots = first[:, None] + path  # [B, G]
     B = len(slots)
-    chosen = path[:, :, None] == jnp.arange(tokens, dtype=path.dtype)  # [B, G, T]
 
     def moved(x: jax.Array) -> jax.Array:  # [B, S], [B, K, S, C] or [B·K, S, C]
         if x.ndim == 2:
             return write(x, jnp.take_along_axis(x, slots, axis=1), first, axis=1)
         rows = x.reshape(B, -1, *x.shape[-2:])  # [B, K, S, C]
         read = jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, tokens, axis=1))(rows, first)
-        # A product, since XLA:CPU fuses any other choice with the writing, and then copies the cache that both use.
-        new = jnp.einsum("BGT,BKTC->BKGC", chosen.astype(x.dtype), read, preferred_element_type=x.dtype)
+        # Slice and barrier keep XLA:CPU from reading while it writes, for which it would copy the cache.
+        new = jax.lax.optimization_barrier(jnp.take_along_axis(read, path[:, None, :, None], axis=2))
         return write_layer(x, 0, new, first)
 
     def layer(kv: KV) -> KV:

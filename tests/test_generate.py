@@ -112,6 +112,21 @@ def test_alone_in_a_batch_and_in_another_order(model):
     assert gx.generate(model, PROMPTS[0], max_new_tokens=8, seed=6).tokens != one_seed[0].tokens
 
 
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
+def test_alone_and_in_a_batch_with_weights_of_few_bits(kind):
+    """Matrices large enough for the loops over blocks, which a lone prompt multiplies by one row."""
+    config = gx.preset("gpt2-tiny", layers=1, width=256, vocab=512, eos=None)
+    params = gx.init(config, jax.random.key(0))
+    if kind == "bfloat16":
+        model = jax.tree.map(lambda x: x.astype(kind), params), config
+    else:
+        model = gx.quantise((params, config), kind)
+    together = gx.generate(model, PROMPTS[:3], max_new_tokens=8, seed=1)
+    for prompt, one in zip(PROMPTS, together, strict=False):
+        alone = gx.generate(model, prompt, max_new_tokens=8, seed=1)
+        assert (alone.tokens, alone.logprobs) == (one.tokens, one.logprobs)
+
+
 def test_rows_of_one_state_start_late_end_early_and_make_room():
     """One state, as a server keeps it: rows come and go, and each has the tokens that it has alone, bit for bit."""
     config = tiny.CONFIGS["gpt"]

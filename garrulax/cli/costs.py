@@ -12,7 +12,6 @@ from garrulax import models
 from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
 from garrulax.models.summary import bytes_of
-from garrulax.sampling.buckets import POWERS_OF_TWO
 from garrulax.train.activations import outputs_per_token, saved_per_token
 from garrulax.train.flops import peak_flops, train_flops_per_token
 from garrulax.train.optimizers import make_optimizer
@@ -29,8 +28,6 @@ PROGRAM = 2**30
 #: parameters and the cache, of which 0.2 were there before it was loaded and 0.2 came with compiling; others differ
 #: with the number of layers and tokens.
 GENERATING = 2**29
-#: Rows of the cache while one prompt is continued (docs/decoding.md).
-ROWS = POWERS_OF_TWO.of("rows", 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -173,15 +173,12 @@ def _memory(config: ModelConfig, s: Summary) -> list[tuple[str, str]]:
     rows.append(
         ("KV cache in bfloat16", f"{_size(cache)} a token, {_size(cache * config.context)} for {config.context:,}")
     )
-    values = s.parameters + costs.ROWS * s.cache_values * config.context
+    values = s.parameters + s.cache_values * config.context
     wide, half = (_size(bytes_of(values, dtype)) for dtype in ("float32", "bfloat16"))
     reading = _size(costs.reading_bytes(config, config.context))
     return [
         *rows,
-        (
-            f"generating, cache of {costs.ROWS} full rows",
-            f"{wide} in float32, as a CPU loads 16-bit files if it fits; else {half}",
-        ),
+        ("generating, with full cache", f"{wide} in float32, as a CPU loads 16-bit files if it fits; else {half}"),
         ("  reading a full prompt", f"{reading} more while it lasts, roughly: what one layer computes, in float32"),
         (
             "  the program itself",

@@ -24,6 +24,7 @@ from jax.sharding import NamedSharding
 from garrulax.core import digits
 from garrulax.core.leaf import Leaf
 from garrulax.core.letters import letters, sides
+from garrulax.core.sums import multiply_rows
 
 BLOCK = 1 << 16  # numbers of a block: 256 KB in float32, a part of the L2 cache, so that the product reads it there
 LEAST = 1 << 16  # numbers of a weight that is worth a loop
@@ -161,13 +162,16 @@ class HalfWeight(Leaf):
         x2 = x.reshape(-1, inner)
         shape = (inner, -1) if s.first else (-1, inner)
         bits = self.bits.reshape(shape)
-        if digits.has("bfloat16"):
-            numbers = jax.lax.bitcast_convert_type(bits, jnp.bfloat16) if self.numbers is None else self.numbers
-            y = digits.times_bfloat16(x2.astype(jnp.float32), numbers.reshape(shape), 0 if s.first else 1)
-        elif self.size >= LEAST and len(x2) <= MOST_ROWS:
-            y = (_over_inputs if s.first else _over_outputs)(x2.astype(jnp.float32), bits)
-        else:
-            y = plain_dot(x2.astype(jnp.float32), _widened(bits), s.first)
+
+        def multiply(x2: jax.Array) -> jax.Array:  # float32
+            if digits.has("bfloat16"):
+                numbers = jax.lax.bitcast_convert_type(bits, jnp.bfloat16) if self.numbers is None else self.numbers
+                return digits.times_bfloat16(x2, numbers.reshape(shape), 0 if s.first else 1)
+            if self.size >= LEAST and len(x2) <= MOST_ROWS:
+                return (_over_inputs if s.first else _over_outputs)(x2, bits)
+            return plain_dot(x2, _widened(bits), s.first)
+
+        y = multiply_rows(multiply, x2.astype(jnp.float32))
         outer = self.shape[len(s.contracted) :] if s.first else self.shape[: len(s.columns)]
         return y.astype(x.dtype).reshape(*x.shape[: len(s.rows)], *outer)
 

@@ -15,12 +15,11 @@ class Buckets:
     """The sizes for which programs are compiled. Any other size is rounded up to the next one.
 
     Attributes:
-        rows: Numbers of rows of a state. At least 2: XLA:CPU multiplies a single row by other instructions, so that
-            its last bits would differ from those of the same row in a batch.
+        rows: Numbers of rows of a state.
         prompt: Numbers of tokens of a context.
         size: Numbers of tokens of prompt and answer together.
 
-    None is the powers of two, from 2, 16 and 256 on.
+    None is the powers of two, from 1, 16 and 256 on.
 
     Example:
         >>> import garrulax as gx
@@ -43,7 +42,7 @@ class Buckets:
         """The bucket of a size. Raises ValueError if it is larger than the largest."""
         sizes = getattr(self, name)
         if sizes is None:
-            return bucket(size, {"rows": 2, "prompt": 16, "size": LEAST_SLOTS}[name])
+            return bucket(size, {"rows": 1, "prompt": 16, "size": LEAST_SLOTS}[name])
         for one in sizes:
             if size <= one:
                 return one
@@ -51,7 +50,6 @@ class Buckets:
 
 
 POWERS_OF_TWO = Buckets()
-ONE_ROW = Buckets(rows=tuple(1 << i for i in range(24)))  # for speculation: its steps read several tokens of a row
 
 
 def slots_for(needed: int, size: int) -> int:

@@ -24,15 +24,16 @@ PEER = Path(__file__).parent / "peers" / "torch_train.py"
 
 
 def ours(size: str) -> dict:
-    """Median milliseconds of a Garrulax step; the first quarter of the steps is a warm-up."""
+    """Median milliseconds of a step as `garrulax train` takes it; the first quarter of the steps is a warm-up."""
     import time
 
     import jax
     import numpy as np
 
     from garrulax.models import gpt, summary
-    from garrulax.train import objectives, optimizers, settings, state, step
+    from garrulax.train import freed_memory, objectives, optimizers, settings, state, step
 
+    freed_memory.run_in_the_calling_thread()
     a = SIZES[size]
     config = gpt.Config(**{k: a[k] for k in ("layers", "heads", "width", "context", "vocab")})
     run = settings.Settings(optimizer="adamw", batch=a["batch"], window=a["context"], steps=a["steps"])

@@ -1,6 +1,8 @@
 """Memory that is freed is not given back, so that it has no page faults when it is allocated again."""
 
 import ctypes
+import subprocess
+import sys
 
 import pytest
 
@@ -27,3 +29,25 @@ def test_a_block_that_was_freed_has_its_pages_when_it_is_allocated_again():
 
     faults_of_a_block()
     assert faults_of_a_block() < SIZE // resource.getpagesize() // 16
+
+
+PROGRAM = """
+import resource
+import jax, jax.numpy as jnp
+from garrulax.train.freed_memory import keep_freed_memory, run_in_the_calling_thread
+run_in_the_calling_thread()
+assert keep_freed_memory()
+x = jnp.ones((4096, 8192))
+f = jax.jit(lambda x: jax.lax.fori_loop(0, 2, lambda i, y: y[::-1] + x, x).sum())  # temporary arrays of 128 MiB
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    f(x).block_until_ready()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_a_program_with_much_temporary_memory_touches_no_new_pages():
+    if not keep_freed_memory():
+        pytest.skip("not glibc, or the environment sets how it allocates")
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1000

@@ -54,6 +54,7 @@ from garrulax.models import reward as reward_head
 from garrulax.train import lora
 from garrulax.train.batches import Data, check_batch, make_data
 from garrulax.train.digests import write_durably
+from garrulax.train.freed_memory import run_in_the_calling_thread
 from garrulax.train.loop import Result, Run
 from garrulax.train.loop import train as run_training
 from garrulax.train.objectives import blank_infilling, causal_lm
@@ -66,6 +67,7 @@ ALL = ("sft", "reward", *objectives.PAIR_LOSSES, "kto", *METHODS)
 
 def align(args: argparse.Namespace) -> None:
     """Trains by the method that the command line names; of `garrulax train --sft FILE` by sft."""
+    run_in_the_calling_thread()
     args = _completed(args)
     begun = starting.start(args)
     if args.resume:

@@ -27,6 +27,7 @@ from garrulax.train.batches import make_data, with_new_text
 from garrulax.train.components import check_length
 from garrulax.train.corpus import Corpora, xz_bits_per_byte
 from garrulax.train.eval_texts import with_eval_texts
+from garrulax.train.freed_memory import run_in_the_calling_thread
 from garrulax.train.loop import Result, Run
 from garrulax.train.loop import train as run_training
 from garrulax.train.objectives import objective_name
@@ -52,6 +53,7 @@ def train(args: argparse.Namespace) -> None:
     if args.list:
         print(_list_settings())
         return
+    run_in_the_calling_thread()
     if args.medusa:
         train_medusa(args)
         return

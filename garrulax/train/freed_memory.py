@@ -5,17 +5,27 @@ gives a block of more than 32 MiB back to the operating system at once, so that 
 the kernel fills with zeros one by one at the first touch: a quarter of the processor time of a step of a small model.
 PyTorch allocates array by array, most of them smaller than that.
 
-A thread of XLA's that allocates more than 64 MiB at once gets new pages all the same. Large pages make these cheap:
-GLIBC_TUNABLES=glibc.malloc.hugetlb=1, which glibc reads when the process starts (docs/performance.md).
+A thread of XLA's that allocates more than 64 MiB at once gets new pages all the same, because glibc gives such threads
+heaps of that size. So programs have to run in the thread that calls them, whose heap has no limit.
 """
 
 import ctypes
 import functools
 import os
 
+import jax
+
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # numbers of malloc.h of glibc
 _OF_THE_USER = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_")
 _TUNABLES_OF_THE_USER = ("glibc.malloc.trim_threshold", "glibc.malloc.mmap_threshold", "glibc.malloc.mmap_max")
+
+
+def run_in_the_calling_thread() -> None:
+    """Makes XLA:CPU run a program in the thread that calls it, so that `keep_freed_memory` keeps blocks of any size.
+
+    To be called before JAX uses a device: later it changes nothing.
+    """
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 @functools.cache

@@ -40,10 +40,11 @@ run_in_the_calling_thread()
 assert keep_freed_memory()
 x = jnp.ones((4096, 8192))
 f = jax.jit(lambda x: jax.lax.fori_loop(0, 2, lambda i, y: y[::-1] + x, x).sum())  # temporary arrays of 128 MiB
-for _ in range(3):
+def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     f(x).block_until_ready()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(sorted(faults() for _ in range(9))[4])  # the heap may grow again where a block is freed late
 """
 
 

@@ -22,6 +22,7 @@ import garrulax as gx
 from garrulax import models
 from garrulax.train import digests
 from garrulax.train.checkpoint import Checkpoints
+from garrulax.train.freed_memory import run_in_the_calling_thread
 from garrulax.train.objectives import OBJECTIVES
 from garrulax.train.optimizers import make_optimizer
 from garrulax.train.settings import Settings, run_identity
@@ -48,6 +49,7 @@ def main():
     parser.add_argument("preset", nargs="?", default="gpt2")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
+    run_in_the_calling_thread()  # as `garrulax train` does
     config, settings, clock = gx.preset(args.preset), Settings(optimizer="adamw", steps=10), Clock()
     optimizer = make_optimizer(settings, models.parameters(config))
     state = init_state(config, optimizer, 0)

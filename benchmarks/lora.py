@@ -20,6 +20,7 @@ import numpy as np
 import garrulax as gx
 from garrulax.models import summary
 from garrulax.train import lora, objectives, optimizers
+from garrulax.train.freed_memory import run_in_the_calling_thread
 from garrulax.train.settings import Settings
 from garrulax.train.state import init_state
 from garrulax.train.step import make_train_step
@@ -60,6 +61,7 @@ def main() -> None:
     for name, value in (("rank", 16), ("batch", 4), ("window", 256), ("rounds", 5), ("steps", 4)):
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
+    run_in_the_calling_thread()  # as `garrulax train` does
     if args.model is None:
         config = gx.preset("llama-tiny", width=768, layers=8, heads=12, kv_heads=4, mlp_width=2048, vocab=4096)
         model = gx.Model(config, gx.init(config, jax.random.key(0)))

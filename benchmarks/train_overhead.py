@@ -32,7 +32,7 @@ from input_pipeline import made
 
 from garrulax.hub.tokenizers import GLM_SPECIALS, ByteTokenizer
 from garrulax.models import gpt
-from garrulax.train import batches, loop, objectives, optimizers, settings, state, step
+from garrulax.train import batches, freed_memory, loop, objectives, optimizers, settings, state, step
 
 #: Steps of a turn, and turns from one save to the next.
 SIZES = {"small": (10, 10), "medium": (2, 10)}
@@ -172,5 +172,6 @@ if __name__ == "__main__":
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--without", default="", help=f"features to leave out, of {', '.join(FEATURES)}")
     args = parser.parse_args()
+    freed_memory.run_in_the_calling_thread()  # as `garrulax train` does
     for each in args.sizes:
         report(each, measured(each, args.turns, [name for name in FEATURES if name not in args.without.split(",")]))

@@ -178,7 +178,7 @@ def _memory(config: ModelConfig, s: Summary) -> list[tuple[str, str]]:
     reading = _size(costs.reading_bytes(config, config.context))
     return [
         *rows,
-        ("generating, with full cache", f"{wide} in float32, as a CPU loads 16-bit files if it fits; else {half}"),
+        ("generating, with a full cache", f"{wide} in float32, as a CPU loads 16-bit files if it fits; else {half}"),
         ("  reading a full prompt", f"{reading} more while it lasts, roughly: what one layer computes, in float32"),
         (
             "  the program itself",

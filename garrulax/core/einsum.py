@@ -90,7 +90,7 @@ def _matmul(left: str, right: str, out: str, x: jax.Array, w: jax.Array, own: Ca
         y = own(x2, w2)
     else:
         dot = half.dot if half.applies(x2, w2) else half.plain_dot
-        y = multiply_rows(lambda x2: dot(x2, w2, first), x2)
+        y = multiply_rows(lambda rows: dot(rows, w2, first), x2)
     w_out = w.shape[len(s.contracted) :] if first else w.shape[: len(s.columns)]
     return y.reshape(*x.shape[: len(s.rows)], *w_out)
 

@@ -58,7 +58,7 @@ def plain_dot(x: jax.Array, w: jax.Array, first: bool) -> jax.Array:
 
 
 def _by_blocks(x: jax.Array, w: jax.Array, first: bool) -> jax.Array:
-    if len(x) > 1 and digits.has("bfloat16"):  # XLA multiplies a matrix and a vector by code of its own, in float32
+    if digits.has("bfloat16"):
         return digits.times_bfloat16(x, w, 0 if first else 1).astype(x.dtype)
     return (_over_inputs if first else _over_outputs)(x.astype(jnp.float32), _to_bits(w)).astype(x.dtype)
 
@@ -163,13 +163,14 @@ class HalfWeight(Leaf):
         shape = (inner, -1) if s.first else (-1, inner)
         bits = self.bits.reshape(shape)
 
-        def multiply(x2: jax.Array) -> jax.Array:  # float32
+        def multiply(rows: jax.Array) -> jax.Array:
+            """The product of float32 [M, n]: [M, N]."""
             if digits.has("bfloat16"):
                 numbers = jax.lax.bitcast_convert_type(bits, jnp.bfloat16) if self.numbers is None else self.numbers
-                return digits.times_bfloat16(x2, numbers.reshape(shape), 0 if s.first else 1)
-            if self.size >= LEAST and len(x2) <= MOST_ROWS:
-                return (_over_inputs if s.first else _over_outputs)(x2, bits)
-            return plain_dot(x2, _widened(bits), s.first)
+                return digits.times_bfloat16(rows, numbers.reshape(shape), 0 if s.first else 1)
+            if self.size >= LEAST and len(rows) <= MOST_ROWS:
+                return (_over_inputs if s.first else _over_outputs)(rows, bits)
+            return plain_dot(rows, _widened(bits), s.first)
 
         y = multiply_rows(multiply, x2.astype(jnp.float32))
         outer = self.shape[len(s.contracted) :] if s.first else self.shape[: len(s.columns)]

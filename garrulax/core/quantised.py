@@ -115,7 +115,7 @@ class Quantised(Leaf):
         if s is None or not own or products.on_mesh(x):
             return products.einsum(spec, self._as_multiplied(x), self.dense(x.dtype))
         x2, w = jnp.asarray(x).reshape(-1, self.form.inputs), jax.tree.map(jnp.asarray, self)
-        y = multiply_rows(lambda x2: _product(x2, w), x2)
+        y = multiply_rows(lambda rows: _product(rows, w), x2)
         return y.reshape(*x.shape[: len(s.rows)], *self.form.outer)
 
     def _as_multiplied(self, x: jax.Array) -> jax.Array:

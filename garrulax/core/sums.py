@@ -1,11 +1,12 @@
 """Sums and products of a few rows, whose last bits do not depend on the number of rows.
 
 XLA:CPU adds the numbers of a row in another order when there are many rows than when there are few (jax 0.10), and
-multiplies a single row by other instructions than several, but products of 2 to 16 rows agree. Otherwise a text that is
-decoded alone would have other log-probabilities than the same text in a batch, by about 1e-5, and seldom another token.
-So a single row is multiplied twice, and sums are products with ones.
+multiplies a single row by other instructions than several. A text that is decoded alone would then have other
+log-probabilities than the same text in a batch, by about 1e-5, and seldom another token. But products of 2 to 16 rows
+agree. So sums are products with ones here, and a single row is multiplied as two equal rows.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -26,9 +27,9 @@ def row_sum(x: jax.Array, most_rows: int = MOST_ROWS) -> jax.Array:
     if math.prod(x.shape[:-1]) > most_rows or not _on_one_cpu(x):
         return x.sum(-1, keepdims=True)
     ones = jnp.ones((x.shape[-1], _COLUMNS), x.dtype)
-    if math.prod(x.shape[:-1]) == 1:
-        return multiply_rows(lambda row: _times(row, ones), x.reshape(1, -1))[:, :1].reshape(*x.shape[:-1], 1)
-    return _times(x, ones)[..., :1]
+    dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    y = multiply_rows(lambda rows: dot(rows, ones), x.reshape(-1, x.shape[-1]))
+    return y[:, :1].reshape(*x.shape[:-1], 1)
 
 
 def row_mean(x: jax.Array) -> jax.Array:
@@ -37,11 +38,14 @@ def row_mean(x: jax.Array) -> jax.Array:
 
 
 def multiply_rows(multiply: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """multiply(x), with a single row multiplied twice on a CPU.
+    """multiply(x), on one CPU of a single row as two equal rows: these have the last bits of a row among several.
 
     Args:
         multiply: The product of a matrix [M, n] and a weight: [M, N].
-        x: [M, n].
+        x: Activations [M, n], of any floating-point dtype.
+
+    Returns:
+        [M, N], as `multiply` returns it.
     """
     if len(x) != 1 or not _on_one_cpu(x):
         return multiply(x)
@@ -50,7 +54,3 @@ def multiply_rows(multiply: Callable[[jax.Array], jax.Array], x: jax.Array) -> j
 
 def _on_one_cpu(x: jax.Array) -> bool:
     return jax.default_backend() == "cpu" and jax.typeof(x).sharding.mesh.empty
-
-
-def _times(x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)

@@ -6,12 +6,13 @@ the kernel fills with zeros one by one at the first touch: a quarter of the proc
 PyTorch allocates array by array, most of them smaller than that.
 
 A thread of XLA's that allocates more than 64 MiB at once gets new pages all the same, because glibc gives such threads
-heaps of that size. So programs have to run in the thread that calls them, whose heap has no limit.
+heaps of that size. The heap of the main thread has no limit: so programs have to run there.
 """
 
 import ctypes
 import functools
 import os
+from collections.abc import Callable
 
 import jax
 
@@ -21,11 +22,15 @@ _TUNABLES_OF_THE_USER = ("glibc.malloc.trim_threshold", "glibc.malloc.mmap_thres
 
 
 def run_in_the_calling_thread() -> None:
-    """Makes XLA:CPU run a program in the thread that calls it, so that `keep_freed_memory` keeps blocks of any size.
+    """Makes XLA:CPU run programs of one device in the thread that calls them, where all freed blocks can be kept.
 
-    To be called before JAX uses a device: later it changes nothing.
+    To be called before JAX uses a device: later it changes nothing. Nor does it where freed memory is not kept.
+
+    Calls then return when the program has ended, so that Python does not work meanwhile: the trainer takes 2 % longer
+    for steps of 40 ms that need less than 64 MiB. A step that needed 600 MiB took 13 % less (docs/performance.md).
     """
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    if _mallopt() is not None:
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 @functools.cache
@@ -38,13 +43,18 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether it was done: only glibc (Linux) is known to have the two settings.
     """
-    tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if any(name in os.environ for name in _OF_THE_USER) or any(name in tunables for name in _TUNABLES_OF_THE_USER):
-        return False
-    try:
-        library = ctypes.CDLL(None)
-        mallopt = library.mallopt if hasattr(library, "gnu_get_libc_version") else None
-    except (OSError, TypeError, AttributeError):  # Windows; a program without a dynamic C library
-        return False
+    mallopt = _mallopt()
     # Blocks of less than 2 GiB come from the heap, whose free end stays (-1: no limit).
     return mallopt is not None and all([mallopt(_MMAP_THRESHOLD, 2**31 - 1), mallopt(_TRIM_THRESHOLD, -1)])
+
+
+def _mallopt() -> Callable[[int, int], int] | None:
+    """The function of glibc, unless there is none or the environment says when memory is returned."""
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if any(name in os.environ for name in _OF_THE_USER) or any(name in tunables for name in _TUNABLES_OF_THE_USER):
+        return None
+    try:
+        library = ctypes.CDLL(None)
+        return library.mallopt if hasattr(library, "gnu_get_libc_version") else None
+    except (OSError, TypeError, AttributeError):  # Windows; a program without a dynamic C library
+        return None

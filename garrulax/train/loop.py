@@ -42,7 +42,8 @@ from garrulax.train.step import Metrics, make_train_step
 from garrulax.train.trackers import Trackers, check_trackers
 from garrulax.train.usage import Usage
 
-# Steps that the device may be behind the host, which prepares the next batch while the device computes.
+# Steps that the device may be behind the host, which prepares the next batch while the device computes; on a CPU whose
+# programs run in the thread that calls them (`freed_memory`) there are none.
 AHEAD = 2
 
 

@@ -45,8 +45,8 @@ def make_train_step(
     of the loss) and finite (bool); grad_norms has the norms of the parts (`norms.gradient_norms`), extra the further
     metrics of the objective, averaged as the loss, and guard what `guard.judge` says, if there is one.
 
-    On a CPU it also makes the process keep the memory that it frees (`freed_memory.keep_freed_memory`); steps that need
-    more than 64 MiB gain by `freed_memory.run_in_the_calling_thread` too.
+    On a CPU it also makes the process keep the memory that it frees (`freed_memory.keep_freed_memory`); for steps whose
+    temporary arrays take more than 64 MiB see `freed_memory.run_in_the_calling_thread` too.
 
     Args:
         config: Of the model.

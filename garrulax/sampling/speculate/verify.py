@@ -103,7 +103,8 @@ def _tree_mask(mask: Mask, cache: Cache, parents: tuple[int, ...]) -> Mask:
 def _gather(cache: Cache, first: jax.Array, path: jax.Array, tokens: int) -> Cache:
     """Moves the keys and values of accepted tokens to the slots from `first` [B] on.
 
-    `path` [B, G] numbers these tokens among the T `tokens` of the pass, which are in the slots from `first` on.
+    `path` [B, G], from 0 to T - 1, numbers these tokens among the T `tokens` of the pass, which are in the slots from
+    `first` on.
     """
     slots = first[:, None] + path  # [B, G]
     B = len(slots)
@@ -113,7 +114,7 @@ def _gather(cache: Cache, first: jax.Array, path: jax.Array, tokens: int) -> Cac
             return write(x, jnp.take_along_axis(x, slots, axis=1), first, axis=1)
         rows = x.reshape(B, -1, *x.shape[-2:])  # [B, K, S, C]
         read = jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, tokens, axis=1))(rows, first)
-        # Slice and barrier keep XLA:CPU from reading while it writes, for which it would copy the cache.
+        # Without the barrier XLA:CPU would join the reading with the writing, and copy the cache.
         new = jax.lax.optimization_barrier(jnp.take_along_axis(read, path[:, None, :, None], axis=2))
         return write_layer(x, 0, new, first)
 

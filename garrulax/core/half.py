@@ -163,16 +163,15 @@ class HalfWeight(Leaf):
         shape = (inner, -1) if s.first else (-1, inner)
         bits = self.bits.reshape(shape)
 
-        def multiply(rows: jax.Array) -> jax.Array:
-            """The product of float32 [M, n]: [M, N]."""
-            if digits.has("bfloat16"):
-                numbers = jax.lax.bitcast_convert_type(bits, jnp.bfloat16) if self.numbers is None else self.numbers
-                return digits.times_bfloat16(rows, numbers.reshape(shape), 0 if s.first else 1)
-            if self.size >= LEAST and len(rows) <= MOST_ROWS:
-                return (_over_inputs if s.first else _over_outputs)(rows, bits)
-            return plain_dot(rows, _widened(bits), s.first)
-
-        y = multiply_rows(multiply, x2.astype(jnp.float32))
+        x2 = x2.astype(jnp.float32)
+        if digits.has("bfloat16"):  # the digits of a single row are several rows
+            numbers = jax.lax.bitcast_convert_type(bits, jnp.bfloat16) if self.numbers is None else self.numbers
+            y = digits.times_bfloat16(x2, numbers.reshape(shape), 0 if s.first else 1)
+        elif self.size >= LEAST and len(x2) <= MOST_ROWS:
+            over = _over_inputs if s.first else _over_outputs
+            y = multiply_rows(lambda rows: over(rows, bits), x2)
+        else:
+            y = multiply_rows(lambda rows: plain_dot(rows, _widened(bits), s.first), x2)
         outer = self.shape[len(s.contracted) :] if s.first else self.shape[: len(s.columns)]
         return y.astype(x.dtype).reshape(*x.shape[: len(s.rows)], *outer)
 

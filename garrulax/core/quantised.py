@@ -115,7 +115,9 @@ class Quantised(Leaf):
         if s is None or not own or products.on_mesh(x):
             return products.einsum(spec, self._as_multiplied(x), self.dense(x.dtype))
         x2, w = jnp.asarray(x).reshape(-1, self.form.inputs), jax.tree.map(jnp.asarray, self)
-        y = multiply_rows(lambda rows: _product(rows, w), x2)
+        # The digits of a single row are several rows.
+        by_digits = w.size >= LEAST and not w.form.activations and _has_int8_products(w, w.form.inputs)
+        y = _product(x2, w) if by_digits else multiply_rows(lambda rows: _product(rows, w), x2)
         return y.reshape(*x.shape[: len(s.rows)], *self.form.outer)
 
     def _as_multiplied(self, x: jax.Array) -> jax.Array:

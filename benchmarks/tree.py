@@ -3,7 +3,7 @@
     python benchmarks/tree.py MODEL [--dtype float32] [--tokens 4 8 16] [--rounds 5] [--new 64]
 
 MODEL is a folder or a GGUF file, which without --dtype keeps its own weights. The drafts are always the same tokens in
-a binary tree, so nothing is spent on guessing them. A CPU multiplies the row of a lone prompt as two rows
+a binary tree, so nothing is spent on guessing them. On a CPU a step of a lone prompt multiplies two rows
 (docs/decoding.md). Steps and passes run in turns. Each time is the difference of a long text and a short one, so that
 it has no part of the prompt's. Printed are medians of milliseconds, and ratios to a step within the rounds.
 """

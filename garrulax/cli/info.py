@@ -18,6 +18,7 @@ from garrulax.hub.reading import open_checkpoint
 from garrulax.hub.tensors import BITS, open_tensors
 from garrulax.models.summary import Summary, bytes_of, summarize
 from garrulax.quantisation.planned import planned_bytes
+from garrulax.sampling.buckets import POWERS_OF_TWO
 from garrulax.train.activations import saved_per_token
 from garrulax.train.progress import duration
 
@@ -173,12 +174,16 @@ def _memory(config: ModelConfig, s: Summary) -> list[tuple[str, str]]:
     rows.append(
         ("KV cache in bfloat16", f"{_size(cache)} a token, {_size(cache * config.context)} for {config.context:,}")
     )
-    values = s.parameters + s.cache_values * config.context
+    lone = POWERS_OF_TWO.of("rows", 1)  # rows of the state of one prompt (docs/decoding.md)
+    values = s.parameters + lone * s.cache_values * config.context
     wide, half = (_size(bytes_of(values, dtype)) for dtype in ("float32", "bfloat16"))
     reading = _size(costs.reading_bytes(config, config.context))
     return [
         *rows,
-        ("generating, with a full cache", f"{wide} in float32, as a CPU loads 16-bit files if it fits; else {half}"),
+        (
+            f"generating, cache of {lone} full {'row' if lone == 1 else 'rows'}",
+            f"{wide} in float32, as a CPU loads 16-bit files if it fits; else {half}",
+        ),
         ("  reading a full prompt", f"{reading} more while it lasts, roughly: what one layer computes, in float32"),
         (
             "  the program itself",

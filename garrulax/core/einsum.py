@@ -12,7 +12,6 @@ from garrulax.core.leaf import Leaf
 from garrulax.core.letters import letters, sides
 from garrulax.core.sharding import Entry, axis_names, is_explicit, spec_of
 from garrulax.core.strategies import BATCH_AXES, TENSOR_AXIS
-from garrulax.core.sums import multiply_rows
 
 
 def einsum(spec: str, x: jax.Array, w: jax.Array | Leaf) -> jax.Array:
@@ -89,8 +88,7 @@ def _matmul(left: str, right: str, out: str, x: jax.Array, w: jax.Array, own: Ca
     if own is not None and first:
         y = own(x2, w2)
     else:
-        dot = half.dot if half.applies(x2, w2) else half.plain_dot
-        y = multiply_rows(lambda rows: dot(rows, w2, first), x2)
+        y = (half.dot if half.applies(x2, w2) else half.plain_dot)(x2, w2, first)
     w_out = w.shape[len(s.contracted) :] if first else w.shape[: len(s.columns)]
     return y.reshape(*x.shape[: len(s.rows)], *w_out)
 

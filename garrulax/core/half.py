@@ -24,7 +24,6 @@ from jax.sharding import NamedSharding
 from garrulax.core import digits
 from garrulax.core.leaf import Leaf
 from garrulax.core.letters import letters, sides
-from garrulax.core.sums import multiply_rows
 
 BLOCK = 1 << 16  # numbers of a block: 256 KB in float32, a part of the L2 cache, so that the product reads it there
 LEAST = 1 << 16  # numbers of a weight that is worth a loop
@@ -58,7 +57,7 @@ def plain_dot(x: jax.Array, w: jax.Array, first: bool) -> jax.Array:
 
 
 def _by_blocks(x: jax.Array, w: jax.Array, first: bool) -> jax.Array:
-    if digits.has("bfloat16"):
+    if len(x) > 1 and digits.has("bfloat16"):  # XLA multiplies a matrix and a vector by code of its own, in float32
         return digits.times_bfloat16(x, w, 0 if first else 1).astype(x.dtype)
     return (_over_inputs if first else _over_outputs)(x.astype(jnp.float32), _to_bits(w)).astype(x.dtype)
 
@@ -162,16 +161,13 @@ class HalfWeight(Leaf):
         x2 = x.reshape(-1, inner)
         shape = (inner, -1) if s.first else (-1, inner)
         bits = self.bits.reshape(shape)
-
-        x2 = x2.astype(jnp.float32)
-        if digits.has("bfloat16"):  # the digits of a single row are several rows
+        if digits.has("bfloat16"):
             numbers = jax.lax.bitcast_convert_type(bits, jnp.bfloat16) if self.numbers is None else self.numbers
-            y = digits.times_bfloat16(x2, numbers.reshape(shape), 0 if s.first else 1)
+            y = digits.times_bfloat16(x2.astype(jnp.float32), numbers.reshape(shape), 0 if s.first else 1)
         elif self.size >= LEAST and len(x2) <= MOST_ROWS:
-            over = _over_inputs if s.first else _over_outputs
-            y = multiply_rows(lambda rows: over(rows, bits), x2)
+            y = (_over_inputs if s.first else _over_outputs)(x2.astype(jnp.float32), bits)
         else:
-            y = multiply_rows(lambda rows: plain_dot(rows, _widened(bits), s.first), x2)
+            y = plain_dot(x2.astype(jnp.float32), _widened(bits), s.first)
         outer = self.shape[len(s.contracted) :] if s.first else self.shape[: len(s.columns)]
         return y.astype(x.dtype).reshape(*x.shape[: len(s.rows)], *outer)
 

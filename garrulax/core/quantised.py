@@ -26,7 +26,6 @@ from garrulax.core.codes import Form
 from garrulax.core.dtypes import at_least_float32
 from garrulax.core.leaf import Leaf
 from garrulax.core.letters import letters, sides
-from garrulax.core.sums import multiply_rows
 
 LEAST = 1 << 16  # numbers of a weight that is worth a loop
 BLOCK = 1 << 17  # numbers of a block: 512 KB in float32, a part of the L2 cache, so that the product reads it there
@@ -114,10 +113,8 @@ class Quantised(Leaf):
         own = s is not None and s.first == self.form.first and x.shape[len(s.rows) :] == self.form.inner
         if s is None or not own or products.on_mesh(x):
             return products.einsum(spec, self._as_multiplied(x), self.dense(x.dtype))
-        x2, w = jnp.asarray(x).reshape(-1, self.form.inputs), jax.tree.map(jnp.asarray, self)
-        # The digits of a single row are several rows.
-        by_digits = w.size >= LEAST and not w.form.activations and _has_int8_products(w, w.form.inputs)
-        y = _product(x2, w) if by_digits else multiply_rows(lambda rows: _product(rows, w), x2)
+        x2 = jnp.asarray(x).reshape(-1, self.form.inputs)
+        y = _product(x2, jax.tree.map(jnp.asarray, self))
         return y.reshape(*x.shape[: len(s.rows)], *self.form.outer)
 
     def _as_multiplied(self, x: jax.Array) -> jax.Array:

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+
 LEAST_SLOTS = 256  # of the cache; a state grows by factors of 4, since XLA:CPU reads all slots in every step
 
 
@@ -15,11 +17,12 @@ class Buckets:
     """The sizes for which programs are compiled. Any other size is rounded up to the next one.
 
     Attributes:
-        rows: Numbers of rows of a state.
+        rows: Numbers of rows of a state. On CPUs at least 2: XLA:CPU computes a single row by other instructions, so
+            that its last bits would differ from those of the same row in a batch.
         prompt: Numbers of tokens of a context.
         size: Numbers of tokens of prompt and answer together.
 
-    None is the powers of two, from 1, 16 and 256 on.
+    None is the powers of two, from 1 (on CPUs 2), 16 and 256 on.
 
     Example:
         >>> import garrulax as gx
@@ -42,7 +45,8 @@ class Buckets:
         """The bucket of a size. Raises ValueError if it is larger than the largest."""
         sizes = getattr(self, name)
         if sizes is None:
-            return bucket(size, {"rows": 1, "prompt": 16, "size": LEAST_SLOTS}[name])
+            least_rows = 2 if name == "rows" and jax.default_backend() == "cpu" else 1
+            return bucket(size, {"rows": least_rows, "prompt": 16, "size": LEAST_SLOTS}[name])
         for one in sizes:
             if size <= one:
                 return one
@@ -50,6 +54,7 @@ class Buckets:
 
 
 POWERS_OF_TWO = Buckets()
+ONE_ROW = Buckets(rows=tuple(1 << i for i in range(24)))  # for speculation: its steps read several tokens of a row
 
 
 def slots_for(needed: int, size: int) -> int:

@@ -9,7 +9,7 @@ from garrulax.layers.cache import Cache
 from garrulax.layers.cache_kinds import Kind
 from garrulax.models.unpack import ModelLike, TokenizerLike
 from garrulax.sampling.adapters import Adapter, behind, chosen, weights_by_row, without_prefix
-from garrulax.sampling.buckets import POWERS_OF_TWO
+from garrulax.sampling.buckets import ONE_ROW, POWERS_OF_TWO
 from garrulax.sampling.caches import choose_kind, kind_for
 from garrulax.sampling.constrain import Constraint, Matcher
 from garrulax.sampling.constrained import decode_constrained, matchers_of
@@ -445,12 +445,13 @@ def make_plan(
         raise ValueError("guidance_scale does not go with gx.contrastive: use gx.beam or gx.best_of")
     if matchers and isinstance(search, ContrastiveSearch):
         raise ValueError("constrain does not go with gx.contrastive: use gx.beam or gx.best_of")
-    size, every = size_of(requests, POWERS_OF_TWO), every or (STOP_CHECK_STEPS if stop else max(limits))
+    buckets = POWERS_OF_TWO if speculate is None else ONE_ROW
+    size, every = size_of(requests, buckets), every or (STOP_CHECK_STEPS if stop else max(limits))
     compared = search is not None and not isinstance(search, BestOf)
     if trees:
         if compared or speculate is not None:
             raise ValueError("several adapters in one call go with sampling only: call once for each adapter")
-        weights = weights_by_row(trees, POWERS_OF_TWO.of("rows", len(encoded)))
+        weights = weights_by_row(trees, buckets.of("rows", len(encoded)))
     full_only = "search" if compared else "speculate" if speculate is not None else "a prefix" if prefix else None
     full_only = "parameters on several devices" if on_mesh else full_only
     past = None
@@ -458,7 +459,7 @@ def make_plan(
         if compared or speculate is not None or trees:
             raise ValueError("a prefix goes with sampling of one adapter only: leave search and speculate out")
         requests, past = behind(prefix, weights, requests, config)
-    decoder = Decoder(config, transform, POWERS_OF_TWO, choose_kind(kind, config, size, full_only))
+    decoder = Decoder(config, transform, buckets, choose_kind(kind, config, size, full_only))
     speculation = None
     if speculate is not None:
         check_speculation(speculate, search, len(encoded) > len(rows))

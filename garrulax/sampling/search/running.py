@@ -22,6 +22,14 @@ from garrulax.sampling.state import Requests, State
 from garrulax.sampling.writing import Completion, Writer
 
 ALL_STEPS = np.int32(2**30)
+ONE_ROW = tuple(1 << i for i in range(20))  # several beams are several tokens of one row, which may be alone
+
+
+def start_beams(search: BeamSearch, decoder: Decoder, weights: Weights, requests: Requests, more: int = 0) -> State:
+    """The state with a row for each prompt, before its first new token; arguments as in `start.start`."""
+    if search.beams > 1:
+        decoder = dataclasses.replace(decoder, buckets=dataclasses.replace(decoder.buckets, rows=ONE_ROW))
+    return start(decoder, weights, requests, size_of(requests, decoder.buckets, more), steps=False)
 
 
 def finish(
@@ -145,6 +153,6 @@ def searched(
         every = STOP_CHECK_STEPS if stops else max(limits)
         contrast(search, decoder, weights, state, hidden, writers, every, size_of(requests, decoder.buckets, search.k))
         return [[writer.completion()] for writer in writers.values()]
-    state = start(decoder, weights, requests, size_of(requests, decoder.buckets), steps=False)
+    state = start_beams(search, decoder, weights, requests)
     found = best_writers(finish(search, decoder, weights, state, matchers), rows, limits, ends, tokenizer)
     return [[writer.completion() for writer in one[: search.returned]] for one in found]

@@ -14,6 +14,7 @@ from garrulax.core.spec import Tree
 from garrulax.kernels.mask import PAD
 from garrulax.layers.cache import Cache
 from garrulax.models.unpack import ModelLike
+from garrulax.sampling.buckets import ONE_ROW
 from garrulax.sampling.decoder import Decoder
 from garrulax.sampling.loop import choose, decode_step, read
 from garrulax.sampling.requests import Weights, prepare_model
@@ -62,7 +63,7 @@ class Draft(Speculation):
         _check(small, config, requests)
         if _devices(own.step) - _devices(weights.step):
             raise ValueError("the draft model is on another device than the model: move it there with jax.device_put")
-        decoder, read_by_it = Decoder(small, transform), _as_read_by(small, config, requests)
+        decoder, read_by_it = Decoder(small, transform, ONE_ROW), _as_read_by(small, config, requests)
 
         def begin(state: State) -> DraftMemory:
             own_state = start(decoder, own, read_by_it, size, steps=False)

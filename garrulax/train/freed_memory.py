@@ -26,8 +26,8 @@ def run_in_the_calling_thread() -> None:
 
     To be called before JAX uses a device: later it changes nothing. Nor does it where freed memory is not kept.
 
-    Calls then return when the program has ended, so that Python does not work meanwhile: the trainer takes 2 % longer
-    for steps of 40 ms that need less than 64 MiB. A step that needed 600 MiB took 13 % less (docs/performance.md).
+    Calls then return when the program has ended, so that Python does not work meanwhile: the trainer takes 2 to 3 %
+    longer for steps of 40 ms that need less than 64 MiB. One that needs 600 MiB takes 13 % less (docs/performance.md).
     """
     if _mallopt() is not None:
         jax.config.update("jax_cpu_enable_async_dispatch", False)

@@ -49,7 +49,7 @@ def keep_freed_memory() -> bool:
 
 
 def _mallopt() -> Callable[[int, int], int] | None:
-    """The function of glibc, unless there is none or the environment says when memory is returned."""
+    """glibc's function that sets how memory is kept; None without glibc, or if the environment has such settings."""
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if any(name in os.environ for name in _OF_THE_USER) or any(name in tunables for name in _TUNABLES_OF_THE_USER):
         return None

@@ -18,8 +18,12 @@ from garrulax import models, sampling
 from garrulax.core import spec
 from garrulax.layers.cache import Cache
 from garrulax.sampling import speculate
+from garrulax.sampling.knobs import knobs_per_prompt
+from garrulax.sampling.requests import assemble, causal_prompt
 from garrulax.sampling.speculate.accept import exact
 from garrulax.sampling.speculate.lookup import lookup
+from garrulax.sampling.speculate.loop import speculate_steps
+from garrulax.sampling.speculate.running import begin
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 NEW = 24
@@ -120,6 +124,22 @@ def test_trees(family, changes):
     found = gx.generate(model, PROMPTS, max_new_tokens=NEW, temperature=0, end_tokens=(), speculate=known)
     assert tokens(found) == texts.tolist()
     assert [one.passes for one in found] == [NEW // 4] * 3
+
+
+def test_a_tree_needs_no_second_cache():
+    """The keys of accepted tokens move within the cache. With one row, XLA:CPU copied all of it if a gather read it."""
+    config = dataclasses.replace(tiny.CONFIGS["llama"], width=256, head_dim=64, heads=4, kv_heads=2)
+    params = models.unstack(tiny.params(config))
+    knobs = knobs_per_prompt(1, max_new_tokens=10, temperature=0, top_k=0, top_p=1.0, seed=0)
+    request = assemble([causal_prompt([1, 2, 3], 10, config, "")], knobs, config)
+    decoder = sampling.compile((params, config))
+    bound = Known([[1] * 8], (-1, -1, 0), {0}).bind(None, config, decoder.transform, None, 0)
+    one = jax.eval_shape(lambda: begin(decoder.empty(params, decoder.prefill(params, request, 4096), 1, 4096), bound))
+    kept = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(one.state.cache))
+    static = {"config": config, "transform": decoder.transform, "proposer": bound.proposer}
+    memory = speculate_steps.lower(params, (), one, 1, **static).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= kept
+    assert memory.temp_size_in_bytes < kept / 8  # a layer's keys are a quarter of the cache
 
 
 def three_rows():

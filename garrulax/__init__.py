@@ -76,10 +76,14 @@ _HOME = {
     "medusa_accuracy": "garrulax.train.train_medusa",
 }
 
+_PACKAGES = ("models", "layers", "kernels", "train", "align", "sampling", "evaluate", "quantisation", "hub", "planning")
+
 __all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"garrulax.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'garrulax' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)
@@ -88,4 +92,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *_PACKAGES])

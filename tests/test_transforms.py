@@ -84,8 +84,18 @@ def test_each_row_has_its_own_transforms():
         wanted = LOGITS.copy()
         for i, difference in CHANGED[name][1].items() if name in CHANGED else ():
             wanted[i] += difference
-        shifts = [x[kept].max() for x in (row, wanted)]  # temperature shifts the logits of a row
+        shifts = [x[kept].max() for x in (row, wanted)]  # temperature 0 leaves 0
         np.testing.assert_allclose(row[kept] - shifts[0], wanted[kept] - shifts[1], atol=2e-6, err_msg=name)
+
+
+def test_temperature_divides():
+    """A transform after it sees the quotients; where these would overflow, the differences are right."""
+    values = {"temperature": [0.5, 1e-30], "repetition_penalty": [2, 1]}
+    chain = transforms.chain(transforms.temperature(), transforms.repetition_penalty())
+    logits = np.full((2, V), -np.inf, np.float32)
+    logits[:, :3] = [[3, 2, -1], [3e10, 2e10, 3e10]]
+    found, _ = chain.update(jnp.asarray(logits), initial(chain, values, 2, [[0], [0]]))
+    np.testing.assert_array_equal(found[:, :3], [[3, 4, -2], [0, -np.inf, 0]])
 
 
 def test_the_first_token_and_guidance():

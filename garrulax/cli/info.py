@@ -16,6 +16,7 @@ from garrulax.hub.gguf.blocks import FORMATS
 from garrulax.hub.matching import match
 from garrulax.hub.reading import open_checkpoint
 from garrulax.hub.tensors import BITS, open_tensors
+from garrulax.models.forward_pass import cache_dtype
 from garrulax.models.summary import Summary, bytes_of, summarize
 from garrulax.quantisation.planned import planned_bytes
 from garrulax.sampling.buckets import POWERS_OF_TWO
@@ -175,8 +176,8 @@ def _memory(config: ModelConfig, s: Summary) -> list[tuple[str, str]]:
         ("KV cache in bfloat16", f"{_size(cache)} a token, {_size(cache * config.context)} for {config.context:,}")
     )
     lone = POWERS_OF_TWO.of("rows", 1)  # rows of the state of one prompt (docs/decoding.md)
-    values = s.parameters + lone * s.cache_values * config.context
-    wide, half = (_size(bytes_of(values, dtype)) for dtype in ("float32", "bfloat16"))
+    kept = [bytes_of(lone * s.cache_values * config.context, str(cache_dtype(dtype))) for dtype in DTYPES]
+    wide, half = (_size(bytes_of(s.parameters, dtype) + more) for dtype, more in zip(DTYPES, kept, strict=True))
     reading = _size(costs.reading_bytes(config, config.context))
     return [
         *rows,

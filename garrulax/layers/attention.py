@@ -67,8 +67,10 @@ def cached_attention(
         few = {name: x for name, x in options.items() if not name.startswith(("dropout", "context_parallel"))}
         few |= {f"{name}_scales": _by_head(stored[f"{name}_scale"], len(query)) for name in ("key", "value")}
         return decode.decode(query, stored["key"], stored["value"], mask=mask, **few), kv
-    key, value = (_tokens_first(stored, name, query.dtype) for name in ("key", "value"))
-    return attention(query, key, value, mask=mask, **options), kv
+    # A few queries take what is stored as it is; for many, a cache of a wider dtype is converted once.
+    dtype = stored["key"].dtype if "key_scale" not in stored and _few(query, options) else query.dtype
+    key, value = (_tokens_first(stored, name, dtype) for name in ("key", "value"))
+    return attention(query.astype(dtype), key, value, mask=mask, **options).astype(query.dtype), kv
 
 
 def _few(query: jax.Array, options: dict[str, Any]) -> bool:

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from garrulax.core import sharding, spec
 from garrulax.core.blanks import Blanks
 from garrulax.core.config import ModelConfig
-from garrulax.core.dtypes import parameter_dtype
+from garrulax.core.dtypes import at_least_float32, parameter_dtype
 from garrulax.core.einsum import whole_tokens
 from garrulax.core.leaf import dtype_of
 from garrulax.core.strategies import Strategy
@@ -227,7 +227,7 @@ def cache_for(
     like: jax.Array | None = None,
     kind: Kind = FULL,
 ) -> Cache:
-    """An empty cache in the form (stacked or not) and dtype of the parameters.
+    """An empty cache in the form (stacked or not) and dtype of the parameters; on a CPU at least float32.
 
     Args:
         params: Parameters of the model.
@@ -257,11 +257,20 @@ def cache_for(
         kind.slots(size),
         config.kv_heads,
         config.head_dim,
-        dtype_of(blocks),
+        cache_dtype(dtype_of(blocks)),
         stacked=not isinstance(blocks, tuple),
         like=like,
         kind=kind,
     )
+
+
+def cache_dtype(dtype: Any) -> np.dtype:
+    """The dtype of keys and values for parameters of `dtype`: on a CPU at least float32.
+
+    XLA:CPU multiplies float16 as float32, and to write one token into an array of bfloat16 it converts all of it, with
+    several rows to float32 and back. The steps of decoding would hold the whole cache a second time, in float32.
+    """
+    return at_least_float32(dtype) if jax.default_backend() == "cpu" else jnp.dtype(dtype)
 
 
 def check_cache(config: ModelConfig, kind: Kind) -> None:

@@ -114,10 +114,8 @@ def _gather(cache: Cache, first: jax.Array, path: jax.Array, tokens: int) -> Cac
             return write(x, jnp.take_along_axis(x, slots, axis=1), first, axis=1)
         rows = x.reshape(B, -1, *x.shape[-2:])  # [B, K, S, C]
         read = jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, tokens, axis=1))(rows, first)
-        # By a slice and behind a barrier, since XLA:CPU copies the whole cache where a gather reads it, or where it can
-        # fuse reading with writing.
-        new = jax.lax.optimization_barrier(jnp.take_along_axis(read, path[:, None, :, None], axis=2))
-        return write_layer(x, 0, new, first)
+        # A slice first: where a gather reads the cache itself, XLA:CPU copies the whole of it.
+        return write_layer(x, 0, jnp.take_along_axis(read, path[:, None, :, None], axis=2), first)
 
     def layer(kv: KV) -> KV:
         return {

@@ -17,16 +17,17 @@ from garrulax.sampling.transforms.thresholds import least_float, nucleus, sum_wh
 
 @functools.cache
 def temperature() -> Transform:
-    """Divides logits by the knob `temperature` (float32 [B]) and shifts each row by a constant; 1 changes nothing.
+    """Divides logits by the knob `temperature` (float32 [B]).
 
-    Temperature 0 keeps only the greatest logit; of several equal ones, the first.
+    Temperature 0 keeps only the greatest logit; of several equal ones, the first. Where the greatest would overflow, it
+    is subtracted from its row first, so that no temperature is too low.
     """
 
     def update(logits, value):
         positive = value > 0  # [B]
         divisor = jnp.where(positive, value, 1).astype(logits.dtype)[:, None]
-        # Subtract the maximum first: no difference overflows, however low the temperature.
-        scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / divisor  # [B, V]
+        top = jnp.max(logits, axis=-1, keepdims=True)  # [B, 1]
+        scaled = (logits - jnp.where(jnp.isfinite(top / divisor), 0, top)) / divisor  # [B, V]
         greedy = jnp.where(token_ids(logits) == argmax(logits)[:, None], jnp.zeros_like(logits), -jnp.inf)  # [B, V]
         changed = jnp.where(positive[:, None], scaled, greedy)
         return jnp.where((value == 1)[:, None], logits, changed), value  # beam search adds up log-probabilities

@@ -3,15 +3,20 @@
 import dataclasses
 
 import gpu_interpreter
+import jax
 import jax.numpy as jnp
 import kernel_cases as cases
 import pytest
+import tiny
 
+from garrulax import models
+from garrulax.kernels import pallas_gpu, picking
 from garrulax.kernels.call import Options
 from garrulax.kernels.gpu import backward_keys, backward_queries
 from garrulax.kernels.mask import All
 from garrulax.kernels.pallas_gpu import GPUAttention
 from garrulax.kernels.xla import Chunked
+from garrulax.layers import stack
 
 BOUND = {jnp.bfloat16: 1.2e-2, jnp.float16: 2e-3}  # probabilities and gradients of scores are rounded
 
@@ -73,3 +78,33 @@ def test_every_width_has_a_ring(width):
         assert keys.stages >= 2
         assert queries.key_stages >= 2
         assert queries.value_stages >= 1
+
+
+def test_layers_share_their_lists(quick_compilation, monkeypatch):
+    """However many layers there are, and whatever is computed again, a step sorts the blocks once for each kernel."""
+
+    def forward(options, o, lists, sizes, interpret):
+        used = sum(x.sum() for x in lists).astype(o.query.dtype)
+        return o.query * used, jnp.zeros((*o.query.shape[::2], o.query.shape[1]), jnp.float32)
+
+    def gradients(options, o, lists, *more):
+        used = sum(x.sum() for x in lists).astype(o.query.dtype)
+        return (o.key * used, o.value * used) if "by keys" in more else o.query * used
+
+    kernel = GPUAttention(interpret=True)
+    monkeypatch.setattr(pallas_gpu, "forward", forward)
+    monkeypatch.setattr(backward_keys, "gradients", lambda *arguments: gradients(*arguments, "by keys"))
+    monkeypatch.setattr(backward_queries, "gradients", gradients)
+    monkeypatch.setattr(picking.Registry, "pick", lambda registry, *request: registry.wrap(kernel))
+    config = dataclasses.replace(tiny.CONFIGS["llama"], layers=2, context=600)
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny.params(config))
+
+    def sorts(remat):
+        def loss(params, tokens, mask):
+            logits, _ = models.forward(params, tokens, config, mask=mask, remat=remat, unroll=True)
+            return logits.sum().astype(jnp.float32)
+
+        step = jax.jit(jax.grad(loss)).lower(params, jnp.zeros((2, 600), jnp.int32), cases.packed(600))
+        return step.compile().as_text().count(" sort(")
+
+    assert [sorts(remat) for remat in stack.REMAT] == [6, 6, 6]  # of columns and of rows

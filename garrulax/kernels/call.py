@@ -1,7 +1,7 @@
 """The arguments and results of every implementation of attention."""
 
 import dataclasses
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,7 @@ class Operands:
         seeds: uint32 [B, H], for dropout: `dropout.keep_mask` hashes the seed of a row and head with the places of
             query and key.
         sinks: [H], learned (gpt-oss): exp(sink) is added to the denominator of the softmax.
+        lists: What an implementation has computed from the streams for both passes (`ForwardBackward.lists`).
     """
 
     query: jax.Array
@@ -72,6 +73,7 @@ class Operands:
     steps: jax.Array | None = None
     seeds: jax.Array | None = None
     sinks: jax.Array | None = None
+    lists: Any = None
 
 
 class LogSumExp(NamedTuple):

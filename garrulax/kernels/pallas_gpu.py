@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from garrulax.kernels import blocks, large_scores, picking
 from garrulax.kernels.call import Gradients, LogSumExp, Operands, Options
-from garrulax.kernels.gpu.backward import backward
-from garrulax.kernels.gpu.block_lists import lists_of
+from garrulax.kernels.gpu.backward import backward, backward_lists
+from garrulax.kernels.gpu.block_lists import RequestLists, lists_of
 from garrulax.kernels.gpu.forward import forward
 from garrulax.kernels.gpu.forward_sizes import HopperForwardSizes, choose_sizes
 from garrulax.kernels.gpu.products import pad_widths
@@ -82,17 +82,32 @@ class GPUAttention(ForwardBackward):
         sizes = self.sizes or choose_sizes(options, wide)
         size = sizes.block_q, sizes.block_k
         options, o = blocks.pad_to_blocks(options, wide, *size)
-        out, lse = forward(options, o, lists_of(options, o, *size), sizes, self.interpret)
+        lists = lists_of(options, o, *size) if o.lists is None else o.lists.forward
+        out, lse = forward(options, o, lists, sizes, self.interpret)
         return out[:, :T, :, :Cv], lse[:, :, :T]
+
+    def lists(self, options: Options, operands: Operands) -> RequestLists | None:
+        """The blocks that the three kernels visit, as `ForwardBackward.lists` describes; on Blackwell None."""
+        if self._architecture(operands) == BLACKWELL:
+            return None
+        with jax.enable_x64(False):
+            wide = pad_widths(operands)
+            sizes = self.sizes or choose_sizes(options, wide)
+            size = sizes.block_q, sizes.block_k
+            first = lists_of(*blocks.pad_to_blocks(options, wide, *size), *size)
+            return RequestLists(first, None if self._backward_is_xla(operands) else backward_lists(options, operands))
 
     def backward(
         self, options: Options, operands: Operands, lse: LogSumExp, delta: jax.Array, cotangent: jax.Array
     ) -> Gradients:
         """Gradients, as `ForwardBackward.backward` describes them."""
-        if operands.bias is not None or operands.steps is not None or self._architecture(operands) == BLACKWELL:
+        if self._backward_is_xla(operands):
             return large_scores.backward_by_xla(options, operands, lse, delta, cotangent)
         with jax.enable_x64(False):
             return backward(options, operands, lse.value, delta, cotangent, self.interpret)
+
+    def _backward_is_xla(self, operands: Operands) -> bool:
+        return operands.bias is not None or operands.steps is not None or self._architecture(operands) == BLACKWELL
 
     def _architecture(self, operands: Operands) -> str:
         return self.architecture or picking.architecture(picking.target_device(operands)) or HOPPER

@@ -23,8 +23,8 @@ class ForwardBackward(abc.ABC):
     """An implementation of attention given by its forward and its backward pass.
 
     The passes never get sinks (`operands.sinks` is None): sinks are added to their results.
-    The residuals are the operands, the output and lse. Output and lse carry the checkpoint names `attention_out` and
-    `attention_lse`, so that remat policies can save them.
+    The residuals are the operands, the output, lse and `lists`. The last three carry the checkpoint names
+    `attention_out`, `attention_lse` and `attention_lists`, so that remat policies can save them.
 
     Attributes:
         auto_partitionable: Whether XLA can split it over a mesh in Auto mode. It cannot split a Pallas kernel.
@@ -64,6 +64,15 @@ class ForwardBackward(abc.ABC):
         Returns:
             The gradients of the operands.
         """
+
+    def lists(self, options: Options, operands: Operands) -> Any:
+        """What both passes need to know of the streams, a tree of arrays with a leading axis B; None for nothing.
+
+        A request that is differentiated gets it as `operands.lists`. It has the checkpoint name `attention_lists`. If a
+        policy saves it, layers with the same streams share it: the barriers of `jax.checkpoint`, which keep XLA from
+        sharing what is computed again, do not stand between them in the forward pass.
+        """
+        return None
 
     def __call__(self, options: Options, operands: Operands) -> jax.Array:
         """Output [B, T, H, Cv] in the query's dtype, differentiable; 0 for a query that attends to no key."""
@@ -112,7 +121,7 @@ def backward(
 
     finite_lse = lse._replace(top=jnp.where(jnp.isneginf(lse.top), EMPTY_ROW_LSE, lse.top))
     gradients = _vmap_as_batch(run)(without_sinks, finite_lse, delta, cotangent)
-    result = jax.tree.map(zero_cotangent, operands)
+    result = jax.tree.map(zero_cotangent, dataclasses.replace(operands, lists=None))
     if sinks is not None:
         # A sink is a key with value 0: of p * (cotangent·value - delta) only -p * delta is left.
         p = jnp.exp(sinks.astype(delta.dtype)[:, None] - finite_lse.top - finite_lse.rest)  # [B, H, T]
@@ -136,6 +145,8 @@ def _refuse(primals, tangents):
 
 def _attention_forward(passes, options, operands):
     operands = _differentiated_once(operands)
+    lists = checkpoint_name(passes.lists(options, operands), "attention_lists")
+    operands = dataclasses.replace(operands, lists=lists)
     out, lse = forward(passes, options, operands)
     out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
     return out, (operands, out, lse)

@@ -13,11 +13,12 @@ from garrulax.layers.call import Call
 
 _policies = jax.checkpoint_policies
 _product = _policies.dots_with_no_batch_dims_saveable
-_named_attention = _policies.save_only_these_names("attention_out", "attention_lse")  # `kernels.passes`
+_named_attention = _policies.save_only_these_names("attention_out", "attention_lse", "attention_lists")
+_lists = _policies.save_only_these_names("attention_lists")  # `kernels.passes`
 
 
 def _product_or_attention(primitive: Any, *args: Any, **params: Any) -> Any:
-    """A policy that saves products with weights, and output and lse of attention.
+    """A policy that saves products with weights, and output, lse and lists of attention.
 
     jax.nn gives the results of cuDNN's attention no names, so that they are known by what computes them.
     """
@@ -26,8 +27,9 @@ def _product_or_attention(primitive: Any, *args: Any, **params: Any) -> Any:
     return _product(primitive, *args, **params) or _named_attention(primitive, *args, **params)
 
 
-#: Policies of what the backward pass recomputes: nothing; all but products with weights and attention; everything.
-REMAT = {"none": None, "dots": _product_or_attention, "full": _policies.nothing_saveable}
+#: Policies of what the backward pass recomputes: nothing; all but products with weights and attention; everything but
+#: the small lists of blocks that attention visits, which are the same in all layers.
+REMAT = {"none": None, "dots": _product_or_attention, "full": _lists}
 
 
 def scan_layers(

@@ -13,9 +13,32 @@ import jax.numpy as jnp
 from garrulax.kernels.blocks import pad_axis, pad_to_blocks
 from garrulax.kernels.call import EMPTY_ROW_LSE, Gradients, Operands, Options
 from garrulax.kernels.gpu import backward_keys, backward_queries
-from garrulax.kernels.gpu.block_lists import lists_of
+from garrulax.kernels.gpu.block_lists import BlockLists, lists_of
 from garrulax.kernels.gpu.products import pad_widths
 from garrulax.kernels.gpu.scores import LOG2E
+
+MODULES = backward_keys, backward_queries
+Plan = backward_keys.KeysPlan | backward_queries.QueriesPlan
+
+
+def backward_lists(options: Options, operands: Operands) -> tuple[BlockLists, ...]:
+    """The blocks that the two kernels visit, for the request as `backward` takes it."""
+    return _lists(*_plan(options, operands))
+
+
+def _plan(options: Options, operands: Operands) -> tuple[list[Plan], Options, Operands]:
+    """The plans of the two kernels, and the request padded to whole blocks of both."""
+    wide = pad_widths(operands)
+    plans = [module.plan(options, wide.query.shape[3], wide.value.shape[3]) for module in MODULES]
+    sizes = (math.lcm(*(getattr(p, side) for p in plans)) for side in ("queries", "keys"))
+    return plans, *pad_to_blocks(options, wide, *sizes)
+
+
+def _lists(plans: list[Plan], options: Options, full: Operands) -> tuple[BlockLists, ...]:
+    return tuple(
+        lists_of(options, full, plan.queries, plan.keys, by_key=module is backward_keys)
+        for module, plan in zip(MODULES, plans, strict=True)
+    )
 
 
 def backward(
@@ -37,20 +60,15 @@ def backward(
         interpret: Whether the kernels are interpreted.
     """
     (T, C), (S, Cv) = operands.query.shape[1::2], operands.value.shape[1::2]
-    wide = pad_widths(operands)
-    widths = wide.query.shape[3], wide.value.shape[3]
-    plans = [module.plan(options, *widths) for module in (backward_keys, backward_queries)]
-    # Whole blocks for both kernels.
-    sizes = (math.lcm(*(getattr(p, side) for p in plans)) for side in ("queries", "keys"))
-    options, full = pad_to_blocks(options, wide, *sizes)
+    plans, options, full = _plan(options, operands)
     more = full.query.shape[1] - T
     # The queries added get an lse so large that their probabilities are 0.
     lse = jnp.pad(lse, ((0, 0), (0, 0), (0, more)), constant_values=EMPTY_ROW_LSE) * LOG2E
     delta = pad_axis(delta, more, 2)
     cotangent = pad_axis(pad_axis(cotangent.astype(operands.query.dtype), -Cv % 16, 3), more)
     results = []
-    for module, plan in zip((backward_keys, backward_queries), plans, strict=True):
-        lists = lists_of(options, full, plan.queries, plan.keys, by_key=module is backward_keys)
+    known = _lists(plans, options, full) if operands.lists is None else operands.lists.backward
+    for module, plan, lists in zip(MODULES, plans, known, strict=True):
         results.append(module.gradients(options, full, lists, lse, delta, cotangent, plan, interpret))
     (dk, dv), dq = results
     return Gradients(dq[:, :T, :, :C], dk[:, :S, :, :C], dv[:, :S, :, :Cv])

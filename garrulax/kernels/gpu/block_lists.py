@@ -32,6 +32,18 @@ class BlockLists(NamedTuple):
     order: jax.Array
 
 
+class RequestLists(NamedTuple):
+    """The lists of a request that is differentiated.
+
+    Attributes:
+        forward: Of the forward pass.
+        backward: Of the kernels for keys and values and for queries; None where XLA computes the gradients.
+    """
+
+    forward: BlockLists
+    backward: tuple[BlockLists, ...] | None
+
+
 def block_lists(
     rule: Rule,
     query: Streams,

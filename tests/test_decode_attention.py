@@ -10,7 +10,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from garrulax.kernels.attention import attention
-from garrulax.kernels.decode import MAX_QUERIES, decode, request
+from garrulax.kernels.decode import MAX_QUERIES, REGISTRY, decode, request
 from garrulax.kernels.decode.xla import XlaDecode
 from garrulax.kernels.experimental.tpu_decode import TpuDecode, step_list
 from garrulax.kernels.mask import INF, PAD_KEY, SAME_SEGMENT, Band, KRange, Mask
@@ -531,3 +531,17 @@ def test_what_lies_behind_the_lengths_cannot_reach_the_output(kernel, page):
         more["table"] = jnp.concatenate([table, jnp.full((B, 1), int(unowned[0]), jnp.int32)], axis=1)
     for x, y in zip(both(kernel, q, *good, **more), both(kernel, q, *bad, **more), strict=True):
         assert_close(y, x)
+
+
+def test_the_slower_one_is_left_out(monkeypatch):
+    """On Hopper the kernel, for one query of a lone sequence over a long cache, unless it is asked for."""
+    asked = dataclasses.replace(REGISTRY, preferred={"cpu": ("pallas_gpu", "xla")})
+    monkeypatch.setattr(type(asked.implementation("pallas_gpu")), "unsupported_reason", lambda *_: None)
+
+    def picked(rows, queries, slots, name=None):
+        key = jnp.zeros((rows, 1, slots, 16), jnp.bfloat16)
+        options, operands = request(jnp.zeros((rows, queries, 2, 16), jnp.bfloat16), key, key, *[None] * 10)
+        return type(asked.pick(name, options, operands)).__name__
+
+    cases = [(1, 1, 2**15), (1, 2, 2**15), (2, 1, 2**15), (1, 1, 2**14), (1, 1, 2**15, "pallas_gpu")]
+    assert [picked(*case) for case in cases] == ["XlaDecode", *["HopperDecoding"] * 4]

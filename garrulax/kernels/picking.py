@@ -23,12 +23,15 @@ class Registry:
         preferred: Names to try, the fastest first, by platform ("tpu") or platform and GPU architecture ("gpu sm_90").
             The last one must support every request.
         wrap: Applied to an implementation before it is asked or called, such as `sharded.Sharded`.
+        slower: Function from a preferred name and a request to whether that implementation was measured to be slower
+            than the next one for such requests. It is then left out; asked for by its name, it is taken.
     """
 
     operation: str
     implementations: dict[str, str]
     preferred: dict[str, tuple[str, ...]]
     wrap: Callable[[Any], Any] = lambda implementation: implementation
+    slower: Callable[..., bool] = lambda name, *request: False
 
     def pick(self, name: Any, *request: Any) -> Any:
         """The implementation of that name, or else the first preferred one that supports the request.
@@ -48,6 +51,8 @@ class Registry:
                 raise ValueError(f"{self.operation} {name!r} cannot compute this: {reason}")
             return chosen
         for candidate in self.candidates(target_device(request)):
+            if self.slower(candidate, *request):
+                continue
             chosen = self.wrap(self.implementation(candidate))
             reason = chosen.unsupported_reason(*request)
             if reason is None:

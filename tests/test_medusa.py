@@ -273,6 +273,8 @@ def test_commands_train_heads_and_write_with_them(tmp_path, capsys):
     assert "medusa= needs a folder of heads" in capsys.readouterr().err
     assert main(["train", "--medusa", *words, "lr=0", "--run", str(tmp_path / "other")]) == 2
     assert "lr=0.0 must be a number above 0" in capsys.readouterr().err
+    assert main(["train", "--medusa", *words[:-1], "window=4096", "--run", str(tmp_path / "other")]) == 2
+    assert "window=4096 is longer than model.context=" in capsys.readouterr().err
     assert main(["train", "--medusa", *words, "remat=full", "--run", str(tmp_path / "other")]) == 2
     assert "heads have no setting remat" in capsys.readouterr().err
 
@@ -310,6 +312,7 @@ def test_bad_input_is_named(heads, tmp_path):
         "epsilon=2 must be": lambda: gx.medusa(noisy, accept="typical", epsilon=2),
         "epsilon='1' must be": lambda: gx.medusa(noisy, accept="typical", epsilon="1"),
         "list of paths": lambda: gx.medusa(noisy, tree=1.5),
+        "tree=True must be": lambda: gx.medusa(noisy, tree=True),
         "decay=-1 must be": lambda: gx.train_medusa(one, [[1, 2] * 40], decay=-1),
         "medusa_accuracy is not 3 lists": lambda: gx.load_medusa(with_accuracy([[0.5], [0.5, 0.1], [0.5]]), one),
         "medusa_accuracy is not 3": lambda: gx.load_medusa(with_accuracy([[0.5]]), one),
@@ -318,6 +321,8 @@ def test_bad_input_is_named(heads, tmp_path):
         "too few to train on": lambda: gx.train_medusa(one, [[1, 2]]),
         "one of which is 1": lambda: gx.train_medusa(one, [1, 2, 3]),
         "one of which is [1.5": lambda: gx.train_medusa(one, [[1.5, 2.5] * 40]),
+        "window=65 is longer than model.context=64": lambda: gx.train_medusa(one, [[1, 2] * 40], window=65),
+        "longer than model.context=64: lower": lambda: gx.medusa_accuracy(one, noisy, [[1, 2] * 40], window=99),
         "several texts": lambda: gx.train_medusa(one, "text"),
         "must be from 1 to": lambda: gx.train_medusa(one, [[1, 2] * 40], choices=99, steps=1),
         "too short for 9 heads": lambda: gx.train_medusa(one, [[1, 2] * 4], heads=9, steps=1),

@@ -15,6 +15,7 @@ import tiny
 
 import garrulax as gx
 from garrulax import models, sampling
+from garrulax.cli import main
 from garrulax.core import spec
 from garrulax.layers.cache import Cache
 from garrulax.sampling import speculate
@@ -251,6 +252,20 @@ def test_bad_arguments():
     ):
         with pytest.raises(ValueError, match=r"prompt_lookup|draft"):
             wrong()
+
+
+def test_the_command(tmp_path, capsys):
+    """Its programs are compiled while the weights are read, when nobody knows yet on which device they will be."""
+    model = tiny.byte_model("gpt", layers=2)
+    gx.save(gx.Model(model.config, model.params, model.tokenizer), tmp_path)
+    words = ["generate", str(tmp_path), "abcab", "--max-new-tokens", "6", "--temperature", "0", "--no-cache"]
+    plain = gx.generate(model, "abcab", max_new_tokens=6, temperature=0)
+    for way in ("lookup", "layers=1", str(tmp_path)):
+        assert main([*words, "--speculate", way]) == 0
+        assert capsys.readouterr().out == f"abcab{plain.text}\n"
+    away = jax.device_put(model.params, jax.devices()[1]), model.config
+    with pytest.raises(ValueError, match="the draft model is on another device"):
+        gx.generate(model, "abcab", max_new_tokens=6, speculate=gx.draft(away))
 
 
 @pytest.mark.slow

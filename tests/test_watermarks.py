@@ -201,10 +201,30 @@ def test_the_commands(tmp_path, capsys):
         assert main(["detect", str(tmp_path), "--text", text, "--key", key, "--scheme", "gumbel", "--json"]) == 0
         z[key] = json.loads(capsys.readouterr().out)["z"]
     assert z["my key"] > 4 > 3.5 > z["other"]
+    words = ["--regex", LETTERS, "--max-new-tokens", "50", "--temperature", "1", "--no-cache", "--watermark", "my key"]
+    mark = ["--watermark-gamma", "0.5", "--watermark-delta", "6", "--watermark-context", "2"]
+    assert main(["generate", str(tmp_path), "abcd", *words, *mark]) == 0
+    text = capsys.readouterr().out.strip("\n").removeprefix("abcd")
+    for name, options in (("as written", ["--gamma", "0.5", "--context", "2"]), ("otherwise", [])):
+        assert main(["detect", str(tmp_path), "--text", text, "--key", "my key", "--json", *options]) == 0
+        z[name] = json.loads(capsys.readouterr().out)["z"]
+    assert z["as written"] > 5 > 3.5 > z["otherwise"]
     assert main(["detect", str(tmp_path), "--text", "abcdefgh", "--key", "k"]) == 0
     assert re.match(r"tokens scored 4 \(.* 0\), green tokens \d\nz -?\d", capsys.readouterr().out)
     assert main(["detect", str(tmp_path), "--text", "abc", "--key", "k"]) == 2
     assert "3 tokens" in capsys.readouterr().err
+    refused = {
+        "--watermark-gamma is for green lists": [*words, "--watermark-scheme", "gumbel", "--watermark-gamma", "0.5"],
+        "--watermark-delta is for green lists": [*words, "--watermark-scheme", "gumbel", "--watermark-delta", "1"],
+        "--watermark-context needs a key": [*words[:-2], "--watermark-context", "2"],
+        "context=9 must be": [*words, "--watermark-context", "9"],
+    }
+    for message, options in refused.items():
+        assert main(["generate", str(tmp_path), "abcd", *options]) == 2
+        assert message in capsys.readouterr().err
+    words = ["--text", "abcdefgh", "--key", "k", "--scheme", "gumbel", "--gamma", "0.5"]
+    assert main(["detect", str(tmp_path), *words]) == 2
+    assert "--gamma is for green lists" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

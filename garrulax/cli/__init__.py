@@ -288,9 +288,9 @@ def _parser() -> argparse.ArgumentParser:
     detect.add_argument("file", nargs="?", help="a text file, without the prompt; - reads standard input")
     detect.add_argument("--text", help="the text itself, in place of a file")
     detect.add_argument("--key", required=True, help="the key with which it may have been written")
-    detect.add_argument("--scheme", choices=("green", "gumbel"), default="green", help="kind of watermark (green)")
-    detect.add_argument("--gamma", type=float, default=0.25, metavar="P", help="share of green tokens (0.25)")
-    detect.add_argument("--context", type=int, default=4, metavar="N", help="tokens of a context (4)")
+    detect.add_argument("--scheme", choices=("green", "gumbel"), help="kind of watermark (green)")
+    detect.add_argument("--gamma", type=float, metavar="P", help="of green lists, the share of green tokens (0.25)")
+    detect.add_argument("--context", type=int, metavar="N", help="tokens of a context (4)")
     detect.add_argument("--json", action="store_true", help="print the numbers as one JSON object")
     report = commands.add_parser(
         "report",
@@ -434,8 +434,21 @@ def _add_constraints(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--watermark", metavar="KEY", help="mark the text with this key, so that `garrulax detect` recognises it"
     )
+    command.add_argument("--watermark-scheme", choices=("green", "gumbel"), help="kind of watermark (green)")
     command.add_argument(
-        "--watermark-scheme", choices=("green", "gumbel"), default="green", help="kind of watermark (green)"
+        "--watermark-gamma", type=float, metavar="P", help="of green lists, the share of green tokens (0.25)"
+    )
+    command.add_argument(
+        "--watermark-delta",
+        type=float,
+        metavar="X",
+        help="of green lists, what is added to the logits of green tokens (2)",
+    )
+    command.add_argument(
+        "--watermark-context",
+        type=int,
+        metavar="N",
+        help="tokens on which the choice of the next one depends, 1 to 8 (4)",
     )
     command.add_argument(
         "--speculate",

@@ -4,6 +4,7 @@ import argparse
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import garrulax as gx
 from garrulax.cli.models import find_model
@@ -15,14 +16,15 @@ from garrulax.train.settings import Settings
 from garrulax.train.settings_text import read_changes, with_lists
 from garrulax.train.sources import expanded
 
-DEFAULTS = Settings(preset="", steps=300, batch=8, window=128, lr=1e-3, adam_lr=1e-3, optimizer="adamw")
+DEFAULTS = Settings(preset="", steps=300, batch=8, lr=1e-3, adam_lr=1e-3, optimizer="adamw")
 #: The settings that heads have; further ones are arguments of `gx.train_medusa`.
 KNOWN = ("preset", "corpus", "steps", "batch", "window", "lr", "optimizer", "seed")
 
 
 def train_medusa(args: argparse.Namespace) -> None:
     """Reads the settings, trains heads on the corpus, and saves them."""
-    settings = _settings(args)
+    changes = _changes(args)
+    settings = typed.replace(DEFAULTS, with_lists(changes))
     folder = Path(expanded(args.run)) if args.run else Path("runs", f"{Path(settings.preset).stem}-medusa")
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty: choose another --run for the heads")
@@ -35,7 +37,7 @@ def train_medusa(args: argparse.Namespace) -> None:
         heads=4 if args.heads is None else args.heads,
         steps=settings.steps,
         batch=settings.batch,
-        window=settings.window,
+        window=settings.window if "window" in changes else None,
         lr=settings.lr,
         optimizer=settings.optimizer,
         seed=settings.seed,
@@ -52,7 +54,8 @@ def train_medusa(args: argparse.Namespace) -> None:
     print(f"heads in {folder}; the best tree of {drafts} drafts: {tree}", file=sys.stderr)
 
 
-def _settings(args: argparse.Namespace) -> Settings:
+def _changes(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that were given, by name."""
     for name in ("resume", "mesh", "distributed", "config", "lora"):
         if getattr(args, name, None) is not None:
             raise ValueError(f"--{name} does not go with --medusa, which trains heads in one go on one device")
@@ -61,4 +64,4 @@ def _settings(args: argparse.Namespace) -> Settings:
         raise ValueError(f"heads have no setting {odd[0]}: --medusa knows {', '.join(KNOWN[1:])}")
     if "preset" not in changes:
         raise ValueError("--medusa needs a model with weights: garrulax train --medusa MODEL corpus=FOLDER")
-    return typed.replace(DEFAULTS, with_lists(changes))
+    return changes

@@ -10,6 +10,7 @@ from garrulax.cli.caches import cache_of
 from garrulax.cli.models import find_model, load
 from garrulax.cli.programs import keep_programs
 from garrulax.cli.waiting import waiting
+from garrulax.cli.watermarks import watermark_of
 from garrulax.core.text import whole_characters
 from garrulax.sampling import ahead, compile_ahead
 from garrulax.sampling.speculate import Speculation
@@ -73,8 +74,11 @@ def _sampling(args: argparse.Namespace) -> dict:
     """The further arguments of `gx.generate` that were given on the command line."""
     names = ("min_p", "repetition_penalty", "no_repeat_ngram_size")
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    mark = {name: getattr(args, f"watermark_{name}") for name in ("scheme", "gamma", "delta", "context")}
     if args.watermark is not None:
-        options["watermark"] = gx.watermark(args.watermark, args.watermark_scheme)
+        options["watermark"] = watermark_of(args.watermark, "--watermark-", **mark)
+    elif alone := [name for name, value in mark.items() if value is not None]:
+        raise ValueError(f"--watermark-{alone[0]} needs a key: --watermark KEY")
     if args.json_schema is not None:
         options["constrain"] = gx.json_schema(Path(args.json_schema).read_text(encoding="utf-8"))
     if args.regex is not None:

@@ -30,7 +30,8 @@ class Completion:
         finish_reason: "eos" (a token that ends texts), "stop" (a stop string) or "length" (max_new_tokens).
         score: What a search ranks it by (`sampling.search`); None without a search.
         passes: Number of passes of the model that gave these tokens, with `speculate`; None without it. Each gives one
-            token, and as many more as drafts were accepted.
+            token, and as many more as drafts were accepted; but those that the device had made before a stop string was
+            found count too.
 
     Example:
         >>> import jax, garrulax as gx

@@ -11,7 +11,7 @@ import numpy as np
 
 from garrulax import models
 from garrulax.core import half
-from garrulax.core.config import Count, ModelConfig, OptionalSize, Positive, check_value
+from garrulax.core.config import Count, ModelConfig, OptionalSize, Positive, Size, check_value
 from garrulax.core.spec import Tree
 from garrulax.models import medusa
 from garrulax.models.medusa import MedusaHeads
@@ -26,6 +26,7 @@ from garrulax.train.settings import Settings
 from garrulax.train.state import init_state
 from garrulax.train.step import make_train_step
 
+WINDOW = 128  # tokens in a row, where nobody says how many
 RANKS = 10  # guesses of a head that are counted
 KEPT_BYTES = 2**30  # of hidden states that are kept for the next time that a row comes
 HELD_OUT = 0.05  # share of the rows on which the guesses are counted
@@ -59,7 +60,7 @@ def train_medusa(
     choices: int | None = None,
     steps: int = 300,
     batch: int = 8,
-    window: int = 128,
+    window: int | None = None,
     lr: float = 1e-3,
     optimizer: str = "adamw",
     decay: float = DECAY,
@@ -84,7 +85,7 @@ def train_medusa(
             of them the heads of a small model are much faster.
         steps: Number of updates.
         batch: Rows in a step.
-        window: Tokens in a row; fewer if the texts have fewer.
+        window: Tokens in a row; fewer if the texts have fewer. None is 128, or the model's context if it is shorter.
         lr: Peak learning rate, after a warm-up of 5 % of the steps; it falls to a tenth along a cosine.
         optimizer: "adamw" or "muon".
         decay: Weight of a head's loss divided by that of the head before.
@@ -97,7 +98,8 @@ def train_medusa(
 
     Raises:
         TypeError: The texts are one string.
-        ValueError: The texts are too short or there are none, the model fills blanks, or an argument is out of range.
+        ValueError: The texts are too short or there are none, the model fills blanks, or an argument is out of range,
+            such as a window that is longer than the model's context.
 
     Example:
         >>> import jax, garrulax as gx
@@ -108,13 +110,14 @@ def train_medusa(
         (2, (2, 10))
     """
     params, config, _ = unpack_model(model)
+    window = _window(window, config)
     settings = Settings(steps=steps, batch=batch, window=window, lr=lr, adam_lr=lr, optimizer=optimizer, weight_decay=0)
     medusa.check_family(config)
     check_value("lr", lr, Positive)
     check_value("decay", decay, Positive)
     check_value("seed", seed, Count)
     check_value("choices", choices, OptionalSize)
-    rows = pack(model, texts, min(window, config.context), most=steps * batch)
+    rows = pack(model, texts, window, most=steps * batch)
     held_out = np.arange(len(rows.windows)) % round(1 / HELD_OUT) == round(1 / HELD_OUT) - 1
     train, valid = np.flatnonzero(~held_out), np.flatnonzero(held_out)
     if isinstance(heads, int):
@@ -141,7 +144,7 @@ def train_medusa(
 
 
 def medusa_accuracy(
-    model: ModelLike, heads: MedusaHeads, texts: Iterable[Text], *, window: int = 128, batch: int = 8
+    model: ModelLike, heads: MedusaHeads, texts: Iterable[Text], *, window: int | None = None, batch: int = 8
 ) -> np.ndarray:
     """How often the heads guess right.
 
@@ -149,7 +152,7 @@ def medusa_accuracy(
         model: The model.
         heads: Its heads.
         texts: Texts, or lists of token ids.
-        window: Tokens in a row.
+        window: Tokens in a row, as in `train_medusa`.
         batch: Rows that are read at once.
 
     Returns:
@@ -168,8 +171,18 @@ def medusa_accuracy(
     """
     params, config, _ = unpack_model(model)
     medusa.check_heads(heads, config)
-    rows = pack(model, texts, min(window, config.context))
+    rows = pack(model, texts, _window(window, config))
     return _accuracy(heads, _States(half.from_bits(params), config, rows), np.arange(len(rows.windows)), batch)
+
+
+def _window(window: int | None, config: ModelConfig) -> int:
+    """Tokens in a row: as many as are asked for; None is `WINDOW`, or the model's context if it is shorter."""
+    if window is None:
+        return min(WINDOW, config.context)
+    check_value("window", window, Size)
+    if window > config.context:
+        raise ValueError(f"window={window} is longer than model.context={config.context}: lower it or leave it out")
+    return window
 
 
 def pack(model: ModelLike, texts: Iterable[Text], window: int, most: int | None = None) -> Rows:

@@ -61,7 +61,7 @@ class Draft(Speculation):
             return self._first_layers(weights, config, transform)
         own, small, _ = prepare_model(self.model)
         _check(small, config, requests)
-        if _devices(own.step) - _devices(weights.step):
+        if _is_elsewhere(own.step, weights.step):
             raise ValueError("the draft model is on another device than the model: move it there with jax.device_put")
         decoder, read_by_it = Decoder(small, transform, ONE_ROW), _as_read_by(small, config, requests)
 
@@ -236,6 +236,12 @@ def _as_read_by(small: ModelConfig, config: ModelConfig, requests: Requests) -> 
     if theirs is not None and theirs.rows == 2:
         positions, position, stride = (np.stack([x, np.zeros_like(x)], axis=1) for x in (positions, position, stride))
     return dataclasses.replace(requests, rank=index, positions=positions, position=position, stride=stride)
+
+
+def _is_elsewhere(draft: Tree, model: Tree) -> bool:
+    """Whether the draft is on a device that the model is not on. A model whose weights are not read yet is on none."""
+    known = _devices(model)
+    return bool(known) and not _devices(draft) <= known
 
 
 def _devices(tree: Tree) -> set[jax.Device]:

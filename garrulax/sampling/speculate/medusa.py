@@ -134,8 +134,8 @@ def medusa(
 
 def _paths(heads: MedusaHeads, drafts: int | None) -> list[Path]:
     """The best paths for heads."""
-    if drafts is not None and drafts < 1:
-        raise ValueError(f"tree={drafts} must be at least 1 draft, or a list of paths")
+    if isinstance(drafts, bool) or (drafts is not None and drafts < 1):
+        raise ValueError(f"tree={drafts} must be a whole number of at least 1 draft, or a list of paths")
     wanted = drafts or (CPU_DRAFTS if jax.default_backend() == "cpu" else DRAFTS)
     if heads.accuracy is not None:
         possible = number_of_paths(*heads.accuracy.shape)

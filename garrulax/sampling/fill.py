@@ -45,6 +45,16 @@ from garrulax.sampling.state import State
 from garrulax.sampling.transforms import Transform
 from garrulax.sampling.writing import Completion, Pieces, Writer, decode_pieces, exhaust, first_row, with_free_slots
 
+#: Arguments of `generate` and `fill_stream` that `fill` lacks: why, and what to do instead.
+NOT_IN_FILL = {
+    "cache": "it keeps the whole text, so leave cache out",
+    "speculate": "it reads one token a step, so leave speculate out",
+    "constrain": "it takes no constraint; gx.generate takes one, for a text that goes on at its end",
+    "negative_prompts": "guidance goes with gx.generate only, so leave negative_prompts out",
+    "adapter": "it writes with one model, so give it that of the adapter, model.adapters[name]",
+    "every": "it returns the whole text at once; gx.fill_stream takes every",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Filled:
@@ -255,8 +265,8 @@ def _fill(
     order: str = "text",
 ) -> Pieces[list[Filled]]:
     """Checks the arguments at once; returns a generator that fills, `every` steps at a time (None: all at once)."""
-    if without := sorted({"cache", "speculate"} & knobs.keys()):
-        raise ValueError(f"fill keeps the whole text and reads one token a step: leave {without[0]} out")
+    if without := sorted(NOT_IN_FILL.keys() & knobs.keys()):
+        raise ValueError(f"fill has no argument {without[0]!r}: {NOT_IN_FILL[without[0]]}")
     weights, config, tokenizer = prepare_model(model)
     if weights.mesh is not None:
         check_mesh({"search": None if isinstance(search, BestOf) else search})

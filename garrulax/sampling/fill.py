@@ -32,6 +32,7 @@ from garrulax.sampling.requests import (
     assemble,
     chain_for,
     check_every,
+    check_least,
     check_mesh,
     prepare_model,
     prompt_list,
@@ -138,7 +139,7 @@ def fill(
         The Filled of a single text, or the list of those of a list.
 
     Raises:
-        TypeError: The model is not trained on blanks.
+        TypeError: The model is not trained on blanks, or `texts` is neither texts nor token ids.
         ValueError: A text without a blank, or an error of `generate`.
         FloatingPointError: The logits are not finite.
 
@@ -283,6 +284,7 @@ def _fill(
         count = len(part.mask_indices)
         limits.append(answer_tokens(len(part.ids), 0, limit, config, blanks, f"text {i}", count))
         first_prompts.append(answer_prompt(part.ids, part.mask_indices[0], limits[-1], config, f"text {i}"))
+    check_least(values, limits, "text")
     if search is not None:
         check(search, config, values["temperature"], limits, stops, values.get("watermark", ()))
     if isinstance(search, BestOf):

@@ -46,7 +46,7 @@ def scripted(monkeypatch, folder, lines, *words):
 
 
 def test_a_script(model, folder, capsys, monkeypatch):
-    lines = "hi\n\n more\n/system Be.\nhi\n/seed 9\nhi\n/reset\nhi\n/exit\nnever\n"
+    lines = "/help\nhi\n\n more\n/system Be.\nhi\n/seed 9\nhi\n/reset\nhi\n/exit\nnever\n"
     assert scripted(monkeypatch, folder, lines) == 0
     one = expected(model, [("u", "hi")], 3)
     two = expected(model, [("u", "hi"), ("a", one), ("u", "more")], 4)
@@ -57,7 +57,7 @@ def test_a_script(model, folder, capsys, monkeypatch):
     assert all([one, two, three, four, five]), "a turn without an answer tests little"
     printed = capsys.readouterr()
     assert printed.out.split() == " ".join([one, two, three, four, five]).split()
-    assert printed.err == ""
+    assert printed.err == f"{chat.HELP}\n"
 
 
 def test_errors_are_one_line(folder, capsys, monkeypatch, tmp_path):

@@ -227,6 +227,22 @@ def test_a_sample_of_the_json_schema_test_suite(group):
         assert allows == test["valid"], test["description"]
 
 
+def test_misspelt_keywords_are_errors_and_annotations_are_not():
+    """Names in `properties`, and data, are no keywords."""
+    misspelt = {"maxLenght": "maxLength", "Pattern": "pattern", "min_length": "minLength", "tpye": "type"}
+    for key, meant in misspelt.items():
+        schema = {"properties": {"a/b": {"type": "string", key: 3}}}
+        message = f'"{key}" at #/properties/a~1b is not known: write "{meant}", or "x-{key}" if it is an annotation'
+        with pytest.raises(ValueError, match=re.escape(message)):
+            constrain.json_schema(schema)
+    data = {"maxLenght": 3}
+    annotated = {"type": "object", "properties": {"maxLenght": {"const": data, "default": data, "examples": [data]}}}
+    own = "note example length count enumNames nullable propertyOrdering discriminator constraints x-maxLenght"
+    standard = "title description deprecated readOnly writeOnly $comment $vocabulary definitions $defs"
+    annotations = {name: {} for name in f"{own} {standard}".split()}
+    assert constrain.json_schema(annotated | annotations).kind == "json_schema"
+
+
 def test_bounds_of_numbers():
     """The bounds themselves, and numbers beside them; the suite has few of these, and llguidance has had a fault."""
     rng, allowed, refused = np.random.default_rng(0), 0, 0

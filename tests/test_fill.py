@@ -208,6 +208,9 @@ def test_a_glm_continues_a_text_by_its_last_blank(glm):
 def test_bad_input_is_named(glm):
     with pytest.raises(ValueError, match=r"text 0 has no blank: put \[MASK\]"):
         gx.fill(glm, "no blank")
+    for name, why in {"constrain": "it takes no constraint", "speculate": "it reads", "adapter": "it writes"}.items():
+        with pytest.raises(ValueError, match=f"fill has no argument '{name}': {why}"):
+            gx.fill(glm, "a [MASK]", **{name: "anything"})
     with pytest.raises(ValueError, match="guidance_scale goes with"):
         gx.fill(glm, "a [MASK]", guidance_scale=2)
     with pytest.raises(ValueError, match="text 1 has no blank"):

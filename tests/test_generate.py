@@ -434,6 +434,15 @@ def test_one_prompt_gives_one_completion_and_a_list_a_list(bytes_model):
 
 BAD = {
     "there is no prompt": {"prompts": []},
+    "a prompt is a text or a list of token ids, not None": {"prompts": None},
+    "a prompt is a text or a list of token ids, not {'a': 1}": {"prompts": {"a": 1}},
+    "a prompt is a text or a list of token ids, not 5": {"prompts": 5},
+    "prompt 1 is to get at least min_new_tokens=9 and at most max_new_tokens=8 new tokens": {
+        "prompts": ["a", "b"],
+        "min_new_tokens": 9,
+        "max_new_tokens": [10, 8],
+    },
+    "allowed_tokens=[] must be a list": {"allowed_tokens": []},
     "prompt 1 is empty": {"prompts": ["a", ""]},
     "prompt 0 is empty": {"prompts": [[]]},
     "prompt 0 has token id 264: this model's ids are 0 to 263": {"prompts": [1, 264]},
@@ -471,6 +480,17 @@ def test_bad_input_is_named(bytes_model, message):
     with pytest.raises((TypeError, ValueError), match=f"^{re.escape(message)}") as error:
         gx.generate(bytes_model, **arguments)
     assert "\n" not in str(error.value)
+
+
+def test_bad_arguments_of_a_decoder_are_named(model):
+    with pytest.raises(TypeError, match=r"transform=\[Transform.* make one of several by chain\(\.\.\.\)"):
+        sampling.compile(model, [transforms.temperature()])
+    decoder = sampling.compile(model)
+    request = decoder.request([1] * 50, max_new_tokens=20)
+    with pytest.raises(ValueError, match="a request may get 70 tokens, with its prompt, which is more than size=16"):
+        decoder.prefill(model[0], request, size=16)
+    with pytest.raises(ValueError, match="min_new_tokens=5 and at most max_new_tokens=4"):
+        decoder.request([1], max_new_tokens=4, min_new_tokens=5)
 
 
 def test_texts_need_a_tokenizer(bytes_model):

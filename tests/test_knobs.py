@@ -30,6 +30,7 @@ BAD = {
     "suppress_tokens has token id 99": {"suppress_tokens": [1, 99]},
     "suppress_tokens has 3 values for 2 prompts": {"suppress_tokens": [[1], [2], None]},
     "allowed_tokens=['a'] must be a list of token ids": {"allowed_tokens": ["a"]},
+    "allowed_tokens=[] must be a list of token ids, at least one (None is off)": {"allowed_tokens": [[5], []]},
     "bad_words_ids=5 must be a list of lists of token ids": {"bad_words_ids": 5},
     "bad_words_ids has token id 99": {"bad_words_ids": [[[1]], [[2, 99]]]},
     "sequence_bias={5: 1.0} must be a dict from tuples": {"sequence_bias": {5: 1.0}},

@@ -128,11 +128,30 @@ def test_beams_in_blanks(family, order):
     assert all(span.score is not None for span in spans)
 
 
+@pytest.mark.parametrize("family", ["glm", pytest.param("glm130b", marks=pytest.mark.slow)])
+def test_the_best_of_several_fills(family):
+    """All answers come from the one of three fills with the next seeds whose tokens are the most probable together."""
+    model = tiny.byte_model(family, layers=1)
+    mask = model.config.mask
+    texts = [[50, mask, 34, 13, mask, 46], [7, 80, mask, 3]]
+    found = gx.fill(model, texts, seed=[3, 8], max_new_tokens=[4, 3], search=gx.best_of(3))
+    six = [texts[0]] * 3 + [texts[1]] * 3
+    fills = gx.fill(model, six, seed=[3, 4, 5, 8, 9, 10], max_new_tokens=[4, 4, 4, 3, 3, 3])
+    means = [np.mean([x for span in one.spans for x in span.logprobs]) for one in fills]
+    best = int(np.argmax(means[:3])), 3 + int(np.argmax(means[3:]))
+    assert [one.tokens for one in found] == [fills[i].tokens for i in best]
+    for i, own in zip(best, found, strict=True):
+        np.testing.assert_allclose([span.score for span in own.spans], means[i], rtol=1e-6)
+    assert best != (0, 3), "the first sample is the best one of both texts"
+
+
 def test_bad_input_is_named():
     glm = tiny.byte_model("glm")
-    for search in (gx.best_of(2), gx.contrastive(2, 0.5), gx.beam(3, returned=2)):
+    for search in (gx.best_of(3, returned=2), gx.beam(3, returned=2)):
         with pytest.raises(ValueError, match=r"fill takes gx\.beam"):
             gx.fill(glm, "a [MASK]", search=search)
+    with pytest.raises(ValueError, match=r"gx\.contrastive compares hidden states, which fill does not keep"):
+        gx.fill(glm, "a [MASK]", search=gx.contrastive(2, 0.5))
     with pytest.raises(ValueError, match="order='left' must be one of 'text', 'confidence'"):
         gx.fill(glm, "a [MASK]", order="left")
     with pytest.raises(ValueError, match="fill_stream samples from left to right and has no search"):

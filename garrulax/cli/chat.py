@@ -95,7 +95,7 @@ def _obey(conversation: Conversation, line: str, terminal: bool) -> bool:
             raise ValueError(f"/seed takes a whole number, not {rest!r}")
         conversation.reseed(int(rest))
     elif name == "/help":
-        print(HELP)
+        print(HELP, file=sys.stdout if terminal else sys.stderr)  # in a script, stdout has the answers only
     elif name:
         raise ValueError(f"unknown command {name}: /help lists the commands")
     return True

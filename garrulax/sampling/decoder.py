@@ -17,7 +17,7 @@ from garrulax.sampling import ahead, loop, state
 from garrulax.sampling.buckets import POWERS_OF_TWO, Buckets
 from garrulax.sampling.caches import kind_for
 from garrulax.sampling.knobs import knobs_per_prompt
-from garrulax.sampling.requests import Weights, assemble, causal_prompt
+from garrulax.sampling.requests import Weights, assemble, causal_prompt, check_least, check_transform
 from garrulax.sampling.state import Requests, State
 from garrulax.sampling.transforms import DEFAULT, Transform
 
@@ -75,6 +75,7 @@ class Decoder:
         limit = checked["max_new_tokens"][0]
         prompt = causal_prompt(list(ids), limit, self.config, "the prompt", self.cache.room is not None)
         checked["max_new_tokens"] = [prompt.limit]
+        check_least(checked, [prompt.limit])
         return assemble([prompt], checked, self.config, end_tokens, self.transform, self.buckets)
 
     def empty(self, params: Tree, prefix: State, rows: int, slots: int, constrained: bool = False) -> State:
@@ -82,7 +83,17 @@ class Decoder:
         return state.empty(params, prefix, self.config, rows, slots, constrained)
 
     def prefill(self, params: Tree, requests: Requests, size: int, past: Cache | None = None) -> State:
-        """Reads the contexts of requests; see `state.prefill`, and with `past` `state.prefill_after`."""
+        """Reads the contexts of requests; see `state.prefill`, and with `past` `state.prefill_after`.
+
+        Raises:
+            ValueError: A request may get more tokens than `size`. Of requests on a device this is not checked, since
+                the host would wait for them.
+        """
+        length, limit = requests.length, requests.limit
+        on_host = isinstance(length, np.ndarray) and isinstance(limit, np.ndarray)
+        if on_host and size < (longest := int(np.max(length + limit))):
+            raise ValueError(f"prefill: a request may get {longest} tokens, with its prompt, which is more than "
+                             f"size={size}: raise size")  # fmt: skip
         function, behind, static = self._prefill(size, past)
         return ahead.find(function, params, requests, *behind, **static)(params, requests, *behind)
 
@@ -165,7 +176,9 @@ def compile(
         cache: The kind of the cache; see `generate`.
 
     Raises:
+        TypeError: `transform` is no transform, such as a list of several, of which `transforms.chain` makes one.
         ValueError: The model cannot have such a cache.
     """
+    check_transform(transform)
     _, config, _ = unpack_model(model)
     return Decoder(config, transform, buckets, kind_for(cache, config))

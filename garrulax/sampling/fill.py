@@ -32,17 +32,29 @@ from garrulax.sampling.requests import (
     assemble,
     chain_for,
     check_every,
+    check_least,
     check_mesh,
     prepare_model,
     prompt_list,
     without_padding,
 )
+from garrulax.sampling.search.copies import copied, mean_logprob, repeated
 from garrulax.sampling.search.filling import beam_answers, certainties, check_fill, with_slots
-from garrulax.sampling.search.kinds import BeamSearch, check
+from garrulax.sampling.search.kinds import BeamSearch, BestOf, check
 from garrulax.sampling.start import size_of, start
 from garrulax.sampling.state import State
 from garrulax.sampling.transforms import Transform
 from garrulax.sampling.writing import Completion, Pieces, Writer, decode_pieces, exhaust, first_row, with_free_slots
+
+#: Arguments of `generate` and `fill_stream` that `fill` lacks: why, and what to do instead.
+NOT_IN_FILL = {
+    "cache": "it keeps the whole text, so leave cache out",
+    "speculate": "it reads one token a step, so leave speculate out",
+    "constrain": "it takes no constraint; gx.generate takes one, for a text that goes on at its end",
+    "negative_prompts": "guidance goes with gx.generate only, so leave negative_prompts out",
+    "adapter": "it writes with one model, so give it that of the adapter, model.adapters[name]",
+    "every": "it returns the whole text at once; gx.fill_stream takes every",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +98,7 @@ def fill(
     stop: str | Sequence[str] = (),
     end_tokens: int | Sequence[int] | None = None,
     transform: Transform | None = None,
-    search: BeamSearch | None = None,
+    search: BeamSearch | BestOf | None = None,
     order: str = "text",
     **knobs: Any,
 ) -> Filled | list[Filled]:
@@ -116,7 +128,9 @@ def fill(
         stop: Strings that end an answer and are not part of it; see `generate`.
         end_tokens: Ids of the tokens that end an answer; None takes all that the model's files give, see `generate`.
         transform: Transform of the logits, see `generate`.
-        search: `gx.beam` or `gx.diverse_beam`: the answer to each blank is the best sequence that the search finds.
+        search: `gx.beam` or `gx.diverse_beam`: the answer to each blank is the best sequence that the search finds. Or
+            `gx.best_of(n)`: the text is filled n times, and the answers with the greatest mean log-probability are
+            kept, all from one of the n; this mean is the `score` of each answer.
         order: "text" fills the blanks from left to right. "confidence" always fills the one next whose answer has the
             most certain first token, that is, whose most probable first token is the most probable of all.
         **knobs: Further sampling parameters, see `generate`.
@@ -125,7 +139,7 @@ def fill(
         The Filled of a single text, or the list of those of a list.
 
     Raises:
-        TypeError: The model is not trained on blanks.
+        TypeError: The model is not trained on blanks, or `texts` is neither texts nor token ids.
         ValueError: A text without a blank, or an error of `generate`.
         FloatingPointError: The logits are not finite.
 
@@ -248,15 +262,15 @@ def _fill(
     end_tokens: int | Sequence[int] | None,
     every: int | None,
     transform: Transform | None,
-    search: BeamSearch | None = None,
+    search: BeamSearch | BestOf | None = None,
     order: str = "text",
 ) -> Pieces[list[Filled]]:
     """Checks the arguments at once; returns a generator that fills, `every` steps at a time (None: all at once)."""
-    if without := sorted({"cache", "speculate"} & knobs.keys()):
-        raise ValueError(f"fill keeps the whole text and reads one token a step: leave {without[0]} out")
+    if without := sorted(NOT_IN_FILL.keys() & knobs.keys()):
+        raise ValueError(f"fill has no argument {without[0]!r}: {NOT_IN_FILL[without[0]]}")
     weights, config, tokenizer = prepare_model(model)
     if weights.mesh is not None:
-        check_mesh({"search": search})
+        check_mesh({"search": None if isinstance(search, BestOf) else search})
     blanks = blanks_of(config)
     stops = StopStrings(stop, tokenizer)
     ends = ends_of(model, config, tokenizer, end_tokens)
@@ -270,8 +284,12 @@ def _fill(
         count = len(part.mask_indices)
         limits.append(answer_tokens(len(part.ids), 0, limit, config, blanks, f"text {i}", count))
         first_prompts.append(answer_prompt(part.ids, part.mask_indices[0], limits[-1], config, f"text {i}"))
+    check_least(values, limits, "text")
     if search is not None:
         check(search, config, values["temperature"], limits, stops, values.get("watermark", ()))
+    if isinstance(search, BestOf):
+        first_prompts, values = copied(search, first_prompts, values)
+        parts, limits = repeated(parts, search.n), repeated(limits, search.n)
     rounds = max(len(part.mask_indices) for part in parts)
     # Where answers stay behind the text, a later answer needs its own slots and one for its [sop].
     more = 0 if blanks.insert_answers else (rounds - 1) * (max(limits) + 1)
@@ -303,7 +321,7 @@ def _fill(
                 chosen, state = _most_certain(weights, state, parts, answers, open_blanks, config)
             yield _literals(parts, number)
             spaces = [blank is not None and part.space_before[blank] for part, blank in zip(parts, chosen, strict=True)]
-            if search is None:
+            if not isinstance(search, BeamSearch):
                 writers = {
                     i: Writer(tokenizer, limit, ends, stops, space_before=space)
                     for i, (limit, space) in enumerate(zip(blank_limits, spaces, strict=True))
@@ -319,7 +337,8 @@ def _fill(
                 if blank is not None:
                     answers[i][blank] = writers[i]
         yield _literals(parts, rounds)
-        return [_filled(part, one) for part, one in zip(parts, answers, strict=True)]
+        filled = [_filled(part, one) for part, one in zip(parts, answers, strict=True)]
+        return _best_samples(filled, search.n) if isinstance(search, BestOf) else filled
 
     return each_using(weights.mesh, steps())
 
@@ -403,3 +422,12 @@ def _filled(part: PartA, answers: Mapping[int, Writer]) -> Filled:
         text += answer.streamed + literal
     spans = [answer.completion() for answer in in_order]
     return Filled(_insert_answers(part, answers)[0], None if spans[0].text is None else text, spans)
+
+
+def _best_samples(samples: Sequence[Filled], n: int) -> list[Filled]:
+    """The best of the n samples of each text, by the mean log-probability of the tokens of all its answers."""
+    scored = [
+        dataclasses.replace(one, spans=[dataclasses.replace(span, score=mean_logprob(one.spans)) for span in one.spans])
+        for one in samples
+    ]
+    return [max(scored[i : i + n], key=lambda one: one.spans[0].score or 0.0) for i in range(0, len(scored), n)]

@@ -24,6 +24,7 @@ from garrulax.sampling.requests import (
     assemble,
     chain_for,
     check_every,
+    check_least,
     check_mesh,
     prepare_model,
     prompt_list,
@@ -129,7 +130,7 @@ def generate(
         list of Completions, best first.
 
     Raises:
-        TypeError: `search` or `speculate` is something else.
+        TypeError: `search` or `speculate` is something else, or `prompts` is neither texts nor token ids.
         ValueError: An empty prompt, one that does not fit into the context with max_new_tokens, an id outside the
             vocabulary, a text without a tokenizer, a knob that no transform reads, or a bad argument. The message says
             what to do.
@@ -425,6 +426,7 @@ def make_plan(
         for i, (prompt, limit) in enumerate(zip(prompts, values["max_new_tokens"], strict=True))
     ]
     values["max_new_tokens"] = [prompt.limit for prompt in encoded]
+    check_least(values, values["max_new_tokens"])
     values |= {"adapter": list(trees)} if trees else {}
     if search is not None:
         check(search, config, values["temperature"], values["max_new_tokens"], stops, values.get("watermark", ()))

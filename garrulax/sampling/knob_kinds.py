@@ -57,11 +57,12 @@ def token() -> Kind:
     return integer(lambda x: 0 <= x < 2**31)._replace(tokens=lambda value: (value,))
 
 
-def tokens() -> Kind:
-    """Lists of token ids, or single ids: int32 [B, K], -1 for none."""
+def tokens(least: int = 0) -> Kind:
+    """Lists of at least so many token ids, or single ids: int32 [B, K], -1 for none."""
 
     def read(value):
-        return tuple(map(_id, value if _is_list(value) else (value,)))
+        ids = tuple(map(_id, value if _is_list(value) else (value,)))
+        return _if(lambda x: len(x) >= least, ids)
 
     def is_one(value):
         return _is_no_list(value) or not any(x is None or _is_list(x) for x in value)

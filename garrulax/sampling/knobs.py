@@ -80,7 +80,7 @@ KNOBS = {
     "forced_eos_token_id": Knob(tokens(), "a token id or a list of them (None is off)", ()),
     "suppress_tokens": Knob(tokens(), "a list of token ids (None is off)", ()),
     "begin_suppress_tokens": Knob(tokens(), "a list of token ids (None is off)", ()),
-    "allowed_tokens": Knob(tokens(), "a list of token ids (None is off)", ()),
+    "allowed_tokens": Knob(tokens(least=1), "a list of token ids, at least one (None is off)", ()),
     "logit_bias": Knob(biased_tokens(), "a dict from token ids to numbers (None is off)", ()),
     "bad_words_ids": Knob(words(), "a list of lists of token ids, none of them empty (None is off)", ()),
     "sequence_bias": Knob(

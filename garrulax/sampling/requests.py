@@ -2,7 +2,7 @@
 
 import dataclasses
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -124,9 +124,16 @@ def chain_for(transform: Transform | None, knobs: Iterable[str]) -> Transform:
         TypeError: `transform` is something else.
         ValueError: A name that no transform reads.
     """
-    if transform is not None and not isinstance(transform, Transform):
-        raise TypeError(f"transform={transform!r:.60} must be a sampling.transforms.Transform: call its function")
+    if transform is not None:
+        check_transform(transform)
     return transform or standard_chain(name for name in knobs if name not in REQUEST_KNOBS)
+
+
+def check_transform(transform: Any) -> None:
+    """Raises TypeError unless it is a transform."""
+    if not isinstance(transform, Transform):
+        raise TypeError(f"transform={transform!r:.60} must be a sampling.transforms.Transform: call its function, and "
+                        "make one of several by chain(...)")  # fmt: skip
 
 
 def without_padding(
@@ -146,10 +153,14 @@ def prompt_list(prompts: Any) -> tuple[list[Prompt], bool]:
     """Returns (a list of prompts, whether `prompts` was a single one).
 
     Raises:
+        TypeError: `prompts` is neither a text nor a sequence.
         ValueError: There is no prompt.
     """
     if isinstance(prompts, str):
         return [prompts], True
+    ordered = isinstance(prompts, Iterable) and not isinstance(prompts, Mapping | Set)
+    if not ordered or getattr(prompts, "ndim", 1) == 0:
+        raise TypeError(f"a prompt is a text or a list of token ids, not {prompts!r:.60}: give one, or a list of them")
     prompts = prompts.tolist() if hasattr(prompts, "tolist") else list(prompts)
     if not prompts:
         raise ValueError("there is no prompt: give a text, a list of token ids, or a list of either")
@@ -178,6 +189,22 @@ def check_every(every: Any) -> None:
     """Raises ValueError unless `every`, a number of steps between two pieces, is a whole number of at least 1."""
     if isinstance(every, bool) or not hasattr(every, "__index__") or every < 1:
         raise ValueError(f"every={every!r:.40} must be a whole number of at least 1")
+
+
+def check_least(knobs: Mapping[str, Sequence[Any]], limits: Sequence[int], name: str = "prompt") -> None:
+    """Raises ValueError if more new tokens are demanded than are allowed.
+
+    Args:
+        knobs: From `knobs_per_prompt`.
+        limits: Greatest number of new tokens of each prompt.
+        name: What a prompt is called in errors.
+    """
+    for i, (least, most) in enumerate(zip(knobs.get("min_new_tokens", ()), limits, strict=False)):
+        if least > most:
+            raise ValueError(
+                f"{name} {i} is to get at least min_new_tokens={least} and at most max_new_tokens={most} new tokens: "
+                "lower the first or raise the second"
+            )
 
 
 def check_ids(ids: list[int], config: ModelConfig, name: str) -> None:

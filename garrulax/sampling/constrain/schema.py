@@ -4,11 +4,18 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from garrulax.core.names import nearest
+
 #: Keywords whose value is a schema, a list of schemas, or schemas by name.
 _ONE = ("additionalItems", "additionalProperties", "items", "not", "if", "then", "else", "contains", "propertyNames",
         "unevaluatedItems", "unevaluatedProperties", "contentSchema")  # fmt: skip
 _MANY = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
 _NAMED = ("$defs", "definitions", "properties", "patternProperties", "dependentSchemas", "dependencies")
+#: Keywords that forbid documents, of all drafts. A misspelt one would be an annotation, which forbids nothing.
+_FORBIDDING = (*_ONE, *_MANY, *_NAMED[2:], "$ref", "$dynamicRef", "$recursiveRef", "type", "enum", "const", "format",
+               "pattern", "minLength", "maxLength", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum",
+               "multipleOf", "required", "dependentRequired", "minProperties", "maxProperties", "minItems", "maxItems",
+               "uniqueItems", "minContains", "maxContains", "contentEncoding", "contentMediaType")  # fmt: skip
 
 
 def subschemas(schema: Any, path: str = "#") -> Iterator[tuple[str, Any]]:
@@ -36,12 +43,35 @@ def refusal(schema: Any) -> str | None:
     for path, part in subschemas(schema):
         if not isinstance(part, dict):
             continue
+        for key in part:
+            if meant := _misspelt(key):
+                return (
+                    f'the keyword "{key}" at {path} is not known: write "{meant}", or "x-{key}" if it is an annotation'
+                )
         if part.get("type") != "integer" and (keyword := _narrow(_bounds(part, schema, set()))):
             return f'the keyword "{keyword}" at {path} is not supported with another bound less than 1 away'
         least, required = part.get("minProperties", 0), part.get("required", ())
         if isinstance(least, int | float) and isinstance(required, list | tuple) and least > max(1, len(required)):
             return f'the keyword "minProperties" at {path} is not supported above the number of required properties'
     return None
+
+
+def _misspelt(key: str) -> str | None:
+    """The keyword that an unknown key of a schema seems to mean; None for a keyword, and for an annotation."""
+    if key in _FORBIDDING or key.startswith("x-"):
+        return None
+    folded, letters = {_folded(name): name for name in _FORBIDDING}, _folded(key)
+    if letters in folded:
+        return folded[letters]
+    # With short names or a lower cutoff, words would count as misspelt: "note" for "not", "constraints" for "contains".
+    long = [name for name in folded if len(name) > 3]
+    swapped = next((name for name in long if sorted(name) == sorted(letters)), "")
+    return folded.get(swapped or nearest(letters, long, cutoff=0.85))
+
+
+def _folded(name: str) -> str:
+    """The name without what conventions of writing change: min_length, min-length and MinLength become minlength."""
+    return re.sub("[_-]", "", name).casefold()
 
 
 def _narrow(bounds: list[tuple[str, float]]) -> str | None:

@@ -21,7 +21,7 @@ from garrulax.sampling.buckets import bucket
 from garrulax.sampling.decoder import Decoder
 from garrulax.sampling.requests import Weights
 from garrulax.sampling.search.beams import EVERY_BIT, beam_inputs, bit_names
-from garrulax.sampling.search.kinds import BeamSearch
+from garrulax.sampling.search.kinds import BeamSearch, BestOf, ContrastiveSearch
 from garrulax.sampling.search.running import best_writers, finish
 from garrulax.sampling.state import State, grow
 from garrulax.sampling.writing import Writer
@@ -35,8 +35,11 @@ def check_fill(search: Any, order: str, scales: Sequence[float] = ()) -> None:
         raise ValueError("guidance_scale goes with gx.generate only: leave it out")
     if order not in ORDERS:
         raise ValueError(f"order={order!r:.60} must be one of {', '.join(map(repr, ORDERS))}")
-    if search is not None and not (isinstance(search, BeamSearch) and search.returned == 1):
-        raise ValueError("fill takes gx.beam(...) or gx.diverse_beam(...), with returned=1")
+    if isinstance(search, ContrastiveSearch):
+        raise ValueError("gx.contrastive compares hidden states, which fill does not keep from blank to blank: take "
+                         "gx.beam, gx.diverse_beam or gx.best_of")  # fmt: skip
+    if search is not None and not (isinstance(search, BeamSearch | BestOf) and search.returned == 1):
+        raise ValueError("fill takes gx.beam(...), gx.diverse_beam(...) or gx.best_of(...), with returned=1")
 
 
 @functools.partial(jax.jit, static_argnames="config")

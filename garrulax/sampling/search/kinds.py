@@ -159,14 +159,14 @@ def contrastive(k: int, alpha: float) -> ContrastiveSearch:
 
     Of the k most probable next tokens, the one is written that has the greatest (1 - alpha) p - alpha s: p is its
     probability, and s the greatest cosine similarity between its hidden state in the last layer and those of the tokens
-    before it.
+    before it. `fill` does not take it: from one blank to the next it keeps keys and values, and no hidden states.
 
     Args:
         k: Number of candidates.
         alpha: From 0, which is greedy, to 1.
 
     Returns:
-        A description, for the argument `search` of `generate` and `fill`.
+        A description, for the argument `search` of `generate`.
 
     Raises:
         ValueError: A bad argument.
@@ -188,14 +188,15 @@ def best_of(n: int, returned: int = 1) -> BestOf:
 
     The samples are those that `generate` draws with the seeds seed, seed + 1, ..., seed + n - 1; the prompt is read
     once. The score of a sample is the mean of the log-probabilities of its tokens in the model's own distribution, so
-    that samples of different lengths can be compared.
+    that samples of different lengths can be compared. In `fill` a sample is a text with all its blanks filled, and its
+    score is the mean over the tokens of all answers.
 
     Args:
         n: Number of samples.
-        returned: Number of samples to return for each prompt, best first.
+        returned: Number of samples to return for each prompt, best first; `fill` returns one.
 
     Returns:
-        A description, for the argument `search` of `generate`.
+        A description, for the argument `search` of `generate` and `fill`.
 
     Raises:
         ValueError: A bad argument.

@@ -38,6 +38,7 @@ STEPS = {
     "decode": ("plain", "again", "quantised", "torch"),
 }
 LIMIT = 240  # seconds of a part
+START = 60  # seconds after which JAX must have found the device
 CHECKS = 0.5  # share of the first part's time after which its checks are ended
 LIMITS = {"attention": 195, "train": 190, "decode": 155}  # where all run: 9 minutes
 #: So that several processes share the device's memory.
@@ -59,6 +60,19 @@ class Parts:
     def __init__(self, args: argparse.Namespace, cache: str):
         self._args, self._tiny = args, ["--tiny"] * args.tiny
         self._cache = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+    def device(self) -> str:
+        """The name of the device that the workers will measure: JAX's, which need not be what the driver lists.
+
+        Raises:
+            SystemExit: JAX finds no accelerator; with what to do.
+        """
+        if self._tiny:
+            return "tiny sizes"
+        rows: list[dict] = []
+        if wrong := workers.run([self._ours("device")], rows.append, START, turns=False):
+            raise SystemExit("\n".join(wrong))
+        return rows[0]["name"]
 
     def groups(self, part: str) -> Iterator[tuple[list[Worker], bool]]:
         """Workers that are started together, and whether they measure in turns.
@@ -152,10 +166,11 @@ def main() -> None:
     if args.torch_python is None and all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
         args.torch_python = sys.executable
     out = args.out or (None if args.tiny else HERE / "RESULTS-gpu.json")
-    found, wrong, chosen = results.Results(out), [], args.part or list(STEPS)
-    print(f"{found.title}; {time.strftime('%Y-%m-%d')}, seed {args.seed}", flush=True)
+    wrong, chosen = [], args.part or list(STEPS)
     with tempfile.TemporaryDirectory() as cache:
         parts = Parts(args, cache)
+        found = results.Results(out, parts.device())
+        print(f"{found.title}; {time.strftime('%Y-%m-%d')}, seed {args.seed}", flush=True)
         for part in chosen:
             print(part, flush=True)
             wrong += run(part, parts, found, 3600 if args.tiny else LIMITS[part] if len(chosen) > 1 else LIMIT)

@@ -1,6 +1,7 @@
 """`benchmarks/gpu.py`: its processes, its file of results, how it reads traces; and its first part with tiny sizes."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -43,13 +44,30 @@ def test_workers_measure_in_turns_and_failures_are_told():
 
 def test_a_worker_that_takes_too_long_is_ended_and_its_rows_are_kept(tmp_path):
     path = tmp_path / "results.json"
-    found = results.Results(path)
+    found = results.Results(path, "a GPU")
     wrong = workers.run([child("long", "free")], lambda row: found.add("train", row), 3, turns=False)
     assert "was ended after 3 s" in wrong[0]
-    assert set(json.loads(path.read_text())["train"]["tables"]["t"]) == {"long0", "long1", "long2"}
-    again = results.Results(path)
+    assert set(json.loads(path.read_text())[found.title]["train"]["tables"]["t"]) == {"long0", "long1", "long2"}
+    again = results.Results(path, "a GPU")
     again.add("train", {"table": "t", "name": "another", "text": ""})
-    assert len(results.Results(path).table("train", "t")) == 4
+    assert len(results.Results(path, "a GPU").table("train", "t")) == 4
+
+
+def test_results_of_another_device_are_kept(tmp_path):
+    path = tmp_path / "results.json"
+    for device, ms in (("one", 1.0), ("two", 2.0), ("one", 3.0)):
+        results.Results(path, device).add("train", {"table": "train", "name": device, "text": "", "ms": ms})
+    rows = {device: results.Results(path, device).table("train", "train") for device in ("one", "two")}
+    assert {name: row["ms"] for table in rows.values() for name, row in table.items()} == {"one": 3.0, "two": 2.0}
+
+
+def test_without_a_gpu_nothing_is_measured_and_nothing_is_written(tmp_path):
+    out = tmp_path / "results.json"
+    done = gpu("--part", "train", "--out", str(out), JAX_PLATFORMS="cpu")
+    assert done.returncode == 1
+    assert "NoGPU: jax" in done.stderr
+    assert "GPU_PYTHON=" in done.stderr
+    assert not out.exists()
 
 
 HLO = """HloModule jit_step
@@ -110,13 +128,18 @@ def test_kernels_of_a_trace_are_counted_by_part_of_the_step():
     assert trace.by_part(found, HLO) == dict.fromkeys(trace.PARTS, 1.0)
 
 
+def gpu(*words, **environment):
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env={**os.environ, **environment})
+
+
 @pytest.mark.slow
 def test_the_tiny_first_part_runs(tmp_path):
     out = tmp_path / "results.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--tiny", "--part", "attention", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = gpu("--tiny", "--part", "attention", "--out", str(out))
     assert done.returncode == 0, done.stderr
-    tables = json.loads(out.read_text())["attention"]["tables"]
+    (found,) = json.loads(out.read_text()).values()
+    tables = found["attention"]["tables"]
     assert {"ok"} <= {row["verdict"] for row in tables["check"].values()} <= {"ok", "refused"}
     assert {row["case"] for row in tables["speed"].values()} == {"full", "causal", "window", "packed", "alibi"}
     assert tables["decode kernel"]

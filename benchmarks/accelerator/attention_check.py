@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from accelerator import attention_cases as cases
+from accelerator import device
 from accelerator.comparing import report, report_error
 from accelerator.timing import in_threads
 from garrulax.kernels.attention import attention
@@ -72,6 +73,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
+    if not args.tiny:
+        device.accelerator()
     first, step = map(int, args.share.split("/"))
     names = IMPLEMENTATIONS[jax.default_backend()]
     length = 96 if args.tiny else 1000  # no multiple of a block

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 import garrulax as gx
-from accelerator import timing
+from accelerator import device, timing
 from accelerator.workers import emit, wait_for_turn
 
 FORMS = ("bfloat16", "int8", "int4")
@@ -82,6 +82,8 @@ def main() -> None:
     parser.add_argument("--only-first", action="store_true", help="the first call of the first batch alone")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
+    if not args.tiny:
+        device.accelerator()
     params, config = model(args.form, args.tiny)
     jax.block_until_ready(params)
     wait_for_turn()

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from accelerator import timing
+from accelerator import device, timing
 from accelerator.comparing import report, report_error
 from accelerator.workers import emit, wait_for_turn
 from garrulax.kernels.decode import decode
@@ -186,6 +186,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
+    if not args.tiny:
+        device.accelerator()
     if args.what == "check":
         some = CASES[::8] if args.tiny else CASES
         timing.in_threads(

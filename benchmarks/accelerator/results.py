@@ -1,7 +1,8 @@
 """Results in a file of JSON, which a run that is cut leaves as far as it came; and the tables and the picture of them.
 
-The file has an object for each part: the device, its driver, versions, the date, and the rows of each table by name. A
-run replaces the rows that it measures again; where the device or a version is another one, it replaces the whole part.
+The file has an object for each device with its driver and versions, in it one for each part: the same once more, the
+date, and the rows of each table by name. A run replaces the rows that it measures again, and leaves those of other
+devices and versions as they are.
 """
 
 import importlib.metadata
@@ -18,14 +19,13 @@ from accelerator.comparing import BAD
 _PACKAGES = ("jax", "jaxlib", "torch", "transformers")
 
 
-def environment() -> dict[str, str]:
-    """The GPU, its driver, and the versions of what is compared; found without starting JAX."""
-    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+def environment(device: str) -> dict[str, str]:
+    """The device, its driver, and the versions of what is compared; found without starting JAX."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-        device, driver = lines[0].split(", ")
-    except (OSError, subprocess.CalledProcessError, IndexError, ValueError):
-        device, driver = "no NVIDIA GPU", ""
+        driver = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        driver = ""
     found = {"device": device, "driver": driver}
     for name in _PACKAGES:
         try:
@@ -36,15 +36,17 @@ def environment() -> dict[str, str]:
 
 
 class Results:
-    """The results of all parts, in memory and in a file.
+    """The results of all parts on a device, in memory and in a file, which keeps those of other devices too.
 
     Args:
         path: Of the file; None keeps nothing.
+        device: As JAX calls it.
     """
 
-    def __init__(self, path: Path | None):
-        self._path, self._environment = path, environment()
-        self.parts: dict[str, Any] = json.loads(path.read_text()) if path is not None and path.exists() else {}
+    def __init__(self, path: Path | None, device: str):
+        self._path, self._environment = path, environment(device)
+        self._all = json.loads(path.read_text()) if path is not None and path.exists() else {}
+        self.parts: dict[str, Any] = self._all.setdefault(self.title, {})
 
     @property
     def title(self) -> str:
@@ -54,17 +56,14 @@ class Results:
 
     def add(self, part: str, row: dict[str, Any]) -> None:
         """Puts a row into its table, and writes the file."""
-        now = self.parts.setdefault(part, {})
-        if any(now.get(name) != text for name, text in self._environment.items()):
-            now.clear()
-            now |= self._environment
+        now = self.parts.setdefault(part, dict(self._environment))
         now["date"] = time.strftime("%Y-%m-%d")
         values = {name: x for name, x in row.items() if name not in ("table", "name", "text")}
         values["at"] = time.strftime("%Y-%m-%d %H:%M")
         now.setdefault("tables", {}).setdefault(row["table"], {})[row["name"]] = values
         if self._path is not None:
             beside = self._path.with_suffix(".writing")
-            beside.write_text(json.dumps(self.parts, indent=1) + "\n")
+            beside.write_text(json.dumps(self._all, indent=1) + "\n")
             os.replace(beside, self._path)
 
     def table(self, part: str, name: str) -> dict[str, dict[str, Any]]:

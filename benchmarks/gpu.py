@@ -139,11 +139,14 @@ class Parts:
 def run(part: str, parts: Parts, found: results.Results, seconds: float) -> list[str]:
     """Runs a part in at most so many seconds; returns what went wrong."""
 
+    until, wrong = time.monotonic() + seconds, []
+
     def take(row: dict) -> None:
         print(row["text"], flush=True)
         found.add(part, row)
+        if "failed" in row:
+            wrong.append(f"{row['name']} could not be measured: {row['error']}")
 
-    until, wrong = time.monotonic() + seconds, []
     for group, turns in parts.groups(part):
         start = time.monotonic()
         wrong += workers.run(group, take, min(until - start, seconds if turns else CHECKS * seconds), turns=turns)

@@ -6,12 +6,13 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
-from accelerator import results, trace, workers  # noqa: E402
+from accelerator import decode, results, trace, workers  # noqa: E402
 
 CHILD = """
 import json, sys, time
@@ -59,6 +60,43 @@ def test_results_of_another_device_are_kept(tmp_path):
         results.Results(path, device).add("train", {"table": "train", "name": device, "text": "", "ms": ms})
     rows = {device: results.Results(path, device).table("train", "train") for device in ("one", "two")}
     assert {name: row["ms"] for table in rows.values() for name, row in table.items()} == {"one": 3.0, "two": 2.0}
+
+
+def test_an_error_stands_beside_the_last_measurement_until_the_next(tmp_path):
+    found = results.Results(tmp_path / "results.json", "a GPU")
+    good = {"table": "decode", "name": "7b", "text": "", "ms": 1.0, "tokens_per_s": 1.0, "first_call_s": 1.0}
+    bad = {"table": "decode", "name": "7b", "text": "", "error": "no memory"}
+    for row in (good, bad, {**bad, "table": "first call"}):
+        found.add("decode", row)
+    assert found.table("decode", "decode")["7b"]["ms"] == 1.0
+    text = "\n".join(results.summary(found))
+    assert text.count("no memory") == 2
+    found.add("decode", good)
+    assert list(found.table("decode", "decode")) == ["7b"]
+
+
+def test_models_of_decoding_are_made_a_layer_at_a_time_and_every_failure_is_a_row(monkeypatch, capfd):
+    asked, real = [], decode.gx.init
+    monkeypatch.setattr(decode.gx, "init", lambda config, *a, **k: asked.append(config.layers) or real(config, *a, **k))
+    params, config = decode.model("bfloat16", tiny=True)
+    assert asked == [1]
+    places = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(params["blocks"])]
+    assert len(set(places)) == len(places) == config.layers * len(jax.tree.leaves(params["blocks"][0]))
+
+    def fails(*_, **__):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(decode, "wait_for_turn", lambda: None)
+    for name, words in (("generate", ["--only-first"]), ("init", [])):
+        monkeypatch.setattr(decode.gx, name, fails)
+        monkeypatch.setattr(sys, "argv", ["decode", "bfloat16", "--tiny", *words])
+        decode.main()
+    rows = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [(row["table"], row["name"]) for row in rows] == [
+        ("first call", "tiny B1 bfloat16"),
+        ("decode", "tiny bfloat16"),
+    ]
+    assert all("no memory" in row["error"] for row in rows)
 
 
 def test_without_a_gpu_nothing_is_measured_and_nothing_is_written(tmp_path):

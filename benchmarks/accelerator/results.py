@@ -16,6 +16,7 @@ from typing import Any
 
 from accelerator.comparing import BAD
 
+FAILED = ", failed"  # what the name of an error's row ends in
 _PACKAGES = ("jax", "jaxlib", "torch", "transformers")
 
 
@@ -55,12 +56,21 @@ class Results:
         return ", ".join(text if name == "device" else f"{name} {text}" for name, text in found.items())
 
     def add(self, part: str, row: dict[str, Any]) -> None:
-        """Puts a row into its table, and writes the file."""
+        """Puts a row into its table, and writes the file.
+
+        An error has a row of its own beside that of the last measurement, until the next one succeeds. Of checks the
+        last verdict counts, whatever it is.
+        """
         now = self.parts.setdefault(part, dict(self._environment))
         now["date"] = time.strftime("%Y-%m-%d")
         values = {name: x for name, x in row.items() if name not in ("table", "name", "text")}
         values["at"] = time.strftime("%Y-%m-%d %H:%M")
-        now.setdefault("tables", {}).setdefault(row["table"], {})[row["name"]] = values
+        rows, failed = now.setdefault("tables", {}).setdefault(row["table"], {}), row["name"] + FAILED
+        if isinstance(row.get("error"), str):  # that of a check is a number
+            rows[failed] = values
+        else:
+            rows.pop(failed, None)
+            rows[row["name"]] = values
         if self._path is not None:
             beside = self._path.with_suffix(".writing")
             beside.write_text(json.dumps(self._all, indent=1) + "\n")
@@ -106,9 +116,11 @@ def summary(results: Results) -> list[str]:
         lines += [f"checks of attention: {counted}", *(f"  FAILED: {name}" for name in results.bad())]
     if table := attention_table(results):
         lines += ["", "attention, TFLOP/s forward / backward (* is picked)", *table]
+    lines += _errors(results, "attention", "speed")
     if rows := results.table("attention", "decode kernel"):
         lines += ["", "decoding attention, TB/s of keys and values"]
         lines += [f"  {name:36s} {row['TBs']:.2f}" for name, row in rows.items() if "TBs" in row]
+        lines += _errors(results, "attention", "decode kernel")
     if rows := results.table("train", "train"):
         lines += ["", "training: ms a step, tokens/s, MFU"]
         lines += [_trained(name, row) for name, row in rows.items()]
@@ -116,14 +128,18 @@ def summary(results: Results) -> list[str]:
         if "parts" in row:
             parts = (f"{part} {ms:.1f} ({row['floors'].get(part) or 0:.1f})" for part, ms in row["parts"].items())
             lines += [f"  {name}, ms by part (floor): " + ", ".join(parts)]
+    lines += _errors(results, "train", "step")
     if rows := results.table("decode", "decode"):
         lines += ["", "decoding: ms a token, tokens/s, share of the bandwidth, first call"]
         lines += [_decoded(name, row) for name, row in rows.items()]
-    lines += [
-        f"  {name}: first call {row['seconds']:.1f} s with compiled programs kept"
-        for name, row in results.table("decode", "first call").items()
-    ]
+    for name, row in results.table("decode", "first call").items():
+        said = f"first call {row['seconds']:.1f} s with compiled programs kept" if "seconds" in row else row["error"]
+        lines += [f"  {name}: {said}"]
     return lines
+
+
+def _errors(results: Results, part: str, table: str) -> list[str]:
+    return [f"  {name}: {row['error']}" for name, row in results.table(part, table).items() if "error" in row]
 
 
 def _trained(name: str, row: dict[str, Any]) -> str:

@@ -142,7 +142,8 @@ def run(part: str, parts: Parts, found: results.Results, seconds: float) -> list
     until, wrong = time.monotonic() + seconds, []
 
     def take(row: dict) -> None:
-        print(row["text"], flush=True)
+        if row.get("verdict") != "refused by a peer":
+            print(row["text"], flush=True)
         found.add(part, row)
         if "failed" in row:
             wrong.append(f"{row['name']} could not be measured: {row['error']}")

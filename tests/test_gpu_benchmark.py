@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import jax
 import pytest
@@ -12,10 +13,10 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
-from accelerator import decode, results, trace, workers  # noqa: E402
+from accelerator import attention_cases, decode, decode_attention, results, trace, workers  # noqa: E402
 
 CHILD = """
-import json, sys, time
+import json, os, sys, time
 name, mode = sys.argv[1:]
 print("from a library", flush=True)
 if mode == "turns":
@@ -28,6 +29,13 @@ if name == "bad":
     raise SystemExit("it has no memory")
 if name == "long":
     time.sleep(60)
+if name == "silent":
+    os.close(1)
+    time.sleep(60)
+if name == "short":
+    print(json.dumps({"planned": 4}), flush=True)
+if name == "broken":
+    print('{"table": "t"{"table": "t"', flush=True)
 """
 
 
@@ -41,6 +49,46 @@ def test_workers_measure_in_turns_and_failures_are_told():
     assert [row["name"] for row in rows] == [f"{name}{i}" for name in ("a", "bad", "c") for i in range(3)]
     assert len(wrong) == 1
     assert "it has no memory" in wrong[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("silent", "said no more, and was ended 2 s later"),
+        ("short", "reported 3 of 4 rows"),
+        ("broken", "reported what is no row"),
+    ],
+)
+def test_lost_rows_and_processes_that_do_not_end_are_told(name, said):
+    start = time.monotonic()
+    (wrong,) = workers.run([child(name, "free")], lambda row: None, 2 if name == "silent" else 60, turns=False)
+    assert said in wrong
+    assert time.monotonic() - start < 30
+
+
+STRESS = """
+import threading
+from accelerator.workers import emit
+def report():
+    for _ in range(2000):
+        emit("check", "name", "x" * 150)
+threads = [threading.Thread(target=report) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+"""
+
+
+def test_rows_of_several_threads_do_not_mix():
+    rows = []
+    stress = workers.Worker([sys.executable, "-c", STRESS], {"PYTHONPATH": str(ROOT / "benchmarks")})
+    assert workers.run([stress], rows.append, 60, turns=False) == []
+    assert len(rows) == 8000
+
+
+def test_no_two_checks_have_one_name():
+    names = [f"{case.name} {dtype}" for case in attention_cases.CASES for dtype in case.dtypes]
+    names += [case.name for case in decode_attention.CASES]
+    assert len(set(names)) == len(names)
 
 
 def test_a_worker_that_takes_too_long_is_ended_and_its_rows_are_kept(tmp_path):

@@ -16,6 +16,7 @@ from accelerator import attention_cases as cases
 from accelerator import device
 from accelerator.comparing import report, report_error
 from accelerator.timing import in_threads
+from accelerator.workers import plan
 from garrulax.kernels.attention import attention
 
 IMPLEMENTATIONS = {"gpu": ("pallas_gpu", "cudnn"), "tpu": ("pallas_tpu",), "cpu": ("xla",)}
@@ -81,6 +82,7 @@ def main() -> None:
     some = list(enumerate(cases.TINY if args.tiny else cases.CASES))[first::step]
     if args.tiny:
         some = [(i, c) for i, c in some if not c.length]
+    plan(len(names) * sum(len(case.dtypes) for _, case in some))
     in_threads(lambda job: check(job[1], args.seed + job[0], length, names), some, threads=2)
 
 

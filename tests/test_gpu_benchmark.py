@@ -214,6 +214,19 @@ def test_kernels_of_a_trace_are_counted_by_part_of_the_step():
     assert trace.by_part(found, HLO) == dict.fromkeys(trace.PARTS, 1.0)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--part", "decode", "--only", "speed"), "the part decode has the steps plain, again, quantised, torch"),
+        (("--torch-python", "/no/python"), "there is no such program"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_at_once(words, said):
+    done = gpu(*words)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
 def gpu(*words, **environment):
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=600, env={**os.environ, **environment})

@@ -232,6 +232,23 @@ def gpu(*words, **environment):
     return subprocess.run(command, capture_output=True, text=True, timeout=600, env={**os.environ, **environment})
 
 
+@pytest.mark.parametrize(
+    ("kernel", "part"),
+    [
+        ("wrapped_slice", "copies"),
+        ("wrapped_dynamic_update_slice", "copies"),
+        ("wrapped_transpose", "copies"),
+        ("wrapped_add", "elementwise"),
+        ("wrapped_tanh", "elementwise"),
+    ],
+)
+def test_of_kernels_of_one_operation_only_those_that_move_are_copies(kernel, part):
+    layer = trace.Origin(
+        "jit(step)/jvp()/while/body/x", ("garrulax/layers/stack.py:f", "garrulax/train/objectives.py:g")
+    )
+    assert trace.part_of(trace.Kernel(1.0, 1, "fusion.1", kernel), layer) == part
+
+
 @pytest.mark.slow
 def test_the_tiny_first_part_runs(tmp_path):
     out = tmp_path / "results.json"

@@ -70,6 +70,7 @@ aot-gpu: $(CUDA)/.aot_gpu
 # On a machine with an NVIDIA GPU: checks attention on it, then measures everything beside cuDNN, jax's own kernel and
 # PyTorch, and writes benchmarks/RESULTS-gpu.json. At most 9 minutes; PART=attention, train or decode is one part.
 # Installs the CUDA build of jax; GPU_PYTHON=python3 takes a Python that has it (and torch and transformers, to compare).
+# TORCH_PYTHON=path/to/python is another Python for these two; without them PyTorch is not compared.
 gpu: $(if $(GPU_PYTHON),,$(CUDA)/.aot_gpu)
 	$(or $(GPU_PYTHON),$(CUDA)/bin/python) benchmarks/gpu.py $(PART:%=--part %) $(TORCH_PYTHON:%=--torch-python %)
 

@@ -20,6 +20,7 @@ What each number means is said in `accelerator/`, where each program is.
 import argparse
 import importlib.util
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -37,9 +38,17 @@ STEPS = {
     "train": ("speed", "trace", "torch"),
     "decode": ("plain", "again", "quantised", "torch"),
 }
-LIMIT = 240  # seconds of a part
+NEEDS = {"again": "plain"}  # which compiles the programs that are found again
+#: Seconds, from the start on: of a part that runs alone, and of each of several, where what one leaves is the next
+#: one's. Ending processes, the tables and the picture come on top: together less than 4 and 9 minutes.
+LIMIT, LIMITS = 225, {"attention": 185, "train": 180, "decode": 145}
+TINY_LIMIT = 3600
+START = 60  # seconds after which JAX must have found the device
 CHECKS = 0.5  # share of the first part's time after which its checks are ended
-LIMITS = {"attention": 195, "train": 190, "decode": 155}  # where all run: 9 minutes
+NO_TORCH = (
+    f"torch and transformers are not installed for {sys.executable}. Name a Python that has them, with CUDA:"
+    " make gpu TORCH_PYTHON=python3, or --torch-python python3"
+)
 #: So that several processes share the device's memory.
 SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "2"}
 #: Correctness does not depend on the fastest of several kernels for a product, and searching takes time.
@@ -54,19 +63,39 @@ class Parts:
     Args:
         args: The command line.
         cache: A new folder for compiled programs.
+
+    Attributes:
+        missing: What could not be compared, because there is no PyTorch.
     """
 
     def __init__(self, args: argparse.Namespace, cache: str):
+        self.missing: list[str] = []
         self._args, self._tiny = args, ["--tiny"] * args.tiny
         self._cache = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+    def device(self) -> str:
+        """The name of the device that the workers will measure: JAX's, which need not be what the driver lists.
+
+        Raises:
+            SystemExit: JAX finds no accelerator; with what to do.
+        """
+        if self._tiny:
+            return "tiny sizes"
+        rows: list[dict] = []
+        if wrong := workers.run([self._ours("device")], rows.append, START, turns=False):
+            raise SystemExit("\n".join(wrong))
+        return rows[0]["name"]
 
     def groups(self, part: str) -> Iterator[tuple[list[Worker], bool]]:
         """Workers that are started together, and whether they measure in turns.
 
-        The checks do not, and training is compiled alone: XLA times kernels to choose among them. Then the traced
-        program finds what was chosen for the measured one.
+        The checks do not. Training is compiled alone, because XLA times kernels on the device to choose among them.
+        One process compiles all runs, in threads: within a process XLA takes the device for itself while it times a
+        kernel, and one run after another would not fit the time of the part. Then the traced program finds what was
+        chosen for the measured one. PyTorch compiles in its turn, when ours has ended.
         """
-        steps = [step for step in STEPS[part] if self._args.only in (None, step)]
+        only = self._args.only
+        steps = [step for step in STEPS[part] if only in (None, step) or NEEDS.get(only) == step]
         alone = {"attention": "check", "train": "speed"}.get(part)
         together = [step for step in steps if step != alone]
         for some in ([alone] if alone in steps else [], together):
@@ -79,10 +108,10 @@ class Parts:
         command = [sys.executable, "-m", f"accelerator.{module}", *words, *self._tiny]
         return Worker(command, {**SHARED, "PYTHONPATH": path, "XLA_FLAGS": flags, **environment})
 
-    def _peer(self, script: str, *words: str) -> list[Worker]:
+    def _peer(self, title: str, script: str, *words: str) -> list[Worker]:
         python = self._args.torch_python
         if python is None:
-            print("  PyTorch is not measured: it is not installed here; --torch-python PATH names a Python that has it")
+            self.missing.append(title)
             return []
         return [Worker([python, str(HERE / "peers" / script), *words])]
 
@@ -97,7 +126,7 @@ class Parts:
         count = 1 if self._args.tiny else 3
         ours = [self._ours("attention_speed", "--share", f"{i}/{count}") for i in range(count)]
         ours.append(self._ours("decode_attention", "speed"))
-        return ours if self._args.tiny else [*ours, *self._peer("torch_attention_gpu.py")]
+        return ours if self._args.tiny else [*ours, *self._peer("PyTorch's SDPA", "torch_attention_gpu.py")]
 
     def _train_speed(self) -> list[Worker]:
         return [self._ours("train", "speed", *self._args.runs, **self._cache)]
@@ -107,7 +136,7 @@ class Parts:
         return [self._ours("train", "trace", *self._args.runs, flags=flags, **self._cache)]
 
     def _train_torch(self) -> list[Worker]:
-        return self._peer("torch_models_gpu.py", "train", *self._tiny)
+        return self._peer("training with transformers", "torch_models_gpu.py", "train", *self._tiny)
 
     def _decode_plain(self) -> list[Worker]:
         return [self._ours("decode", "bfloat16", **self._cache)]
@@ -119,22 +148,40 @@ class Parts:
         return [self._ours("decode", form) for form in ("int8", "int4")]
 
     def _decode_torch(self) -> list[Worker]:
-        return self._peer("torch_models_gpu.py", "decode", *self._tiny)
+        return self._peer("decoding with transformers", "torch_models_gpu.py", "decode", *self._tiny)
 
 
-def run(part: str, parts: Parts, found: results.Results, seconds: float) -> list[str]:
-    """Runs a part in at most so many seconds; returns what went wrong."""
+def run(part: str, parts: Parts, found: results.Results, until: float) -> list[str]:
+    """Runs a part, until a time of the monotonic clock at most; returns what went wrong."""
+    seconds, wrong = until - time.monotonic(), []
 
     def take(row: dict) -> None:
-        print(row["text"], flush=True)
+        if row.get("verdict") != "refused by a peer":
+            print(row["text"], flush=True)
         found.add(part, row)
+        if "failed" in row:
+            wrong.append(f"{row['name']} could not be measured: {row['error']}")
 
-    until, wrong = time.monotonic() + seconds, []
     for group, turns in parts.groups(part):
         start = time.monotonic()
-        wrong += workers.run(group, take, min(until - start, seconds if turns else CHECKS * seconds), turns=turns)
+        left = until - start if turns else CHECKS * seconds
+        if left <= 0:
+            wrong += [f"no time was left for {worker.title}" for worker in group]
+            continue
+        wrong += workers.run(group, take, left, turns=turns)
         print(f"  ({time.monotonic() - start:.0f} s)", flush=True)
     return wrong
+
+
+def chosen(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
+    """The parts to run: those that were asked for, or all that have the step that was asked for."""
+    only, parts = args.only, list(dict.fromkeys(args.part or []))
+    for part in parts:
+        if only not in (None, *STEPS[part]):
+            parser.error(f"--only {only}: the part {part} has the steps {', '.join(STEPS[part])}")
+    if only == "torch" and args.torch_python is None:
+        parser.error(f"--only torch: {NO_TORCH}")
+    return parts or [part for part, steps in STEPS.items() if only in (None, *steps)]
 
 
 def main() -> None:
@@ -148,25 +195,35 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, for a machine without a GPU: no results")
     parser.add_argument("--out", type=Path, help="file of the results; benchmarks/RESULTS-gpu.json")
     parser.add_argument("--plot", type=Path, help="picture of attention's speeds; RESULTS-gpu.png beside the results")
-    args = parser.parse_args()
+    args, until = parser.parse_args(), time.monotonic()
     if args.torch_python is None and all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
         args.torch_python = sys.executable
+    if args.torch_python is not None and shutil.which(args.torch_python) is None:
+        parser.error(f"--torch-python {args.torch_python}: there is no such program")
+    asked = chosen(parser, args)
+    limits = dict.fromkeys(STEPS, TINY_LIMIT if args.tiny else LIMIT) if args.tiny or len(asked) == 1 else LIMITS
     out = args.out or (None if args.tiny else HERE / "RESULTS-gpu.json")
-    found, wrong, chosen = results.Results(out), [], args.part or list(STEPS)
-    print(f"{found.title}; {time.strftime('%Y-%m-%d')}, seed {args.seed}", flush=True)
+    wrong = []
     with tempfile.TemporaryDirectory() as cache:
         parts = Parts(args, cache)
-        for part in chosen:
+        found = results.Results(out, parts.device())
+        print(f"{found.title}; {time.strftime('%Y-%m-%d')}, seed {args.seed}", flush=True)
+        if args.torch_python is None:
+            print(f"without PyTorch: {NO_TORCH}", flush=True)
+        for part in asked:
             print(part, flush=True)
-            wrong += run(part, parts, found, 3600 if args.tiny else LIMITS[part] if len(chosen) > 1 else LIMIT)
+            until += limits[part]
+            wrong += run(part, parts, found, until)
     print("\n".join(["", *results.summary(found)]), flush=True)
+    if parts.missing:
+        print(f"\nnot compared: {', '.join(parts.missing)}: {NO_TORCH}", flush=True)
     picture = args.plot or (None if out is None else out.with_suffix(".png"))
     if picture is not None:
         try:
             results.plot(found, picture)
         except ImportError:
             print("no picture: matplotlib is not installed (pip install 'garrulax[plots]')")
-    if "attention" in chosen:
+    if "attention" in asked:
         wrong += [f"attention is wrong: {name}" for name in found.bad()]
     if wrong:
         raise SystemExit("\n".join(wrong))

@@ -1,19 +1,22 @@
 """`benchmarks/gpu.py`: its processes, its file of results, how it reads traces; and its first part with tiny sizes."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
+import time
 
+import jax
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
-from accelerator import results, trace, workers  # noqa: E402
+from accelerator import attention_cases, decode, decode_attention, results, trace, workers  # noqa: E402
 
 CHILD = """
-import json, sys, time
+import json, os, sys, time
 name, mode = sys.argv[1:]
 print("from a library", flush=True)
 if mode == "turns":
@@ -26,6 +29,13 @@ if name == "bad":
     raise SystemExit("it has no memory")
 if name == "long":
     time.sleep(60)
+if name == "silent":
+    os.close(1)
+    time.sleep(60)
+if name == "short":
+    print(json.dumps({"planned": 4}), flush=True)
+if name == "broken":
+    print('{"table": "t"{"table": "t"', flush=True)
 """
 
 
@@ -41,15 +51,109 @@ def test_workers_measure_in_turns_and_failures_are_told():
     assert "it has no memory" in wrong[0]
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("silent", "said no more, and was ended 2 s later"),
+        ("short", "reported 3 of 4 rows"),
+        ("broken", "reported what is no row"),
+    ],
+)
+def test_lost_rows_and_processes_that_do_not_end_are_told(name, said):
+    start = time.monotonic()
+    (wrong,) = workers.run([child(name, "free")], lambda row: None, 2 if name == "silent" else 60, turns=False)
+    assert said in wrong
+    assert time.monotonic() - start < 30
+
+
+STRESS = """
+import threading
+from accelerator.workers import emit
+def report():
+    for _ in range(2000):
+        emit("check", "name", "x" * 150)
+threads = [threading.Thread(target=report) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+"""
+
+
+def test_rows_of_several_threads_do_not_mix():
+    rows = []
+    stress = workers.Worker([sys.executable, "-c", STRESS], {"PYTHONPATH": str(ROOT / "benchmarks")})
+    assert workers.run([stress], rows.append, 60, turns=False) == []
+    assert len(rows) == 8000
+
+
+def test_no_two_checks_have_one_name():
+    names = [f"{case.name} {dtype}" for case in attention_cases.CASES for dtype in case.dtypes]
+    names += [case.name for case in decode_attention.CASES]
+    assert len(set(names)) == len(names)
+
+
 def test_a_worker_that_takes_too_long_is_ended_and_its_rows_are_kept(tmp_path):
     path = tmp_path / "results.json"
-    found = results.Results(path)
+    found = results.Results(path, "a GPU")
     wrong = workers.run([child("long", "free")], lambda row: found.add("train", row), 3, turns=False)
     assert "was ended after 3 s" in wrong[0]
-    assert set(json.loads(path.read_text())["train"]["tables"]["t"]) == {"long0", "long1", "long2"}
-    again = results.Results(path)
+    assert set(json.loads(path.read_text())[found.title]["train"]["tables"]["t"]) == {"long0", "long1", "long2"}
+    again = results.Results(path, "a GPU")
     again.add("train", {"table": "t", "name": "another", "text": ""})
-    assert len(results.Results(path).table("train", "t")) == 4
+    assert len(results.Results(path, "a GPU").table("train", "t")) == 4
+
+
+def test_results_of_another_device_are_kept(tmp_path):
+    path = tmp_path / "results.json"
+    for device, ms in (("one", 1.0), ("two", 2.0), ("one", 3.0)):
+        results.Results(path, device).add("train", {"table": "train", "name": device, "text": "", "ms": ms})
+    rows = {device: results.Results(path, device).table("train", "train") for device in ("one", "two")}
+    assert {name: row["ms"] for table in rows.values() for name, row in table.items()} == {"one": 3.0, "two": 2.0}
+
+
+def test_an_error_stands_beside_the_last_measurement_until_the_next(tmp_path):
+    found = results.Results(tmp_path / "results.json", "a GPU")
+    good = {"table": "decode", "name": "7b", "text": "", "ms": 1.0, "tokens_per_s": 1.0, "first_call_s": 1.0}
+    bad = {"table": "decode", "name": "7b", "text": "", "error": "no memory"}
+    for row in (good, bad, {**bad, "table": "first call"}):
+        found.add("decode", row)
+    assert found.table("decode", "decode")["7b"]["ms"] == 1.0
+    text = "\n".join(results.summary(found))
+    assert text.count("no memory") == 2
+    found.add("decode", good)
+    assert list(found.table("decode", "decode")) == ["7b"]
+
+
+def test_models_of_decoding_are_made_a_layer_at_a_time_and_every_failure_is_a_row(monkeypatch, capfd):
+    asked, real = [], decode.gx.init
+    monkeypatch.setattr(decode.gx, "init", lambda config, *a, **k: asked.append(config.layers) or real(config, *a, **k))
+    params, config = decode.model("bfloat16", tiny=True)
+    assert asked == [1]
+    places = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(params["blocks"])]
+    assert len(set(places)) == len(places) == config.layers * len(jax.tree.leaves(params["blocks"][0]))
+
+    def fails(*_, **__):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(decode, "wait_for_turn", lambda: None)
+    for name, words in (("generate", ["--only-first"]), ("init", [])):
+        monkeypatch.setattr(decode.gx, name, fails)
+        monkeypatch.setattr(sys, "argv", ["decode", "bfloat16", "--tiny", *words])
+        decode.main()
+    rows = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [(row["table"], row["name"]) for row in rows] == [
+        ("first call", "tiny B1 bfloat16"),
+        ("decode", "tiny bfloat16"),
+    ]
+    assert all("no memory" in row["error"] for row in rows)
+
+
+def test_without_a_gpu_nothing_is_measured_and_nothing_is_written(tmp_path):
+    out = tmp_path / "results.json"
+    done = gpu("--part", "train", "--out", str(out), JAX_PLATFORMS="cpu")
+    assert done.returncode == 1
+    assert "NoGPU: jax" in done.stderr
+    assert "GPU_PYTHON=" in done.stderr
+    assert not out.exists()
 
 
 HLO = """HloModule jit_step
@@ -110,13 +214,48 @@ def test_kernels_of_a_trace_are_counted_by_part_of_the_step():
     assert trace.by_part(found, HLO) == dict.fromkeys(trace.PARTS, 1.0)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--part", "decode", "--only", "speed"), "the part decode has the steps plain, again, quantised, torch"),
+        (("--torch-python", "/no/python"), "there is no such program"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_at_once(words, said):
+    done = gpu(*words)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+def gpu(*words, **environment):
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env={**os.environ, **environment})
+
+
+@pytest.mark.parametrize(
+    ("kernel", "part"),
+    [
+        ("wrapped_slice", "copies"),
+        ("wrapped_dynamic_update_slice", "copies"),
+        ("wrapped_transpose", "copies"),
+        ("wrapped_add", "elementwise"),
+        ("wrapped_tanh", "elementwise"),
+    ],
+)
+def test_of_kernels_of_one_operation_only_those_that_move_are_copies(kernel, part):
+    layer = trace.Origin(
+        "jit(step)/jvp()/while/body/x", ("garrulax/layers/stack.py:f", "garrulax/train/objectives.py:g")
+    )
+    assert trace.part_of(trace.Kernel(1.0, 1, "fusion.1", kernel), layer) == part
+
+
 @pytest.mark.slow
 def test_the_tiny_first_part_runs(tmp_path):
     out = tmp_path / "results.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--tiny", "--part", "attention", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = gpu("--tiny", "--part", "attention", "--out", str(out))
     assert done.returncode == 0, done.stderr
-    tables = json.loads(out.read_text())["attention"]["tables"]
+    (found,) = json.loads(out.read_text()).values()
+    tables = found["attention"]["tables"]
     assert {"ok"} <= {row["verdict"] for row in tables["check"].values()} <= {"ok", "refused"}
     assert {row["case"] for row in tables["speed"].values()} == {"full", "causal", "window", "packed", "alibi"}
     assert tables["decode kernel"]

@@ -92,6 +92,7 @@ def test_a_trace_has_the_chosen_steps(tmp_path, monkeypatch):
     ("overrides", "message"),
     [
         ({"profile": "5"}, "profile='5' is not like 100:103"),
+        ({"profile": "١:٣"}, "profile='١:٣' is not like 100:103"),
         ({"profile": "5:5"}, "is not like"),
         ({"profile": "5:30", "steps": 20}, "beyond the 20 steps"),
         ({"eval_texts": ("a.txt",)}, "eval_texts='a.txt' is not like NAME=SOURCE"),

@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from accelerator import attention_cases as cases
+from accelerator import device
 from accelerator.comparing import report, report_error
 from accelerator.timing import in_threads
+from accelerator.workers import plan
 from garrulax.kernels.attention import attention
 
 IMPLEMENTATIONS = {"gpu": ("pallas_gpu", "cudnn"), "tpu": ("pallas_tpu",), "cpu": ("xla",)}
@@ -72,12 +74,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
+    if not args.tiny:
+        device.accelerator()
     first, step = map(int, args.share.split("/"))
     names = IMPLEMENTATIONS[jax.default_backend()]
     length = 96 if args.tiny else 1000  # no multiple of a block
     some = list(enumerate(cases.TINY if args.tiny else cases.CASES))[first::step]
     if args.tiny:
         some = [(i, c) for i, c in some if not c.length]
+    plan(len(names) * sum(len(case.dtypes) for _, case in some))
     in_threads(lambda job: check(job[1], args.seed + job[0], length, names), some, threads=2)
 
 

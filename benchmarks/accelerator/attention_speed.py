@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from accelerator import timing
+from accelerator import device, timing
 from accelerator.workers import emit, wait_for_turn
 from garrulax.kernels import masks
 from garrulax.kernels.attention import REGISTRY, attention, request
@@ -253,6 +253,8 @@ def main() -> None:
     parser.add_argument("--share", default="0/1", help="i/n: every n-th row from the i-th on")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
+    if not args.tiny:
+        device.accelerator()
     first, step = map(int, args.share.split("/"))
     sizes = TINY if args.tiny else FULL
     jobs = [

@@ -3,7 +3,7 @@
 Two errors are reported, each the greatest of all arrays: |error| / |reference| in the 2-norm over a whole array, and
 that of the worst row (the last axis), divided by its norm or the mean one, whichever is greater: a single wrong block
 shows there. The verdict is `ok`; `OFF` for a large error; `UNEQUAL` where a second call gave other bits (`unequal`
-where the implementation is not ours); `refused`, with the reason; or `RAISED`.
+where the implementation is not ours); `refused`, with the reason (`refused by a peer`: no news); or `RAISED`.
 """
 
 from typing import Any
@@ -34,11 +34,12 @@ def report(title: str, dtype: str, got: Any, again: Any, exact: Any, row: dict[s
 
 def report_error(title: str, error: Exception, row: dict[str, Any]) -> None:
     """Reports that an implementation refuses a request, or fails."""
-    refused = "cannot compute this" in str(error)
-    failed = "RAISED" if row["implementation"] in OWN else "raised"
-    verdict, reason = ("refused", str(error).split(": ", 1)[1]) if refused else (failed, said(error))
-    if not refused or row["implementation"] in OWN:  # what cuDNN cannot compute is no news
-        emit("check", title, f"{verdict:8s} {title}: {reason[:120]}", verdict=verdict, **row)
+    own = row["implementation"] in OWN
+    if "cannot compute this" in str(error):
+        verdict, reason = "refused" if own else "refused by a peer", str(error).split(": ", 1)[-1]
+    else:
+        verdict, reason = "RAISED" if own else "raised", said(error)
+    emit("check", title, f"{verdict:8s} {title}: {reason[:120]}", verdict=verdict, **row)
 
 
 def of_array(got: np.ndarray, exact: np.ndarray) -> float:

@@ -3,7 +3,12 @@
 The time of the first call, with what is compiled; milliseconds a token, by the difference between the times of two
 lengths, so that reading the prompt and starting do not count; and the share of the memory's bandwidth, from the bytes
 of the weights that a step reads (all but the token embedding). The quantised forms are those of docs/quantisation.md,
-group 128 for int4; every layer has the codes of one layer, in memory of its own.
+group 128 for int4; every layer has the weights of one layer, in memory of its own.
+
+Several processes share the device. GiB of weights: 12.6 in bfloat16, 6.3 in int8, 3.4 in int4, and 12.6 of PyTorch;
+each has up to 1 of a cache and 0.6 of programs. With --only-first a process loads in its turn, when the one that
+compiled has ended, so that there is one bfloat16 model of this library at a time. JAX's allocator grows by doubling and
+reserves at most twice what it holds: 2 (12.6 + 6.3 + 3.4 + 3) + 12.6 + 1 + 5 x 0.6 = 67 GiB at most.
 """
 
 import argparse
@@ -16,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 import garrulax as gx
-from accelerator import timing
+from accelerator import device, timing
 from accelerator.workers import emit, wait_for_turn
 
 FORMS = ("bfloat16", "int8", "int4")
@@ -27,11 +32,11 @@ TINY_SIZES = {"layers": 2, "width": 64, "heads": 2, "kv_heads": 2, "mlp_width": 
 def model(form: str, tiny: bool) -> tuple[Any, Any]:
     """Unstacked parameters, and the config; texts never end."""
     config = dataclasses.replace(gx.preset("llama2-7b", **(TINY_SIZES if tiny else {})), eos=None)
-    if form == "bfloat16":
-        return gx.unstack(gx.init(config, jax.random.key(0), dtype="bfloat16")), config
-    one = dataclasses.replace(config, layers=1)
-    group = 32 if tiny and form == "int4" else None
-    params, _ = gx.quantise((gx.init(one, jax.random.key(0), dtype="bfloat16"), one), form, group=group)
+    one = dataclasses.replace(config, layers=1)  # a stack of all layers would need the memory of a second model
+    params = gx.init(one, jax.random.key(0), dtype="bfloat16")
+    if form != "bfloat16":
+        group = 32 if tiny and form == "int4" else None
+        params, _ = gx.quantise((params, one), form, group=group)
     (layer,) = gx.unstack(params)["blocks"]
     return {**params, "blocks": tuple(jax.tree.map(jnp.copy, layer) for _ in range(config.layers))}, config
 
@@ -82,15 +87,20 @@ def main() -> None:
     parser.add_argument("--only-first", action="store_true", help="the first call of the first batch alone")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
-    params, config = model(args.form, args.tiny)
-    jax.block_until_ready(params)
-    wait_for_turn()
-    for batch in map(int, args.batches.split(",")):
-        label = "tiny" if args.tiny else "llama2-7b"
-        with timing.reported("decode", f"{label} B{batch} {args.form}"):
-            measure(params, config, args.form, batch, 16 if args.tiny else NEW, label, args.only_first)
-        if args.only_first:
-            break
+    if not args.tiny:
+        device.accelerator()
+    label, table = "tiny" if args.tiny else "llama2-7b", "first call" if args.only_first else "decode"
+    batches = [int(batch) for batch in args.batches.split(",")][: 1 if args.only_first else None]
+    if args.only_first:
+        wait_for_turn()
+    with timing.reported(table, f"{label} {args.form}"):  # such as too little memory for the weights
+        params, config = model(args.form, args.tiny)
+        jax.block_until_ready(params)
+        if not args.only_first:
+            wait_for_turn()
+        for batch in batches:
+            with timing.reported(table, f"{label} B{batch} {args.form}"):
+                measure(params, config, args.form, batch, 16 if args.tiny else NEW, label, args.only_first)
 
 
 if __name__ == "__main__":

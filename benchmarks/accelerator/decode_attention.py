@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from accelerator import timing
+from accelerator import device, timing
 from accelerator.comparing import report, report_error
-from accelerator.workers import emit, wait_for_turn
+from accelerator.workers import emit, plan, wait_for_turn
 from garrulax.kernels.decode import decode
 from garrulax.kernels.mask import INF, Band, Bits, KRange, Mask
 
@@ -186,8 +186,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
+    if not args.tiny:
+        device.accelerator()
     if args.what == "check":
         some = CASES[::8] if args.tiny else CASES
+        plan(len(some))
         timing.in_threads(
             lambda job: check(job[1], args.seed + job[0], 256 if args.tiny else 1024), enumerate(some), threads=2
         )

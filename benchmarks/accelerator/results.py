@@ -1,7 +1,8 @@
 """Results in a file of JSON, which a run that is cut leaves as far as it came; and the tables and the picture of them.
 
-The file has an object for each part: the device, its driver, versions, the date, and the rows of each table by name. A
-run replaces the rows that it measures again; where the device or a version is another one, it replaces the whole part.
+The file has an object for each device with its driver and versions, in it one for each part: the same once more, the
+date, and the rows of each table by name. A run replaces the rows that it measures again, and leaves those of other
+devices and versions as they are.
 """
 
 import importlib.metadata
@@ -15,17 +16,17 @@ from typing import Any
 
 from accelerator.comparing import BAD
 
+FAILED = ", failed"  # what the name of an error's row ends in
 _PACKAGES = ("jax", "jaxlib", "torch", "transformers")
 
 
-def environment() -> dict[str, str]:
-    """The GPU, its driver, and the versions of what is compared; found without starting JAX."""
-    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+def environment(device: str) -> dict[str, str]:
+    """The device, its driver, and the versions of what is compared; found without starting JAX."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-        device, driver = lines[0].split(", ")
-    except (OSError, subprocess.CalledProcessError, IndexError, ValueError):
-        device, driver = "no NVIDIA GPU", ""
+        driver = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        driver = ""
     found = {"device": device, "driver": driver}
     for name in _PACKAGES:
         try:
@@ -36,15 +37,17 @@ def environment() -> dict[str, str]:
 
 
 class Results:
-    """The results of all parts, in memory and in a file.
+    """The results of all parts on a device, in memory and in a file, which keeps those of other devices too.
 
     Args:
         path: Of the file; None keeps nothing.
+        device: As JAX calls it.
     """
 
-    def __init__(self, path: Path | None):
-        self._path, self._environment = path, environment()
-        self.parts: dict[str, Any] = json.loads(path.read_text()) if path is not None and path.exists() else {}
+    def __init__(self, path: Path | None, device: str):
+        self._path, self._environment = path, environment(device)
+        self._all = json.loads(path.read_text()) if path is not None and path.exists() else {}
+        self.parts: dict[str, Any] = self._all.setdefault(self.title, {})
 
     @property
     def title(self) -> str:
@@ -53,18 +56,24 @@ class Results:
         return ", ".join(text if name == "device" else f"{name} {text}" for name, text in found.items())
 
     def add(self, part: str, row: dict[str, Any]) -> None:
-        """Puts a row into its table, and writes the file."""
-        now = self.parts.setdefault(part, {})
-        if any(now.get(name) != text for name, text in self._environment.items()):
-            now.clear()
-            now |= self._environment
+        """Puts a row into its table, and writes the file.
+
+        An error has a row of its own beside that of the last measurement, until the next one succeeds. Of checks the
+        last verdict counts, whatever it is.
+        """
+        now = self.parts.setdefault(part, dict(self._environment))
         now["date"] = time.strftime("%Y-%m-%d")
         values = {name: x for name, x in row.items() if name not in ("table", "name", "text")}
         values["at"] = time.strftime("%Y-%m-%d %H:%M")
-        now.setdefault("tables", {}).setdefault(row["table"], {})[row["name"]] = values
+        rows, failed = now.setdefault("tables", {}).setdefault(row["table"], {}), row["name"] + FAILED
+        if isinstance(row.get("error"), str):  # that of a check is a number
+            rows[failed] = values
+        else:
+            rows.pop(failed, None)
+            rows[row["name"]] = values
         if self._path is not None:
             beside = self._path.with_suffix(".writing")
-            beside.write_text(json.dumps(self.parts, indent=1) + "\n")
+            beside.write_text(json.dumps(self._all, indent=1) + "\n")
             os.replace(beside, self._path)
 
     def table(self, part: str, name: str) -> dict[str, dict[str, Any]]:
@@ -107,9 +116,11 @@ def summary(results: Results) -> list[str]:
         lines += [f"checks of attention: {counted}", *(f"  FAILED: {name}" for name in results.bad())]
     if table := attention_table(results):
         lines += ["", "attention, TFLOP/s forward / backward (* is picked)", *table]
+    lines += _errors(results, "attention", "speed")
     if rows := results.table("attention", "decode kernel"):
         lines += ["", "decoding attention, TB/s of keys and values"]
         lines += [f"  {name:36s} {row['TBs']:.2f}" for name, row in rows.items() if "TBs" in row]
+        lines += _errors(results, "attention", "decode kernel")
     if rows := results.table("train", "train"):
         lines += ["", "training: ms a step, tokens/s, MFU"]
         lines += [_trained(name, row) for name, row in rows.items()]
@@ -117,14 +128,18 @@ def summary(results: Results) -> list[str]:
         if "parts" in row:
             parts = (f"{part} {ms:.1f} ({row['floors'].get(part) or 0:.1f})" for part, ms in row["parts"].items())
             lines += [f"  {name}, ms by part (floor): " + ", ".join(parts)]
+    lines += _errors(results, "train", "step")
     if rows := results.table("decode", "decode"):
         lines += ["", "decoding: ms a token, tokens/s, share of the bandwidth, first call"]
         lines += [_decoded(name, row) for name, row in rows.items()]
-    lines += [
-        f"  {name}: first call {row['seconds']:.1f} s with compiled programs kept"
-        for name, row in results.table("decode", "first call").items()
-    ]
+    for name, row in results.table("decode", "first call").items():
+        said = f"first call {row['seconds']:.1f} s with compiled programs kept" if "seconds" in row else row["error"]
+        lines += [f"  {name}: {said}"]
     return lines
+
+
+def _errors(results: Results, part: str, table: str) -> list[str]:
+    return [f"  {name}: {row['error']}" for name, row in results.table(part, table).items() if "error" in row]
 
 
 def _trained(name: str, row: dict[str, Any]) -> str:

@@ -44,11 +44,11 @@ def program(function: Callable, arrays: dict[str, Any]) -> Callable:
 
 @contextmanager
 def reported(table: str, name: str) -> Iterator[None]:
-    """Reports an exception as a row, so that what follows is measured."""
+    """Reports an exception as a row that says `failed`, so that what follows is measured."""
     try:
         yield
     except Exception as error:
-        emit(table, name, f"  {name}: {said(error)}", error=said(error))
+        emit(table, name, f"  {name}: {said(error)}", error=said(error), failed=True)
 
 
 def in_threads(function: Callable, jobs: Iterable, threads: int = 5) -> list:

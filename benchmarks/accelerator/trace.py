@@ -22,7 +22,11 @@ PARTS = ("products", "attention", "elementwise", "loss", "optimizer", "copies", 
 _TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
 _PRODUCT = re.compile(r"gemm|nvjet|cutlass|cublas|xmma|^dot|_dot_|matmul", re.IGNORECASE)
 _ATTENTION = re.compile(r"sdpa|flash|fmha|attention", re.IGNORECASE)
-_COPY = re.compile(r"^(Mem|mem|copy|wrapped_|input_transpose_fusion|loop_(transpose|broadcast|concatenate|pad)_fusion)")
+#: XLA names the fusion of a single operation, whatever it is, `wrapped_` and the operation.
+_COPY = re.compile(
+    r"^(Mem|mem|copy|wrapped_(copy|slice|transpose|dynamic_|concatenate|broadcast|pad)|input_transpose_fusion"
+    r"|loop_(transpose|broadcast|concatenate|pad)_fusion)"
+)
 _MOVES = ("dynamic_slice", "dynamic_update_slice", "transpose", "copy", "reshape", "squeeze")
 
 

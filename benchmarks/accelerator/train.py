@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 import garrulax as gx
-from accelerator import timing, trace
+from accelerator import device, timing, trace
 from accelerator.floors import floors
 from accelerator.workers import emit, wait_for_turn
 from garrulax import models
@@ -214,6 +214,8 @@ def main() -> None:
     parser.add_argument("runs", nargs="*")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
+    if not args.tiny:
+        device.accelerator()
     runs = args.runs or (TINY if args.tiny else RUNS if args.what == "speed" else TRACED)
     programs = timing.in_threads(build, runs)
     wait_for_turn()

@@ -2,9 +2,11 @@
 
 A worker prints lines of JSON: `{"table": ..., "name": ..., "text": ..., ...}` is a row of results. Before it measures,
 it prints `{"ready": true}` and waits for a line on its standard input. So the compilers of several workers share the
-processors, and nothing else runs on the device while one of them measures.
+processors, and nothing else runs on the device while one of them measures. A worker that prints `{"planned": 8}` has
+failed if it reports fewer rows.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -19,10 +21,27 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+_WRITING = threading.Lock()
+_ROW = '{"table":'  # how a row begins, so that one that cannot be read is told from what libraries print
+_KEYS = ({"ready"}, {"planned"}, {"table", "name", "text"})  # that make a line ours
+_END = 5  # seconds that a process has to end after its last line, or when it is killed
+
 
 def emit(table: str, name: str, text: str, **values: Any) -> None:
     """In a worker: reports a row. Of the rows of one table and name the last one counts; people read the text."""
-    print(json.dumps(_finite({"table": table, "name": name, "text": text, **values})), flush=True)
+    _say(_finite({"table": table, "name": name, "text": text, **values}))
+
+
+def plan(rows: int) -> None:
+    """In a worker: says how many rows it will report, so that a missing one is noticed."""
+    _say({"planned": rows})
+
+
+def _say(values: dict[str, Any]) -> None:
+    """Writes a line of JSON, which no other thread's line gets into."""
+    with _WRITING:
+        sys.stdout.write(json.dumps(values) + "\n")
+        sys.stdout.flush()
 
 
 def _finite(x: Any) -> Any:
@@ -36,7 +55,7 @@ def _finite(x: Any) -> Any:
 
 def wait_for_turn() -> None:
     """In a worker: says that everything is compiled, and waits until nobody else measures."""
-    print(json.dumps({"ready": True}), flush=True)
+    _say({"ready": True})
     sys.stdin.readline()
 
 
@@ -63,13 +82,15 @@ class _Process:
 
     def __init__(self, worker: Worker, lines: queue.Queue):
         self.worker, self.done, self.ready = worker, False, False
+        self.planned = self.rows = 0
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             worker.command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             env={**os.environ, **worker.environment},
             start_new_session=True,  # so that what it starts ends with it
         )
@@ -90,11 +111,16 @@ class _Process:
         except BrokenPipeError:  # it failed: its end is in the queue
             pass
 
-    def failure(self) -> str | None:
-        """What it said at its end where it failed."""
-        code = self._process.wait()
+    def failure(self, seconds: float) -> str | None:
+        """What is wrong with it after its last line; it has so many seconds to end."""
+        try:
+            code = self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.stop()
+            return f"{self.worker.title} said no more, and was ended {seconds:.0f} s later"
         if code == 0:
-            return None
+            missing = self.rows < self.planned
+            return f"{self.worker.title} reported {self.rows} of {self.planned} rows" if missing else None
         self._errors.seek(0)
         said = [line for line in self._errors.read().splitlines() if line.strip()]
         return f"{self.worker.title} failed ({code}): " + " | ".join(said[-3:])[-600:]
@@ -103,7 +129,8 @@ class _Process:
         """Ends it and all that it started."""
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold it; the results must be written
+            self._process.wait(_END)
         self._errors.close()
 
 
@@ -117,7 +144,7 @@ def run(workers: Sequence[Worker], take: Callable[[dict], None], seconds: float,
         turns: Whether they measure one after another; otherwise nobody waits.
 
     Returns:
-        What went wrong: a line for each worker that failed or was ended.
+        What went wrong: a line for each worker that failed or was ended, and for each row that cannot be read.
     """
     lines: queue.Queue = queue.Queue()
     until = time.monotonic() + seconds
@@ -140,12 +167,18 @@ def run(workers: Sequence[Worker], take: Callable[[dict], None], seconds: float,
                 break
             if line is None:
                 process.done = True
-                wrong += filter(None, [process.failure()])
+                left = max(0.1, until - time.monotonic())
+                wrong += filter(None, [process.failure(min(_END, left))])
             elif (row := _row(line)) is None:
                 print(line.rstrip(), flush=True)
+                if _ROW in line:
+                    wrong.append(f"{process.worker.title} reported what is no row: {line.strip()[:200]}")
             elif "ready" in row:
                 process.ready = True
+            elif "planned" in row:
+                process.planned = row["planned"]
             else:
+                process.rows += 1
                 take(row)
     finally:
         for process in processes:
@@ -159,4 +192,4 @@ def _row(line: str) -> dict | None:
         row = json.loads(line)
     except ValueError:
         return None
-    return row if isinstance(row, dict) and ("table" in row or "ready" in row) else None
+    return row if isinstance(row, dict) and any(keys <= row.keys() for keys in _KEYS) else None

@@ -50,7 +50,8 @@ def report(name, backend, arrays, causal, flops) -> None:
         with sdpa_kernel(backend):
             ahead, together = seconds(forward), seconds(both)
     except RuntimeError as error:
-        print(json.dumps({**row, "text": f"  {title}: {str(error).splitlines()[0][:80]}"}), flush=True)
+        said = (str(error).splitlines() or [type(error).__name__])[0][:80]
+        print(json.dumps({**row, "text": f"  {title}: {said}", "error": said}), flush=True)
         return
     speeds = flops / ahead / 1e12, 2.5 * flops / (together - ahead) / 1e12
     row |= {"case": case, "width": width, "length": length, "implementation": f"torch {name}", "picked": False}

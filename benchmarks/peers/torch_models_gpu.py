@@ -116,6 +116,8 @@ def main() -> None:
     parser.add_argument("what", choices=("train", "decode"))
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
+    if not args.tiny and DEVICE == "cpu":
+        raise SystemExit(f"torch {torch.__version__} of {sys.executable} finds no GPU: install its CUDA build")
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
     if args.what == "train":

@@ -85,7 +85,7 @@ def profiled(text: str) -> range:
     """The steps of a setting such as "100:103"; empty for "". Raises ValueError for another text."""
     if not text:
         return range(0)
-    match = re.fullmatch(r"(\d+):(\d+)", text)
+    match = re.fullmatch(r"([0-9]+):([0-9]+)", text)
     if not match or not 1 <= int(match[1]) < int(match[2]):
         raise ValueError(f"profile={text!r} is not like 100:103, the first step and the one after the last")
     return range(int(match[1]), int(match[2]))

@@ -295,7 +295,8 @@ def test_the_cache_is_updated_in_place(rows, dtype):
     memory = decode_steps.lower(params, state, 1, config).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= kept
     # A layer's scores and the mask take a few numbers a slot; its keys alone would take 128, a quarter of the cache.
-    assert memory.temp_size_in_bytes < kept / 8
+    # Weights in 16 bits are converted to float32 in blocks, which takes some more.
+    assert memory.temp_size_in_bytes < kept / (16 if dtype == "float32" else 8)
 
 
 def test_eos_ends_a_row_and_only_that_row():

@@ -60,7 +60,7 @@ class Operands:
         seeds: uint32 [B, H], for dropout: `dropout.keep_mask` hashes the seed of a row and head with the places of
             query and key.
         sinks: [H], learned (gpt-oss): exp(sink) is added to the denominator of the softmax.
-        lists: What an implementation has computed from the streams for both passes (`ForwardBackward.lists`).
+        lists: The result of `ForwardBackward.lists`, where gradients are wanted.
     """
 
     query: jax.Array

@@ -78,24 +78,19 @@ class GPUAttention(ForwardBackward):
             options, o = blocks.pad_to_blocks(options, operands, *size)
             out, lse = blackwell.forward(options, o, lists_of(options, o, *size))
             return out[:, :T], lse[:, :, :T]
-        wide = pad_widths(operands)
-        sizes = self.sizes or choose_sizes(options, wide)
-        size = sizes.block_q, sizes.block_k
-        options, o = blocks.pad_to_blocks(options, wide, *size)
-        lists = lists_of(options, o, *size) if o.lists is None else o.lists.forward
+        sizes, options, o = self._padded(options, operands)
+        lists = lists_of(options, o, sizes.block_q, sizes.block_k) if o.lists is None else o.lists.forward
         out, lse = forward(options, o, lists, sizes, self.interpret)
         return out[:, :T, :, :Cv], lse[:, :, :T]
 
     def lists(self, options: Options, operands: Operands) -> RequestLists | None:
-        """The blocks that the three kernels visit, as `ForwardBackward.lists` describes; on Blackwell None."""
+        """The blocks that the three kernels for Hopper visit; None on Blackwell. See `ForwardBackward.lists`."""
         if self._architecture(operands) == BLACKWELL:
             return None
         with jax.enable_x64(False):
-            wide = pad_widths(operands)
-            sizes = self.sizes or choose_sizes(options, wide)
-            size = sizes.block_q, sizes.block_k
-            first = lists_of(*blocks.pad_to_blocks(options, wide, *size), *size)
-            return RequestLists(first, None if self._backward_is_xla(operands) else backward_lists(options, operands))
+            gradients = None if self._backward_is_xla(operands) else backward_lists(options, operands)
+            sizes, options, o = self._padded(options, operands)
+            return RequestLists(lists_of(options, o, sizes.block_q, sizes.block_k), gradients)
 
     def backward(
         self, options: Options, operands: Operands, lse: LogSumExp, delta: jax.Array, cotangent: jax.Array
@@ -105,6 +100,12 @@ class GPUAttention(ForwardBackward):
             return large_scores.backward_by_xla(options, operands, lse, delta, cotangent)
         with jax.enable_x64(False):
             return backward(options, operands, lse.value, delta, cotangent, self.interpret)
+
+    def _padded(self, options: Options, operands: Operands) -> tuple[HopperForwardSizes, Options, Operands]:
+        """The sizes of Hopper's forward pass, and the request padded to whole blocks of them."""
+        wide = pad_widths(operands)
+        sizes = self.sizes or choose_sizes(options, wide)
+        return sizes, *blocks.pad_to_blocks(options, wide, sizes.block_q, sizes.block_k)
 
     def _backward_is_xla(self, operands: Operands) -> bool:
         return operands.bias is not None or operands.steps is not None or self._architecture(operands) == BLACKWELL

@@ -66,11 +66,15 @@ class ForwardBackward(abc.ABC):
         """
 
     def lists(self, options: Options, operands: Operands) -> Any:
-        """What both passes need to know of the streams, a tree of arrays with a leading axis B; None for nothing.
+        """Arrays that the implementation computes from the mask streams alone, such as lists of blocks to visit.
 
-        A request that is differentiated gets it as `operands.lists`. It has the checkpoint name `attention_lists`. If a
-        policy saves it, layers with the same streams share it: the barriers of `jax.checkpoint`, which keep XLA from
-        sharing what is computed again, do not stand between them in the forward pass.
+        It is called where gradients are wanted. Both passes then find its result in `operands.lists`. The result has
+        the checkpoint name `attention_lists`: if a remat policy saves it, XLA computes it once for all layers that have
+        the same streams. What the backward pass computes again, XLA does not share between layers, because
+        `jax.checkpoint` puts optimization barriers around it.
+
+        Returns:
+            A tree of arrays whose first axis is the batch; None where the implementation needs nothing.
         """
         return None
 

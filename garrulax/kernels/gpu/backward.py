@@ -17,27 +17,27 @@ from garrulax.kernels.gpu.block_lists import BlockLists, lists_of
 from garrulax.kernels.gpu.products import pad_widths
 from garrulax.kernels.gpu.scores import LOG2E
 
-MODULES = backward_keys, backward_queries
-Plan = backward_keys.KeysPlan | backward_queries.QueriesPlan
+_KERNELS = backward_keys, backward_queries
+_Plan = backward_keys.KeysPlan | backward_queries.QueriesPlan
 
 
 def backward_lists(options: Options, operands: Operands) -> tuple[BlockLists, ...]:
-    """The blocks that the two kernels visit, for the request as `backward` takes it."""
+    """The blocks that each of the two kernels visits. The arguments are those of `backward`."""
     return _lists(*_plan(options, operands))
 
 
-def _plan(options: Options, operands: Operands) -> tuple[list[Plan], Options, Operands]:
+def _plan(options: Options, operands: Operands) -> tuple[list[_Plan], Options, Operands]:
     """The plans of the two kernels, and the request padded to whole blocks of both."""
     wide = pad_widths(operands)
-    plans = [module.plan(options, wide.query.shape[3], wide.value.shape[3]) for module in MODULES]
+    plans = [module.plan(options, wide.query.shape[3], wide.value.shape[3]) for module in _KERNELS]
     sizes = (math.lcm(*(getattr(p, side) for p in plans)) for side in ("queries", "keys"))
     return plans, *pad_to_blocks(options, wide, *sizes)
 
 
-def _lists(plans: list[Plan], options: Options, full: Operands) -> tuple[BlockLists, ...]:
+def _lists(plans: list[_Plan], options: Options, full: Operands) -> tuple[BlockLists, ...]:
     return tuple(
         lists_of(options, full, plan.queries, plan.keys, by_key=module is backward_keys)
-        for module, plan in zip(MODULES, plans, strict=True)
+        for module, plan in zip(_KERNELS, plans, strict=True)
     )
 
 
@@ -49,7 +49,7 @@ def backward(
     cotangent: jax.Array,
     interpret: bool,
 ) -> Gradients:
-    """Gradients of queries, keys and values, as of `passes.ForwardBackward.backward`, for bfloat16 or float16 operands.
+    """The gradients of queries, keys and values, for operands in bfloat16 or float16.
 
     Args:
         options: The static part of the request.
@@ -68,7 +68,7 @@ def backward(
     cotangent = pad_axis(pad_axis(cotangent.astype(operands.query.dtype), -Cv % 16, 3), more)
     results = []
     known = _lists(plans, options, full) if operands.lists is None else operands.lists.backward
-    for module, plan, lists in zip(MODULES, plans, known, strict=True):
+    for module, plan, lists in zip(_KERNELS, plans, known, strict=True):
         results.append(module.gradients(options, full, lists, lse, delta, cotangent, plan, interpret))
     (dk, dv), dq = results
     return Gradients(dq[:, :T, :, :C], dk[:, :S, :, :C], dv[:, :S, :, :Cv])

@@ -80,7 +80,7 @@ def block_lists(
 
 
 def lists_of(options: Options, operands: Operands, block_q: int, block_k: int, *, by_key: bool = False) -> BlockLists:
-    """The lists of a request whose lengths are multiples of the blocks; arguments as of `block_lists`."""
+    """`block_lists` for the streams of a request, whose lengths are multiples of the block sizes."""
     o = operands
     shape = o.query.shape[0], o.query.shape[1] // block_q, o.key.shape[1] // block_k
     return block_lists(options.rule, o.query_streams, o.key_streams, block_q, block_k, shape, by_key=by_key)

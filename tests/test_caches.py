@@ -13,7 +13,7 @@ import tiny
 import garrulax as gx
 from garrulax import models
 from garrulax.layers import quantised
-from garrulax.layers.cache_kinds import FULL, Blocks, Full, Sinks, Window
+from garrulax.layers.cache_kinds import FULL, Blocks, Full, LayerWindows, Sinks, Window
 from garrulax.layers.rope import Rope
 from garrulax.sampling import Session, state
 from garrulax.sampling.generate import make_plan
@@ -23,6 +23,10 @@ SIZES = {"vocab": 61, "width": 16, "layers": 2, "heads": 4, "eos": None, "init_s
 LLAMA = gx.preset("llama-tiny", **SIZES, kv_heads=2, mlp_width=24, context=64)
 ALIBI = dataclasses.replace(LLAMA, positions="alibi", dialect="baichuan", kv_heads=4)
 FALCON = gx.preset("falcon-7b", **SIZES, kv_heads=1, alibi=True, context=64)
+NEO = gx.preset(
+    "gpt2", **SIZES | {"layers": 3}, context=64, band=9, band_parity=0, qkv_bias=False, scale_attention=False
+)
+QWEN = dataclasses.replace(LLAMA, layers=3, dialect="qwen2", qkv_bias=True, window=9, window_from=1)
 TEXT = np.random.default_rng(0).integers(0, 61, 40).tolist()
 
 
@@ -61,6 +65,17 @@ def test_what_is_kept_is_attended_to_as_in_a_dense_formula(name):
     params = tiny.params(LLAMA)
     wanted = kept_reference.logits(params, LLAMA, TEXT, chosen, counted)
     assert_close(logits(params, LLAMA, TEXT, kind, [8]), wanted)
+
+
+@pytest.mark.parametrize(("config", "unstacked"), [(NEO, False), (QWEN, True)], ids=["gpt-neo", "qwen2"])
+def test_where_some_layers_have_a_window_they_alone_forget(config, unstacked):
+    """Against a pass without a cache, whose masks are those of the family."""
+    params, kind = tiny.params(config), models.default_cache(config)
+    assert kind.windowed == ((True, False, True) if config is NEO else (False, True, True))
+    wanted = gx.forward(params, jnp.array([TEXT]), config)[0][0]
+    params = gx.unstack(params) if unstacked else params
+    small = dataclasses.replace(kind, window=dataclasses.replace(kind.window, chunk=8))
+    assert_close(logits(params, config, TEXT, small, [8, 3, 1, 8]), wanted)
 
 
 @pytest.mark.slow
@@ -133,7 +148,11 @@ def test_memory_is_that_of_what_is_kept():
     assert mib(Full(dtype="int8"), 2**15) == mib(FULL, 2**15) * (128 + 4) / 512
     assert mib(models.default_cache(config), 2**15) == mib(FULL, 4096 + 128)
     assert mib(Sinks(4, 1020), 10**6) == mib(FULL, 1024 + 128)
-    assert models.default_cache(gx.preset("qwen2-7b")) == models.default_cache(gx.preset("gpt3-125m")) == FULL
+    assert models.default_cache(gx.preset("qwen2-7b")) == FULL
+    config = gx.preset("gpt3-125m")  # every second layer has a window of 256 tokens
+    assert mib(FULL, 2048) == 12 * 2 * 12 * 64 * 4 * 2048 / 2**20
+    assert mib(models.default_cache(config), 2048) == mib(FULL, 2048) / 2 + mib(FULL, 256 + 128) / 2
+    assert mib(models.default_cache(config, "int8"), 2048) == mib(models.default_cache(config), 2048) * (64 + 4) / 256
 
 
 @pytest.mark.slow
@@ -149,6 +168,36 @@ def test_models_with_a_window_have_a_small_cache_by_default(monkeypatch):
     whole = gx.generate((params, config), TEXT, max_new_tokens=240, temperature=0)
     assert sizes[1:] == [256]
     assert done.tokens == whole.tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [NEO, QWEN], ids=["gpt-neo", "qwen2"])
+@pytest.mark.parametrize("stacked", [False, True], ids=["unstacked", "stacked"])
+def test_texts_are_the_same_with_windows_in_some_layers(config, stacked, monkeypatch):
+    config = dataclasses.replace(config, context=512)
+    params = tiny.params(config)
+    model = (params if stacked else gx.unstack(params)), config
+    assert isinstance(make_plan(model, [TEXT], 300).decoder.cache, LayerWindows)
+    prompts, settings = [TEXT * 5, TEXT[:7]], {"max_new_tokens": 90, "temperature": 0.8, "seed": [3, 4]}
+    guided = {"negative_prompts": TEXT[:9], "guidance_scale": 1.5}
+
+    def written():
+        session, text, turns = Session(model), TEXT[:30], []
+        for turn in range(4):
+            _, done = tiny.drained(session.stream(text, max_new_tokens=60, temperature=0))
+            turns.append((done.tokens, session.reused))
+            text = [*text, *done.tokens[: -1 if turn % 2 else -5], *TEXT[:9]]
+        return (
+            [one.tokens for one in gx.generate(model, prompts, **settings)],
+            [gx.generate(model, one, **settings | {"seed": seed}).tokens for one, seed in zip(prompts, (3, 4), strict=True)],
+            gx.generate(model, TEXT * 4, max_new_tokens=60, search=gx.best_of(3)).tokens,
+            gx.generate(model, TEXT * 4, max_new_tokens=60, temperature=0, **guided).tokens,
+            turns,
+        )
+
+    found = written()
+    monkeypatch.setattr(models, "default_cache", lambda *_: FULL)
+    assert found == written()
 
 
 @pytest.mark.slow

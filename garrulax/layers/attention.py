@@ -12,6 +12,7 @@ from garrulax.layers import quantised
 from garrulax.layers.cache import KV, extend
 from garrulax.layers.call import Call
 from garrulax.layers.kept_attention import attend_to_kept
+from garrulax.layers.layer_windows import attend_by_layer
 from garrulax.layers.rope import Rotary
 from garrulax.layers.shifted_attention import shifted_attention
 
@@ -52,25 +53,38 @@ def cached_attention(
         return attend_to_kept(query, key, value, call, kv, layer, mask, rotary, bias, options)
     if rotary is not None:
         query, key = rotary(query), rotary(key)
-    if bias is not None:
-        options["bias"] = bias(mask)
     if call.context_parallel is not None:
         options["context_parallel"] = call.context_parallel
     if call.group:
         if kv is not None:
             raise ValueError("shifted attention (group) is for training: leave the cache out")
-        return shifted_attention(query, key, value, mask, call.group, options), None
+        return shifted_attention(query, key, value, mask, call.group, _with_bias(options, bias, mask)), None
     if kv is None or call.slot is None:
-        return attention(query, key, value, mask=mask, **options), kv
+        return attention(query, key, value, mask=mask, **_with_bias(options, bias, mask)), kv
+
+    def attend(stored: KV, mask: Mask) -> jax.Array:
+        return _attend(query, stored, mask, _with_bias(options, bias, mask))
+
+    if call.window_slot is not None:
+        return attend_by_layer(attend, key, value, call, kv, layer, mask)
     kv, stored = extend(kv, layer, key, value, call.slot)
+    return attend(stored, mask), kv
+
+
+def _with_bias(options: dict[str, Any], bias: Callable[[Mask], jax.Array] | None, mask: Mask) -> dict[str, Any]:
+    return options if bias is None else {**options, "bias": bias(mask)}
+
+
+def _attend(query: jax.Array, stored: KV, mask: Mask, options: dict[str, Any]) -> jax.Array:
+    """Attention [B, T, H, C] of a pass to the cache's arrays of its layer."""
     if "key_scale" in stored and _few(query, options):
         few = {name: x for name, x in options.items() if not name.startswith(("dropout", "context_parallel"))}
         few |= {f"{name}_scales": _by_head(stored[f"{name}_scale"], len(query)) for name in ("key", "value")}
-        return decode.decode(query, stored["key"], stored["value"], mask=mask, **few), kv
+        return decode.decode(query, stored["key"], stored["value"], mask=mask, **few)
     # A few queries take what is stored as it is; for many, a cache of a wider dtype is converted once.
     dtype = stored["key"].dtype if "key_scale" not in stored and _few(query, options) else query.dtype
     key, value = (_tokens_first(stored, name, dtype) for name in ("key", "value"))
-    return attention(query.astype(dtype), key, value, mask=mask, **options).astype(query.dtype), kv
+    return attention(query.astype(dtype), key, value, mask=mask, **options).astype(query.dtype)
 
 
 def _few(query: jax.Array, options: dict[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -11,9 +12,11 @@ from garrulax.core.einsum import on_mesh
 from garrulax.core.records import Record
 from garrulax.kernels.mask import PAD_KEY, Streams
 from garrulax.layers import quantised
-from garrulax.layers.cache_kinds import FULL, Kind
+from garrulax.layers.cache_kinds import FULL, Kind, LayerWindows
 
 KV = dict[str, jax.Array]  # "key", "value", and what the kind of the cache adds (`Kind.arrays`)
+_STREAMS = ("rank", "segment", "position")
+OF_WINDOW = "window_"  # the beginning of the names of arrays of layers with a window, where only some have one
 
 
 @jax.tree_util.register_dataclass
@@ -28,12 +31,15 @@ class Cache(Record):
     Attributes:
         layers: One dict {"key", "value"} of [L, B, K, S, C] for stacked parameters; for unstacked ones a tuple of one
             dict a layer: of [B·K, S, C], which is what attention multiplies by (with separate axes B and K, XLA:CPU
-            copies the whole cache in every step where B is 1), or on a mesh of [B, K, S, C].
+            copies the whole cache in every step where B is 1), or on a mesh of [B, K, S, C]. Where only some layers
+            have a window, their arrays are named "window_key" and "window_value", and stacks have the layers of one
+            kind only.
         streams: int32 [B, S] by name; the segment of an empty slot is PAD_KEY.
         used: int32 [B], number of tokens that each row has read.
         planned: int32 [B], the length that each row's whole text is to have, for rotary positions that depend on it.
             If they took the length so far, the keys already cached would have been rotated by other angles.
         kind: Which tokens are kept, and where.
+        window_streams: Where only some layers have a window, the streams of the slots of these layers; else None.
     """
 
     layers: Any
@@ -41,6 +47,7 @@ class Cache(Record):
     used: jax.Array
     planned: jax.Array
     kind: Kind = dataclasses.field(default=FULL, metadata={"static": True})
+    window_streams: Streams | None = None
 
     @property
     def size(self) -> int:
@@ -82,20 +89,43 @@ def make_cache(
     if batch_axis is not None and kind != FULL:
         raise ValueError(f"a cache of kind {kind.name!r} runs on one device: on a mesh, leave the kind out")
 
-    def kv(before, axes):
-        parts = kind.arrays(size, head_dim, dtype)
-        return {name: _zeros((*before, length, width), part, axes) for name, (length, width, part) in parts.items()}
+    def kv(before, axes, of=kind, prefix=""):
+        parts = of.arrays(of.slots(size) if prefix else size, head_dim, dtype)
+        return {prefix + n: _zeros((*before, length, width), part, axes) for n, (length, width, part) in parts.items()}
 
-    if stacked:
+    def empty(slots):
+        streams = {name: _zeros((batch, slots), jnp.int32, (batch_axis, None)) for name in _STREAMS}
+        return {**streams, "segment": streams["segment"] + PAD_KEY}
+
+    some = kind if isinstance(kind, LayerWindows) else None
+    if stacked and some:
+        count = sum(some.windowed)
+        arrays = kv((layers - count, batch, kv_heads), (None,)) | kv(
+            (count, batch, kv_heads), (None,), some.window, OF_WINDOW
+        )
+    elif stacked:
         arrays = kv((layers, batch, kv_heads), (None, batch_axis, None, None, None))
     elif like is None:
-        arrays = tuple(kv((batch * kv_heads,), (None,)) for _ in range(layers))
+        own = [(some.window, OF_WINDOW) if some and some.windowed[i] else (kind, "") for i in range(layers)]
+        arrays = tuple(kv((batch * kv_heads,), (None,), *one) for one in own)
     else:
         arrays = tuple(kv((batch, kv_heads), (batch_axis, None, None, None)) for _ in range(layers))
-    empty = {name: _zeros((batch, size), jnp.int32, (batch_axis, None)) for name in ("rank", "segment", "position")}
-    empty["segment"] = empty["segment"] + PAD_KEY
     rows = _zeros((batch,), jnp.int32, (batch_axis,))
-    return Cache(arrays, empty, rows, rows + (size if kind.room is None else min(size, kind.room)), kind)
+    planned = rows + (size if kind.room is None else min(size, kind.room))
+    return Cache(arrays, empty(size), rows, planned, kind, empty(some.window.slots(size)) if some else None)
+
+
+def stacked_at(kind: Kind, layer: int, names: Iterable[str]) -> tuple[list[str], int]:
+    """Which of the arrays of a stacked cache a layer has, and its index in them.
+
+    Args:
+        kind: Of the cache.
+        layer: Number of the layer.
+        names: Names of all arrays.
+    """
+    if not isinstance(kind, LayerWindows):
+        return list(names), layer
+    return [name for name in names if name.startswith(OF_WINDOW) == kind.windowed[layer]], kind.places[layer]
 
 
 def _first_axis(x: jax.Array) -> Any:

@@ -70,6 +70,10 @@ class Kind:
         """The rule of a mask, without the tokens that this kind does not keep."""
         return rule
 
+    def saves(self, needed: int) -> bool:
+        """Whether it keeps less than a full cache of texts of up to `needed` tokens."""
+        return self.slots(needed) < needed
+
     def reusable(self, known: int, read: int) -> int:
         """Number of the first `known` tokens that remain usable when a row of `read` tokens is shortened to them.
 
@@ -136,6 +140,43 @@ class Window(Ring):
 
     def keeps_whole(self, number: jax.Array) -> jax.Array:
         return number < self.size
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerWindows(Kind):
+    """A window in some layers; in the others every token is kept, and token t is in slot t.
+
+    Attributes:
+        window: The window.
+        windowed: Whether each layer has the window; some have it and some do not.
+    """
+
+    window: Window
+    windowed: tuple[bool, ...]
+
+    name: ClassVar[str] = "windows in some layers"
+
+    @property
+    def longest_pass(self) -> int:
+        return self.window.chunk
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Number of each layer among the layers of its kind."""
+        return tuple(self.windowed[:i].count(one) for i, one in enumerate(self.windowed))
+
+    def slots(self, needed: int) -> int:
+        """Whole passes, since the last one is padded."""
+        return -(-needed // self.longest_pass) * self.longest_pass
+
+    def saves(self, needed: int) -> bool:
+        return self.window.saves(needed)
+
+    def reusable(self, known: int, read: int) -> int:
+        return self.window.reusable(known, read)
+
+    def keeps_whole(self, number: jax.Array) -> jax.Array:
+        return self.window.keeps_whole(number)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ from garrulax.core.dtypes import as_int32
 from garrulax.kernels.mask import PAD_KEY, Mask, Streams, as_keys
 from garrulax.kernels.masks import causal_from
 from garrulax.layers.cache import Cache, write
+from garrulax.layers.cache_kinds import Kind, LayerWindows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Call:
         stage: In a pipeline of layers, this device's stage; None runs all layers.
         group: Tokens of a group of LongLoRA's shifted attention; 0 attends to everything.
         context_parallel: How attention gets the keys of other devices (`kernels.attention`).
+        window_slot: Where only some layers have a window, `slot` in these layers; else None.
     """
 
     tokens: jax.Array
@@ -54,6 +56,7 @@ class Call:
     stage: Stage | None = None
     group: int = 0
     context_parallel: str | None = None
+    window_slot: jax.Array | None = None
 
     @property
     def room(self) -> int | None:
@@ -101,13 +104,24 @@ def slots_of(cache: Cache, query: Streams) -> jax.Array:
     Returns:
         int32 [B], the first of slots in a row; or for rings [B, T], where padding has none: `cache.size`.
     """
-    if not cache.kind.ring:
-        return cache.used
+    return _ring_slots(cache.kind, cache.used, query, cache.size) if cache.kind.ring else cache.used
+
+
+def window_slots_of(cache: Cache, query: Streams) -> jax.Array | None:
+    """`slots_of` in the layers with a window, where only some layers have one; else None."""
+    if not isinstance(cache.kind, LayerWindows):
+        return None
+    assert cache.window_streams is not None
+    return _ring_slots(cache.kind.window, cache.used, query, cache.window_streams["rank"].shape[1])
+
+
+def _ring_slots(kind: Kind, used: jax.Array, query: Streams, size: int) -> jax.Array:
+    """`slots_of` in a ring of `size` slots, for rows of `used` tokens."""
     count = query["position"].shape[1]
-    slots = cache.kind.slot(cache.used[:, None] + jnp.arange(count, dtype=jnp.int32)[None], cache.size)
+    slots = kind.slot(used[:, None] + jnp.arange(count, dtype=jnp.int32)[None], size)
     if count == 1:
         return slots[:, 0]
-    return jnp.where(query["segment"] >= 0, slots, cache.size) if "segment" in query else slots
+    return jnp.where(query["segment"] >= 0, slots, size) if "segment" in query else slots
 
 
 def mask_and_cache(
@@ -153,11 +167,19 @@ def mask_and_cache(
     missing = sorted(cache.streams.keys() - new.keys())
     if missing:
         raise ValueError(f"the cache keeps streams {missing}, which the mask does not give")
-    slots = slots_of(cache, query)
-    streams = {name: write(s, new[name], slots, axis=1) for name, s in cache.streams.items()}
+    if more and isinstance(kind, LayerWindows):
+        raise ValueError(f"a mask with streams of keys does not go with a cache of {kind.name}: take a full one")
     used = cache.used + count
-    # The slots behind the new tokens may hold others that the row no longer has.
-    behind = jnp.arange(cache.size, dtype=jnp.int32)[None] >= used[:, None]
-    streams["segment"] = jnp.where(behind, PAD_KEY, streams["segment"])
+    streams = _with_new(cache.streams, new, slots_of(cache, query), used)
+    window_slots = window_slots_of(cache, query)
+    of_window = None if window_slots is None else _with_new(cache.window_streams, new, window_slots, used)
     narrowed = Mask(query, {**streams, **more}, kind.narrow(mask.rule))
-    return narrowed, dataclasses.replace(cache, streams=streams, used=used)
+    return narrowed, dataclasses.replace(cache, streams=streams, used=used, window_streams=of_window)
+
+
+def _with_new(streams: Streams, new: Streams, slots: jax.Array, used: jax.Array) -> Streams:
+    """Streams [B, S] of a cache with those [B, T] of new tokens in `slots`, after which the rows have `used` tokens."""
+    streams = {name: write(stream, new[name], slots, axis=1) for name, stream in streams.items()}
+    # The slots behind the new tokens may hold others that the row no longer has.
+    behind = jnp.arange(streams["segment"].shape[1], dtype=jnp.int32)[None] >= used[:, None]
+    return {**streams, "segment": jnp.where(behind, PAD_KEY, streams["segment"])}

@@ -18,8 +18,8 @@ from garrulax.core.leaf import dtype_of
 from garrulax.core.strategies import Strategy
 from garrulax.kernels.mask import Mask
 from garrulax.layers.cache import Cache, make_cache
-from garrulax.layers.cache_kinds import FULL, Full, Kind, Window
-from garrulax.layers.call import Call, default_positions, mask_and_cache, slots_of
+from garrulax.layers.cache_kinds import FULL, Full, Kind, LayerWindows, Window
+from garrulax.layers.call import Call, default_positions, mask_and_cache, slots_of, window_slots_of
 from garrulax.models import pipeline
 from garrulax.models.registry import family
 
@@ -179,9 +179,11 @@ def hidden(
     mask, cache_now = mask_and_cache(tokens, positions[:, 0] if rows == 2 else positions, mask, cache)
     mask = jax.tree.map(whole_tokens, mask)
     slot = None if cache is None else slots_of(cache, mask.query)
+    window_slot = None if cache is None else window_slots_of(cache, mask.query)
     call = Call(
-        tokens, positions, mask, cache_now, slot, key, remat, unroll, group=group, context_parallel=context_parallel
-    )
+        tokens, positions, mask, cache_now, slot, key, remat, unroll, group=group, context_parallel=context_parallel,
+        window_slot=window_slot,
+    )  # fmt: skip
     if pipeline.stages(params) > 1:
         x = pipeline.pipelined(module, params, call, config)
     else:
@@ -299,16 +301,25 @@ def check_cache(config: ModelConfig, kind: Kind) -> None:
 
 
 def default_cache(config: ModelConfig, dtype: str | None = None) -> Kind:
-    """A window where every layer of the model has one, since no token further back is attended to; else a full cache.
+    """A window in the layers that have one, since they attend to no token further back; else a full cache.
 
     Args:
         config: The configuration of a model.
         dtype: Of the cache, see `cache_kinds.Kind`.
     """
+    windows = [_window_of(config, layer) for layer in range(config.layers)]
+    sizes = set(windows) - {None}
+    if blanks(config) is not None or len(sizes) != 1:  # in no family do windows have several sizes
+        return Full(dtype=dtype)
+    window = Window(sizes.pop(), dtype=dtype)
+    return window if None not in windows else LayerWindows(window, tuple(w is not None for w in windows), dtype=dtype)
+
+
+def _window_of(config: ModelConfig, layer: int) -> int | None:
+    """Number of tokens that a layer attends to if it does not depend on the length of the text, else None."""
     attended = family(config).keys_attended
-    reaches = {attended(config, layer, length) for layer in range(config.layers) for length in (2**29, 2**30)}
-    windowed = len(reaches) == 1 and blanks(config) is None
-    return Window(reaches.pop(), dtype=dtype) if windowed else Full(dtype=dtype)
+    short, long = (attended(config, layer, length) for length in (2**29, 2**30))
+    return short if short == long else None
 
 
 def unstack(params: spec.Tree) -> spec.Tree:

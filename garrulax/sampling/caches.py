@@ -117,8 +117,8 @@ def kind_for(cache: Any, config: ModelConfig) -> Kind:
 def choose_kind(kind: Kind, config: ModelConfig, size: int, full_only: str | None = None) -> Kind:
     """The kind of cache with which texts of up to `size` tokens are written.
 
-    A full cache becomes a window where the model attends no further back and the window has fewer slots, and a window
-    that no text outgrows a full cache, which has as many slots as the text needs.
+    A full cache becomes a window, in all layers or in some, where the model attends no further back and the window has
+    fewer slots, and a window that no text outgrows a full cache, which has as many slots as the text needs.
 
     Args:
         kind: What was asked for.
@@ -137,4 +137,4 @@ def choose_kind(kind: Kind, config: ModelConfig, size: int, full_only: str | Non
     if not isinstance(kind, Full) or full_only:
         return kind
     own = models.default_cache(config, kind.dtype)
-    return own if own.slots(size) < size else kind
+    return own if own.saves(size) else kind

@@ -204,5 +204,5 @@ def append(
         return dataclasses.replace(new, done=new.done & ~skipped)
 
     taken = jax.lax.fori_loop(jnp.int32(0), jnp.int32(tokens.shape[1]), take, without_layers(state))
-    streams = {"streams": cache.streams, "layers": cache.layers}
-    return split_state(dataclasses.replace(taken, cache=dataclasses.replace(taken.cache, **streams)))
+    cache = dataclasses.replace(cache, used=taken.cache.used)
+    return split_state(dataclasses.replace(taken, cache=cache))

@@ -3,6 +3,7 @@
 Letters: B rows, P context length, S cache slots of a row, E end tokens.
 """
 
+import collections
 import dataclasses
 import functools
 from typing import Any, cast
@@ -18,8 +19,8 @@ from garrulax.core.config import ModelConfig
 from garrulax.core.records import Record
 from garrulax.core.spec import Tree
 from garrulax.kernels.mask import PAD
-from garrulax.layers.cache import KV, Cache
-from garrulax.layers.cache_kinds import FULL, Kind
+from garrulax.layers.cache import KV, Cache, stacked_at
+from garrulax.layers.cache_kinds import FULL, Kind, LayerWindows
 from garrulax.sampling.contexts import cache_context
 from garrulax.sampling.transforms import Knobs, Transform
 
@@ -281,8 +282,9 @@ def insert(state: State, prefix: State, rows: jax.Array | np.ndarray | int | Non
     layers, new = state.cache.layers, prefix.cache.layers
     if isinstance(layers, tuple):  # one small program for all layers compiles faster than one with all of them
         heads = _heads(state)
+        places = [stacked_at(state.cache.kind, i, layer)[1] for i, layer in enumerate(layers)]
         layers = tuple(
-            _insert_layer(layer, new[i] if isinstance(new, tuple) else new, np.int32(i), rows, heads)
+            _insert_layer(layer, new[i] if isinstance(new, tuple) else new, np.int32(places[i]), rows, heads)
             for i, layer in enumerate(layers)
         )
     else:
@@ -292,8 +294,8 @@ def insert(state: State, prefix: State, rows: jax.Array | np.ndarray | int | Non
 
 def _heads(state: State) -> int:
     """K, of unstacked layers."""
-    key = state.cache.layers[0]["key"]
-    return int(key.shape[0] // len(state.done) if key.ndim == 3 else key.shape[1])
+    x = next(iter(state.cache.layers[0].values()))
+    return int(x.shape[0] // len(state.done) if x.ndim == 3 else x.shape[1])
 
 
 def _check_rows(rows: jax.Array | np.ndarray | int, count: int) -> None:
@@ -353,7 +355,10 @@ def _insert_stacked(layers: KV, new: KV | tuple[KV, ...], rows: jax.Array | None
     """[L, B, K, S, C] with [L, b, K, P, C], or with a tuple of [b·K, P, C], in it."""
     if isinstance(new, tuple):
         heads = layers["key"].shape[2]
-        new = {name: jnp.stack([x[name].reshape(-1, heads, *x[name].shape[1:]) for x in new]) for name in layers}
+        new = {
+            name: jnp.stack([x[name].reshape(-1, heads, *x[name].shape[1:]) for x in new if name in x])
+            for name in layers
+        }
     return {name: _split_layer(jax.vmap(_put, in_axes=(0, 0, None))(x, new[name], rows)) for name, x in layers.items()}
 
 
@@ -382,17 +387,15 @@ def extract(state: State, row: int, stacked: bool) -> Cache:
     Returns:
         A cache of one row with as many slots as the state. It shares no memory with the state.
     """
-    place = np.int32(row)
+    place, kind = np.int32(row), state.cache.kind
     layers = state.cache.layers
     if isinstance(layers, tuple):
         heads = _heads(state)
         layers = tuple(_extract_layer(layer, place, heads) for layer in layers)
-        layers = _stack(layers) if stacked else layers
+        layers = _stack(layers, kind) if stacked else layers
     else:
         layers = _extract_stacked(layers, place)
-        layers = (
-            layers if stacked else tuple({k: x[i, 0] for k, x in layers.items()} for i in range(len(layers["key"])))
-        )
+        layers = layers if stacked else _unstack(layers, kind)
     rest = _extract_rest(dataclasses.replace(state.cache, layers=None), place)
     return dataclasses.replace(rest, layers=layers)
 
@@ -404,12 +407,22 @@ def _extract_layer(layer: KV, row: jax.Array, heads: int) -> KV:
     return {name: jax.lax.dynamic_slice_in_dim(x, row * heads, heads) for name, x in flat.items()}
 
 
-def _stack(layers: tuple[KV, ...]) -> KV:
+def _stack(layers: tuple[KV, ...], kind: Kind) -> KV:
     """[L, 1, K, S, C] of [K, S, C] of each layer, by one small program that puts a layer into its place."""
-    stack = {name: jnp.zeros((len(layers), 1, *x.shape), x.dtype) for name, x in layers[0].items()}
+    counts = collections.Counter(name for layer in layers for name in layer)
+    arrays = {name: x for layer in layers for name, x in layer.items()}
+    stack = {name: jnp.zeros((counts[name], 1, *x.shape), x.dtype) for name, x in arrays.items()}
     for i, layer in enumerate(layers):
-        stack = _put_layer(stack, layer, np.int32(i))
+        names, place = stacked_at(kind, i, stack)
+        stack |= _put_layer({name: stack[name] for name in names}, layer, np.int32(place))
     return stack
+
+
+def _unstack(stack: KV, kind: Kind) -> tuple[KV, ...]:
+    """[K, S, C] of each layer of [L, 1, K, S, C]."""
+    count = len(kind.windowed) if isinstance(kind, LayerWindows) else len(stack["key"])
+    places = (stacked_at(kind, i, stack) for i in range(count))
+    return tuple({name: stack[name][place, 0] for name in names} for names, place in places)
 
 
 @functools.partial(jax.jit, donate_argnames="stack")
@@ -460,8 +473,8 @@ def _longer(cache: Cache, slots: int) -> Cache:
         return jnp.pad(x, [(0, size - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
 
     def longer_layer(layer: KV) -> KV:
-        sizes = cache.kind.arrays(slots, layer["key"].shape[-1], layer["key"].dtype)
-        return {name: longer(x, x.ndim - 2, sizes[name][0]) for name, x in layer.items()}
+        sizes = cache.kind.arrays(slots, 1, jnp.float32)  # those of windows do not grow
+        return {name: longer(x, x.ndim - 2, sizes[name][0]) if name in sizes else x for name, x in layer.items()}
 
     layers = cache.layers
     layers = tuple(map(longer_layer, layers)) if isinstance(layers, tuple) else longer_layer(layers)

@@ -189,7 +189,10 @@ def test_texts_are_the_same_with_windows_in_some_layers(config, stacked, monkeyp
             text = [*text, *done.tokens[: -1 if turn % 2 else -5], *TEXT[:9]]
         return (
             [one.tokens for one in gx.generate(model, prompts, **settings)],
-            [gx.generate(model, one, **settings | {"seed": seed}).tokens for one, seed in zip(prompts, (3, 4), strict=True)],
+            [
+                gx.generate(model, one, **settings | {"seed": seed}).tokens
+                for one, seed in zip(prompts, (3, 4), strict=True)
+            ],
             gx.generate(model, TEXT * 4, max_new_tokens=60, search=gx.best_of(3)).tokens,
             gx.generate(model, TEXT * 4, max_new_tokens=60, temperature=0, **guided).tokens,
             turns,

@@ -171,10 +171,10 @@ def mask_and_cache(
         raise ValueError(f"a mask with streams of keys does not go with a cache of {kind.name}: take a full one")
     used = cache.used + count
     streams = _with_new(cache.streams, new, slots_of(cache, query), used)
-    window_slots = window_slots_of(cache, query)
-    of_window = None if window_slots is None else _with_new(cache.window_streams, new, window_slots, used)
+    window, window_slots = cache.window_streams, window_slots_of(cache, query)
+    window = _with_new(window, new, window_slots, used) if window is not None and window_slots is not None else None
     narrowed = Mask(query, {**streams, **more}, kind.narrow(mask.rule))
-    return narrowed, dataclasses.replace(cache, streams=streams, used=used, window_streams=of_window)
+    return narrowed, dataclasses.replace(cache, streams=streams, used=used, window_streams=window)
 
 
 def _with_new(streams: Streams, new: Streams, slots: jax.Array, used: jax.Array) -> Streams:

@@ -308,7 +308,7 @@ def default_cache(config: ModelConfig, dtype: str | None = None) -> Kind:
         dtype: Of the cache, see `cache_kinds.Kind`.
     """
     windows = [_window_of(config, layer) for layer in range(config.layers)]
-    sizes = set(windows) - {None}
+    sizes = {size for size in windows if size is not None}
     if blanks(config) is not None or len(sizes) != 1:  # in no family do windows have several sizes
         return Full(dtype=dtype)
     window = Window(sizes.pop(), dtype=dtype)

@@ -230,13 +230,14 @@ def test_the_commands(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
+        (lambda: gx.watermark("k", "gumbel", delta=1.0), ValueError, "delta is for green lists: leave it out"),
         (lambda: gx.watermark("k", "red"), ValueError, "'green' or 'gumbel'"),
         (lambda: gx.watermark("k", gamma=0), ValueError, "gamma=0 must be above 0 and below 1"),
         (lambda: gx.watermark("k", gamma=1.0), ValueError, r"gamma=1\.0"),
         (lambda: gx.watermark("k", gamma=math.nan), ValueError, "gamma=nan"),
         (lambda: gx.watermark("k", delta=0), ValueError, "delta=0 must be above 0 and finite"),
         (lambda: gx.watermark("k", delta=math.inf), ValueError, "delta=inf"),
-        (lambda: gx.watermark("k", delta=None), ValueError, "delta=None must be a number"),
+        (lambda: gx.watermark("k", delta="much"), ValueError, "delta=.much. must be a number"),
         (lambda: gx.watermark("k", context=0), ValueError, "context=0 must be a whole number from 1 to 8"),
         (lambda: gx.watermark("k", context=1.5), ValueError, r"context=1\.5"),
         (lambda: gx.watermark(1.5), TypeError, r"not 1\.5"),

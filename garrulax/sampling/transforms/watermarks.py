@@ -28,6 +28,7 @@ from garrulax.sampling.transforms.sequences import add_token, after_same_tokens,
 SCHEMES = ("green", "gumbel")
 GREEN, GUMBEL = 1, 2  # numbers of the schemes on the device; 0 is none
 LONGEST_CONTEXT = 8
+GAMMA, DELTA = 0.25, 2.0  # of green lists, by default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,12 @@ class Watermark:
 
 
 def watermark(
-    key: int | str, scheme: str = "green", *, gamma: float = 0.25, delta: float = 2.0, context: int = 4
+    key: int | str,
+    scheme: str = "green",
+    *,
+    gamma: float | None = None,
+    delta: float | None = None,
+    context: int = 4,
 ) -> Watermark:
     """A watermark: `gx.generate(model, prompts, watermark=gx.watermark("a secret"))`.
 
@@ -76,8 +82,8 @@ def watermark(
     Args:
         key: The secret: a text, of which the first 64 bits of its SHA-256 are taken, or an integer of up to 64 bits.
         scheme: "green" or "gumbel".
-        gamma: For green lists: the probability of a token to be green, above 0 and below 1.
-        delta: For green lists: the number that is added, above 0.
+        gamma: For green lists: the probability of a token to be green, above 0 and below 1; None is 0.25.
+        delta: For green lists: the number that is added, above 0; None is 2.
         context: Number of tokens on which the choice of the next one depends, from 1 to 8. Fewer survive more edits of
             the text; more repeat themselves less and are harder to guess.
 
@@ -98,7 +104,11 @@ def watermark(
     """
     if scheme not in SCHEMES:
         raise ValueError(f"scheme={scheme!r:.40} must be 'green' or 'gumbel'")
-    share, bonus = _number("gamma", gamma), _number("delta", delta)
+    unread = [name for name, value in (("gamma", gamma), ("delta", delta)) if value is not None]
+    if unread and scheme == "gumbel":
+        raise ValueError(f"{unread[0]} is for green lists: leave it out, or scheme='gumbel'")
+    share = _number("gamma", GAMMA if gamma is None else gamma)
+    bonus = _number("delta", DELTA if delta is None else delta)
     if not 0 < share < 1 or not 0 < round(share * 2**32) < 2**32:
         raise ValueError(f"gamma={gamma} must be above 0 and below 1")
     if not 0 < bonus < math.inf:

@@ -12,6 +12,7 @@ import garrulax as gx
 from garrulax.layers.cache_kinds import LayerWindows
 from garrulax.sampling.generate import make_plan
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 V, NEW, WINDOW = 61, 160, 16
 MODELS = {
     "gpt_neo": lambda: transformers.GPTNeoForCausalLM(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from garrulax.core.einsum import on_mesh
 from garrulax.core.records import Record
 from garrulax.kernels.mask import PAD_KEY, Streams
-from garrulax.layers import quantised
+from garrulax.layers import host_memory, quantised
 from garrulax.layers.cache_kinds import FULL, Kind
 
 KV = dict[str, jax.Array]  # "key", "value", and what the kind of the cache adds (`Kind.arrays`)
@@ -84,7 +84,12 @@ def make_cache(
 
     def kv(before, axes):
         parts = kind.arrays(size, head_dim, dtype)
-        return {name: _zeros((*before, length, width), part, axes) for name, (length, width, part) in parts.items()}
+        return {
+            name: host_memory.zeros((*before, length, width), part)
+            if name in kind.on_host
+            else _zeros((*before, length, width), part, axes)
+            for name, (length, width, part) in parts.items()
+        }
 
     if stacked:
         arrays = kv((layers, batch, kv_heads), (None, batch_axis, None, None, None))
@@ -96,6 +101,36 @@ def make_cache(
     empty["segment"] = empty["segment"] + PAD_KEY
     rows = _zeros((batch,), jnp.int32, (batch_axis,))
     return Cache(arrays, empty, rows, rows + (size if kind.room is None else min(size, kind.room)), kind)
+
+
+def placed(cache: Cache) -> Cache:
+    """The cache with its arrays in the memories that its kind says.
+
+    Nothing moves: in a program that is compiled for abstract arguments their types do not say in which memory they are.
+    """
+
+    def one(kv: KV) -> KV:
+        away = [name for name in kv if name in cache.kind.on_host and not host_memory.is_on_host(kv[name])]
+        return {**kv, **{name: host_memory.to_host(kv[name]) for name in away}}
+
+    if not cache.kind.on_host:
+        return cache
+    layers = cache.layers
+    return dataclasses.replace(cache, layers=tuple(map(one, layers)) if isinstance(layers, tuple) else one(layers))
+
+
+def on_host(tree: Any) -> Any:
+    """For each leaf of a tree, whether it is an array that a cache keeps in the memory of the host."""
+
+    def one(x: Any) -> Any:
+        if not isinstance(x, Cache):
+            return False
+        kinds = x.kind.on_host
+        mark = functools.partial(jax.tree_util.tree_map_with_path, lambda path, _: path[-1].key in kinds)
+        rest = jax.tree.map(lambda _: False, dataclasses.replace(x, layers=None))
+        return dataclasses.replace(rest, layers=mark(x.layers))
+
+    return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, Cache))
 
 
 def _first_axis(x: jax.Array) -> Any:
@@ -120,14 +155,14 @@ def extend(kv: KV, layer: jax.Array | int, key: jax.Array, value: jax.Array, slo
         slot: int32 [B], the slot of each row's first token, or [B, T], the slot of each token.
 
     Returns:
-        The arrays with the new slots, and those of this layer: [B, K, S, C], or [B·K, S, C] where the cache keeps them
-        so.
+        The arrays with the new slots, and those of this layer that are on the device: [B, K, S, C], or [B·K, S, C]
+        where the cache keeps them so.
     """
     new = {"key": key.swapaxes(1, 2), "value": value.swapaxes(1, 2)}  # [B, K, T, C]
     if "key_scale" in kv:
         new = {name: x for part in new for name, x in quantised.store(part, new[part]).items()}
     kv = {**kv, **{name: write_layer(kv[name], layer, x, slot) for name, x in new.items()}}
-    return kv, {name: layer_of(x, layer) for name, x in kv.items()}
+    return kv, {name: layer_of(x, layer) for name, x in kv.items() if not host_memory.is_on_host(x)}
 
 
 def layer_of(x: jax.Array, layer: jax.Array | int) -> jax.Array:
@@ -137,6 +172,11 @@ def layer_of(x: jax.Array, layer: jax.Array | int) -> jax.Array:
 
 def write_layer(x: jax.Array, layer: jax.Array | int, new: jax.Array, slot: jax.Array) -> jax.Array:
     """The cache's array with `new` [B, K, T, C] from slot [B] on, or in the slots [B, T]."""
+    if host_memory.is_on_host(x):
+        B, K, T, _ = new.shape
+        start = jnp.broadcast_to(jnp.clip(slot, 0, x.shape[-2] - T)[:, None, None], (B, K, 1))
+        where = host_memory.places(x, layer, jnp.arange(B, dtype=jnp.int32), start)
+        return host_memory.write(x, where, new[:, :, None])
     # Through a reshape, XLA:CPU would copy the cache of a single row in every step.
     if x.ndim == 3 and len(new) == 1 and slot.ndim == 1:
         return jax.lax.dynamic_update_slice(x, new[0].astype(x.dtype), [jnp.zeros_like(slot[0]), slot[0], 0 * slot[0]])

@@ -5,6 +5,8 @@ them. Queries of one pass find the same key at different positions, so they are 
 text is still so short that all of it is kept.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -39,17 +41,21 @@ def attend_to_kept(
     kv, stored = extend(kv, layer, key, value, call.slot)
     if isinstance(kind, Blocks):
         kv, stored = block_memory.remember(kind, kv, stored, layer, query, call)
-    stored = {name: x.reshape(B, -1, *x.shape[-2:]) for name, x in stored.items()}  # [B, K, S, C]
+    stored = {name: x.reshape(B, -1, *x.shape[-2:]) for name, x in stored.items()}  # [B, K, S, C] of each on the device
     options = {name: x for name, x in options.items() if not name.startswith("dropout")}
 
-    def one(args: tuple[jax.Array, jax.Array, Streams]) -> jax.Array:
+    def finder() -> Callable[[jax.Array, jax.Array], tuple[View, KV]]:
+        """A function of a query of each row [B, H, C] and their numbers [B], which returns what they attend to."""
+        if isinstance(kind, Sinks):
+            return lambda q, number: (kind.view(number, streams), stored)
+        assert isinstance(kind, Blocks)
+        fetch = block_memory.fetch_for(kind, kv, stored, layer, call.number)
+        return lambda q, number: block_memory.look_up(kind, stored, q, number, fetch)
+
+    def one(find: Callable, args: tuple[jax.Array, jax.Array, Streams]) -> jax.Array:
         """The output [B, 1, H, C] of one query of each row: itself [B, H, C], its number [B] and its streams [B]."""
         q, number, own = args
-        if isinstance(kind, Sinks):
-            view, found = kind.view(number, streams), stored
-        else:
-            assert isinstance(kind, Blocks)
-            view, found = block_memory.look_up(kind, stored, q, number)
+        view, found = find(q, number)
         k, v = (_restored(found, name, q.dtype) for name in ("key", "value"))
         q = q[:, None]  # [B, 1, H, C]
         if rotary is not None:
@@ -59,18 +65,27 @@ def attend_to_kept(
 
     def together() -> jax.Array:
         """The output [B, T, H, C] of all queries, of a text whose tokens have the positions that they have in it."""
-        k, v = (_restored(stored, name, query.dtype) for name in ("key", "value"))
-        q = query
+        kept, keys = stored, {} if mask.key is None else mask.key
+        if isinstance(kind, Blocks):  # token t is in slot t, and there are no more tokens than positions
+            count = min(kind.room, streams["rank"].shape[1])
+            kept = block_memory.first_entries(kv, stored, layer, count)
+            keys = {name: x[:, :count] for name, x in keys.items()}
+        k, v = (_restored(kept, name, query.dtype) for name in ("key", "value"))
+        q, here = query, dataclasses.replace(mask, key=keys)
         if rotary is not None:
-            q, k = rotary.at(q, call.number), rotary.at(k, streams["rank"])
-        return attention(q, k, v, mask=mask, bias=None if bias is None else bias(mask), **options)
+            q, k = rotary.at(q, call.number), rotary.at(k, keys["rank"])
+        return attention(q, k, v, mask=here, bias=None if bias is None else bias(here), **options)
+
+    def one_by_one() -> jax.Array:
+        """The output [B, T, H, C] of all queries."""
+        return jax.lax.map(functools.partial(one, finder()), args)[:, :, 0].swapaxes(0, 1)
 
     queries = {name: stream.T for name, stream in mask.query.items()}  # [T, B]
     args = query.swapaxes(0, 1), call.number.T, queries
     if query.shape[1] == 1:
-        return one(jax.tree.map(lambda x: x[0], args)), kv
+        return one(finder(), jax.tree.map(lambda x: x[0], args)), kv
     whole = kind.keeps_whole(call.number[:, -1]).all()
-    return jax.lax.cond(whole, together, lambda: jax.lax.map(one, args)[:, :, 0].swapaxes(0, 1)), kv
+    return jax.lax.cond(whole, together, one_by_one), kv
 
 
 def _restored(found: KV, name: str, dtype: Any) -> jax.Array:

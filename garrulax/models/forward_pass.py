@@ -17,7 +17,7 @@ from garrulax.core.einsum import whole_tokens
 from garrulax.core.leaf import dtype_of
 from garrulax.core.strategies import Strategy
 from garrulax.kernels.mask import Mask
-from garrulax.layers.cache import Cache, make_cache
+from garrulax.layers.cache import Cache, make_cache, placed
 from garrulax.layers.cache_kinds import FULL, Full, Kind, Window
 from garrulax.layers.call import Call, default_positions, mask_and_cache, slots_of
 from garrulax.models import pipeline
@@ -174,6 +174,7 @@ def hidden(
     rows = _position_rows(config)
     if cache is not None and len(cache.planned) != len(tokens):
         raise ValueError(f"a cache of {len(cache.planned)} rows does not fit tokens of {len(tokens)}")
+    cache = None if cache is None else placed(cache)
     positions = default_positions(tokens, cache, rows) if positions is None else positions
     _check_positions(positions, tokens, rows)
     mask, cache_now = mask_and_cache(tokens, positions[:, 0] if rows == 2 else positions, mask, cache)

@@ -18,6 +18,7 @@ from garrulax.core.config import ModelConfig
 from garrulax.core.records import Record
 from garrulax.core.spec import Tree
 from garrulax.kernels.mask import PAD
+from garrulax.layers import host_memory
 from garrulax.layers.cache import KV, Cache
 from garrulax.layers.cache_kinds import FULL, Kind
 from garrulax.sampling.contexts import cache_context
@@ -340,6 +341,8 @@ def _insert_layer(layer: KV, new: KV, i: jax.Array, rows: jax.Array | None, head
     """
 
     def put(x: jax.Array, part: jax.Array) -> jax.Array:
+        if host_memory.is_on_host(x):
+            return _put_on_host(x, part, rows, heads, i)
         if part.ndim == 5:
             part = jax.lax.dynamic_index_in_dim(part, i, keepdims=False)
         part = part.reshape(-1, heads, *part.shape[-2:])
@@ -351,10 +354,30 @@ def _insert_layer(layer: KV, new: KV, i: jax.Array, rows: jax.Array | None, head
 @functools.partial(jax.jit, donate_argnames="layers")
 def _insert_stacked(layers: KV, new: KV | tuple[KV, ...], rows: jax.Array | None) -> KV:
     """[L, B, K, S, C] with [L, b, K, P, C], or with a tuple of [b·K, P, C], in it."""
-    if isinstance(new, tuple):
-        heads = layers["key"].shape[2]
-        new = {name: jnp.stack([x[name].reshape(-1, heads, *x[name].shape[1:]) for x in new]) for name in layers}
-    return {name: _split_layer(jax.vmap(_put, in_axes=(0, 0, None))(x, new[name], rows)) for name, x in layers.items()}
+    heads = layers["key"].shape[2]
+
+    def put(name: str, x: jax.Array) -> jax.Array:
+        if host_memory.is_on_host(x):
+            for i in range(len(x)):
+                x = _put_on_host(x, new[i][name] if isinstance(new, tuple) else new[name], rows, heads, i)
+            return x
+        if isinstance(new, tuple):
+            part = jnp.stack([layer[name].reshape(-1, heads, *layer[name].shape[1:]) for layer in new])
+        else:
+            part = new[name]
+        return _split_layer(jax.vmap(_put, in_axes=(0, 0, None))(x, part, rows))
+
+    return {name: put(name, x) for name, x in layers.items()}
+
+
+def _put_on_host(
+    x: jax.Array, part: jax.Array, rows: jax.Array | None, heads: int, layer: jax.Array | int
+) -> jax.Array:
+    """`_put` of one layer of arrays in the memory of the host, which are stacked or not."""
+    B, b = (y.shape[1] if y.ndim == 5 else len(y) // heads for y in (x, part))
+    places = jnp.arange(B, dtype=jnp.int32) if rows is None else jnp.asarray(rows)
+    sources = jnp.minimum(jnp.arange(len(places), dtype=jnp.int32), b - 1)
+    return host_memory.copy_rows(x, places, part, sources, heads, layer)
 
 
 @functools.partial(jax.jit, donate_argnames="rest")
@@ -390,9 +413,7 @@ def extract(state: State, row: int, stacked: bool) -> Cache:
         layers = _stack(layers) if stacked else layers
     else:
         layers = _extract_stacked(layers, place)
-        layers = (
-            layers if stacked else tuple({k: x[i, 0] for k, x in layers.items()} for i in range(len(layers["key"])))
-        )
+        layers = layers if stacked else tuple(_of_stack(layers, np.int32(i)) for i in range(len(layers["key"])))
     rest = _extract_rest(dataclasses.replace(state.cache, layers=None), place)
     return dataclasses.replace(rest, layers=layers)
 
@@ -400,13 +421,28 @@ def extract(state: State, row: int, stacked: bool) -> Cache:
 @functools.partial(jax.jit, static_argnames="heads")
 def _extract_layer(layer: KV, row: jax.Array, heads: int) -> KV:
     """[K, S, C] of [B·K, S, C] or [B, K, S, C]."""
-    flat = {name: x.reshape(-1, *x.shape[-2:]) for name, x in layer.items()}
-    return {name: jax.lax.dynamic_slice_in_dim(x, row * heads, heads) for name, x in flat.items()}
+
+    def take(x: jax.Array) -> jax.Array:
+        if host_memory.is_on_host(x):
+            return _copied(host_memory.zeros((heads, *x.shape[-2:]), x.dtype), x, row, heads)
+        return jax.lax.dynamic_slice_in_dim(x.reshape(-1, *x.shape[-2:]), row * heads, heads)
+
+    return {name: take(x) for name, x in layer.items()}
+
+
+def _copied(x: jax.Array, part: jax.Array, row: jax.Array | int, heads: int, layer: jax.Array | int = 0) -> jax.Array:
+    """x of one row with a row of a layer of `part` in it, in the memory of the host."""
+    return host_memory.copy_rows(x, jnp.zeros(1, jnp.int32), part, jnp.full(1, row, jnp.int32), heads, layer)
 
 
 def _stack(layers: tuple[KV, ...]) -> KV:
     """[L, 1, K, S, C] of [K, S, C] of each layer, by one small program that puts a layer into its place."""
-    stack = {name: jnp.zeros((len(layers), 1, *x.shape), x.dtype) for name, x in layers[0].items()}
+
+    def empty(x: jax.Array) -> jax.Array:
+        zeros = host_memory.zeros if host_memory.is_on_host(x) else jnp.zeros
+        return zeros((len(layers), 1, *x.shape), x.dtype)
+
+    stack = {name: empty(x) for name, x in layers[0].items()}
     for i, layer in enumerate(layers):
         stack = _put_layer(stack, layer, np.int32(i))
     return stack
@@ -414,13 +450,37 @@ def _stack(layers: tuple[KV, ...]) -> KV:
 
 @functools.partial(jax.jit, donate_argnames="stack")
 def _put_layer(stack: KV, layer: KV, i: jax.Array) -> KV:
-    return {name: x.at[i, 0].set(layer[name]) for name, x in stack.items()}
+    def put(x: jax.Array, part: jax.Array) -> jax.Array:
+        return _copied(x, part, 0, x.shape[2], i) if host_memory.is_on_host(x) else x.at[i, 0].set(part)
+
+    return {name: put(x, layer[name]) for name, x in stack.items()}
 
 
 @jax.jit
 def _extract_stacked(layers: KV, row: jax.Array) -> KV:
     """[L, 1, K, S, C] of [L, B, K, S, C]."""
-    return {name: jax.lax.dynamic_slice_in_dim(x, row, 1, axis=1) for name, x in layers.items()}
+
+    def take(x: jax.Array) -> jax.Array:
+        if not host_memory.is_on_host(x):
+            return jax.lax.dynamic_slice_in_dim(x, row, 1, axis=1)
+        out = host_memory.zeros((len(x), 1, *x.shape[2:]), x.dtype)
+        for i in range(len(x)):
+            out = _copied(out, x, row, x.shape[2], i)
+        return out
+
+    return {name: take(x) for name, x in layers.items()}
+
+
+@jax.jit
+def _of_stack(stack: KV, i: jax.Array) -> KV:
+    """[K, S, C] of layer i of [L, 1, K, S, C]."""
+
+    def take(x: jax.Array) -> jax.Array:
+        if host_memory.is_on_host(x):
+            return _copied(host_memory.zeros(x.shape[2:], x.dtype), x, 0, x.shape[2], i)
+        return jax.lax.dynamic_index_in_dim(x[:, 0], i, keepdims=False)
+
+    return {name: take(x) for name, x in stack.items()}
 
 
 @jax.jit
@@ -461,7 +521,9 @@ def _longer(cache: Cache, slots: int) -> Cache:
 
     def longer_layer(layer: KV) -> KV:
         sizes = cache.kind.arrays(slots, layer["key"].shape[-1], layer["key"].dtype)
-        return {name: longer(x, x.ndim - 2, sizes[name][0]) for name, x in layer.items()}
+        on_host = {name: x for name, x in layer.items() if host_memory.is_on_host(x)}
+        moved = {name: host_memory.longer(x, sizes[name][0]) for name, x in on_host.items()}
+        return {name: longer(x, x.ndim - 2, sizes[name][0]) for name, x in layer.items() if name not in moved} | moved
 
     layers = cache.layers
     layers = tuple(map(longer_layer, layers)) if isinstance(layers, tuple) else longer_layer(layers)

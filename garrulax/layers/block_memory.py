@@ -15,42 +15,40 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from garrulax.layers import host_memory, quantised
+from garrulax.layers import quantised
 from garrulax.layers.cache import KV, layer_of, write_layer
-from garrulax.layers.cache_kinds import ENTRIES, Blocks, View
+from garrulax.layers.cache_kinds import Blocks, View
 from garrulax.layers.call import Call
+from garrulax.layers.held import Held, entries
 
 Fetch = Callable[[jax.Array, jax.Array], KV]  # from `fetch_for`
 
 
-def remember(kind: Blocks, kv: KV, stored: KV, layer: jax.Array, query: jax.Array, call: Call) -> tuple[KV, KV]:
+def remember(kind: Blocks, held: Held, query: jax.Array, call: Call) -> Held:
     """Adds the queries of a pass to the sums of their blocks, and chooses representatives of blocks that are complete.
 
     Args:
         kind: The kind of the cache.
-        kv: The cache's arrays with the keys of the pass in them.
-        stored: Those of this layer that are on the device (`cache.extend`).
-        layer: Number of the layer.
+        held: The layer with the keys of the pass in it.
         query: [B, T, H, C], before the rotary embedding.
         call: The forward pass.
 
     Returns:
-        Both, with the new sums and representatives.
+        The layer with the new sums and representatives.
     """
     B, T, _, C = query.shape
     number, real = call.number, call.mask.query["segment"] >= 0  # [B, T]
-    shapes = {name: x.shape for name, x in stored.items()}
-    heads = {name: x.reshape(B, -1, *x.shape[-2:]) for name, x in stored.items()}  # [B, K, S, C]
-    K, N = heads["queries"].shape[1:3]
+    before = held.stored["queries"]
+    K, N = before.shape[1:3]
 
     counted = real & (number >= kind.first)
     block = jnp.clip((number - kind.first) // kind.size, 0, N - 1)
     begins = counted & ((number - kind.first) % kind.size == 0)
     rows = jnp.arange(B, dtype=jnp.int32)[:, None]
-    summed = query.reshape(B, T, K, -1, C).sum(axis=3).astype(heads["queries"].dtype)  # [B, T, K, C]
+    summed = query.reshape(B, T, K, -1, C).sum(axis=3).astype(before.dtype)  # [B, T, K, C]
     # The first token of a block forgets what an earlier text has left there.
     fresh = jnp.ones((B, N), bool).at[rows, block].min(~begins)[:, None, :, None]
-    sums = jnp.where(fresh, heads["queries"], 0)
+    sums = jnp.where(fresh, before, 0)
     sums = sums.swapaxes(1, 2).at[rows, block].add(jnp.where(counted[..., None, None], summed, 0)).swapaxes(1, 2)
 
     # Blocks that leave the local window during the pass, the last one before it included: [B, n].
@@ -60,7 +58,7 @@ def remember(kind: Blocks, kv: KV, stored: KV, layer: jax.Array, query: jax.Arra
     following = _take(sums, jnp.clip(after, 0, N - 1).reshape(B, -1))  # [B, K, n·W, C]
     following = following.reshape(B, K, *after.shape[1:], C).sum(axis=3)  # [B, K, n, C]
     slots = kind.first + leaving[..., None] * kind.size + jnp.arange(kind.size, dtype=jnp.int32)[None, None]
-    found = entries(kv, heads, layer, _of_heads(slots.reshape(B, -1), K), ("key", "key_scale"))
+    found = entries(held, _of_heads(slots.reshape(B, -1), K), ("key", "key_scale"))
     keys = quantised.restore(found["key"], found.get("key_scale"), following.dtype)
     keys = keys.reshape(B, K, *slots.shape[1:], C)  # [B, K, n, size, C]
     best = jax.lax.top_k(jnp.einsum("BKNSC,BKNC->BKNS", keys, following), kind.representatives)[1]
@@ -69,18 +67,19 @@ def remember(kind: Blocks, kv: KV, stored: KV, layer: jax.Array, query: jax.Arra
     place = leaving[..., None] * kind.representatives + jnp.arange(kind.representatives, dtype=jnp.int32)[None, None]
     new = chosen.reshape(B, K, -1, C), sums
     slots_of_new = place.reshape(B, -1), jnp.zeros_like(number[:, 0])
+    kv, stored = held.kv, held.stored
     for name, x, slot in zip(("representative", "queries"), new, slots_of_new, strict=True):
-        kv = {**kv, name: write_layer(kv[name], layer, x, slot)}
-        stored = {**stored, name: layer_of(kv[name], layer).reshape(shapes[name])}
-    return kv, stored
+        kv = {**kv, name: write_layer(kv[name], held.layer, x, slot)}
+        stored = {**stored, name: layer_of(kv[name], held.layer).reshape(stored[name].shape)}
+    return held._replace(kv=kv, stored=stored)
 
 
-def look_up(kind: Blocks, stored: KV, query: jax.Array, number: jax.Array, fetch: Fetch) -> tuple[View, KV]:
+def look_up(kind: Blocks, held: Held, query: jax.Array, number: jax.Array, fetch: Fetch) -> tuple[View, KV]:
     """Finds the keys and values that one query of each row attends to.
 
     Args:
         kind: The kind of the cache.
-        stored: The sums and representatives of this layer, [B, K, N, C] and [B, K, N·R, C].
+        held: The layer.
         query: [B, H, C], before the rotary embedding.
         number: int32 [B], number of the query's token.
         fetch: From `fetch_for`.
@@ -88,8 +87,8 @@ def look_up(kind: Blocks, stored: KV, query: jax.Array, number: jax.Array, fetch
     Returns:
         The positions, and the keys and values (with scales where they are int8) [B, K, S', C].
     """
-    representatives = stored["representative"]
-    (B, K, N, C), R = stored["queries"].shape, kind.representatives
+    representatives = held.stored["representative"]
+    (B, K, N, C), R = held.stored["queries"].shape, kind.representatives
     outside, top = kind.outside(number), kind.parts[1] // kind.size
     q = query.reshape(B, K, -1, C).astype(representatives.dtype)
     relevance = jnp.einsum("BKGC,BKRC->BKGR", q, representatives).max(axis=2)
@@ -105,7 +104,7 @@ def look_up(kind: Blocks, stored: KV, query: jax.Array, number: jax.Array, fetch
     return kind.view(number), fetch(middle, outside)
 
 
-def fetch_for(kind: Blocks, kv: KV, stored: KV, layer: jax.Array, number: jax.Array) -> Fetch:
+def fetch_for(kind: Blocks, held: Held, number: jax.Array) -> Fetch:
     """How the queries of a pass get keys and values.
 
     What is in the memory of the host must be moved. So the first tokens and all local ones are fetched once for the
@@ -113,58 +112,32 @@ def fetch_for(kind: Blocks, kv: KV, stored: KV, layer: jax.Array, number: jax.Ar
 
     Args:
         kind: The kind of the cache.
-        kv: The cache's arrays.
-        stored: Those of this layer that are on the device, [B, K, S, C] each.
-        layer: Number of the layer.
+        held: The layer.
         number: int32 [B, T], numbers of the tokens of the pass.
 
     Returns:
         A function of the slots [B, K, S'] of looked up blocks, and of the number [B] of blocks before the local tokens.
     """
-    K, before = stored["queries"].shape[1], kind.outside(number[:, 0])
+    K, before = held.stored["queries"].shape[1], kind.outside(number[:, 0])
 
     def together(middle: jax.Array, outside: jax.Array) -> KV:
         first, near = (_of_heads(slots, K) for slots in _first_and_near(kind, outside))
-        return entries(kv, stored, layer, jnp.concatenate([first, middle, near], axis=-1))
+        return entries(held, jnp.concatenate([first, middle, near], axis=-1))
 
     if not kind.offload:
         return together
     leaving = -(-(number.shape[1] - 1) // kind.size)  # greatest number of blocks during the pass
     slots = jnp.concatenate(_first_and_near(kind, before, leaving * kind.size), axis=-1)
-    shared = entries(kv, stored, layer, _of_heads(slots, K))
+    shared = entries(held, _of_heads(slots, K))
 
     def apart(middle: jax.Array, outside: jax.Array) -> KV:
-        found = entries(kv, stored, layer, middle)
+        found = entries(held, middle)
         near = jnp.arange(kind.first, kind.first + kind.near, dtype=jnp.int32)[None]
         near = near + (outside - before)[:, None] * kind.size
         parts = {name: (x[:, :, : kind.first], found[name], _take(x, near)) for name, x in shared.items()}
         return {name: jnp.concatenate(part, axis=2) for name, part in parts.items()}
 
     return apart
-
-
-def entries(kv: KV, stored: KV, layer: jax.Array, slots: jax.Array, names: tuple[str, ...] = ENTRIES) -> KV:
-    """Keys, values and scales [B, K, S', C] of slots [B, K, S'] of a layer, as they are stored, on the device.
-
-    Arguments as of `fetch_for`. Slots behind the end are taken as the last one.
-    """
-    names = tuple(name for name in names if name in kv)
-    slots = jnp.clip(slots, 0, kv["key"].shape[-2] - 1)
-    if "key" in stored:
-        return {name: jnp.take_along_axis(stored[name], slots[..., None], axis=2) for name in names}
-    where = host_memory.places(kv["key"], layer, jnp.arange(len(slots), dtype=jnp.int32), slots)
-    return {name: host_memory.to_device(host_memory.read(kv[name], where))[..., 0, :] for name in names}
-
-
-def first_entries(kv: KV, stored: KV, layer: jax.Array, count: int) -> KV:
-    """`entries` of the first slots, `count` of them."""
-    if "key" in stored:
-        return {name: stored[name][:, :, :count] for name in ENTRIES if name in stored}
-    B, K = stored["queries"].shape[:2]
-    rows, start = jnp.arange(B, dtype=jnp.int32), jnp.zeros((1, K, 1), jnp.int32)
-    where = host_memory.places(kv["key"], layer, rows, start)
-    read = {name: host_memory.read(kv[name], where, count) for name in ENTRIES if name in kv}
-    return {name: host_memory.to_device(x)[:, :, 0] for name, x in read.items()}
 
 
 def _first_and_near(kind: Blocks, outside: jax.Array, more: int = 0) -> tuple[jax.Array, jax.Array]:

@@ -155,14 +155,20 @@ def extend(kv: KV, layer: jax.Array | int, key: jax.Array, value: jax.Array, slo
         slot: int32 [B], the slot of each row's first token, or [B, T], the slot of each token.
 
     Returns:
-        The arrays with the new slots, and those of this layer that are on the device: [B, K, S, C], or [B·K, S, C]
-        where the cache keeps them so.
+        The arrays with the new slots, and those of this layer: [B, K, S, C], or [B·K, S, C] where the cache keeps them
+        so.
     """
-    new = {"key": key.swapaxes(1, 2), "value": value.swapaxes(1, 2)}  # [B, K, T, C]
+    new = new_entries(kv, key, value)
+    kv = {**kv, **{name: write_layer(kv[name], layer, x, slot) for name, x in new.items()}}
+    return kv, {name: layer_of(x, layer) for name, x in kv.items()}
+
+
+def new_entries(kv: KV, key: jax.Array, value: jax.Array) -> KV:
+    """What a cache stores [B, K, T, C] of keys and values [B, T, K, C]."""
+    new = {"key": key.swapaxes(1, 2), "value": value.swapaxes(1, 2)}
     if "key_scale" in kv:
         new = {name: x for part in new for name, x in quantised.store(part, new[part]).items()}
-    kv = {**kv, **{name: write_layer(kv[name], layer, x, slot) for name, x in new.items()}}
-    return kv, {name: layer_of(x, layer) for name, x in kv.items() if not host_memory.is_on_host(x)}
+    return {name: x.astype(kv[name].dtype) for name, x in new.items()}
 
 
 def layer_of(x: jax.Array, layer: jax.Array | int) -> jax.Array:
@@ -172,11 +178,6 @@ def layer_of(x: jax.Array, layer: jax.Array | int) -> jax.Array:
 
 def write_layer(x: jax.Array, layer: jax.Array | int, new: jax.Array, slot: jax.Array) -> jax.Array:
     """The cache's array with `new` [B, K, T, C] from slot [B] on, or in the slots [B, T]."""
-    if host_memory.is_on_host(x):
-        B, K, T, _ = new.shape
-        start = jnp.broadcast_to(jnp.clip(slot, 0, x.shape[-2] - T)[:, None, None], (B, K, 1))
-        where = host_memory.places(x, layer, jnp.arange(B, dtype=jnp.int32), start)
-        return host_memory.write(x, where, new[:, :, None])
     # Through a reshape, XLA:CPU would copy the cache of a single row in every step.
     if x.ndim == 3 and len(new) == 1 and slot.ndim == 1:
         return jax.lax.dynamic_update_slice(x, new[0].astype(x.dtype), [jnp.zeros_like(slot[0]), slot[0], 0 * slot[0]])

@@ -42,60 +42,72 @@ def zeros(shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 
 def places(x: jax.Array, layer: jax.Array | int, rows: jax.Array, slots: jax.Array) -> jax.Array:
-    """Indices into an array of a cache.
+    """Indices into an array of a cache, in the memory of the host.
 
     Args:
         x: [L, B, K, S, C], or [B·K, S, C].
         layer: Number of the layer, int32 scalar; not read where x has one layer.
         rows: int32 [n].
-        slots: int32 [n, K, T], or with 1 for n: slots of each head of each row.
+        slots: int32 [n, K, T], slots of each head of each row.
 
     Returns:
         int32 [n, K, T, 4], or [n, K, T, 2] for one layer: index on each axis of x but the last.
     """
-    heads = slots.shape[1]
-    row, head = rows[:, None, None], jnp.arange(heads, dtype=jnp.int32)[None, :, None]
-    parts = (row * heads + head,) if x.ndim == 3 else (jnp.asarray(layer, jnp.int32)[None, None, None], row, head)
-    return jnp.stack(jnp.broadcast_arrays(*parts, slots), axis=-1)
+    shape, heads = (*slots.shape, 1), jnp.arange(slots.shape[1], dtype=jnp.int32)
+    if x.ndim == 3:
+        parts: list[tuple[jax.Array, tuple[int, ...]]] = [(rows[:, None] * len(heads) + heads[None], (0, 1))]
+    else:
+        parts = [(jnp.asarray(layer, jnp.int32), ()), (rows, (0,)), (heads, (1,))]
+    moved = [(to_host(part), axes) for part, axes in (*parts, (slots, (0, 1, 2)))]
+    with compute_on("device_host"):  # where they are small: on a TPU the last axis would take 128 entries
+        return jax.lax.concatenate([jax.lax.broadcast_in_dim(part, shape, axes) for part, axes in moved], 3)
 
 
-def read(x: jax.Array, where: jax.Array, count: int = 1) -> jax.Array:
-    """The entries of some places, in the memory of the host.
+def read(x: jax.Array, where: jax.Array) -> jax.Array:
+    """The entries [n, K, T, C] of some places, moved to the device.
 
     Args:
         x: In the memory of the host, as in `places`.
         where: From `places`; all must be in x.
-        count: Number of slots that are read from each place on.
-
-    Returns:
-        [n, K, T, count, C].
     """
-    axes = x.ndim - 1
-    numbers = jax.lax.GatherDimensionNumbers(
-        offset_dims=(3, 4), collapsed_slice_dims=tuple(range(axes - 1)), start_index_map=tuple(range(axes))
-    )
-    where, sizes = to_host(where), (*(1,) * (axes - 1), count, x.shape[-1])
+    axes = tuple(range(x.ndim - 1))
+    numbers = jax.lax.GatherDimensionNumbers(offset_dims=(3,), collapsed_slice_dims=axes, start_index_map=axes)
     with compute_on("device_host"):
-        return jax.lax.gather(x, where, numbers, sizes, mode=_MODE)
+        found = jax.lax.gather(x, where, numbers, (*(1 for _ in axes), x.shape[-1]), mode=_MODE)
+    return to_device(found)
 
 
-def write(x: jax.Array, where: jax.Array, new: jax.Array) -> jax.Array:
+def read_on(x: jax.Array, where: jax.Array, count: int) -> jax.Array:
+    """The entries [n, K, count, C] from some places on, which stay in the memory of the host.
+
+    Args:
+        x: In the memory of the host, as in `places`.
+        where: From `places`, with a T of 1.
+        count: Number of slots. They must be in x.
+    """
+    axes = tuple(range(x.ndim - 1))
+    numbers = jax.lax.GatherDimensionNumbers(offset_dims=(2, 3), collapsed_slice_dims=axes[:-1], start_index_map=axes)
+    with compute_on("device_host"):
+        where = jax.lax.squeeze(where, (2,))
+        return jax.lax.gather(x, where, numbers, (*(1 for _ in axes[1:]), count, x.shape[-1]), mode=_MODE)
+
+
+def write_on(x: jax.Array, where: jax.Array, new: jax.Array) -> jax.Array:
     """x with new entries from some places on.
 
     Args:
         x: In the memory of the host, as in `places`.
-        where: From `places`.
-        new: [n, K, T, count, C], the entries of as many slots from each place on, in either memory. They must fit.
+        where: From `places`, with a T of 1.
+        new: [n, K, count, C], in either memory. They must fit.
     """
-    axes = x.ndim - 1
+    axes = tuple(range(x.ndim - 1))
     numbers = jax.lax.ScatterDimensionNumbers(
-        update_window_dims=(3, 4),
-        inserted_window_dims=tuple(range(axes - 1)),
-        scatter_dims_to_operand_dims=tuple(range(axes)),
+        update_window_dims=(2, 3), inserted_window_dims=axes[:-1], scatter_dims_to_operand_dims=axes
     )
-    where, new = to_host(where), to_host(new)
+    new = new if is_on_host(new) else to_host(new)
     with compute_on("device_host"):
-        return jax.lax.scatter(x, where, jax.lax.convert_element_type(new, x.dtype), numbers, mode=_MODE)
+        where, new = jax.lax.squeeze(where, (2,)), jax.lax.convert_element_type(new, x.dtype)
+        return jax.lax.scatter(x, where, new, numbers, mode=_MODE)
 
 
 def longer(x: jax.Array, slots: int) -> jax.Array:
@@ -109,7 +121,7 @@ def longer(x: jax.Array, slots: int) -> jax.Array:
 def copy_rows(
     x: jax.Array, rows: jax.Array, part: jax.Array, sources: jax.Array, heads: int, layer: jax.Array | int = 0
 ) -> jax.Array:
-    """x with rows of another array in its first slots. The host copies them one after another.
+    """x with rows of another array in its first slots, which the host copies.
 
     Args:
         x: In the memory of the host, as in `places`.
@@ -119,11 +131,6 @@ def copy_rows(
         heads: K.
         layer: Number of the layer, in those of the two that have several.
     """
-    start = jnp.zeros((1, heads, 1), jnp.int32)
-
-    def one(i: jax.Array, x: jax.Array) -> jax.Array:
-        to, source = (jax.lax.dynamic_slice_in_dim(numbers, i, 1) for numbers in (rows, sources))
-        new = read(part, places(part, layer, source, start), part.shape[-2])
-        return write(x, places(x, layer, to, start), new)
-
-    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(len(rows)), one, x)
+    start = jnp.zeros((len(rows), heads, 1), jnp.int32)
+    found = read_on(part, places(part, layer, sources, start), part.shape[-2])
+    return write_on(x, places(x, layer, rows, start), found)

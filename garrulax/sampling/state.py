@@ -201,6 +201,28 @@ def prefill_after(
     return _read(params, requests, past, config, transform, size)
 
 
+@functools.partial(jax.jit, static_argnames=("config", "transform", "size"), donate_argnames="cache")
+def prefill_into(
+    params: Tree, requests: Requests, cache: Cache, config: ModelConfig, transform: Transform, size: int
+) -> State:
+    """`prefill` with an empty cache that was made before.
+
+    What a program makes in the memory of the host, XLA:TPU would move to the device between two of its computations.
+
+    Args:
+        params: As in `prefill`, like all but the cache.
+        requests: See there.
+        cache: With a row for each row of the context, and a slot for each of its columns. It is donated.
+        config: See there.
+        transform: See there.
+        size: See there.
+
+    Returns:
+        As `prefill`.
+    """
+    return _read(params, requests, cache, config, transform, size)
+
+
 def _read(
     params: Tree, requests: Requests, cache: Cache, config: ModelConfig, transform: Transform, size: int
 ) -> State:

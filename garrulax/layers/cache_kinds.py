@@ -200,7 +200,7 @@ class Blocks(Kind):
         local: Least number of last tokens that every query attends to: a multiple of `size`.
         representatives: Number of keys of a block with which a query is compared.
         chunk: Greatest number of tokens of one pass.
-        offload: Whether keys and values are kept in the memory of the host.
+        offload: Whether keys and values are kept in the memory of the host; scales of int8 stay on the device.
     """
 
     size: Size = 128
@@ -235,7 +235,8 @@ class Blocks(Kind):
 
     @property
     def on_host(self) -> tuple[str, ...]:
-        return ENTRIES if self.offload else ()
+        # Not the scales of int8, whose last axis of 1 a TPU fills up to 128 in the memory of the host.
+        return ("key", "value") if self.offload else ()
 
     def slots(self, needed: int) -> int:
         """Whole passes, since the last one is padded."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from garrulax.layers import host_memory
-from garrulax.layers.cache import KV, extend, layer_of, new_entries
+from garrulax.layers.cache import KV, layer_of, new_entries, write_layer
 from garrulax.layers.cache_kinds import ENTRIES
 
 
@@ -37,16 +37,12 @@ class Held(NamedTuple):
 
 def hold(kv: KV, layer: jax.Array, key: jax.Array, value: jax.Array, slot: jax.Array) -> Held:
     """Adds keys and values of a pass. Arguments as of `cache.extend`."""
-    if not host_memory.is_on_host(kv["key"]):
-        kv, stored = extend(kv, layer, key, value, slot)
-        return Held(kv, layer, _by_row(stored, len(key)), {}, slot)
-    stored = {name: layer_of(x, layer) for name, x in kv.items() if not host_memory.is_on_host(x)}
-    start = jnp.clip(slot, 0, kv["key"].shape[-2] - key.shape[1])
-    return Held(kv, layer, _by_row(stored, len(key)), new_entries(kv, key, value), start)
-
-
-def _by_row(stored: KV, rows: int) -> KV:
-    return {name: x.reshape(rows, -1, *x.shape[-2:]) for name, x in stored.items()}
+    given = new_entries(kv, key, value)
+    new = {name: x for name, x in given.items() if host_memory.is_on_host(kv[name])}
+    kv = {**kv, **{name: write_layer(kv[name], layer, x, slot) for name, x in given.items() if name not in new}}
+    stored = {name: layer_of(x, layer) for name, x in kv.items() if name not in new}
+    stored = {name: x.reshape(len(key), -1, *x.shape[-2:]) for name, x in stored.items()}
+    return Held(kv, layer, stored, new, jnp.clip(slot, 0, kv["key"].shape[-2] - key.shape[1]) if new else slot)
 
 
 def entries(held: Held, slots: jax.Array, names: tuple[str, ...] = ENTRIES) -> KV:
@@ -59,20 +55,26 @@ def entries(held: Held, slots: jax.Array, names: tuple[str, ...] = ENTRIES) -> K
     """
     names = tuple(name for name in names if name in held.kv)
     slots = jnp.clip(slots, 0, held.kv["key"].shape[-2] - 1)
+    found = {
+        name: jnp.take_along_axis(held.stored[name], slots[..., None], axis=2) for name in names if name in held.stored
+    }
     if not held.new:
-        return {name: jnp.take_along_axis(held.stored[name], slots[..., None], axis=2) for name in names}
+        return found
     where = host_memory.places(held.kv["key"], held.layer, jnp.arange(len(slots), dtype=jnp.int32), slots)
-    return _with_new(held, {name: host_memory.read(held.kv[name], where) for name in names}, slots)
+    return found | _with_new(
+        held, {name: host_memory.read(held.kv[name], where) for name in names if name in held.new}, slots
+    )
 
 
 def first_entries(held: Held, count: int) -> KV:
     """`entries` of the first slots, `count` of them."""
+    found = {name: held.stored[name][:, :, :count] for name in ENTRIES if name in held.stored}
     if not held.new:
-        return {name: held.stored[name][:, :, :count] for name in ENTRIES if name in held.kv}
+        return found
     slots = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (*held.new["key"].shape[:2], count))
     where = _places(held, jnp.zeros_like(held.start))
-    found = {name: host_memory.read_on(held.kv[name], where, count) for name in held.new}
-    return _with_new(held, {name: host_memory.to_device(x) for name, x in found.items()}, slots)
+    read = {name: host_memory.fetched(host_memory.read_on(held.kv[name], where, count)) for name in held.new}
+    return found | _with_new(held, read, slots)
 
 
 def _places(held: Held, slot: jax.Array) -> jax.Array:

@@ -29,9 +29,18 @@ def to_host(x: jax.Array) -> jax.Array:
     return jax.device_put(x, _HOST)
 
 
-def to_device(x: jax.Array) -> jax.Array:
-    """x in the memory of the device."""
-    return jax.device_put(x, _DEVICE)
+def fetched(x: jax.Array) -> jax.Array:
+    """x, of the memory of the host, on the device."""
+    with compute_on("device_host"):
+        flat = jax.lax.reshape(x, (x.size,))
+    return jax.device_put(flat, _DEVICE).reshape(x.shape)
+
+
+def _sent(x: jax.Array) -> jax.Array:
+    """x, of the device, in the memory of the host. Flat, as in `fetched`: XLA:TPU fails to move some other shapes."""
+    flat = to_host(x.reshape(-1))
+    with compute_on("device_host"):
+        return jax.lax.reshape(flat, x.shape)
 
 
 def zeros(shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -58,7 +67,7 @@ def places(x: jax.Array, layer: jax.Array | int, rows: jax.Array, slots: jax.Arr
         parts: list[tuple[jax.Array, tuple[int, ...]]] = [(rows[:, None] * len(heads) + heads[None], (0, 1))]
     else:
         parts = [(jnp.asarray(layer, jnp.int32), ()), (rows, (0,)), (heads, (1,))]
-    moved = [(to_host(part), axes) for part, axes in (*parts, (slots, (0, 1, 2)))]
+    moved = [(_sent(part), axes) for part, axes in (*parts, (slots, (0, 1, 2)))]
     with compute_on("device_host"):  # where they are small: on a TPU the last axis would take 128 entries
         return jax.lax.concatenate([jax.lax.broadcast_in_dim(part, shape, axes) for part, axes in moved], 3)
 
@@ -74,7 +83,7 @@ def read(x: jax.Array, where: jax.Array) -> jax.Array:
     numbers = jax.lax.GatherDimensionNumbers(offset_dims=(3,), collapsed_slice_dims=axes, start_index_map=axes)
     with compute_on("device_host"):
         found = jax.lax.gather(x, where, numbers, (*(1 for _ in axes), x.shape[-1]), mode=_MODE)
-    return to_device(found)
+    return fetched(found)
 
 
 def read_on(x: jax.Array, where: jax.Array, count: int) -> jax.Array:
@@ -104,7 +113,7 @@ def write_on(x: jax.Array, where: jax.Array, new: jax.Array) -> jax.Array:
     numbers = jax.lax.ScatterDimensionNumbers(
         update_window_dims=(2, 3), inserted_window_dims=axes[:-1], scatter_dims_to_operand_dims=axes
     )
-    new = new if is_on_host(new) else to_host(new)
+    new = new if is_on_host(new) else _sent(new)
     with compute_on("device_host"):
         where, new = jax.lax.squeeze(where, (2,)), jax.lax.convert_element_type(new, x.dtype)
         return jax.lax.scatter(x, where, new, numbers, mode=_MODE)

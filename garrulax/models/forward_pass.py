@@ -297,6 +297,21 @@ def check_cache(config: ModelConfig, kind: Kind) -> None:
             f"a cache of kind {kind.name!r} with {kind.room:,} positions is larger than the model's context of "
             f"{config.max_length:,}: keep fewer tokens"
         )
+    _check_offload(config, kind)
+
+
+def _check_offload(config: ModelConfig, kind: Kind) -> None:
+    """Raises ValueError for arrays in the memory of the host that XLA:TPU does not read and write there.
+
+    It fails to compile heads of other widths, and moves int8 to the device and back in each step to change its layout.
+    """
+    if not kind.on_host or jax.default_backend() != "tpu":
+        return
+    if kind.dtype is not None or config.head_dim % 128:
+        raise ValueError(
+            f"offload of keys and values with dtype={kind.dtype!r} and heads of {config.head_dim} entries: on a TPU they "
+            "must have the dtype of the parameters, and heads a multiple of 128 entries: leave offload out"
+        )
 
 
 def default_cache(config: ModelConfig, dtype: str | None = None) -> Kind:

@@ -309,8 +309,8 @@ def _check_offload(config: ModelConfig, kind: Kind) -> None:
         return
     if kind.dtype is not None or config.head_dim % 128:
         raise ValueError(
-            f"offload of keys and values with dtype={kind.dtype!r} and heads of {config.head_dim} entries: on a TPU they "
-            "must have the dtype of the parameters, and heads a multiple of 128 entries: leave offload out"
+            f"offload with dtype={kind.dtype!r} and heads of {config.head_dim} entries: on a TPU keys and values must "
+            "have the dtype of the parameters, and heads a multiple of 128 entries: leave offload out"
         )
 
 

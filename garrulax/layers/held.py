@@ -16,9 +16,9 @@ from garrulax.layers.cache_kinds import ENTRIES
 class Held(NamedTuple):
     """What a layer holds during a pass.
 
-    What is in the memory of the host is written at the end of the pass (`written`), and read as it was before, with the
-    entries of the pass put between on the device. XLA:TPU keeps what a computation of the host returns on the host only
-    if nothing but the result of the program needs it; else it would move the whole cache to the device and back.
+    What is in the memory of the host is read as it was before the pass, and the device puts the entries of the pass
+    into what was read. It is written at the end (`written`): XLA:TPU would move the whole cache to the device and back
+    between two computations of the host, if the second read what the first has written.
 
     Attributes:
         kv: The cache's arrays, of all layers or of this one.
@@ -53,17 +53,14 @@ def entries(held: Held, slots: jax.Array, names: tuple[str, ...] = ENTRIES) -> K
         slots: int32 [B, K, S']; one behind the end is taken as the last.
         names: Which of them.
     """
-    names = tuple(name for name in names if name in held.kv)
     slots = jnp.clip(slots, 0, held.kv["key"].shape[-2] - 1)
-    found = {
-        name: jnp.take_along_axis(held.stored[name], slots[..., None], axis=2) for name in names if name in held.stored
-    }
+    index = slots[..., None]
+    found = {name: jnp.take_along_axis(held.stored[name], index, axis=2) for name in names if name in held.stored}
     if not held.new:
         return found
     where = host_memory.places(held.kv["key"], held.layer, jnp.arange(len(slots), dtype=jnp.int32), slots)
-    return found | _with_new(
-        held, {name: host_memory.read(held.kv[name], where) for name in names if name in held.new}, slots
-    )
+    read = {name: host_memory.read(held.kv[name], where) for name in names if name in held.new}
+    return found | _with_new(held, read, slots)
 
 
 def first_entries(held: Held, count: int) -> KV:

@@ -165,6 +165,18 @@ def test_the_demo_is_a_chat(monkeypatch, capsys):
 
 
 @pytest.mark.slow
+def test_a_cache_in_the_memory_of_the_host(folder, capsys):
+    words = ["generate", folder, "ab" * 40, "--cache", "blocks=4,2,2,8,2", "--max-new-tokens", "20"]
+    texts = []
+    for more in ([], ["--offload"], ["--offload", "--kv", "int8"]):
+        assert main([*words, *more]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert main(["generate", folder, "ab", "--offload"]) == 2
+    assert "--offload keeps blocks in the host's memory: it goes with --cache blocks" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_a_conversation_without_an_end(model, folder, capsys, monkeypatch):
     lines = "".join(f"question {i}\n" for i in range(12))
     assert scripted(monkeypatch, folder, lines, "--stream", "--temperature", "0") == 0

@@ -12,4 +12,4 @@ PAGE = Path(__file__).parent.parent / "docs" / "caches.md"
 def test_examples_run(capsys):
     for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL):
         exec(block, {})
-    assert capsys.readouterr().out.split() == ["1000", "8"]
+    assert capsys.readouterr().out.split() == ["1000", "8", "True"]

@@ -463,7 +463,7 @@ def _add_constraints(command: argparse.ArgumentParser) -> None:
 
 
 def _add_cache(command: argparse.ArgumentParser) -> None:
-    """Adds the options --cache and --kv, which `cli.caches` reads."""
+    """Adds the options --cache, --kv and --offload, which `cli.caches` reads."""
     command.add_argument(
         "--cache",
         default="full",
@@ -472,6 +472,11 @@ def _add_cache(command: argparse.ArgumentParser) -> None:
         "blocks=SIZE,TOP,FIRST,LOCAL,REPRESENTATIVES (full)",
     )
     command.add_argument("--kv", choices=("int8",), help="keep keys and values in 8 bits, which takes less memory")
+    command.add_argument(
+        "--offload",
+        action="store_true",
+        help="with --cache blocks: keep keys and values in the memory of the host, which is larger than the device's",
+    )
 
 
 def _add_programs(command: argparse.ArgumentParser) -> None:

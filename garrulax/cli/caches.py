@@ -1,4 +1,4 @@
-"""The options --cache and --kv: what is kept of a text."""
+"""The options --cache, --kv and --offload: what is kept of a text, and where."""
 
 import argparse
 from collections.abc import Callable
@@ -20,9 +20,11 @@ def cache_of(args: argparse.Namespace, config: ModelConfig) -> str | Kind:
     """The argument `cache` of `gx.generate` that the options mean.
 
     Raises:
-        ValueError: --cache is none of its forms, or a number is wrong.
+        ValueError: --cache is none of its forms, a number is wrong, or --offload does not go with it.
     """
     text = args.cache
+    if args.offload and text.partition("=")[0] != "blocks":
+        raise ValueError(f"--offload keeps blocks in the host's memory: it goes with --cache blocks, not {text}")
     if getattr(args, "stream", False):
         if text != "full":
             raise ValueError(f"--stream keeps {SINKS} first tokens and a window: leave it or --cache {text} out")
@@ -36,4 +38,5 @@ def cache_of(args: argparse.Namespace, config: ModelConfig) -> str | Kind:
     make, least, most = _MAKE.get(name, (gx.window, 1, 0))
     if not least <= len(words) <= most or not all(word.strip().isdecimal() for word in words):
         raise ValueError(f"--cache {text}: it must be one of {FORMS}; --kv int8 is for 8 bits")
-    return make(*map(int, words), dtype=args.kv)
+    options = {"offload": True} if args.offload else {}
+    return make(*map(int, words), dtype=args.kv, **options)

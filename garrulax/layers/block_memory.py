@@ -10,6 +10,8 @@ looks up its own blocks, and a block is as relevant as its most relevant represe
 that fits is then enough.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -17,36 +19,36 @@ from garrulax.layers import quantised
 from garrulax.layers.cache import KV, layer_of, write_layer
 from garrulax.layers.cache_kinds import Blocks, View
 from garrulax.layers.call import Call
+from garrulax.layers.held import Held, entries
+
+Fetch = Callable[[jax.Array, jax.Array], KV]  # from `fetch_for`
 
 
-def remember(kind: Blocks, kv: KV, stored: KV, layer: jax.Array, query: jax.Array, call: Call) -> tuple[KV, KV]:
+def remember(kind: Blocks, held: Held, query: jax.Array, call: Call) -> Held:
     """Adds the queries of a pass to the sums of their blocks, and chooses representatives of blocks that are complete.
 
     Args:
         kind: The kind of the cache.
-        kv: The cache's arrays with the keys of the pass in them.
-        stored: Those of this layer (`cache.extend`).
-        layer: Number of the layer.
+        held: The layer with the keys of the pass in it.
         query: [B, T, H, C], before the rotary embedding.
         call: The forward pass.
 
     Returns:
-        Both, with the new sums and representatives.
+        The layer with the new sums and representatives.
     """
     B, T, _, C = query.shape
     number, real = call.number, call.mask.query["segment"] >= 0  # [B, T]
-    shapes = {name: x.shape for name, x in stored.items()}
-    heads = {name: x.reshape(B, -1, *x.shape[-2:]) for name, x in stored.items()}  # [B, K, S, C]
-    K, N = heads["queries"].shape[1:3]
+    before = held.stored["queries"]
+    K, N = before.shape[1:3]
 
     counted = real & (number >= kind.first)
     block = jnp.clip((number - kind.first) // kind.size, 0, N - 1)
     begins = counted & ((number - kind.first) % kind.size == 0)
     rows = jnp.arange(B, dtype=jnp.int32)[:, None]
-    summed = query.reshape(B, T, K, -1, C).sum(axis=3).astype(heads["queries"].dtype)  # [B, T, K, C]
+    summed = query.reshape(B, T, K, -1, C).sum(axis=3).astype(before.dtype)  # [B, T, K, C]
     # The first token of a block forgets what an earlier text has left there.
     fresh = jnp.ones((B, N), bool).at[rows, block].min(~begins)[:, None, :, None]
-    sums = jnp.where(fresh, heads["queries"], 0)
+    sums = jnp.where(fresh, before, 0)
     sums = sums.swapaxes(1, 2).at[rows, block].add(jnp.where(counted[..., None, None], summed, 0)).swapaxes(1, 2)
 
     # Blocks that leave the local window during the pass, the last one before it included: [B, n].
@@ -56,7 +58,8 @@ def remember(kind: Blocks, kv: KV, stored: KV, layer: jax.Array, query: jax.Arra
     following = _take(sums, jnp.clip(after, 0, N - 1).reshape(B, -1))  # [B, K, n·W, C]
     following = following.reshape(B, K, *after.shape[1:], C).sum(axis=3)  # [B, K, n, C]
     slots = kind.first + leaving[..., None] * kind.size + jnp.arange(kind.size, dtype=jnp.int32)[None, None]
-    keys = _entries(heads, "key", _of_heads(slots.reshape(B, -1), K), following.dtype)
+    found = entries(held, _of_heads(slots.reshape(B, -1), K), ("key", "key_scale"))
+    keys = quantised.restore(found["key"], found.get("key_scale"), following.dtype)
     keys = keys.reshape(B, K, *slots.shape[1:], C)  # [B, K, n, size, C]
     best = jax.lax.top_k(jnp.einsum("BKNSC,BKNC->BKNS", keys, following), kind.representatives)[1]
     chosen = jnp.take_along_axis(keys, best[..., None], axis=3)  # [B, K, n, R, C]
@@ -64,29 +67,29 @@ def remember(kind: Blocks, kv: KV, stored: KV, layer: jax.Array, query: jax.Arra
     place = leaving[..., None] * kind.representatives + jnp.arange(kind.representatives, dtype=jnp.int32)[None, None]
     new = chosen.reshape(B, K, -1, C), sums
     slots_of_new = place.reshape(B, -1), jnp.zeros_like(number[:, 0])
+    kv, stored = held.kv, held.stored
     for name, x, slot in zip(("representative", "queries"), new, slots_of_new, strict=True):
-        kv = {**kv, name: write_layer(kv[name], layer, x, slot)}
-        stored = {**stored, name: layer_of(kv[name], layer).reshape(shapes[name])}
-    return kv, stored
+        kv = {**kv, name: write_layer(kv[name], held.layer, x, slot)}
+        stored = {**stored, name: layer_of(kv[name], held.layer).reshape(stored[name].shape)}
+    return held._replace(kv=kv, stored=stored)
 
 
-def look_up(kind: Blocks, stored: KV, query: jax.Array, number: jax.Array) -> tuple[View, KV]:
+def look_up(kind: Blocks, held: Held, query: jax.Array, number: jax.Array, fetch: Fetch) -> tuple[View, KV]:
     """Finds the keys and values that one query of each row attends to.
 
     Args:
         kind: The kind of the cache.
-        stored: The arrays of this layer, [B, K, S, C] each.
+        held: The layer.
         query: [B, H, C], before the rotary embedding.
         number: int32 [B], number of the query's token.
+        fetch: From `fetch_for`.
 
     Returns:
         The positions, and the keys and values (with scales where they are int8) [B, K, S', C].
     """
-    (B, K, S, C), R = stored["key"].shape, kind.representatives
-    view = kind.view(number)
-    outside = kind.outside(number)
-    N, top = stored["queries"].shape[2], kind.parts[1] // kind.size
-    representatives = stored["representative"]
+    representatives = held.stored["representative"]
+    (B, K, N, C), R = held.stored["queries"].shape, kind.representatives
+    outside, top = kind.outside(number), kind.parts[1] // kind.size
     q = query.reshape(B, K, -1, C).astype(representatives.dtype)
     relevance = jnp.einsum("BKGC,BKRC->BKGR", q, representatives).max(axis=2)
     relevance = relevance.reshape(B, K, N, R).max(axis=3)
@@ -98,13 +101,49 @@ def look_up(kind: Blocks, stored: KV, query: jax.Array, number: jax.Array) -> tu
     blocks = jnp.pad(blocks, ((0, 0), (0, 0), (0, top - blocks.shape[-1])), constant_values=N)
     inside = jnp.arange(kind.size, dtype=jnp.int32)[None, None, None]
     middle = (kind.first + blocks[..., None] * kind.size + inside).reshape(B, K, -1)
-    first, near = (jnp.arange(n, dtype=jnp.int32)[None] for n in (kind.parts[0], kind.parts[2]))
-    first = jnp.broadcast_to(first, (B, kind.parts[0]))
-    near = kind.first + outside[:, None] * kind.size + near
-    slots = jnp.concatenate([_of_heads(first, K), middle, _of_heads(near, K)], axis=-1)
-    slots = jnp.clip(slots, 0, S - 1)
-    names = [name for name in ("key", "value", "key_scale", "value_scale") if name in stored]
-    return view, {name: jnp.take_along_axis(stored[name], slots[..., None], axis=2) for name in names}
+    return kind.view(number), fetch(middle, outside)
+
+
+def fetch_for(kind: Blocks, held: Held, number: jax.Array) -> Fetch:
+    """How the queries of a pass get keys and values.
+
+    What is in the memory of the host must be moved. So the first tokens and all local ones are fetched once for the
+    pass, and for each query only the blocks that it looks up.
+
+    Args:
+        kind: The kind of the cache.
+        held: The layer.
+        number: int32 [B, T], numbers of the tokens of the pass.
+
+    Returns:
+        A function of the slots [B, K, S'] of looked up blocks, and of the number [B] of blocks before the local tokens.
+    """
+    K, before = held.stored["queries"].shape[1], kind.outside(number[:, 0])
+
+    def together(middle: jax.Array, outside: jax.Array) -> KV:
+        first, near = (_of_heads(slots, K) for slots in _first_and_near(kind, outside))
+        return entries(held, jnp.concatenate([first, middle, near], axis=-1))
+
+    if not kind.offload:
+        return together
+    leaving = -(-(number.shape[1] - 1) // kind.size)  # greatest number of blocks during the pass
+    slots = jnp.concatenate(_first_and_near(kind, before, leaving * kind.size), axis=-1)
+    shared = entries(held, _of_heads(slots, K))
+
+    def apart(middle: jax.Array, outside: jax.Array) -> KV:
+        found = entries(held, middle)
+        near = jnp.arange(kind.first, kind.first + kind.near, dtype=jnp.int32)[None]
+        near = near + (outside - before)[:, None] * kind.size
+        parts = {name: (x[:, :, : kind.first], found[name], _take(x, near)) for name, x in shared.items()}
+        return {name: jnp.concatenate(part, axis=2) for name, part in parts.items()}
+
+    return apart
+
+
+def _first_and_near(kind: Blocks, outside: jax.Array, more: int = 0) -> tuple[jax.Array, jax.Array]:
+    """Slots [B, n] of the first tokens, and of the local ones, and `more`, behind as many blocks as `outside` [B]."""
+    first, near = (jnp.arange(n, dtype=jnp.int32)[None] for n in (kind.first, kind.near + more))
+    return jnp.broadcast_to(first, (len(outside), kind.first)), kind.first + outside[:, None] * kind.size + near
 
 
 def _of_heads(slots: jax.Array, heads: int) -> jax.Array:
@@ -115,11 +154,3 @@ def _of_heads(slots: jax.Array, heads: int) -> jax.Array:
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
     """Entries [B, K, n, C] of x [B, K, N, C] at index [B, n]."""
     return jnp.take_along_axis(x, index[:, None, :, None], axis=2)
-
-
-def _entries(heads: KV, name: str, slots: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Stored keys or values [B, K, S', C] of slots [B, K, S'], in floating point."""
-    slots = jnp.clip(slots, 0, heads[name].shape[2] - 1)[..., None]
-    scale = heads.get(f"{name}_scale")
-    scale = None if scale is None else jnp.take_along_axis(scale, slots, axis=2)
-    return quantised.restore(jnp.take_along_axis(heads[name], slots, axis=2), scale, dtype)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from garrulax.core.einsum import on_mesh
 from garrulax.core.records import Record
 from garrulax.kernels.mask import PAD_KEY, Streams
-from garrulax.layers import quantised
+from garrulax.layers import host_memory, quantised
 from garrulax.layers.cache_kinds import FULL, Kind, LayerWindows
 
 KV = dict[str, jax.Array]  # "key", "value", and what the kind of the cache adds (`Kind.arrays`)
@@ -91,7 +91,12 @@ def make_cache(
 
     def kv(before, axes, of=kind, prefix=""):
         parts = of.arrays(of.slots(size) if prefix else size, head_dim, dtype)
-        return {prefix + n: _zeros((*before, length, width), part, axes) for n, (length, width, part) in parts.items()}
+        return {
+            prefix + name: host_memory.zeros((*before, length, width), part)
+            if name in of.on_host
+            else _zeros((*before, length, width), part, axes)
+            for name, (length, width, part) in parts.items()
+        }
 
     def empty(slots):
         streams = {name: _zeros((batch, slots), jnp.int32, (batch_axis, None)) for name in _STREAMS}
@@ -128,6 +133,36 @@ def stacked_at(kind: Kind, layer: int, names: Iterable[str]) -> tuple[list[str],
     return [name for name in names if name.startswith(OF_WINDOW) == kind.windowed[layer]], kind.places[layer]
 
 
+def placed(cache: Cache) -> Cache:
+    """The cache with its arrays in the memories that its kind says.
+
+    Nothing moves: in a program that is compiled for abstract arguments their types do not say in which memory they are.
+    """
+
+    def one(kv: KV) -> KV:
+        away = [name for name in kv if name in cache.kind.on_host and not host_memory.is_on_host(kv[name])]
+        return {**kv, **{name: host_memory.to_host(kv[name]) for name in away}}
+
+    if not cache.kind.on_host:
+        return cache
+    layers = cache.layers
+    return dataclasses.replace(cache, layers=tuple(map(one, layers)) if isinstance(layers, tuple) else one(layers))
+
+
+def on_host(tree: Any) -> Any:
+    """For each leaf of a tree, whether it is an array that a cache keeps in the memory of the host."""
+
+    def one(x: Any) -> Any:
+        if not isinstance(x, Cache):
+            return False
+        kinds = x.kind.on_host
+        mark = functools.partial(jax.tree_util.tree_map_with_path, lambda path, _: path[-1].key in kinds)
+        rest = jax.tree.map(lambda _: False, dataclasses.replace(x, layers=None))
+        return dataclasses.replace(rest, layers=mark(x.layers))
+
+    return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, Cache))
+
+
 def _first_axis(x: jax.Array) -> Any:
     spec = jax.typeof(x).sharding.spec
     return spec[0] if len(spec) else None
@@ -153,11 +188,17 @@ def extend(kv: KV, layer: jax.Array | int, key: jax.Array, value: jax.Array, slo
         The arrays with the new slots, and those of this layer: [B, K, S, C], or [B·K, S, C] where the cache keeps them
         so.
     """
-    new = {"key": key.swapaxes(1, 2), "value": value.swapaxes(1, 2)}  # [B, K, T, C]
-    if "key_scale" in kv:
-        new = {name: x for part in new for name, x in quantised.store(part, new[part]).items()}
+    new = new_entries(kv, key, value)
     kv = {**kv, **{name: write_layer(kv[name], layer, x, slot) for name, x in new.items()}}
     return kv, {name: layer_of(x, layer) for name, x in kv.items()}
+
+
+def new_entries(kv: KV, key: jax.Array, value: jax.Array) -> KV:
+    """What a cache stores [B, K, T, C] of keys and values [B, T, K, C]."""
+    new = {"key": key.swapaxes(1, 2), "value": value.swapaxes(1, 2)}
+    if "key_scale" in kv:
+        new = {name: x for part in new for name, x in quantised.store(part, new[part]).items()}
+    return {name: x.astype(kv[name].dtype) for name, x in new.items()}
 
 
 def layer_of(x: jax.Array, layer: jax.Array | int) -> jax.Array:

@@ -9,10 +9,11 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from garrulax.core.config import Check, Count, Size, check_fields, check_value
+from garrulax.core.config import Check, Count, Flag, Size, check_fields, check_value
 from garrulax.core.dtypes import at_least_float32
 from garrulax.kernels.mask import Band, Rule, Streams
 
+ENTRIES = ("key", "value", "key_scale", "value_scale")  # the arrays with an entry for each token
 PASS = 128  # tokens that a ring has space for beyond those it keeps, and so the most that one pass reads
 
 _DTYPE = Check(lambda x: x in (None, "int8"), "None (that of the parameters) or 'int8'")
@@ -57,6 +58,11 @@ class Kind:
     def longest_pass(self) -> int | None:
         """Greatest number of tokens that one pass may read; None for any."""
         return None
+
+    @property
+    def on_host(self) -> tuple[str, ...]:
+        """Names of the arrays that are kept in the memory of the host."""
+        return ()
 
     def slots(self, needed: int) -> int:
         """Number of slots of a cache for texts of up to `needed` tokens."""
@@ -235,6 +241,7 @@ class Blocks(Kind):
         local: Least number of last tokens that every query attends to: a multiple of `size`.
         representatives: Number of keys of a block with which a query is compared.
         chunk: Greatest number of tokens of one pass.
+        offload: Whether keys and values are kept in the memory of the host; scales of int8 stay on the device.
     """
 
     size: Size = 128
@@ -243,6 +250,7 @@ class Blocks(Kind):
     local: Size = 4096
     representatives: Size = 4
     chunk: Size = PASS
+    offload: Flag = dataclasses.field(default=False, kw_only=True)
 
     name: ClassVar[str] = "blocks"
 
@@ -265,6 +273,11 @@ class Blocks(Kind):
     @property
     def longest_pass(self) -> int:
         return self.chunk
+
+    @property
+    def on_host(self) -> tuple[str, ...]:
+        # Not the scales of int8, whose last axis of 1 a TPU fills up to 128 in the memory of the host.
+        return ("key", "value") if self.offload else ()
 
     def slots(self, needed: int) -> int:
         """Whole passes, since the last one is padded."""
@@ -294,7 +307,7 @@ class Blocks(Kind):
         return super().arrays(size, head_dim, dtype) | sums
 
     def view(self, number: jax.Array) -> View:
-        """The positions of the slots that `block_memory.look_up` gathers, for the token of each number [B]."""
+        """The positions of the slots that `block_memory.look_up` finds, for the token of each number [B]."""
         outside = self.outside(number)
         looked_up = jnp.minimum(outside, self.top)
         start = self.first + outside * self.size  # of the local tokens

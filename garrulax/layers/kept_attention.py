@@ -5,6 +5,8 @@ them. Queries of one pass find the same key at different positions, so they are 
 text is still so short that all of it is kept.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +16,10 @@ import jax.numpy as jnp
 from garrulax.kernels import attention
 from garrulax.kernels.mask import INF, PAD_KEY, Mask, Streams
 from garrulax.layers import block_memory, quantised
-from garrulax.layers.cache import KV, extend
+from garrulax.layers.cache import KV
 from garrulax.layers.cache_kinds import Blocks, Sinks, View
 from garrulax.layers.call import Call
+from garrulax.layers.held import first_entries, hold, written
 from garrulax.layers.rope import Rotary
 
 
@@ -35,21 +38,24 @@ def attend_to_kept(
     """`layers.attention.cached_attention` for kinds of cache with `room`. Arguments and result as there."""
     assert call.cache is not None
     assert call.slot is not None
-    kind, streams, B = call.cache.kind, call.cache.streams, len(query)
-    kv, stored = extend(kv, layer, key, value, call.slot)
+    kind, streams = call.cache.kind, call.cache.streams
+    held = hold(kv, layer, key, value, call.slot)
     if isinstance(kind, Blocks):
-        kv, stored = block_memory.remember(kind, kv, stored, layer, query, call)
-    stored = {name: x.reshape(B, -1, *x.shape[-2:]) for name, x in stored.items()}  # [B, K, S, C]
+        held = block_memory.remember(kind, held, query, call)
     options = {name: x for name, x in options.items() if not name.startswith("dropout")}
 
-    def one(args: tuple[jax.Array, jax.Array, Streams]) -> jax.Array:
+    def finder() -> Callable[[jax.Array, jax.Array], tuple[View, KV]]:
+        """A function of a query of each row [B, H, C] and their numbers [B], which returns what they attend to."""
+        if isinstance(kind, Sinks):
+            return lambda q, number: (kind.view(number, streams), held.stored)
+        assert isinstance(kind, Blocks)
+        fetch = block_memory.fetch_for(kind, held, call.number)
+        return lambda q, number: block_memory.look_up(kind, held, q, number, fetch)
+
+    def one(find: Callable, args: tuple[jax.Array, jax.Array, Streams]) -> jax.Array:
         """The output [B, 1, H, C] of one query of each row: itself [B, H, C], its number [B] and its streams [B]."""
         q, number, own = args
-        if isinstance(kind, Sinks):
-            view, found = kind.view(number, streams), stored
-        else:
-            assert isinstance(kind, Blocks)
-            view, found = block_memory.look_up(kind, stored, q, number)
+        view, found = find(q, number)
         k, v = (_restored(found, name, q.dtype) for name in ("key", "value"))
         q = q[:, None]  # [B, 1, H, C]
         if rotary is not None:
@@ -59,18 +65,28 @@ def attend_to_kept(
 
     def together() -> jax.Array:
         """The output [B, T, H, C] of all queries, of a text whose tokens have the positions that they have in it."""
-        k, v = (_restored(stored, name, query.dtype) for name in ("key", "value"))
-        q = query
+        kept, keys = held.stored, {} if mask.key is None else mask.key
+        if isinstance(kind, Blocks):  # token t is in slot t, and there are no more tokens than positions
+            count = min(kind.room, streams["rank"].shape[1])
+            kept = first_entries(held, count)
+            keys = {name: x[:, :count] for name, x in keys.items()}
+        k, v = (_restored(kept, name, query.dtype) for name in ("key", "value"))
+        q, here = query, dataclasses.replace(mask, key=keys)
         if rotary is not None:
-            q, k = rotary.at(q, call.number), rotary.at(k, streams["rank"])
-        return attention(q, k, v, mask=mask, bias=None if bias is None else bias(mask), **options)
+            q, k = rotary.at(q, call.number), rotary.at(k, keys["rank"])
+        return attention(q, k, v, mask=here, bias=None if bias is None else bias(here), **options)
+
+    def one_by_one() -> jax.Array:
+        """The output [B, T, H, C] of all queries."""
+        return jax.lax.map(functools.partial(one, finder()), args)[:, :, 0].swapaxes(0, 1)
 
     queries = {name: stream.T for name, stream in mask.query.items()}  # [T, B]
     args = query.swapaxes(0, 1), call.number.T, queries
     if query.shape[1] == 1:
-        return one(jax.tree.map(lambda x: x[0], args)), kv
-    whole = kind.keeps_whole(call.number[:, -1]).all()
-    return jax.lax.cond(whole, together, lambda: jax.lax.map(one, args)[:, :, 0].swapaxes(0, 1)), kv
+        out = one(finder(), jax.tree.map(lambda x: x[0], args))
+    else:
+        out = jax.lax.cond(kind.keeps_whole(call.number[:, -1]).all(), together, one_by_one)
+    return out, written(held, out)
 
 
 def _restored(found: KV, name: str, dtype: Any) -> jax.Array:

@@ -17,7 +17,7 @@ from garrulax.core.einsum import whole_tokens
 from garrulax.core.leaf import dtype_of
 from garrulax.core.strategies import Strategy
 from garrulax.kernels.mask import Mask
-from garrulax.layers.cache import Cache, make_cache
+from garrulax.layers.cache import Cache, make_cache, placed
 from garrulax.layers.cache_kinds import FULL, Full, Kind, LayerWindows, Window
 from garrulax.layers.call import Call, default_positions, mask_and_cache, slots_of, window_slots_of
 from garrulax.models import pipeline
@@ -174,6 +174,7 @@ def hidden(
     rows = _position_rows(config)
     if cache is not None and len(cache.planned) != len(tokens):
         raise ValueError(f"a cache of {len(cache.planned)} rows does not fit tokens of {len(tokens)}")
+    cache = None if cache is None else placed(cache)
     positions = default_positions(tokens, cache, rows) if positions is None else positions
     _check_positions(positions, tokens, rows)
     mask, cache_now = mask_and_cache(tokens, positions[:, 0] if rows == 2 else positions, mask, cache)
@@ -297,6 +298,21 @@ def check_cache(config: ModelConfig, kind: Kind) -> None:
         raise ValueError(
             f"a cache of kind {kind.name!r} with {kind.room:,} positions is larger than the model's context of "
             f"{config.max_length:,}: keep fewer tokens"
+        )
+    _check_offload(config, kind)
+
+
+def _check_offload(config: ModelConfig, kind: Kind) -> None:
+    """Raises ValueError for arrays in the memory of the host that XLA:TPU does not read and write there.
+
+    It fails to compile heads of other widths, and moves int8 to the device and back in each step to change its layout.
+    """
+    if not kind.on_host or jax.default_backend() != "tpu":
+        return
+    if kind.dtype is not None or config.head_dim % 128:
+        raise ValueError(
+            f"offload with dtype={kind.dtype!r} and heads of {config.head_dim} entries: on a TPU keys and values must "
+            "have the dtype of the parameters, and heads a multiple of 128 entries: leave offload out"
         )
 
 

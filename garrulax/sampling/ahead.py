@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from garrulax.layers import host_memory
+from garrulax.layers.cache import on_host
 from garrulax.sampling import programs
 
 MOST = 64  # programs kept
@@ -44,7 +46,7 @@ def compile_ahead(function: Any, *args: Any, gpu: dict[str, Any] | None = None, 
             return
         while len(_programs) >= MOST:
             del _programs[next(iter(_programs))]
-        abstract, settings = jax.tree.map(_abstract, args), _settings()
+        abstract, settings = jax.tree.map(_abstract, args, on_host(args)), _settings()
         options = gpu if _default_device().platform == "gpu" else None
 
         future: concurrent.futures.Future = concurrent.futures.Future()
@@ -148,8 +150,10 @@ def _settings() -> tuple:
     )
 
 
-def _abstract(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=getattr(x, "weak_type", False))
+def _abstract(x: Any, away: bool) -> jax.ShapeDtypeStruct:
+    """`away`: whether the array is in the memory of the host."""
+    place = jax.sharding.SingleDeviceSharding(_default_device(), memory_kind=host_memory.KIND) if away else None
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place, weak_type=getattr(x, "weak_type", False))
 
 
 def _on_default_device(leaves: list[Any]) -> bool:

@@ -65,6 +65,7 @@ def blocks(
     representatives: int = 4,
     *,
     dtype: str | None = None,
+    offload: bool = False,
 ) -> Blocks:
     """InfLLM: a cache of the whole text, of which a token attends to the blocks that it looks up.
 
@@ -80,11 +81,15 @@ def blocks(
         local: Least number of last tokens, a multiple of `size`.
         representatives: Keys of a block with which a query is compared.
         dtype: As for `window`.
+        offload: Keeps keys and values in the memory of the host (JAX's "pinned_host"), of which the device gets for
+            each token those that it attends to. The text is the same, of any length that fits into that memory, and a
+            step takes longer: docs/caches.md says what it moves.
 
     first + (top + 1) * size + local - 1 is at most the model's context.
 
     Raises:
-        ValueError: A number below its least value, or `local` is no multiple of `size`.
+        ValueError: A number below its least value, `local` is no multiple of `size`, or `offload` is neither true nor
+            false.
 
     Example:
         >>> import jax, garrulax as gx
@@ -94,7 +99,7 @@ def blocks(
         >>> len(gx.generate(model, [5, 17, 3], max_new_tokens=300, cache=cache).tokens)
         300
     """
-    return Blocks(size, top, first, local, representatives, dtype=dtype)
+    return Blocks(size, top, first, local, representatives, dtype=dtype, offload=offload)
 
 
 def kind_for(cache: Any, config: ModelConfig) -> Kind:

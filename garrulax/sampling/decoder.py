@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from garrulax import models
+from garrulax.core import half
 from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
 from garrulax.layers.cache import Cache
@@ -94,7 +96,7 @@ class Decoder:
         if on_host and size < (longest := int(np.max(length + limit))):
             raise ValueError(f"prefill: a request may get {longest} tokens, with its prompt, which is more than "
                              f"size={size}: raise size")  # fmt: skip
-        function, behind, static = self._prefill(size, past)
+        function, behind, static = self._prefill(params, requests, size, past)
         return ahead.find(function, params, requests, *behind, **static)(params, requests, *behind)
 
     def insert(self, into: State, prefix: State, rows: jax.Array | np.ndarray | int | None) -> State:
@@ -140,7 +142,7 @@ class Decoder:
         Returns:
             The abstract result of `prefill`.
         """
-        function, behind, static = self._prefill(size, past)
+        function, behind, static = self._prefill(weights.prefill, requests, size, past, abstract=True)
         prefix = jax.eval_shape(functools.partial(function, **static), weights.prefill, requests, *behind)
         if steps:  # first, since it takes longest
             own = {"config": self.config, "transform": self.transform}
@@ -153,12 +155,21 @@ class Decoder:
         """Frees rows; see `state.evict`."""
         return state.evict(before, rows)
 
-    def _prefill(self, size: int, past: Cache | None) -> tuple[Any, tuple[Cache, ...], dict[str, Any]]:
+    def _prefill(
+        self, params: Tree, requests: Requests, size: int, past: Cache | None, abstract: bool = False
+    ) -> tuple[Any, tuple[Cache, ...], dict[str, Any]]:
         """The function that reads contexts, its arguments behind the requests, and its static ones."""
         static = {"config": self.config, "transform": self.transform, "size": size}
-        if past is None:
+        if past is not None:
+            return state.prefill_after, (past,), static
+        if not self.cache.on_host:
             return state.prefill, (), static | {"kind": self.cache}
-        return state.prefill_after, (past,), static
+
+        def empty() -> Cache:
+            like = jax.eval_shape(half.from_bits, params)
+            return models.cache_for(like, self.config, *requests.context.shape, kind=self.cache)
+
+        return state.prefill_into, (jax.eval_shape(empty) if abstract else empty(),), static
 
 
 def compile(

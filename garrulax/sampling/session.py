@@ -20,10 +20,11 @@ from garrulax.layers.cache_kinds import Kind
 from garrulax.layers.rope import same_angles
 from garrulax.models.unpack import ModelLike
 from garrulax.sampling.buckets import POWERS_OF_TWO, slots_for
+from garrulax.sampling.cache_rows import grow_cache
 from garrulax.sampling.caches import choose_kind, kind_for
 from garrulax.sampling.generate import Plan, make_plan
 from garrulax.sampling.requests import Prompt, after, check_every, prepare_model, prompt_list
-from garrulax.sampling.state import Requests, State, extract, grow_cache
+from garrulax.sampling.state import Requests, State, extract
 from garrulax.sampling.writing import Completion, Writer, push_new_tokens, stepper
 
 LENGTHS = (16, 32, 64)  # new tokens of a turn for which `compile_ahead` compiles

@@ -11,7 +11,7 @@ import numpy as np
 
 from garrulax.core.spec import Tree
 from garrulax.kernels.mask import PAD
-from garrulax.layers.cache import Cache
+from garrulax.layers.cache import Cache, on_host
 from garrulax.sampling import ahead
 from garrulax.sampling.buckets import Buckets, bucket, slots_for
 from garrulax.sampling.decoder import Decoder
@@ -101,11 +101,11 @@ def _zeros(tree: Any) -> Any:
     memory = np.zeros(max(sizes) + 64, np.uint8)
     memory = memory[-memory.ctypes.data % 64 :]  # aligned so that XLA uses it without a copy
 
-    def zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
+    def zeros(x: jax.ShapeDtypeStruct, away: bool) -> jax.Array:
         part = memory[: math.prod(x.shape) * x.dtype.itemsize].view(x.dtype).reshape(x.shape)
-        return jax.device_put(part, may_alias=True)
+        return jax.device_put(part, jax.memory.Space.Host if away else None, may_alias=True)
 
-    return jax.tree.map(zeros, tree)
+    return jax.tree.map(zeros, tree, on_host(tree))
 
 
 def _groups(

@@ -3,7 +3,6 @@
 Letters: B rows, P context length, S cache slots of a row, E end tokens.
 """
 
-import collections
 import dataclasses
 import functools
 from typing import Any, cast
@@ -19,8 +18,9 @@ from garrulax.core.config import ModelConfig
 from garrulax.core.records import Record
 from garrulax.core.spec import Tree
 from garrulax.kernels.mask import PAD
-from garrulax.layers.cache import KV, Cache, stacked_at
-from garrulax.layers.cache_kinds import FULL, Kind, LayerWindows
+from garrulax.layers.cache import Cache
+from garrulax.layers.cache_kinds import FULL, Kind
+from garrulax.sampling.cache_rows import extract_layers, insert_layers, longer_cache, put_rows, split_layer
 from garrulax.sampling.contexts import cache_context
 from garrulax.sampling.transforms import Knobs, Transform
 
@@ -201,6 +201,28 @@ def prefill_after(
     return _read(params, requests, past, config, transform, size)
 
 
+@functools.partial(jax.jit, static_argnames=("config", "transform", "size"), donate_argnames="cache")
+def prefill_into(
+    params: Tree, requests: Requests, cache: Cache, config: ModelConfig, transform: Transform, size: int
+) -> State:
+    """`prefill` with an empty cache that was made before.
+
+    What a program makes in the memory of the host, XLA:TPU would move to the device between two of its computations.
+
+    Args:
+        params: As in `prefill`, like all but the cache.
+        requests: See there.
+        cache: With a row for each row of the context, and a slot for each of its columns. It is donated.
+        config: See there.
+        transform: See there.
+        size: See there.
+
+    Returns:
+        As `prefill`.
+    """
+    return _read(params, requests, cache, config, transform, size)
+
+
 def _read(
     params: Tree, requests: Requests, cache: Cache, config: ModelConfig, transform: Transform, size: int
 ) -> State:
@@ -244,17 +266,12 @@ def split_state(state: State, whole: bool = True) -> State:
         whole: Whether every device has the rows of all that is not in the cache, so that the host can read it. Between
             two steps of a loop no device needs the rows of others.
     """
-    layers = jax.tree.map(_split_layer, state.cache.layers)
+    layers = jax.tree.map(split_layer, state.cache.layers)
     by_rows = functools.partial(split, rows=0)
     streams = jax.tree.map(by_rows, state.cache.streams)
     state = jax.tree.map(split if whole else by_rows, without_layers(state))
     cache = dataclasses.replace(state.cache, layers=layers, streams=streams)
     return dataclasses.replace(state, cache=cache)
-
-
-def _split_layer(x: jax.Array) -> jax.Array:
-    """Keys or values: [L, B, K, S, C] or [B, K, S, C] by rows and heads, [B·K, S, C] whole."""
-    return split(x) if x.ndim == 3 else split(x, rows=x.ndim - 4, heads=x.ndim - 3)
 
 
 def insert(state: State, prefix: State, rows: jax.Array | np.ndarray | int | None) -> State:
@@ -279,23 +296,9 @@ def insert(state: State, prefix: State, rows: jax.Array | np.ndarray | int | Non
         _check_rows(rows, len(state.done))
         rows = jnp.atleast_1d(rows.astype(jnp.int32)) if isinstance(rows, jax.Array) else np.atleast_1d(np.int32(rows))
     _check_shapes(state, prefix)
-    layers, new = state.cache.layers, prefix.cache.layers
-    if isinstance(layers, tuple):  # one small program for all layers compiles faster than one with all of them
-        heads = _heads(state)
-        places = [stacked_at(state.cache.kind, i, layer)[1] for i, layer in enumerate(layers)]
-        layers = tuple(
-            _insert_layer(layer, new[i] if isinstance(new, tuple) else new, np.int32(places[i]), rows, heads)
-            for i, layer in enumerate(layers)
-        )
-    else:
-        layers = _insert_stacked(layers, new, rows)
+    cache = state.cache
+    layers = insert_layers(cache.layers, prefix.cache.layers, rows, len(state.done), cache.kind)
     return with_layers(_insert_rest(without_layers(state), without_layers(prefix), rows), layers)
-
-
-def _heads(state: State) -> int:
-    """K, of unstacked layers."""
-    x = next(iter(state.cache.layers[0].values()))
-    return int(x.shape[0] // len(state.done) if x.ndim == 3 else x.shape[1])
 
 
 def _check_rows(rows: jax.Array | np.ndarray | int, count: int) -> None:
@@ -334,34 +337,6 @@ def with_layers(state: State, layers: Any) -> State:
     return dataclasses.replace(state, cache=dataclasses.replace(state.cache, layers=layers))
 
 
-@functools.partial(jax.jit, static_argnames="heads", donate_argnames="layer")
-def _insert_layer(layer: KV, new: KV, i: jax.Array, rows: jax.Array | None, heads: int) -> KV:
-    """[B·K, S, C] or [B, K, S, C] with [b·K, P, C], or with layer i of a stack [L, b, K, P, C], in it; b is n or 1.
-
-    K is `heads`.
-    """
-
-    def put(x: jax.Array, part: jax.Array) -> jax.Array:
-        if part.ndim == 5:
-            part = jax.lax.dynamic_index_in_dim(part, i, keepdims=False)
-        part = part.reshape(-1, heads, *part.shape[-2:])
-        return _split_layer(_put(x.reshape(-1, heads, *x.shape[-2:]), part, rows).reshape(x.shape))
-
-    return {name: put(x, new[name]) for name, x in layer.items()}
-
-
-@functools.partial(jax.jit, donate_argnames="layers")
-def _insert_stacked(layers: KV, new: KV | tuple[KV, ...], rows: jax.Array | None) -> KV:
-    """[L, B, K, S, C] with [L, b, K, P, C], or with a tuple of [b·K, P, C], in it."""
-    if isinstance(new, tuple):
-        heads = layers["key"].shape[2]
-        new = {
-            name: jnp.stack([x[name].reshape(-1, heads, *x[name].shape[1:]) for x in new if name in x])
-            for name in layers
-        }
-    return {name: _split_layer(jax.vmap(_put, in_axes=(0, 0, None))(x, new[name], rows)) for name, x in layers.items()}
-
-
 @functools.partial(jax.jit, donate_argnames="rest")
 def _insert_rest(rest: State, new: State, rows: jax.Array | None) -> State:
     allowed = rest.allowed  # the host writes it before every step
@@ -372,7 +347,7 @@ def _insert_rest(rest: State, new: State, rows: jax.Array | None) -> State:
         lambda x, y: of_rows(rest.done, y[:1].astype(x.dtype), x), *(x.transform_state for x in (rest, new))
     )
     rest = dataclasses.replace(rest, transform_state=knobs)
-    rest = jax.tree.map(lambda x, y: _put(x, y, rows), rest, new)
+    rest = jax.tree.map(lambda x, y: put_rows(x, y, rows), rest, new)
     return split_state(dataclasses.replace(rest, allowed=allowed))
 
 
@@ -387,53 +362,10 @@ def extract(state: State, row: int, stacked: bool) -> Cache:
     Returns:
         A cache of one row with as many slots as the state. It shares no memory with the state.
     """
-    place, kind = np.int32(row), state.cache.kind
-    layers = state.cache.layers
-    if isinstance(layers, tuple):
-        heads = _heads(state)
-        layers = tuple(_extract_layer(layer, place, heads) for layer in layers)
-        layers = _stack(layers, kind) if stacked else layers
-    else:
-        layers = _extract_stacked(layers, place)
-        layers = layers if stacked else _unstack(layers, kind)
-    rest = _extract_rest(dataclasses.replace(state.cache, layers=None), place)
+    cache = state.cache
+    layers = extract_layers(cache.layers, row, len(state.done), cache.kind, stacked)
+    rest = _extract_rest(dataclasses.replace(cache, layers=None), np.int32(row))
     return dataclasses.replace(rest, layers=layers)
-
-
-@functools.partial(jax.jit, static_argnames="heads")
-def _extract_layer(layer: KV, row: jax.Array, heads: int) -> KV:
-    """[K, S, C] of [B·K, S, C] or [B, K, S, C]."""
-    flat = {name: x.reshape(-1, *x.shape[-2:]) for name, x in layer.items()}
-    return {name: jax.lax.dynamic_slice_in_dim(x, row * heads, heads) for name, x in flat.items()}
-
-
-def _stack(layers: tuple[KV, ...], kind: Kind) -> KV:
-    """[L, 1, K, S, C] of [K, S, C] of each layer, by one small program that puts a layer into its place."""
-    counts = collections.Counter(name for layer in layers for name in layer)
-    arrays = {name: x for layer in layers for name, x in layer.items()}
-    stack = {name: jnp.zeros((counts[name], 1, *x.shape), x.dtype) for name, x in arrays.items()}
-    for i, layer in enumerate(layers):
-        names, place = stacked_at(kind, i, stack)
-        stack |= _put_layer({name: stack[name] for name in names}, layer, np.int32(place))
-    return stack
-
-
-def _unstack(stack: KV, kind: Kind) -> tuple[KV, ...]:
-    """[K, S, C] of each layer of [L, 1, K, S, C]."""
-    count = len(kind.windowed) if isinstance(kind, LayerWindows) else len(stack["key"])
-    places = (stacked_at(kind, i, stack) for i in range(count))
-    return tuple({name: stack[name][place, 0] for name in names} for names, place in places)
-
-
-@functools.partial(jax.jit, donate_argnames="stack")
-def _put_layer(stack: KV, layer: KV, i: jax.Array) -> KV:
-    return {name: x.at[i, 0].set(layer[name]) for name, x in stack.items()}
-
-
-@jax.jit
-def _extract_stacked(layers: KV, row: jax.Array) -> KV:
-    """[L, 1, K, S, C] of [L, B, K, S, C]."""
-    return {name: jax.lax.dynamic_slice_in_dim(x, row, 1, axis=1) for name, x in layers.items()}
 
 
 @jax.jit
@@ -446,40 +378,14 @@ def of_rows(rows: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.where(rows.reshape(-1, *(1,) * (x.ndim - 1)), x, y)
 
 
-def _put(x: jax.Array, part: jax.Array, rows: jax.Array | None) -> jax.Array:
-    """x [B, ...] with `part` [n or 1, ...], from 0 on all other axes on, in some of its rows; None is all, in order."""
-    if rows is None:
-        return jax.lax.dynamic_update_slice(x, part.astype(x.dtype), (0,) * x.ndim)
-    part = jnp.broadcast_to(part, (len(rows), *part.shape[1:])).astype(x.dtype)
-    return x.at[(rows, *(slice(0, n) for n in part.shape[1:]))].set(part)
-
-
 @functools.partial(jax.jit, static_argnames="slots")
 def grow(state: State, slots: int) -> State:
     """The same state with more cache slots a row, `slots` in all."""
     more = [(0, 0), (0, slots - state.cache.size)]
     tokens, logprobs = jnp.pad(state.tokens, more), jnp.pad(state.logprobs, more)
-    return split_state(dataclasses.replace(state, cache=_longer(state.cache, slots), tokens=tokens, logprobs=logprobs))
-
-
-@functools.partial(jax.jit, static_argnames="slots")
-def grow_cache(cache: Cache, slots: int) -> Cache:
-    """The same cache with more slots a row, `slots` in all."""
-    return _longer(cache, slots)
-
-
-def _longer(cache: Cache, slots: int) -> Cache:
-    def longer(x: jax.Array, axis: int, size: int) -> jax.Array:
-        return jnp.pad(x, [(0, size - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
-
-    def longer_layer(layer: KV) -> KV:
-        sizes = cache.kind.arrays(slots, 1, jnp.float32)  # those of windows do not grow
-        return {name: longer(x, x.ndim - 2, sizes[name][0]) if name in sizes else x for name, x in layer.items()}
-
-    layers = cache.layers
-    layers = tuple(map(longer_layer, layers)) if isinstance(layers, tuple) else longer_layer(layers)
-    streams = {name: longer(x, 1, slots) for name, x in cache.streams.items()}
-    return dataclasses.replace(cache, layers=layers, streams=streams)
+    return split_state(
+        dataclasses.replace(state, cache=longer_cache(state.cache, slots), tokens=tokens, logprobs=logprobs)
+    )
 
 
 @functools.partial(jax.jit, donate_argnames="state")

@@ -15,13 +15,14 @@ from garrulax.kernels.mask import PAD
 from garrulax.layers.cache import Cache
 from garrulax.models.unpack import ModelLike
 from garrulax.sampling.buckets import ONE_ROW
+from garrulax.sampling.cache_rows import grow_cache
 from garrulax.sampling.decoder import Decoder
 from garrulax.sampling.loop import choose, decode_step, read
 from garrulax.sampling.requests import Weights, prepare_model
 from garrulax.sampling.speculate.accept import exact
 from garrulax.sampling.speculate.interface import Bound, Outcome, Proposal, Proposer, Speculation, check_parents
 from garrulax.sampling.start import compile_start, start
-from garrulax.sampling.state import Requests, State, grow_cache
+from garrulax.sampling.state import Requests, State
 from garrulax.sampling.transforms import Transform
 
 

@@ -176,7 +176,6 @@ def test_a_cache_in_the_memory_of_the_host(folder, capsys):
     assert "--offload keeps blocks in the host's memory: it goes with --cache blocks" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_a_conversation_without_an_end(model, folder, capsys, monkeypatch):
     lines = "".join(f"question {i}\n" for i in range(12))
     assert scripted(monkeypatch, folder, lines, "--stream", "--temperature", "0") == 0

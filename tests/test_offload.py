@@ -55,6 +55,7 @@ def assert_same_texts(dtype, *ways):
             np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_texts_of_long_and_short_prompts_are_the_same():
     assert_same_texts(None, {"prompts": [TEXT * 2, TEXT[:5], TEXT[:30]], "seed": [1, 2, 3]})
 

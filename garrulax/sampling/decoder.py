@@ -12,6 +12,7 @@ from garrulax import models
 from garrulax.core import half
 from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
+from garrulax.kernels.mask import PAD
 from garrulax.layers.cache import Cache
 from garrulax.layers.cache_kinds import FULL, Kind
 from garrulax.models.unpack import ModelLike, unpack_model
@@ -88,14 +89,17 @@ class Decoder:
         """Reads the contexts of requests; see `state.prefill`, and with `past` `state.prefill_after`.
 
         Raises:
-            ValueError: A request may get more tokens than `size`. Of requests on a device this is not checked, since
-                the host would wait for them.
+            ValueError: A request may get more tokens than `size`, or has a longer prompt where the cache lets a text
+                outgrow it. Of requests on a device this is not checked, since the host would wait for them.
         """
         length, limit = requests.length, requests.limit
-        on_host = isinstance(length, np.ndarray) and isinstance(limit, np.ndarray)
-        if on_host and size < (longest := int(np.max(length + limit))):
-            raise ValueError(f"prefill: a request may get {longest} tokens, with its prompt, which is more than "
-                             f"size={size}: raise size")  # fmt: skip
+        if isinstance(length, np.ndarray) and isinstance(limit, np.ndarray):
+            endless = self.cache.room is not None
+            # Of an endless text, a session gives the end of the prompt only.
+            most = int(np.max(np.sum(np.asarray(requests.prompt) != PAD, axis=1) if endless else length + limit))
+            if most > size:
+                what = f"a prompt has {most} tokens" if endless else f"a request may get {most} tokens, with its prompt"
+                raise ValueError(f"prefill: {what}, which is more than size={size}: raise size")
         function, behind, static = self._prefill(params, requests, size, past)
         return ahead.find(function, params, requests, *behind, **static)(params, requests, *behind)
 

@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 import garrulax as gx
-from garrulax import models
+from garrulax import models, sampling
 from garrulax.layers import quantised
 from garrulax.layers.cache_kinds import FULL, Blocks, Full, LayerWindows, Sinks, Window
 from garrulax.layers.rope import Rope
@@ -203,6 +203,15 @@ def test_texts_are_the_same_with_windows_in_some_layers(config, stacked, monkeyp
     assert found == written()
 
 
+@pytest.mark.parametrize(
+    ("kind", "message"), [(BLOCKS, "a request may get 70 tokens, with its"), (Sinks(4, 20), "a prompt has 40 tokens")]
+)
+def test_a_row_has_space_for_its_request_or_is_a_ring(kind, message):
+    decoder = sampling.compile((tiny.params(LLAMA), LLAMA), cache=kind)
+    with pytest.raises(ValueError, match=f"{message}.* more than size=32: raise size"):
+        decoder.prefill(tiny.params(LLAMA), decoder.request(TEXT, max_new_tokens=30), size=32)
+
+
 @pytest.mark.slow
 def test_texts_go_on_beyond_the_context():
     model = gx.unstack(tiny.params(LLAMA)), LLAMA
@@ -252,6 +261,8 @@ def test_what_cannot_be_is_refused_before_anything_is_compiled():
         logits(tiny.params(LLAMA), LLAMA, TEXT, Sinks(2, 8, chunk=7), [8])
     plan = make_plan((jax.eval_shape(lambda: tiny.params(LLAMA)), LLAMA), [[1, 2]], 4, cache=gx.window(2**40))
     assert plan.decoder.cache == FULL  # not 2**40 slots for six tokens
+    for other in (LLAMA, dataclasses.replace(QWEN, window_from=2), dataclasses.replace(QWEN, window=10)):
+        refused("must have the windows of the model's layers", other, cache=models.default_cache(QWEN))
     refused("'blocks' with 6,399 positions is larger than the model's context of 64", cache=gx.blocks())
     refused("'sinks' with 104 positions is larger than the model's context of 64", cache=gx.sinks(4, 100))
     refused("no text may have more than 1,073,741,824", cache=gx.sinks(4, 8), max_new_tokens=2**31 - 1)

@@ -287,6 +287,8 @@ def check_cache(config: ModelConfig, kind: Kind) -> None:
         raise ValueError(
             f"{name} fills blanks, whose tokens attend to later ones: it has no cache of kind {kind.name!r}: use 'full'"
         )
+    if isinstance(kind, LayerWindows):
+        _check_windows(config, kind)
     if kind.room is None:
         return
     if not family(config).RELATIVE_POSITIONS:
@@ -300,6 +302,16 @@ def check_cache(config: ModelConfig, kind: Kind) -> None:
             f"{config.max_length:,}: keep fewer tokens"
         )
     _check_offload(config, kind)
+
+
+def _check_windows(config: ModelConfig, kind: LayerWindows) -> None:
+    """Raises ValueError where layers keep fewer tokens than they attend to: the texts would be wrong."""
+    own = default_cache(config)
+    if not isinstance(own, LayerWindows) or own.windowed != kind.windowed or own.window.size > kind.window.size:
+        raise ValueError(
+            f"a cache of kind {kind.name!r} must have the windows of the model's layers: leave it out, or take "
+            "models.default_cache(config)"
+        )
 
 
 def _check_offload(config: ModelConfig, kind: Kind) -> None:

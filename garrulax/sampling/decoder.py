@@ -89,13 +89,13 @@ class Decoder:
         """Reads the contexts of requests; see `state.prefill`, and with `past` `state.prefill_after`.
 
         Raises:
-            ValueError: A request may get more tokens than `size`, or has a longer prompt where the cache lets a text
-                outgrow it. Of requests on a device this is not checked, since the host would wait for them.
+            ValueError: A request may get more tokens than `size`; with attention sinks, whose texts have no end, its
+                prompt alone has more. Of requests on a device this is not checked, since the host would wait for them.
         """
         length, limit = requests.length, requests.limit
         if isinstance(length, np.ndarray) and isinstance(limit, np.ndarray):
-            endless = self.cache.room is not None
-            # Of an endless text, a session gives the end of the prompt only.
+            # A ring has free slots however long the text becomes, and a session gives the end of the prompt only.
+            endless = self.cache.ring and self.cache.room is not None
             most = int(np.max(np.sum(np.asarray(requests.prompt) != PAD, axis=1) if endless else length + limit))
             if most > size:
                 what = f"a prompt has {most} tokens" if endless else f"a request may get {most} tokens, with its prompt"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -210,6 +211,19 @@ def test_a_row_has_space_for_its_request_or_is_a_ring(kind, message):
     decoder = sampling.compile((tiny.params(LLAMA), LLAMA), cache=kind)
     with pytest.raises(ValueError, match=f"{message}.* more than size=32: raise size"):
         decoder.prefill(tiny.params(LLAMA), decoder.request(TEXT, max_new_tokens=30), size=32)
+
+
+@pytest.mark.slow
+def test_transforms_see_the_last_tokens_of_a_text_without_an_end():
+    session = Session((tiny.params(LLAMA), LLAMA), Sinks(4, 40))  # the session's size is 256
+    knobs = {"temperature": 5.0, "no_repeat_ngram_size": 2, "max_new_tokens": 400}
+    prompt = TEXT
+    for seed in range(2):
+        text = [*prompt, *tiny.drained(session.stream(prompt, seed=seed, **knobs))[1].tokens]
+        for end in range(len(prompt) + 10, len(text), 10):
+            pairs = list(itertools.pairwise(text[:end][-256:]))[-10:]
+            assert not set(pairs) & set(itertools.pairwise(text[: end - 10][-246:])), end
+        prompt = [*text, 5]
 
 
 @pytest.mark.slow

@@ -236,9 +236,8 @@ class Session:
         size = self._size_of(plan)
         requests = plan.requests
         if plan.size > size:  # of an endless text, transforms see the end
-            limit = min(int(requests.limit[0]), size - 1)
             text: Any = np.asarray(requests.prompt)
-            text = text[:, : int((text != PAD).sum())][:, limit - size :]
+            text = text[:, : int((text != PAD).sum())][:, -size:]
             requests = dataclasses.replace(requests, prompt=text)
         return after(requests, 0, known, size + 1, plan.decoder.buckets)
 

@@ -16,16 +16,21 @@ def prompt_length(knobs: Knobs) -> jax.Array:
 
 
 def text_so_far(knobs: Knobs) -> tuple[jax.Array, jax.Array]:
-    """The prompt of each row with room for its new tokens, int32 [B, N], and its length, int32 [B]."""
+    """The prompt of each row with space for its new tokens, int32 [B, N], and its length, int32 [B].
+
+    Only of texts without an end (`gx.sinks`) there may be more tokens: then it is the last N.
+    """
     prompt, size = knobs["prompt"], knobs["size"]
     text = jnp.pad(prompt[:, :size], ((0, 0), (0, max(0, size - prompt.shape[1]))), constant_values=-1)
     return text, prompt_length(knobs)
 
 
 def add_token(token: jax.Array, text: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The text and its length after one more token, int32 [B]."""
-    rows = jnp.arange(token.shape[0], dtype=jnp.int32)
-    return text.at[rows, length].set(token, mode="drop"), length + 1
+    """The text and its length after one more token, int32 [B]. A text without space for it loses its first token."""
+    rows, most = jnp.arange(token.shape[0], dtype=jnp.int32), text.shape[1]
+    full = length >= most
+    text = jax.lax.cond(full.any(), lambda: jnp.where(full[:, None], jnp.roll(text, -1, axis=1), text), lambda: text)
+    return text.at[rows, jnp.minimum(length, most - 1)].set(token), jnp.minimum(length + 1, most)
 
 
 def after_same_tokens(text: jax.Array, length: jax.Array, n: jax.Array) -> jax.Array:

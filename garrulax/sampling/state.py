@@ -169,6 +169,7 @@ def prefill(
         config: The family's Config.
         transform: The transform of the logits.
         size: Greatest number of tokens, of prompt and answer together, that a row may get.
+            With attention sinks it may get more: transforms then see the last `size`.
         kind: Of the cache.
 
     Returns:

@@ -23,9 +23,11 @@ def cache_of(args: argparse.Namespace, config: ModelConfig) -> str | Kind:
         ValueError: --cache is none of its forms, a number is wrong, or --offload does not go with it.
     """
     text = args.cache
+    stream = getattr(args, "stream", False)
     if args.offload and text.partition("=")[0] != "blocks":
-        raise ValueError(f"--offload keeps blocks in the host's memory: it goes with --cache blocks, not {text}")
-    if getattr(args, "stream", False):
+        given = "--stream" if stream else text
+        raise ValueError(f"--offload keeps blocks in the host's memory: it goes with --cache blocks, not {given}")
+    if stream:
         if text != "full":
             raise ValueError(f"--stream keeps {SINKS} first tokens and a window: leave it or --cache {text} out")
         if config.max_length <= 2 * SINKS:

@@ -162,6 +162,11 @@ class LayerWindows(Kind):
 
     name: ClassVar[str] = "windows in some layers"
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.window.dtype != self.dtype:
+            raise ValueError(f"the window has dtype={self.window.dtype!r}, and the other layers {self.dtype!r}")
+
     @property
     def longest_pass(self) -> int:
         return self.window.chunk

@@ -25,7 +25,7 @@ class Held(NamedTuple):
         layer: Number of the layer.
         stored: The arrays of this layer that are on the device, [B, K, S, C] each.
         new: [B, K, T, C], entries of the pass that `kv` does not have yet; empty if all arrays are on the device.
-        start: int32 [B], the slot of the first of them.
+        start: int32 [B], the slot of the first of them; where there are none, the slots of the pass.
     """
 
     kv: KV

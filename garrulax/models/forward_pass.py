@@ -104,7 +104,9 @@ def forward(
     group: int = 0,
     context_parallel: str | None = None,
 ) -> tuple[jax.Array, Cache | None]:
-    """Logits of tokens, and the cache with the tokens in it. Works under jit, grad and vmap with `config` static.
+    """Logits of tokens, and the cache with the tokens in it.
+
+    It works under jit, grad and vmap with `config` static; with a cache in the memory of the host, not under grad.
 
     Args:
         params: Parameters as from `init` or `load`, or their `unstack`ed form.

@@ -7,16 +7,26 @@ is in its memory (`compute_on`), so that only indices and entries are moved. The
 Letters: L layers, B rows, K key/value heads, S slots, C width of a head, n rows, T slots that are read or written.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.compute_on import compute_on
+from jax.experimental import compute_on
 
 KIND = "pinned_host"  # JAX's name of the memory
 
 _HOST, _DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 _MODE = jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS  # the others compare indices with constants on the device
+
+
+def _by_host(function: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
+    """function(*args), computed by the host of what is in its memory; the result stays there."""
+    if hasattr(compute_on, "compute_on2"):  # jax before 0.12, where its newer form does not compile for TPUs
+        with compute_on.compute_on("device_host"):
+            return function(*args)
+    decorate: Any = compute_on.compute_on
+    return decorate(function, compute_type="device_host", out_memory_spaces=_HOST)(*args)
 
 
 def is_on_host(x: jax.Array) -> bool:
@@ -31,23 +41,18 @@ def to_host(x: jax.Array) -> jax.Array:
 
 def fetched(x: jax.Array) -> jax.Array:
     """x, of the memory of the host, on the device."""
-    with compute_on("device_host"):
-        flat = jax.lax.reshape(x, (x.size,))
+    flat = _by_host(lambda x: jax.lax.reshape(x, (x.size,)), x)
     return jax.device_put(flat, _DEVICE).reshape(x.shape)
 
 
 def _sent(x: jax.Array) -> jax.Array:
     """x, of the device, in the memory of the host. Flat, as in `fetched`: XLA:TPU fails to move some other shapes."""
-    flat = to_host(x.reshape(-1))
-    with compute_on("device_host"):
-        return jax.lax.reshape(flat, x.shape)
+    return _by_host(lambda flat: jax.lax.reshape(flat, x.shape), to_host(x.reshape(-1)))
 
 
 def zeros(shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """Zeros in the memory of the host, of which the device has none."""
-    zero = to_host(jnp.zeros((), dtype))
-    with compute_on("device_host"):
-        return jax.lax.broadcast(zero, shape)
+    return _by_host(lambda zero: jax.lax.broadcast(zero, shape), to_host(jnp.zeros((), dtype)))
 
 
 def places(x: jax.Array, layer: jax.Array | int, rows: jax.Array, slots: jax.Array) -> jax.Array:
@@ -67,9 +72,14 @@ def places(x: jax.Array, layer: jax.Array | int, rows: jax.Array, slots: jax.Arr
         parts: list[tuple[jax.Array, tuple[int, ...]]] = [(rows[:, None] * len(heads) + heads[None], (0, 1))]
     else:
         parts = [(jnp.asarray(layer, jnp.int32), ()), (rows, (0,)), (heads, (1,))]
-    moved = [(_sent(part), axes) for part, axes in (*parts, (slots, (0, 1, 2)))]
-    with compute_on("device_host"):  # where they are small: on a TPU the last axis would take 128 entries
-        return jax.lax.concatenate([jax.lax.broadcast_in_dim(part, shape, axes) for part, axes in moved], 3)
+    parts.append((slots, (0, 1, 2)))
+
+    def joined(*moved: jax.Array) -> jax.Array:
+        pairs = zip(moved, (axes for _, axes in parts), strict=True)
+        return jax.lax.concatenate([jax.lax.broadcast_in_dim(part, shape, axes) for part, axes in pairs], 3)
+
+    # Joined where they are small: on a TPU the last axis would take 128 entries.
+    return _by_host(joined, *(_sent(part) for part, _ in parts))
 
 
 def read(x: jax.Array, where: jax.Array) -> jax.Array:
@@ -81,9 +91,8 @@ def read(x: jax.Array, where: jax.Array) -> jax.Array:
     """
     axes = tuple(range(x.ndim - 1))
     numbers = jax.lax.GatherDimensionNumbers(offset_dims=(3,), collapsed_slice_dims=axes, start_index_map=axes)
-    with compute_on("device_host"):
-        found = jax.lax.gather(x, where, numbers, (*(1 for _ in axes), x.shape[-1]), mode=_MODE)
-    return fetched(found)
+    sizes = (*(1 for _ in axes), x.shape[-1])
+    return fetched(_by_host(lambda x, where: jax.lax.gather(x, where, numbers, sizes, mode=_MODE), x, where))
 
 
 def read_on(x: jax.Array, where: jax.Array, count: int) -> jax.Array:
@@ -96,9 +105,12 @@ def read_on(x: jax.Array, where: jax.Array, count: int) -> jax.Array:
     """
     axes = tuple(range(x.ndim - 1))
     numbers = jax.lax.GatherDimensionNumbers(offset_dims=(2, 3), collapsed_slice_dims=axes[:-1], start_index_map=axes)
-    with compute_on("device_host"):
-        where = jax.lax.squeeze(where, (2,))
-        return jax.lax.gather(x, where, numbers, (*(1 for _ in axes[1:]), count, x.shape[-1]), mode=_MODE)
+    sizes = (*(1 for _ in axes[1:]), count, x.shape[-1])
+
+    def gather(x: jax.Array, where: jax.Array) -> jax.Array:
+        return jax.lax.gather(x, jax.lax.squeeze(where, (2,)), numbers, sizes, mode=_MODE)
+
+    return _by_host(gather, x, where)
 
 
 def write_on(x: jax.Array, where: jax.Array, new: jax.Array) -> jax.Array:
@@ -113,18 +125,18 @@ def write_on(x: jax.Array, where: jax.Array, new: jax.Array) -> jax.Array:
     numbers = jax.lax.ScatterDimensionNumbers(
         update_window_dims=(2, 3), inserted_window_dims=axes[:-1], scatter_dims_to_operand_dims=axes
     )
-    new = new if is_on_host(new) else _sent(new)
-    with compute_on("device_host"):
+
+    def scatter(x: jax.Array, where: jax.Array, new: jax.Array) -> jax.Array:
         where, new = jax.lax.squeeze(where, (2,)), jax.lax.convert_element_type(new, x.dtype)
         return jax.lax.scatter(x, where, new, numbers, mode=_MODE)
+
+    return _by_host(scatter, x, where, new if is_on_host(new) else _sent(new))
 
 
 def longer(x: jax.Array, slots: int) -> jax.Array:
     """x, as in `places`, with zeros behind its slots, `slots` in all."""
-    zero = to_host(jnp.zeros((), x.dtype))
     more = [(0, slots - x.shape[-2] if axis == x.ndim - 2 else 0, 0) for axis in range(x.ndim)]
-    with compute_on("device_host"):
-        return jax.lax.pad(x, zero, more)
+    return _by_host(lambda x, zero: jax.lax.pad(x, zero, more), x, to_host(jnp.zeros((), x.dtype)))
 
 
 def copy_rows(

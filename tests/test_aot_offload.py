@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 from tpu_compiler import NEEDS_LIBTPU
 
-pytestmark = [pytest.mark.slow, NEEDS_LIBTPU]
+from garrulax.layers import host_memory
+
+COMPILES = pytest.mark.skipif(not host_memory.COMPILES_FOR_TPUS, reason="XLA for TPUs compiles it before jax 0.12 only")
+pytestmark = [pytest.mark.slow, NEEDS_LIBTPU, COMPILES]
 ROOT = Path(__file__).parent.parent
 
 

@@ -12,6 +12,7 @@ from test_caches import BLOCKS, LLAMA, TEXT, logits
 
 import garrulax as gx
 from garrulax.cli.caches import cache_of
+from garrulax.layers import host_memory
 from garrulax.layers.cache_kinds import FULL
 from garrulax.sampling import Session, ahead, cache_rows, loop, state
 from garrulax.sampling.decoder import Decoder
@@ -129,5 +130,7 @@ def test_what_cannot_be_offloaded_is_refused(monkeypatch):
         gx.window(8, offload=True)
     assert FULL.on_host == ()
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    with pytest.raises(ValueError, match="heads of 4 entries: on a TPU"):
-        gx.generate((tiny.params(LLAMA), LLAMA), TEXT, max_new_tokens=4, cache=OFFLOAD)
+    for compiles, message in ((True, "heads of 4 entries: on a TPU"), (False, "does not compile it for TPUs")):
+        monkeypatch.setattr(host_memory, "COMPILES_FOR_TPUS", compiles)
+        with pytest.raises(ValueError, match=message):
+            gx.generate((tiny.params(LLAMA), LLAMA), TEXT, max_new_tokens=4, cache=OFFLOAD)

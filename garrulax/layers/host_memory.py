@@ -16,13 +16,16 @@ from jax.experimental import compute_on
 
 KIND = "pinned_host"  # JAX's name of the memory
 
+#: Whether JAX is one before 0.12: XLA for TPUs compiles only the form that `compute_on` had there.
+COMPILES_FOR_TPUS = hasattr(compute_on, "compute_on2")
+
 _HOST, _DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 _MODE = jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS  # the others compare indices with constants on the device
 
 
 def _by_host(function: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
     """function(*args), computed by the host of what is in its memory; the result stays there."""
-    if hasattr(compute_on, "compute_on2"):  # jax before 0.12, where its newer form does not compile for TPUs
+    if COMPILES_FOR_TPUS:
         with compute_on.compute_on("device_host"):
             return function(*args)
     decorate: Any = compute_on.compute_on

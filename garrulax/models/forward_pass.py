@@ -17,6 +17,7 @@ from garrulax.core.einsum import whole_tokens
 from garrulax.core.leaf import dtype_of
 from garrulax.core.strategies import Strategy
 from garrulax.kernels.mask import Mask
+from garrulax.layers import host_memory
 from garrulax.layers.cache import Cache, make_cache, placed
 from garrulax.layers.cache_kinds import FULL, Full, Kind, LayerWindows, Window
 from garrulax.layers.call import Call, default_positions, mask_and_cache, slots_of, window_slots_of
@@ -323,6 +324,10 @@ def _check_offload(config: ModelConfig, kind: Kind) -> None:
     """
     if not kind.on_host or jax.default_backend() != "tpu":
         return
+    if not host_memory.COMPILES_FOR_TPUS:
+        raise ValueError(
+            f"offload: jax {jax.__version__} does not compile it for TPUs: take a jax below 0.12, or leave offload out"
+        )
     if kind.dtype is not None or config.head_dim % 128:
         raise ValueError(
             f"offload with dtype={kind.dtype!r} and heads of {config.head_dim} entries: on a TPU keys and values must "

@@ -1,5 +1,6 @@
 """The KV cache: keys, values and mask streams of the tokens so far, updated in place."""
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Iterable
@@ -12,11 +13,10 @@ from garrulax.core.einsum import on_mesh
 from garrulax.core.records import Record
 from garrulax.kernels.mask import PAD_KEY, Streams
 from garrulax.layers import host_memory, quantised
-from garrulax.layers.cache_kinds import FULL, Kind, LayerWindows
+from garrulax.layers.cache_kinds import FULL, OF_WINDOW, Kind, LayerWindows
 
 KV = dict[str, jax.Array]  # "key", "value", and what the kind of the cache adds (`Kind.arrays`)
 _STREAMS = ("rank", "segment", "position")
-OF_WINDOW = "window_"  # the beginning of the names of arrays of layers with a window, where only some have one
 
 
 @jax.tree_util.register_dataclass
@@ -89,11 +89,11 @@ def make_cache(
     if batch_axis is not None and kind != FULL:
         raise ValueError(f"a cache of kind {kind.name!r} runs on one device: on a mesh, leave the kind out")
 
-    def kv(before, axes, of=kind, prefix=""):
-        parts = of.arrays(of.slots(size) if prefix else size, head_dim, dtype)
+    def kv(before, axes, prefix, own):
+        parts = own.arrays(size if own is kind else own.slots(size), head_dim, dtype)
         return {
             prefix + name: host_memory.zeros((*before, length, width), part)
-            if name in of.on_host
+            if name in own.on_host
             else _zeros((*before, length, width), part, axes)
             for name, (length, width, part) in parts.items()
         }
@@ -102,35 +102,32 @@ def make_cache(
         streams = {name: _zeros((batch, slots), jnp.int32, (batch_axis, None)) for name in _STREAMS}
         return {**streams, "segment": streams["segment"] + PAD_KEY}
 
-    some = kind if isinstance(kind, LayerWindows) else None
-    if stacked and some:
-        count = sum(some.windowed)
-        arrays = kv((layers - count, batch, kv_heads), (None,)) | kv(
-            (count, batch, kv_heads), (None,), some.window, OF_WINDOW
-        )
-    elif stacked:
-        arrays = kv((layers, batch, kv_heads), (None, batch_axis, None, None, None))
+    kinds = [kind.of_layer(layer) for layer in range(layers)]
+    if stacked:
+        arrays: Any = {}
+        for one, count in collections.Counter(kinds).items():
+            arrays |= kv((count, batch, kv_heads), (None, batch_axis, None, None, None), *one)
     elif like is None:
-        own = [(some.window, OF_WINDOW) if some and some.windowed[i] else (kind, "") for i in range(layers)]
-        arrays = tuple(kv((batch * kv_heads,), (None,), *one) for one in own)
+        arrays = tuple(kv((batch * kv_heads,), (None,), *one) for one in kinds)
     else:
-        arrays = tuple(kv((batch, kv_heads), (batch_axis, None, None, None)) for _ in range(layers))
+        arrays = tuple(kv((batch, kv_heads), (batch_axis, None, None, None), *one) for one in kinds)
     rows = _zeros((batch,), jnp.int32, (batch_axis,))
     planned = rows + (size if kind.room is None else min(size, kind.room))
-    return Cache(arrays, empty(size), rows, planned, kind, empty(some.window.slots(size)) if some else None)
+    of_window = empty(kind.window.slots(size)) if isinstance(kind, LayerWindows) else None
+    return Cache(arrays, empty(size), rows, planned, kind, of_window)
 
 
-def stacked_at(kind: Kind, layer: int, names: Iterable[str]) -> tuple[list[str], int]:
-    """Which of the arrays of a stacked cache a layer has, and its index in them.
+def arrays_of_layer(kind: Kind, layer: int, names: Iterable[str]) -> tuple[list[str], int]:
+    """The names of the stacked arrays that a layer has a part of, and its index in them.
 
     Args:
         kind: Of the cache.
         layer: Number of the layer.
-        names: Names of all arrays.
+        names: Names of all arrays of the cache.
     """
-    if not isinstance(kind, LayerWindows):
-        return list(names), layer
-    return [name for name in names if name.startswith(OF_WINDOW) == kind.windowed[layer]], kind.places[layer]
+    windowed = bool(kind.of_layer(layer)[0])
+    place = kind.places[layer] if isinstance(kind, LayerWindows) else layer
+    return [name for name in names if name.startswith(OF_WINDOW) == windowed], place
 
 
 def placed(cache: Cache) -> Cache:
@@ -194,7 +191,16 @@ def extend(kv: KV, layer: jax.Array | int, key: jax.Array, value: jax.Array, slo
 
 
 def new_entries(kv: KV, key: jax.Array, value: jax.Array) -> KV:
-    """What a cache stores [B, K, T, C] of keys and values [B, T, K, C]."""
+    """Keys and values of new tokens in the form in which the cache stores them.
+
+    Args:
+        kv: The cache's arrays.
+        key: [B, T, K, C].
+        value: [B, T, K, C].
+
+    Returns:
+        [B, K, T, C] in the dtypes of `kv`, by name; for int8 their scales [B, K, T, 1] too.
+    """
     new = {"key": key.swapaxes(1, 2), "value": value.swapaxes(1, 2)}
     if "key_scale" in kv:
         new = {name: x for part in new for name, x in quantised.store(part, new[part]).items()}

@@ -14,6 +14,7 @@ from garrulax.core.dtypes import at_least_float32
 from garrulax.kernels.mask import Band, Rule, Streams
 
 ENTRIES = ("key", "value", "key_scale", "value_scale")  # the arrays with an entry for each token
+OF_WINDOW = "window_"  # the beginning of the names of arrays of layers with a window, where only some have one
 PASS = 128  # tokens that a ring has space for beyond those it keeps, and so the most that one pass reads
 
 _DTYPE = Check(lambda x: x in (None, "int8"), "None (that of the parameters) or 'int8'")
@@ -88,9 +89,9 @@ class Kind:
         """
         return known
 
-    def keeps_whole(self, number: jax.Array) -> jax.Array:
-        """Whether the token of each number attends to all tokens before it."""
-        return jnp.ones_like(number, bool)
+    def of_layer(self, layer: int) -> tuple[str, "Kind"]:
+        """The beginning of the names of a layer's arrays, and the kind of its cache."""
+        return "", self
 
     def arrays(self, size: int, head_dim: int, dtype: Any) -> dict[str, tuple[int, int, Any]]:
         """The arrays of a head of a layer: name -> (length, width, dtype)."""
@@ -144,9 +145,6 @@ class Window(Ring):
     def narrow(self, rule: Rule) -> Rule:
         return rule & Band("rank", 0, self.size - 1)
 
-    def keeps_whole(self, number: jax.Array) -> jax.Array:
-        return number < self.size
-
 
 @dataclasses.dataclass(frozen=True)
 class LayerWindows(Kind):
@@ -176,6 +174,9 @@ class LayerWindows(Kind):
         """Number of each layer among the layers of its kind."""
         return tuple(self.windowed[:i].count(one) for i, one in enumerate(self.windowed))
 
+    def of_layer(self, layer: int) -> tuple[str, Kind]:
+        return (OF_WINDOW, self.window) if self.windowed[layer] else ("", self)
+
     def slots(self, needed: int) -> int:
         """Whole passes, since the last one is padded."""
         return -(-needed // self.longest_pass) * self.longest_pass
@@ -185,9 +186,6 @@ class LayerWindows(Kind):
 
     def reusable(self, known: int, read: int) -> int:
         return self.window.reusable(known, read)
-
-    def keeps_whole(self, number: jax.Array) -> jax.Array:
-        return self.window.keeps_whole(number)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,6 +217,7 @@ class Sinks(Ring):
         return jnp.where(number < self.first, number, self.first + (number - self.first) % (size - self.first))
 
     def keeps_whole(self, number: jax.Array) -> jax.Array:
+        """Whether the token of each number attends to all tokens before it."""
         return number < self.room
 
     def view(self, number: jax.Array, streams: Streams) -> View:
@@ -295,6 +294,7 @@ class Blocks(Kind):
         return known - (known - self.first) % self.size
 
     def keeps_whole(self, number: jax.Array) -> jax.Array:
+        """Whether the token of each number attends to all tokens before it."""
         return self.outside(number) <= self.top
 
     def count(self, size: int) -> int:

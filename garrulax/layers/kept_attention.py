@@ -38,7 +38,9 @@ def attend_to_kept(
     """`layers.attention.cached_attention` for kinds of cache with `room`. Arguments and result as there."""
     assert call.cache is not None
     assert call.slot is not None
-    kind, streams = call.cache.kind, call.cache.streams
+    assert mask.key is not None
+    kind, streams, all_keys = call.cache.kind, call.cache.streams, mask.key
+    assert isinstance(kind, Sinks | Blocks)
     held = hold(kv, layer, key, value, call.slot)
     if isinstance(kind, Blocks):
         held = block_memory.remember(kind, held, query, call)
@@ -48,7 +50,6 @@ def attend_to_kept(
         """A function of a query of each row [B, H, C] and their numbers [B], which returns what they attend to."""
         if isinstance(kind, Sinks):
             return lambda q, number: (kind.view(number, streams), held.stored)
-        assert isinstance(kind, Blocks)
         fetch = block_memory.fetch_for(kind, held, call.number)
         return lambda q, number: block_memory.look_up(kind, held, q, number, fetch)
 
@@ -65,7 +66,7 @@ def attend_to_kept(
 
     def together() -> jax.Array:
         """The output [B, T, H, C] of all queries, of a text whose tokens have the positions that they have in it."""
-        kept, keys = held.stored, {} if mask.key is None else mask.key
+        kept, keys = held.stored, all_keys
         if isinstance(kind, Blocks):  # token t is in slot t, and there are no more tokens than positions
             count = min(kind.room, streams["rank"].shape[1])
             kept = first_entries(held, count)

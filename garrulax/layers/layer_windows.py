@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from garrulax.kernels.mask import Mask
-from garrulax.layers.cache import KV, OF_WINDOW, extend, layer_of
-from garrulax.layers.cache_kinds import LayerWindows
+from garrulax.layers.cache import KV, extend, layer_of
+from garrulax.layers.cache_kinds import OF_WINDOW, LayerWindows
 from garrulax.layers.call import Call
 
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from garrulax.core.auto_mesh import split
 from garrulax.layers import host_memory
-from garrulax.layers.cache import KV, Cache, stacked_at
-from garrulax.layers.cache_kinds import Kind, LayerWindows
+from garrulax.layers.cache import KV, Cache, arrays_of_layer
+from garrulax.layers.cache_kinds import Kind
 
 
 def insert_layers(layers: Any, new: Any, rows: jax.Array | np.ndarray | None, batch: int, kind: Kind) -> Any:
@@ -31,7 +31,7 @@ def insert_layers(layers: Any, new: Any, rows: jax.Array | np.ndarray | None, ba
     if not isinstance(layers, tuple):
         return _insert_stacked(layers, new, rows)
     heads = _heads(layers, batch)
-    places = [stacked_at(kind, i, layer)[1] for i, layer in enumerate(layers)]
+    places = [arrays_of_layer(kind, i, layer)[1] for i, layer in enumerate(layers)]
     return tuple(  # one small program for all layers compiles faster than one with all of them
         _insert_layer(layer, new[i] if isinstance(new, tuple) else new, np.int32(places[i]), rows, heads)
         for i, layer in enumerate(layers)
@@ -151,15 +151,15 @@ def _stack(layers: tuple[KV, ...], kind: Kind) -> KV:
 
     stack = {name: empty(x, counts[name]) for name, x in one.items()}
     for i, layer in enumerate(layers):
-        names, place = stacked_at(kind, i, stack)
+        names, place = arrays_of_layer(kind, i, stack)
         stack |= _put_layer({name: stack[name] for name in names}, layer, np.int32(place))
     return stack
 
 
 def _unstack(stack: KV, kind: Kind) -> tuple[KV, ...]:
     """[K, S, C] of each layer of [L, 1, K, S, C]."""
-    count = len(kind.windowed) if isinstance(kind, LayerWindows) else len(stack["key"])
-    places = (stacked_at(kind, i, stack) for i in range(count))
+    count = sum(len(x) for name, x in stack.items() if name.endswith("key"))  # "key", and "window_key"
+    places = (arrays_of_layer(kind, i, stack) for i in range(count))
     return tuple(_of_stack({name: stack[name] for name in names}, np.int32(place)) for names, place in places)
 
 
@@ -201,11 +201,6 @@ def _of_stack(stack: KV, i: jax.Array) -> KV:
 @functools.partial(jax.jit, static_argnames="slots")
 def grow_cache(cache: Cache, slots: int) -> Cache:
     """The same cache with more slots a row, `slots` in all."""
-    return longer_cache(cache, slots)
-
-
-def longer_cache(cache: Cache, slots: int) -> Cache:
-    """`grow_cache`, inside a program."""
 
     def longer(x: jax.Array, axis: int, size: int) -> jax.Array:
         return jnp.pad(x, [(0, size - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])

@@ -20,7 +20,7 @@ from garrulax.core.spec import Tree
 from garrulax.kernels.mask import PAD
 from garrulax.layers.cache import Cache
 from garrulax.layers.cache_kinds import FULL, Kind
-from garrulax.sampling.cache_rows import extract_layers, insert_layers, longer_cache, put_rows, split_layer
+from garrulax.sampling.cache_rows import extract_layers, grow_cache, insert_layers, put_rows, split_layer
 from garrulax.sampling.contexts import cache_context
 from garrulax.sampling.transforms import Knobs, Transform
 
@@ -169,7 +169,7 @@ def prefill(
         config: The family's Config.
         transform: The transform of the logits.
         size: Greatest number of tokens, of prompt and answer together, that a row may get.
-            With attention sinks it may get more: transforms then see the last `size`.
+            With attention sinks it may get more, of which transforms see the last `size`.
         kind: Of the cache.
 
     Returns:
@@ -385,7 +385,7 @@ def grow(state: State, slots: int) -> State:
     more = [(0, 0), (0, slots - state.cache.size)]
     tokens, logprobs = jnp.pad(state.tokens, more), jnp.pad(state.logprobs, more)
     return split_state(
-        dataclasses.replace(state, cache=longer_cache(state.cache, slots), tokens=tokens, logprobs=logprobs)
+        dataclasses.replace(state, cache=grow_cache(state.cache, slots), tokens=tokens, logprobs=logprobs)
     )
 
 

@@ -19,17 +19,17 @@ from garrulax.layers import quantised
 from garrulax.layers.cache import KV, layer_of, write_layer
 from garrulax.layers.cache_kinds import Blocks, View
 from garrulax.layers.call import Call
-from garrulax.layers.held import Held, entries
+from garrulax.layers.layer_cache import LayerCache, entries
 
 Fetch = Callable[[jax.Array, jax.Array], KV]  # from `fetch_for`
 
 
-def remember(kind: Blocks, held: Held, query: jax.Array, call: Call) -> Held:
+def remember(kind: Blocks, layer_cache: LayerCache, query: jax.Array, call: Call) -> LayerCache:
     """Adds the queries of a pass to the sums of their blocks, and chooses representatives of blocks that are complete.
 
     Args:
         kind: The kind of the cache.
-        held: The layer with the keys of the pass in it.
+        layer_cache: The layer with the keys of the pass in it.
         query: [B, T, H, C], before the rotary embedding.
         call: The forward pass.
 
@@ -38,7 +38,7 @@ def remember(kind: Blocks, held: Held, query: jax.Array, call: Call) -> Held:
     """
     B, T, _, C = query.shape
     number, real = call.number, call.mask.query["segment"] >= 0  # [B, T]
-    before = held.stored["queries"]
+    before = layer_cache.stored["queries"]
     K, N = before.shape[1:3]
 
     counted = real & (number >= kind.first)
@@ -58,7 +58,7 @@ def remember(kind: Blocks, held: Held, query: jax.Array, call: Call) -> Held:
     following = _take(sums, jnp.clip(after, 0, N - 1).reshape(B, -1))  # [B, K, n·W, C]
     following = following.reshape(B, K, *after.shape[1:], C).sum(axis=3)  # [B, K, n, C]
     slots = kind.first + leaving[..., None] * kind.size + jnp.arange(kind.size, dtype=jnp.int32)[None, None]
-    found = entries(held, _of_heads(slots.reshape(B, -1), K), ("key", "key_scale"))
+    found = entries(layer_cache, _of_heads(slots.reshape(B, -1), K), ("key", "key_scale"))
     keys = quantised.restore(found["key"], found.get("key_scale"), following.dtype)
     keys = keys.reshape(B, K, *slots.shape[1:], C)  # [B, K, n, size, C]
     best = jax.lax.top_k(jnp.einsum("BKNSC,BKNC->BKNS", keys, following), kind.representatives)[1]
@@ -67,19 +67,21 @@ def remember(kind: Blocks, held: Held, query: jax.Array, call: Call) -> Held:
     place = leaving[..., None] * kind.representatives + jnp.arange(kind.representatives, dtype=jnp.int32)[None, None]
     new = chosen.reshape(B, K, -1, C), sums
     slots_of_new = place.reshape(B, -1), jnp.zeros_like(number[:, 0])
-    kv, stored = held.kv, held.stored
+    kv, stored = layer_cache.kv, layer_cache.stored
     for name, x, slot in zip(("representative", "queries"), new, slots_of_new, strict=True):
-        kv = {**kv, name: write_layer(kv[name], held.layer, x, slot)}
-        stored = {**stored, name: layer_of(kv[name], held.layer).reshape(stored[name].shape)}
-    return held._replace(kv=kv, stored=stored)
+        kv = {**kv, name: write_layer(kv[name], layer_cache.layer, x, slot)}
+        stored = {**stored, name: layer_of(kv[name], layer_cache.layer).reshape(stored[name].shape)}
+    return layer_cache._replace(kv=kv, stored=stored)
 
 
-def look_up(kind: Blocks, held: Held, query: jax.Array, number: jax.Array, fetch: Fetch) -> tuple[View, KV]:
+def look_up(
+    kind: Blocks, layer_cache: LayerCache, query: jax.Array, number: jax.Array, fetch: Fetch
+) -> tuple[View, KV]:
     """Finds the keys and values that one query of each row attends to.
 
     Args:
         kind: The kind of the cache.
-        held: The layer.
+        layer_cache: The layer.
         query: [B, H, C], before the rotary embedding.
         number: int32 [B], number of the query's token.
         fetch: From `fetch_for`.
@@ -87,8 +89,8 @@ def look_up(kind: Blocks, held: Held, query: jax.Array, number: jax.Array, fetch
     Returns:
         The positions, and the keys and values (with scales where they are int8) [B, K, S', C].
     """
-    representatives = held.stored["representative"]
-    (B, K, N, C), R = held.stored["queries"].shape, kind.representatives
+    representatives = layer_cache.stored["representative"]
+    (B, K, N, C), R = layer_cache.stored["queries"].shape, kind.representatives
     outside, top = kind.outside(number), kind.parts[1] // kind.size
     q = query.reshape(B, K, -1, C).astype(representatives.dtype)
     relevance = jnp.einsum("BKGC,BKRC->BKGR", q, representatives).max(axis=2)
@@ -104,7 +106,7 @@ def look_up(kind: Blocks, held: Held, query: jax.Array, number: jax.Array, fetch
     return kind.view(number), fetch(middle, outside)
 
 
-def fetch_for(kind: Blocks, held: Held, number: jax.Array) -> Fetch:
+def fetch_for(kind: Blocks, layer_cache: LayerCache, number: jax.Array) -> Fetch:
     """How the queries of a pass get keys and values.
 
     What is in the memory of the host must be moved. So the first tokens and all local ones are fetched once for the
@@ -112,26 +114,26 @@ def fetch_for(kind: Blocks, held: Held, number: jax.Array) -> Fetch:
 
     Args:
         kind: The kind of the cache.
-        held: The layer.
+        layer_cache: The layer.
         number: int32 [B, T], numbers of the tokens of the pass.
 
     Returns:
         A function of the slots [B, K, S'] of looked up blocks, and of the number [B] of blocks before the local tokens.
     """
-    K, before = held.stored["queries"].shape[1], kind.outside(number[:, 0])
+    K, before = layer_cache.stored["queries"].shape[1], kind.outside(number[:, 0])
 
     def together(middle: jax.Array, outside: jax.Array) -> KV:
         first, near = (_of_heads(slots, K) for slots in _first_and_near(kind, outside))
-        return entries(held, jnp.concatenate([first, middle, near], axis=-1))
+        return entries(layer_cache, jnp.concatenate([first, middle, near], axis=-1))
 
     if not kind.offload:
         return together
     leaving = -(-(number.shape[1] - 1) // kind.size)  # greatest number of blocks during the pass
     slots = jnp.concatenate(_first_and_near(kind, before, leaving * kind.size), axis=-1)
-    shared = entries(held, _of_heads(slots, K))
+    shared = entries(layer_cache, _of_heads(slots, K))
 
     def apart(middle: jax.Array, outside: jax.Array) -> KV:
-        found = entries(held, middle)
+        found = entries(layer_cache, middle)
         near = jnp.arange(kind.first, kind.first + kind.near, dtype=jnp.int32)[None]
         near = near + (outside - before)[:, None] * kind.size
         parts = {name: (x[:, :, : kind.first], found[name], _take(x, near)) for name, x in shared.items()}

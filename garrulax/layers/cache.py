@@ -130,7 +130,7 @@ def arrays_of_layer(kind: Kind, layer: int, names: Iterable[str]) -> tuple[list[
     return [name for name in names if name.startswith(OF_WINDOW) == windowed], place
 
 
-def placed(cache: Cache) -> Cache:
+def with_memory_kinds(cache: Cache) -> Cache:
     """The cache with its arrays in the memories that its kind says.
 
     Nothing moves: in a program that is compiled for abstract arguments their types do not say in which memory they are.

@@ -42,23 +42,23 @@ def to_host(x: jax.Array) -> jax.Array:
     return jax.device_put(x, _HOST)
 
 
-def fetched(x: jax.Array) -> jax.Array:
-    """x, of the memory of the host, on the device."""
+def to_device(x: jax.Array) -> jax.Array:
+    """A copy on the device of x, which is in the memory of the host."""
     flat = _by_host(lambda x: jax.lax.reshape(x, (x.size,)), x)
     return jax.device_put(flat, _DEVICE).reshape(x.shape)
 
 
-def _sent(x: jax.Array) -> jax.Array:
-    """x, of the device, in the memory of the host. Flat, as in `fetched`: XLA:TPU fails to move some other shapes."""
+def _flat_to_host(x: jax.Array) -> jax.Array:
+    """A copy of x in the memory of the host. It moves flat, as in `to_device`: XLA:TPU fails to move some shapes."""
     return _by_host(lambda flat: jax.lax.reshape(flat, x.shape), to_host(x.reshape(-1)))
 
 
 def zeros(shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Zeros in the memory of the host, of which the device has none."""
+    """Zeros in the memory of the host. Only one number comes from the device."""
     return _by_host(lambda zero: jax.lax.broadcast(zero, shape), to_host(jnp.zeros((), dtype)))
 
 
-def places(x: jax.Array, layer: jax.Array | int, rows: jax.Array, slots: jax.Array) -> jax.Array:
+def indices(x: jax.Array, layer: jax.Array | int, rows: jax.Array, slots: jax.Array) -> jax.Array:
     """Indices into an array of a cache, in the memory of the host.
 
     Args:
@@ -82,28 +82,28 @@ def places(x: jax.Array, layer: jax.Array | int, rows: jax.Array, slots: jax.Arr
         return jax.lax.concatenate([jax.lax.broadcast_in_dim(part, shape, axes) for part, axes in pairs], 3)
 
     # Joined where they are small: on a TPU the last axis would take 128 entries.
-    return _by_host(joined, *(_sent(part) for part, _ in parts))
+    return _by_host(joined, *(_flat_to_host(part) for part, _ in parts))
 
 
 def read(x: jax.Array, where: jax.Array) -> jax.Array:
     """The entries [n, K, T, C] of some places, moved to the device.
 
     Args:
-        x: In the memory of the host, as in `places`.
-        where: From `places`; all must be in x.
+        x: In the memory of the host, as in `indices`.
+        where: From `indices`; all must be in x.
     """
     axes = tuple(range(x.ndim - 1))
     numbers = jax.lax.GatherDimensionNumbers(offset_dims=(3,), collapsed_slice_dims=axes, start_index_map=axes)
     sizes = (*(1 for _ in axes), x.shape[-1])
-    return fetched(_by_host(lambda x, where: jax.lax.gather(x, where, numbers, sizes, mode=_MODE), x, where))
+    return to_device(_by_host(lambda x, where: jax.lax.gather(x, where, numbers, sizes, mode=_MODE), x, where))
 
 
-def read_on(x: jax.Array, where: jax.Array, count: int) -> jax.Array:
+def read_slices(x: jax.Array, where: jax.Array, count: int) -> jax.Array:
     """The entries [n, K, count, C] from some places on, which stay in the memory of the host.
 
     Args:
-        x: In the memory of the host, as in `places`.
-        where: From `places`, with a T of 1.
+        x: In the memory of the host, as in `indices`.
+        where: From `indices`, with a T of 1.
         count: Number of slots. They must be in x.
     """
     axes = tuple(range(x.ndim - 1))
@@ -116,12 +116,12 @@ def read_on(x: jax.Array, where: jax.Array, count: int) -> jax.Array:
     return _by_host(gather, x, where)
 
 
-def write_on(x: jax.Array, where: jax.Array, new: jax.Array) -> jax.Array:
+def write_slices(x: jax.Array, where: jax.Array, new: jax.Array) -> jax.Array:
     """x with new entries from some places on.
 
     Args:
-        x: In the memory of the host, as in `places`.
-        where: From `places`, with a T of 1.
+        x: In the memory of the host, as in `indices`.
+        where: From `indices`, with a T of 1.
         new: [n, K, count, C], in either memory. They must fit.
     """
     axes = tuple(range(x.ndim - 1))
@@ -133,11 +133,11 @@ def write_on(x: jax.Array, where: jax.Array, new: jax.Array) -> jax.Array:
         where, new = jax.lax.squeeze(where, (2,)), jax.lax.convert_element_type(new, x.dtype)
         return jax.lax.scatter(x, where, new, numbers, mode=_MODE)
 
-    return _by_host(scatter, x, where, new if is_on_host(new) else _sent(new))
+    return _by_host(scatter, x, where, new if is_on_host(new) else _flat_to_host(new))
 
 
-def longer(x: jax.Array, slots: int) -> jax.Array:
-    """x, as in `places`, with zeros behind its slots, `slots` in all."""
+def grow(x: jax.Array, slots: int) -> jax.Array:
+    """x, as in `indices`, with zeros behind its slots, `slots` in all."""
     more = [(0, slots - x.shape[-2] if axis == x.ndim - 2 else 0, 0) for axis in range(x.ndim)]
     return _by_host(lambda x, zero: jax.lax.pad(x, zero, more), x, to_host(jnp.zeros((), x.dtype)))
 
@@ -148,7 +148,7 @@ def copy_rows(
     """x with rows of another array in its first slots, which the host copies.
 
     Args:
-        x: In the memory of the host, as in `places`.
+        x: In the memory of the host, as in `indices`.
         rows: int32 [n], the rows of x that are written.
         part: Another such array, with at most as many slots.
         sources: int32 [n], the rows of it that are read.
@@ -156,5 +156,5 @@ def copy_rows(
         layer: Number of the layer, in those of the two that have several.
     """
     start = jnp.zeros((len(rows), heads, 1), jnp.int32)
-    found = read_on(part, places(part, layer, sources, start), part.shape[-2])
-    return write_on(x, places(x, layer, rows, start), found)
+    found = read_slices(part, indices(part, layer, sources, start), part.shape[-2])
+    return write_slices(x, indices(x, layer, rows, start), found)

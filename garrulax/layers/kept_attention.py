@@ -19,7 +19,7 @@ from garrulax.layers import block_memory, quantised
 from garrulax.layers.cache import KV
 from garrulax.layers.cache_kinds import Blocks, Sinks, View
 from garrulax.layers.call import Call
-from garrulax.layers.held import first_entries, hold, written
+from garrulax.layers.layer_cache import extend_layer, first_entries, write_back
 from garrulax.layers.rope import Rotary
 
 
@@ -41,17 +41,17 @@ def attend_to_kept(
     assert mask.key is not None
     kind, streams, all_keys = call.cache.kind, call.cache.streams, mask.key
     assert isinstance(kind, Sinks | Blocks)
-    held = hold(kv, layer, key, value, call.slot)
+    layer_cache = extend_layer(kv, layer, key, value, call.slot)
     if isinstance(kind, Blocks):
-        held = block_memory.remember(kind, held, query, call)
+        layer_cache = block_memory.remember(kind, layer_cache, query, call)
     options = {name: x for name, x in options.items() if not name.startswith("dropout")}
 
     def finder() -> Callable[[jax.Array, jax.Array], tuple[View, KV]]:
         """A function of a query of each row [B, H, C] and their numbers [B], which returns what they attend to."""
         if isinstance(kind, Sinks):
-            return lambda q, number: (kind.view(number, streams), held.stored)
-        fetch = block_memory.fetch_for(kind, held, call.number)
-        return lambda q, number: block_memory.look_up(kind, held, q, number, fetch)
+            return lambda q, number: (kind.view(number, streams), layer_cache.stored)
+        fetch = block_memory.fetch_for(kind, layer_cache, call.number)
+        return lambda q, number: block_memory.look_up(kind, layer_cache, q, number, fetch)
 
     def one(find: Callable, args: tuple[jax.Array, jax.Array, Streams]) -> jax.Array:
         """The output [B, 1, H, C] of one query of each row: itself [B, H, C], its number [B] and its streams [B]."""
@@ -66,10 +66,10 @@ def attend_to_kept(
 
     def together() -> jax.Array:
         """The output [B, T, H, C] of all queries, of a text whose tokens have the positions that they have in it."""
-        kept, keys = held.stored, all_keys
+        kept, keys = layer_cache.stored, all_keys
         if isinstance(kind, Blocks):  # token t is in slot t, and there are no more tokens than positions
             count = min(kind.room, streams["rank"].shape[1])
-            kept = first_entries(held, count)
+            kept = first_entries(layer_cache, count)
             keys = {name: x[:, :count] for name, x in keys.items()}
         k, v = (_restored(kept, name, query.dtype) for name in ("key", "value"))
         q, here = query, dataclasses.replace(mask, key=keys)
@@ -87,7 +87,7 @@ def attend_to_kept(
         out = one(finder(), jax.tree.map(lambda x: x[0], args))
     else:
         out = jax.lax.cond(kind.keeps_whole(call.number[:, -1]).all(), together, one_by_one)
-    return out, written(held, out)
+    return out, write_back(layer_cache, out)
 
 
 def _restored(found: KV, name: str, dtype: Any) -> jax.Array:

@@ -18,7 +18,7 @@ from garrulax.core.leaf import dtype_of
 from garrulax.core.strategies import Strategy
 from garrulax.kernels.mask import Mask
 from garrulax.layers import host_memory
-from garrulax.layers.cache import Cache, make_cache, placed
+from garrulax.layers.cache import Cache, make_cache, with_memory_kinds
 from garrulax.layers.cache_kinds import FULL, Full, Kind, LayerWindows, Window
 from garrulax.layers.call import Call, default_positions, mask_and_cache, slots_of, window_slots_of
 from garrulax.models import pipeline
@@ -177,7 +177,7 @@ def hidden(
     rows = _position_rows(config)
     if cache is not None and len(cache.planned) != len(tokens):
         raise ValueError(f"a cache of {len(cache.planned)} rows does not fit tokens of {len(tokens)}")
-    cache = None if cache is None else placed(cache)
+    cache = None if cache is None else with_memory_kinds(cache)
     positions = default_positions(tokens, cache, rows) if positions is None else positions
     _check_positions(positions, tokens, rows)
     mask, cache_now = mask_and_cache(tokens, positions[:, 0] if rows == 2 else positions, mask, cache)

@@ -150,9 +150,9 @@ def _settings() -> tuple:
     )
 
 
-def _abstract(x: Any, away: bool) -> jax.ShapeDtypeStruct:
-    """`away`: whether the array is in the memory of the host."""
-    place = jax.sharding.SingleDeviceSharding(_default_device(), memory_kind=host_memory.KIND) if away else None
+def _abstract(x: Any, is_on_host: bool) -> jax.ShapeDtypeStruct:
+    """`is_on_host`: whether the array is in the memory of the host."""
+    place = jax.sharding.SingleDeviceSharding(_default_device(), memory_kind=host_memory.KIND) if is_on_host else None
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place, weak_type=getattr(x, "weak_type", False))
 
 

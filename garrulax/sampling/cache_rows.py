@@ -206,7 +206,7 @@ def grow_cache(cache: Cache, slots: int) -> Cache:
         return jnp.pad(x, [(0, size - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
 
     def longer_array(x: jax.Array, size: int) -> jax.Array:
-        return host_memory.longer(x, size) if host_memory.is_on_host(x) else longer(x, x.ndim - 2, size)
+        return host_memory.grow(x, size) if host_memory.is_on_host(x) else longer(x, x.ndim - 2, size)
 
     def longer_layer(layer: KV) -> KV:
         sizes = cache.kind.arrays(slots, 1, jnp.float32)  # those of windows do not grow

@@ -10,7 +10,7 @@ from garrulax import models
 from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
 from garrulax.kernels.mask import PAD, Mask
-from garrulax.layers.cache import Cache, placed
+from garrulax.layers.cache import Cache, with_memory_kinds
 
 
 def cache_context(
@@ -54,4 +54,4 @@ def cache_context(
         return dataclasses.replace(read(cache, *parts), used=used)
 
     longest = jnp.max(jnp.sum(segment != PAD, axis=1, dtype=jnp.int32))
-    return jax.lax.fori_loop(jnp.int32(0), -(-longest // most), one, placed(cache))
+    return jax.lax.fori_loop(jnp.int32(0), -(-longest // most), one, with_memory_kinds(cache))

@@ -15,7 +15,7 @@ from garrulax.core.config import ModelConfig
 from garrulax.core.spec import Tree
 from garrulax.core.sums import MOST_ROWS, row_sum
 from garrulax.kernels.mask import PAD, Mask
-from garrulax.layers.cache import Cache, placed, write
+from garrulax.layers.cache import Cache, with_memory_kinds, write
 from garrulax.sampling.state import State, of_rows, split_state, without_layers
 from garrulax.sampling.transforms import DEFAULT, Transform, sample
 
@@ -163,7 +163,7 @@ def decode_steps(
         count, state = carry
         return count + 1, split_state(decode_step(params, state, config, transform), whole=False)
 
-    state = dataclasses.replace(state, cache=placed(state.cache))
+    state = dataclasses.replace(state, cache=with_memory_kinds(state.cache))
     begun = jnp.int32(0), split_state(state, whole=False)
     return split_state(jax.lax.while_loop(unfinished, body, begun)[1])
 

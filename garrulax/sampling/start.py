@@ -101,9 +101,9 @@ def _zeros(tree: Any) -> Any:
     memory = np.zeros(max(sizes) + 64, np.uint8)
     memory = memory[-memory.ctypes.data % 64 :]  # aligned so that XLA uses it without a copy
 
-    def zeros(x: jax.ShapeDtypeStruct, away: bool) -> jax.Array:
+    def zeros(x: jax.ShapeDtypeStruct, is_on_host: bool) -> jax.Array:
         part = memory[: math.prod(x.shape) * x.dtype.itemsize].view(x.dtype).reshape(x.shape)
-        return jax.device_put(part, jax.memory.Space.Host if away else None, may_alias=True)
+        return jax.device_put(part, jax.memory.Space.Host if is_on_host else None, may_alias=True)
 
     return jax.tree.map(zeros, tree, on_host(tree))
 

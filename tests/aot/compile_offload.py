@@ -1,9 +1,9 @@
 """Compiles writing with keys and values in the memory of the host, for TPUs that are not there.
 
 `python compile_offload.py v5e:2x2 step`, or `prompt`, which reads one in passes. The layers have the shape of those of
-LLaMA-3.1-8B, in bfloat16. Prints a line of JSON with bytes: of all keys and values, of the
-arguments in the memory of the host and of those that are updated in place, and of temporaries there and on the device.
-libtpu may abort its process, so that every compilation is a process of its own.
+LLaMA-3.1-8B, in bfloat16. Prints a line of JSON with bytes: of all keys and values, of the arguments in the memory of
+the host and of those that are updated in place, and of temporaries there and on the device. libtpu may abort its
+process, so that every compilation is a process of its own.
 """
 
 import dataclasses
